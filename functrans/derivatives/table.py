@@ -1,0 +1,126 @@
+"""The derivative table: facts of calculus, one entry per operator, shared by reverse and forward mode.
+
+An entry is written in the vocabulary of PyTorch's own derivatives table. For each differentiable argument it
+has a formula; the formula's parameter *names* say what it needs, so that nothing else is saved:
+
+``grad``
+    the cotangent of the output (``grads``: a tuple, one per output, None where none arrived, for operators with
+    several outputs).
+``self``, ``other``, ``dim``, ...
+    an argument of the operator, by the name it has in the operator's schema.
+``result``
+    the output (``results``: the tuple of outputs).
+
+A reverse formula returns the cotangent of its argument. The tangent is given as one of
+
+``"elementwise"``
+    the operator is pointwise: the tangent is the sum, over the arguments, of the reverse formula applied to the
+    tangent (conjugated before and after where complex). Broadcasting and type promotion of such operators
+    are undone for reverse mode by the table, not by the formulas.
+``"linear"``
+    the operator is linear in all its differentiable arguments taken together (``sum``, ``add``, ``cat``, views): the
+    tangent is the operator applied to the tangents.
+``"multilinear"``
+    linear in each differentiable argument separately (``mm``, ``conv``): a sum of one call per argument that has a tangent.
+a function
+    of the same names and of ``self_t``, ``other_t``, ...: the tangents of the arguments, None where an argument has
+    none. It returns the tangent of the output (a tuple of them for several outputs; None: no tangent).
+``None``
+    no formula: forward mode decomposes the operator, or borrows PyTorch's formula.
+
+Formulas are plain ``torch`` code made of differentiable, pure operators; that is what makes every order of derivative
+right. A formula that is None in the table's sense ("this argument has no derivative") is simply left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._ops import OpOverload
+
+from functrans.errors import DerivativeEntryError
+from functrans.rules import RuleTable, caller_place
+
+Formula = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """One entry of the table."""
+
+    op: OpOverload
+    formulas: dict[str, Formula]
+    tangent: str | Formula | None
+    #: schema argument names, in positional order
+    arguments: tuple[str, ...]
+    #: number of tensor outputs; 1 means ``grad``/``result``, more means ``grads``/``results``
+    outputs: int
+    #: parameter names of each formula
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the operator broadcasts and promotes its arguments like a pointwise one."""
+        return self.tangent == "elementwise" or self.broadcasts
+
+    broadcasts: bool = False
+
+
+DERIVATIVES: RuleTable[Derivative] = RuleTable("derivative table")
+
+
+def derivative(
+    op: OpOverload,
+    /,
+    *,
+    tangent: str | Formula | None = None,
+    broadcasts: bool = False,
+    **formulas: Formula,
+) -> None:
+    """Add an entry for ``op``.
+
+    Args:
+        op: the operator overload.
+        tangent: ``"elementwise"``, ``"linear"``, ``"multilinear"``, a function, or None (see the module's text).
+        broadcasts: the arguments broadcast and promote as in a pointwise operator although ``tangent`` is not
+            ``"elementwise"`` (``add``, ``where``): reverse mode sums each cotangent to its argument's shape and casts
+            it to its dtype.
+        **formulas: reverse formulas, by argument name.
+
+    Raises:
+        DerivativeEntryError: a formula names something that the operator does not have.
+
+    Example:
+        >>> import torch
+        >>> from functrans.derivatives.table import DERIVATIVES
+        >>> DERIVATIVES.get(torch.ops.aten.sin.default).needs
+        {'self': ('grad', 'self')}
+    """
+    schema = op._schema
+    arguments = tuple(a.name for a in schema.arguments)
+    outputs = len(schema.returns)
+    one_list = outputs == 1 and "[]" in str(schema.returns[0].type)
+    known = set(arguments) | ({"grads", "results"} if outputs > 1 or one_list else {"grad", "result"})
+    needs = {}
+    for name, formula in formulas.items():
+        if name not in arguments:
+            raise DerivativeEntryError(op, f"has no argument {name!r}; its arguments are {', '.join(arguments)}")
+        needs[name] = _parameters(op, formula, known)
+    if callable(tangent):
+        tangents = {f"{a}_t" for a in arguments}
+        needs["tangent"] = _parameters(op, tangent, (known - {"grad", "grads"}) | tangents)
+    elif tangent not in ("elementwise", "linear", "multilinear", None):
+        raise DerivativeEntryError(op, f"has tangent={tangent!r}; expected elementwise, linear, multilinear, a function or None")
+    entry = Derivative(op, formulas, tangent, arguments, 2 if one_list else outputs, needs, broadcasts)
+    DERIVATIVES.add(op, entry, place=caller_place())
+
+
+def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str, ...]:
+    names = tuple(inspect.signature(formula).parameters)
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise DerivativeEntryError(op, f"has a formula that asks for {unknown}; known names are {sorted(known)}")
+    return names

@@ -1,0 +1,58 @@
+"""The table of batching rules, and what a rule is given.
+
+A batching rule has the signature that ``torch.library.register_vmap`` and ``autograd.Function.vmap`` use::
+
+    rule(info, in_dims, *args, **kwargs) -> (output, out_dims)
+
+``args`` are the operator's arguments one level down: a batched tensor is its physical value, whose batch dimension is
+given by the same place of ``in_dims`` (None: not batched, or not a tensor; a list of tensors has a list there).
+``kwargs`` are the keyword-only arguments, none of which is batched. At least one argument is batched.
+The rule returns the physical output and its batch dimension (for several outputs, a tuple of each; None: not batched).
+Rules are pure and may be written in plain ``torch`` or with aten overloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functrans.rules import RuleTable
+
+BatchingRule = Callable[..., tuple[Any, Any]]
+
+
+class BatchInfo(NamedTuple):
+    """What a rule knows of the vmap that runs it."""
+
+    batch_size: int
+    randomness: str
+
+
+BATCHING_RULES: RuleTable[BatchingRule] = RuleTable("vmap batching rules")
+batching_rule = BATCHING_RULES.register
+
+
+def to_front(x: Tensor, bdim: int | None) -> Tensor:
+    """The physical tensor with its batch dimension first; unbatched tensors pass through."""
+    return x if bdim is None or bdim == 0 else torch.movedim(x, bdim, 0)
+
+
+def logical_rank(x: Tensor, bdim: int | None) -> int:
+    """Number of dimensions that the user sees."""
+    return x.dim() if bdim is None else x.dim() - 1
+
+
+def materialize(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:
+    """The tensor with a batch dimension in front, expanded (a view) where it had none."""
+    return x.unsqueeze(0).expand(batch_size, *x.shape) if bdim is None else to_front(x, bdim)
+
+
+def wrap_dim(dim: int, rank: int) -> int:
+    """A logical dimension as a non-negative number; rank 0 counts as rank 1, as in PyTorch."""
+    rank = max(rank, 1)
+    if not -rank <= dim < rank:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})")
+    return dim % rank
