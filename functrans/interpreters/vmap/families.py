@@ -1,0 +1,378 @@
+"""Families of batching rules: one generic rule each, registered for a list of operators in two lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize, to_front, wrap_dim
+from functrans.rules import caller_place
+
+
+class RuleDeclined(Exception):
+    """A batching rule does not cover these arguments: the interpreter goes on to decomposition or the loop."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Helpers for rules
+
+
+@cache
+def tensor_positions(op: OpOverload) -> tuple[int, ...]:
+    """Places of the positional ``Tensor`` and ``Tensor?`` arguments in the schema of ``op``."""
+    found = []
+    for place, argument in enumerate(positional_arguments(op)):
+        kind = argument.type.getElementType() if isinstance(argument.type, torch.OptionalType) else argument.type
+        if isinstance(kind, torch.TensorType):
+            found.append(place)
+    return tuple(found)
+
+
+@cache
+def positional_arguments(op: OpOverload) -> tuple[Any, ...]:
+    """The schema's arguments without the keyword-only ones."""
+    return tuple(argument for argument in op._schema.arguments if not argument.kwarg_only)
+
+
+def argument_place(op: OpOverload, *names: str) -> int | None:
+    """Place of the first positional argument with one of ``names``, or None."""
+    for place, argument in enumerate(positional_arguments(op)):
+        if argument.name in names:
+            return place
+    return None
+
+
+def with_defaults(op: OpOverload, args: Sequence[Any]) -> list[Any]:
+    """The positional arguments, the ones left out filled in from the schema."""
+    filled = list(args)
+    for argument in positional_arguments(op)[len(filled) :]:
+        filled.append(argument.default_value)
+    return filled
+
+
+def pad_rank(x: Tensor, bdim: int, rank: int) -> Tensor:
+    """Batch dimension to the front, size-1 dimensions behind it, until the logical rank is ``rank``."""
+    x = to_front(x, bdim)
+    missing = rank - (x.dim() - 1)
+    if missing <= 0:
+        return x
+    shape = x.shape
+    return x.view([shape[0], *([1] * missing), *shape[1:]])
+
+
+def physical_dim(dim: int, rank: int, bdim: int) -> int:
+    """Where the logical dimension ``dim`` of an example of rank ``rank`` stands in the physical tensor."""
+    dim = wrap_dim(dim, rank)
+    return dim if dim < bdim else dim + 1
+
+
+def same_dims(output: Any, bdim: int | None) -> Any:
+    """``out_dims`` for an output, or for a tuple or list of outputs, which all have ``bdim``."""
+    if isinstance(output, (tuple, list)):
+        return tuple(same_dims(one, bdim) for one in output)
+    return bdim if isinstance(output, Tensor) else None
+
+
+def combined_dtype(higher: torch.dtype | None, lower: torch.dtype | None) -> torch.dtype | None:
+    """Promotion between two categories: the lower one counts only if it is of a higher kind."""
+    if higher is None or lower is None:
+        return higher or lower
+    if higher.is_complex:
+        return higher
+    if higher.is_floating_point:
+        return higher.to_complex() if lower.is_complex else higher
+    if higher is torch.bool or lower.is_floating_point or lower.is_complex:
+        return torch.promote_types(higher, lower)
+    return higher
+
+
+def logical_result_type(operands: Sequence[tuple[Any, int | None]]) -> torch.dtype:
+    """The dtype that PyTorch promotes one example's ``(operand, bdim)`` pairs to; operands may be numbers."""
+    dimensioned = zero_dim = number = None
+    for x, bdim in operands:
+        if not isinstance(x, Tensor):
+            kind = torch.bool if isinstance(x, (bool, torch.SymBool)) else torch.int64
+            if isinstance(x, (float, torch.SymFloat)):
+                kind = torch.get_default_dtype()
+            elif isinstance(x, complex):
+                kind = torch.get_default_dtype().to_complex()
+            number = kind if number is None else torch.promote_types(number, kind)
+        elif logical_rank(x, bdim) > 0:
+            dimensioned = x.dtype if dimensioned is None else torch.promote_types(dimensioned, x.dtype)
+        else:
+            zero_dim = x.dtype if zero_dim is None else torch.promote_types(zero_dim, x.dtype)
+    result = combined_dtype(combined_dtype(dimensioned, zero_dim), number)
+    assert result is not None
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Elementwise operators
+
+
+def elementwise(*ops: OpOverload, promoting: tuple[int, ...] | None = None, expand: bool = False) -> None:
+    """Operators that broadcast and promote like ``add``, whatever their number of tensors.
+
+    ``promoting`` names the places that take part in type promotion, where not all tensors do.
+    ``expand`` is for kernels that want all their tensors in one shape.
+    """
+    place = caller_place()
+    for op in ops:
+        positions = tensor_positions(op)
+        if len(positions) == 1:
+            rule = elementwise_unary(op, positions[0])
+        elif expand:
+            rule = elementwise_expanded(op, positions)
+        elif positions == (0, 1) and promoting is None:
+            rule = elementwise_binary(op)
+        else:
+            rule = elementwise_nary(op, positions, positions if promoting is None else promoting)
+        BATCHING_RULES.add(op, rule, place=place)
+
+
+def elementwise_unary(op: OpOverload, place: int) -> Callable[..., tuple[Any, Any]]:
+    """One tensor: nothing is moved."""
+    several = len(op._schema.returns) > 1
+
+    def unary(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        output = op(*args, **kwargs)
+        return output, same_dims(output, in_dims[place]) if several else in_dims[place]
+
+    return unary
+
+
+def elementwise_binary(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
+    """Two tensors in front: the cases that need no extra view are decided first."""
+    general = elementwise_nary(op, (0, 1), (0, 1))
+
+    def binary(info: BatchInfo, in_dims: Sequence[Any], x: Any, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        x_dim, y_dim = in_dims[0], in_dims[1]
+        if y_dim is None:
+            if not isinstance(y, Tensor):
+                return op(x, y, *args, **kwargs), x_dim
+            x_rank = x.dim()
+            # An example of rank 0 is a 0-d tensor in promotion, but its batch is not.
+            if y.dim() < x_rank - x_dim and (x_rank > 1 or x.dtype is y.dtype):
+                return op(x, y, *args, **kwargs), x_dim
+        elif x_dim is None:
+            if not isinstance(x, Tensor):
+                return op(x, y, *args, **kwargs), y_dim
+            y_rank = y.dim()
+            if x.dim() < y_rank - y_dim and (y_rank > 1 or x.dtype is y.dtype):
+                return op(x, y, *args, **kwargs), y_dim
+        elif x_dim == y_dim and x.dim() == y.dim():
+            return op(x, y, *args, **kwargs), x_dim
+        return general(info, in_dims, x, y, *args, **kwargs)
+
+    return binary
+
+
+def elementwise_nary(
+    op: OpOverload, positions: tuple[int, ...], promoting: tuple[int, ...]
+) -> Callable[..., tuple[Any, Any]]:
+    """Any number of tensors: batch dimensions in front, ranks aligned, promotion as for one example."""
+    several = len(op._schema.returns) > 1
+
+    def nary(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        aligned = list(align(args, in_dims, positions))
+        restore_promotion(aligned, args, in_dims, promoting)
+        output = op(*aligned, **kwargs)
+        return output, same_dims(output, 0) if several else 0
+
+    return nary
+
+
+def elementwise_expanded(op: OpOverload, positions: tuple[int, ...]) -> Callable[..., tuple[Any, Any]]:
+    """Kernels that do not broadcast: every tensor gets the full physical shape; equal dtypes are the kernel's."""
+    several = len(op._schema.returns) > 1
+
+    def expanded(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        full = list(args)
+        for place in positions:
+            if place < len(args) and isinstance(args[place], Tensor):
+                full[place] = materialize(args[place], in_dims[place], info.batch_size)
+        output = op(*full, **kwargs)
+        return output, same_dims(output, 0) if several else 0
+
+    return expanded
+
+
+def align(args: Sequence[Any], in_dims: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    """The arguments with batch dimensions in front and logical ranks that broadcast from the right."""
+    positions = [place for place in positions if place < len(args) and isinstance(args[place], Tensor)]
+    rank = max(logical_rank(args[place], in_dims[place]) for place in positions)
+    aligned = list(args)
+    for place in positions:
+        if in_dims[place] is not None:
+            aligned[place] = pad_rank(args[place], in_dims[place], rank)
+    return aligned
+
+
+def restore_promotion(aligned: list[Any], args: Sequence[Any], in_dims: Sequence[Any], promoting: Sequence[int]) -> None:
+    """Cast in ``aligned`` what the physical ranks would promote otherwise than the examples' ranks do.
+
+    A batch of 0-d examples is not a 0-d tensor, so PyTorch would give its dtype too much weight.
+    """
+    places = [place for place in promoting if place < len(args) and isinstance(args[place], Tensor)]
+    if len({args[place].dtype for place in places}) < 2:
+        return
+    hidden = [place for place in places if in_dims[place] is not None and args[place].dim() == 1]
+    if not hidden:
+        return
+    operands = [(args[place], in_dims[place]) for place in promoting if place < len(args) and args[place] is not None]
+    # Numbers count less than any tensor and are left to the operator itself.
+    dtype = logical_result_type([pair for pair in operands if isinstance(pair[0], Tensor)])
+    for place in places:
+        if logical_rank(args[place], in_dims[place]) == 0 and aligned[place].dtype is not dtype:
+            aligned[place] = aligned[place].to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reductions and operators along a dimension
+
+
+def reduction(*ops: OpOverload, empty_means_all: bool = True) -> None:
+    """Reductions of one tensor with a ``dim`` argument (a number, a list or None) and perhaps ``keepdim``.
+
+    The dimensions are renumbered around the batch dimension; nothing is moved.
+    """
+    place = caller_place()
+    for op in ops:
+        dim_place = argument_place(op, "dim")
+        if dim_place is None:
+            raise TypeError(f"reduction({op}): the operator has no dim argument. Use full_reduction(op, dim_op).")
+        BATCHING_RULES.add(op, reduction_rule(op, dim_place, empty_means_all), place=place)
+
+
+def reduction_rule(op: OpOverload, dim_place: int, empty_means_all: bool) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one reduction."""
+    keepdim_place = argument_place(op, "keepdim")
+    keepdim_is_keyword = any(a.name == "keepdim" and a.kwarg_only for a in op._schema.arguments)
+    takes_list = not isinstance(unwrapped_type(positional_arguments(op)[dim_place]), torch.IntType)
+
+    def reduce(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        arguments = with_defaults(op, args)
+        x, bdim = arguments[0], in_dims[0]
+        if bdim is None:
+            raise RuleDeclined(f"{op}: only the reduced tensor may be batched")
+        rank = logical_rank(x, bdim)
+        dims = reduced_dims(arguments[dim_place], rank, empty_means_all)
+        if rank == 0:
+            # Only dim 0 or -1 is left: the example is reduced as one of size 1, and keepdim keeps nothing.
+            x, bdim = x.unsqueeze(-1), 0
+            dims = (0,) if dims or empty_means_all else ()
+            if keepdim_is_keyword:
+                kwargs["keepdim"] = False
+            elif keepdim_place is not None:
+                arguments[keepdim_place] = False
+        elif arguments[dim_place] is None and not takes_list and rank > 1:
+            raise RuleDeclined(f"{op}: dim=None is not a list of all dimensions here")
+        physical = [dim if dim < bdim else dim + 1 for dim in dims]
+        arguments[0] = x
+        arguments[dim_place] = physical if takes_list else physical[0]
+        output = op(*arguments, **kwargs)
+        keeps = kwargs.get("keepdim", False) if keepdim_place is None else arguments[keepdim_place]
+        out_dim = bdim if keeps else bdim - sum(dim < bdim for dim in dims)
+        return output, same_dims(output, out_dim)
+
+    return reduce
+
+
+def unwrapped_type(argument: Any) -> Any:
+    """The type of a schema argument, without Optional."""
+    return argument.type.getElementType() if isinstance(argument.type, torch.OptionalType) else argument.type
+
+
+def reduced_dims(dim: Any, rank: int, empty_means_all: bool = True) -> tuple[int, ...]:
+    """The logical dimensions that a ``dim`` argument names, non-negative and without repetition."""
+    if dim is None:
+        return tuple(range(rank))
+    given = (dim,) if isinstance(dim, int) else tuple(dim)
+    if not given and empty_means_all:
+        return tuple(range(rank))
+    dims = tuple(wrap_dim(one, rank) for one in given)
+    if len(set(dims)) != len(dims):
+        twice = next(one for one in dims if dims.count(one) > 1)
+        raise RuntimeError(f"dim {twice} appears multiple times in the list of dims")
+    return dims
+
+
+def full_reduction(op: OpOverload, dim_op: Callable[..., Any]) -> None:
+    """An operator that reduces everything: ``dim_op(flat, *args, **kwargs)`` reduces dimension 1 of ``[B, n]``."""
+
+    def reduce_all(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        output = dim_op(flat_examples(x, in_dims[0]), *args, **kwargs)
+        return output, same_dims(output, 0)
+
+    BATCHING_RULES.add(op, reduce_all, place=caller_place())
+
+
+def flat_examples(x: Tensor, bdim: int) -> Tensor:
+    """The batch as ``[B, n]``, one flattened example per row."""
+    x = to_front(x, bdim)
+    size = 1
+    for length in x.shape[1:]:
+        size = size * length
+    return x.reshape(x.shape[0], size)
+
+
+def along_dim(*ops: OpOverload, dim_names: tuple[str, ...] = ("dim", "dims", "axis")) -> None:
+    """Operators of the tensors in front along one ``dim`` (or several), which keep the rank of their input.
+
+    One batched tensor is not moved; several get their batch dimensions in front.
+    """
+    place = caller_place()
+    for op in ops:
+        dim_place = argument_place(op, *dim_names)
+        if dim_place is not None:
+            BATCHING_RULES.add(op, along_dim_rule(op, dim_place), place=place)
+            continue
+        keyword = next((a.name for a in op._schema.arguments if a.kwarg_only and a.name in dim_names), None)
+        if keyword is None:
+            raise TypeError(f"along_dim({op}): the operator has no argument named {' or '.join(dim_names)}.")
+        BATCHING_RULES.add(op, along_dim_rule(op, keyword), place=place)
+
+
+def along_dim_rule(op: OpOverload, dim_place: int | str) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one operator along a dimension; ``dim_place`` is a keyword where ``dim`` is keyword-only."""
+    positions = tensor_positions(op)
+
+    def along(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        arguments = with_defaults(op, args)
+        if isinstance(dim_place, str):
+            default = next(a.default_value for a in op._schema.arguments if a.name == dim_place)
+            dim = kwargs.get(dim_place, default)
+        else:
+            dim = arguments[dim_place]
+        if dim is None:
+            raise RuleDeclined(f"{op}: no dimension is given")
+        present = [place for place in positions if isinstance(arguments[place], Tensor)]
+        if len(present) == 1:
+            bdim = in_dims[present[0]]
+        else:
+            bdim = 0
+            for place in present:
+                arguments[place] = materialize(arguments[place], in_dims[place], info.batch_size)
+        rank = arguments[present[0]].dim() - 1
+        if rank == 0:
+            for place in present:
+                arguments[place] = arguments[place].unsqueeze(-1)
+        if isinstance(dim, int):
+            shifted: Any = physical_dim(dim, rank, bdim)
+        else:
+            shifted = [physical_dim(one, rank, bdim) for one in dim]
+        if isinstance(dim_place, str):
+            kwargs[dim_place] = shifted
+        else:
+            arguments[dim_place] = shifted
+        output = op(*arguments, **kwargs)
+        if rank == 0:
+            output = tuple(one.squeeze(-1) for one in output) if isinstance(output, tuple) else output.squeeze(-1)
+        return output, same_dims(output, bdim)
+
+    return along

@@ -1,0 +1,311 @@
+"""A batching rule against a loop over examples that all differ.
+
+``recorded_calls`` collects the operators that PyTorch's own samples run, as they reach an interpreter;
+``check_rule`` batches the arguments of one such call in several ways and compares the rule with the loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class WrongRule(AssertionError):
+    """A rule disagrees with the loop over the examples."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Recording
+
+
+@contextmanager
+def door_open() -> Iterator[None]:
+    """Composite operators arrive whole, as they do inside a transform."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps up to ``per_op`` calls of each wanted operator; composite ones are recorded and then taken apart."""
+
+    def __init__(self, wanted: Callable[[OpOverload], bool], per_op: int) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.per_op = per_op
+        self.calls: dict[OpOverload, dict[str, Call]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(op, OpOverload) and self.wanted(op):
+            calls = self.calls.setdefault(op, {})
+            if len(calls) < self.per_op:
+                calls.setdefault(signature(args, kwargs), tree_map(copied, (args, kwargs)))
+        with self:
+            result = op.decompose(*args, **kwargs)
+        return op(*args, **kwargs) if result is NotImplemented else result
+
+
+def copied(x: Any) -> Any:
+    """Later in-place writes must not change what was recorded."""
+    return x.detach().clone() if isinstance(x, Tensor) else x
+
+
+def signature(args: Any, kwargs: Any) -> str:
+    """Calls that differ only in the values of their tensors are the same call."""
+    return repr(tree_map(lambda x: (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else x, (args, kwargs)))
+
+
+def recorded_calls(
+    wanted: Iterable[OpOverload] | Callable[[OpOverload], bool],
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float64,),
+    names: Callable[[str], bool] = lambda name: True,
+    per_op: int = 8,
+    samples: int = 8,
+    backward: bool = False,
+) -> dict[OpOverload, list[Call]]:
+    """Calls of the ``wanted`` operators in the OpInfo samples, per operator.
+
+    ``names`` chooses among the OpInfos by name, ``samples`` limits the samples per OpInfo and dtype;
+    ``backward`` also runs autograd and records what its formulas call (there, composites are in pieces).
+    """
+    if not callable(wanted):
+        chosen = set(wanted)
+        wanted = chosen.__contains__
+    recorder = Recorder(wanted, per_op)
+    for info in op_db:
+        if not names(info.name):
+            continue
+        for dtype in dtypes:
+            if dtype not in info.dtypes:
+                continue
+            record_samples(info, dtype, recorder, samples, backward and dtype.is_floating_point)
+    return {op: list(calls.values()) for op, calls in recorder.calls.items()}
+
+
+def record_samples(info: Any, dtype: torch.dtype, recorder: Recorder, samples: int, backward: bool) -> None:
+    """Run the first samples of one OpInfo; a sample that PyTorch itself refuses is passed over."""
+    torch.manual_seed(0)
+    try:
+        chosen = list(itertools.islice(info.sample_inputs("cpu", dtype, requires_grad=backward), samples))
+    except Exception:  # noqa: BLE001 (a few OpInfos need packages or devices that are not here)
+        return
+    for sample in chosen:
+        with suppress(Exception):
+            if backward and info.supports_autograd:
+                with recorder:
+                    outputs = info.op(sample.input, *sample.args, **sample.kwargs)
+                    leaves = [x for x in tree_flatten((sample.input, sample.args, sample.kwargs))[0] if wants_grad(x)]
+                    roots = [x for x in tree_flatten(outputs)[0] if wants_grad(x)]
+                    if roots:
+                        torch.autograd.grad(roots, leaves, [torch.rand_like(x) for x in roots], allow_unused=True)
+            else:
+                with door_open(), recorder:
+                    info.op(sample.input, *sample.args, **sample.kwargs)
+
+
+def wants_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Distinct examples
+
+
+def rolled_and_scaled(x: Tensor, i: int) -> Tensor:
+    """Example ``i``: other values at every place, from the same range."""
+    moved = x.flatten().roll(i).reshape(x.shape) if x.numel() else x.clone()
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        return moved * (1 - 0.07 * i)
+    if x.dtype is torch.bool and x.numel() == 1:
+        return moved ^ bool(i % 2)
+    return moved + i if x.numel() == 1 else moved
+
+
+def scaled(x: Tensor, i: int) -> Tensor:
+    """Keeps the structure of a matrix; for indices, keeps their range."""
+    if x.dtype.is_floating_point or x.dtype.is_complex:
+        return x * (1 - 0.07 * i)
+    return x.flatten().roll(i).reshape(x.shape) if x.numel() else x.clone()
+
+
+def shifted(x: Tensor, i: int) -> Tensor:
+    """Floating-point values move, integers stay: for sizes, offsets and sorted positions."""
+    return x * (1 + 0.05 * i) if x.dtype.is_floating_point or x.dtype.is_complex else x.clone()
+
+
+PERTURBATIONS = (rolled_and_scaled, scaled, shifted)
+
+
+class Refused(Exception):
+    """PyTorch itself refuses every set of distinct examples."""
+
+
+def distinct_examples(
+    op: Callable[..., Any], leaves: list[Any], spec: Any, chosen: Sequence[int], size: int
+) -> tuple[dict[int, list[Tensor]], list[list[Any]]]:
+    """For each chosen leaf ``size`` different examples, and the flat outputs of the loop over them."""
+    failure: Exception | None = None
+    for perturb in PERTURBATIONS:
+        rows = {leaf: [perturb(leaves[leaf], i) for i in range(max(size, 1))] for leaf in chosen}
+        try:
+            outputs = []
+            for i in range(max(size, 1)):
+                example = [rows[k][i] if k in rows else x for k, x in enumerate(leaves)]
+                args, kwargs = tree_unflatten(example, spec)
+                outputs.append(tree_flatten(op(*args, **kwargs))[0])
+            return rows, outputs
+        except Exception as error:  # noqa: BLE001 (the next kind of example may be legal)
+            failure = error
+    raise Refused(str(failure))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+class Pure(TorchDispatchMode):
+    """Rules may neither write nor read data."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op._schema.is_mutable:
+            raise WrongRule(f"the rule calls {op}, which writes to its arguments")
+        if torch.Tag.data_dependent_output in op.tags:
+            raise WrongRule(f"the rule calls {op}, which reads data")
+        return op(*args, **(kwargs or {}))
+
+
+def subsets(places: Sequence[int], limit: int, rng: random.Random) -> list[tuple[int, ...]]:
+    """Which tensors are batched: each alone, all, then others at random, at most ``limit``."""
+    everything = [c for n in range(1, len(places) + 1) for c in itertools.combinations(places, n)] if places else []
+    if len(everything) <= limit:
+        return everything
+    first = [(place,) for place in places][: limit - 1] + [tuple(places)]
+    rest = [c for c in everything if c not in first]
+    return first + rng.sample(rest, max(0, min(limit - len(first), len(rest))))
+
+
+def check_rule(
+    op: OpOverload,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    batch_sizes: Sequence[int] = (3,),
+    max_subsets: int = 4,
+    seed: int = 0,
+    randomness: str = "error",
+    rule: Callable[..., tuple[Any, Any]] | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    values: bool = True,
+) -> int:
+    """Compare the rule of ``op`` with the loop, for several choices of batched tensors and batch dimensions.
+
+    Returns the number of comparisons: 0 if PyTorch refuses the examples or the rule always declines.
+    ``values=False`` compares shapes and dtypes only (uninitialized memory).
+    """
+    rule = rule or BATCHING_RULES.get(op)
+    assert rule is not None, f"{op} has no batching rule"
+    rng = random.Random(seed)
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs or {})))
+    positional = len(tree_flatten(tuple(args))[0])
+    places = [k for k, x in enumerate(leaves[:positional]) if isinstance(x, Tensor)]
+    compared = 0
+    for chosen in subsets(places, max_subsets, rng):
+        for size in batch_sizes:
+            try:
+                rows, outputs = distinct_examples(op, leaves, spec, chosen, size)
+            except Refused:
+                continue
+            physical, dims = list(leaves), [None] * len(leaves)
+            for k in chosen:
+                dims[k] = rng.choice((0, rng.randint(0, leaves[k].dim())))  # type: ignore[call-overload]
+                physical[k] = torch.stack(rows[k], dim=dims[k])
+                if size == 0:
+                    physical[k] = physical[k].narrow(dims[k], 0, 0)
+            what = describe(op, physical, dims, spec, size)
+            p_args, p_kwargs = tree_unflatten(physical, spec)
+            in_dims, _ = tree_unflatten(dims, spec)
+            try:
+                with door_open(), Pure():
+                    result, out_dims = rule(BatchInfo(size, randomness), in_dims, *p_args, **p_kwargs)
+            except RuleDeclined:
+                continue
+            except WrongRule as error:
+                raise WrongRule(f"{what}: {error}") from error
+            except Exception as error:
+                raise WrongRule(f"{what}: the loop works, the rule raises {type(error).__name__}: {error}") from error
+            compare(what, result, out_dims, outputs, size, rtol, atol, values)
+            compared += 1
+    return compared
+
+
+def describe(op: OpOverload, physical: list[Any], dims: list[Any], spec: Any, size: int) -> str:
+    """The call, for the message."""
+    shown = [
+        f"{str(x.dtype)[6:]}{list(x.shape)}" + ("" if d is None else f"@{d}") if isinstance(x, Tensor) else x
+        for x, d in zip(physical, dims)
+    ]
+    args, kwargs = tree_unflatten(shown, spec)
+    return f"{op}{args}{kwargs or ''} batch of {size}"
+
+
+def compare(
+    what: str,
+    result: Any,
+    out_dims: Any,
+    outputs: list[list[Any]],
+    size: int,
+    rtol: float | None,
+    atol: float | None,
+    values: bool,
+) -> None:
+    """The physical result against the stacked outputs of the loop: shape and dtype exactly, values closely."""
+    flat, _ = tree_flatten(result)
+    flat_dims = tree_flatten(out_dims)[0] if isinstance(out_dims, (tuple, list)) else [out_dims]
+    if isinstance(result, (tuple, list)) and len(flat_dims) != len(flat):
+        raise WrongRule(f"{what}: {len(flat)} outputs, out_dims {out_dims}")
+    if len(flat) != len(outputs[0]):
+        raise WrongRule(f"{what}: {len(flat)} outputs, the loop has {len(outputs[0])}")
+    for k, (got, bdim) in enumerate(zip(flat, flat_dims)):
+        rows = [output[k] for output in outputs]
+        if not isinstance(rows[0], Tensor):
+            if got != rows[0]:
+                raise WrongRule(f"{what}: output {k} is {got}, the loop has {rows[0]}")
+            continue
+        expected = torch.stack(rows)
+        if size == 0:
+            expected = expected[:0]
+        logical = got.expand(size, *got.shape) if bdim is None else got.movedim(bdim, 0)
+        if logical.shape != expected.shape:
+            raise WrongRule(f"{what}: output {k} has shape {list(logical.shape)}, the loop {list(expected.shape)}")
+        if logical.dtype != expected.dtype:
+            raise WrongRule(f"{what}: output {k} is {logical.dtype}, the loop has {expected.dtype}")
+        if not values:
+            continue
+        try:
+            torch.testing.assert_close(
+                logical, expected, rtol=rtol, atol=atol, equal_nan=True, check_stride=False, check_layout=False
+            )
+        except AssertionError as error:
+            raise WrongRule(f"{what}: output {k} differs from the loop: {error}") from error
