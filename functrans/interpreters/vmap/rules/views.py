@@ -1,0 +1,443 @@
+"""Batching rules of views: the batch dimension stays where it is, or moves to the front; nothing is copied.
+
+Dimensions count from the physical tensor's batch dimension: ``select``, ``transpose`` and their like only renumber
+their dimensions, and return the batch dimension where it ends up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from functrans.interpreters.vmap.families import (
+    RuleDeclined,
+    elementwise,
+    flat_examples,
+    pad_rank,
+    physical_dim,
+    reduced_dims,
+)
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+    wrap_dim,
+)
+from functrans.rules import caller_place
+
+aten = torch.ops.aten
+Dims = Sequence[Any]
+Output = tuple[Any, Any]
+
+# These neither name a dimension nor change one; ``view_as_real`` adds its dimension at the end.
+elementwise(
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift.default,
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
+    aten.real.default,
+    aten.imag.default,
+    aten.view_as_real.default,
+    aten._conj.default,
+    aten._neg_view.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+@batching_rule(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.view_copy.default
+)
+def reshape(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, stride: Any = None) -> Output:
+    """``reshape`` for all of them: an example that is contiguous may be a strided part of its batch."""
+    x = to_front(x, in_dims[0])
+    if info.batch_size == 0:
+        size = inferred_size(x, size)
+    return x.reshape((x.shape[0], *size)), 0
+
+
+def inferred_size(x: Tensor, size: Sequence[Any]) -> Sequence[Any]:
+    """``size`` with its -1 filled in from one example, where the batch has none to tell."""
+    if -1 not in size:
+        return size
+    numel, known = product(x.shape[1:]), product(length for length in size if length != -1)
+    if known == 0 or numel % known:
+        raise RuntimeError(f"shape '{list(size)}' is invalid for input of size {numel}")
+    return [numel // known if length == -1 else length for length in size]
+
+
+def product(lengths: Any) -> Any:
+    """The product of sizes, also of symbolic ones."""
+    total = 1
+    for length in lengths:
+        total = total * length
+    return total
+
+
+@batching_rule(aten.view_as.default)
+def view_as(info: BatchInfo, in_dims: Dims, x: Tensor, other: Tensor) -> Output:
+    """Only the shape of ``other`` is used."""
+    size = example_shape(other, in_dims[1])
+    return (x.reshape(size), None) if in_dims[0] is None else reshape(info, in_dims, x, size)
+
+
+def example_shape(x: Tensor, bdim: int | None) -> Any:
+    """The shape that the user sees."""
+    return x.shape if bdim is None else (*x.shape[:bdim], *x.shape[bdim + 1 :])
+
+
+@batching_rule(aten.expand.default, aten.broadcast_to.default)
+def expand(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, *, implicit: bool = False) -> Output:
+    """New dimensions go behind the batch dimension."""
+    x = to_front(x, in_dims[0])
+    new = len(size) - (x.dim() - 1)
+    if -1 in size[: max(new, 0)]:
+        raise RuntimeError("expand: -1 is not allowed in a leading, non-existing dimension")
+    return pad_rank(x, 0, len(size)).expand(x.shape[0], *size), 0
+
+
+@batching_rule(aten.expand_as.default)
+def expand_as(info: BatchInfo, in_dims: Dims, x: Tensor, other: Tensor) -> Output:
+    """Only the shape of ``other`` is used."""
+    size = example_shape(other, in_dims[1])
+    return (x.expand(size), None) if in_dims[0] is None else expand(info, in_dims, x, size)
+
+
+@batching_rule(aten.flatten.using_ints)
+def flatten(info: BatchInfo, in_dims: Dims, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Output:
+    """The product is computed: -1 says nothing for an empty batch."""
+    x = to_front(x, in_dims[0])
+    rank = x.dim() - 1
+    start, end = 1 + wrap_dim(start_dim, rank), 2 + wrap_dim(end_dim, rank)
+    if start >= end:
+        raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
+    shape = x.shape
+    return x.reshape((*shape[:start], product(shape[start:end]), *shape[end:])), 0
+
+
+@batching_rule(aten.ravel.default)
+def ravel(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+    """One flat example per row."""
+    return flat_examples(x, in_dims[0]), 0
+
+
+@batching_rule(aten.unflatten.int)
+def unflatten(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, sizes: Any) -> Output:
+    """The sizes replace one dimension."""
+    bdim = in_dims[0]
+    dim = physical_dim(dim, nonzero_rank(x), bdim)
+    return x.unflatten(dim, sizes), bdim + len(sizes) - 1 if dim < bdim else bdim
+
+
+def nonzero_rank(x: Tensor) -> int:
+    """The logical rank of a batched tensor, for operators that refuse rank 0."""
+    if x.dim() == 1:
+        raise RuleDeclined("an example of rank 0 has no dimensions")
+    return x.dim() - 1
+
+
+@batching_rule(aten.view.dtype, aten.view_copy.dtype)
+def view_dtype(info: BatchInfo, in_dims: Dims, x: Tensor, dtype: torch.dtype) -> Output:
+    """A new element size changes the last dimension, and needs its elements side by side."""
+    if dtype.itemsize == x.dtype.itemsize:
+        return x.view(dtype), in_dims[0]
+    nonzero_rank(x)
+    x = to_front(x, in_dims[0])
+    # An empty tensor counts as contiguous whatever its strides are.
+    x = x.contiguous() if info.batch_size else x.new_empty(x.shape)
+    return x.view(dtype), 0
+
+
+@batching_rule(aten.view_as_complex.default)
+def view_as_complex(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+    """The last dimension, of size 2, has its elements side by side."""
+    nonzero_rank(x)
+    x = to_front(x, in_dims[0])
+    # An empty tensor counts as contiguous whatever its strides are.
+    x = x.contiguous() if info.batch_size else x.new_empty(x.shape)
+    return torch.view_as_complex(x), 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dimensions come and go
+
+
+@batching_rule(aten.unsqueeze.default)
+def unsqueeze(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
+    """One dimension more to count."""
+    bdim = in_dims[0]
+    dim = wrap_dim(dim, x.dim())
+    return (x.unsqueeze(dim), bdim + 1) if dim < bdim else (x.unsqueeze(dim + 1), bdim)
+
+
+@batching_rule(aten.squeeze.dim)
+def squeeze_dim(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
+    """The batch dimension is never one to squeeze, even where its size is 1."""
+    bdim = in_dims[0]
+    dim = physical_dim(dim, x.dim() - 1, bdim)
+    if x.dim() == 1 or x.shape[dim] != 1:
+        return x, bdim
+    return x.squeeze(dim), bdim - (dim < bdim)
+
+
+@batching_rule(aten.squeeze.default, aten.squeeze.dims)
+def squeeze(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Any = None) -> Output:
+    """As above, for several dimensions."""
+    bdim = in_dims[0]
+    places = [d if d < bdim else d + 1 for d in reduced_dims(dims, x.dim() - 1, empty_means_all=False)]
+    gone = [] if x.dim() == 1 else [d for d in places if x.shape[d] == 1]
+    return x.squeeze(gone) if gone else x, bdim - sum(d < bdim for d in gone)
+
+
+@batching_rule(aten.select.int)
+def select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Any) -> Output:
+    """One dimension less to count."""
+    bdim = in_dims[0]
+    dim = physical_dim(dim, nonzero_rank(x), bdim)
+    return x.select(dim, index), bdim - 1 if dim < bdim else bdim
+
+
+@batching_rule(aten.unbind.int)
+def unbind(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int = 0) -> Output:
+    """As ``select``, for every index."""
+    bdim = in_dims[0]
+    dim = physical_dim(dim, nonzero_rank(x), bdim)
+    outputs = x.unbind(dim)
+    return outputs, (bdim - (dim < bdim),) * len(outputs)
+
+
+@batching_rule(aten.diagonal.default)
+def diagonal(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Output:
+    """Two dimensions go, one comes at the end."""
+    bdim, rank = in_dims[0], nonzero_rank(x)
+    dim1, dim2 = physical_dim(dim1, rank, bdim), physical_dim(dim2, rank, bdim)
+    return x.diagonal(offset, dim1, dim2), bdim - (dim1 < bdim) - (dim2 < bdim)
+
+
+@batching_rule(aten.linalg_diagonal.default)
+def linalg_diagonal(
+    info: BatchInfo, in_dims: Dims, x: Tensor, *, offset: int = 0, dim1: int = -2, dim2: int = -1
+) -> Output:
+    """Another order of arguments."""
+    return diagonal(info, in_dims, x, offset, dim1, dim2)
+
+
+@batching_rule(aten.diag_embed.default)
+def diag_embed(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Output:
+    """Dimensions count in the output."""
+    x, rank = to_front(x, in_dims[0]), nonzero_rank(x) + 1
+    return torch.diag_embed(x, offset, 1 + wrap_dim(dim1, rank), 1 + wrap_dim(dim2, rank)), 0
+
+
+@batching_rule(aten.diag.default)
+def diag(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0) -> Output:
+    """From a vector, or to one."""
+    if nonzero_rank(x) > 2:
+        raise RuleDeclined("diag takes vectors and matrices")
+    return diag_embed(info, in_dims, x, offset) if x.dim() == 2 else diagonal(info, in_dims, x, offset)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dimensions trade places
+
+
+@batching_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+def transpose(info: BatchInfo, in_dims: Dims, x: Tensor, dim0: int, dim1: int) -> Output:
+    """The batch dimension stays."""
+    bdim, rank = in_dims[0], x.dim() - 1
+    dim0, dim1 = physical_dim(dim0, rank, bdim), physical_dim(dim1, rank, bdim)
+    return (x, bdim) if rank == 0 else (x.transpose(dim0, dim1), bdim)
+
+
+@batching_rule(aten.t.default)
+def t(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+    """Vectors and scalars are their own."""
+    rank = x.dim() - 1
+    if rank > 2:
+        raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {rank}D")
+    return (x, in_dims[0]) if rank < 2 else transpose(info, in_dims, x, 0, 1)
+
+
+@batching_rule(aten.mT.default)
+def matrix_transpose(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+    """The last two dimensions."""
+    if x.dim() < 3:
+        raise RuleDeclined("mT takes matrices")
+    return transpose(info, in_dims, x, -2, -1)
+
+
+@batching_rule(aten.mH.default, aten.adjoint.default)
+def adjoint(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+    """The last two dimensions, conjugated where complex."""
+    x, bdim = matrix_transpose(info, in_dims, x)
+    return x.conj() if x.is_complex() else x, bdim
+
+
+@batching_rule(aten.matrix_H.default)
+def matrix_H(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+    """Rank 2 only."""
+    if x.dim() != 3:
+        raise RuleDeclined("H takes matrices")
+    return adjoint(info, in_dims, x)
+
+
+@batching_rule(aten.numpy_T.default)
+def numpy_T(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+    """All dimensions reversed."""
+    return permute(info, in_dims, x, range(x.dim() - 2, -1, -1))
+
+
+@batching_rule(aten.permute.default)
+def permute(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Sequence[int]) -> Output:
+    """One view, wherever the batch dimension is."""
+    bdim, rank = in_dims[0], x.dim() - 1
+    if len(dims) != rank:
+        raise RuntimeError(f"permute(sparse_coo): number of dimensions in the tensor input does not match the length "
+                           f"of the desired ordering of dimensions i.e. input.dim() = {rank} is not equal to "
+                           f"len(dims) = {len(dims)}")
+    return x.permute(bdim, *[physical_dim(d, rank, bdim) for d in dims]), 0
+
+
+@batching_rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+def movedim(info: BatchInfo, in_dims: Dims, x: Tensor, source: Any, destination: Any) -> Output:
+    """As one permutation."""
+    rank = x.dim() - 1
+    froms, tos = reduced_dims(source, rank, False), reduced_dims(destination, rank, False)
+    if len(froms) != len(tos):
+        raise RuleDeclined("movedim takes as many sources as destinations")
+    if rank == 0:
+        return x, in_dims[0]
+    placed = dict(zip(tos, froms))
+    rest = iter([d for d in range(rank) if d not in froms])
+    return permute(info, in_dims, x, [placed[d] if d in placed else next(rest) for d in range(rank)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts along one dimension
+
+
+@batching_rule(aten.slice.Tensor)
+def slice_(
+    info: BatchInfo, in_dims: Dims, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Output:
+    """The batch dimension stays."""
+    bdim = in_dims[0]
+    return aten.slice.Tensor(x, physical_dim(dim, nonzero_rank(x), bdim), start, end, step), bdim
+
+
+@batching_rule(aten.narrow.default)
+def narrow(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, start: Any, length: Any) -> Output:
+    """The batch dimension stays."""
+    bdim = in_dims[0]
+    return x.narrow(physical_dim(dim, nonzero_rank(x), bdim), start, length), bdim
+
+
+@batching_rule(aten.unfold.default)
+def unfold(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, size: int, step: int) -> Output:
+    """The windows are a new dimension at the end."""
+    bdim = in_dims[0]
+    return x.unfold(physical_dim(dim, nonzero_rank(x), bdim), size, step), bdim
+
+
+def splitting(*ops: OpOverload) -> None:
+    """Operators ``op(x, how, dim=0)`` with a list of parts as output."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, splitting_rule(op), place=place)
+
+
+def splitting_rule(op: OpOverload) -> Callable[..., Output]:
+    """The rule of one of them."""
+
+    def split(info: BatchInfo, in_dims: Dims, x: Tensor, how: Any, dim: int = 0) -> Output:
+        bdim = in_dims[0]
+        outputs = tuple(op(x, how, physical_dim(dim, nonzero_rank(x), bdim)))
+        return outputs, (bdim,) * len(outputs)
+
+    return split
+
+
+splitting(
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
+    aten.chunk.default,
+    aten.unsafe_chunk.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing through a view, purely
+
+
+@batching_rule(aten.select_scatter.default)
+def select_scatter(info: BatchInfo, in_dims: Dims, x: Tensor, src: Tensor, dim: int, index: Any) -> Output:
+    """Both batched, in front."""
+    dim = wrap_dim(dim, logical_rank(x, in_dims[0])) + 1
+    x, src = (materialize(v, d, info.batch_size) for v, d in zip((x, src), in_dims))
+    return torch.select_scatter(x, src, dim, index), 0
+
+
+@batching_rule(aten.slice_scatter.default)
+def slice_scatter(
+    info: BatchInfo, in_dims: Dims, x: Tensor, src: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
+) -> Output:
+    """Both batched, in front."""
+    dim = wrap_dim(dim, logical_rank(x, in_dims[0])) + 1
+    x, src = (materialize(v, d, info.batch_size) for v, d in zip((x, src), in_dims))
+    return aten.slice_scatter.default(x, src, dim, start, end, step), 0
+
+
+@batching_rule(aten.diagonal_scatter.default)
+def diagonal_scatter(
+    info: BatchInfo, in_dims: Dims, x: Tensor, src: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> Output:
+    """Both batched, in front."""
+    rank = logical_rank(x, in_dims[0])
+    dim1, dim2 = wrap_dim(dim1, rank) + 1, wrap_dim(dim2, rank) + 1
+    x, src = (materialize(v, d, info.batch_size) for v, d in zip((x, src), in_dims))
+    return torch.diagonal_scatter(x, src, offset, dim1, dim2), 0
+
+
+def view_backward(*ops: OpOverload, dims: int = 1) -> None:
+    """``op(grad, input_sizes, dim, ...)``: zeros of ``input_sizes``, with the gradient in the view's place.
+
+    ``dims`` is the number of arguments that name a dimension; those of ``diagonal_backward`` follow its offset.
+    """
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, view_backward_rule(op, (2,) if dims == 1 else (3, 4)), place=place)
+
+
+def view_backward_rule(op: OpOverload, places: tuple[int, ...]) -> Callable[..., Output]:
+    """The rule of one of them."""
+
+    def backward(info: BatchInfo, in_dims: Dims, grad: Tensor, sizes: Any, *rest: Any) -> Output:
+        if len(sizes) == 0:
+            raise RuleDeclined("an example of rank 0 has no dimensions")
+        arguments = [to_front(grad, in_dims[0]), (info.batch_size, *sizes), *rest]
+        for place in places:
+            arguments[place] = wrap_dim(arguments[place], len(sizes)) + 1
+        return op(*arguments), 0
+
+    return backward
+
+
+view_backward(aten.select_backward.default, aten.slice_backward.default, aten.unfold_backward.default)
+view_backward(aten.diagonal_backward.default, dims=2)
