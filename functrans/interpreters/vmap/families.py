@@ -188,14 +188,20 @@ def elementwise_nary(
 
 
 def elementwise_expanded(op: OpOverload, positions: tuple[int, ...]) -> Callable[..., tuple[Any, Any]]:
-    """Kernels that do not broadcast: every tensor gets the full physical shape; equal dtypes are the kernel's."""
+    """Kernels that do not broadcast, or not always: every tensor gets the full physical shape."""
     several = len(op._schema.returns) > 1
 
     def expanded(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         full = list(args)
-        for place in positions:
-            if place < len(args) and isinstance(args[place], Tensor):
-                full[place] = materialize(args[place], in_dims[place], info.batch_size)
+        present = [place for place in positions if place < len(args) and isinstance(args[place], Tensor)]
+        for place in present:
+            full[place] = materialize(args[place], in_dims[place], info.batch_size)
+        first = full[present[0]]
+        for place in present[1:]:
+            if full[place].dim() != first.dim():
+                raise RuleDeclined(f"{op}: its tensors have different ranks")
+            if full[place].dtype is not first.dtype and first.dim() == 1:
+                raise RuleDeclined(f"{op}: 0-d tensors of different dtypes")
         output = op(*full, **kwargs)
         return output, same_dims(output, 0) if several else 0
 
@@ -262,10 +268,9 @@ def reduction_rule(op: OpOverload, dim_place: int, empty_means_all: bool) -> Cal
             raise RuleDeclined(f"{op}: only the reduced tensor may be batched")
         rank = logical_rank(x, bdim)
         dims = reduced_dims(arguments[dim_place], rank, empty_means_all)
-        if rank == 0:
+        if rank == 0 and (dims or empty_means_all or arguments[dim_place] is None):
             # Only dim 0 or -1 is left: the example is reduced as one of size 1, and keepdim keeps nothing.
-            x, bdim = x.unsqueeze(-1), 0
-            dims = (0,) if dims or empty_means_all else ()
+            x, bdim, dims = x.unsqueeze(-1), 0, (0,)
             if keepdim_is_keyword:
                 kwargs["keepdim"] = False
             elif keepdim_place is not None:
@@ -372,7 +377,12 @@ def along_dim_rule(op: OpOverload, dim_place: int | str) -> Callable[..., tuple[
             arguments[dim_place] = shifted
         output = op(*arguments, **kwargs)
         if rank == 0:
-            output = tuple(one.squeeze(-1) for one in output) if isinstance(output, tuple) else output.squeeze(-1)
+            several = isinstance(output, tuple)
+            outputs = output if several else (output,)
+            if any(one.shape[-1] != 1 for one in outputs):
+                raise RuleDeclined(f"{op}: a 0-d example becomes a vector")
+            outputs = tuple(one.squeeze(-1) for one in outputs)
+            output = outputs if several else outputs[0]
         return output, same_dims(output, bdim)
 
     return along
