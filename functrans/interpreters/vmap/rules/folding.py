@@ -41,6 +41,18 @@ def fold_channel_vector(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1])
 
 
+def empty_batch(op: OpOverload, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """A batch of no examples, for kernels that refuse it: the operator says on an example of zeros what it returns."""
+    example = list(args)
+    for k, bdim in enumerate(in_dims[: len(args)]):
+        if isinstance(args[k], Tensor) and bdim is not None:
+            example[k] = args[k].new_zeros([extent for d, extent in enumerate(args[k].shape) if d != bdim])
+    outputs = op(*example)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    batches = tuple(None if one is None else one.new_zeros([0, *one.shape]) for one in outputs)
+    return batches, tuple(None if one is None else 0 for one in batches)
+
+
 def fold_into_n(*ops: OpOverload, rank: int) -> None:
     """Operators whose tensors are all ``[N, ...]`` of rank ``rank``, or all of one rank less, without N."""
     place = caller_place()
