@@ -1,0 +1,332 @@
+"""Derivatives of the pointwise operators of two and three tensors.
+
+Every entry is pointwise: the table sums a cotangent down to its argument's shape and casts it to its dtype. An operand
+may also be a Python number. What happens at ties and poles follows PyTorch's derivatives table (``derivatives.yaml``).
+"""
+
+from __future__ import annotations
+
+import cmath
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.helpers import conj, times, where_or_zero
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+pointwise = partial(derivative, tangent="elementwise")
+
+LN2 = math.log(2)
+
+# ------------------------------------------------------------------------------------------- sums
+
+pointwise(aten.add.Tensor, self=lambda grad: grad, other=lambda grad, alpha: times(grad, conj(alpha)))
+pointwise(aten.add.Scalar, self=lambda grad: grad)
+pointwise(aten.sub.Tensor, self=lambda grad: grad, other=lambda grad, alpha: -times(grad, conj(alpha)))
+pointwise(aten.sub.Scalar, self=lambda grad: grad)
+pointwise(aten.rsub.Tensor, self=lambda grad, alpha: -times(grad, conj(alpha)), other=lambda grad: grad)
+pointwise(aten.rsub.Scalar, self=lambda grad, alpha: -times(grad, conj(alpha)))
+
+pointwise(
+    aten.lerp.Scalar,
+    self=lambda grad, weight: grad * (1 - conj(weight)),
+    end=lambda grad, weight: grad * conj(weight),
+)
+pointwise(
+    aten.lerp.Tensor,
+    self=lambda grad, weight: grad * conj(1 - weight),
+    end=lambda grad, weight: grad * conj(weight),
+    weight=lambda grad, self, end: grad * conj(end - self),
+)
+
+# ------------------------------------------------------------------------------------------- products
+
+pointwise(
+    aten.mul.Tensor,
+    self=lambda grad, other: grad * conj(other),
+    other=lambda grad, self: grad * conj(self),
+)
+pointwise(aten.mul.Scalar, self=lambda grad, other: grad * conj(other))
+
+pointwise(
+    aten.addcmul.default,
+    self=lambda grad: grad,
+    tensor1=lambda grad, tensor2, value: grad * conj(times(tensor2, value)),
+    tensor2=lambda grad, tensor1, value: grad * conj(times(tensor1, value)),
+)
+pointwise(
+    aten.addcdiv.default,
+    self=lambda grad: grad,
+    tensor1=lambda grad, tensor2, value: grad * conj(value / tensor2),
+    tensor2=lambda grad, tensor1, tensor2, value: -grad * conj(times(tensor1, value) / (tensor2 * tensor2)),
+)
+pointwise(
+    aten.ldexp.Tensor,
+    self=lambda grad, other: grad * conj(torch.pow(2, other)),
+    other=lambda grad, result: grad * conj(result) * LN2,
+)
+
+# ------------------------------------------------------------------------------------------- quotients
+
+pointwise(
+    aten.div.Tensor,
+    self=lambda grad, other: grad / conj(other),
+    other=lambda grad, other, result: -grad * conj(result / other),
+)
+pointwise(aten.div.Scalar, self=lambda grad, other: grad / conj(other))
+
+
+def rounded_div_self(grad: Tensor, other: Any, rounding_mode: str | None) -> Tensor:
+    return grad / conj(other) if rounding_mode is None else torch.zeros_like(grad)
+
+
+def rounded_div_other(grad: Tensor, self: Any, other: Any, rounding_mode: str | None) -> Tensor:
+    return -grad * conj(self / other / other) if rounding_mode is None else torch.zeros_like(grad)
+
+
+pointwise(aten.div.Tensor_mode, self=rounded_div_self, other=rounded_div_other)
+pointwise(aten.div.Scalar_mode, self=rounded_div_self)
+
+pointwise(
+    aten.fmod.Tensor,
+    self=lambda grad: grad,
+    other=lambda grad, self, other: -grad * torch.div(self, other, rounding_mode="trunc"),
+)
+pointwise(aten.fmod.Scalar, self=lambda grad: grad)
+pointwise(
+    aten.remainder.Tensor,
+    self=lambda grad: grad,
+    other=lambda grad, self, other: -grad * torch.div(self, other, rounding_mode="floor"),
+)
+pointwise(aten.remainder.Scalar, self=lambda grad: grad)
+pointwise(
+    aten.remainder.Scalar_Tensor,
+    other=lambda grad, self, other: -grad * torch.div(torch.full_like(other, self), other, rounding_mode="floor"),
+)
+
+# ------------------------------------------------------------------------------------------- powers
+
+
+def pow_base(grad: Tensor, self: Tensor, exponent: Any) -> Tensor:
+    """``p * x ** (p - 1)``, and 0 where ``p`` is 0 (also at ``x = 0``)."""
+    if isinstance(exponent, Tensor):
+        slope = grad * conj(exponent * self.pow(exponent - 1))
+        return where_or_zero(exponent != 0, slope)
+    if exponent == 0:
+        return torch.zeros_like(grad)
+    if exponent == 1:
+        return grad
+    if exponent == 2:
+        return grad * conj(2 * self)
+    return grad * conj(exponent * self.pow(exponent - 1))
+
+
+def pow_exponent(grad: Tensor, self: Any, exponent: Tensor, result: Tensor) -> Tensor:
+    """``result * log(x)``, and 0 where ``x`` is 0 and ``p`` is not negative."""
+    positive = (exponent.imag == 0) & (exponent.real >= 0) if exponent.dtype.is_complex else exponent >= 0
+    if isinstance(self, Tensor):
+        dtype = torch.result_type(self, exponent)
+        slope = grad * conj(result * self.to(dtype).log())
+        return where_or_zero(~((self == 0) & positive), slope)
+    if self == 0:
+        return where_or_zero(~positive, grad * conj(result * -math.inf))
+    if result.dtype.is_complex:
+        log = cmath.log(self)
+    else:
+        log = math.log(self) if self > 0 else math.nan
+    return grad * conj(result * log)
+
+
+pointwise(aten.pow.Tensor_Scalar, self=pow_base)
+pointwise(aten.pow.Tensor_Tensor, self=pow_base, exponent=pow_exponent)
+pointwise(aten.pow.Scalar, exponent=pow_exponent)
+
+# ------------------------------------------------------------------------------------------- logarithms
+
+pointwise(
+    aten.logaddexp.default,
+    self=lambda grad, self, other: grad / conj(1 + (other - self).exp()),
+    other=lambda grad, self, other: grad / conj(1 + (self - other).exp()),
+)
+pointwise(
+    aten.logaddexp2.default,
+    self=lambda grad, self, other: grad / (1 + (other - self).exp2()),
+    other=lambda grad, self, other: grad / (1 + (self - other).exp2()),
+)
+
+
+def xlogy_self(grad: Tensor, self: Tensor, other: Any) -> Tensor:
+    return torch.xlogy(grad, other).masked_fill((self == 0) & (other <= 0), 0)
+
+
+def xlog1py_self(grad: Tensor, self: Tensor, other: Any) -> Tensor:
+    return torch.special.xlog1py(grad, other).masked_fill((self == 0) & (other <= -1), 0)
+
+
+pointwise(aten.xlogy.Tensor, self=xlogy_self, other=lambda grad, self, other: grad * self / other)
+pointwise(aten.xlogy.Scalar_Self, other=lambda grad, self, other: grad * self / other)
+pointwise(
+    aten.special_xlog1py.default,
+    self=xlog1py_self,
+    other=lambda grad, self, other: grad * self / (other + 1),
+)
+pointwise(aten.special_xlog1py.self_scalar, other=lambda grad, self, other: grad * self / (other + 1))
+
+
+def xlogy_scalar_self(grad: Tensor, self: Tensor, other: float) -> Tensor:
+    slope = torch.xlogy(grad, other)
+    return slope if other > 0 else slope.masked_fill(self == 0, 0)
+
+
+def xlog1py_scalar_self(grad: Tensor, self: Tensor, other: float) -> Tensor:
+    slope = torch.special.xlog1py(grad, other)
+    return slope if other > -1 else slope.masked_fill(self == 0, 0)
+
+
+pointwise(aten.xlogy.Scalar_Other, self=xlogy_scalar_self)
+pointwise(aten.special_xlog1py.other_scalar, self=xlog1py_scalar_self)
+
+# the derivative by the first argument has no closed form, so only the overload without it has an entry
+pointwise(
+    aten.special_zeta.self_scalar,
+    other=lambda grad, self, other: grad * -self * torch.special.zeta(self + 1.0, other),
+)
+
+# ------------------------------------------------------------------------------------------- plane geometry
+
+pointwise(
+    aten.atan2.default,
+    self=lambda grad, self, other: grad * other * (self * self + other * other).reciprocal(),
+    other=lambda grad, self, other: grad * -self * (self * self + other * other).reciprocal(),
+)
+pointwise(
+    aten.hypot.default,
+    self=lambda grad, self, result: grad * (self / result),
+    other=lambda grad, other, result: grad * (other / result),
+)
+
+
+def copysign_self(grad: Tensor, self: Tensor, result: Tensor) -> Tensor:
+    return grad * (self.sgn() * result.sgn())
+
+
+pointwise(aten.copysign.Tensor, self=copysign_self, other=lambda grad: torch.zeros_like(grad))
+pointwise(aten.copysign.Scalar, self=copysign_self)
+
+
+def complex_tangent(real: Tensor, imag: Tensor, real_t: Tensor | None, imag_t: Tensor | None) -> Tensor:
+    return torch.complex(
+        torch.zeros_like(real) if real_t is None else real_t,
+        torch.zeros_like(imag) if imag_t is None else imag_t,
+    )
+
+
+derivative(
+    aten.complex.default,
+    broadcasts=True,
+    tangent=complex_tangent,
+    real=lambda grad: torch.real(grad),
+    imag=lambda grad: torch.imag(grad),
+)
+
+# ------------------------------------------------------------------------------------------- choices
+
+
+def all_half_or_none(grad: Tensor, self: Tensor, other: Tensor, none: Tensor) -> Tensor:
+    """``grad``; half of it at ties; nothing where ``none`` holds (so at NaN all of it, to both operands)."""
+    return torch.where(self == other, grad / 2, grad).masked_fill(none, 0)
+
+
+pointwise(
+    aten.maximum.default,
+    self=lambda grad, self, other: all_half_or_none(grad, self, other, self < other),
+    other=lambda grad, self, other: all_half_or_none(grad, self, other, self > other),
+)
+pointwise(
+    aten.minimum.default,
+    self=lambda grad, self, other: all_half_or_none(grad, self, other, self > other),
+    other=lambda grad, self, other: all_half_or_none(grad, self, other, self < other),
+)
+pointwise(
+    aten.fmax.default,
+    self=lambda grad, self, other: where_or_zero((self >= other) | other.isnan(), grad),
+    other=lambda grad, self, other: grad.masked_fill((self >= other) | other.isnan(), 0),
+)
+pointwise(
+    aten.fmin.default,
+    self=lambda grad, self, other: where_or_zero((self <= other) | other.isnan(), grad),
+    other=lambda grad, self, other: grad.masked_fill((self <= other) | other.isnan(), 0),
+)
+
+
+def where_tangent(condition: Tensor, result: Tensor, self_t: Tensor | None, other_t: Tensor | None) -> Tensor:
+    # one `where` for both tangents; a 0 in place of a missing one would not broadcast or promote as the operand does
+    zero = torch.zeros_like(result)
+    return torch.where(condition, zero if self_t is None else self_t, zero if other_t is None else other_t)
+
+
+derivative(
+    aten.where.self,
+    broadcasts=True,
+    tangent=where_tangent,
+    self=lambda grad, condition: torch.where(condition, grad, 0),
+    other=lambda grad, condition: torch.where(condition, 0, grad),
+)
+pointwise(aten.where.ScalarOther, self=lambda grad, condition: torch.where(condition, grad, 0))
+pointwise(aten.where.ScalarSelf, other=lambda grad, condition: torch.where(condition, 0, grad))
+
+# ------------------------------------------------------------------------------------------- clamps: all of it at the bound
+
+
+def clamp_self(grad: Tensor, self: Tensor, min: Any, max: Any) -> Tensor:
+    if min is None and max is None:
+        return grad
+    if min is None:
+        inside = self <= max
+    elif max is None:
+        inside = self >= min
+    else:
+        inside = (self >= min) & (self <= max)
+    return where_or_zero(inside, grad)
+
+
+def clamp_tensor_min(grad: Tensor, self: Tensor, min: Tensor, max: Tensor | None) -> Tensor:
+    below = self < min
+    return where_or_zero(below if max is None else below & (min < max), grad)
+
+
+def clamp_tensor_max(grad: Tensor, self: Tensor, min: Tensor | None, max: Tensor) -> Tensor:
+    above = self > max
+    return where_or_zero(above if min is None else above | (max < min), grad)
+
+
+pointwise(aten.clamp.default, self=clamp_self)
+pointwise(aten.clamp.Tensor, self=clamp_self, min=clamp_tensor_min, max=clamp_tensor_max)
+pointwise(aten.clamp_min.default, self=lambda grad, self, min: where_or_zero(self >= min, grad))
+pointwise(aten.clamp_max.default, self=lambda grad, self, max: where_or_zero(self <= max, grad))
+pointwise(
+    aten.clamp_min.Tensor,
+    self=lambda grad, self, min: where_or_zero(self >= min, grad),
+    min=lambda grad, self, min: where_or_zero(self < min, grad),
+)
+pointwise(
+    aten.clamp_max.Tensor,
+    self=lambda grad, self, max: where_or_zero(self <= max, grad),
+    max=lambda grad, self, max: where_or_zero(self > max, grad),
+)
+
+# ------------------------------------------------------------------------------------------- overwriting
+
+pointwise(aten.masked_fill.Scalar, self=lambda grad, mask: grad.masked_fill(mask, 0))
+pointwise(
+    aten.masked_fill.Tensor,
+    self=lambda grad, mask: grad.masked_fill(mask, 0),
+    value=lambda grad, mask: where_or_zero(mask, grad),
+)
+pointwise(aten.fill.Scalar, self=lambda grad: torch.zeros_like(grad))
+pointwise(aten.fill.Tensor, self=lambda grad: torch.zeros_like(grad), value=lambda grad: grad)
+pointwise(aten.copy.default, self=lambda grad: torch.zeros_like(grad), src=lambda grad: grad)

@@ -1,0 +1,216 @@
+"""Derivatives of the pointwise operators of one tensor.
+
+The formulas are those of the textbooks; what happens at kinks and poles follows PyTorch's derivatives table
+(``derivatives.yaml``).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.helpers import conj, where_or_zero
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+pointwise = partial(derivative, tangent="elementwise")
+
+LN2 = math.log(2)
+LN10 = math.log(10)
+TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
+
+# ------------------------------------------------------------------------------------------- constant pieces
+
+for op in (
+    aten.ceil.default,
+    aten.floor.default,
+    aten.round.default,
+    aten.round.decimals,
+    aten.trunc.default,
+    aten.sign.default,
+):
+    pointwise(op, self=lambda grad: torch.zeros_like(grad))
+
+for op in (aten.positive.default, aten.frac.default):
+    pointwise(op, self=lambda grad: grad)
+
+pointwise(aten.neg.default, self=lambda grad: -grad)
+pointwise(aten.deg2rad.default, self=lambda grad: torch.deg2rad(grad))
+pointwise(aten.rad2deg.default, self=lambda grad: torch.rad2deg(grad))
+
+# ------------------------------------------------------------------------------------------- powers, exp, log
+
+pointwise(aten.square.default, self=lambda grad, self: grad * (2 * conj(self)))
+pointwise(aten.reciprocal.default, self=lambda grad, result: -grad * conj(result * result))
+pointwise(aten.sqrt.default, self=lambda grad, result: grad / (2 * conj(result)))
+pointwise(aten.rsqrt.default, self=lambda grad, result: -0.5 * grad * conj(result.pow(3)))
+pointwise(aten.exp.default, self=lambda grad, result: grad * conj(result))
+pointwise(aten.exp2.default, self=lambda grad, result: grad * conj(result) * LN2)
+pointwise(aten.expm1.default, self=lambda grad, result: grad * (conj(result) + 1))
+pointwise(aten.log.default, self=lambda grad, self: grad / conj(self))
+pointwise(aten.log2.default, self=lambda grad, self: grad / (conj(self) * LN2))
+pointwise(aten.log10.default, self=lambda grad, self: grad / (conj(self) * LN10))
+pointwise(aten.log1p.default, self=lambda grad, self: grad / (conj(self) + 1))
+
+# ------------------------------------------------------------------------------------------- trigonometry
+
+pointwise(aten.sin.default, self=lambda grad, self: grad * conj(self.cos()))
+pointwise(aten.cos.default, self=lambda grad, self: grad * -conj(self.sin()))
+pointwise(aten.tan.default, self=lambda grad, result: grad * conj(1 + result * result))
+pointwise(aten.asin.default, self=lambda grad, self: grad * conj((1 - self * self).rsqrt()))
+pointwise(aten.acos.default, self=lambda grad, self: grad * -conj((1 - self * self).rsqrt()))
+pointwise(aten.atan.default, self=lambda grad, self: grad / conj(self * self + 1))
+pointwise(aten.sinh.default, self=lambda grad, self: grad * conj(self.cosh()))
+pointwise(aten.cosh.default, self=lambda grad, self: grad * conj(self.sinh()))
+pointwise(aten.tanh.default, self=lambda grad, result: aten.tanh_backward.default(grad, result))
+pointwise(aten.asinh.default, self=lambda grad, self: grad * conj((self * self + 1).rsqrt()))
+pointwise(aten.atanh.default, self=lambda grad, self: grad / conj(1 - self * self))
+
+pointwise(
+    aten.tanh_backward.default,
+    grad_output=lambda grad, output: aten.tanh_backward.default(grad, output),
+    output=lambda grad, grad_output, output: grad * conj(-2 * output * conj(grad_output)),
+)
+
+
+def acosh_self(grad: Tensor, self: Tensor) -> Tensor:
+    if self.dtype.is_complex:  # the product of roots keeps the branch that the root of the product would lose
+        return grad * conj((self + 1).rsqrt() * (self - 1).rsqrt())
+    return grad * (self * self - 1).rsqrt()
+
+
+pointwise(aten.acosh.default, self=acosh_self)
+
+
+def sinc_self(grad: Tensor, self: Tensor) -> Tensor:
+    """At 0 the Taylor series, so that higher derivatives are right there too."""
+    zero = self == 0
+    x = torch.where(zero, 1, self)
+    px = math.pi * x
+    outside = (px * px.cos() - px.sin()) / (px * x)
+    square = self * self
+    series = torch.zeros_like(self)
+    for k in range(6, 0, -1):
+        series = series * square + (-1) ** k * 2 * k * math.pi ** (2 * k) / math.factorial(2 * k + 1)
+    return grad * conj(torch.where(zero, series * self, outside))
+
+
+pointwise(aten.sinc.default, self=sinc_self)
+
+# ------------------------------------------------------------------------------------------- modulus and phase
+
+
+def abs_tangent(self: Tensor, self_t: Tensor) -> Tensor:
+    if self.dtype.is_complex:
+        return torch.real(conj(self_t) * self.sgn())
+    return self_t * self.sgn()
+
+
+derivative(aten.abs.default, tangent=abs_tangent, self=lambda grad, self: grad * self.sgn())
+
+
+def angle_self(grad: Tensor, self: Tensor) -> Tensor:
+    if not self.dtype.is_complex:
+        return torch.zeros_like(self)
+    return where_or_zero(self != 0, grad * self / self.abs().square() * 1j)
+
+
+def angle_tangent(self: Tensor, self_t: Tensor) -> Tensor:
+    if not self.dtype.is_complex:
+        return torch.zeros_like(self)
+    return torch.imag(where_or_zero(self != 0, self_t * conj(self) / self.abs().square()))
+
+
+derivative(aten.angle.default, tangent=angle_tangent, self=angle_self)
+
+
+def sgn_self(grad: Tensor, self: Tensor, result: Tensor) -> Tensor:
+    """Turning ``x / |x|``: only the part of ``grad`` across ``x`` counts. The map is its own adjoint."""
+    if not self.dtype.is_complex:
+        return torch.zeros_like(grad)
+    modulus = self.abs()
+    across = grad - torch.real(grad * conj(result)) * result
+    return (across / modulus).masked_fill(modulus == 0, 0)
+
+
+derivative(
+    aten.sgn.default,
+    tangent=lambda self, self_t, result: sgn_self(self_t, self, result),
+    self=sgn_self,
+)
+
+
+def frexp_self(grads: Any, results: Any) -> Tensor | None:
+    return None if grads[0] is None else grads[0] / results[1].exp2()
+
+
+derivative(
+    aten.frexp.Tensor,
+    tangent=lambda self_t, results: (self_t / results[1].exp2(), None),
+    self=frexp_self,
+)
+
+pointwise(aten.nan_to_num.default, self=lambda grad, self: where_or_zero(self.isfinite(), grad))
+
+# ------------------------------------------------------------------------------------------- special functions
+
+pointwise(aten.erf.default, self=lambda grad, self: TWO_OVER_SQRT_PI * (-self * self).exp() * grad)
+pointwise(aten.erfc.default, self=lambda grad, self: -TWO_OVER_SQRT_PI * (-self * self).exp() * grad)
+pointwise(aten.erfinv.default, self=lambda grad, result: (result * result).exp() * grad / TWO_OVER_SQRT_PI)
+pointwise(aten.special_erfcx.default, self=lambda grad, self, result: (2 * self * result - TWO_OVER_SQRT_PI) * grad)
+pointwise(
+    aten.special_ndtri.default,
+    self=lambda grad, result: grad * math.sqrt(2 * math.pi) * (result.square() / 2).exp(),
+)
+pointwise(
+    aten.special_log_ndtr.default,
+    self=lambda grad, self, result: grad / math.sqrt(2 * math.pi) * (-(result + self.square() / 2)).exp(),
+)
+pointwise(aten.special_entr.default, self=lambda grad, self: grad * (-1 - self.log()))
+pointwise(aten.lgamma.default, self=lambda grad, self: grad * torch.digamma(self))
+pointwise(aten.digamma.default, self=lambda grad, self: grad * torch.polygamma(1, self))
+pointwise(aten.polygamma.default, self=lambda grad, n, self: grad * torch.polygamma(n + 1, self))
+pointwise(aten.i0.default, self=lambda grad, self: grad * torch.special.i1(self))
+pointwise(
+    aten.special_i0e.default,
+    self=lambda grad, self, result: grad * (torch.special.i1e(self) - self.sgn() * result),
+)
+
+
+def mvlgamma_self(grad: Tensor, self: Tensor, p: int) -> Tensor:
+    halves = torch.arange(p, dtype=self.dtype, device=self.device) / 2
+    return grad * torch.digamma(self.unsqueeze(-1) - halves).sum(-1)
+
+
+pointwise(aten.mvlgamma.default, self=mvlgamma_self)
+
+
+def i1_self(grad: Tensor, self: Tensor, result: Tensor) -> Tensor:
+    """``i0(x) - i1(x) / x``, whose limit at 0 is 1/2."""
+    away = self.abs() > torch.finfo(self.dtype).eps
+    x = torch.where(away, self, torch.finfo(self.dtype).eps)
+    return grad * torch.where(away, torch.special.i0(x) - result / x, 0.5)
+
+
+def i1e_self(grad: Tensor, self: Tensor, result: Tensor) -> Tensor:
+    away = self.abs() > torch.finfo(self.dtype).eps
+    x = torch.where(away, self, torch.finfo(self.dtype).eps)
+    return grad * torch.where(away, torch.special.i0e(x) - result * (self.sgn() + x.reciprocal()), 0.5)
+
+
+pointwise(aten.special_i1.default, self=i1_self)
+pointwise(aten.special_i1e.default, self=i1e_self)
+
+
+def logit_self(grad: Tensor, self: Tensor, eps: float | None) -> Tensor:
+    slope = grad / (self * (1 - self))
+    if eps is None:
+        return torch.where((self >= 0) & (self <= 1), slope, math.nan)
+    return where_or_zero((self >= eps) & (self <= 1 - eps), slope)
+
+
+pointwise(aten.logit.default, self=logit_self)
