@@ -16,6 +16,7 @@ from functrans.interpreters.vmap.families import (
     flat_examples,
     same_dims,
 )
+from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
 
 aten = torch.ops.aten
@@ -480,22 +481,6 @@ def isin(
 
 # ---------------------------------------------------------------------------------------------------------------
 # Copies and casts: the memory format is the example's
-
-
-def in_memory_format(
-    run: Callable[..., Any], x: Tensor, bdim: int, memory_format: torch.memory_format | None
-) -> tuple[Any, Any]:
-    """``run(x, memory_format=...)`` so that each example comes out in the memory format."""
-    if memory_format is None or memory_format is torch.preserve_format:
-        return run(x, memory_format=torch.preserve_format), bdim
-    x = to_front(x, bdim)
-    if memory_format is torch.contiguous_format:
-        return run(x, memory_format=memory_format), 0
-    # Channels last wants the rank of an example: batches of images are one longer batch of images.
-    if x.dim() < 2:
-        raise RuleDeclined("channels_last needs a batch of images")
-    sizes = x.shape[:2]
-    return run(x.flatten(0, 1), memory_format=memory_format).unflatten(0, sizes), 0
 
 
 @batching_rule(aten.clone.default)

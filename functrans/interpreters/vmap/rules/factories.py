@@ -1,0 +1,90 @@
+"""New tensors made after the model of a batched one: each example gets storage of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.interpreters.vmap.families import RuleDeclined, argument_place
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, to_front
+from functrans.rules import caller_place
+
+aten = torch.ops.aten
+
+
+def in_memory_format(
+    run: Callable[..., Any], x: Tensor, bdim: int, memory_format: torch.memory_format | None
+) -> tuple[Any, Any]:
+    """``run(x, memory_format=...)`` so that each example comes out in the memory format."""
+    if memory_format is None or memory_format is torch.preserve_format:
+        return run(x, memory_format=torch.preserve_format), bdim
+    x = to_front(x, bdim)
+    if memory_format is torch.contiguous_format:
+        return run(x, memory_format=memory_format), 0
+    # Channels last wants the rank of an example: batches of images are one longer batch of images.
+    if x.dim() < 2:
+        raise RuleDeclined("channels_last needs a batch of images")
+    sizes = x.shape[:2]
+    return run(x.flatten(0, 1), memory_format=memory_format).unflatten(0, sizes), 0
+
+
+def factory_like(*ops: Any) -> None:
+    """``op(self, ..., memory_format=None)`` with the shape of ``self``."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, like_rule(op), place=place)
+
+
+def like_rule(op: Any) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one operator named ``..._like``."""
+
+    def like(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        memory_format = kwargs.pop("memory_format", None)
+
+        def run(y: Tensor, memory_format: torch.memory_format) -> Tensor:
+            return op(y, *args, memory_format=memory_format, **kwargs)
+
+        return in_memory_format(run, x, in_dims[0], memory_format)
+
+    return like
+
+
+def factory_new(*ops: Any) -> None:
+    """``op(self, size, ...)`` with a size of its own."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, new_rule(op), place=place)
+
+
+def new_rule(op: Any) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one operator named ``new_...``."""
+    size_place = argument_place(op, "size")
+    assert size_place is not None
+
+    def new(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        sized = list(args)
+        sized[size_place] = [info.batch_size, *args[size_place]]
+        return op(*sized, **kwargs), 0
+
+    return new
+
+
+factory_like(aten.empty_like.default, aten.full_like.default, aten.ones_like.default, aten.zeros_like.default)
+factory_new(aten.new_empty.default, aten.new_full.default, aten.new_ones.default, aten.new_zeros.default)
+
+
+@batching_rule(aten.new_empty_strided.default)
+def new_empty_strided(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, size: Sequence[int], stride: Sequence[int], **kwargs: Any
+) -> tuple[Any, Any]:
+    """The examples lie one behind the other, each with the strides asked for."""
+    extent = 1
+    for length, step in zip(size, stride):
+        if length == 0:
+            extent = 0
+            break
+        extent = extent + (length - 1) * step
+    return aten.new_empty_strided.default(x, [info.batch_size, *size], [extent, *stride], **kwargs), 0
