@@ -1,0 +1,376 @@
+"""The oracle over every operator of PyTorch's OpInfo database; the only module here that touches OpInfo.
+
+For an operator and one of its samples, a composition such as ``vmap(vjp)`` is run three times: by functrans, by
+torch.func, and by ``Plain``, which knows nothing but ``torch.autograd.grad`` and a Python loop. Batches have
+distinct rows, so that a rule that mixes rows cannot pass.
+
+    python tests/opinfo.py                                   # the table of all operators and compositions
+    python tests/opinfo.py --op linalg.svd --composition "vmap(vjp)" --all-samples
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compositions import COMPOSITIONS, make_case
+from plain import Plain, difference
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+ROWS = 3
+DEFAULT_SAMPLES = 4
+
+# Their values are whatever lay in memory: only shape and dtype can be compared.
+UNINITIALIZED = {
+    "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_", "resize_as_",
+}  # fmt: skip
+
+# Operators whose result is amplified rounding error. The value is the tolerance relative to the largest entry.
+ILL_CONDITIONED = {
+    "linalg.lstsq": 1e-6,  # cond(A)**2 in the derivative of the normal equations
+    "linalg.lstsq.grad_oriented": 1e-6,
+    "linalg.pinv.singular": 1e-5,  # products A @ B of random factors, derivative in pinv(A)**2
+}
+
+
+@dataclass
+class Result:
+    """What came of one operator, composition and sample."""
+
+    op: str
+    composition: str
+    sample: int
+    outcome: str  # match | refused (by torch.func: not counted) | error | wrong
+    detail: str = ""
+    looped: tuple[str, ...] = field(default_factory=tuple)
+
+
+# They read storage, not elements: which example a storage position belongs to is only clear with the batch in front.
+STORAGE = {"as_strided", "as_strided.partial_views", "as_strided_copy", "as_strided_scatter"}
+
+# One sample takes seconds.
+HEAVY = {"grid_sampler_3d": 1}
+
+
+class Problem:
+    """One sample of one operator, as functions of tensors."""
+
+    def __init__(self, op: Any, sample: Any, index: int) -> None:
+        self.op, self.sample, self.index = op, sample, index
+        flat, self.spec = tree_flatten((sample.input, sample.args, sample.kwargs))
+        self.flat = flat
+        self.places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
+        self.diff = [j for j, i in enumerate(self.places) if flat[i].requires_grad]
+        self.leaves = [flat[i].detach().clone() for i in self.places]
+        self.random = False
+        self.structure: Any = None
+        self.generator = torch.Generator().manual_seed(zlib.crc32(f"{op.full_name} {index}".encode()))
+        self.seed = 1234
+        self.out = self.eager(self.leaves)
+        self.eager_structure = self.structure
+        self.seed = 4321
+        again = self.eager(self.leaves)
+        self.seed = 1234
+        self.random = op.name not in UNINITIALIZED and bool(difference(again, self.out))
+        self.float_outputs = [i for i, o in enumerate(self.out) if o.is_floating_point() or o.is_complex()]
+
+    def eager(self, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        torch.manual_seed(self.seed)
+        return self.call(*(leaf.clone() for leaf in leaves))
+
+    def call(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        flat = list(self.flat)
+        for place, leaf in zip(self.places, leaves):
+            flat[place] = leaf
+        first, args, kwargs = tree_unflatten(flat, self.spec)
+        out = self.sample.output_process_fn_grad(self.op(first, *args, **kwargs))
+        leaves_out, self.structure = tree_flatten(out)
+        return tuple(leaf for leaf in leaves_out if isinstance(leaf, Tensor))
+
+    def split(self, leaves: list[Tensor]) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]:
+        """The differentiable leaves, and the operator as a function of them with floating outputs only."""
+
+        def f(*primals: Tensor) -> tuple[Tensor, ...]:
+            merged = list(leaves)
+            for j, primal in zip(self.diff, primals):
+                merged[j] = primal
+            out = self.call(*merged)
+            return tuple(out[i] for i in self.float_outputs)
+
+        return tuple(leaves[j] for j in self.diff), f
+
+    def random_like(self, tensors: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(t.shape, dtype=t.dtype, generator=self.generator) for t in tensors)
+
+    def rows(self) -> list[list[Tensor]]:
+        """``ROWS`` variants of the leaves for which the operator runs, as different as it allows."""
+        rows = [self.leaves]
+        for k in range(1, ROWS):
+            for recipe in RECIPES[k % 2 :] + RECIPES[: k % 2]:
+                with contextlib.suppress(Exception):
+                    candidate = [recipe(leaf, self.generator) for leaf in self.leaves]
+                    out = self.eager(candidate)
+                    if all(a.shape == b.shape for a, b in zip(out, self.out)) and all_finite_alike(out, self.out):
+                        rows.append(candidate)
+                        break
+            else:
+                rows.append([leaf.clone() for leaf in self.leaves])
+        return rows
+
+
+def scaled(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    if not leaf.is_floating_point() and not leaf.is_complex():
+        return leaf.clone()
+    return leaf * (1 + 0.04 * (torch.rand(leaf.shape, dtype=torch.float64, generator=generator) - 0.5))
+
+
+def shuffled(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    # Reversal in every dimension keeps value ranges, symmetry and positive definiteness.
+    return scaled(leaf.flip(tuple(range(leaf.dim()))), generator)
+
+
+def floats_shuffled(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    return shuffled(leaf, generator) if leaf.is_floating_point() else leaf.clone()
+
+
+def scaled_uniformly(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    if not leaf.is_floating_point() and not leaf.is_complex():
+        return leaf.clone()
+    return leaf * (1 + 0.04 * (torch.rand((), dtype=torch.float64, generator=generator) - 0.5))
+
+
+RECIPES = [shuffled, scaled, floats_shuffled, scaled_uniformly]
+
+
+def all_finite_alike(got: tuple[Tensor, ...], like: tuple[Tensor, ...]) -> bool:
+    """A variant that left the operator's domain (nan where the sample had none) tests little."""
+    return all(
+        bool(g.isfinite().all()) or not bool(x.isfinite().all())
+        for g, x in zip(got, like)
+        if g.is_floating_point() or g.is_complex()
+    )
+
+
+def differs(problem: Problem, got: Any, expected: Any) -> str:
+    if problem.op.name in UNINITIALIZED:
+        got, expected = (tree_map(lambda t: torch.zeros_like(t), tree) for tree in (got, expected))
+    return difference(got, expected, ILL_CONDITIONED.get(problem.op.full_name, 0.0))
+
+
+def attempt(case: Callable[[Any], Any], backend: Any) -> tuple[Any, Exception | None]:
+    try:
+        return case(backend), None
+    except Exception as error:  # noqa: BLE001 - whatever it raises is the outcome
+        return None, error
+
+
+def judge(problem: Problem, composition: str, mixed: bool, backend: Any) -> Result | None:
+    """Run one composition by all three and say who agrees with whom; None where there is nothing to run."""
+    case = make_case(problem, composition, mixed)
+    if case is None:
+        return None
+    name = problem.op.full_name
+    result = Result(name, composition, problem.index, "match")
+    expected, refusal = attempt(case, torch.func)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got, error = attempt(case, backend)
+    result.looped = tuple(sorted({str(w.message) for w in caught if "loop" in str(w.message)}))
+    if error is not None:
+        result.outcome = "refused" if refusal is not None else "error"
+        result.detail = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return result
+    # For one vmap the loop says what is right, whatever torch.func answers.
+    if composition in ("vmap", "vmap(vmap)"):
+        plain, failure = attempt(case, Plain)
+        if failure is None:
+            what = differs(problem, got, plain)
+            result.outcome = "wrong" if what else "match" if refusal is None else "refused"
+            result.detail = what and f"differs from the loop: {what}"
+            return result
+    if refusal is None:
+        what = differs(problem, got, expected)
+        if not what:
+            return result
+        plain, failure = attempt(case, Plain)
+        if failure is None and not differs(problem, got[0], plain[0]):
+            result.detail = "torch.func differs from plain autograd, functrans does not"
+            return result
+        result.outcome, result.detail = "wrong", f"differs from torch.func: {what}"
+        return result
+    result.outcome = "refused"
+    plain, failure = attempt(case, Plain)
+    if failure is None:
+        what = differs(problem, got[0], plain[0])
+        if what:
+            result.outcome, result.detail = "wrong", f"differs from plain autograd: {what}"
+    return result
+
+
+# ---- operators, samples, and the run
+
+
+def signature(sample: Any) -> tuple[Any, ...]:
+    """What makes one sample different from another: ranks, dtypes, sizes 0 and 1, and the other arguments."""
+    flat, spec = tree_flatten((sample.input, sample.args, sample.kwargs))
+    return (
+        str(spec),
+        tuple(
+            (leaf.dim(), leaf.dtype, 0 in leaf.shape, leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else (leaf if isinstance(leaf, bool | str | None) else type(leaf))
+            for leaf in flat
+        ),
+    )
+
+
+def choose(samples: list[Any], cap: int | None) -> list[tuple[int, Any]]:
+    """The first sample of every signature, in order, up to ``cap``; then the next ones."""
+    numbered = list(enumerate(samples))
+    if cap is None or len(numbered) <= cap:
+        return numbered
+    seen: set[Any] = set()
+    new, old = [], []
+    for i, sample in numbered:
+        key = signature(sample)
+        (old if key in seen else new).append((i, sample))
+        seen.add(key)
+    # spread over the list of signatures, which walks the optional arguments one by one
+    if len(new) > cap > 1:
+        new = [new[round(k * (len(new) - 1) / (cap - 1))] for k in range(cap)]
+    return (new + old)[:cap]
+
+
+def operators() -> dict[str, Any]:
+    """Every operator of the database that takes float64 and runs on the CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+    return {op.full_name: op for op in op_db if torch.float64 in op.dtypes and not op.name.startswith("jiterator")}
+
+
+def problems(op: Any, cap: int | None = DEFAULT_SAMPLES) -> Iterator[Problem]:
+    torch.manual_seed(zlib.crc32(op.full_name.encode()))
+    samples = list(op.sample_inputs("cpu", torch.float64, requires_grad=op.supports_autograd))
+    cap = min(cap or len(samples), HEAVY.get(op.full_name, len(samples)))
+    for index, sample in choose(samples, cap):
+        # A few samples only work on the storage they came with (as_strided beyond the view), and we run on copies.
+        try:
+            problem = Problem(op, sample, index)
+        except RuntimeError:
+            continue
+        yield problem
+
+
+def run_operator(
+    op: Any, backend: Any, compositions: tuple[str, ...] = COMPOSITIONS, cap: int | None = DEFAULT_SAMPLES
+) -> list[Result]:
+    torch.set_num_threads(1)
+    results = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for problem in problems(op, cap):
+            for composition in compositions:
+                variants = (False, True) if composition == "vmap" else (problem.index % 2 == 1,)
+                for mixed in (False,) if op.full_name in STORAGE else variants:
+                    result = judge(problem, composition, mixed, backend)
+                    if result is not None:
+                        results.append(result)
+    return results
+
+
+RANK = {"wrong": 3, "error": 2, "match": 1, "refused": 0}
+
+
+def worst(results: list[Result]) -> dict[tuple[str, str], Result]:
+    """One result per (operator, composition): the worst over its samples."""
+    pairs: dict[tuple[str, str], Result] = {}
+    for result in results:
+        key = (result.op, result.composition)
+        if key not in pairs or RANK[result.outcome] > RANK[pairs[key].outcome]:
+            pairs[key] = result
+    return pairs
+
+
+def _work(job: tuple[str, tuple[str, ...], int | None]) -> tuple[str, float, list[Result]]:
+    import functrans
+
+    name, compositions, cap = job
+    start = time.perf_counter()
+    results = run_operator(operators()[name], functrans, compositions, cap)
+    return name, time.perf_counter() - start, results
+
+
+def table(pairs: dict[tuple[str, str], Result]) -> str:
+    lines = [f"{'composition':14}{'match':>8}{'error':>8}{'wrong':>8}{'refused':>9}{'match of counted':>19}"]
+    for composition in COMPOSITIONS:
+        counts = Counter(r.outcome for (_, c), r in pairs.items() if c == composition)
+        counted = counts["match"] + counts["error"] + counts["wrong"]
+        if counted + counts["refused"]:
+            share = f"{100 * counts['match'] / counted:.1f} %" if counted else "-"
+            lines.append(
+                f"{composition:14}{counts['match']:8}{counts['error']:8}{counts['wrong']:8}"
+                f"{counts['refused']:9}{share:>19}"
+            )
+    counts = Counter(r.outcome for r in pairs.values())
+    counted = counts["match"] + counts["error"] + counts["wrong"]
+    lines.append(
+        f"{'all':14}{counts['match']:8}{counts['error']:8}{counts['wrong']:8}{counts['refused']:9}"
+        f"{100 * counts['match'] / max(counted, 1):17.1f} %"
+    )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="functrans against torch.func over OpInfo, float64")
+    parser.add_argument("--op", action="append", help="name of an operator (repeatable); default: all")
+    parser.add_argument("--composition", action="append", choices=COMPOSITIONS)
+    parser.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help="samples per operator")
+    parser.add_argument("--all-samples", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    names = options.op or list(operators())
+    compositions = tuple(options.composition or COMPOSITIONS)
+    cap = None if options.all_samples else options.samples
+    jobs = [(name, compositions, cap) for name in names]
+    results: list[Result] = []
+    times: dict[str, float] = {}
+    start = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(jobs))) as pool:
+        for name, seconds, found in pool.imap_unordered(_work, jobs):
+            results += found
+            times[name] = seconds
+    pairs = worst(results)
+    for outcome in ("wrong", "error"):
+        for (name, composition), result in sorted(pairs.items()):
+            if result.outcome == outcome:
+                print(f"{outcome}: {name} {composition} (sample {result.sample}): {result.detail}")
+    better = sorted({(r.op, r.composition) for r in results if r.outcome == "match" and r.detail})
+    print(f"\ntorch.func differs from plain autograd, functrans does not: {better or 'nowhere'}")
+    looped = defaultdict(set)
+    for result in results:
+        for message in result.looped:
+            looped[message.split(chr(10))[0][:150]].add(result.op)
+    for message, ops in sorted(looped.items()):
+        print(f"per-example loop: {message} [{', '.join(sorted(ops))}]")
+    slowest = sorted(times, key=times.__getitem__, reverse=True)[:10]
+    print("slowest:", ", ".join(f"{name} {times[name]:.1f} s" for name in slowest))
+    print(f"\n{table(pairs)}\n{len(results)} cases, {len(jobs)} operators, {time.perf_counter() - start:.0f} s")
+    return 1 if any(r.outcome == "wrong" for r in pairs.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The independent oracle: the transforms from ``torch.autograd.grad`` and a Python loop, and exact comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class Plain:
+    """The same three transforms from ``torch.autograd.grad`` and a loop: the independent oracle."""
+
+    @staticmethod
+    def vjp(f: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+        with torch.enable_grad():
+            inputs = tuple(p.clone() if p.requires_grad else p.detach().clone().requires_grad_() for p in primals)
+            # A function may write its argument: hand it a copy, and differentiate for the original.
+            outputs = f(*(p.clone() for p in inputs))
+
+        def pullback(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            pairs = [(o, c) for o, c in zip(outputs, cotangents) if o.requires_grad]
+            if not pairs:
+                return tuple(torch.zeros_like(p) for p in inputs)
+            outs, cots = zip(*pairs)
+            with torch.enable_grad():
+                return torch.autograd.grad(
+                    outs, inputs, cots, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+
+        return outputs, pullback
+
+    @staticmethod
+    def jvp(f: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        # J t as the derivative of u -> J^T u, which is linear in u.
+        flat_primals, spec = tree_flatten(primals)
+        flat_tangents = tree_flatten(tangents)[0]
+
+        def flat_f(*leaves: Tensor) -> Any:
+            return f(*tree_unflatten(list(leaves), spec))
+
+        outputs, pullback = Plain.vjp(flat_f, *flat_primals)
+        with torch.enable_grad():
+            probes = tuple(torch.zeros_like(o).requires_grad_() for o in outputs)
+            gradients = pullback(probes)
+            pairs = [(g, t) for g, t in zip(gradients, flat_tangents) if g.requires_grad]
+            if not pairs:
+                return outputs, tuple(torch.zeros_like(o) for o in outputs)
+            gs, ts = zip(*pairs)
+            return outputs, torch.autograd.grad(
+                gs, probes, ts, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+
+    @staticmethod
+    def vmap(f: Callable[..., Any], in_dims: Any = 0, randomness: str = "error") -> Callable[..., Any]:
+        def mapped(*args: Any) -> Any:
+            flat, spec = tree_flatten(args)
+            if isinstance(in_dims, int):
+                dims = [in_dims] * len(flat)
+            else:
+                dims = tree_flatten(in_dims, is_leaf=lambda d: d is None)[0]
+            size = next(a.shape[d] for a, d in zip(flat, dims) if d is not None)
+            state = torch.get_rng_state()
+            rows = []
+            for i in range(size):
+                torch.set_rng_state(state)
+                # A row of its own: as_strided looks at storage, and a write must reach the batch.
+                row = [a if d is None else a.select(d, i).clone() for a, d in zip(flat, dims)]
+                rows.append(f(*tree_unflatten(row, spec)))
+                for a, d, r in zip(flat, dims, row):
+                    if d is not None and r.shape == a.select(d, i).shape:
+                        a.select(d, i).copy_(r.detach())
+            columns = zip(*(tree_flatten(row)[0] for row in rows))
+            return tree_unflatten([torch.stack(column) for column in columns], tree_flatten(rows[0])[1])
+
+        return mapped
+
+
+def difference(got: Any, expected: Any, relative_to_largest: float = 0.0) -> str:
+    """Empty if equal in structure, type, dtype, shape and value; else what differs.
+
+    ``relative_to_largest``: compare with an absolute tolerance of that times the largest expected entry.
+    """
+    got_leaves, got_spec = tree_flatten(got)
+    expected_leaves, expected_spec = tree_flatten(expected)
+    if got_spec != expected_spec:
+        return f"structure {got_spec}, expected {expected_spec}"
+    for i, (g, e) in enumerate(zip(got_leaves, expected_leaves)):
+        if not isinstance(e, Tensor):
+            if type(g) is not type(e) or g != e:
+                return f"output {i} is {g!r}, expected {e!r}"
+            continue
+        if type(g) is not Tensor:
+            return f"output {i} is a {type(g).__name__}, expected a Tensor"
+        g, e = g.detach(), e.detach()
+        if g.shape != e.shape or g.dtype != e.dtype or g.layout != e.layout:
+            return f"output {i}: {g.dtype} {tuple(g.shape)}, expected {e.dtype} {tuple(e.shape)}"
+        tolerance: dict[str, Any] = {}
+        if relative_to_largest and e.numel():
+            tolerance = {"rtol": 0.0, "atol": relative_to_largest * max(1.0, float(e.abs().max()))}
+        try:
+            torch.testing.assert_close(g, e, equal_nan=True, **tolerance)
+        except AssertionError as error:
+            return f"output {i}: " + " ".join(str(error).split())
+    return ""
