@@ -1,0 +1,197 @@
+"""Derivatives of operators that read or write at places given by index tensors or masks.
+
+Reading is undone by adding at the same places, writing by reading there. No formula looks at the indices' values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.helpers import conj, times
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------------------------- x[indices]
+
+Indices = list[Tensor | None]
+
+
+def index_put_self(grad: Tensor, indices: Indices, accumulate: bool) -> Tensor:
+    return grad if accumulate else aten.index_put(grad, indices, grad.new_zeros(()))
+
+
+def index_put_values(grad: Tensor, indices: Indices) -> Tensor:
+    return aten.index(grad, indices)
+
+
+# The unsafe forms skip the check of the indices' range; they come from decompositions.
+for _op in (aten.index.Tensor, aten._unsafe_index.Tensor):
+    derivative(
+        _op,
+        tangent="linear",
+        self=lambda grad, self, indices: aten.index_put(grad.new_zeros(self.shape), indices, grad, True),
+    )
+for _op in (aten.index_put.default, aten._unsafe_index_put.default):
+    derivative(
+        _op,
+        tangent="linear",
+        broadcasts=True,  # values does
+        self=index_put_self,
+        values=index_put_values,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- along one dimension
+
+
+def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """The cotangent of what was scattered: ``source`` may be larger than ``index``, and its rest was not used."""
+    if index.numel() == 0:
+        return grad.new_zeros(source.shape)
+    read = grad.gather(dim, index)
+    if read.dim() != source.dim():
+        return read.reshape(source.shape)
+    if read.shape == source.shape:
+        return read
+    rest = [n for have, want in zip(reversed(read.shape), reversed(source.shape), strict=True) for n in (0, want - have)]
+    return aten.constant_pad_nd(read, rest)
+
+
+def selected(grad: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """The cotangent of ``source``, whose slices were put at ``index``."""
+    return grad.index_select(dim, index).reshape(source.shape)
+
+
+derivative(
+    aten.gather.default,
+    tangent="linear",
+    self=lambda grad, self, dim, index: grad.new_zeros(self.shape).scatter_add(dim, index, grad),
+)
+derivative(
+    aten.scatter.src,
+    tangent="linear",
+    self=lambda grad, dim, index: grad.scatter(dim, index, 0),
+    src=lambda grad, dim, index, src: gathered(grad, dim, index, src),
+)
+derivative(
+    aten.scatter.value,
+    tangent=lambda dim, index, self_t: self_t.scatter(dim, index, 0),
+    self=lambda grad, dim, index: grad.scatter(dim, index, 0),
+)
+derivative(
+    aten.scatter_add.default,
+    tangent="linear",
+    self=lambda grad: grad,
+    src=lambda grad, dim, index, src: gathered(grad, dim, index, src),
+)
+derivative(
+    aten.index_select.default,
+    tangent="linear",
+    self=lambda grad, self, dim, index: grad.new_zeros(self.shape).index_add(dim, index, grad),
+)
+
+
+def index_add_source(grad: Tensor, dim: int, index: Tensor, source: Tensor, alpha: Any) -> Tensor:
+    return times(selected(grad, dim, index, source), conj(alpha))
+
+
+derivative(aten.index_add.default, tangent="linear", self=lambda grad: grad, source=index_add_source)
+derivative(
+    aten.index_copy.default,
+    tangent="linear",
+    self=lambda grad, dim, index: grad.index_fill(dim, index, 0),
+    source=lambda grad, dim, index, source: selected(grad, dim, index, source),
+)
+derivative(
+    aten.index_fill.int_Scalar,
+    tangent=lambda dim, index, self_t: self_t.index_fill(dim, index, 0),
+    self=lambda grad, dim, index: grad.index_fill(dim, index, 0),
+)
+
+
+def index_fill_value(grad: Tensor, dim: int, index: Tensor) -> Tensor:
+    # An index that occurs twice fills its slice once.
+    filled = torch.zeros_like(grad, dtype=torch.bool).index_fill(dim, index, True)
+    return torch.where(filled, grad, 0).sum()
+
+
+derivative(
+    aten.index_fill.int_Tensor,
+    tangent="linear",
+    self=lambda grad, dim, index: grad.index_fill(dim, index, 0),
+    value=index_fill_value,
+)
+
+
+# ---------------------------------------------------------------------------------------------- flat positions
+
+derivative(
+    aten.take.default,
+    tangent="linear",
+    self=lambda grad, self, index: grad.new_zeros(self.shape).put(index, grad, accumulate=True),
+)
+derivative(
+    aten.put.default,
+    tangent="linear",
+    self=lambda grad, index, accumulate: grad if accumulate else grad.put(index, grad.new_zeros(index.shape)),
+    source=lambda grad, index, source: grad.take(index).reshape(source.shape),
+)
+
+
+# ---------------------------------------------------------------------------------------------- masks
+
+
+def masked_select_self(grad: Tensor, self: Tensor, mask: Tensor) -> Tensor:
+    return grad.new_zeros(torch.broadcast_shapes(self.shape, mask.shape)).masked_scatter(mask, grad)
+
+
+def masked_scatter_source(grad: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    # The k-th place where the mask is True took the k-th element of source. Added up, not selected: no shape may depend on
+    # the mask.
+    if source.numel() == 0:
+        return grad.new_zeros(source.shape)
+    place = mask.expand(grad.shape).flatten().cumsum(0).sub(1).clamp(0)
+    taken = torch.where(mask, grad, 0).flatten()
+    return grad.new_zeros(source.numel()).scatter_add(0, place, taken).reshape(source.shape)
+
+
+# broadcasts: self and mask do
+derivative(aten.masked_select.default, tangent="linear", broadcasts=True, self=masked_select_self)
+derivative(
+    aten.masked_scatter.default,
+    tangent="linear",
+    broadcasts=True,
+    self=lambda grad, mask: grad.masked_fill(mask, 0),
+    source=masked_scatter_source,
+)
+
+
+# ---------------------------------------------------------------------------------------------- embedding
+
+
+def embedding_weight(
+    grad: Tensor, weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    # sparse=True asks for a sparse gradient; ours is dense, which is the same value.
+    return aten.embedding_dense_backward(grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
+
+
+def embedding_backward_grad_output(
+    grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    read = aten.embedding(grad, indices)
+    if scale_grad_by_freq:
+        flat = indices.flatten()
+        count = grad.new_zeros(num_weights).index_add(0, flat, grad.new_ones(flat.shape))
+        read = read / aten.embedding(count.unsqueeze(-1), indices)
+    if padding_idx >= 0:
+        read = read.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    return read
+
+
+derivative(aten.embedding.default, tangent="linear", weight=embedding_weight)
+derivative(aten.embedding_dense_backward.default, tangent="linear", grad_output=embedding_backward_grad_output)

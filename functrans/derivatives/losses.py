@@ -1,0 +1,171 @@
+"""Derivatives of losses.
+
+Most losses are a pointwise function of input, target and weights, then a reduction. ``pointwise_loss`` takes the partial
+derivatives of the pointwise function alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.nn.functional import logsigmoid
+
+from functrans.derivatives.named import with_names
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+NONE, MEAN, SUM = 0, 1, 2
+
+Partial = Callable[..., Tensor]
+
+
+def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
+    """Add an entry for a loss: ``partials`` are the derivatives of one element, by argument.
+
+    Every partial takes the operator's arguments (without ``reduction``) by position.
+    """
+    names = [a.name for a in op._schema.arguments if a.name != "reduction"]
+
+    def shape_of(values: dict[str, Any]) -> torch.Size:
+        return torch.broadcast_shapes(*(v.shape for n in names if isinstance(v := values[n], Tensor)))
+
+    def reverse(partial: Partial) -> Callable[..., Any]:
+        def cotangent(v: dict[str, Any]) -> Tensor:
+            grad, slope = v["grad"], partial(*(v[n] for n in names))
+            if v["reduction"] != NONE:
+                shape = shape_of(v)
+                if v["reduction"] == MEAN:
+                    grad = grad / shape.numel()
+                if slope.shape != shape:
+                    grad = grad.expand(shape)
+            return grad * slope
+
+        return with_names(("grad", "reduction", *names), cotangent)
+
+    def tangent(v: dict[str, Any]) -> Tensor | None:
+        moved = None
+        for name, partial in partials.items():
+            if v[f"{name}_t"] is not None:
+                term = partial(*(v[n] for n in names)) * v[f"{name}_t"]
+                moved = term if moved is None else moved + term
+        if moved is None or v["reduction"] == NONE:
+            return moved
+        shape = shape_of(v)
+        if moved.shape != shape:
+            moved = moved.expand(shape)
+        return moved.mean() if v["reduction"] == MEAN else moved.sum()
+
+    derivative(
+        op,
+        tangent=with_names(("reduction", *names, *(f"{n}_t" for n in partials)), tangent),
+        broadcasts=True,
+        **{name: reverse(partial) for name, partial in partials.items()},
+    )
+
+
+def of_difference(op: OpOverload, slope: Callable[..., Tensor]) -> None:
+    """A loss of ``self - target``."""
+    pointwise_loss(
+        op,
+        self=lambda self, target, *options: slope(self - target, *options),
+        target=lambda self, target, *options: slope(target - self, *options),
+    )
+
+
+def smooth_l1_slope(difference: Tensor, beta: float) -> Tensor:
+    return difference.sign() if beta == 0 else (difference / beta).clamp(-1, 1)
+
+
+of_difference(aten.mse_loss.default, lambda difference: 2 * difference)
+of_difference(aten.smooth_l1_loss.default, smooth_l1_slope)
+of_difference(aten.huber_loss.default, lambda difference, delta: difference.clamp(-delta, delta))
+
+# log(1 + exp(-target self))
+pointwise_loss(
+    aten.soft_margin_loss.default,
+    self=lambda self, target: -target * torch.sigmoid(-target * self),
+    target=lambda self, target: -self * torch.sigmoid(-target * self),
+)
+
+
+# ---------------------------------------------------------------------------------------------- binary cross entropy
+
+
+def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight
+
+
+def bce_self(self: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    return weighted((self - target) / (self * (1 - self)).clamp(1e-12), weight)
+
+
+def bce_target(self: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    return weighted((-self).log1p().clamp(-100) - self.log().clamp(-100), weight)
+
+
+def bce_weight(self: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    return aten.binary_cross_entropy(self, target, None, NONE)
+
+
+pointwise_loss(aten.binary_cross_entropy.default, self=bce_self, target=bce_target, weight=bce_weight)
+
+
+# (1 - target) self - (1 + (pos_weight - 1) target) logsigmoid(self)
+
+
+def bce_logits_self(self: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
+    if pos_weight is None:
+        return weighted(self.sigmoid() - target, weight)
+    log_weight = 1 + (pos_weight - 1) * target
+    return weighted(1 - target - log_weight * (-self).sigmoid(), weight)
+
+
+def bce_logits_target(self: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> Tensor:
+    return weighted(-self if pos_weight is None else -self - (pos_weight - 1) * logsigmoid(self), weight)
+
+
+def bce_logits_weight(self: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor | None) -> Tensor:
+    return aten.binary_cross_entropy_with_logits(self, target, None, pos_weight, NONE)
+
+
+def bce_logits_pos_weight(self: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor) -> Tensor:
+    return weighted(-target * logsigmoid(self), weight)
+
+
+pointwise_loss(
+    aten.binary_cross_entropy_with_logits.default,
+    self=bce_logits_self,
+    target=bce_logits_target,
+    weight=bce_logits_weight,
+    pos_weight=bce_logits_pos_weight,
+)
+
+
+# ---------------------------------------------------------------------------------------------- negative log likelihood
+
+
+def nll_entries(forward: OpOverload, backward: OpOverload) -> None:
+    """Entries for an operator that is linear in ``self`` and for its transpose.
+
+    As in PyTorch, the class weights are constants.
+    """
+
+    def self_cotangent(grads, self, target, weight, reduction, ignore_index, results):
+        return backward(grads[0], self, target, weight, reduction, ignore_index, results[1])
+
+    def tangent(target, weight, reduction, ignore_index, self_t):
+        return forward(self_t, target, weight, reduction, ignore_index)[0], None
+
+    def grad_output(grad, target, weight, reduction, ignore_index):
+        return forward(grad, target, weight, reduction, ignore_index)[0]
+
+    derivative(forward, tangent=tangent, self=self_cotangent)
+    derivative(backward, tangent="linear", grad_output=grad_output)
+
+
+nll_entries(aten.nll_loss_forward.default, aten.nll_loss_backward.default)
+nll_entries(aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default)

@@ -1,0 +1,20 @@
+"""Formulas whose parameter names are computed: one function serves operators that differ only in their options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def with_names(names: Iterable[str], function: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    """A formula that asks for ``names`` and hands them to ``function`` as one dict."""
+    names = tuple(dict.fromkeys(names))
+
+    def formula(*args: Any, **kwargs: Any) -> Any:
+        return function(dict(zip(names, args, strict=False), **kwargs))
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    formula.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    formula.__name__ = function.__name__
+    return formula
