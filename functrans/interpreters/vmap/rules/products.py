@@ -1,0 +1,393 @@
+"""Batching rules of matrix products.
+
+A product of a batched and an unbatched operand is one large product: the batch joins the rows of the left operand or
+the columns of the right one, and the unbatched operand is neither copied nor expanded. Two batched operands are a
+``bmm``, or a multiplication where there is nothing to sum (the weight gradient of one example through a linear layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.nn.functional import bilinear as torch_bilinear
+from torch.nn.functional import linear as torch_linear
+
+from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
+from functrans.interpreters.vmap.rules.views import product
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+    wrap_dim,
+)
+from functrans.rules import caller_place
+
+aten = torch.ops.aten
+Dims = Sequence[Any]
+Output = tuple[Any, Any]
+
+# Up to this many rows, copying the other operand to fold its batch costs more than it saves.
+FEW_ROWS = 2
+
+
+def matmul_pair(x: Tensor, x_dim: int | None, y: Tensor, y_dim: int | None) -> Output:
+    """``matmul`` of examples of rank 1 or more, of which at least one operand is batched."""
+    if y_dim is None:
+        return matmul_rows(x, x_dim, y)  # type: ignore[arg-type]
+    if x_dim is None:
+        return matmul_columns(x, y, y_dim)
+    x, y = to_front(x, x_dim), to_front(y, y_dim)
+    x_rank, y_rank = x.dim() - 1, y.dim() - 1
+    if x_rank == 2 and y_rank == 2:
+        return matmul_each(x, y), 0
+    if y_rank == 1:
+        # A row times the transpose: kernels are slower for a single column.
+        y = y.unsqueeze(1)
+        if x_rank == 1:
+            return matmul_each(x.unsqueeze(1), y.mT).squeeze(2).squeeze(1), 0
+        if x_rank == 2:
+            return matmul_each(y, x.mT).squeeze(1), 0
+        return matmul_each(x, pad_rank(y.mT, 0, x_rank)).squeeze(-1), 0
+    if x_rank == 1:
+        return matmul_each(pad_rank(x, 0, y_rank), y).squeeze(-2), 0
+    return matmul_each(pad_rank(x, 0, y_rank), pad_rank(y, 0, x_rank)), 0
+
+
+def matmul_each(x: Tensor, y: Tensor) -> Tensor:
+    """Pairs of matrices; with nothing to sum, multiplication is faster."""
+    if x.shape[-1] == 1 and y.shape[-2] == 1 and x.dtype is y.dtype and x.dtype is not torch.bool:
+        return x * y
+    return torch.bmm(x, y) if x.dim() == 3 else torch.matmul(x, y)
+
+
+def matmul_rows(x: Tensor, x_dim: int, y: Tensor) -> Output:
+    """The batch joins the rows of ``x``."""
+    last = x.dim() - 1
+    if y.dim() <= 2:
+        if x_dim == last:
+            x, x_dim = to_front(x, x_dim), 0
+        # Only contiguous rows are folded into one product.
+        return torch.matmul(x if last == 1 or x.is_contiguous() else x.contiguous(), y), x_dim
+    if last == 1:
+        out = torch.matmul(to_front(x, x_dim), y)
+        return out, out.dim() - 2
+    x = x.movedim(x_dim, last - 2)
+    *lead, size, rows, inner = x.shape
+    out = torch.matmul(x.reshape(*lead, size * rows, inner), y).unflatten(-2, (size, rows))
+    return out, out.dim() - 3
+
+
+def matmul_columns(x: Tensor, y: Tensor, y_dim: int) -> Output:
+    """The batch joins the columns of ``y``."""
+    if y.dim() == 2:
+        out = torch.matmul(x, y if y_dim == 1 else y.t())
+        return out, out.dim() - 1
+    if y.dim() == 3 and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] <= FEW_ROWS)):
+        return torch.matmul(x, to_front(y, y_dim)), 0
+    y = y.movedim(y_dim, -2)
+    *lead, size, columns = y.shape
+    out = torch.matmul(x, y.reshape(*lead, size * columns)).unflatten(-1, (size, columns))
+    return out, out.dim() - 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Products alone
+
+
+@batching_rule(aten.matmul.default, aten.linalg_matmul.default)
+def matmul(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """Any ranks from 1 on."""
+    expect_ranks(in_dims, x, y)
+    return matmul_pair(x, in_dims[0], y, in_dims[1])
+
+
+@batching_rule(aten.mm.default)
+def mm(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """Two matrices."""
+    expect_ranks(in_dims, x, y, ranks=(2, 2))
+    return matmul_pair(x, in_dims[0], y, in_dims[1])
+
+
+@batching_rule(aten.mv.default)
+def mv(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """Matrix and vector."""
+    expect_ranks(in_dims, x, y, ranks=(2, 1))
+    return matmul_pair(x, in_dims[0], y, in_dims[1])
+
+
+@batching_rule(aten.dot.default)
+def dot(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """Two vectors."""
+    expect_ranks(in_dims, x, y, ranks=(1, 1))
+    return matmul_pair(x, in_dims[0], y, in_dims[1])
+
+
+@batching_rule(aten.vdot.default)
+def vdot(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """The left vector is conjugated."""
+    return dot(info, in_dims, x.conj() if x.is_complex() else x, y)
+
+
+@batching_rule(aten.bmm.default)
+def bmm(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """Unlike ``matmul``, nothing broadcasts."""
+    expect_ranks(in_dims, x, y, ranks=(3, 3))
+    expect_same_length(in_dims, x, y)
+    return matmul_pair(x, in_dims[0], y, in_dims[1])
+
+
+@batching_rule(aten.outer.default, aten.ger.default)
+def outer(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """A broadcast multiplication, which promotes."""
+    expect_ranks(in_dims, x, y, ranks=(1, 1))
+    return to_front(x, in_dims[0]).unsqueeze(-1) * to_front(y, in_dims[1]).unsqueeze(-2), 0
+
+
+def expect_ranks(in_dims: Dims, *tensors: Tensor, ranks: Sequence[int] | None = None) -> None:
+    """Decline examples that PyTorch refuses, although their batch would look right to it."""
+    for place, x in enumerate(tensors):
+        rank = x.dim() if in_dims[place] is None else x.dim() - 1
+        if rank != ranks[place] if ranks is not None else rank == 0:
+            raise RuleDeclined(f"operand {place} has rank {rank}")
+
+
+def expect_same_length(in_dims: Dims, x: Tensor, y: Tensor) -> None:
+    """The first dimension of the examples."""
+    x_place, y_place = (0 if d is None or d > 0 else 1 for d in in_dims[:2])
+    if x.shape[x_place] != y.shape[y_place]:
+        raise RuleDeclined("batch1 and batch2 differ in their first dimension")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Products and sums
+
+
+def add_product(addend: Tensor, addend_dim: int | None, out: Tensor, out_dim: int | None, beta: Any, alpha: Any) -> Output:
+    """``beta * addend + alpha * out``, where an addend with ``beta=0`` is not looked at."""
+    rank = logical_rank(out, out_dim)
+    if addend.dtype is not out.dtype or logical_rank(addend, addend_dim) > rank or out.dtype is torch.bool:
+        raise RuleDeclined("PyTorch refuses, or does not multiply")
+    if not out.is_floating_point() and not out.is_complex() and (isinstance(alpha, float) or isinstance(beta, float)):
+        raise RuleDeclined("a factor that is not integral")
+    out = to_front(out, out_dim)
+    addend = addend if addend_dim is None else pad_rank(addend, addend_dim, rank)
+    sizes = addend.shape[addend.dim() - min(rank, addend.dim()) :]
+    if any(a != 1 and a != b for a, b in zip(reversed(sizes), reversed(out.shape))):
+        raise RuleDeclined("the addend does not expand to the product")
+    if beta == 0:
+        out = out if alpha == 1 else out * alpha
+        return out, None if out_dim is None else 0
+    return torch.add(addend if beta == 1 else addend * beta, out, alpha=alpha), 0
+
+
+def adding(op: OpOverload, plain: Callable[[Tensor, Tensor], Tensor], multiply: Callable[..., Output]) -> None:
+    """``op(addend, x, y, *, beta, alpha)``: ``multiply`` is the rule of the product, ``plain`` itself unbatched."""
+
+    def add(
+        info: BatchInfo, in_dims: Dims, addend: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1
+    ) -> Output:
+        if in_dims[1] is None and in_dims[2] is None:
+            out, out_dim = plain(x, y), None
+        else:
+            out, out_dim = multiply(info, in_dims[1:], x, y)
+        return add_product(addend, in_dims[0], out, out_dim, beta, alpha)
+
+    BATCHING_RULES.add(op, add, place=caller_place())
+
+
+def sum_bmm(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of the products of pairs of matrices is one product of longer rows and columns."""
+    return torch.matmul(x.transpose(-3, -2).flatten(-2), y.flatten(-3, -2))
+
+
+def sum_bmm_rule(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """As above; the batch stays in front."""
+    expect_ranks(in_dims, x, y, ranks=(3, 3))
+    expect_same_length(in_dims, x, y)
+    x, y = to_front(x, in_dims[0]).transpose(-3, -2), to_front(y, in_dims[1])
+    # Sizes are multiplied out: flatten cannot infer them where the batch is empty.
+    x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    y = y.reshape(*y.shape[:-3], y.shape[-3] * y.shape[-2], y.shape[-1])
+    return matmul_pair(x, None if in_dims[0] is None else 0, y, None if in_dims[1] is None else 0)
+
+
+adding(aten.addmv.default, torch.mv, mv)
+adding(aten.addr.default, torch.outer, outer)
+adding(aten.baddbmm.default, torch.bmm, bmm)
+adding(aten.addbmm.default, sum_bmm, sum_bmm_rule)
+
+
+@batching_rule(aten.addmm.default)
+def addmm(
+    info: BatchInfo, in_dims: Dims, addend: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Output:
+    """One fused kernel where the addend is a row of the product, or both factors are batched."""
+    expect_ranks(in_dims[1:], x, y, ranks=(2, 2))
+    addend_dim, x_dim, y_dim = in_dims
+    rank = logical_rank(addend, addend_dim)
+    if x_dim is not None and y_dim is None and addend_dim is None and rank <= 1:
+        x = to_front(x, x_dim)
+        size, rows, inner = x.shape
+        out = torch.addmm(addend, x.reshape(size * rows, inner), y, beta=beta, alpha=alpha)
+        return out.unflatten(0, (size, rows)), 0
+    if x_dim is not None and y_dim is not None and rank <= 2:
+        addend = addend if addend_dim is None else pad_rank(addend, addend_dim, 2)
+        return torch.baddbmm(addend, to_front(x, x_dim), to_front(y, y_dim), beta=beta, alpha=alpha), 0
+    if x_dim is None and y_dim is None:
+        return add_product(addend, addend_dim, torch.mm(x, y), None, beta, alpha)
+    return add_product(addend, addend_dim, *matmul_pair(x, x_dim, y, y_dim), beta, alpha)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+@batching_rule(aten.linear.default)
+def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Output:
+    """The whole layer; a batched weight with an unbatched input is a layer with more outputs."""
+    x_dim, weight_dim = in_dims[0], in_dims[1]
+    bias_dim = None if bias is None else in_dims[2]
+    if weight_dim is None and bias_dim is None:
+        last = x.dim() - 1
+        if last == 0:
+            raise RuleDeclined("linear of a scalar")
+        if x_dim == last:
+            x, x_dim = to_front(x, x_dim), 0
+        if last > 1 and not x.is_contiguous():
+            x = x.contiguous()
+        return torch_linear(x, weight, bias), x_dim
+    if logical_rank(weight, weight_dim) != 2 or logical_rank(x, x_dim) == 0:
+        raise RuleDeclined("linear with a weight that is no matrix")
+    if bias is not None and logical_rank(bias, bias_dim) != 1:
+        raise RuleDeclined("linear with a bias that is no vector")
+    if weight_dim is None:
+        out = torch_linear(to_front(x, x_dim), weight)
+        return out + pad_rank(bias, bias_dim, logical_rank(x, x_dim)), 0  # type: ignore[arg-type]
+    weight = to_front(weight, weight_dim)
+    size, outputs, inputs = weight.shape
+    if x_dim is None:
+        folded = weight.reshape(size * outputs, inputs)
+        if bias_dim is None:
+            out = torch_linear(x, folded).unflatten(-1, (size, outputs))
+            return out if bias is None else out + bias, out.dim() - 2
+        bias = to_front(bias, bias_dim)  # type: ignore[arg-type]
+        if bias.shape[1] != outputs:
+            raise RuleDeclined("a bias that does not fit the weight")
+        out = torch_linear(x, folded, bias.reshape(size * outputs)).unflatten(-1, (size, outputs))
+        return out, out.dim() - 2
+    x = to_front(x, x_dim)
+    lead = x.shape[1:-1]
+    rows = x if len(lead) == 1 else x.reshape(size, product(lead), x.shape[-1])
+    if bias is None:
+        out = torch.bmm(rows, weight.mT)
+    else:
+        bias = bias if bias_dim is None else to_front(bias, bias_dim).unsqueeze(1)
+        out = torch.baddbmm(bias, rows, weight.mT)
+    return out if len(lead) == 1 else out.reshape(size, *lead, outputs), 0
+
+
+@batching_rule(aten.bilinear.default)
+def bilinear(
+    info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Output:
+    """A batched weight multiplies one input by a matrix product, and the other by a second one."""
+    weight_dim, bias_dim = in_dims[2], None if bias is None else in_dims[3]
+    x_rank, y_rank = (logical_rank(v, d) for v, d in zip((x, y), in_dims))
+    if x_rank != y_rank or x_rank == 0 or logical_rank(weight, weight_dim) != 3:
+        raise RuleDeclined("bilinear takes inputs of one rank")
+    x, y = (materialize(v, d, info.batch_size) for v, d in zip((x, y), in_dims))
+    if weight_dim is None:
+        if bias_dim is None:
+            return torch_bilinear(x, y, weight, bias), 0
+        out = torch_bilinear(x, y, weight)
+    else:
+        weight = to_front(weight, weight_dim)
+        size, outputs, inner, other = weight.shape
+        lead = x.shape[1:-1]
+        if y.shape[1:-1] != lead:
+            raise RuleDeclined("bilinear takes inputs of one shape")
+        rows = product(lead)
+        columns = weight.permute(0, 2, 1, 3).reshape(size, inner, outputs * other)
+        partial = torch.bmm(x.reshape(size, rows, inner), columns).reshape(size * rows, outputs, other)
+        out = torch.bmm(partial, y.reshape(size * rows, other, 1)).reshape(size, *lead, outputs)
+    if bias is not None:
+        out = out + (bias if bias_dim is None else pad_rank(bias, bias_dim, out.dim() - 1))
+    return out, 0
+
+
+@batching_rule(aten._trilinear.default)
+def trilinear(
+    info: BatchInfo,
+    in_dims: Dims,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> Output:
+    """Every dimension that is named counts in the expanded operands."""
+    operands = [materialize(v, d, info.batch_size) for v, d in zip((x, y, z), in_dims)]
+    rank = operands[0].dim() - 1 + len(expand1)
+    shifted = [[wrap_dim(d, rank) + 1 for d in dims] for dims in (expand1, expand2, expand3, sumdim)]
+    return aten._trilinear.default(*operands, *shifted, wrap_dim(unroll_dim, rank) + 1), 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pairs of vectors
+
+
+@batching_rule(aten.linalg_cross.default)
+def linalg_cross(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor, *, dim: int = -1) -> Output:
+    """Examples have one rank, and broadcast."""
+    x_rank, y_rank = (logical_rank(v, d) for v, d in zip((x, y), in_dims))
+    if x_rank != y_rank or x_rank == 0:
+        raise RuleDeclined("linalg.cross takes inputs of one rank")
+    x, y = (materialize(v, d, info.batch_size) for v, d in zip((x, y), in_dims))
+    return torch.linalg.cross(x, y, dim=wrap_dim(dim, x_rank) + 1), 0
+
+
+def distances(*ops: OpOverload) -> None:
+    """``op(x, y, ...)`` of matrices, with leading dimensions that broadcast."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, distances_rule(op), place=place)
+
+
+def distances_rule(op: OpOverload) -> Callable[..., Output]:
+    """The rule of one of them."""
+
+    def distance(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor, *args: Any) -> Output:
+        rank = max(logical_rank(v, d) for v, d in zip((x, y), in_dims))
+        if min(logical_rank(v, d) for v, d in zip((x, y), in_dims)) < 2:
+            raise RuleDeclined(f"{op} takes matrices")
+        x, y = (pad_rank(materialize(v, d, info.batch_size), 0, rank) for v, d in zip((x, y), in_dims))
+        return op(x, y, *args), 0
+
+    return distance
+
+
+distances(aten.cdist.default, aten._cdist_forward.default, aten._euclidean_dist.default)
+
+
+@batching_rule(aten._cdist_backward.default)
+def cdist_backward(
+    info: BatchInfo, in_dims: Dims, grad: Tensor, x: Tensor, y: Tensor, p: float, cdist: Tensor
+) -> Output:
+    """Every operand has the same leading dimensions."""
+    places = (0, 1, 2, 4)
+    given = (grad, x, y, p, cdist)
+    leads = {tuple(v.shape[1:-2]) for v in (materialize(given[k], in_dims[k], info.batch_size) for k in places)}
+    if len(leads) != 1:
+        raise RuleDeclined("leading dimensions that broadcast")
+    grad, x, y, cdist = (materialize(given[k], in_dims[k], info.batch_size).contiguous() for k in places)
+    return aten._cdist_backward.default(grad, x, y, p, cdist), 0
