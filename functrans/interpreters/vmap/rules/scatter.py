@@ -1,0 +1,184 @@
+"""Batching rules of ``gather``, ``scatter`` and the operators with one vector of positions along a dimension.
+
+A batched vector of positions is a ``gather`` or a ``scatter`` whose positions are expanded over the other dimensions:
+like the operators they stand for, these check that a position is inside its own example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+    wrap_dim,
+)
+from functrans.rules import caller_place
+
+aten = torch.ops.aten
+Dims = Sequence[Any]
+Output = tuple[Any, Any]
+
+
+def along_positions(*ops: OpOverload) -> None:
+    """``op(self, dim, index, src?, ...)``, all tensors of one rank: all batched, in front."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, along_positions_rule(op), place=place)
+
+
+def along_positions_rule(op: OpOverload) -> Callable[..., Output]:
+    """The rule of one of them; rank 0 is taken as rank 1, and undone in the output.
+
+    The output has the rank of the index for ``gather`` and of the tensor itself for ``scatter``.
+    """
+    positions = tensor_positions(op)
+    like = 2 if op is aten.gather.default else 0
+
+    def gather_or_scatter(info: BatchInfo, in_dims: Dims, *args: Any, **kwargs: Any) -> Output:
+        arguments = list(args)
+        ranks = {place: logical_rank(args[place], in_dims[place]) for place in positions}
+        rank = max(ranks.values())
+        if any(max(r, 1) != max(rank, 1) for r in ranks.values()):
+            raise RuleDeclined(f"{op} takes tensors of one rank")
+        for place in positions:
+            x = materialize(args[place], in_dims[place], info.batch_size)
+            arguments[place] = x.unsqueeze(-1) if ranks[place] == 0 else x
+        arguments[1] = wrap_dim(args[1], rank) + 1
+        out = op(*arguments, **kwargs)
+        return out.squeeze(-1) if ranks[like] == 0 else out, 0
+
+    return gather_or_scatter
+
+
+along_positions(
+    aten.gather.default,
+    aten.scatter.value,
+    aten.scatter.src,
+    aten.scatter.reduce,
+    aten.scatter.value_reduce,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One vector of positions
+
+
+@batching_rule(aten.index_select.default)
+def index_select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Tensor) -> Output:
+    """Batched positions of an unbatched tensor are one long vector of positions."""
+    x_dim, index_dim = in_dims[0], in_dims[2]
+    rank = logical_rank(x, x_dim)
+    dim = wrap_dim(dim, rank)
+    if rank == 0 or logical_rank(index, index_dim) > 1:
+        raise RuleDeclined("index_select of a scalar")
+    if index_dim is None:
+        return torch.index_select(to_front(x, x_dim), dim + 1, index), 0
+    index = vector(index, index_dim)
+    if x_dim is None:
+        out = torch.index_select(x, dim, index.reshape(index.shape[0] * index.shape[1]))
+        return out.unflatten(dim, index.shape), dim
+    x = to_front(x, x_dim)
+    return torch.gather(x, dim + 1, over_dims(index, x, dim + 1)), 0
+
+
+def vector(index: Tensor, bdim: int) -> Tensor:
+    """Batched positions as ``[B, n]``: a scalar is one position."""
+    return index.unsqueeze(1) if index.dim() == 1 else to_front(index, bdim)
+
+
+def over_dims(index: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Positions ``[B, n]`` expanded over all dimensions of ``x`` but ``dim``, without a copy."""
+    shape = list(x.shape)
+    shape[dim] = index.shape[1]
+    ones = [1] * x.dim()
+    ones[0], ones[dim] = index.shape
+    return index.long().view(ones).expand(shape)
+
+
+def writing_positions(*ops: OpOverload, scatter: Callable[..., Tensor]) -> None:
+    """``op(self, dim, index, source, ...)``; ``scatter`` does the same with expanded positions."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, writing_positions_rule(op, scatter), place=place)
+
+
+def writing_positions_rule(op: OpOverload, scatter: Callable[..., Tensor]) -> Callable[..., Output]:
+    """The rule of one of them."""
+
+    def write(
+        info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Tensor, source: Tensor, *args: Any, **kwargs: Any
+    ) -> Output:
+        size, index_dim = info.batch_size, in_dims[2]
+        rank = logical_rank(x, in_dims[0])
+        dim = wrap_dim(dim, rank) + 1
+        if logical_rank(source, in_dims[3]) != rank or logical_rank(index, index_dim) > 1:
+            raise RuleDeclined(f"{op} takes tensors of one rank, and a vector of positions")
+        x, source = materialize(x, in_dims[0], size), materialize(source, in_dims[3], size)
+        if rank == 0:
+            x, source = x.unsqueeze(1), source.unsqueeze(1)
+        if index_dim is None:
+            out = op(x, dim, index, source, *args, **kwargs)
+        else:
+            index = over_dims(vector(index, index_dim), x, dim)
+            if source.shape != index.shape or source.dtype is not x.dtype:
+                raise RuleDeclined(f"{op} takes a slice for each position")
+            out = scatter(x, dim, index, source, *args, **kwargs)
+        return out.squeeze(1) if rank == 0 else out, 0
+
+    return write
+
+
+def scatter_scaled(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:
+    """``index_add`` as ``scatter_add``."""
+    if x.dtype is torch.bool:
+        raise RuleDeclined("scatter_add of truth values is not index_add")
+    return torch.scatter_add(x, dim, index, source if alpha == 1 else source * alpha)
+
+
+def scatter_reduced(
+    x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """``index_reduce`` as ``scatter_reduce``."""
+    if reduce == "mean" and not x.is_floating_point():
+        raise RuleDeclined("the two may round integers in different ways")
+    return torch.scatter_reduce(x, dim, index, source, reduce, include_self=include_self)
+
+
+writing_positions(aten.index_add.default, scatter=scatter_scaled)
+writing_positions(aten.index_copy.default, scatter=torch.scatter)
+writing_positions(aten.index_reduce.default, scatter=scatter_reduced)
+
+
+@batching_rule(aten.index_fill.int_Scalar, aten.index_fill.int_Tensor)
+def index_fill(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Tensor, value: Any) -> Output:
+    """Negative positions count from the end, which ``scatter`` does not know."""
+    size, index_dim, value_dim = info.batch_size, in_dims[2], in_dims[3]
+    rank = logical_rank(x, in_dims[0])
+    dim = wrap_dim(dim, rank) + 1
+    if logical_rank(index, index_dim) > 1 or (isinstance(value, Tensor) and logical_rank(value, value_dim) > 0):
+        raise RuleDeclined("index_fill takes a vector of positions and a scalar")
+    x = materialize(x, in_dims[0], size)
+    x = x.unsqueeze(1) if rank == 0 else x
+    if index_dim is None and value_dim is None:
+        out = torch.index_fill(x, dim, index, value)
+    else:
+        index = vector(materialize(index, index_dim, size), 0)
+        index = over_dims(torch.where(index < 0, index + x.shape[dim], index), x, dim)
+        if isinstance(value, Tensor):
+            value = materialize(value, value_dim, size).to(x.dtype)
+            value = value.view(size, *[1] * (x.dim() - 1)).expand(index.shape)
+        out = torch.scatter(x, dim, index, value)
+    return out.squeeze(1) if rank == 0 else out, 0
