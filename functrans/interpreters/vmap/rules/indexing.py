@@ -208,20 +208,6 @@ def put(
 # Masks
 
 
-@batching_rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def masked_fill(info: BatchInfo, in_dims: Dims, x: Tensor, mask: Tensor, value: Any) -> Output:
-    """The value takes the dtype of what it is written to."""
-    x_dim, mask_dim, value_dim = in_dims
-    rank = max(logical_rank(x, x_dim), logical_rank(mask, mask_dim))
-    x = x if x_dim is None else pad_rank(x, x_dim, rank)
-    mask = mask if mask_dim is None else pad_rank(mask, mask_dim, rank)
-    if value_dim is None:
-        return torch.masked_fill(x, mask, value), None if x_dim is None and mask_dim is None else 0
-    if value.dim() != 1 or not torch.can_cast(value.dtype, x.dtype):
-        raise RuleDeclined("masked_fill takes a scalar that casts to the dtype of the tensor")
-    return torch.where(mask, pad_rank(value.to(x.dtype), 0, rank), x), 0
-
-
 @batching_rule(aten.masked_scatter.default)
 def masked_scatter(info: BatchInfo, in_dims: Dims, x: Tensor, mask: Tensor, source: Tensor) -> Output:
     """The k-th true place takes the k-th element of the source: k is a cumulative sum of the mask."""

@@ -346,16 +346,6 @@ def trilinear(
 # Pairs of vectors
 
 
-@batching_rule(aten.linalg_cross.default)
-def linalg_cross(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor, *, dim: int = -1) -> Output:
-    """Examples have one rank, and broadcast."""
-    x_rank, y_rank = (logical_rank(v, d) for v, d in zip((x, y), in_dims))
-    if x_rank != y_rank or x_rank == 0:
-        raise RuleDeclined("linalg.cross takes inputs of one rank")
-    x, y = (materialize(v, d, info.batch_size) for v, d in zip((x, y), in_dims))
-    return torch.linalg.cross(x, y, dim=wrap_dim(dim, x_rank) + 1), 0
-
-
 def distances(*ops: OpOverload) -> None:
     """``op(x, y, ...)`` of matrices, with leading dimensions that broadcast."""
     place = caller_place()

@@ -1,0 +1,189 @@
+"""Batching rules of embeddings, class labels and membership: values looked up by an integer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
+
+aten = torch.ops.aten
+Dims = Sequence[Any]
+Output = tuple[Any, Any]
+NONE, MEAN = 0, 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Embeddings
+
+
+@batching_rule(aten.embedding.default)
+def embedding(
+    info: BatchInfo,
+    in_dims: Dims,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: Any = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Output:
+    """``padding_idx`` and ``scale_grad_by_freq`` matter to a derivative one level down, so they are kept."""
+    weight_dim, indices_dim = in_dims[0], in_dims[1]
+    if logical_rank(weight, weight_dim) != 2:
+        raise RuleDeclined("embedding takes a matrix")
+    options = (padding_idx, scale_grad_by_freq, sparse)
+    if weight_dim is None:
+        if scale_grad_by_freq:
+            raise RuleDeclined("frequencies count within one example")
+        return aten.embedding.default(weight, indices, *options), indices_dim
+    if sparse:
+        raise RuleDeclined("a sparse gradient has the layout of the unbatched weight")
+    if indices_dim is None:
+        # The batch joins the columns.
+        weight = weight.movedim(weight_dim, 1)
+        rows, size, columns = weight.shape
+        out = aten.embedding.default(weight.reshape(rows, size * columns), indices, *options)
+        return out.unflatten(-1, (size, columns)), out.dim() - 1
+    if scale_grad_by_freq:
+        raise RuleDeclined("frequencies count within one example")
+    weight, indices = to_front(weight, weight_dim), to_front(indices, indices_dim)
+    flat = flat_examples(indices, 0).long()
+    out = weight.gather(1, flat.unsqueeze(2).expand(*flat.shape, weight.shape[2]))
+    if padding_idx >= 0:
+        # The row that takes no gradient is looked up by the operator itself.
+        padding = indices.new_full((1,), padding_idx)
+        row, _ = embedding(info, (0, None), weight, padding, padding_idx)
+        out = torch.where((flat == padding_idx).unsqueeze(2), row.movedim(1, 0), out)
+    return out.reshape(*indices.shape, weight.shape[2]), 0
+
+
+@batching_rule(aten.embedding_dense_backward.default)
+def embedding_dense_backward(
+    info: BatchInfo,
+    in_dims: Dims,
+    grad: Tensor,
+    indices: Tensor,
+    num_weights: Any,
+    padding_idx: Any,
+    scale_grad_by_freq: bool,
+) -> Output:
+    """With unbatched indices the batch joins the columns, else the rows: each example has its own."""
+    size = info.batch_size
+    if in_dims[1] is None:
+        grad = grad.movedim(in_dims[0], -2)
+        columns = grad.shape[-1]
+        grad = grad.reshape(*grad.shape[:-2], size * columns)
+        out = aten.embedding_dense_backward.default(grad, indices, num_weights, padding_idx, scale_grad_by_freq)
+        return out.unflatten(1, (size, columns)), 1
+    grad, indices = materialize(grad, in_dims[0], size), to_front(indices, in_dims[1])
+    if padding_idx >= 0:
+        grad = grad.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    first = torch.arange(size, device=indices.device).view(size, *[1] * (indices.dim() - 1)) * num_weights
+    out = aten.embedding_dense_backward.default(grad, indices + first, size * num_weights, -1, scale_grad_by_freq)
+    return out.unflatten(0, (size, num_weights)), 0
+
+
+@batching_rule(aten.one_hot.default)
+def one_hot(info: BatchInfo, in_dims: Dims, x: Tensor, num_classes: int = -1) -> Output:
+    """By ``scatter``, which refuses a class out of range."""
+    if num_classes <= 0 or x.dtype is not torch.int64:
+        raise RuleDeclined("the number of classes depends on the data")
+    zeros = x.new_zeros(()).expand(*x.shape, num_classes)
+    return torch.scatter(zeros, -1, x.unsqueeze(-1), 1), in_dims[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Negative log likelihood. The classes are the first dimension behind the batch of one example, if it has one.
+
+
+def class_weights(
+    info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Log-probabilities; targets with a class dimension, their weights, which are ignored; the place of the classes."""
+    x, target = materialize(x, in_dims[0], info.batch_size), materialize(target, in_dims[1], info.batch_size)
+    place = 1 if x.dim() == 2 else 2
+    if x.dim() > 2 and target.dim() != x.dim() - 1 or x.dim() == 2 and target.dim() > 2 or x.dim() < 2:
+        raise RuleDeclined("nll_loss: sizes of the input and target do not fit")
+    if x.dim() == 2 and target.dim() == 2:
+        raise RuleDeclined("nll_loss: one example with a vector of targets")
+    target = target.unsqueeze(place)
+    if target.shape[:place] != x.shape[:place] or target.shape[place + 1 :] != x.shape[place + 1 :]:
+        raise RuleDeclined("nll_loss: sizes of the input and target do not fit")
+    ignored = target == ignore_index
+    target = target.long().masked_fill(ignored, 0)
+    if weight is None:
+        scale = x.new_ones(()).expand(target.shape)
+    else:
+        weight = materialize(weight, in_dims[2], info.batch_size)
+        classes = [1] * x.dim()
+        classes[0], classes[place] = weight.shape
+        scale = weight.view(classes).expand(x.shape).gather(place, target)
+    return x, target, scale, ignored, place
+
+
+@batching_rule(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+def nll_loss_forward(
+    info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: Any
+) -> Output:
+    """The weighted sum of the targets' log-probabilities, and the total weight."""
+    x, target, scale, ignored, place = class_weights(info, in_dims, x, target, weight, ignore_index)
+    # An ignored target adds nothing, not even the nan of an infinite input.
+    scale = scale.masked_fill(ignored, 0)
+    losses = (-(x.gather(place, target) * scale)).masked_fill(ignored, 0)
+    if reduction == NONE and x.dim() > 2:
+        return (losses.squeeze(place), x.new_zeros(())), (0, None)
+    total, loss = flat_examples(scale, 0).sum(1), flat_examples(losses, 0).sum(1)
+    return (loss / total if reduction == MEAN else loss, total), (0, 0)
+
+
+@batching_rule(aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
+def nll_loss_backward(
+    info: BatchInfo,
+    in_dims: Dims,
+    grad: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: Any,
+    total_weight: Tensor,
+) -> Output:
+    """The gradient goes to the targets."""
+    x, target, scale, ignored, place = class_weights(info, in_dims[1:], x, target, weight, ignore_index)
+    grad = materialize(grad, in_dims[0], info.batch_size)
+    if reduction == NONE:
+        grad = grad.unsqueeze(place)
+    else:
+        if reduction == MEAN:
+            grad = grad / materialize(total_weight, in_dims[6], info.batch_size)
+        grad = pad_rank_right(grad, x.dim())
+    values = (-scale * grad).masked_fill(ignored, 0)
+    return torch.scatter(torch.zeros_like(x), place, target, values), 0
+
+
+def pad_rank_right(x: Tensor, rank: int) -> Tensor:
+    """Dimensions of size 1 at the end."""
+    return x.reshape(*x.shape, *[1] * (rank - x.dim()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Membership
+
+
+@batching_rule(aten.isin.Scalar_Tensor)
+def isin_scalar(
+    info: BatchInfo,
+    in_dims: Dims,
+    element: Any,
+    test_elements: Tensor,
+    *,
+    assume_unique: bool = False,
+    invert: bool = False,
+) -> Output:
+    """One number in the tests of each example."""
+    found = (flat_examples(test_elements, in_dims[1]) == element).any(1)
+    return ~found if invert else found, 0
