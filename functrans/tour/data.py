@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Digits(NamedTuple):
-    """Images of shape (examples, 1, 8, 8) with pixels in [-1, 1], and the digits that they show."""
+    """Images of shape (examples, 1, 8, 8) with pixels in [0, 4], and the digits that they show."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -43,7 +43,7 @@ def load_digits(seed: int) -> Digits:
     from sklearn.model_selection import train_test_split
 
     data = bundled()
-    images = torch.from_numpy(data.images).double().unsqueeze(1) / 8 - 1  # the pixels are whole numbers up to 16
+    images = torch.from_numpy(data.images).double().unsqueeze(1) / 4  # the pixels are whole numbers up to 16
     labels = torch.from_numpy(data.target).long()
     train, test = train_test_split(range(len(labels)), test_size=360, random_state=seed, stratify=data.target)
     return Digits(images[train], labels[train], images[test], labels[test])
