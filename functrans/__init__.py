@@ -1,0 +1,41 @@
+"""functrans: composable function transforms for PyTorch.
+
+``grad``, ``vmap``, ``jvp`` and everything made of them nest in any order. Each transform pushes an interpreter on a stack,
+wrapper tensors carry their level, and every operator walks down the stack.
+"""
+
+from functrans import derivatives, door
+from functrans.batching import vmap
+from functrans.derivatives.table import DERIVATIVES, derivative
+from functrans.errors import FunctransError
+from functrans.interpreters.vmap import rules
+from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
+from functrans.jacobians import hessian, jacfwd, jacrev
+from functrans.modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functrans.operators import facts
+from functrans.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
+
+derivatives.load()
+rules.load()
+for table in (DERIVATIVES, BATCHING_RULES):
+    table.on_change(lambda op: facts(op).plans.clear())
+
+__all__ = [
+    "FunctransError",
+    "batching_rule",
+    "derivative",
+    "functional_call",
+    "grad",
+    "grad_and_value",
+    "hessian",
+    "jacfwd",
+    "jacrev",
+    "jvp",
+    "replace_all_batch_norm_modules_",
+    "stack_module_state",
+    "value_and_grad",
+    "vjp",
+    "vmap",
+]
+
+__version__ = "0.1.0"

@@ -40,3 +40,167 @@ class DerivativeEntryError(FunctransError, ValueError):
 
     def __init__(self, op: Any, what: str) -> None:
         super().__init__(f"derivative({op}, ...): the entry {what}. Schema: {op._schema}")
+
+
+class DeadWrapperError(FunctransError):
+    """A tensor was used after the transform that it belongs to had ended.
+
+    Cure: return it from the transformed function (as an output, or as aux with has_aux=True) instead of storing it.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        i = wrapper.interpreter
+        super().__init__(
+            f"A tensor that belongs to {i.name} at level {i.level} was used after that transform had ended. "
+            f"It was made {made_where(wrapper)}. "
+            "Return it from the transformed function (has_aux=True for values beside the result) instead of storing it."
+        )
+
+
+def made_where(wrapper: Any) -> str:
+    """``at file:line`` of the user code that made a wrapper, or what is known instead."""
+    if wrapper.made_at is None:
+        return "when the transform wrapped its arguments"
+    code, lasti = wrapper.made_at
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if start <= lasti < end and number is not None:
+            line = number
+    return f"at {code.co_filename}:{line}, in {code.co_name}"
+
+
+class RequiresGradError(FunctransError):
+    """``requires_grad_()`` or ``nn.Parameter(...)`` inside a transform would start a graph that nothing follows.
+
+    Cure: pass the tensor as an argument of the function and differentiate with respect to it (argnums).
+    """
+
+    def __init__(self, transform: str) -> None:
+        super().__init__(
+            f"requires_grad was set on a tensor inside {transform} (torch.nn.Parameter(tensor) does this too). "
+            "Inside a transform gradients are taken with respect to the function's arguments: pass the tensor as an argument "
+            "and name it in argnums; to run a module with other weights use functrans.functional_call."
+        )
+
+
+class InsideTransformError(FunctransError):
+    """Something that has no meaning for a tensor that stands for many values or carries a derivative."""
+
+    def __init__(self, what: str, transform: str, cure: str) -> None:
+        super().__init__(f"{what} inside {transform} is not possible. Use {cure}.")
+
+
+class NoDataError(FunctransError):
+    """The numbers of a tensor were asked for that are batched, tracked or carry a tangent."""
+
+    def __init__(self, what: str, transform: str) -> None:
+        super().__init__(
+            f"{what} was called on a tensor inside {transform}, where it stands for more than its numbers. "
+            "Under grad and jvp call .detach() first; under vmap return the tensor and convert the result."
+        )
+
+
+class CapturedWriteError(FunctransError):
+    """A tensor from outside a transform was written with values of that transform.
+
+    Cure: pass the tensor as an argument, create it inside, or return the new values.
+    """
+
+    def __init__(self, op: Any, target: Any, interpreter: Any, level: int) -> None:
+        what = tuple(target.shape)
+        outer = f"level {level}" if level else "outside all transforms"
+        super().__init__(
+            f"{op} writes a tensor of shape {what} that was captured from {outer} with a value of "
+            f"{interpreter.name} at level {interpreter.level}; it cannot hold that value after the transform ends. "
+            "Pass the tensor as an argument of the transformed function, create it inside the function, or return the new value. "
+            "(Batch norm in training mode under vmap writes its running statistics so: see "
+            "functrans.replace_all_batch_norm_modules_.)"
+        )
+
+
+class CapturedOnceError(FunctransError):
+    """Under vmap, a write to a captured tensor would happen once instead of once per example.
+
+    Cure: make the write outside of vmap, or return what is to be added.
+    """
+
+    def __init__(self, op: Any, interpreter: Any) -> None:
+        super().__init__(
+            f"{op} updates a tensor that was captured from outside {interpreter.name}. A loop over the {interpreter.batch_size} "
+            "examples would update it each time, but under vmap the function runs once. "
+            "Update the tensor outside of vmap, or return the update from the function and reduce over the batch."
+        )
+
+
+class NoPureFormError(FunctransError):
+    """An operator writes to its arguments and has no form that returns the new values instead."""
+
+    def __init__(self, op: Any) -> None:
+        super().__init__(
+            f"{op} writes to its arguments and has no pure form, so it cannot run on tensors inside a transform. "
+            "Call an operator that returns its result, or register one: an overload with the same arguments that returns the new values "
+            "(for a custom operator `ns::f_`, define `ns::f`)."
+        )
+
+
+class WriteShapeError(FunctransError):
+    """An in-place operator's result does not have the shape of what it writes."""
+
+    def __init__(self, target: Any, new: Any) -> None:
+        super().__init__(
+            f"output with shape {list(target)} doesn't match the broadcast shape {list(new)}: an in-place operator keeps the shape of what it "
+            "writes. Use the form without the trailing underscore."
+        )
+
+
+class MissingRuleError(FunctransError, NotImplementedError):
+    """A transform has no rule for an operator and no other way to run it.
+
+    Cure: register a rule; the message shows the lines to paste.
+    """
+
+    def __init__(self, op: Any, interpreter: Any, why: str = "") -> None:
+        super().__init__(f"{interpreter.name} at level {interpreter.level} has no rule for {op}. {why}".rstrip())
+
+
+class ModifiedError(FunctransError):
+    """A value that a derivative needs was modified after the forward pass."""
+
+    def __init__(self, op: Any) -> None:
+        super().__init__(
+            f"A tensor that the derivative of {op} needs was modified in place after it was used. "
+            "Modify a clone() of it, or call the pullback before the modification."
+        )
+
+
+class DataDependentError(FunctransError):
+    """Under vmap, an operator's result would depend on the numbers of each example.
+
+    Cure: an expression whose shape and type are the same for every example, such as torch.where.
+    """
+
+    def __init__(self, op: Any, interpreter: Any, cure: str) -> None:
+        super().__init__(
+            f"{op} was called on a batched tensor inside {interpreter.name} at level {interpreter.level}; its result depends on the "
+            f"numbers of each of the {interpreter.batch_size} examples. Cure: {cure}."
+        )
+
+
+class CallError(FunctransError):
+    """A transform was called with something it cannot work with: shows the call, what came, what was expected, the cure."""
+
+    def __init__(self, call: str, got: str, expected: str, cure: str = "") -> None:
+        super().__init__(f"{call}: got {got}; expected {expected}." + (f" {cure}" if cure else ""))
+
+
+class CallValueError(CallError, ValueError):
+    """A CallError that torch.func raises as a ValueError."""
+
+
+def callable_name(func: Any) -> str:
+    """A function's name for messages."""
+    name = getattr(func, "__name__", None)
+    if name is not None:
+        return str(name)
+    inner = getattr(func, "func", None)
+    return f"partial({callable_name(inner)}, ...)" if inner is not None else type(func).__name__

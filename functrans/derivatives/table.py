@@ -69,6 +69,9 @@ class Derivative:
     broadcasts: bool = False
 
 
+#: The tangent of an operator that ``no_derivative`` declares constant.
+NO_TANGENT = "none"
+
 DERIVATIVES: RuleTable[Derivative] = RuleTable("derivative table")
 
 
@@ -102,7 +105,7 @@ def derivative(
     schema = op._schema
     arguments = tuple(a.name for a in schema.arguments)
     outputs = len(schema.returns)
-    one_list = outputs == 1 and "[]" in str(schema.returns[0].type)
+    one_list = outputs == 1 and "List[" in str(schema.returns[0].type)
     known = set(arguments) | ({"grads", "results"} if outputs > 1 or one_list else {"grad", "result"})
     needs = {}
     for name, formula in formulas.items():
@@ -124,3 +127,10 @@ def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str,
     if unknown:
         raise DerivativeEntryError(op, f"has a formula that asks for {unknown}; known names are {sorted(known)}")
     return names
+
+
+def no_derivative(*ops: OpOverload) -> None:
+    """Declare that no output of these operators depends differentiably on their arguments."""
+    for op in ops:
+        arguments = tuple(a.name for a in op._schema.arguments)
+        DERIVATIVES.add(op, Derivative(op, {}, NO_TANGENT, arguments, len(op._schema.returns)), place=caller_place())

@@ -1,0 +1,10 @@
+"""Batching rules, by family of operators."""
+
+import importlib
+import pkgutil
+
+
+def load() -> None:
+    """Import every module of this package; each registers its rules."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

@@ -12,7 +12,6 @@ from functrans.interpreters.vmap.families import (
     RuleDeclined,
     align,
     elementwise,
-    elementwise_binary,
     flat_examples,
     same_dims,
 )
@@ -194,7 +193,6 @@ elementwise(
     aten.greater.Scalar,
     aten.greater_equal.Scalar,
     aten.gt.Scalar,
-    aten.isin.Tensor_Scalar,
     aten.le.Scalar,
     aten.less.Scalar,
     aten.less_equal.Scalar,
@@ -288,6 +286,7 @@ elementwise(
     aten.igammac.default,
     aten.isclose.default,
     aten.lcm.default,
+    aten.ldexp.Tensor,
     aten.le.Tensor,
     aten.lerp.Scalar,
     aten.less.Tensor,
@@ -395,22 +394,15 @@ def log_sigmoid_backward(
     """As above; the kernel does not broadcast."""
     grad = materialize(grad, in_dims[0], info.batch_size)
     x = materialize(x, in_dims[1], info.batch_size)
-    if in_dims[2] is not None or buffer.dim() == x.dim() - 1:
+    if grad.dim() != x.dim():
+        raise RuleDeclined("log_sigmoid_backward: grad and self have different ranks")
+    if in_dims[2] is not None or buffer.shape == x.shape[1:]:
         buffer = materialize(buffer, in_dims[2], info.batch_size)
     return aten.log_sigmoid_backward.default(grad, x, buffer), 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Their own reasons
-
-
-@batching_rule(aten.ldexp.Tensor)
-def ldexp(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, exponent: Tensor) -> tuple[Any, Any]:
-    """``x * 2**exponent``; promoted in two steps, so a cast to one common dtype beforehand would be wrong."""
-    return multiply(info, in_dims, x, aten.pow.Scalar(2.0, exponent))
-
-
-multiply = elementwise_binary(aten.mul.Tensor)
 
 
 @batching_rule(aten.masked_fill.Tensor)
@@ -454,29 +446,6 @@ def copy(
 def written(x: Tensor, source: Tensor) -> Tensor:
     """A tensor of its own with the shape, dtype and device of ``x`` and the values of ``source``."""
     return source.to(device=x.device, dtype=x.dtype).expand(x.shape).clone(memory_format=torch.contiguous_format)
-
-
-@batching_rule(aten.isin.Tensor_Tensor)
-def isin(
-    info: BatchInfo,
-    in_dims: Sequence[Any],
-    elements: Tensor,
-    test_elements: Tensor,
-    *,
-    assume_unique: bool = False,
-    invert: bool = False,
-) -> tuple[Any, Any]:
-    """One set of test elements for all examples is the operator itself; else every pair is compared."""
-    if in_dims[1] is None:
-        found = aten.isin.Tensor_Tensor(elements, test_elements, assume_unique=assume_unique, invert=invert)
-        return found, in_dims[0]
-    if elements.dtype is not test_elements.dtype:
-        raise RuleDeclined("isin: promotion of the elements is left to the loop")
-    elements = materialize(elements, in_dims[0], info.batch_size)
-    tested = flat_examples(test_elements, in_dims[1])
-    tested = tested.view([tested.shape[0], *([1] * (elements.dim() - 1)), tested.shape[1]])
-    found = (elements.unsqueeze(-1) == tested).any(-1)
-    return (found.logical_not() if invert else found), 0
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def random_rule(
     """
     rule = RANDOM_RULES.get(op)
     if draws_nothing(op, args):
-        if rule is None or all_unbatched(in_dims):
+        if rule is None:
             raise RuleDeclined(f"{op}: nothing is random in this call")
         return undrawn(info, op, in_dims, args, kwargs)
     if rule is None and is_composite(op):
@@ -108,6 +108,9 @@ def undrawn(
     info: BatchInfo, op: OpOverload, in_dims: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Any, Any]:
     """An activation or dropout that is a fixed elementwise function in this call."""
+    if all_unbatched(in_dims):
+        output = op(*args, **kwargs)
+        return output, same_dims(output, None)
     full = list(args)
     for place in tensor_positions(op):
         full[place] = materialize(args[place], in_dims[place], info.batch_size)

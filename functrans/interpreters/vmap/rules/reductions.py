@@ -106,7 +106,7 @@ def arg_reduction(op: Any) -> Callable[..., tuple[Any, Any]]:
             return restore_rank(op(flat_examples(x, bdim), 1, False), rank if keepdim else 0), 0
         dim = wrap_dim(dim, rank)
         output = op(x, dim if dim < bdim else dim + 1, keepdim)
-        return output, bdim if keepdim or bdim < dim else bdim - 1
+        return output, bdim if keepdim else bdim - (dim < bdim)
 
     return argument
 
@@ -133,7 +133,7 @@ def aminmax(
         return tuple(restore_rank(one, rank if keepdim else 0) for one in both), (0, 0)
     dim = wrap_dim(dim, rank)
     output = aten.aminmax.default(x, dim=dim if dim < bdim else dim + 1, keepdim=keepdim)
-    return output, same_dims(output, bdim if keepdim or bdim < dim else bdim - 1)
+    return output, same_dims(output, bdim if keepdim else bdim - (dim < bdim))
 
 
 @batching_rule(aten.count_nonzero.default)

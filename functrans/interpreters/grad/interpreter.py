@@ -1,0 +1,402 @@
+"""Reverse mode: an interpreter that records a tape, and the walk back along it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.errors import ModifiedError
+from functrans.native import run_recorded
+from functrans.operators import Facts, facts
+from functrans.rules import RuleTable
+from functrans.stack import Interpreter, running_at
+from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
+from functrans.torch_private import OpOverload
+
+DIFFERENTIABLE = frozenset(
+    d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)
+)
+
+#: Operators that grad treats in a way of its own: rule(interpreter, op, values, kwargs) -> output of this level.
+GRAD_RULES: RuleTable[Callable[..., Any]] = RuleTable("grad rules")
+
+# A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
+Record = tuple[Any, Any, Any, Any]
+
+
+class GradInterpreter(Interpreter):
+    """Records what depends on the inputs; ``pull`` walks the tape backwards.
+
+    A tracked wrapper has a *slot*, the number under which its cotangent is accumulated.
+    """
+
+    kind = "grad"
+    payload = ("slot",)
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        self.tape: list[Record] = []
+        self.slots = 0
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return wrap(self, value)
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return wrapper.slot is None
+
+    def track(self, value: Tensor) -> WrapperTensor:
+        """A wrapper for ``value`` that the tape follows."""
+        wrapper = wrap(self, value)
+        self.slots += 1
+        wrapper.slot = self.slots
+        return wrapper
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        return everywhere or not recording
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        return "constant" if wrapper.slot is None else "tracked"
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        values: list[Any] = []
+        tracked: list[tuple[int, Any]] = []
+        for a in args:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                if a.slot is not None:
+                    tracked.append((len(values), a.slot))
+                values.append(a.value)
+            elif type(a) in (list, tuple):
+                slots = self._enter_list(a)
+                if slots is not None:
+                    inner, found = slots
+                    if found is not None:
+                        tracked.append((len(values), found))
+                    values.append(inner)
+                else:
+                    values.append(a)
+            else:
+                values.append(a)
+        if kwargs:
+            kwargs = self._enter_kwargs(op, kwargs, tracked)
+        if not tracked or not torch.is_grad_enabled():
+            method = GRAD_RULES.get(op) if not tracked else None
+            if method is not None:
+                return method(self, op, values, kwargs)
+            out = lower(self, op, values, kwargs)
+            return wrap(self, out) if type(out) is Tensor else map_tensors(self.constant, out)
+        known: Facts = op._functrans  # type: ignore[attr-defined]
+        method = known.plans.get(GradInterpreter)
+        if method is None:
+            method = known.plans[GradInterpreter] = choose_method(op, known)
+        return method(self, op, args, values, kwargs, tracked)
+
+    def _enter_list(self, items: Sequence[Any]) -> tuple[list[Any], list[int | None] | None] | None:
+        """Values and slots of a list of tensors; None if it holds no wrapper of this interpreter."""
+        values, slots, found, mine = [], [], False, False
+        for a in items:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                mine = True
+                values.append(a.value)
+                slots.append(a.slot)
+                found = found or a.slot is not None
+            else:
+                values.append(a)
+                slots.append(None)
+        return (values, slots if found else None) if mine else None
+
+    def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tracked: list[tuple[int, Any]]) -> dict[str, Any]:
+        entered = {}
+        for name, a in kwargs.items():
+            if type(a) is WrapperTensor and a.interpreter is self:
+                if a.slot is not None:
+                    tracked.append((facts(op).arguments.index(name), a.slot))
+                a = a.value
+            entered[name] = a
+        return entered
+
+    def output(self, value: Tensor) -> WrapperTensor:
+        """A tracked wrapper for an operator's output, or a constant if its dtype has no derivative."""
+        return self.track(value) if value.dtype in DIFFERENTIABLE else wrap(self, value)
+
+    def record(self, plan: Any, outs: Any, ins: Any, saved: Any) -> None:
+        self.tape.append((plan, outs, ins, saved))
+
+    def pull(self, cotangents: dict[int, Tensor], *, consume: bool) -> dict[int, Tensor]:
+        """Walk the tape backwards.
+
+        Args:
+            cotangents: by slot, the cotangents of the outputs.
+            consume: drop each record once it is used.
+
+        Returns:
+            by slot, the cotangents of the inputs.
+        """
+        tape = self.tape
+        for i in range(len(tape) - 1, -1, -1):
+            plan, outs, ins, saved = tape[i]
+            if consume:
+                tape[i] = None  # type: ignore[call-overload]
+            if type(outs) is int:
+                grad = cotangents.pop(outs, None)
+                if grad is None:
+                    continue
+            else:
+                grad = [None if o is None else cotangents.pop(o, None) for o in outs]
+                if all(g is None for g in grad):
+                    continue
+            for slot, cotangent in zip(ins, plan.pull(saved, grad), strict=True):
+                if cotangent is None:
+                    continue
+                if type(slot) is int:
+                    earlier = cotangents.get(slot)
+                    cotangents[slot] = cotangent if earlier is None else earlier + cotangent
+                else:
+                    for s, c in zip(slot, cotangent, strict=True):
+                        if s is not None and c is not None:
+                            earlier = cotangents.get(s)
+                            cotangents[s] = c if earlier is None else earlier + c
+        if consume:
+            tape.clear()
+        return cotangents
+
+    def before_write(self, target: Tensor) -> None:
+        for i, (plan, outs, ins, saved) in enumerate(self.tape):
+            self.tape[i] = (plan, outs, ins, plan.protect(saved, target))
+
+    def saved_versions(self) -> list[tuple[OpOverload, Tensor, int]]:
+        """What the tape refers to, with version counters, so that a later use can tell whether it was modified."""
+        found = []
+        for plan, _, _, saved in self.tape:
+            for x in plan.saved_tensors(saved):
+                if type(x) is WrapperTensor:
+                    found.append((plan.op, x, x.version))
+                elif not x.is_inference():
+                    found.append((plan.op, x, x._version))
+        return found
+
+
+def check_versions(versions: list[tuple[OpOverload, Tensor, int]]) -> None:
+    for op, x, version in versions:
+        if (x.version if type(x) is WrapperTensor else x._version) != version:
+            raise ModifiedError(op)
+
+
+# --- how an operator on tracked values is recorded ------------------------------------------------------------------
+
+
+def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
+    rule = GRAD_RULES.get(op)
+    if rule is not None:
+        return lambda self, op, args, values, kwargs, tracked: rule(self, op, values, kwargs)
+    entry = DERIVATIVES.get(op)
+    if entry is not None:
+        return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
+    if known.composite:
+        return decompose
+    return borrow
+
+
+def run_constant(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+    """Run an operator whose outputs do not depend differentiably on its arguments."""
+    return map_tensors(self.constant, lower(self, op, values, kwargs))
+
+
+def decompose(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+    """Run the pieces of a composite operator through this level again."""
+    with running_at(self):
+        return op.decompose(*args, **kwargs)
+
+
+class TableMethod:
+    """Records an operator by its entry in the derivative table."""
+
+    def __init__(self, entry: Derivative, known: Facts) -> None:
+        self.entry = entry
+        self.known = known
+        self.plans: dict[Any, TablePlan | None] = {}
+        tensors = [a for a in known.op._schema.arguments if "Tensor" in str(a.type)]
+        #: with one tensor argument nothing broadcasts and nothing is promoted
+        self.fixes = entry.pointwise and len(tensors) > 1
+
+    def __call__(self, self_: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+        key = tracked[0][0] if len(tracked) == 1 else tuple([p for p, _ in tracked])
+        try:
+            plan = self.plans[key]
+        except KeyError:
+            plan = self.plans[key] = self.make_plan([p for p, _ in tracked])
+        if plan is None:  # the table says nothing of some tracked argument
+            fallback = decompose if self.known.composite else borrow
+            return fallback(self_, op, args, values, kwargs, tracked)
+        out = lower(self_, op, values, kwargs)
+        if isinstance(out, Tensor):
+            if out.dtype not in DIFFERENTIABLE:
+                return wrap(self_, out)
+            wrapped: Any = wrap(self_, out)
+            self_.slots += 1
+            outs: Any = self_.slots
+            wrapped.slot = outs
+        else:
+            wrapped = map_tensors(self_.output, out)
+            outs = [w.slot if isinstance(w, Tensor) else None for w in wrapped]
+        saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in plan.saves]
+        if plan.saves_result:
+            saved.append(out)
+        if self.fixes:
+            shape, dtype = out.shape, out.dtype
+            for p, _ in tracked:
+                v = values[p]
+                saved.append(None if v.shape == shape and v.dtype is dtype else (v.shape, v.dtype))
+        self_.tape.append((plan, outs, [s for _, s in tracked], saved))
+        return wrapped
+
+    def default(self, i: int, kwargs: dict[str, Any]) -> Any:
+        name = self.known.arguments[i]
+        return kwargs.get(name, self.known.defaults[i])
+
+    def make_plan(self, positions: list[int]) -> TablePlan | None:
+        names = [self.known.arguments[p] for p in positions]
+        if any(n not in self.entry.formulas for n in names):
+            return None
+        return TablePlan(self.entry, self.known, names, self.fixes)
+
+
+class TablePlan:
+    """The formulas for one operator and one choice of tracked arguments, and what they need saved."""
+
+    def __init__(self, entry: Derivative, known: Facts, names: list[str], fixes: bool) -> None:
+        self.op = entry.op
+        needed: list[str] = []
+        for name in names:
+            for need in entry.needs[name]:
+                if need not in ("grad", "grads", "result", "results") and need not in needed:
+                    needed.append(need)
+        self.saves = [known.arguments.index(n) for n in needed]
+        self.saves_result = any(n in ("result", "results") for name in names for n in entry.needs[name])
+        place = {n: i for i, n in enumerate(needed)}
+        place.update(grad=-1, grads=-1, result=len(needed), results=len(needed))
+        self.steps = [(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
+        self.first_fix = len(needed) + self.saves_result if fixes else None
+
+    def pull(self, saved: list[Any], grad: Any) -> list[Any]:
+        found = [formula(*[grad if p < 0 else saved[p] for p in picks]) for formula, picks in self.steps]
+        if self.first_fix is not None:
+            for i, fix in enumerate(saved[self.first_fix :]):
+                if fix is not None and found[i] is not None:
+                    found[i] = reduce_to(found[i], *fix)
+        return found
+
+    def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
+        return [snapshot(s, target) for s in saved]
+
+    def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
+        return tensors_in(saved)
+
+
+def reduce_to(cotangent: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Undo broadcasting and type promotion of a pointwise operator's argument."""
+    if cotangent.shape != shape:
+        cotangent = cotangent.sum_to_size(shape)
+    if cotangent.dtype is not dtype:
+        if cotangent.dtype.is_complex and not dtype.is_complex:
+            cotangent = torch.real(cotangent)
+        cotangent = cotangent.to(dtype)
+    return cotangent
+
+
+def snapshot(x: Any, target: Tensor) -> Any:
+    """``x``, or a copy of it if it is ``target`` or shares its memory."""
+    if type(x) in (list, tuple):
+        return [snapshot(v, target) for v in x]
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        return x
+    if type(x) is WrapperTensor:
+        if x is not target:
+            return x
+        copy = x.interpreter.constant(x.value)
+        for name in x.interpreter.payload:
+            setattr(copy, name, getattr(x, name))
+        return copy
+    if type(target) is WrapperTensor or target.layout is not torch.strided:
+        return x
+    return x.clone() if x.untyped_storage()._cdata == target.untyped_storage()._cdata else x
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for v in values:
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif type(v) in (list, tuple):
+            found.extend(tensors_in(v))
+    return found
+
+
+def borrow(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+    """Record ``op`` by PyTorch's own derivative."""
+    wanted: list[int | None] = []
+
+    def number(a: Any) -> None:
+        if isinstance(a, Tensor):
+            mine = type(a) is WrapperTensor and a.interpreter is self
+            wanted.append(a.slot if mine else None)
+        elif type(a) in (list, tuple):
+            for v in a:
+                number(v)
+
+    for a in args:
+        number(a)
+    for name in kwargs:
+        position = facts(op).arguments.index(name)
+        slot = next((s for p, s in tracked if p == position), None)
+        if isinstance(kwargs[name], Tensor):
+            wanted.append(slot)
+    out, linked, pullback = run_recorded(self, op, values, kwargs, lambda i: wanted[i] is not None)
+    flags = iter(linked)
+    wrapped = map_tensors(lambda o: self.track(o) if next(flags) else self.constant(o), out)
+    outputs = [wrapped] if isinstance(wrapped, Tensor) else wrapped
+    if any(linked):
+        outs = [o.slot for o in outputs if isinstance(o, Tensor)]
+        saved = BorrowedPullback(pullback, tensors_in(values), [False])
+        self.record(BORROWED, outs, [w for w in wanted if w is not None], (op, saved))
+    return wrapped
+
+
+class BorrowedPullback:
+    """A pullback that PyTorch keeps, with what it was made from."""
+
+    def __init__(self, pullback: Callable[..., Any], inputs: list[Tensor], modified: list[bool]) -> None:
+        self.pullback = pullback
+        self.inputs = inputs
+        self.modified = modified
+
+
+class BorrowedPlan:
+    op = "an operator by PyTorch's derivative"
+
+    def pull(self, saved: tuple[OpOverload, BorrowedPullback], grad: Any) -> list[Any]:
+        op, kept = saved
+        if kept.modified[0]:
+            raise ModifiedError(op)
+        return kept.pullback(grad)
+
+    def protect(self, saved: tuple[OpOverload, BorrowedPullback], target: Tensor) -> Any:
+        kept = saved[1]
+        if any(snapshot(x, target) is not x for x in kept.inputs):
+            kept.modified[0] = True
+        return saved
+
+    def saved_tensors(self, saved: tuple[OpOverload, BorrowedPullback]) -> list[Tensor]:
+        return saved[1].inputs
+
+
+BORROWED = BorrowedPlan()
+
+
+@GRAD_RULES.register(torch.ops.aten.detach.default)
+def detach(self: GradInterpreter, op: OpOverload, values: Any, kwargs: Any) -> Any:
+    """The constant that ``detach`` makes, at this level and at every level below."""
+    return self.constant(lower(self, op, values, kwargs))

@@ -1,0 +1,317 @@
+"""Forward mode: an interpreter that carries a tangent beside each value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.interpreters.grad.interpreter import DIFFERENTIABLE, GradInterpreter
+from functrans.native import run_forward_mode
+from functrans.operators import Facts, facts
+from functrans.rules import RuleTable
+from functrans.stack import Interpreter, lowered, run_transformed, running_at
+from functrans.tensor import WrapperTensor, describe, lower, map_tensors, wrap
+from functrans.torch_private import OpOverload, is_forward_enabled
+
+aten = torch.ops.aten
+
+#: Operators that jvp treats in a way of its own: rule(interpreter, op, values, tangents, kwargs) -> output of this level.
+JVP_RULES: RuleTable[Callable[..., Any]] = RuleTable("jvp rules")
+
+
+class JvpInterpreter(Interpreter):
+    """Values with tangents; a tangent of None is a zero that is never computed with."""
+
+    kind = "jvp"
+    payload = ("tangent",)
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return wrap(self, value)
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return wrapper.tangent is None
+
+    def dual(self, value: Tensor, tangent: Tensor | None) -> WrapperTensor:
+        wrapper = wrap(self, value)
+        if tangent is not None and value.dtype in DIFFERENTIABLE:
+            wrapper.tangent = tangent
+        return wrapper
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        return "tangent=None" if wrapper.tangent is None else f"tangent={describe(wrapper.tangent, 2)}"
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        tangents: dict[Any, Any] = {}
+        values: list[Any] = []
+        for a in args:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                if a.tangent is not None:
+                    tangents[len(values)] = a.tangent
+                values.append(a.value)
+            elif type(a) in (list, tuple):
+                values.append(self._enter_list(a, len(values), tangents))
+            else:
+                values.append(a)
+        if kwargs:
+            entered = {}
+            for name, a in kwargs.items():
+                if type(a) is WrapperTensor and a.interpreter is self:
+                    if a.tangent is not None:
+                        tangents[facts(op).arguments.index(name)] = a.tangent
+                    a = a.value
+                entered[name] = a
+            kwargs_below = entered
+        else:
+            kwargs_below = kwargs
+        if not tangents or not is_forward_enabled():
+            out = lower(self, op, values, kwargs_below)
+            return map_tensors(self.constant, out)
+        known: Facts = op._functrans  # type: ignore[attr-defined]
+        method = known.plans.get(JvpInterpreter)
+        if method is None:
+            method = known.plans[JvpInterpreter] = choose_method(op, known)
+        if method is decompose:
+            return decompose(self, op, args, kwargs)
+        return method(self, op, values, kwargs_below, tangents)
+
+    def _enter_list(self, items: Any, position: int, tangents: dict[Any, Any]) -> Any:
+        values, found, mine = [], [], False
+        for a in items:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                mine = True
+                values.append(a.value)
+                found.append(a.tangent)
+            else:
+                values.append(a)
+                found.append(None)
+        if not mine:
+            return items
+        if any(t is not None for t in found):
+            tangents[position] = found
+        return values
+
+
+def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
+    rule = JVP_RULES.get(op)
+    if rule is not None:
+        return rule
+    entry = DERIVATIVES.get(op)
+    if entry is not None and entry.tangent == NO_TANGENT:
+        return run_constant
+    if entry is not None and entry.tangent is not None:
+        return TableMethod(entry, known)
+    return decompose if known.composite else borrow
+
+
+def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
+    """Run an operator whose outputs do not depend differentiably on its arguments."""
+    return map_tensors(self.constant, lower(self, op, values, kwargs))
+
+
+def decompose(self: JvpInterpreter, op: OpOverload, args: Any, kwargs: Any) -> Any:
+    """Run the pieces of a composite operator through this level again."""
+    with running_at(self):
+        return op.decompose(*args, **kwargs)
+
+
+def with_tangents(self: JvpInterpreter, out: Any, tangents: Any) -> Any:
+    """An operator's output as wrappers of this level."""
+    if isinstance(out, Tensor):
+        return self.dual(out, tangents)
+    pairs = [
+        self.dual(o, t) if isinstance(o, Tensor) else o
+        for o, t in zip(out, tangents if tangents is not None else [None] * len(out), strict=True)
+    ]
+    return pairs if type(out) is list else tuple(pairs)
+
+
+class TableMethod:
+    """Runs an operator and its tangent by its entry in the derivative table."""
+
+    def __init__(self, entry: Derivative, known: Facts) -> None:
+        self.entry = entry
+        self.known = known
+        kind = entry.tangent
+        self.tangent: Callable[..., Any] = {
+            "elementwise": self.elementwise, "linear": self.linear, "multilinear": self.multilinear,
+        }.get(kind, self.formula)  # type: ignore[arg-type]  # fmt: skip
+
+    def __call__(self, interpreter: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
+        if self.entry.tangent == "elementwise" and any(self.known.arguments[p] not in self.entry.formulas for p in tangents):
+            return borrow(interpreter, op, values, kwargs, tangents)
+        out = lower(interpreter, op, values, kwargs)
+        with lowered(interpreter):
+            found = self.tangent(values, kwargs, tangents, out)
+        return with_tangents(interpreter, out, found)
+
+    def named(self, name: str, values: Any, kwargs: Any) -> Any:
+        i = self.known.arguments.index(name)
+        return values[i] if i < len(values) else kwargs.get(name, self.known.defaults[i])
+
+    def elementwise(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+        total: Any = None
+        for position, t in tangents.items():
+            name = self.known.arguments[position]
+            given = t.conj() if t.is_complex() else t
+            picked = [
+                given if n == "grad" else out if n == "result" else self.named(n, values, kwargs)
+                for n in self.entry.needs[name]
+            ]
+            part = self.entry.formulas[name](*picked)
+            if part is None:
+                continue
+            if part.is_complex():
+                part = part.conj()
+            total = part if total is None else total + part
+        if total is None:
+            return None
+        if total.shape != out.shape:
+            total = total.expand(out.shape)
+        if total.dtype is not out.dtype:
+            if total.is_complex() and not out.is_complex():
+                total = torch.real(total)
+            total = total.to(out.dtype)
+        return total
+
+    def linear(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+        given = list(values)
+        kwargs = dict(kwargs)
+        names = self.known.arguments
+        for i, name in enumerate(names):
+            if name not in self.entry.formulas:
+                continue
+            t = tangents.get(i)
+            value = self.named(name, values, kwargs)
+            if isinstance(value, list | tuple):
+                t = [_or_zero(p, v) for p, v in zip(t or [None] * len(value), value, strict=True)]
+            elif isinstance(value, Tensor):
+                t = _or_zero(t, value)
+            elif value is not None:
+                t = 0
+            if i < len(given):
+                given[i] = t
+            elif value is not None:
+                kwargs[name] = t
+        return self.entry.op(*given, **kwargs)
+
+    def multilinear(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+        total: Any = None
+        for position, t in tangents.items():
+            given = list(values)
+            if position >= len(given):
+                part = self.entry.op(*given, **{**kwargs, self.known.arguments[position]: t})
+            else:
+                given[position] = t
+                part = self.entry.op(*given, **kwargs)
+            total = part if total is None else total + part
+        return total
+
+    def formula(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+        picked = []
+        for name in self.entry.needs["tangent"]:
+            if name in ("result", "results"):
+                picked.append(out)
+            elif name.endswith("_t") and name[:-2] in self.known.arguments:
+                picked.append(tangents.get(self.known.arguments.index(name[:-2])))
+            else:
+                picked.append(self.named(name, values, kwargs))
+        return self.entry.tangent(*picked)  # type: ignore[operator, misc]
+
+
+def _or_zero(tangent: Tensor | None, value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if tangent is None else tangent
+
+
+def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
+    """Run ``op`` with PyTorch's forward-mode formula, or, where it has none, with its reverse formula twice."""
+    flat: dict[int, Tensor] = {}
+    count = 0
+
+    def number(a: Any, tangent: Any) -> None:
+        nonlocal count
+        if isinstance(a, Tensor):
+            if tangent is not None:
+                flat[count] = tangent
+            count += 1
+        elif type(a) in (list, tuple):
+            for i, v in enumerate(a):
+                number(v, None if tangent is None else tangent[i])
+
+    for i, a in enumerate(values):
+        number(a, tangents.get(i))
+    for name, a in kwargs.items():
+        number(a, tangents.get(facts(op).arguments.index(name)))
+    try:
+        out, found = run_forward_mode(self, op, values, kwargs, flat)
+    except (NotImplementedError, RuntimeError) as error:
+        if not _lacks_forward(error):
+            raise
+        out, found = double_reverse(self, op, values, kwargs, flat)
+    it = iter(found)
+    return map_tensors(lambda o: self.dual(o, next(it)), out)
+
+
+def _lacks_forward(error: Exception) -> bool:
+    text = str(error)
+    return "does not support it" in text and "forward" in text
+
+
+def double_reverse(
+    self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: dict[int, Tensor]
+) -> tuple[Any, list[Tensor | None]]:
+    """The tangent as the transpose of the transpose.
+
+    The pullback is linear in its cotangent u; its own pullback, at any u, maps tangents of the inputs to the tangent of
+    the output (J. Townsend, "A new trick for calculating Jacobian vector products", 2017).
+    """
+    with lowered(self):
+        inner = GradInterpreter(op)
+        order = sorted(tangents)
+        count = -1
+
+        def enter(a: Any) -> Any:
+            nonlocal count
+            if isinstance(a, Tensor):
+                count += 1
+                return inner.track(a) if count in tangents else a
+            return [enter(v) for v in a] if type(a) in (list, tuple) else a
+
+        tracked = [enter(a) for a in values]
+        tracked_kwargs = {k: enter(v) for k, v in kwargs.items()}
+        inputs = [w for w in _wrappers([*tracked, *tracked_kwargs.values()]) if w.interpreter is inner]
+        out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
+        plain = map_tensors(lambda o: o.value if type(o) is WrapperTensor and o.interpreter is inner else o, out)
+        outputs = [o for o in ([out] if isinstance(out, Tensor) else out) if isinstance(o, Tensor)]
+
+        outer = GradInterpreter(op)
+        seeds = {o.slot: outer.track(torch.zeros_like(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
+        names = {o_slot: w.slot for o_slot, w in seeds.items()}
+
+        def transpose() -> Any:
+            return inner.pull(dict(seeds), consume=False)
+
+        pulled = run_transformed(outer, transpose, enable_grad=True)
+        given: dict[int, Tensor] = {}
+        for w, i in zip(inputs, order, strict=True):
+            back = pulled.get(w.slot)
+            if type(back) is WrapperTensor and back.interpreter is outer and back.slot is not None:
+                given[back.slot] = given[back.slot] + tangents[i] if back.slot in given else tangents[i]
+        found = outer.pull(given, consume=True)
+        result = [
+            found.get(names[o.slot]) if type(o) is WrapperTensor and o.slot in names else None for o in outputs
+        ]
+    return plain, result
+
+
+def _wrappers(values: Any) -> list[WrapperTensor]:
+    found: list[WrapperTensor] = []
+    for v in values:
+        if type(v) is WrapperTensor:
+            found.append(v)
+        elif type(v) in (list, tuple):
+            found.extend(_wrappers(v))
+    return found

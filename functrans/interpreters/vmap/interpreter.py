@@ -1,0 +1,211 @@
+"""Batching: an interpreter whose wrappers stand for one value per example."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+
+from functrans.errors import DataDependentError
+from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.rules.random import random_rule
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
+from functrans.operators import Facts
+from functrans.stack import Interpreter, lowered, running_at
+from functrans.tensor import WrapperTensor, lower, make_wrapper, map_tensors, wrap
+from functrans.torch_private import OpOverload
+
+aten = torch.ops.aten
+
+#: Operators whose result cannot be the same kind of thing for every example.
+DATA_DEPENDENT = {
+    getattr(getattr(aten, name), overload): cure
+    for names, cure in (
+        (("item", "_local_scalar_dense", "is_nonzero"), "use torch.where(condition, a, b) instead of branching on a value; keep numbers as tensors"),
+        (("equal",), "compare with (a == b).all() and keep the result as a tensor"),
+        (("nonzero", "argwhere", "nonzero_numpy", "masked_select"),
+         "use torch.where(mask, x, 0) or a fixed-size result such as torch.nonzero_static"),
+        (("unique_dim", "_unique", "_unique2", "unique_consecutive", "unique_dim_consecutive"), "call it outside of vmap"),
+    )
+    for name in names if hasattr(aten, name)
+    for overload in getattr(aten, name).overloads() if "out" not in overload
+}  # fmt: skip
+
+
+class VmapInterpreter(Interpreter):
+    """A wrapper holds all examples in one tensor, along its dimension ``bdim``; None: the same for every example."""
+
+    kind = "vmap"
+    payload = ("bdim",)
+    repeats_writes = True
+
+    def __init__(self, batch_size: int, randomness: str, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        self.batch_size = batch_size
+        self.info = BatchInfo(batch_size, randomness)
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return wrap(self, value)
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return wrapper.bdim is None
+
+    def batched(self, value: Tensor, bdim: int | None) -> WrapperTensor:
+        """A wrapper for the physical ``value``, batched along ``bdim``."""
+        if bdim is None:
+            return wrap(self, value)
+        shape, strides = list(value.shape), None
+        if bdim < 0:
+            bdim += len(shape)
+        del shape[bdim]
+        if value.layout is torch.strided:
+            strides = list(value.stride())
+            del strides[bdim]
+        wrapper = make_wrapper(WrapperTensor, shape, strides=strides, dtype=value.dtype, device=value.device, layout=value.layout)
+        wrapper.interpreter = self
+        wrapper.value = value
+        wrapper.bdim = bdim
+        return wrapper
+
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> Tensor:
+        if old.bdim == new.bdim:
+            return old.value
+        if new.bdim is None:
+            raise AssertionError("an unbatched result cannot replace a batched value")
+        with lowered(self):
+            return materialize(old.value, old.bdim, self.batch_size).movedim(0, new.bdim)
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        return f"bdim={wrapper.bdim}"
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        values: list[Any] = []
+        dims: list[Any] = []
+        batched = False
+        for a in args:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                values.append(a.value)
+                d = a.bdim
+                dims.append(d)
+                if d is not None:
+                    batched = True
+            elif type(a) in (list, tuple):
+                inner, inner_dims, any_batched = self._enter_list(a)
+                values.append(inner)
+                dims.append(inner_dims)
+                batched = batched or any_batched
+            else:
+                values.append(a)
+                dims.append(None)
+        below_kwargs, kwargs_batched = self._enter_kwargs(kwargs) if kwargs else (kwargs, False)
+        known: Facts = op._functrans  # type: ignore[attr-defined]
+        if known.random and not known.composite:
+            with lowered(self):
+                out, out_dims = random_rule(self.info, op, tuple(dims), tuple(values), below_kwargs)
+            return self._leave(out, out_dims)
+        if not batched and not kwargs_batched and not (known.random and known.composite):
+            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
+        if not kwargs_batched:
+            rule = BATCHING_RULES.get(op)
+            if rule is not None:
+                try:
+                    with lowered(self):
+                        out, out_dims = rule(self.info, tuple(dims), *values, **below_kwargs)
+                    return self._leave(out, out_dims)
+                except RuleDeclined:
+                    pass
+        cure = DATA_DEPENDENT.get(op)
+        if cure is not None:
+            raise DataDependentError(op, self, cure)
+        if known.composite:
+            with running_at(self):
+                return op.decompose(*args, **kwargs)
+        decomposition = decomposition_table.get(op)
+        if decomposition is not None:
+            with running_at(self):
+                out = decomposition(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return self.loop(op, args, kwargs)
+
+    def _enter_list(self, items: Any) -> tuple[list[Any], list[Any], bool]:
+        values: list[Any] = []
+        dims: list[Any] = []
+        batched = False
+        for a in items:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                values.append(a.value)
+                dims.append(a.bdim)
+                batched = batched or a.bdim is not None
+            else:
+                values.append(a)
+                dims.append(None)
+        return values, dims, batched
+
+    def _enter_kwargs(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        entered, batched = {}, False
+        for name, a in kwargs.items():
+            if type(a) is WrapperTensor and a.interpreter is self:
+                batched = batched or a.bdim is not None
+                a = a.value
+            entered[name] = a
+        return entered, batched
+
+    def _leave(self, out: Any, out_dims: Any) -> Any:
+        if isinstance(out, Tensor):
+            return self.batched(out, out_dims)
+        if isinstance(out, tuple | list):
+            if not isinstance(out_dims, tuple | list):
+                out_dims = [out_dims] * len(out)
+            left = [self._leave(o, d) for o, d in zip(out, out_dims, strict=True)]
+            return left if type(out) is list else tuple(left)
+        return out
+
+    def loop(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run ``op`` once per example; warns once per operator."""
+        warn_slow(op)
+        with lowered(self):
+            outs = [
+                op(*self._example(args, i), **{k: self._example(v, i) for k, v in kwargs.items()})
+                for i in range(self.batch_size)
+            ]
+            if not outs:
+                raise DataDependentError(op, self, "it has no batching rule, and a batch of size 0 has no example to take its shape from")
+            return self._stack(op, outs)
+
+    def _example(self, a: Any, i: int) -> Any:
+        if type(a) is WrapperTensor and a.interpreter is self:
+            return a.value if a.bdim is None else a.value.select(a.bdim, i)
+        if type(a) in (list, tuple):
+            return type(a)(self._example(v, i) for v in a)
+        return a
+
+    def _stack(self, op: OpOverload, outs: list[Any]) -> Any:
+        first = outs[0]
+        if isinstance(first, Tensor):
+            if any(o.shape != first.shape for o in outs):
+                raise DataDependentError(op, self, "its result has another shape for each example")
+            return self.batched(torch.stack(outs), 0)
+        if isinstance(first, tuple | list):
+            stacked = [self._stack(op, list(group)) for group in zip(*outs, strict=True)]
+            return stacked if type(first) is list else tuple(stacked)
+        if any(o != first for o in outs):
+            raise DataDependentError(op, self, "its result is a Python number that differs between examples")
+        return first
+
+
+_warned: set[OpOverload] = set()
+
+
+def warn_slow(op: OpOverload) -> None:
+    if op not in _warned:
+        _warned.add(op)
+        warnings.warn(
+            f"vmap has no batching rule for {op} and runs it once per example, which is slow. "
+            "Register a rule with functrans.batching_rule to speed it up.",
+            stacklevel=2,
+        )

@@ -1,0 +1,322 @@
+"""Linear algebra: the operators take leading batch dimensions themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from functrans.interpreters.vmap.families import RuleDeclined, pad_rank, physical_dim, tensor_positions
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+)
+from functrans.rules import caller_place
+
+aten = torch.ops.aten
+
+
+def one_batch_dim(outputs: Any, skippable: bool) -> tuple[Any, Any]:
+    """Batch dimension 0 for every output; ``skippable`` ones of size ``[0]`` were not computed and have none."""
+    if isinstance(outputs, Tensor):
+        return outputs, 0
+    return outputs, tuple(None if skippable and one.dim() == 1 and one.shape[0] == 0 else 0 for one in outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One shape of leading dimensions for all tensors
+
+
+def leading_batch(*ops: OpOverload, skippable: bool = False) -> None:
+    """Operators whose tensors all have the same leading dimensions.
+
+    ``skippable``: arguments may switch an output off, which is then a tensor of shape ``[0]``; the others are matrices
+    or vectors per example.
+    """
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, leading_batch_rule(op, skippable), place=place)
+
+
+def leading_batch_rule(op: OpOverload, skippable: bool) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one operator."""
+    positions = tensor_positions(op)
+
+    def leading(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        arguments = list(args)
+        for k in positions:
+            arguments[k] = materialize(args[k], in_dims[k], info.batch_size)
+        return one_batch_dim(op(*arguments, **kwargs), skippable)
+
+    return leading
+
+
+leading_batch(
+    aten.cholesky.default,
+    aten.cholesky_inverse.default,
+    aten.linalg_cholesky_ex.default,
+    aten.linalg_eig.default,
+    aten._linalg_eigvals.default,
+    aten.linalg_inv_ex.default,
+    aten.linalg_lu_factor_ex.default,
+    aten.linalg_ldl_factor_ex.default,
+    aten.linalg_householder_product.default,
+    aten.geqrf.default,
+    aten.ormqr.default,
+)
+leading_batch(
+    aten.linalg_qr.default,
+    aten._linalg_svd.default,
+    aten._linalg_eigh.default,
+    aten.linalg_lu.default,
+    aten.lu_unpack.default,
+    skippable=True,
+)
+
+
+@batching_rule(aten.linalg_matrix_exp.default)
+def matrix_exp_rule(info: BatchInfo, in_dims: Sequence[Any], x: Tensor) -> tuple[Tensor, int]:
+    """The kernel takes views that need contiguous input (torch 2.13)."""
+    return aten.linalg_matrix_exp.default(to_front(x, in_dims[0]).contiguous()), 0
+
+
+def determinant(*ops: OpOverload) -> None:
+    """Determinants, whose last outputs are LU factors: of the transposed matrix, if it is real and contiguous.
+
+    PyTorch's derivatives ask the matrix which it was, so that the strides of an example decide, not those of the batch.
+    """
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, determinant_rule(op), place=place)
+
+
+def determinant_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one determinant."""
+
+    def determinant(info: BatchInfo, in_dims: Sequence[Any], a: Tensor) -> tuple[Any, Any]:
+        transposed = example_is_contiguous(a, in_dims[0])
+        a = to_front(a, in_dims[0])
+        if transposed:
+            a = a.contiguous()
+        *values, lu, pivots = op(a)
+        if a.is_contiguous() != transposed and not a.is_complex():
+            lu, pivots, _ = aten.linalg_lu_factor_ex.default(a.mT if transposed else a)
+        outputs = (*values, lu, pivots)
+        return outputs, (0,) * len(outputs)
+
+    return determinant
+
+
+def example_is_contiguous(x: Tensor, bdim: int) -> bool:
+    """Whether one example has the strides of a contiguous tensor."""
+    expected = 1
+    for k in reversed([k for k in range(x.dim()) if k != bdim]):
+        if x.shape[k] != 1 and x.stride(k) != expected:
+            return False
+        expected = expected * x.shape[k]
+    return True
+
+
+determinant(aten._linalg_det.default, aten._linalg_slogdet.default)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Leading dimensions that broadcast
+
+
+def broadcasting_batch(*ops: OpOverload) -> None:
+    """Operators of matrices whose leading dimensions broadcast."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, broadcasting_batch_rule(op), place=place)
+
+
+def broadcasting_batch_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one operator."""
+    positions = tensor_positions(op)
+
+    def broadcasting(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        ranks = [logical_rank(args[k], in_dims[k]) for k in positions]
+        arguments = list(args)
+        for k in positions:
+            if in_dims[k] is not None:
+                arguments[k] = pad_rank(args[k], in_dims[k], max(2, *ranks))
+        return one_batch_dim(op(*arguments, **kwargs), False)
+
+    return broadcasting
+
+
+broadcasting_batch(aten.linalg_solve_triangular.default, aten.cholesky_solve.default)
+
+
+def factored_solve(*ops: OpOverload) -> None:
+    """``op(factors, pivots, b)``: factors and pivots have the same leading dimensions, which broadcast with ``b``'s."""
+    place = caller_place()
+    for op in ops:
+        BATCHING_RULES.add(op, factored_solve_rule(op), place=place)
+
+
+def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
+    """The rule of one solver."""
+
+    def solve(
+        info: BatchInfo, in_dims: Sequence[Any], factors: Tensor, pivots: Tensor, b: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, int]:
+        factors_dim, pivots_dim, b_dim = in_dims[:3]
+        rank = max(logical_rank(factors, factors_dim), logical_rank(b, b_dim))
+        b = b.unsqueeze(0) if b_dim is None else pad_rank(b, b_dim, rank)
+        if factors_dim is not None or pivots_dim is not None or factors.dim() > 2:
+            factors = pad_rank(materialize(factors, factors_dim, info.batch_size), 0, rank)
+            pivots = pad_rank(materialize(pivots, pivots_dim, info.batch_size), 0, rank - 1)
+            # linalg.ldl_solve reads beyond its factors where a leading dimension of size 1 broadcasts (torch 2.13).
+            leading = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+            factors = factors.expand(*leading, *factors.shape[-2:])
+            pivots = pivots.expand(*leading, *pivots.shape[-1:])
+        return op(factors, pivots, b, **kwargs), 0
+
+    return solve
+
+
+factored_solve(aten.linalg_lu_solve.default, aten.linalg_ldl_solve.default)
+
+
+@batching_rule(aten.triangular_solve.default)
+def triangular_solve_rule(
+    info: BatchInfo, in_dims: Sequence[Any], b: Tensor, a: Tensor, *flags: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Both results have the broadcast leading dimensions."""
+    rank = max(logical_rank(b, in_dims[0]), logical_rank(a, in_dims[1]))
+    b, a = (
+        value if bdim is None else pad_rank(value, bdim, rank) for value, bdim in ((b, in_dims[0]), (a, in_dims[1]))
+    )
+    return aten.triangular_solve.default(b, a, *flags), (0, 0)
+
+
+@batching_rule(aten.linalg_pinv.atol_rtol_tensor)
+def pinv_rule(
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    a: Tensor,
+    *,
+    atol: Tensor | None = None,
+    rtol: Tensor | None = None,
+    hermitian: bool = False,
+) -> tuple[Tensor, int]:
+    """The tolerances are keyword-only, so shared; they broadcast with the leading dimensions of one example."""
+    outer = a.dim() - 3
+    for tolerance in (atol, rtol):
+        outer = outer if tolerance is None else max(outer, tolerance.dim())
+    a = pad_rank(a, in_dims[0], outer + 2)
+    return aten.linalg_pinv.atol_rtol_tensor(a, atol=atol, rtol=rtol, hermitian=hermitian), 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Right-hand sides that are vectors or matrices
+
+
+def is_vector_side(a: Tensor, a_dim: int | None, b: Tensor, b_dim: int | None) -> bool:
+    """PyTorch's rule for one example: ``b`` is a (batch of) vectors if 1-d, or of the shape of ``a`` less its last dim.
+
+    The physical shapes must not be asked: a batch of 3 x 3 matrices and one shared 3 x 3 ``b`` look like vectors.
+    """
+    a_shape = [extent for k, extent in enumerate(a.shape) if k != a_dim]
+    b_shape = [extent for k, extent in enumerate(b.shape) if k != b_dim]
+    return len(b_shape) == 1 or (len(a_shape) - 1 == len(b_shape) and a_shape[:-1] == b_shape)
+
+
+def matrix_sides(
+    info: BatchInfo, in_dims: Sequence[Any], a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, bool]:
+    """Both as matrices of one rank, batched ones with their dimension in front; the last says that ``b`` was vectors.
+
+    With equal ranks, PyTorch takes ``b`` for matrices.
+    """
+    a_dim, b_dim = in_dims[0], in_dims[1]
+    vector = is_vector_side(a, a_dim, b, b_dim)
+    if vector:
+        b = b.unsqueeze(-1)
+        b_dim = b_dim if b_dim is None or b_dim >= 0 else b_dim - 1
+    rank = max(logical_rank(a, a_dim), logical_rank(b, b_dim))
+    a = pad_rank(to_front(a, a_dim) if a_dim is not None else a.unsqueeze(0), 0, rank)
+    b = pad_rank(to_front(b, b_dim) if b_dim is not None else b.unsqueeze(0), 0, rank)
+    return a, b, vector
+
+
+@batching_rule(aten._linalg_solve_ex.default)
+def solve_ex_rule(
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    a: Tensor,
+    b: Tensor,
+    *,
+    left: bool = True,
+    check_errors: bool = False,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The factors have the leading dimensions of ``a`` alone."""
+    a_dim = in_dims[0]
+    a_shape = [extent for k, extent in enumerate(a.shape) if k != a_dim]
+    full_a, full_b, vector = matrix_sides(info, in_dims, a, b)
+    if vector and not left:
+        raise RuleDeclined("linalg.solve refuses vectors on the left")
+    result, lu, pivots, status = aten._linalg_solve_ex.default(full_a, full_b, left=left, check_errors=check_errors)
+    if vector:
+        result = result.squeeze(-1)
+    outer = [] if a_dim is None else [info.batch_size]
+    factors = (
+        lu.reshape(outer + a_shape),
+        pivots.reshape(outer + a_shape[:-1]),
+        status.reshape(outer + a_shape[:-2]),
+    )
+    return (result, *factors), (0, *[None if a_dim is None else 0] * 3)
+
+
+@batching_rule(aten.linalg_lstsq.default)
+def lstsq_rule(
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    a: Tensor,
+    b: Tensor,
+    rcond: float | None = None,
+    *,
+    driver: str | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Outputs that a driver leaves out are empty."""
+    rank = logical_rank(a, in_dims[0])
+    rows, columns = [extent for k, extent in enumerate(a.shape) if k != in_dims[0]][-2:]
+    if rows > columns and driver in ("gelsd", "gelss"):
+        raise RuleDeclined("these drivers return residuals for full-rank examples only, and none for a mixed batch")
+    if info.batch_size == 0 or logical_rank(b, in_dims[1]) > rank:
+        raise RuleDeclined("linalg.lstsq of no examples, or with leading dimensions of the right-hand side only")
+    full_a, full_b, vector = matrix_sides(info, in_dims, a, b)
+    full_a = full_a.expand(info.batch_size, *full_a.shape[1:])
+    full_b = full_b.expand(info.batch_size, *full_b.shape[1:])
+    solution, *others = aten.linalg_lstsq.default(full_a, full_b, rcond, driver=driver)
+    if vector:
+        solution = solution.squeeze(-1)
+        if others[0].numel():
+            others[0] = others[0].squeeze(-1)
+    return (solution, *others), (0, *[None if one.numel() == 0 and one.dim() == 1 else 0 for one in others])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Others
+
+
+@batching_rule(aten.linalg_cross.default)
+def cross_rule(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, y: Tensor, *, dim: int = -1
+) -> tuple[Tensor, int]:
+    """PyTorch wants equal ranks; sizes broadcast."""
+    rank = logical_rank(x, in_dims[0])
+    if logical_rank(y, in_dims[1]) != rank or rank == 0:
+        raise RuleDeclined("linalg.cross refuses different ranks")
+    x = x.unsqueeze(0) if in_dims[0] is None else to_front(x, in_dims[0])
+    y = y.unsqueeze(0) if in_dims[1] is None else to_front(y, in_dims[1])
+    return aten.linalg_cross.default(x, y, dim=physical_dim(dim, rank, 0)), 0

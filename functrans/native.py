@@ -1,0 +1,220 @@
+"""PyTorch's own derivative of one operator, borrowed at any level.
+
+The operator runs on *twins*: wrappers that do carry autograd state, and whose operators go to the level below. PyTorch's
+autograd kernels record the one-operator graph on the twins and compute on values of that level; the pullback runs
+``torch.autograd.grad`` on that graph, the tangent comes from forward AD in the same way. So an operator needs no entry in the
+derivative table to be differentiable at every level, and what PyTorch computes in its derivative is itself
+differentiated by the levels below.
+
+NOTE [Saved outputs of twins]
+PyTorch unpacks a saved output through ``aten.detach``; for a twin that is an alias and must not reach the level below, where
+it would cut the derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from functrans.stack import Interpreter, running_at
+from functrans.tensor import WrapperTensor, dispatch, map_tensors
+from functrans.torch_private import AUTOGRAD, OpOverload, make_wrapper, set_grad_enabled, set_key_excluded
+
+aten = torch.ops.aten
+
+
+#: What PyTorch's autograd itself calls on twins, to make and to unpack saved and dual tensors.
+ALIASES = frozenset((aten.detach.default, aten.alias.default, aten._make_dual.default, aten._fw_primal.default))
+
+
+class TwinInterpreter(Interpreter):
+    """Sends every operator to the level below the transform that borrows a derivative."""
+
+    kind = "native derivative"
+
+    def __init__(self, borrower: Interpreter) -> None:
+        self.below = borrower.below
+        self.level = borrower.level
+        self.alive = True
+        self.func = borrower.func
+        self.outer_grad_mode = True
+        self.outer_forward_mode = True
+        #: the grad mode of the level below, which the autograd engine overrides while it runs
+        self.grad_mode = torch.is_grad_enabled() and borrower.outer_grad_mode
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        if op in ALIASES:  # NOTE [Saved outputs of twins]
+            return twin_of(self, args[0].value)
+        args = [self._value(a) for a in args]
+        kwargs = {k: self._value(v) for k, v in kwargs.items()}
+        enabled = torch.is_grad_enabled()
+        set_grad_enabled(self.grad_mode)
+        try:
+            out = _below(self, op, args, kwargs)
+        finally:
+            set_grad_enabled(enabled)
+        return map_tensors(self.constant, out)
+
+    def _value(self, a: Any) -> Any:
+        if type(a) is WrapperTensor and a.interpreter is self:
+            return _materialized(a.value)
+        if isinstance(a, Tensor):
+            return _materialized(a)
+        if type(a) in (list, tuple):
+            return [self._value(v) for v in a]
+        return a
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return twin_of(self, value)
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return False
+
+
+def _below(twin: TwinInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    from functrans.operators import facts
+    from functrans.tensor import base
+
+    if facts(op).random:
+        return base(op, args, kwargs) if twin.below is None else twin.below.process(op, args, kwargs)
+    return dispatch(op, args, kwargs)
+
+
+def _materialized(x: Tensor) -> Tensor:
+    """PyTorch stands ZeroTensors in for undefined tangents; most operators do not know them."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if type(x) is Tensor and x._is_zerotensor() else x
+
+
+def twin_of(twin: TwinInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
+    strides = value.stride() if value.layout is torch.strided else None
+    wrapper = make_wrapper(
+        WrapperTensor, value.shape, strides=strides, dtype=value.dtype, device=value.device, layout=value.layout,
+        requires_grad=requires_grad,
+    )  # fmt: skip
+    wrapper.interpreter = twin
+    wrapper.value = value
+    return wrapper
+
+
+class _autograd_on:
+    """Context: operators on twins are recorded by PyTorch's autograd."""
+
+    def __init__(self, twin: TwinInterpreter) -> None:
+        self.at = running_at(twin)
+        self.enabled = torch.is_grad_enabled()
+
+    def __enter__(self) -> None:
+        self.at.__enter__()
+        set_key_excluded(AUTOGRAD, False)
+        set_grad_enabled(True)
+
+    def __exit__(self, *exc: object) -> None:
+        self.at.__exit__()
+        set_grad_enabled(self.enabled)
+
+
+def _tensors_in(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return [o for o in out if isinstance(o, Tensor)] if isinstance(out, tuple | list) else []
+
+
+def run_recorded(
+    borrower: Interpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tracked: Callable[[Any], bool]
+) -> tuple[Any, list[bool], Callable[[list[Tensor | None]], list[Tensor | None]]]:
+    """Run ``op`` and keep PyTorch's derivative of it.
+
+    Args:
+        borrower: the interpreter whose level ``args`` are lowered from.
+        op: an operator with an autograd formula.
+        args: arguments one level down.
+        kwargs: keyword arguments one level down.
+        tracked: called with the index of each tensor among the arguments, in order; whether to differentiate for it.
+
+    Returns:
+        the output one level down; for each tensor in it, whether it depends differentiably on the arguments; the pullback, from
+        cotangents of these tensors to cotangents of the tracked arguments, in order.
+    """
+    twin = TwinInterpreter(borrower)
+    inputs: list[WrapperTensor] = []
+    count = -1
+
+    def enter(a: Any) -> Any:
+        nonlocal count
+        if isinstance(a, Tensor):
+            count += 1
+            wanted = tracked(count)
+            t = twin_of(twin, a, requires_grad=wanted)
+            if wanted:
+                inputs.append(t)
+            return t
+        if type(a) in (list, tuple):
+            return type(a)(enter(v) for v in a)
+        return a
+
+    twin_args = [enter(a) for a in args]
+    twin_kwargs = {k: enter(v) for k, v in kwargs.items()}
+    with _autograd_on(twin):
+        out = op(*twin_args, **twin_kwargs)
+    outputs = _tensors_in(out)
+    linked = [o.grad_fn is not None for o in outputs]
+
+    def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
+        twin.grad_mode = torch.is_grad_enabled()
+        pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
+        with _autograd_on(twin):
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], inputs, [twin_of(twin, c) for _, c in pairs], allow_unused=True, retain_graph=True
+            )
+        return [None if g is None else g.value if type(g) is WrapperTensor else g for g in found]
+
+    return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), linked, pullback
+
+
+def run_forward_mode(
+    borrower: Interpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tangents: dict[int, Tensor]
+) -> tuple[Any, list[Tensor | None]]:
+    """Run ``op`` with PyTorch's forward-mode formula.
+
+    ``tangents`` gives the tangent of the n-th tensor among the arguments. Returns the output one level down and the tangent of each
+    tensor in it (None: it has none). Raises NotImplementedError where PyTorch has no formula.
+    """
+    twin = TwinInterpreter(borrower)
+    count = -1
+
+    def enter(a: Any) -> Any:
+        nonlocal count
+        if isinstance(a, Tensor):
+            count += 1
+            t = twin_of(twin, a)
+            if count in tangents:
+                return forward_ad.make_dual(t, twin_of(twin, tangents[count]))
+            return t
+        if type(a) in (list, tuple):
+            return type(a)(enter(v) for v in a)
+        return a
+
+    with _autograd_on(twin), _dual_level(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(True):
+        out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
+        found = []
+        for o in _tensors_in(out):
+            tangent = forward_ad.unpack_dual(o).tangent
+            found.append(None if tangent is None else tangent.value if type(tangent) is WrapperTensor else _materialized(tangent))
+    return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), found
+
+
+class _dual_level:
+    """Context: a forward-AD level is entered. Twins of different transforms are different tensors, so one serves all."""
+
+    def __enter__(self) -> None:
+        self.entered = forward_ad._current_level < 0
+        if self.entered:
+            forward_ad.enter_dual_level()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.entered:
+            forward_ad.exit_dual_level()

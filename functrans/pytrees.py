@@ -1,0 +1,81 @@
+"""Pytrees: optree in PyTorch's namespace, so that what is registered with torch's own pytree is known here too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+import torch.utils._cxx_pytree  # registers torch's own node types in the namespace
+from torch import Tensor
+from torch.utils import _pytree as torch_pytree
+
+NAMESPACE = "torch"
+TreeSpec = optree.PyTreeSpec
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of ``tree``; None is a leaf."""
+    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    for leaf in leaves:
+        if type(leaf) in torch_pytree.SUPPORTED_NODES and not isinstance(leaf, Tensor) and _adopt(type(leaf)):
+            return tree_flatten(tree)
+    return leaves, spec
+
+
+def tree_unflatten(spec: TreeSpec, leaves: Any) -> Any:
+    return optree.tree_unflatten(spec, leaves)
+
+
+def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to every leaf."""
+    if isinstance(tree, Tensor) or tree is None:
+        return function(tree)
+    leaves, spec = tree_flatten(tree)
+    return tree_unflatten(spec, [function(leaf) for leaf in leaves])
+
+
+def broadcast_prefix(prefix: Any, tree: Any) -> list[Any] | None:
+    """``prefix``, a tree with the structure of ``tree``'s upper part, given once per leaf; None if it does not fit."""
+    try:
+        return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def _adopt(kind: type) -> bool:
+    """Make a type that only torch's Python pytree knows (a dataclass, say) known to optree as well."""
+    node = torch_pytree.SUPPORTED_NODES.get(kind)
+    if node is None:
+        return False
+
+    def flatten(x: Any) -> tuple[Any, Any]:
+        children, context = node.flatten_fn(x)
+        return tuple(children), _Context(context)
+
+    def unflatten(context: _Context, children: Any) -> Any:
+        return node.unflatten_fn(list(children), context.value)
+
+    try:
+        optree.register_pytree_node(kind, flatten, unflatten, namespace=NAMESPACE)
+    except ValueError:  # known already: the leaf was of that type for another reason
+        return False
+    return True
+
+
+class _Context:
+    """A node's context, compared by value where it can be."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]

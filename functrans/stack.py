@@ -1,0 +1,225 @@
+"""The interpreter stack: what is on it, how it is entered, and how code runs one level down.
+
+The stack is a linked list: ``STATE.top`` is the innermost interpreter, ``interpreter.below`` the next one, None the base
+(plain PyTorch). It is thread-local, and so is all that is switched with it.
+
+NOTE [Three states of a thread]
+At the base nothing is switched: no mode of ours, autograd's key in place. While code runs at a level, the door is on PyTorch's
+mode stack and autograd's key is excluded, so that operators reach the door whole and unrecorded. While the door
+handles an operator, PyTorch has taken the mode off its stack; a rule that is plain ``torch`` code needs the state
+of the level it works at. ``running_at`` establishes a state from any other and puts back exactly what it found.
+
+NOTE [Grad mode per level]
+PyTorch has one grad-mode flag per thread. A level's flag is that flag while the level is on top; entering the next
+level stores it there (``outer_grad_mode``), and lowering applies it. An operator is thus recorded at a level
+when the flags of that level and of every level above it are on. Forward mode has a switch of its own, treated alike.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from functrans.torch_private import (
+    AUTOGRAD,
+    OpOverload,
+    is_forward_enabled,
+    is_key_excluded,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+    set_forward_enabled,
+    set_grad_enabled,
+    set_key_excluded,
+)
+
+if TYPE_CHECKING:
+    from functrans.tensor import WrapperTensor
+
+
+class _State(threading.local):
+    top: Interpreter | None = None
+    #: size of PyTorch's mode stack while the door is on it; while the door handles an operator it is one less
+    door_depth: int = 0
+
+
+STATE = _State()
+
+#: The door, pushed on PyTorch's mode stack; set by ``functrans.tensor``.
+DOOR: Any = None
+
+
+class Interpreter:
+    """One running transform: it gives every operator on its wrappers a meaning.
+
+    A transform subclasses it with ``process``. ``lower`` sends an operator to the level below.
+    """
+
+    #: The word used in messages and reprs.
+    kind: ClassVar[str] = "interpreter"
+    #: Names of the wrapper attributes that carry this transform's data, beside ``value``.
+    payload: ClassVar[tuple[str, ...]] = ()
+    #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
+    repeats_writes: ClassVar[bool] = False
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        self.below: Interpreter | None = STATE.top
+        self.level: int = 1 if self.below is None else self.below.level + 1
+        self.alive = True
+        self.func = func
+        self.outer_grad_mode: bool = torch.is_grad_enabled()
+        self.outer_forward_mode: bool = is_forward_enabled()
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""
+        raise NotImplementedError
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        """A wrapper of this level for a value of the level below that does not depend on what is transformed."""
+        raise NotImplementedError
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        """Whether ``wrapper`` could as well be its value: not batched, not tracked, without tangent."""
+        raise NotImplementedError
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        """Whether a write at this moment leaves this level's derivative of what is written as it was.
+
+        ``recording``: the level's grad mode; ``everywhere``: the write goes through ``detach()``.
+        """
+        return everywhere
+
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> Tensor:
+        """``old``'s value in the layout of ``new``'s."""
+        return old.value
+
+    def before_write(self, target: Tensor) -> None:
+        """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        """What a repr shows of this transform's data on ``wrapper``."""
+        return ""
+
+    @property
+    def name(self) -> str:
+        func = getattr(self.func, "__name__", None) or type(self.func).__name__
+        return f"{self.kind}({func})"
+
+
+def interpreter_stack() -> list[Interpreter]:
+    """The interpreters of this thread, innermost first.
+
+    Example:
+        >>> import torch, functrans
+        >>> from functrans.stack import interpreter_stack
+        >>> def f(x):
+        ...     print([(i.level, i.kind) for i in interpreter_stack()])
+        ...     return x.sin()
+        >>> _ = functrans.vmap(functrans.grad(f))(torch.zeros(2))
+        [(2, 'grad'), (1, 'vmap')]
+    """
+    found, interpreter = [], STATE.top
+    while interpreter is not None:
+        found.append(interpreter)
+        interpreter = interpreter.below
+    return found
+
+
+def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable_grad: bool = False) -> Any:
+    """Run ``body`` with ``interpreter`` on top of the stack; whatever happens, leave the thread as it was.
+
+    ``enable_grad`` switches the new level's grad mode on.
+    """
+    top, modes, depth = STATE.top, mode_stack_size(), STATE.door_depth
+    try:
+        if top is None:
+            set_key_excluded(AUTOGRAD, True)
+            push_mode(DOOR)
+            STATE.door_depth = modes + 1
+        STATE.top = interpreter
+        if enable_grad:
+            set_grad_enabled(True)
+        return body()
+    finally:
+        interpreter.alive = False
+        STATE.top = top
+        STATE.door_depth = depth
+        while mode_stack_size() > modes:
+            pop_mode(None)
+        if top is None:
+            set_key_excluded(AUTOGRAD, False)
+        set_grad_enabled(interpreter.outer_grad_mode)
+        set_forward_enabled(interpreter.outer_forward_mode)
+
+
+class running_at:
+    """Context: plain ``torch`` code runs at ``level`` (None: the base), called from anywhere in the door.
+
+    See NOTE [Three states of a thread].
+    """
+
+    __slots__ = ("excluded", "level", "modes", "top")
+
+    def __init__(self, level: Interpreter | None) -> None:
+        self.level = level
+        self.top = STATE.top
+        self.modes = mode_stack_size()
+        self.excluded = is_key_excluded(AUTOGRAD)
+
+    def __enter__(self) -> None:
+        level = STATE.top = self.level
+        set_key_excluded(AUTOGRAD, level is not None)
+        if level is not None and self.modes < STATE.door_depth:
+            push_mode(DOOR)
+
+    def __exit__(self, *exc: object) -> None:
+        STATE.top = self.top
+        while mode_stack_size() > self.modes:
+            pop_mode(None)
+        set_key_excluded(AUTOGRAD, self.excluded)
+
+
+class lowered:
+    """Context: code of ``interpreter``'s rules runs one level down, with that level's grad mode."""
+
+    __slots__ = ("at", "forward", "grad", "interpreter")
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+        self.at = running_at(interpreter.below)
+        self.grad = torch.is_grad_enabled()
+        self.forward = is_forward_enabled()
+
+    def __enter__(self) -> None:
+        self.at.__enter__()
+        if not self.interpreter.outer_grad_mode:
+            set_grad_enabled(False)
+        if not self.interpreter.outer_forward_mode:
+            set_forward_enabled(False)
+
+    def __exit__(self, *exc: object) -> None:
+        self.at.__exit__()
+        set_grad_enabled(self.grad)
+        set_forward_enabled(self.forward)
+
+
+class door_closed:
+    """Context: operators that interpreters send down by Python calls end at the base, wherever the calls start.
+
+    While the door handles an operator it is off PyTorch's mode stack, and this does nothing; in user code's state it takes it off.
+    """
+
+    __slots__ = ("was_open",)
+
+    def __enter__(self) -> None:
+        self.was_open = STATE.top is not None and mode_stack_size() >= STATE.door_depth
+        if self.was_open:
+            pop_mode(None)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.was_open:
+            push_mode(DOOR)

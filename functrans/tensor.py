@@ -1,0 +1,340 @@
+"""The wrapper tensor and the door: how an operator gets from user code to an interpreter, and down the stack.
+
+    y = torch.sin(x)                   x: a wrapper of level 2 around a wrapper of level 1 around plain data
+      └ door                           make it pure                    (door.py, mutation.py)
+        └ dispatch                     highest level among the arguments: 2
+          └ level 2 .process           its rule lowers: dispatch again, a Python call
+            └ level 1 .process
+              └ base                   plain PyTorch
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from functrans import stack
+from functrans.errors import (
+    DeadWrapperError,
+    InsideTransformError,
+    NoDataError,
+    RequiresGradError,
+)
+from functrans.operators import facts
+from functrans.stack import STATE, Interpreter
+from functrans.torch_private import (
+    AUTOGRAD,
+    OpOverload,
+    is_key_excluded,
+    make_wrapper,
+    set_grad_enabled,
+    set_key_excluded,
+)
+
+
+class WrapperTensor(torch.Tensor):
+    """A value of one level, as the level's code sees it.
+
+    Attributes:
+        interpreter: the running transform it belongs to.
+        value: the tensor one level down.
+        slot, bdim, tangent: what grad, vmap and jvp keep; other transforms set their own.
+        view: the link to what it is a view of, or None (see mutation.py).
+        version: counts the writes it has seen.
+    """
+
+    interpreter: Interpreter
+    value: Tensor
+    slot: int | None = None
+    bdim: int | None = None
+    tangent: Tensor | None = None
+
+    view_link: Any = None
+    root: Any = None
+    seen: int = 0
+    version: int = 0
+    made_at: tuple[Any, int] | None = None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return stack.DOOR.enter(func, args, kwargs)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return describe(self)
+
+    def __format__(self, spec: str) -> str:
+        if self.dim() == 0 and spec:
+            return format(self.item(), spec)
+        return describe(self)
+
+    # What follows would read autograd state or data that a wrapper does not have.
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return not self.interpreter.is_constant(self) and self.interpreter.kind == "grad" or self.value.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        if requires_grad:
+            raise RequiresGradError(self.interpreter.name)
+        return self
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        raise InsideTransformError("Tensor.backward()", self.interpreter.name, "functrans.grad or functrans.vjp")
+
+    def tolist(self) -> Any:
+        if self.dim() == 0:
+            return self.item()
+        return [row.tolist() for row in self.unbind(0)]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        value = concrete(self)
+        if value is None:
+            raise NoDataError("numpy()", self.interpreter.name)
+        return value.numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __complex__(self) -> complex:
+        return complex(self.item())
+
+    def __index__(self) -> int:
+        return self.item().__index__()
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InsideTransformError("pickling a tensor", self.interpreter.name, "the transform's outputs, after it returned")
+
+
+def concrete(x: Tensor) -> Tensor | None:
+    """The plain tensor under constants of any number of levels, or None if some level depends on ``x``."""
+    while type(x) is WrapperTensor:
+        if not x.interpreter.is_constant(x):
+            return None
+        x = x.value
+    return x
+
+
+def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
+    """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``."""
+    try:
+        strides = value.stride()
+    except RuntimeError:  # sparse layouts have none
+        return wrap_sparse(interpreter, value)
+    wrapper = make_wrapper(WrapperTensor, value.shape, strides=strides, dtype=value.dtype, device=value.device)
+    wrapper.interpreter = interpreter
+    wrapper.value = value
+    return wrapper
+
+
+def wrap_sparse(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
+    wrapper = make_wrapper(WrapperTensor, value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
+    wrapper.interpreter = interpreter
+    wrapper.value = value
+    return wrapper
+
+
+class Root:
+    """What a family of views shares: how often their common base was written.
+
+    ``content`` is the base's wrapper once that is no longer the wrapper the first view was taken from.
+    """
+
+    __slots__ = ("content", "version")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.content: WrapperTensor | None = None
+
+
+class ViewLink:
+    """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
+
+    __slots__ = ("args", "grad_mode", "index", "kwargs", "op", "owner", "parent", "root")
+
+    def __init__(
+        self, owner: WrapperTensor, parent: ViewLink | None, root: Root, op: OpOverload, args: Any, kwargs: Any, index: Any
+    ) -> None:
+        self.owner = owner
+        self.parent = parent
+        self.root = root
+        self.op = op
+        self.args = args
+        self.kwargs = kwargs
+        self.index = index
+        self.grad_mode = torch.is_grad_enabled()
+
+    def base_content(self) -> WrapperTensor:
+        return self.owner if self.root.content is None else self.root.content
+
+    def apply(self, x: Tensor) -> Tensor:
+        """This step's view of ``x``, recorded as the view was when it was made."""
+        enabled = torch.is_grad_enabled()
+        try:
+            set_grad_enabled(self.grad_mode)
+            out = dispatch(self.op, (x, *self.args), self.kwargs)
+        finally:
+            set_grad_enabled(enabled)
+        return out if self.index is None else out[self.index]
+
+    def replay(self) -> Tensor:
+        """The view's contents, from the base's present ones."""
+        return self.apply(self.base_content() if self.parent is None else self.parent.replay())
+
+
+def refresh(view: WrapperTensor) -> None:
+    """Bring ``view`` up to date with writes to its base or to other views of it."""
+    link = view.view_link
+    if view.seen != link.root.version:
+        with stack.door_closed():
+            set_content(view, link.replay())
+        view.seen = link.root.version
+
+
+def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
+    """Let ``wrapper`` hold what ``new``, of the same level or below, holds."""
+    interpreter = wrapper.interpreter
+    if type(new) is not WrapperTensor or new.interpreter is not interpreter:
+        new = interpreter.constant(new)
+    wrapper.value = new.value
+    for name in interpreter.payload:
+        setattr(wrapper, name, getattr(new, name))
+    wrapper.version += 1
+
+
+def dispatch(op: OpOverload, args: tuple[Any, ...] | list[Any], kwargs: dict[str, Any]) -> Any:
+    """Send a pure ``op`` to the interpreter that has to interpret it.
+
+    The order of look-up: a wrapper of a transform that ended is an error; without wrappers the base runs ``op``; else the
+    highest-level interpreter among the arguments' wrappers processes it, by (1) its rule for ``op``, (2) the decomposition
+    of a composite ``op``, whose pieces come through the same level again, (3) its declared policy for operators without
+    a rule: grad and jvp borrow PyTorch's derivative (native.py), vmap decomposes by ``torch._decomp`` and then loops
+    over the examples with a warning, any other transform raises MissingRuleError. Nothing passes through in silence.
+    """
+    owner = highest(args, kwargs, op._functrans.tensor_lists if hasattr(op, "_functrans") else facts(op).tensor_lists)
+    if owner is None:
+        return base(op, args, kwargs)
+    return owner.process(op, args, kwargs)
+
+
+def highest(args: Any, kwargs: dict[str, Any], lists: bool) -> Interpreter | None:
+    """The interpreter of highest level among the wrappers in ``args``; brings views up to date on the way."""
+    found: Interpreter | None = None
+    for a in args:
+        if type(a) is WrapperTensor:
+            if a.view_link is not None:
+                refresh(a)
+            owner = a.interpreter
+            if found is None or owner.level > found.level:
+                found = owner
+            if not owner.alive:
+                raise DeadWrapperError(a)
+        elif lists and type(a) in (list, tuple):
+            owner_in_list = highest(a, {}, False)
+            if owner_in_list is not None and (found is None or owner_in_list.level > found.level):
+                found = owner_in_list
+    if kwargs:
+        owner_in_list = highest(kwargs.values(), {}, True)
+        if owner_in_list is not None and (found is None or owner_in_list.level > found.level):
+            found = owner_in_list
+    return found
+
+
+def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run ``op`` as plain PyTorch. Autograd's key comes back only where autograd has something to record."""
+    if forward_ad._current_level < 0 and not any_requires_grad(args):
+        return op(*args, **kwargs)
+    excluded = is_key_excluded(AUTOGRAD)
+    set_key_excluded(AUTOGRAD, False)
+    try:
+        return op(*args, **kwargs)
+    finally:
+        set_key_excluded(AUTOGRAD, excluded)
+
+
+def any_requires_grad(args: Any) -> bool:
+    for a in args:
+        if isinstance(a, Tensor):
+            if a.requires_grad:
+                return True
+        elif type(a) in (list, tuple) and any_requires_grad(a):
+            return True
+    return False
+
+
+def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
+    if interpreter.outer_grad_mode or not torch.is_grad_enabled():
+        return _lower(interpreter, op, args, kwargs)
+    set_grad_enabled(False)
+    try:
+        return _lower(interpreter, op, args, kwargs)
+    finally:
+        set_grad_enabled(True)
+
+
+def _lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    if facts(op).random:
+        below = interpreter.below
+        return base(op, args, kwargs) if below is None else below.process(op, args, kwargs)
+    return dispatch(op, args, kwargs)
+
+
+def map_tensors(function: Any, out: Any) -> Any:
+    """``function`` applied to every tensor of an operator's output; other values stay."""
+    if isinstance(out, Tensor):
+        return function(out)
+    if isinstance(out, tuple | list):
+        mapped = [map_tensors(function, o) for o in out]
+        return mapped if type(out) is list else tuple(mapped)
+    return out
+
+
+def lift(out: Any, owner: Interpreter | None, top: Interpreter | None) -> Any:
+    """Values made at ``owner``'s level (None: the base), as constants of every level up to ``top``."""
+    if top is None or (owner is not None and owner.level >= top.level):
+        return out
+    between = []
+    interpreter: Interpreter | None = top
+    while interpreter is not None and interpreter is not owner:
+        between.append(interpreter)
+        interpreter = interpreter.below
+    for interpreter in reversed(between):
+        out = map_tensors(interpreter.constant, out)
+    return out
+
+
+def describe(x: Tensor, indent: int = 1) -> str:
+    """The layers of a wrapper, outermost first: kind, level, what the transform keeps on it, inner value."""
+    if type(x) is not WrapperTensor:
+        with torch._C._DisableTorchDispatch():
+            return repr(x)
+    i = x.interpreter
+    ended = "" if i.alive else ", ended"
+    if x.view_link is not None and i.alive:
+        refresh(x)
+    pad = "  " * indent
+    fields = i.describe(x).split("\n")
+    head = ", ".join([f"{i.kind} level {i.level}{ended}", *[f for f in fields if f]])
+    return f"WrapperTensor({head}\n{pad}value={describe(x.value, indent + 1)})"
+
