@@ -231,9 +231,7 @@ def is_vector_side(a: Tensor, a_dim: int | None, b: Tensor, b_dim: int | None) -
     return len(b_shape) == 1 or (len(a_shape) - 1 == len(b_shape) and a_shape[:-1] == b_shape)
 
 
-def matrix_sides(
-    info: BatchInfo, in_dims: Sequence[Any], a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, bool]:
+def matrix_sides(info: BatchInfo, in_dims: Sequence[Any], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Both as matrices of one rank, batched ones with their dimension in front; the last says that ``b`` was vectors.
 
     With equal ranks, PyTorch takes ``b`` for matrices.
@@ -310,9 +308,7 @@ def lstsq_rule(
 
 
 @batching_rule(aten.linalg_cross.default)
-def cross_rule(
-    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, y: Tensor, *, dim: int = -1
-) -> tuple[Tensor, int]:
+def cross_rule(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, y: Tensor, *, dim: int = -1) -> tuple[Tensor, int]:
     """PyTorch wants equal ranks; sizes broadcast."""
     rank = logical_rank(x, in_dims[0])
     if logical_rank(y, in_dims[1]) != rank or rank == 0:

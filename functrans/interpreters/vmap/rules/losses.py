@@ -59,7 +59,9 @@ def elementwise_loss_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
 def align_examples(arguments: list[Any], in_dims: Sequence[Any], positions: Sequence[int], size: int) -> None:
     """Give the tensors at ``positions`` batch dimensions in front and one rank; the first two get one batch size."""
     places = [k for k in positions if arguments[k] is not None]
-    if len({arguments[k].dtype for k in places}) > 1 and any(logical_rank(arguments[k], in_dims[k]) == 0 for k in places):
+    if len({arguments[k].dtype for k in places}) > 1 and any(
+        logical_rank(arguments[k], in_dims[k]) == 0 for k in places
+    ):
         raise RuleDeclined("a 0-d example takes another part in type promotion than its batch")
     rank = max(logical_rank(arguments[k], in_dims[k]) for k in places)
     for k in places:

@@ -33,7 +33,7 @@ def native_layer_norm_rule(
     eps: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """The statistics are those of the operator; batched parameters are applied to its bare output."""
-    x_dim, _, weight_dim, bias_dim, _ = in_dims
+    x_dim, _, weight_dim = in_dims[:6]
     x = to_front(x, x_dim)
     stat_dim = None if x_dim is None else 0
     if weight_dim is None and bias_dim is None:
@@ -96,7 +96,7 @@ def native_layer_norm_backward_rule(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The input's gradient is the operator's, row by row; those of the parameters are sums within one example."""
     size = info.batch_size
-    grad_dim, x_dim, _, mean_dim, rstd_dim, weight_dim, bias_dim, _ = in_dims
+    grad_dim, x_dim, _, mean_dim, rstd_dim, weight_dim = in_dims[:6]
     rank = logical_rank(x, x_dim)
     outer = list(range(1, 1 + rank - len(normalized_shape)))
     grads: list[Any] = [None, None, None]
