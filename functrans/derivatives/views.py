@@ -162,9 +162,7 @@ linear(
 )
 linear(
     aten.diagonal_scatter.default,
-    self=lambda grad, src, offset, dim1, dim2: torch.diagonal_scatter(
-        grad, torch.zeros_like(src), offset, dim1, dim2
-    ),
+    self=lambda grad, src, offset, dim1, dim2: torch.diagonal_scatter(grad, torch.zeros_like(src), offset, dim1, dim2),
     src=lambda grad, offset, dim1, dim2: grad.diagonal(offset, dim1, dim2),
 )
 
