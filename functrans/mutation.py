@@ -43,10 +43,6 @@ from functrans.torch_private import OpOverload, no_dispatch
 
 aten = torch.ops.aten
 
-#: Operators that stand for others at the door: functions (facts, args, kwargs) -> output.
-SPECIAL: dict[OpOverload, Callable[..., Any]] = {}
-
-
 def run(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator that writes or makes views."""
     if known.kind == VIEW:

@@ -49,6 +49,8 @@ class TwinInterpreter(Interpreter):
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         if op in ALIASES:  # NOTE [Saved outputs of twins]
             return twin_of(self, args[0].value)
+        if op is aten._has_same_storage_numel.default:
+            return True
         args = [self._value(a) for a in args]
         kwargs = {k: self._value(v) for k, v in kwargs.items()}
         enabled = torch.is_grad_enabled()
@@ -61,9 +63,7 @@ class TwinInterpreter(Interpreter):
 
     def _value(self, a: Any) -> Any:
         if type(a) is WrapperTensor and a.interpreter is self:
-            return _materialized(a.value)
-        if isinstance(a, Tensor):
-            return _materialized(a)
+            return a.value
         if type(a) in (list, tuple):
             return [self._value(v) for v in a]
         return a
@@ -82,11 +82,6 @@ def _below(twin: TwinInterpreter, op: OpOverload, args: Any, kwargs: dict[str, A
     if facts(op).random:
         return base(op, args, kwargs) if twin.below is None else twin.below.process(op, args, kwargs)
     return dispatch(op, args, kwargs)
-
-
-def _materialized(x: Tensor) -> Tensor:
-    """PyTorch stands ZeroTensors in for undefined tangents; most operators do not know them."""
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if type(x) is Tensor and x._is_zerotensor() else x
 
 
 def twin_of(twin: TwinInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
@@ -167,8 +162,10 @@ def run_recorded(
         twin.grad_mode = torch.is_grad_enabled()
         pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
         with _autograd_on(twin):
+            # With create_graph PyTorch computes by differentiable formulas also where it has faster ones
+            # (LU factors in det); the levels below differentiate what it computes.
             found = torch.autograd.grad(
-                [o for o, _ in pairs], inputs, [twin_of(twin, c) for _, c in pairs], allow_unused=True, retain_graph=True
+                [o for o, _ in pairs], inputs, [twin_of(twin, c) for _, c in pairs], allow_unused=True, create_graph=True
             )
         return [None if g is None else g.value if type(g) is WrapperTensor else g for g in found]
 
@@ -198,12 +195,12 @@ def run_forward_mode(
             return type(a)(enter(v) for v in a)
         return a
 
-    with _autograd_on(twin), _dual_level(), torch.no_grad(), forward_ad._set_fwd_grad_enabled(True):
+    with _autograd_on(twin), _dual_level(), forward_ad._set_fwd_grad_enabled(True):
         out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
         found = []
         for o in _tensors_in(out):
             tangent = forward_ad.unpack_dual(o).tangent
-            found.append(None if tangent is None else tangent.value if type(tangent) is WrapperTensor else _materialized(tangent))
+            found.append(None if tangent is None else tangent.value if type(tangent) is WrapperTensor else tangent)
     return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), found
 
 

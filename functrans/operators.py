@@ -19,6 +19,10 @@ WRITE = 2
 SPECIAL = 3
 
 
+#: Functions that stand in for operators whose schema hides what they do; see functrans.special.
+SPECIAL_OPERATORS: dict[OpOverload, Any] = {}
+
+
 class Facts:
     """Facts about one operator overload."""
 
@@ -41,15 +45,15 @@ class Facts:
         self.returns_written = any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
         aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         self.metadata_write = torch.Tag.inplace_view in op.tags
-        self.kind = WRITE if self.written else VIEW if aliases else PURE
+        #: function that stands in for the operator at the door: (facts, args, kwargs) -> output
+        self.special: Any = SPECIAL_OPERATORS.get(op)
+        self.kind = SPECIAL if self.special else WRITE if self.written else VIEW if aliases else PURE
         #: rule of each interpreter class, resolved at first use
         self.plans: dict[type, Any] = {}
         #: pure counterpart of a writing operator; resolved by functrans.mutation
         self.functional: Any = None
         #: whether the new contents of what is written depend on the old ones
         self.reads_target = True
-        #: function of the mutation layer that stands in for the operator
-        self.special: Any = None
 
 
 def facts(op: OpOverload) -> Facts:

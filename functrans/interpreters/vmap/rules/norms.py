@@ -33,7 +33,7 @@ def native_layer_norm_rule(
     eps: float,
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """The statistics are those of the operator; batched parameters are applied to its bare output."""
-    x_dim, _, weight_dim = in_dims[:6]
+    x_dim, _, weight_dim, bias_dim = in_dims[:4]
     x = to_front(x, x_dim)
     stat_dim = None if x_dim is None else 0
     if weight_dim is None and bias_dim is None:

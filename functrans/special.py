@@ -1,0 +1,96 @@
+"""Operators that the door replaces, because their schema does not say what they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from functrans import stack
+from functrans.errors import InsideTransformError
+from functrans.mutation import write
+from functrans.operators import SPECIAL_OPERATORS, Facts
+from functrans.stack import STATE, running_at
+from functrans.tensor import WrapperTensor, base, highest, set_content
+from functrans.torch_private import OpOverload, no_dispatch
+
+aten = torch.ops.aten
+
+
+def stands_in_for(*ops: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: at the door the function below runs in place of ``ops``, with (facts, args, kwargs)."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for op in ops:
+            SPECIAL_OPERATORS[op] = function
+        return function
+
+    return decorate
+
+
+def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Run ``op`` from the door's beginning."""
+    return stack.DOOR.enter(op, args, kwargs)
+
+
+@stands_in_for(aten._efficientzerotensor.default)
+def real_zeros(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's stand-in for undefined tangents has no data, and most operators do not know it."""
+    return enter(aten.zeros.default, *args, **kwargs)
+
+
+@stands_in_for(aten.batch_norm.default)
+def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Training mode writes the running statistics, which the schema does not say; they carry no derivative."""
+    x, weight, bias, mean, var, training, momentum, eps, *_ = args
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    if not training or mean is None or var is None:
+        with running_at(STATE.top):
+            return known.op.decompose(*args, **kwargs)
+    out, _, _, new_mean, new_var = enter(
+        aten._native_batch_norm_legit_functional.default, x, weight, bias, mean, var, True, momentum, eps
+    )
+    for target, new in ((mean, new_mean), (var, new_var)):
+        write(target, enter(aten.detach.default, new), known.op)
+    return out
+
+
+@stands_in_for(aten.resize_.default)
+def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first elements stay, in the order of the flattened tensor; new ones are zero."""
+    target, size = args[0], list(args[1])
+    if type(target) is not WrapperTensor:
+        return base(known.op, args, kwargs)
+    if target.view_link is not None or target.root is not None:
+        raise InsideTransformError("resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size")
+    count = math.prod(size)
+    flat = enter(aten.reshape.default, target, [-1])
+    if count > flat.shape[0]:
+        flat = enter(aten.cat.default, [flat, enter(aten.new_zeros.default, flat, [count - flat.shape[0]])])
+    new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
+    target.root = None
+    with no_dispatch():
+        target.as_strided_(new.shape, new.stride())
+    set_content(target, new)
+    return target
+
+
+@stands_in_for(*(getattr(aten.set_, o) for o in aten.set_.overloads()))
+def refuse_set(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sharing another tensor's storage has no pure counterpart."""
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    owner = highest(args, kwargs, False)
+    assert owner is not None
+    raise InsideTransformError("Tensor.set_()", owner.name, "copy_() or a new tensor")
+
+
+@stands_in_for(aten.requires_grad_.default, aten.retain_grad.default)
+def leave_autograd_alone(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Autograd's own switches concern the base only."""
+    return base(known.op, args, kwargs)
+
+
