@@ -11,7 +11,7 @@ from functrans import mutation, stack
 from functrans.operators import PURE, Facts, facts, normalized
 from functrans.stack import STATE
 from functrans.tensor import WrapperTensor, base, highest, lift
-from functrans.torch_private import OpOverload
+from functrans.torch_private import CONJUGATE, NEGATIVE, OpOverload, set_key_excluded
 
 
 class Door(TorchDispatchMode):
@@ -35,6 +35,10 @@ def enter(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) 
 
     Writes and views become pure operators (mutation.py); what was made inside belongs to the innermost transform.
     """
+    # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
+    # tensors what they are. (Autograd's comes back in tensor.base.)
+    set_key_excluded(CONJUGATE, False)
+    set_key_excluded(NEGATIVE, False)
     try:
         known: Facts = op._functrans  # type: ignore[attr-defined]
     except AttributeError:

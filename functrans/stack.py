@@ -26,6 +26,7 @@ from torch import Tensor
 
 from functrans.torch_private import (
     AUTOGRAD,
+    VIEWS_AND_VERSIONS,
     OpOverload,
     is_forward_enabled,
     is_key_excluded,
@@ -162,17 +163,19 @@ class running_at:
     See NOTE [Three states of a thread].
     """
 
-    __slots__ = ("excluded", "level", "modes", "top")
+    __slots__ = ("excluded", "level", "modes", "top", "views_excluded")
 
     def __init__(self, level: Interpreter | None) -> None:
         self.level = level
         self.top = STATE.top
         self.modes = mode_stack_size()
         self.excluded = is_key_excluded(AUTOGRAD)
+        self.views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
 
     def __enter__(self) -> None:
         level = STATE.top = self.level
         set_key_excluded(AUTOGRAD, level is not None)
+        set_key_excluded(VIEWS_AND_VERSIONS, False)
         if level is not None and self.modes < STATE.door_depth:
             push_mode(DOOR)
 
@@ -181,6 +184,7 @@ class running_at:
         while mode_stack_size() > self.modes:
             pop_mode(None)
         set_key_excluded(AUTOGRAD, self.excluded)
+        set_key_excluded(VIEWS_AND_VERSIONS, self.views_excluded)
 
 
 class lowered:

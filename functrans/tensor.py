@@ -27,6 +27,7 @@ from functrans.operators import facts
 from functrans.stack import STATE, Interpreter
 from functrans.torch_private import (
     AUTOGRAD,
+    VIEWS_AND_VERSIONS,
     OpOverload,
     is_key_excluded,
     make_wrapper,
@@ -264,12 +265,14 @@ def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` as plain PyTorch. Autograd's key comes back only where autograd has something to record."""
     if forward_ad._current_level < 0 and not any_requires_grad(args):
         return op(*args, **kwargs)
-    excluded = is_key_excluded(AUTOGRAD)
-    set_key_excluded(AUTOGRAD, False)
+    excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
     try:
+        set_key_excluded(AUTOGRAD, False)
+        set_key_excluded(VIEWS_AND_VERSIONS, False)
         return op(*args, **kwargs)
     finally:
         set_key_excluded(AUTOGRAD, excluded)
+        set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
 
 
 def any_requires_grad(args: Any) -> bool:

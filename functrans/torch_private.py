@@ -21,6 +21,9 @@ from torch._ops import OpOverload as OpOverload
 from torch.utils._mode_utils import no_dispatch as no_dispatch
 
 AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+VIEWS_AND_VERSIONS = torch._C.DispatchKey.ADInplaceOrView
+CONJUGATE = torch._C.DispatchKey.Conjugate
+NEGATIVE = torch._C.DispatchKey.Negative
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 #: Creates a tensor that has metadata but no data; the only way to a wrapper whose class sees every operator.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import conj, where_or_zero
+from functrans.derivatives.helpers import add, conj, where_or_zero
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -54,12 +54,8 @@ pointwise(
     self=lambda grad: torch.zeros_like(grad),
 )
 
-pointwise(aten.hardsigmoid.default, self=lambda grad, self: aten.hardsigmoid_backward.default(grad, self))
-pointwise(
-    aten.hardsigmoid_backward.default,
-    grad_output=lambda grad, self: aten.hardsigmoid_backward.default(grad, self),
-    self=lambda grad: torch.zeros_like(grad),
-)
+# not by its kernel, which PyTorch cannot differentiate
+pointwise(aten.hardsigmoid.default, self=lambda grad, self: where_or_zero((self > -3) & (self < 3), grad / 6))
 
 pointwise(aten.softshrink.default, self=lambda grad, self, lambd: aten.softshrink_backward.default(grad, self, lambd))
 pointwise(
@@ -77,8 +73,8 @@ pointwise(
 
 pointwise(
     aten._prelu_kernel.default,
-    self=lambda grad, self, weight: torch.where(self >= 0, grad, grad * weight),
-    weight=lambda grad, self: torch.where(self >= 0, 0, grad * self),
+    self=lambda grad, self, weight: torch.where(self > 0, grad, grad * weight),
+    weight=lambda grad, self: torch.where(self > 0, 0, grad * self),
 )
 
 pointwise(aten.hardswish.default, self=lambda grad, self: aten.hardswish_backward.default(grad, self))
@@ -91,10 +87,21 @@ pointwise(
 # ------------------------------------------------------------------------------------------- smooth
 
 pointwise(aten.sigmoid.default, self=lambda grad, result: aten.sigmoid_backward.default(grad, result))
-pointwise(
+
+
+def sigmoid_backward_tangent(
+    grad_output: Tensor, output: Tensor, grad_output_t: Tensor | None, output_t: Tensor | None
+) -> Tensor | None:
+    first = None if grad_output_t is None else aten.sigmoid_backward.default(grad_output_t, output)
+    return add(first, None if output_t is None else grad_output * conj((1 - 2 * output) * output_t))
+
+
+# ``g * conj(y * (1 - y))``, which is not holomorphic in ``y``
+derivative(
     aten.sigmoid_backward.default,
-    grad_output=lambda grad, output: aten.sigmoid_backward.default(grad, output),
-    output=lambda grad, grad_output, output: grad * conj(conj(grad_output) * (1 - 2 * output)),
+    tangent=sigmoid_backward_tangent,
+    grad_output=lambda grad, output: aten.sigmoid_backward.default(grad, conj(output)),
+    output=lambda grad, grad_output, output: conj(grad) * grad_output * conj(1 - 2 * output),
 )
 
 # log(sigmoid(x))' = sigmoid(-x), which neither overflows nor cancels

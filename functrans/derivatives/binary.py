@@ -72,8 +72,18 @@ pointwise(
 
 # ------------------------------------------------------------------------------------------- quotients
 
-pointwise(
+
+def div_tangent(other: Any, result: Tensor, self_t: Tensor | None, other_t: Tensor | None) -> Tensor:
+    if other_t is None:
+        return self_t / other
+    change = other_t * result
+    return (-change if self_t is None else self_t - change) / other
+
+
+derivative(
     aten.div.Tensor,
+    broadcasts=True,
+    tangent=div_tangent,
     self=lambda grad, other: grad / conj(other),
     other=lambda grad, other, result: -grad * conj(result / other),
 )
@@ -112,10 +122,10 @@ pointwise(
 
 
 def pow_base(grad: Tensor, self: Tensor, exponent: Any) -> Tensor:
-    """``p * x ** (p - 1)``, and 0 where ``p`` is 0 (also at ``x = 0``)."""
+    """``p * x ** (p - 1)``, also where ``p`` is 0 and ``x`` too: there 0."""
     if isinstance(exponent, Tensor):
-        slope = grad * conj(exponent * self.pow(exponent - 1))
-        return where_or_zero(exponent != 0, slope)
+        base = torch.where((exponent == 0) & (self == 0), 1, self)
+        return grad * conj(exponent * base.pow(exponent - 1))
     if exponent == 0:
         return torch.zeros_like(grad)
     if exponent == 1:
@@ -126,14 +136,18 @@ def pow_base(grad: Tensor, self: Tensor, exponent: Any) -> Tensor:
 
 
 def pow_exponent(grad: Tensor, self: Any, exponent: Tensor, result: Tensor) -> Tensor:
-    """``result * log(x)``, and 0 where ``x`` is 0 and ``p`` is not negative."""
-    positive = (exponent.imag == 0) & (exponent.real >= 0) if exponent.dtype.is_complex else exponent >= 0
+    """``result * log(x)``, and 0 where ``x`` is 0 and ``p`` is not negative.
+
+    If then ``p > 1``, the mixed second derivative is 0 too; from 0 to 1 it is infinite, and comes out as NaN.
+    """
+    real = torch.real(exponent)
+    positive = (torch.imag(exponent) == 0) & (real >= 0) if exponent.dtype.is_complex else real >= 0
     if isinstance(self, Tensor):
-        dtype = torch.result_type(self, exponent)
-        slope = grad * conj(result * self.to(dtype).log())
-        return where_or_zero(~((self == 0) & positive), slope)
+        at_zero = (self == 0) & positive
+        base = torch.where(at_zero & (real > 1), 1, self.to(torch.result_type(self, exponent)))
+        return grad * conj((result * base.log()).masked_fill(at_zero, 0))
     if self == 0:
-        return where_or_zero(~positive, grad * conj(result * -math.inf))
+        return grad * conj(result * torch.full_like(exponent, -math.inf).masked_fill(positive, 0))
     if result.dtype.is_complex:
         log = cmath.log(self)
     else:
@@ -160,11 +174,11 @@ pointwise(
 
 
 def xlogy_self(grad: Tensor, self: Tensor, other: Any) -> Tensor:
-    return torch.xlogy(grad, other).masked_fill((self == 0) & (other <= 0), 0)
+    return torch.xlogy(grad, torch.where((self == 0) & (other <= 0), 1, other))
 
 
 def xlog1py_self(grad: Tensor, self: Tensor, other: Any) -> Tensor:
-    return torch.special.xlog1py(grad, other).masked_fill((self == 0) & (other <= -1), 0)
+    return torch.special.xlog1py(grad, torch.where((self == 0) & (other <= -1), 0, other))
 
 
 pointwise(aten.xlogy.Tensor, self=xlogy_self, other=lambda grad, self, other: grad * self / other)
@@ -178,13 +192,11 @@ pointwise(aten.special_xlog1py.self_scalar, other=lambda grad, self, other: grad
 
 
 def xlogy_scalar_self(grad: Tensor, self: Tensor, other: float) -> Tensor:
-    slope = torch.xlogy(grad, other)
-    return slope if other > 0 else slope.masked_fill(self == 0, 0)
+    return torch.xlogy(grad, other if other > 0 else torch.full_like(grad, other).masked_fill(self == 0, 1))
 
 
 def xlog1py_scalar_self(grad: Tensor, self: Tensor, other: float) -> Tensor:
-    slope = torch.special.xlog1py(grad, other)
-    return slope if other > -1 else slope.masked_fill(self == 0, 0)
+    return torch.special.xlog1py(grad, other if other > -1 else torch.full_like(grad, other).masked_fill(self == 0, 0))
 
 
 pointwise(aten.xlogy.Scalar_Other, self=xlogy_scalar_self)
@@ -198,10 +210,17 @@ pointwise(
 
 # ------------------------------------------------------------------------------------------- plane geometry
 
+
+def square_radius(self: Tensor, other: Tensor) -> Tensor:
+    """``x ** 2 + y ** 2``, and 1 at the origin, where a quotient by it is then 0."""
+    square = self * self + other * other
+    return square.masked_fill(square == 0, 1)
+
+
 pointwise(
     aten.atan2.default,
-    self=lambda grad, self, other: grad * other * (self * self + other * other).reciprocal(),
-    other=lambda grad, self, other: grad * -self * (self * self + other * other).reciprocal(),
+    self=lambda grad, self, other: grad * (other / square_radius(self, other)),
+    other=lambda grad, self, other: grad * (-self / square_radius(self, other)),
 )
 pointwise(
     aten.hypot.default,

@@ -21,6 +21,13 @@ def times(x: Tensor, factor: Any) -> Tensor:
     return x if not isinstance(factor, Tensor) and factor == 1 else x * factor
 
 
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two tangents or cotangents, either of which may be missing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` as ``dtype``; of a complex ``x`` the real part, if ``dtype`` is real."""
     if x.dtype == dtype:

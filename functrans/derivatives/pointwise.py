@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import conj, where_or_zero
+from functrans.derivatives.helpers import add, conj, where_or_zero
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -70,10 +70,20 @@ pointwise(aten.tanh.default, self=lambda grad, result: aten.tanh_backward.defaul
 pointwise(aten.asinh.default, self=lambda grad, self: grad * conj((self * self + 1).rsqrt()))
 pointwise(aten.atanh.default, self=lambda grad, self: grad / conj(1 - self * self))
 
-pointwise(
+
+def tanh_backward_tangent(
+    grad_output: Tensor, output: Tensor, grad_output_t: Tensor | None, output_t: Tensor | None
+) -> Tensor | None:
+    first = None if grad_output_t is None else aten.tanh_backward.default(grad_output_t, output)
+    return add(first, None if output_t is None else grad_output * conj(-2 * output * output_t))
+
+
+# ``g * conj(1 - y ** 2)``, which is not holomorphic in ``y``
+derivative(
     aten.tanh_backward.default,
-    grad_output=lambda grad, output: aten.tanh_backward.default(grad, output),
-    output=lambda grad, grad_output, output: grad * conj(-2 * output * conj(grad_output)),
+    tangent=tanh_backward_tangent,
+    grad_output=lambda grad, output: aten.tanh_backward.default(grad, conj(output)),
+    output=lambda grad, grad_output, output: conj(grad) * grad_output * conj(-2 * output),
 )
 
 
@@ -207,10 +217,11 @@ pointwise(aten.special_i1e.default, self=i1e_self)
 
 
 def logit_self(grad: Tensor, self: Tensor, eps: float | None) -> Tensor:
-    slope = grad / (self * (1 - self))
     if eps is None:
-        return torch.where((self >= 0) & (self <= 1), slope, math.nan)
-    return where_or_zero((self >= eps) & (self <= 1 - eps), slope)
+        return torch.where((self >= 0) & (self <= 1), grad / (self * (1 - self)), math.nan)
+    inside = (self >= eps) & (self <= 1 - eps)
+    x = torch.where(inside, self, 0.5)
+    return where_or_zero(inside, grad / (x * (1 - x)))
 
 
 pointwise(aten.logit.default, self=logit_self)

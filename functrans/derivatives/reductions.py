@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import cast, conj, reduced_dims, restore_dims, where_or_zero
+from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, where_or_zero
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -31,13 +31,6 @@ def size_of(self: Tensor, dim: Dim) -> int:
 
 def average(grad: Tensor, self: Tensor, dim: Dim) -> Tensor:
     return grad / (size_of(self, dim) or 1)  # of no elements: nothing receives it, but 1 / 0 would make NaN of it
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two cotangents, either of which may be missing."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
 
 
 # ------------------------------------------------------------------------------------------- sums and means
@@ -100,7 +93,7 @@ def var_tangent(self: Tensor, self_t: Tensor, dim: Dim, correction: float | None
 
 def half_over(x: Tensor, std: Tensor) -> Tensor:
     """From the variance to its root: ``x / (2 * std)``, and 0 where ``std`` is 0."""
-    return (x / (2 * std)).masked_fill(std == 0, 0)
+    return x / (2 * std).masked_fill(std == 0, math.inf)
 
 
 def std_self(grad: Tensor, self: Tensor, dim: Dim, correction: float | None, keepdim: bool, result: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import reduced_dims, restore_dims
-from functrans.derivatives.reductions import Dim, add
+from functrans.derivatives.helpers import add, reduced_dims, restore_dims
+from functrans.derivatives.reductions import Dim
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten

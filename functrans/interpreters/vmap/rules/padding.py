@@ -23,11 +23,18 @@ Output = tuple[Any, Any]
 # Repetition
 
 
-@batching_rule(aten.repeat.default, aten.tile.default)
+@batching_rule(aten.repeat.default)
 def repeat(info: BatchInfo, in_dims: Dims, x: Tensor, repeats: Any) -> Output:
-    """``tile`` counts missing repeats as 1, ``repeat`` never gets here with fewer than there are dimensions."""
-    missing = x.dim() - 1 - len(repeats)
-    return pad_rank(x, in_dims[0], len(repeats)).repeat(1, *[1] * missing, *repeats), 0
+    """New dimensions go behind the batch dimension."""
+    if len(repeats) < x.dim() - 1:
+        raise RuleDeclined("repeat takes a number for every dimension")
+    return pad_rank(x, in_dims[0], len(repeats)).repeat(1, *repeats), 0
+
+
+@batching_rule(aten.tile.default)
+def tile(info: BatchInfo, in_dims: Dims, x: Tensor, repeats: Any) -> Output:
+    """Missing repeats count as 1."""
+    return repeat(info, in_dims, x, [*[1] * (x.dim() - 1 - len(repeats)), *repeats])
 
 
 @batching_rule(aten.repeat_interleave.self_int)

@@ -12,7 +12,6 @@ from functrans.interpreters.vmap.families import (
     RuleDeclined,
     align,
     elementwise,
-    flat_examples,
     same_dims,
 )
 from functrans.interpreters.vmap.rules.factories import in_memory_format
@@ -394,10 +393,10 @@ def log_sigmoid_backward(
     """As above; the kernel does not broadcast."""
     grad = materialize(grad, in_dims[0], info.batch_size)
     x = materialize(x, in_dims[1], info.batch_size)
-    if grad.dim() != x.dim():
-        raise RuleDeclined("log_sigmoid_backward: grad and self have different ranks")
     if in_dims[2] is not None or buffer.shape == x.shape[1:]:
         buffer = materialize(buffer, in_dims[2], info.batch_size)
+    if grad.shape != x.shape or buffer.shape not in (x.shape, (0,)):
+        raise RuleDeclined("log_sigmoid_backward: its tensors have different shapes")
     return aten.log_sigmoid_backward.default(grad, x, buffer), 0
 
 
