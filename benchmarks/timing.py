@@ -11,6 +11,7 @@ one thread, since the times of several would add up. With a CUDA device it is th
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import sys
@@ -104,6 +105,7 @@ def peak_memory(call: Call, device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     del result
