@@ -7,24 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 aten = torch.ops.aten
-
-
-class PlainOp:
-    """A stand-in for an operator: its schema, and a definition that autograd differentiates piece by piece."""
-
-    def __init__(self, op: OpOverload, definition: Callable[..., Any]) -> None:
-        self._schema = op._schema
-        self.definition = definition
-        self.op = op
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.definition(*args, **kwargs)
-
-    def __str__(self) -> str:
-        return f"plain {self.op}"
 
 
 def statistics(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +52,7 @@ def native_batch_norm(x, weight, bias, running_mean, running_var, training, mome
 
 def batch_norm_functional(x, weight, bias, running_mean, running_var, training, momentum, eps):
     out = native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
-    return *out, running_mean, running_var
+    return *out, running_mean.detach(), running_var.detach()
 
 
 def batch_norm_no_stats(x, weight, bias, training, momentum, eps):
@@ -117,17 +101,14 @@ def batch_norm_backward(grad, x, weight, running_mean, running_var, mean, rstd, 
 EPS = 1e-3
 
 PLAIN = {
-    op: PlainOp(op, definition)
-    for op, definition in {
-        aten.native_layer_norm.default: layer_norm,
-        aten.native_group_norm.default: group_norm,
-        aten.native_batch_norm.default: native_batch_norm,
-        aten._native_batch_norm_legit.no_stats: batch_norm_no_stats,
-        aten._native_batch_norm_legit_functional.default: batch_norm_functional,
-        aten._native_batch_norm_legit_no_training.default: batch_norm_no_training,
-        aten._fused_rms_norm.default: rms_norm,
-        aten.native_layer_norm_backward.default: layer_norm_backward,
-        aten.native_group_norm_backward.default: group_norm_backward,
-        aten.native_batch_norm_backward.default: batch_norm_backward,
-    }.items()
+    aten.native_layer_norm.default: layer_norm,
+    aten.native_group_norm.default: group_norm,
+    aten.native_batch_norm.default: native_batch_norm,
+    aten._native_batch_norm_legit.no_stats: batch_norm_no_stats,
+    aten._native_batch_norm_legit_functional.default: batch_norm_functional,
+    aten._native_batch_norm_legit_no_training.default: batch_norm_no_training,
+    aten._fused_rms_norm.default: rms_norm,
+    aten.native_layer_norm_backward.default: layer_norm_backward,
+    aten.native_group_norm_backward.default: group_norm_backward,
+    aten.native_batch_norm_backward.default: batch_norm_backward,
 }

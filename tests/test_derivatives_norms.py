@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from derivative_checker import Call, check_entry
+from plain_norms import EPS, PLAIN, batch_norm, group_norm, layer_norm, rms_norm
 from torch import Tensor
 
 from functrans.derivatives import norms
+from functrans.derivatives import rms_norm as rms_norms
 from functrans.derivatives.table import DERIVATIVES
-from tests.derivative_checker import Call, check_entry
-from tests.plain_norms import EPS, PLAIN, batch_norm, group_norm, layer_norm, rms_norm
 
 aten = torch.ops.aten
 
@@ -88,11 +89,12 @@ def test_norm_entry_agrees_with_plain_operators(op):
     assert calls
     for call in calls:
         # the first order of a backward operator's entry is the second order of its norm
-        check_entry(Call(PLAIN[op], call.args), DERIVATIVES.get(op), order=1)
+        check_entry(call, order=1, native=PLAIN[op])
 
 
 def test_every_norm_entry_is_checked():
-    here = {op for op in DERIVATIVES if DERIVATIVES.place(op).split(":")[0] == norms.__file__}
+    files = {norms.__file__, rms_norms.__file__}
+    here = {op for op in DERIVATIVES if DERIVATIVES.place(op).rsplit(":", 1)[0] in files}
     assert here == set(PLAIN)
 
 
@@ -162,10 +164,8 @@ HIGHER = {
         (4, 3, 2),
     ),
     "batch_norm, evaluation": (
-        lambda t, x, w, b: t._native_batch_norm_legit_functional(
-            x, w, b, torch.zeros_like(w), torch.ones_like(w), False, 0.1, EPS
-        )[0],
-        lambda x, w, b: batch_norm(x, w, b, EPS, (torch.zeros_like(w), torch.ones_like(w)))[0],
+        lambda t, x, w, b: t._native_batch_norm_legit_functional(x, w, b, b, w * w, False, 0.1, EPS)[0],
+        lambda x, w, b: batch_norm(x, w, b, EPS, (b, w * w))[0],
         (4, 3, 2),
     ),
     "rms_norm": (
@@ -180,6 +180,7 @@ HIGHER = {
 def test_fourth_order_with_every_operator_differentiated_by_the_table(name, monkeypatch):
     """PyTorch's own answer for batch norm is wrong from the third order on (pytorch/pytorch#186256)."""
     monkeypatch.setattr(norms, "aten", Table())
+    monkeypatch.setattr(rms_norms, "aten", Table())
     by_table, plain, shape = HIGHER[name]
     torch.manual_seed(0)
     leaves = [randn(*shape).requires_grad_(), randn(3).requires_grad_(), randn(3).requires_grad_()]
@@ -227,11 +228,10 @@ def test_channels_last_group_norm():
     torch.manual_seed(0)
     x = randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
     grad = randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
-    call = Call(PLAIN[aten.native_group_norm.default], (x, randn(4), randn(4), 2, 4, 9, 2, EPS))
-    check_entry(call, DERIVATIVES.get(aten.native_group_norm.default), order=1)
-    results = aten.native_group_norm(*call.args)
-    values = {"input": x, "weight": call.args[1], "N": 2, "C": 4, "HxW": 9, "group": 2, "results": results}
+    args = (x, randn(4), randn(4), 2, 4, 9, 2, EPS)
+    results = aten.native_group_norm(*args)
+    values = {"input": x, "weight": args[1], "N": 2, "C": 4, "HxW": 9, "group": 2, "results": results}
     got = DERIVATIVES.get(aten.native_group_norm.default).formulas["input"](**values, grads=(grad, None, None))
     leaf = x.contiguous().requires_grad_()
-    expected = torch.autograd.grad(group_norm(leaf, *call.args[1:])[0], leaf, grad)[0]
+    expected = torch.autograd.grad(group_norm(leaf, *args[1:])[0], leaf, grad)[0]
     torch.testing.assert_close(got, expected)

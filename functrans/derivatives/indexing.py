@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import conj, times
+from functrans.derivatives.helpers import conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -24,8 +24,8 @@ def index_put_self(grad: Tensor, indices: Indices, accumulate: bool) -> Tensor:
     return grad if accumulate else aten.index_put(grad, indices, grad.new_zeros(()))
 
 
-def index_put_values(grad: Tensor, indices: Indices) -> Tensor:
-    return aten.index(grad, indices)
+def index_put_values(grad: Tensor, indices: Indices, values: Tensor) -> Tensor:
+    return sum_to_shape(aten.index(grad, indices), values.shape)
 
 
 # The unsafe forms skip the check of the indices' range; they come from decompositions.
@@ -39,7 +39,6 @@ for _op in (aten.index_put.default, aten._unsafe_index_put.default):
     derivative(
         _op,
         tangent="linear",
-        broadcasts=True,  # values does
         self=index_put_self,
         values=index_put_values,
     )
@@ -146,7 +145,8 @@ derivative(
 
 
 def masked_select_self(grad: Tensor, self: Tensor, mask: Tensor) -> Tensor:
-    return grad.new_zeros(torch.broadcast_shapes(self.shape, mask.shape)).masked_scatter(mask, grad)
+    whole = grad.new_zeros(torch.broadcast_shapes(self.shape, mask.shape)).masked_scatter(mask, grad)
+    return sum_to_shape(whole, self.shape)
 
 
 def masked_scatter_source(grad: Tensor, mask: Tensor, source: Tensor) -> Tensor:
@@ -159,12 +159,11 @@ def masked_scatter_source(grad: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     return grad.new_zeros(source.numel()).scatter_add(0, place, taken).reshape(source.shape)
 
 
-# broadcasts: self and mask do
-derivative(aten.masked_select.default, tangent="linear", broadcasts=True, self=masked_select_self)
+derivative(aten.masked_select.default, tangent="linear", self=masked_select_self)
 derivative(
     aten.masked_scatter.default,
     tangent="linear",
-    broadcasts=True,
+    broadcasts=True,  # self and mask do
     self=lambda grad, mask: grad.masked_fill(mask, 0),
     source=masked_scatter_source,
 )

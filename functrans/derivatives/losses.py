@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.functional import logsigmoid
 
+from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
 
@@ -33,7 +34,7 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
     def shape_of(values: dict[str, Any]) -> torch.Size:
         return torch.broadcast_shapes(*(v.shape for n in names if isinstance(v := values[n], Tensor)))
 
-    def reverse(partial: Partial) -> Callable[..., Any]:
+    def reverse(name: str, partial: Partial) -> Callable[..., Any]:
         def cotangent(v: dict[str, Any]) -> Tensor:
             grad, slope = v["grad"], partial(*(v[n] for n in names))
             if v["reduction"] != NONE:
@@ -42,7 +43,7 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
                     grad = grad / shape.numel()
                 if slope.shape != shape:
                     grad = grad.expand(shape)
-            return grad * slope
+            return cast(sum_to_shape(grad * slope, v[name].shape), v[name].dtype)
 
         return with_names(("grad", "reduction", *names), cotangent)
 
@@ -62,8 +63,7 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
     derivative(
         op,
         tangent=with_names(("reduction", *names, *(f"{n}_t" for n in partials)), tangent),
-        broadcasts=True,
-        **{name: reverse(partial) for name, partial in partials.items()},
+        **{name: reverse(name, partial) for name, partial in partials.items()},
     )
 
 
@@ -108,7 +108,7 @@ def bce_target(self: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def bce_weight(self: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return aten.binary_cross_entropy(self, target, None, NONE)
+    return (target - 1) * (-self).log1p().clamp(-100) - target * self.log().clamp(-100)
 
 
 pointwise_loss(aten.binary_cross_entropy.default, self=bce_self, target=bce_target, weight=bce_weight)
@@ -129,7 +129,8 @@ def bce_logits_target(self: Tensor, target: Tensor, weight: Tensor | None, pos_w
 
 
 def bce_logits_weight(self: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor | None) -> Tensor:
-    return aten.binary_cross_entropy_with_logits(self, target, None, pos_weight, NONE)
+    log_weight = 1 if pos_weight is None else 1 + (pos_weight - 1) * target
+    return (1 - target) * self - log_weight * logsigmoid(self)
 
 
 def bce_logits_pos_weight(self: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor) -> Tensor:

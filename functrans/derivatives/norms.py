@@ -1,6 +1,6 @@
-"""Derivatives of layer, group, batch and RMS normalization.
+"""Derivatives of layer, group and batch normalization.
 
-All but the last compute, over some dimensions of ``x`` seen in a suitable shape::
+All compute, over some dimensions of ``x`` seen in a suitable shape::
 
     normal = (x - mean) * rstd        mean, rstd: of x over these dimensions (batch norm in eval mode: given)
     out = normal * weight + bias
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,10 +105,14 @@ class State:
     def __init__(self, norm: Norm, v: Values) -> None:
         self.layout = norm.layout(v, v["input"])
         self.learned = norm.learned(v)
-        mean, self.rstd = norm.statistics(v, self.layout)
-        self.normal = (self.layout.x(v["input"]) - mean) * self.rstd
+        self.input = v["input"]
+        self.mean, self.rstd = norm.statistics(v, self.layout)
         weight = v["weight"]
         self.weight = None if weight is None else shaped(weight, self.layout.affine)
+
+    @cached_property
+    def normal(self) -> Tensor:
+        return (self.layout.x(self.input) - self.mean) * self.rstd
 
     def weighted(self, x: Tensor) -> Tensor:
         return x if self.weight is None else x * self.weight
@@ -124,7 +129,10 @@ class State:
 
 
 def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor, list[bool]], Any]) -> None:
-    """Add the entry of ``op(input, ..., weight, bias, ...) -> (out, mean, rstd, ...)``."""
+    """Add the entry of ``op(input, ..., weight, bias, ...) -> (out, mean, rstd, ...)``.
+
+    Further outputs, the new running statistics, count as constants, as in PyTorch.
+    """
     names = [a.name for a in op._schema.arguments]
     options = [n for n in (*norm.options, "running_mean", "running_var", "training") if n in names]
     outputs = len(op._schema.returns)
@@ -154,6 +162,23 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
         layout = norm.layout(v, of_out)
         return layout.to_affine(layout.x(of_out), v["bias"])
 
+    # The running statistics are what x is normalized with in eval mode, and do not matter in training mode.
+
+    def of_running_mean(v: Values) -> Tensor | None:
+        of_out = v["grads"][0]
+        if norm.learned(v) or of_out is None:
+            return None
+        s = State(norm, v)
+        return s.layout.to_affine(-s.weighted(s.layout.x(of_out)) * s.rstd, v["running_mean"])
+
+    def of_running_var(v: Values) -> Tensor | None:
+        of_out = v["grads"][0]
+        if norm.learned(v) or of_out is None:
+            return None
+        s = State(norm, v)
+        slope = s.weighted(s.layout.x(of_out)) * s.normal * s.rstd * s.rstd / -2
+        return s.layout.to_affine(slope, v["running_var"])
+
     def tangent(v: Values) -> tuple[Tensor | None, ...]:
         s, out = State(norm, v), v["results"][0]
         moved: list[Tensor | None] = [None] * outputs
@@ -165,6 +190,11 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
                 mean, rstd = v["results"][1:3]
                 moved[1] = cast(s.layout.mean(x_t).reshape(mean.shape), mean.dtype)
                 moved[2] = cast((-s.rstd * s.rstd * s.layout.mean(x_t * s.normal)).reshape(rstd.shape), rstd.dtype)
+        if not s.learned and v.get("running_mean_t") is not None:
+            terms.append(s.weighted(-s.rstd * shaped(v["running_mean_t"], s.layout.statistics)))
+        if not s.learned and v.get("running_var_t") is not None:
+            var_t = shaped(v["running_var_t"], s.layout.statistics)
+            terms.append(s.weighted(s.normal * (s.rstd * s.rstd * var_t / -2)))
         if v["weight_t"] is not None:
             terms.append(s.normal * shaped(v["weight_t"], s.layout.affine))
         if v["bias_t"] is not None:
@@ -175,12 +205,16 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
         return tuple(moved)
 
     saved = ("grads", "results", "input", "weight", *options)
+    given = {}
+    if "running_mean" in names:
+        given = {"running_mean": with_names(saved, of_running_mean), "running_var": with_names(saved, of_running_var)}
     derivative(
         op,
-        tangent=with_names((*saved[1:], "input_t", "weight_t", "bias_t"), tangent),
+        tangent=with_names((*saved[1:], "input_t", "weight_t", "bias_t", *(f"{n}_t" for n in given)), tangent),
         input=with_names(saved, input_cotangent),
         weight=with_names(saved, weight_cotangent),
         bias=with_names(("grads", "bias", *(n for n in norm.options if n in names)), bias_cotangent),
+        **given,
     )
 
 
@@ -302,12 +336,15 @@ def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
 
 
 def batch_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
-    training = v.get("training", False)
-    mean, rstd = v["results"][1:3] if training else (None, None)
-    running = (None, None) if training else (v["running_mean"], v["running_var"])
-    return aten.native_batch_norm_backward(
-        grad, v["input"], v["weight"], *running, mean, rstd, training, v["eps"], mask
-    )
+    if v.get("training"):
+        mean, rstd = v["results"][1:3]
+        return aten.native_batch_norm_backward(
+            grad, v["input"], v["weight"], None, None, mean, rstd, True, v["eps"], mask
+        )
+    # plain, because the fused operator has no derivative by the running statistics
+    s = State(BATCH_EVAL, v)
+    of_input = cast(s.weighted(grad) * s.rstd, grad.dtype) if mask[0] else None
+    return of_input, s.layout.to_affine(grad * s.normal, v["weight"]) if mask[1] else None
 
 
 forward_entry(LAYER, aten.native_layer_norm.default, layer_backward)
@@ -322,59 +359,3 @@ forward_entry(BATCH_EVAL, aten._native_batch_norm_legit_no_training.default, bat
 backward_entry(LAYER, aten.native_layer_norm_backward.default)
 backward_entry(GROUP, aten.native_group_norm_backward.default)
 backward_entry(BATCH, aten.native_batch_norm_backward.default)
-
-
-# ---------------------------------------------------------------------------------------------- RMS
-
-
-def rms_parts(v: Values) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The normalized input and the mean over the normalized dimensions."""
-    dims = list(range(-len(v["normalized_shape"]), 0))
-    return v["input"] * v["results"][1], lambda x: x.mean(dims, keepdim=True)
-
-
-def rms_input(v: Values) -> Tensor:
-    of_out, of_rstd = v["grads"]
-    rstd = v["results"][1]
-    normal, mean = rms_parts(v)
-    total = None
-    if of_out is not None:
-        given = of_out if v["weight"] is None else of_out * v["weight"]
-        total = rstd * (given - normal * mean(given * normal))
-    if of_rstd is not None:
-        total = sum_of([total, of_rstd * rstd * rstd * normal * (-rstd.numel() / max(normal.numel(), 1))])
-    return cast(total, v["input"].dtype)  # type: ignore[arg-type]
-
-
-def rms_weight(v: Values) -> Tensor | None:
-    of_out = v["grads"][0]
-    if of_out is None:
-        return None
-    total = of_out * rms_parts(v)[0]
-    lead = list(range(total.dim() - v["weight"].dim()))
-    return cast(total.sum(lead) if lead else total, v["weight"].dtype)
-
-
-def rms_tangent(v: Values) -> tuple[Tensor | None, Tensor | None]:
-    out, rstd = v["results"]
-    normal, mean = rms_parts(v)
-    input_t, weight_t, weight = v["input_t"], v["weight_t"], v["weight"]
-    terms, rstd_t = [], None
-    if input_t is not None:
-        along = mean(input_t * normal)
-        rstd_t = cast(-rstd * rstd * along, rstd.dtype)
-        normal_t = rstd * (input_t - normal * along)
-        terms.append(normal_t if weight is None else normal_t * weight)
-    if weight_t is not None:
-        terms.append(normal * weight_t)
-    total = sum_of(terms)
-    return None if total is None else cast(total, out.dtype), rstd_t
-
-
-_RMS = ("results", "input", "weight", "normalized_shape")
-derivative(
-    aten._fused_rms_norm.default,
-    tangent=with_names((*_RMS, "input_t", "weight_t"), rms_tangent),
-    input=with_names(("grads", *_RMS), rms_input),
-    weight=with_names(("grads", *_RMS), rms_weight),
-)

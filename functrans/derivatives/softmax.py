@@ -1,8 +1,6 @@
 """Derivatives of softmax and log_softmax.
 
 The Jacobian of softmax is symmetric, so the fused backward operator serves forward mode too. Its own entry is plain.
-``broadcasts`` stands for the cast back to the argument's dtype (``dtype=``, ``half_to_float``): nothing broadcasts, but the
-argument, as large as the result, is then not saved for its dtype alone.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from functrans.derivatives.helpers import cast
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -19,27 +18,30 @@ def _sum(x: Tensor, dim: int) -> Tensor:
     return x.sum(dim, keepdim=True)
 
 
-def softmax_self(grad: Tensor, result: Tensor, dim: int) -> Tensor:
-    return aten._softmax_backward_data(grad, result, dim, grad.dtype)
+# The result may have another dtype than self (``dtype=``, ``half_to_float``).
+
+
+def softmax_self(grad: Tensor, self: Tensor, result: Tensor, dim: int) -> Tensor:
+    return cast(aten._softmax_backward_data(grad, result, dim, grad.dtype), self.dtype)
 
 
 def softmax_tangent(result: Tensor, dim: int, self_t: Tensor) -> Tensor:
-    return aten._softmax_backward_data(self_t.to(result.dtype), result, dim, result.dtype)
+    return aten._softmax_backward_data(cast(self_t, result.dtype), result, dim, result.dtype)
 
 
-def log_softmax_self(grad: Tensor, result: Tensor, dim: int) -> Tensor:
-    return aten._log_softmax_backward_data(grad, result, dim, grad.dtype)
+def log_softmax_self(grad: Tensor, self: Tensor, result: Tensor, dim: int) -> Tensor:
+    return cast(aten._log_softmax_backward_data(grad, result, dim, grad.dtype), self.dtype)
 
 
 def log_softmax_tangent(result: Tensor, dim: int, self_t: Tensor) -> Tensor:
-    self_t = self_t.to(result.dtype)
+    self_t = cast(self_t, result.dtype)
     return self_t - _sum(result.exp() * self_t, dim)
 
 
 for _op in (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
-    derivative(_op, tangent=softmax_tangent, broadcasts=True, self=softmax_self)
+    derivative(_op, tangent=softmax_tangent, self=softmax_self)
 for _op in (aten.log_softmax.int, aten._log_softmax.default):
-    derivative(_op, tangent=log_softmax_tangent, broadcasts=True, self=log_softmax_self)
+    derivative(_op, tangent=log_softmax_tangent, self=log_softmax_self)
 
 
 # The backward operators: y g - y sum(y g), and g - exp(y) sum(g).
@@ -65,7 +67,7 @@ def softmax_backward_tangent(
     if output_t is not None:
         product = output_t * grad_output
         term = product - output_t * _sum(output * grad_output, dim) - output * _sum(product, dim)
-        term = term.to(result.dtype)
+        term = cast(term, result.dtype)
         moved = term if moved is None else moved + term
     return moved
 
@@ -84,14 +86,14 @@ def log_softmax_backward_tangent(
     if output_t is not None:
         term = -output.exp() * output_t * _sum(grad_output, dim)
         moved = term if moved is None else moved + term
-    return moved.to(result.dtype)
+    return cast(moved, result.dtype)
 
 
 derivative(
     aten._softmax_backward_data.default,
     tangent=softmax_backward_tangent,
     broadcasts=True,
-    grad_output=lambda grad, output, dim: aten._softmax_backward_data(grad.to(output.dtype), output, dim, output.dtype),
+    grad_output=lambda grad, output, dim: aten._softmax_backward_data(cast(grad, output.dtype), output, dim, output.dtype),
     output=softmax_backward_output,
 )
 derivative(

@@ -1,0 +1,86 @@
+"""Attention and dropout.
+
+Attention has no entry: PyTorch's fused kernels have first derivatives only, in reverse mode only. ``attention`` says what
+the operator is made of, so that grad and jvp see products and a softmax, each with derivatives of every order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.named import with_names
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``aten.scaled_dot_product_attention`` in terms of simpler operators.
+
+    As in PyTorch, half precision is computed in float32, and a row whose keys are all masked gives zero.
+    """
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("scaled_dot_product_attention: attn_mask and is_causal=True exclude each other; give one.")
+    dtype = query.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = torch.matmul(query * factor, key.transpose(-2, -1))
+    if is_causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.masked_fill(above, -math.inf).softmax(-1)
+    elif attn_mask is None:
+        weights = scores.softmax(-1)
+    else:
+        masked = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        weights = aten._safe_softmax(masked, -1)
+    if dropout_p > 0:
+        weights = torch.dropout(weights, dropout_p, True)
+    out = torch.matmul(weights, value)
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------- dropout
+
+
+def dropout_scale(p: float, train: bool | None) -> float:
+    if train is False:
+        return 1.0
+    return 0.0 if p == 1 else 1 / (1 - p)
+
+
+def dropout_input(v: dict[str, Any]) -> Tensor:
+    return aten.native_dropout_backward(v["grads"][0], v["results"][1], dropout_scale(v["p"], v["train"]))
+
+
+def dropout_tangent(v: dict[str, Any]) -> tuple[Tensor, None]:
+    return aten.native_dropout_backward(v["input_t"], v["results"][1], dropout_scale(v["p"], v["train"])), None
+
+
+derivative(
+    aten.native_dropout.default,
+    tangent=with_names(("results", "p", "train", "input_t"), dropout_tangent),
+    input=with_names(("grads", "results", "p", "train"), dropout_input),
+)
+derivative(
+    aten.native_dropout_backward.default,
+    tangent="linear",
+    grad_output=lambda grad, mask, scale: aten.native_dropout_backward(grad, mask, scale),
+)
