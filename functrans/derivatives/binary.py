@@ -212,9 +212,9 @@ pointwise(
 
 
 def square_radius(self: Tensor, other: Tensor) -> Tensor:
-    """``x ** 2 + y ** 2``, and 1 at the origin, where a quotient by it is then 0."""
+    """``x ** 2 + y ** 2``, and infinity at the origin, so that a quotient by it is 0 there."""
     square = self * self + other * other
-    return square.masked_fill(square == 0, 1)
+    return square.masked_fill(square == 0, math.inf)
 
 
 pointwise(
