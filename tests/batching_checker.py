@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -93,13 +94,16 @@ def recorded_calls(
         chosen = set(wanted)
         wanted = chosen.__contains__
     recorder = Recorder(wanted, per_op)
-    for info in op_db:
-        if not names(info.name):
-            continue
-        for dtype in dtypes:
-            if dtype not in info.dtypes:
-                continue
-            record_samples(info, dtype, recorder, samples, backward and dtype.is_floating_point)
+
+    def record() -> None:
+        for info in op_db:
+            for dtype in dtypes if names(info.name) else ():
+                if dtype in info.dtypes:
+                    record_samples(info, dtype, recorder, samples, backward and dtype.is_floating_point)
+
+    # The samples inspect the whole call stack for each input, so it had better be short: in pytest it is not.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(record).result()
     return {op: list(calls.values()) for op, calls in recorder.calls.items()}
 
 
