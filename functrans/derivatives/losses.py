@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.nn.functional import logsigmoid
 
 from functrans.derivatives.helpers import cast, sum_to_shape
-from functrans.derivatives.named import with_names
+from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -152,7 +152,7 @@ pointwise_loss(
 def nll_entries(forward: OpOverload, backward: OpOverload) -> None:
     """Entries for an operator that is linear in ``self`` and for its transpose.
 
-    As in PyTorch, the class weights are constants.
+    As in PyTorch, the class weights are constants, and so is their total.
     """
 
     def self_cotangent(grads, self, target, weight, reduction, ignore_index, results):
@@ -164,8 +164,15 @@ def nll_entries(forward: OpOverload, backward: OpOverload) -> None:
     def grad_output(grad, target, weight, reduction, ignore_index):
         return forward(grad, target, weight, reduction, ignore_index)[0]
 
+    def backward_tangent(self, target, weight, reduction, ignore_index, total_weight, grad_output_t):
+        if grad_output_t is None:
+            return None
+        return backward(grad_output_t, self, target, weight, reduction, ignore_index, total_weight)
+
     derivative(forward, tangent=tangent, self=self_cotangent)
-    derivative(backward, tangent="linear", grad_output=grad_output)
+    derivative(
+        backward, tangent=backward_tangent, grad_output=grad_output, self=no_cotangent, total_weight=no_cotangent
+    )
 
 
 nll_entries(aten.nll_loss_forward.default, aten.nll_loss_backward.default)

@@ -18,3 +18,7 @@ def with_names(names: Iterable[str], function: Callable[[dict[str, Any]], Any]) 
     formula.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     formula.__name__ = function.__name__
     return formula
+
+
+def no_cotangent() -> None:
+    """The formula of an argument that does not matter: only its shape is used, or another argument stands for it."""

@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.matmul import sum_of
-from functrans.derivatives.named import with_names
+from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -311,6 +311,7 @@ def backward_entry(norm: Norm, op: OpOverload) -> None:
         grad_out=with_names(saved, grad_out_cotangent),
         input=with_names(saved, input_cotangent),
         weight=with_names(saved, weight_cotangent),
+        **{norm.mean: no_cotangent, norm.rstd: no_cotangent},
     )
 
 

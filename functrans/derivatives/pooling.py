@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from functrans.derivatives.named import with_names
+from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -22,6 +22,10 @@ aten = torch.ops.aten
 
 def names_of(op: OpOverload) -> list[str]:
     return [a.name for a in op._schema.arguments]
+
+
+def shape_only(backward: OpOverload) -> dict[str, Any]:
+    return {"self": no_cotangent} if "self" in names_of(backward) else {}
 
 
 def linear_pair(forward: OpOverload, backward: OpOverload) -> None:
@@ -43,7 +47,7 @@ def linear_pair(forward: OpOverload, backward: OpOverload) -> None:
     options = [n for n in forward_names if n in backward_names and n != "self"]
     derivative(forward, tangent="linear", self=with_names(("grad", "self", *options), pull))
     wanted = ("grad", "grad_output", *options) if adaptive else ("grad", *options)
-    derivative(backward, tangent="linear", grad_output=with_names(wanted, push))
+    derivative(backward, tangent="linear", grad_output=with_names(wanted, push), **shape_only(backward))
 
 
 for _name in ("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"):
@@ -148,6 +152,7 @@ def max_pool(forward: OpOverload, backward: OpOverload, dimensions: int) -> None
         backward,
         tangent="linear",
         grad_output=lambda grad, indices: read_maxima(grad, indices, dimensions),
+        **shape_only(backward),
     )
 
 
