@@ -193,8 +193,8 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
         if not resize:
             raise WriteShapeError(target.shape, new.shape)
         _set_shape(target, new)
-    check_written_once(target.interpreter.level, op, reads)
     new = strip(new, target.interpreter, op, target)
+    check_written_once(target.interpreter.level, op, reads)
     invalidate_saved(target)
     if target.view_link is not None:
         settle(target)
@@ -317,8 +317,8 @@ def write_captured(known: Facts, targets: list[Any], args: tuple[Any, ...], kwar
 
 
 def write_plain(target: Tensor, new: Tensor, op: OpOverload, resize: bool, reads: bool) -> None:
-    check_written_once(0, op, reads)
     new = strip(new, None, op, target)
+    check_written_once(0, op, reads)
     invalidate_saved(target)
     if new.shape != target.shape:
         if not resize:
@@ -370,7 +370,6 @@ def resolve_functional(known: Facts) -> None:
     op = known.op
     schema = op._schema
     known.functional = NotImplemented
-    known.reads_target = _reads_target(op)
     namespace, name = schema.name.split("::")
     library = getattr(torch.ops, namespace)
     out_form = any(schema.arguments[i].kwarg_only for i in known.written)
@@ -394,11 +393,6 @@ def resolve_functional(known: Facts) -> None:
             if [(a.name, str(a.type)) for a in other_schema.arguments] == wanted and other_schema.returns:
                 known.functional = Functional(other, known)
                 return
-
-
-def _reads_target(op: OpOverload) -> bool:
-    name = op._schema.name.split("::")[1]
-    return not (name in ("copy_", "fill_", "zero_", "set_", "resize_", "detach_") or any(a.kwarg_only and a.alias_info is not None for a in op._schema.arguments))
 
 
 def _short(dtype: torch.dtype) -> str:

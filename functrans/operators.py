@@ -19,6 +19,9 @@ WRITE = 2
 SPECIAL = 3
 
 
+#: In-place operators whose result does not depend on the old contents.
+REPLACING = frozenset(f"aten::{n}" for n in ("copy_", "fill_", "zero_", "detach_", "uniform_", "normal_", "bernoulli_"))
+
 #: Functions that stand in for operators whose schema hides what they do; see functrans.special.
 SPECIAL_OPERATORS: dict[OpOverload, Any] = {}
 
@@ -53,7 +56,9 @@ class Facts:
         #: pure counterpart of a writing operator; resolved by functrans.mutation
         self.functional: Any = None
         #: whether the new contents of what is written depend on the old ones
-        self.reads_target = True
+        self.reads_target = not (
+            schema.name in REPLACING or any(schema.arguments[i].kwarg_only for i in self.written)
+        )
 
 
 def facts(op: OpOverload) -> Facts:

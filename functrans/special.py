@@ -13,7 +13,7 @@ from functrans.errors import InsideTransformError
 from functrans.mutation import write
 from functrans.operators import SPECIAL_OPERATORS, Facts
 from functrans.stack import STATE, running_at
-from functrans.tensor import WrapperTensor, base, highest, set_content
+from functrans.tensor import WrapperTensor, base, highest, lift, set_content
 from functrans.torch_private import OpOverload, no_dispatch
 
 aten = torch.ops.aten
@@ -39,6 +39,12 @@ def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
 def real_zeros(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch's stand-in for undefined tangents has no data, and most operators do not know it."""
     return enter(aten.zeros.default, *args, **kwargs)
+
+
+@stands_in_for(aten.lift_fresh.default, aten.lift.default)
+def made_inside(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
+    return lift(args[0], highest(args, kwargs, False), STATE.top)
 
 
 @stands_in_for(aten.batch_norm.default)

@@ -136,9 +136,11 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     ``enable_grad`` switches the new level's grad mode on.
     """
     top, modes, depth = STATE.top, mode_stack_size(), STATE.door_depth
+    views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
     try:
         if top is None:
             set_key_excluded(AUTOGRAD, True)
+            set_key_excluded(VIEWS_AND_VERSIONS, True)
             push_mode(DOOR)
             STATE.door_depth = modes + 1
         STATE.top = interpreter
@@ -153,6 +155,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
             pop_mode(None)
         if top is None:
             set_key_excluded(AUTOGRAD, False)
+            set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
         set_grad_enabled(interpreter.outer_grad_mode)
         set_forward_enabled(interpreter.outer_forward_mode)
 
@@ -175,7 +178,7 @@ class running_at:
     def __enter__(self) -> None:
         level = STATE.top = self.level
         set_key_excluded(AUTOGRAD, level is not None)
-        set_key_excluded(VIEWS_AND_VERSIONS, False)
+        set_key_excluded(VIEWS_AND_VERSIONS, level is not None)
         if level is not None and self.modes < STATE.door_depth:
             push_mode(DOOR)
 

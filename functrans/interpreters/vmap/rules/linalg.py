@@ -316,3 +316,12 @@ def cross_rule(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, y: Tensor, *,
     x = x.unsqueeze(0) if in_dims[0] is None else to_front(x, in_dims[0])
     y = y.unsqueeze(0) if in_dims[1] is None else to_front(y, in_dims[1])
     return aten.linalg_cross.default(x, y, dim=physical_dim(dim, rank, 0)), 0
+
+
+@batching_rule(aten._linalg_check_errors.default)
+def check_errors_rule(
+    info: BatchInfo, in_dims: Sequence[Any], status: Tensor, api_name: str, *, is_matrix: bool
+) -> tuple[None, None]:
+    """Raises if any example failed, and names it as a batch element."""
+    aten._linalg_check_errors.default(to_front(status, in_dims[0]), api_name, is_matrix=False)
+    return None, None

@@ -11,7 +11,14 @@ from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import random_rule
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize, to_front
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+)
 from functrans.recurrent import STEPS, run_layers, run_padded
 
 aten = torch.ops.aten
@@ -104,6 +111,45 @@ def packed_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
         return (output, *final), (0,) * (1 + len(final))
 
     return packed
+
+
+@batching_rule(aten._pack_padded_sequence.default)
+def pack_padded_rule(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, lengths: Tensor, batch_first: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """``[T, N, ...]`` with shared lengths: the batch is one more feature, and the sizes of the steps stay shared."""
+    if in_dims[1] is not None:
+        raise RuleDeclined("sequences of other lengths in every example")
+    packed, batch_sizes = aten._pack_padded_sequence.default(x.movedim(in_dims[0], -1), lengths, batch_first)
+    return (packed, batch_sizes), (packed.dim() - 1, None)
+
+
+@batching_rule(aten._pack_padded_sequence_backward.default)
+def pack_padded_backward_rule(
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    grad: Tensor,
+    input_size: Sequence[int],
+    batch_sizes: Tensor,
+    batch_first: bool,
+) -> tuple[Tensor, int]:
+    """The batch is one more feature."""
+    if in_dims[2] is not None:
+        raise RuleDeclined("sequences of other lengths in every example")
+    size = [*input_size, info.batch_size]
+    padded = aten._pack_padded_sequence_backward.default(grad.movedim(in_dims[0], -1), size, batch_sizes, batch_first)
+    return padded, padded.dim() - 1
+
+
+@batching_rule(aten._pad_packed_sequence.default)
+def pad_packed_rule(
+    info: BatchInfo, in_dims: Sequence[Any], data: Tensor, batch_sizes: Tensor, *rest: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """The batch is one more feature."""
+    if in_dims[1] is not None:
+        raise RuleDeclined("sequences of other lengths in every example")
+    padded, lengths = aten._pad_packed_sequence.default(data.movedim(in_dims[0], -1), batch_sizes, *rest)
+    return (padded, lengths), (padded.dim() - 1, None)
 
 
 def listed(hidden: Any, in_dims: Any) -> tuple[list[Tensor], list[int | None]]:
