@@ -59,11 +59,16 @@ def interleave(candidates: Mapping[Key, Call], rounds: int, slice_seconds: float
         repeats[key] = max(1, int(slice_seconds / max(_seconds(call, 1), 1e-7)))
     seconds: dict[Key, list[float]] = {key: [] for key in candidates}
     order = list(candidates)
-    for number in range(rounds):
-        start = number % len(order)
-        for key in order[start:] + order[:start]:
-            gc.collect()  # what one candidate leaves behind is not the next one's cost
-            seconds[key].append(_seconds(candidates[key], repeats[key]))
+    gc.collect()
+    gc.freeze()  # so that the collections below look only at what is new
+    try:
+        for number in range(rounds):
+            start = number % len(order)
+            for key in order[start:] + order[:start]:
+                gc.collect()  # what one candidate leaves behind is not the next one's cost
+                seconds[key].append(_seconds(candidates[key], repeats[key]))
+    finally:
+        gc.unfreeze()
     return seconds
 
 
