@@ -4,7 +4,7 @@
 wrapper tensors carry their level, and every operator walks down the stack.
 """
 
-from functrans import derivatives, door, special
+from functrans import custom_function, derivatives, door, special
 from functrans.batching import vmap
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.errors import FunctransError

@@ -204,3 +204,10 @@ def callable_name(func: Any) -> str:
         return str(name)
     inner = getattr(func, "func", None)
     return f"partial({callable_name(inner)}, ...)" if inner is not None else type(func).__name__
+
+
+class CustomFunctionError(FunctransError):
+    """An autograd.Function cannot take part in a transform as it is written."""
+
+    def __init__(self, cls: Any, what: str, cure: str) -> None:
+        super().__init__(f"autograd.Function {cls.__name__} {what}. {cure}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from functrans.errors import MissingRuleError
 from functrans.stack import Interpreter, running_at
 from functrans.tensor import WrapperTensor, dispatch, map_tensors
 from functrans.torch_private import AUTOGRAD, OpOverload, make_wrapper, set_grad_enabled, set_key_excluded
@@ -157,6 +158,8 @@ def run_recorded(
         out = op(*twin_args, **twin_kwargs)
     outputs = _tensors_in(out)
     linked = [o.grad_fn is not None for o in outputs]
+    if any(on and "WarnNotImplemented" in o.grad_fn.name() for o, on in zip(outputs, linked, strict=True)):  # type: ignore[union-attr]
+        raise MissingRuleError(op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd.")
 
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
         twin.grad_mode = torch.is_grad_enabled()

@@ -161,17 +161,17 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
 
 
 class running_at:
-    """Context: plain ``torch`` code runs at ``level`` (None: the base), called from anywhere in the door.
+    """Context: plain ``torch`` code runs at ``level`` (None: the base), whatever state the thread is in.
 
     See NOTE [Three states of a thread].
     """
 
-    __slots__ = ("excluded", "level", "modes", "top", "views_excluded")
+    __slots__ = ("excluded", "level", "removed", "top", "views_excluded")
 
     def __init__(self, level: Interpreter | None) -> None:
         self.level = level
         self.top = STATE.top
-        self.modes = mode_stack_size()
+        self.removed: list[Any] | None = None
         self.excluded = is_key_excluded(AUTOGRAD)
         self.views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
 
@@ -179,15 +179,40 @@ class running_at:
         level = STATE.top = self.level
         set_key_excluded(AUTOGRAD, level is not None)
         set_key_excluded(VIEWS_AND_VERSIONS, level is not None)
-        if level is not None and self.modes < STATE.door_depth:
+        door_is_open = mode_stack_size() >= STATE.door_depth > 0
+        if level is not None and not door_is_open:
+            self.removed = []
             push_mode(DOOR)
+        elif level is None and door_is_open:
+            self.removed = take_off_door()
 
     def __exit__(self, *exc: object) -> None:
         STATE.top = self.top
-        while mode_stack_size() > self.modes:
-            pop_mode(None)
+        if self.removed is not None:
+            if self.removed:
+                put_back(self.removed)
+            else:
+                pop_mode(None)
         set_key_excluded(AUTOGRAD, self.excluded)
         set_key_excluded(VIEWS_AND_VERSIONS, self.views_excluded)
+
+
+def take_off_door() -> list[Any]:
+    """Take the door off PyTorch's mode stack, from under modes that user code entered after it; returns what was taken."""
+    taken = []
+    while mode_stack_size() >= STATE.door_depth:
+        taken.append(pop_mode(None))
+    for mode in reversed(taken[:-1]):
+        push_mode(mode)
+    return taken
+
+
+def put_back(taken: list[Any]) -> None:
+    """Undo ``take_off_door``."""
+    for _ in taken[:-1]:
+        pop_mode(None)
+    for mode in reversed(taken):
+        push_mode(mode)
 
 
 class lowered:
@@ -217,16 +242,14 @@ class lowered:
 class door_closed:
     """Context: operators that interpreters send down by Python calls end at the base, wherever the calls start.
 
-    While the door handles an operator it is off PyTorch's mode stack, and this does nothing; in user code's state it takes it off.
+    While the door handles an operator it is off PyTorch's mode stack, and this does nothing.
     """
 
-    __slots__ = ("was_open",)
+    __slots__ = ("removed",)
 
     def __enter__(self) -> None:
-        self.was_open = STATE.top is not None and mode_stack_size() >= STATE.door_depth
-        if self.was_open:
-            pop_mode(None)
+        self.removed = take_off_door() if mode_stack_size() >= STATE.door_depth > 0 else None
 
     def __exit__(self, *exc: object) -> None:
-        if self.was_open:
-            push_mode(DOOR)
+        if self.removed is not None:
+            put_back(self.removed)

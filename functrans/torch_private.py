@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._C import (
     # Whether dispatch skips a key, per thread: the door stands in front of autograd by excluding its key.
@@ -17,6 +19,7 @@ from torch._C import (
     # The grad mode without the context manager's cost.
     _set_grad_enabled as set_grad_enabled,
 )
+from torch._library.custom_ops import OPDEFS
 from torch._ops import OpOverload as OpOverload
 from torch.utils._mode_utils import no_dispatch as no_dispatch
 
@@ -28,3 +31,8 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 #: Creates a tensor that has metadata but no data; the only way to a wrapper whose class sees every operator.
 make_wrapper = torch.Tensor._make_wrapper_subclass
+
+
+def custom_operator(op: OpOverload) -> Any:
+    """The definition of a ``torch.library.custom_op``, which holds its vmap rule, or None."""
+    return None if op.namespace == "aten" else OPDEFS.get(op._schema.name)

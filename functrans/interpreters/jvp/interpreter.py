@@ -23,6 +23,9 @@ aten = torch.ops.aten
 JVP_RULES: RuleTable[Callable[..., Any]] = RuleTable("jvp rules")
 
 
+PYTORCH_NAMESPACES = frozenset(("aten", "prims", "prim"))
+
+
 class JvpInterpreter(Interpreter):
     """Values with tangents; a tangent of None is a zero that is never computed with."""
 
@@ -246,6 +249,9 @@ def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
     for name, a in kwargs.items():
         number(a, tangents.get(facts(op).arguments.index(name)))
     try:
+        if op.namespace not in PYTORCH_NAMESPACES:
+            # torch.library operators have a reverse formula at most, and no forward one would be a silent zero.
+            raise NotImplementedError("forward mode: a custom operator does not support it")
         out, found = run_forward_mode(self, op, values, kwargs, flat)
     except (NotImplementedError, RuntimeError) as error:
         if not _lacks_forward(error):

@@ -17,7 +17,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materia
 from functrans.operators import Facts
 from functrans.stack import Interpreter, lowered, running_at
 from functrans.tensor import WrapperTensor, lower, make_wrapper, map_tensors, wrap
-from functrans.torch_private import OpOverload
+from functrans.torch_private import OpOverload, custom_operator
 
 aten = torch.ops.aten
 
@@ -110,7 +110,7 @@ class VmapInterpreter(Interpreter):
         if not batched and not kwargs_batched and not (known.random and known.composite):
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         if not kwargs_batched:
-            rule = BATCHING_RULES.get(op)
+            rule = BATCHING_RULES.get(op) or library_rule(op)
             if rule is not None:
                 try:
                     with lowered(self):
@@ -196,6 +196,12 @@ class VmapInterpreter(Interpreter):
         if any(o != first for o in outs):
             raise DataDependentError(op, self, "its result is a Python number that differs between examples")
         return first
+
+
+def library_rule(op: OpOverload) -> Callable[..., Any] | None:
+    """The rule that a ``torch.library.custom_op`` was given by ``register_vmap``, which has the signature of ours."""
+    definition = custom_operator(op)
+    return None if definition is None else definition._vmap_fn
 
 
 _warned: set[OpOverload] = set()
