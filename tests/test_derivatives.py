@@ -335,6 +335,15 @@ def test_products_of_zeros_match_their_definition(order):
         check_entry(Call(aten.prod.dim_int, (x, 0)), order=order, native=lambda x, dim, keepdim, dtype: by_mul(x))
 
 
+def test_logcumsumexp_matches_its_definition():
+    # PyTorch's own higher derivatives go through logarithms of cotangents and lose digits
+    def by_prefixes(x, dim):
+        return torch.stack([x[: k + 1].logsumexp(0) for k in range(x.shape[0])])
+
+    for x in (some(7), some(7) * 30, numbers(1e4, -3.0, 1.0, 9999.0, 1.0), some(6, dtype=torch.complex128)):
+        check_entry(Call(aten.logcumsumexp.default, (x, 0)), order=3, native=by_prefixes)
+
+
 # ------------------------------------------------------------------------------------------- testing the tester
 
 
