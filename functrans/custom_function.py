@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.errors import CustomFunctionError
 from functrans.interpreters.grad.interpreter import DIFFERENTIABLE, GradInterpreter, reduce_to, snapshot, tensors_in
@@ -44,6 +45,8 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         args = signature.args if is_setup_style(cls) else signature.args[1:]
         if signature.kwargs:
             raise CustomFunctionError(cls, f"was called with keyword-only arguments {sorted(signature.kwargs)}", "Make them positional.")
+    if cls is CheckpointFunction:
+        raise CustomFunctionError(cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False).")
     owner = highest(args, {}, False)
     out = send(owner, cls, args)
     return lift(out, owner, top) if owner is not top else out

@@ -12,7 +12,7 @@ from functrans import stack
 from functrans.errors import InsideTransformError
 from functrans.mutation import write
 from functrans.operators import SPECIAL_OPERATORS, Facts
-from functrans.stack import STATE, running_at
+from functrans.stack import STATE
 from functrans.tensor import WrapperTensor, base, highest, lift, set_content
 from functrans.torch_private import OpOverload, no_dispatch
 
@@ -51,11 +51,11 @@ def made_inside(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Training mode writes the running statistics, which the schema does not say; they carry no derivative."""
     x, weight, bias, mean, var, training, momentum, eps, *_ = args
-    if highest(args, kwargs, False) is None:
+    owner = highest(args, kwargs, False)
+    if owner is None:
         return base(known.op, args, kwargs)
     if not training or mean is None or var is None:
-        with running_at(STATE.top):
-            return known.op.decompose(*args, **kwargs)
+        return owner.process(known.op, args, kwargs)
     out, _, _, new_mean, new_var = enter(
         aten._native_batch_norm_legit_functional.default, x, weight, bias, mean, var, True, momentum, eps
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
 
@@ -84,3 +85,6 @@ derivative(
     tangent="linear",
     grad_output=lambda grad, mask, scale: aten.native_dropout_backward(grad, mask, scale),
 )
+
+
+DECOMPOSITIONS.add(torch.ops.aten.scaled_dot_product_attention.default, attention)

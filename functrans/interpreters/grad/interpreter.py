@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import ModifiedError
 from functrans.native import run_recorded
 from functrans.operators import Facts, facts
 from functrans.rules import RuleTable
-from functrans.stack import Interpreter, running_at
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
 from functrans.torch_private import OpOverload
 
@@ -196,7 +197,7 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
     if entry is not None:
         return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
     if known.composite:
-        return decompose
+        return take_apart
     return borrow
 
 
@@ -205,10 +206,9 @@ def run_constant(self: GradInterpreter, op: OpOverload, args: Any, values: Any, 
     return map_tensors(self.constant, lower(self, op, values, kwargs))
 
 
-def decompose(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+def take_apart(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
     """Run the pieces of a composite operator through this level again."""
-    with running_at(self):
-        return op.decompose(*args, **kwargs)
+    return decompose(self, op, args, kwargs)
 
 
 class TableMethod:
@@ -220,7 +220,7 @@ class TableMethod:
         self.plans: dict[Any, TablePlan | None] = {}
         tensors = [a for a in known.op._schema.arguments if "Tensor" in str(a.type)]
         #: with one tensor argument nothing broadcasts and nothing is promoted
-        self.fixes = entry.pointwise and len(tensors) > 1
+        self.fixes = entry.broadcasts or (entry.pointwise and len(tensors) > 1)
 
     def __call__(self, self_: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
         key = tracked[0][0] if len(tracked) == 1 else tuple([p for p, _ in tracked])
@@ -229,7 +229,7 @@ class TableMethod:
         except KeyError:
             plan = self.plans[key] = self.make_plan([p for p, _ in tracked])
         if plan is None:  # the table says nothing of some tracked argument
-            fallback = decompose if self.known.composite else borrow
+            fallback = take_apart if self.known.composite else borrow
             return fallback(self_, op, args, values, kwargs, tracked)
         out = lower(self_, op, values, kwargs)
         if isinstance(out, Tensor):

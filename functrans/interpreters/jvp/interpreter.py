@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.grad.interpreter import DIFFERENTIABLE, GradInterpreter
 from functrans.native import run_forward_mode
 from functrans.operators import Facts, facts
 from functrans.rules import RuleTable
-from functrans.stack import Interpreter, lowered, run_transformed, running_at
+from functrans.stack import Interpreter, lowered, run_transformed
 from functrans.tensor import WrapperTensor, describe, lower, map_tensors, wrap
 from functrans.torch_private import OpOverload, is_forward_enabled
 
@@ -113,12 +114,6 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
 def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
     """Run an operator whose outputs do not depend differentiably on its arguments."""
     return map_tensors(self.constant, lower(self, op, values, kwargs))
-
-
-def decompose(self: JvpInterpreter, op: OpOverload, args: Any, kwargs: Any) -> Any:
-    """Run the pieces of a composite operator through this level again."""
-    with running_at(self):
-        return op.decompose(*args, **kwargs)
 
 
 def with_tangents(self: JvpInterpreter, out: Any, tangents: Any) -> Any:

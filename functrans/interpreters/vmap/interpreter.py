@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
+from functrans.decompositions import decompose
 from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import random_rule
@@ -122,8 +123,7 @@ class VmapInterpreter(Interpreter):
         if cure is not None:
             raise DataDependentError(op, self, cure)
         if known.composite:
-            with running_at(self):
-                return op.decompose(*args, **kwargs)
+            return decompose(self, op, args, kwargs)
         decomposition = decomposition_table.get(op)
         if decomposition is not None:
             with running_at(self):

@@ -338,6 +338,8 @@ def dropout(
         if features:
             return op(x.flatten(0, 1), p, train).unflatten(0, x.shape[:2]), 0
         output = op(x, p, train)
+        if op is aten.native_dropout.default and info.batch_size == 0:
+            output = output[0], output[1].bool()  # for no elements the mask is a copy of the input
         return output, same_dims(output, 0)
     if in_dims[0] is None:
         output = op(x, p, train)
