@@ -167,7 +167,7 @@ derivative(aten.logsumexp.default, tangent=logsumexp_tangent, self=logsumexp_sel
 # ------------------------------------------------------------------------------------------- norms
 
 
-def norm_direction(self: Tensor, norm: Tensor, p: float, dims: Sequence[int]) -> Tensor:
+def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Tensor:
     """The gradient of the p-norm: ``sgn(x) * (|x| / norm) ** (p - 1)``, and 0 where the norm is 0."""
     if p == 0:
         return torch.zeros_like(self)
