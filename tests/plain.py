@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 class Plain:
@@ -78,6 +78,62 @@ class Plain:
         return mapped
 
 
+class Numeric:
+    """The outermost derivative by central differences, any inner one by ``inner``; for small problems."""
+
+    STEP = 1e-5
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.inside = False
+        self.vmap = Plain.vmap
+
+    def call(self, f: Callable[..., Any], args: Any) -> list[Tensor]:
+        self.inside = True
+        try:
+            return [t.detach() for t in tree_flatten(f(*tree_map(torch.clone, args)))[0]]
+        finally:
+            self.inside = False
+
+    def along(self, f: Callable[..., Any], primals: Any, tangents: Any) -> list[Tensor]:
+        ahead, behind = (
+            self.call(f, tree_map(lambda p, t, s=sign: p + s * self.STEP * t, primals, tangents)) for sign in (1, -1)
+        )
+        return [(a - b) / (2 * self.STEP) for a, b in zip(ahead, behind)]
+
+    def jvp(self, f: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+        if self.inside:
+            return self.inner.jvp(f, primals, tangents)
+        return tuple(self.call(f, primals)), tuple(self.along(f, primals, tangents))
+
+    def vjp(self, f: Callable[..., Any], *primals: Tensor) -> Any:
+        if self.inside:
+            return self.inner.vjp(f, *primals)
+
+        def pullback(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            gradients = [torch.zeros_like(p) for p in primals]
+            for gradient in gradients:
+                for i in range(gradient.numel()):
+                    tangents = [torch.zeros_like(g) for g in gradients]
+                    at = next(k for k, g in enumerate(gradients) if g is gradient)
+                    tangents[at].view(-1)[i] = 1.0
+                    moved = self.along(f, tuple(primals), tuple(tangents))
+                    gradient.view(-1)[i] = sum((c.conj() * m).real.sum() for c, m in zip(cotangents, moved))
+            return tuple(gradients)
+
+        return tuple(self.call(f, primals)), pullback
+
+
+def closer(got: Any, other: Any, numeric: Any) -> bool:
+    """Whether ``got`` agrees with finite differences, and better than ``other`` does."""
+
+    def error(tree: Any) -> float:
+        pairs = zip(tree_flatten(tree)[0], tree_flatten(numeric)[0])
+        return max(float((a.detach() - n).abs().max() / n.abs().max().clamp(min=1.0)) for a, n in pairs if n.numel())
+
+    return error(got) < 1e-5 and error(got) < error(other)
+
+
 def difference(got: Any, expected: Any, relative_to_largest: float = 0.0) -> str:
     """Empty if equal in structure, type, dtype, shape and value; else what differs.
 
@@ -96,7 +152,7 @@ def difference(got: Any, expected: Any, relative_to_largest: float = 0.0) -> str
             return f"output {i} is a {type(g).__name__}, expected a Tensor"
         g, e = g.detach(), e.detach()
         if g.shape != e.shape or g.dtype != e.dtype or g.layout != e.layout:
-            return f"output {i}: {g.dtype} {tuple(g.shape)}, expected {e.dtype} {tuple(e.shape)}"
+            return f"output {i}: {g.dtype} {tuple(g.shape)} {g.layout}, expected {e.dtype} {tuple(e.shape)} {e.layout}"
         tolerance: dict[str, Any] = {}
         if relative_to_largest and e.numel():
             tolerance = {"rtol": 0.0, "atol": relative_to_largest * max(1.0, float(e.abs().max()))}
