@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     transform: Callable[[Any, Chain], Callable[..., Any]]
     shapes: tuple[tuple[int, ...], ...]
-    numbers: bool = False
+    operands: str = "inputs"
 
 
 def _jvp(api: Any, function: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
@@ -56,25 +56,32 @@ CASES = {
     "vmap jvp": Case(lambda api, f: api.vmap(_jvp(api, f)), ((8,), (8,))),
     "jvp vmap": Case(lambda api, f: _jvp(api, api.vmap(f)), ((8,), (8,))),
     "vmap jvp grad": Case(lambda api, f: api.vmap(_jvp(api, api.grad(f))), ((8,), (8,))),
-    "jvp, numbers": Case(_jvp, ((), ()), numbers=True),
-    "grad, numbers": Case(lambda api, f: api.grad(f), ((),), numbers=True),
+    "grad, constants": Case(lambda api, f: api.grad(f), ((),), "constants"),
+    "jvp, constants": Case(_jvp, ((), ()), "constants"),
+    "grad, numbers": Case(lambda api, f: api.grad(f), ((),), "numbers"),
+    "jvp, numbers": Case(_jvp, ((), ()), "numbers"),
 }
 
 
-def make_chain(length: int, numbers: bool, scale: Tensor, shift: Tensor) -> Chain:
-    """A function of ``length`` small operations: pointwise ones with tensors, or with Python numbers."""
+def make_chain(length: int, operands: str, scale: Tensor, shift: Tensor) -> Chain:
+    """A function of ``length`` small pointwise operations, half of them with a second operand.
 
-    def chain(x: Tensor) -> Tensor:
+    That is the function's input, as much transformed as the first; or a constant, captured from outside; or a Python number.
+    """
+
+    def chain(start: Tensor) -> Tensor:
+        times, plus = {"inputs": (start, start), "constants": (scale, shift), "numbers": (1.25, 0.5)}[operands]
+        x = start
         for i in range(length):
             kind = i % 4
             if kind == 0:
                 x = torch.sin(x)
             elif kind == 1:
-                x = x * (1.25 if numbers else scale)
+                x = x * times
             elif kind == 2:
-                x = x + (0.5 if numbers else shift)
+                x = torch.tanh(x)
             else:
-                x = x * 0.75 if numbers else torch.tanh(x)
+                x = x + plus
         return x
 
     return chain
@@ -85,7 +92,7 @@ def calls(case: Case, length: int, device: str, dtype: torch.dtype) -> dict[str,
     generator = torch.Generator().manual_seed(length)
     values = [torch.rand(shape, generator=generator, dtype=dtype).to(device) for shape in case.shapes]
     scale, shift = (torch.tensor(number, dtype=dtype, device=device) for number in (1.25, 0.5))
-    chain = make_chain(length, case.numbers, scale, shift)
+    chain = make_chain(length, case.operands, scale, shift)
 
     def call(api: Any) -> Callable[[], Any]:
         return lambda: case.transform(api, chain)(*values)
