@@ -213,6 +213,11 @@ def pinv_rule(
     outer = a.dim() - 3
     for tolerance in (atol, rtol):
         outer = outer if tolerance is None else max(outer, tolerance.dim())
+    if info.batch_size == 0:
+        # The operator forgets to broadcast what is empty.
+        example = a.new_zeros([extent for k, extent in enumerate(a.shape) if k != in_dims[0]])
+        output = aten.linalg_pinv.atol_rtol_tensor(example, atol=atol, rtol=rtol, hermitian=hermitian)
+        return output.new_zeros([0, *output.shape]), 0
     a = pad_rank(a, in_dims[0], outer + 2)
     return aten.linalg_pinv.atol_rtol_tensor(a, atol=atol, rtol=rtol, hermitian=hermitian), 0
 
@@ -297,9 +302,7 @@ def lstsq_rule(
     full_b = full_b.expand(info.batch_size, *full_b.shape[1:])
     solution, *others = aten.linalg_lstsq.default(full_a, full_b, rcond, driver=driver)
     if vector:
-        solution = solution.squeeze(-1)
-        if others[0].numel():
-            others[0] = others[0].squeeze(-1)
+        solution = solution.squeeze(-1)  # the residuals keep their last dimension, as the operator's do
     return (solution, *others), (0, *[None if one.numel() == 0 and one.dim() == 1 else 0 for one in others])
 
 
