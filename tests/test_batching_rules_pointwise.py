@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import logical_result_type, positional_arguments, tensor_positions
-from functrans.interpreters.vmap.rules import along_dim, factories, pointwise, reductions
+from functrans.interpreters.vmap.rules import activations, along_dim, factories, pointwise, reductions
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 
 aten = torch.ops.aten
@@ -27,9 +27,9 @@ F64, F32, I64, I32, BOOL, C64 = (
     torch.bool,
     torch.complex64,
 )
-MODULES = {Path(module.__file__).name: module for module in (pointwise, reductions, along_dim, factories)}
+MODULES = {Path(module.__file__).name: module for module in (activations, pointwise, reductions, along_dim, factories)}
 MINE = [op for op in BATCHING_RULES if Path(BATCHING_RULES.place(op).rpartition(":")[0]).name in MODULES]
-POINTWISE = [op for op in MINE if BATCHING_RULES.place(op).rpartition(":")[0].endswith("pointwise.py")]
+POINTWISE = [op for op in MINE if BATCHING_RULES.place(op).rpartition(":")[0].endswith(("pointwise.py", "activations.py"))]
 UNINITIALIZED = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
 
 

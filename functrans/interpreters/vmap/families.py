@@ -49,10 +49,13 @@ def argument_place(op: OpOverload, *names: str) -> int | None:
 
 def with_defaults(op: OpOverload, args: Sequence[Any]) -> list[Any]:
     """The positional arguments, the ones left out filled in from the schema."""
-    filled = list(args)
-    for argument in positional_arguments(op)[len(filled) :]:
-        filled.append(argument.default_value)
-    return filled
+    return [*args, *default_values(op)[len(args) :]]
+
+
+@cache
+def default_values(op: OpOverload) -> tuple[Any, ...]:
+    """The defaults of the positional arguments; None where there is none."""
+    return tuple(argument.default_value for argument in positional_arguments(op))
 
 
 def pad_rank(x: Tensor, bdim: int, rank: int) -> Tensor:
@@ -179,8 +182,10 @@ def elementwise_nary(
     several = len(op._schema.returns) > 1
 
     def nary(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        aligned = list(align(args, in_dims, positions))
-        restore_promotion(aligned, args, in_dims, promoting)
+        aligned: Sequence[Any] = args
+        if not already_aligned(args, in_dims, positions):
+            aligned = align(args, in_dims, positions)
+            restore_promotion(aligned, args, in_dims, promoting)
         output = op(*aligned, **kwargs)
         return output, same_dims(output, 0) if several else 0
 
@@ -206,6 +211,23 @@ def elementwise_expanded(op: OpOverload, positions: tuple[int, ...]) -> Callable
         return output, same_dims(output, 0) if several else 0
 
     return expanded
+
+
+def already_aligned(args: Sequence[Any], in_dims: Sequence[Any], positions: Sequence[int]) -> bool:
+    """Whether the physical tensors broadcast and promote as they are: the frequent case, decided quickly."""
+    rank = 0
+    for place in positions:
+        if place < len(args) and in_dims[place] is not None:
+            dims = args[place].dim()
+            if in_dims[place] != 0 or (rank and dims != rank):
+                return False
+            rank = dims
+    if rank == 1:
+        return False
+    for place in positions:
+        if place < len(args) and in_dims[place] is None and isinstance(args[place], Tensor) and args[place].dim() >= rank:
+            return False
+    return True
 
 
 def align(args: Sequence[Any], in_dims: Sequence[Any], positions: Sequence[int]) -> list[Any]:
@@ -260,30 +282,32 @@ def reduction_rule(op: OpOverload, dim_place: int, empty_means_all: bool) -> Cal
     keepdim_place = argument_place(op, "keepdim")
     keepdim_is_keyword = any(a.name == "keepdim" and a.kwarg_only for a in op._schema.arguments)
     takes_list = not isinstance(unwrapped_type(positional_arguments(op)[dim_place]), torch.IntType)
+    several = len(op._schema.returns) > 1
 
     def reduce(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         arguments = with_defaults(op, args)
         x, bdim = arguments[0], in_dims[0]
         if bdim is None:
             raise RuleDeclined(f"{op}: only the reduced tensor may be batched")
-        rank = logical_rank(x, bdim)
-        dims = reduced_dims(arguments[dim_place], rank, empty_means_all)
-        if rank == 0 and (dims or empty_means_all or arguments[dim_place] is None):
+        rank = x.dim() - 1
+        dim = arguments[dim_place]
+        if dim is None and not takes_list and rank > 1:
+            raise RuleDeclined(f"{op}: dim=None is not a list of all dimensions here")
+        dims = reduced_dims(dim, rank, empty_means_all)
+        if rank == 0 and (dims or empty_means_all or dim is None):
             # Only dim 0 or -1 is left: the example is reduced as one of size 1, and keepdim keeps nothing.
-            x, bdim, dims = x.unsqueeze(-1), 0, (0,)
+            arguments[0], bdim, dims = x.unsqueeze(-1), 0, (0,)
             if keepdim_is_keyword:
                 kwargs["keepdim"] = False
             elif keepdim_place is not None:
                 arguments[keepdim_place] = False
-        elif arguments[dim_place] is None and not takes_list and rank > 1:
-            raise RuleDeclined(f"{op}: dim=None is not a list of all dimensions here")
         physical = [dim if dim < bdim else dim + 1 for dim in dims]
-        arguments[0] = x
         arguments[dim_place] = physical if takes_list else physical[0]
         output = op(*arguments, **kwargs)
         keeps = kwargs.get("keepdim", False) if keepdim_place is None else arguments[keepdim_place]
-        out_dim = bdim if keeps else bdim - sum(dim < bdim for dim in dims)
-        return output, same_dims(output, out_dim)
+        if not keeps and bdim:
+            bdim -= sum(dim < bdim for dim in dims)
+        return output, same_dims(output, bdim) if several else bdim
 
     return reduce
 
@@ -305,6 +329,21 @@ def reduced_dims(dim: Any, rank: int, empty_means_all: bool = True) -> tuple[int
         twice = next(one for one in dims if dims.count(one) > 1)
         raise RuntimeError(f"dim {twice} appears multiple times in the list of dims")
     return dims
+
+
+def full_reduction_over(op: OpOverload, dims_op: Callable[..., Any]) -> None:
+    """An operator that reduces everything: ``dims_op(x, dims, *args, **kwargs)`` reduces a list of dimensions."""
+    several = len(op._schema.returns) > 1
+
+    def reduce_all(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        rank, bdim = x.dim(), in_dims[0]
+        if rank == 1:
+            output = dims_op(x.unsqueeze(-1), [1], *args, **kwargs)
+        else:
+            output = dims_op(x, [dim for dim in range(rank) if dim != bdim], *args, **kwargs)
+        return output, same_dims(output, 0) if several else 0
+
+    BATCHING_RULES.add(op, reduce_all, place=caller_place())
 
 
 def full_reduction(op: OpOverload, dim_op: Callable[..., Any]) -> None:

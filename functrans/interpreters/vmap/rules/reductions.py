@@ -12,6 +12,7 @@ from functrans.interpreters.vmap.families import (
     RuleDeclined,
     flat_examples,
     full_reduction,
+    full_reduction_over,
     reduced_dims,
     reduction,
     same_dims,
@@ -55,27 +56,23 @@ reduction(
 # An empty list of dimensions reduces nothing here.
 reduction(aten.all.dims, aten.any.dims, empty_means_all=False)
 
-full_reduction(aten._is_all_true.default, lambda flat: aten.all.dim(flat, 1))
-full_reduction(aten._is_any_true.default, lambda flat: aten.any.dim(flat, 1))
-full_reduction(aten.all.default, lambda flat: aten.all.dim(flat, 1))
-full_reduction(aten.any.default, lambda flat: aten.any.dim(flat, 1))
-full_reduction(aten.max.default, lambda flat: aten.amax.default(flat, [1]))
-full_reduction(aten.min.default, lambda flat: aten.amin.default(flat, [1]))
-full_reduction(aten.mean.default, lambda flat, **kw: aten.mean.dim(flat, [1], **kw))
-full_reduction(aten.sum.default, lambda flat, **kw: aten.sum.dim_IntList(flat, [1], **kw))
+full_reduction_over(aten._is_all_true.default, aten.all.dims)
+full_reduction_over(aten._is_any_true.default, aten.any.dims)
+full_reduction_over(aten.all.default, aten.all.dims)
+full_reduction_over(aten.any.default, aten.any.dims)
+full_reduction_over(aten.max.default, aten.amax.default)
+full_reduction_over(aten.mean.default, aten.mean.dim)
+full_reduction_over(aten.min.default, aten.amin.default)
+full_reduction_over(aten.norm.Scalar, lambda x, dims, p=2: aten.norm.ScalarOpt_dim(x, p, dims))
+full_reduction_over(
+    aten.norm.ScalarOpt_dtype, lambda x, dims, p, dtype: aten.norm.ScalarOpt_dim_dtype(x, p, dims, False, dtype=dtype)
+)
+full_reduction_over(aten.std.default, aten.std.dim)
+full_reduction_over(aten.std_mean.default, aten.std_mean.dim)
+full_reduction_over(aten.sum.default, aten.sum.dim_IntList)
+full_reduction_over(aten.var.default, aten.var.dim)
+full_reduction_over(aten.var_mean.default, aten.var_mean.dim)
 full_reduction(aten.prod.default, lambda flat, **kw: aten.prod.dim_int(flat, 1, **kw))
-full_reduction(aten.std.default, lambda flat, unbiased=True: aten.std.correction(flat, [1], correction=int(unbiased)))
-full_reduction(aten.var.default, lambda flat, unbiased=True: aten.var.correction(flat, [1], correction=int(unbiased)))
-full_reduction(
-    aten.std_mean.default, lambda flat, unbiased=True: aten.std_mean.correction(flat, [1], correction=int(unbiased))
-)
-full_reduction(
-    aten.var_mean.default, lambda flat, unbiased=True: aten.var_mean.correction(flat, [1], correction=int(unbiased))
-)
-full_reduction(aten.norm.Scalar, lambda flat, p=2: aten.norm.ScalarOpt_dim(flat, p, [1]))
-full_reduction(
-    aten.norm.ScalarOpt_dtype, lambda flat, p, dtype: aten.norm.ScalarOpt_dim_dtype(flat, p, [1], False, dtype=dtype)
-)
 
 
 def median_of_all(op: Any, dim_op: Any) -> None:
