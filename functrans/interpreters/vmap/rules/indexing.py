@@ -131,7 +131,7 @@ def masked_put(
     before = present[0]
     mask = indices[before]
     assert mask is not None
-    if mask.dtype is not torch.bool:
+    if mask.dtype is not torch.bool or mask.dim() == 1:
         return None
     rank, mask_rank = logical_rank(x, x_dim), mask.dim() - 1
     after = rank - before - mask_rank
