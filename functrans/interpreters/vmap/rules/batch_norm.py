@@ -22,7 +22,7 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_c,
     unfold_n,
 )
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank
 
 aten = torch.ops.aten
 
@@ -41,6 +41,8 @@ def normalize(
     if size == 0:
         return empty_batch(op, in_dims, x, *vectors, *rest)
     x_dim, *vector_dims = in_dims[: 1 + len(vectors)]
+    if logical_rank(x, x_dim) < 2:
+        raise RuleDeclined(f"{op} of an input without channels")
     shape = [extent for k, extent in enumerate(x.shape) if k != x_dim]
     if not training and x_dim is not None and all(bdim is None for bdim in vector_dims):
         # With given statistics the rows do not mix either, and N needs no rearrangement.
