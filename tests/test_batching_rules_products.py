@@ -77,6 +77,15 @@ BY_HAND: ByHand = {
     ],
     aten._euclidean_dist.default: [(values(3, 4), values(5, 4)), (values(2, 3, 4), values(2, 5, 4))],
     aten._cdist_forward.default: [(values(3, 4), values(2, 5, 4), 2.0, None), (values(3, 4), values(5, 4), 1.0, None)],
+    aten._cdist_backward.default: [
+        (values(*lead, 3, 5), x, y, p, torch.cdist(x, y, p))
+        for p in (1.0, 2.0, 3.0)
+        for lead, x, y in (
+            ((), values(3, 4), values(5, 4)),
+            ((2,), values(2, 3, 4), values(5, 4)),
+            ((2,), values(3, 4), values(2, 5, 4)),
+        )
+    ],
     aten.cdist.default: [(values(30, 4), values(5, 4)), (values(3, 4), values(2, 5, 4), 3.0)],
 }  # fmt: skip
 

@@ -373,11 +373,9 @@ distances(aten.cdist.default, aten._cdist_forward.default, aten._euclidean_dist.
 def cdist_backward(
     info: BatchInfo, in_dims: Dims, grad: Tensor, x: Tensor, y: Tensor, p: float, cdist: Tensor
 ) -> Output:
-    """Every operand has the same leading dimensions."""
-    places = (0, 1, 2, 4)
-    given = (grad, x, y, p, cdist)
-    leads = {tuple(v.shape[1:-2]) for v in (materialize(given[k], in_dims[k], info.batch_size) for k in places)}
-    if len(leads) != 1:
-        raise RuleDeclined("leading dimensions that broadcast")
-    grad, x, y, cdist = (materialize(given[k], in_dims[k], info.batch_size).contiguous() for k in places)
+    """``x`` and ``y`` broadcast to the leading dimensions of the output, and so does the result."""
+    size = info.batch_size
+    grad, cdist = (materialize(v, d, size).contiguous() for v, d in ((grad, in_dims[0]), (cdist, in_dims[4])))
+    x, y = (pad_rank(materialize(v, d, size), 0, grad.dim() - 1) for v, d in ((x, in_dims[1]), (y, in_dims[2])))
+    x, y = (v.expand(*grad.shape[:-2], *v.shape[-2:]).contiguous() for v in (x, y))
     return aten._cdist_backward.default(grad, x, y, p, cdist), 0
