@@ -128,7 +128,8 @@ class CapturedOnceError(FunctransError):
         super().__init__(
             f"{op} updates a tensor that was captured from outside {interpreter.name}. A loop over the {interpreter.batch_size} "
             "examples would update it each time, but under vmap the function runs once. "
-            "Update the tensor outside of vmap, or return the update from the function and reduce over the batch."
+            "Update the tensor outside of vmap, or return the update from the function and reduce over the batch. "
+            "(Batch norm in training mode does this: see functrans.replace_all_batch_norm_modules_.)"
         )
 
 

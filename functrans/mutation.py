@@ -243,11 +243,7 @@ def _merge(old: Tensor, new: Tensor, recording: bool, everywhere: bool) -> Tenso
     if type(new) is not WrapperTensor or new.interpreter is not interpreter:
         new = interpreter.constant(new)
     value = _merge(interpreter.aligned(old, new), new.value, recording and interpreter.outer_grad_mode, everywhere)
-    merged = interpreter.constant(value)
-    source = old if interpreter.keeps_history(recording, everywhere) else new
-    for name in interpreter.payload:
-        setattr(merged, name, getattr(source, name))
-    return merged
+    return interpreter.rewrap(old if interpreter.keeps_history(recording, everywhere) else new, value)
 
 
 def write_through(view: WrapperTensor, new: Tensor) -> None:
@@ -291,8 +287,7 @@ def write_metadata(known: Facts, target: Any, args: tuple[Any, ...], kwargs: dic
 
 def _hold(target: WrapperTensor) -> WrapperTensor:
     """A wrapper that takes over ``target``'s place as base or view, so that ``target`` can become a view of it."""
-    held = target.interpreter.constant(target.value)
-    set_content(held, target)
+    held = target.interpreter.rewrap(target, target.value)
     held.view_link, held.root, held.seen = target.view_link, target.root, target.seen
     if held.view_link is None:
         if held.root is None:

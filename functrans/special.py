@@ -49,18 +49,45 @@ def made_inside(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @stands_in_for(aten.batch_norm.default)
 def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Training mode writes the running statistics, which the schema does not say; they carry no derivative."""
+    """Training mode writes the running statistics, which the schema does not say."""
     x, weight, bias, mean, var, training, momentum, eps, *_ = args
     owner = highest(args, kwargs, False)
     if owner is None:
         return base(known.op, args, kwargs)
     if not training or mean is None or var is None:
         return owner.process(known.op, args, kwargs)
-    out, _, _, new_mean, new_var = enter(
-        aten._native_batch_norm_legit_functional.default, x, weight, bias, mean, var, True, momentum, eps
-    )
-    for target, new in ((mean, new_mean), (var, new_var)):
-        write(target, enter(aten.detach.default, new), known.op)
+    return updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)[0]
+
+
+@stands_in_for(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
+def native_batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As ``batch_norm``, with the statistics of the batch among the outputs."""
+    x, weight, bias, mean, var, training, momentum, eps = args
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    if not training or mean is None or var is None:
+        return owner.process(aten.native_batch_norm.default, args, kwargs)
+    return updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)[:3]
+
+
+@stands_in_for(aten._batch_norm_with_update.default)
+def batch_norm_with_update(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As ``native_batch_norm`` in training mode; the fourth output is a backend's own memory, which is not used here."""
+    x, weight, bias, mean, var, momentum, eps = args
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    out = updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)
+    return (*out[:3], enter(aten.new_empty.default, x, [0], dtype=torch.uint8))
+
+
+def updating_norm(op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+    """Batch norm by the batch's statistics, and the running ones updated; these carry no derivative."""
+    old_mean, old_var = (enter(aten.clone.default, enter(aten.detach.default, t)) for t in (mean, var))
+    out = enter(aten._native_batch_norm_legit_functional.default, x, weight, bias, old_mean, old_var, True, momentum, eps)
+    for target, new in ((mean, out[3]), (var, out[4])):
+        # A loop over the examples would start each update from the last one: reads=True has vmap refuse it.
+        write(target, enter(aten.detach.default, new), op)
     return out
 
 

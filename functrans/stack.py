@@ -83,6 +83,13 @@ class Interpreter:
         """A wrapper of this level for a value of the level below that does not depend on what is transformed."""
         raise NotImplementedError
 
+    def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
+        """A new wrapper around ``value`` with the data that this transform keeps on ``source``."""
+        wrapper = self.constant(value)
+        for name in self.payload:
+            setattr(wrapper, name, getattr(source, name))
+        return wrapper
+
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         """Whether ``wrapper`` could as well be its value: not batched, not tracked, without tangent."""
         raise NotImplementedError

@@ -9,10 +9,10 @@ from rule_cases import ByHand, by_hand, compare_all, declines, quiet_thread, rec
 from torch._ops import OpOverload
 
 import functrans
-from functrans.interpreters.vmap.rules import joining, padding, views
+from functrans.interpreters.vmap.rules import joining, padding, view_writes, views
 
 aten = torch.ops.aten
-OPS = rules_of(views, padding, joining)
+OPS = rules_of(views, view_writes, padding, joining)
 quiet = pytest.fixture(scope="module", autouse=True)(quiet_thread)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Digits(NamedTuple):
-    """Images of shape (examples, 1, 8, 8) with pixels in [0, 4], and the digits that they show."""
+    """Images of shape (examples, 1, 8, 8) with pixels in [0, 2], and the digits that they show."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -27,13 +27,13 @@ class DigitNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
-        self.head = nn.Linear(32 * 2 * 2, 10)
+        self.conv1 = nn.Conv2d(1, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
+        self.head = nn.Linear(16 * 4 * 4, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = F.avg_pool2d(torch.tanh(self.conv1(images)), 2)
-        hidden = F.avg_pool2d(torch.tanh(self.conv2(hidden)), 2)
+        hidden = torch.tanh(self.conv2(hidden))
         return self.head(hidden.flatten(1))
 
 
@@ -43,7 +43,7 @@ def load_digits(seed: int) -> Digits:
     from sklearn.model_selection import train_test_split
 
     data = bundled()
-    images = torch.from_numpy(data.images).double().unsqueeze(1) / 4  # the pixels are whole numbers up to 16
+    images = torch.from_numpy(data.images).double().unsqueeze(1) / 8  # the pixels are whole numbers up to 16
     labels = torch.from_numpy(data.target).long()
     train, test = train_test_split(range(len(labels)), test_size=360, random_state=seed, stratify=data.target)
     return Digits(images[train], labels[train], images[test], labels[test])

@@ -316,10 +316,7 @@ def snapshot(x: Any, target: Tensor) -> Any:
     if type(x) is WrapperTensor:
         if x is not target:
             return x
-        copy = x.interpreter.constant(x.value)
-        for name in x.interpreter.payload:
-            setattr(copy, name, getattr(x, name))
-        return copy
+        return x.interpreter.rewrap(x, x.value)
     if type(target) is WrapperTensor or target.layout is not torch.strided:
         return x
     return x.clone() if x.untyped_storage()._cdata == target.untyped_storage()._cdata else x

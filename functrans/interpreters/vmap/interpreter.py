@@ -72,6 +72,12 @@ class VmapInterpreter(Interpreter):
         wrapper.bdim = bdim
         return wrapper
 
+    def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
+        return self.batched(value, source.bdim)
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        return False  # where the batch dimension is has nothing to do with derivatives
+
     def aligned(self, old: WrapperTensor, new: WrapperTensor) -> Tensor:
         if old.bdim == new.bdim:
             return old.value
@@ -179,7 +185,8 @@ class VmapInterpreter(Interpreter):
 
     def _example(self, a: Any, i: int) -> Any:
         if type(a) is WrapperTensor and a.interpreter is self:
-            return a.value if a.bdim is None else a.value.select(a.bdim, i)
+            # A copy: some operators look at the storage, which is the example's own.
+            return a.value if a.bdim is None else a.value.select(a.bdim, i).clone()
         if type(a) in (list, tuple):
             return type(a)(self._example(v, i) for v in a)
         return a
