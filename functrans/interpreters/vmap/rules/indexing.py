@@ -51,11 +51,12 @@ class Indices:
             for k in present
         )
         #: how many dimensions of an example are indexed
-        self.indexed = sum(self.values[k].dim() if self.values[k].dtype in MASKS else 1 for k in present)  # type: ignore[union-attr]
+        self.indexed = sum(self.values[k].dim() if self.values[k].dtype in MASKS else 1 for k in present)  # type: ignore[union-attr, misc]
 
     def replace_masks(self) -> None:
         """A mask is as many indices as it has dimensions."""
-        values, dims = [], []
+        values: list[Tensor | None] = []
+        dims: list[int | None] = []
         for i, d in zip(self.values, self.dims):
             parts = i.nonzero().unbind(1) if i is not None and i.dtype in MASKS else (i,)
             values.extend(parts)
