@@ -42,7 +42,16 @@ def normalize(
         return empty_batch(op, in_dims, x, *vectors, *rest)
     x_dim, *vector_dims = in_dims[: 1 + len(vectors)]
     if logical_rank(x, x_dim) < 2:
-        raise RuleDeclined(f"{op} of an input without channels")
+        # Only an input without elements may be without channels; PyTorch's decompositions refuse it.
+        examples = [
+            [
+                value if bdim is None else value.select(bdim, i)
+                for value, bdim in zip((x, *vectors), (x_dim, *vector_dims))
+            ]
+            for i in range(size)
+        ]
+        rows = [as_tuple(op(*example, *rest)) for example in examples]
+        return tuple(torch.stack(column) for column in zip(*rows)), (0,) * len(rows[0])
     shape = [extent for k, extent in enumerate(x.shape) if k != x_dim]
     if not training and x_dim is not None and all(bdim is None for bdim in vector_dims):
         # With given statistics the rows do not mix either, and N needs no rearrangement.
