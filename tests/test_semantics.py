@@ -332,7 +332,7 @@ def test_generator_holds_a_transform_open_over_a_yield() -> None:
         yield grad(torch.sin)(scalar(0.1))
         yield grad(torch.cos)(scalar(0.1))
 
-    total = sum(grad(lambda x: x * s)(scalar(1.0)) for s in steps())
+    total = sum(grad(lambda x, s=s: x * s)(scalar(1.0)) for s in steps())
     torch.testing.assert_close(total, scalar(0.1).cos() - scalar(0.1).sin())
 
 
