@@ -30,7 +30,7 @@ class Facts:
     """Facts about one operator overload."""
 
     __slots__ = (
-        "arguments", "composite", "defaults", "functional", "kind", "metadata_write", "op", "plans", "random",
+        "arguments", "composite", "defaults", "functional", "kind", "metadata_write", "op", "plans", "quick", "random",
         "reads_target", "returns_written", "single", "special", "tensor_lists", "written",
     )  # fmt: skip
 
@@ -51,6 +51,8 @@ class Facts:
         #: function that stands in for the operator at the door: (facts, args, kwargs) -> output
         self.special: Any = SPECIAL_OPERATORS.get(op)
         self.kind = SPECIAL if self.special else WRITE if self.written else VIEW if aliases else PURE
+        #: a function that does the same as ``op`` on plain tensors in less time, or None
+        self.quick: Any = quick_call(op)
         #: rule of each interpreter class, resolved at first use
         self.plans: dict[type, Any] = {}
         #: pure counterpart of a writing operator; resolved by functrans.mutation
@@ -87,3 +89,23 @@ def normalized(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def has_composite_kernel(op: OpOverload) -> bool:
     """Whether ``op`` is defined by other operators (CompositeImplicitAutograd)."""
     return bool(op.has_kernel_for_dispatch_key(COMPOSITE))
+
+
+#: Names in ``torch`` whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for the overloads
+#: that take the same arguments.
+QUICK = {
+    "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign mm bmm "
+    "addmm mv dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos",
+    "Tensor": "add sub mul div eq ne lt le gt ge",
+    "Scalar": "eq ne lt le gt ge",
+    "Tensor_Scalar": "pow",
+    "int": "transpose select",
+    "dim": "mean squeeze",
+    "dim_IntList": "sum",
+    "self": "where",
+}
+_QUICK = {(name, overload): getattr(torch, name) for overload, names in QUICK.items() for name in names.split()}
+
+
+def quick_call(op: OpOverload) -> Any:
+    return _QUICK.get((op._schema.name[6:], op._overloadname)) if op.namespace == "aten" else None

@@ -23,12 +23,13 @@ from functrans.errors import (
     NoDataError,
     RequiresGradError,
 )
-from functrans.operators import facts
+from functrans.operators import Facts, facts
 from functrans.stack import STATE, Interpreter
 from functrans.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
     OpOverload,
+    function_mode_enabled,
     is_key_excluded,
     make_wrapper,
     set_grad_enabled,
@@ -232,10 +233,41 @@ def dispatch(op: OpOverload, args: tuple[Any, ...] | list[Any], kwargs: dict[str
     a rule: grad and jvp borrow PyTorch's derivative (native.py), vmap decomposes by ``torch._decomp`` and then loops
     over the examples with a warning, any other transform raises MissingRuleError. Nothing passes through in silence.
     """
-    owner = highest(args, kwargs, op._functrans.tensor_lists if hasattr(op, "_functrans") else facts(op).tensor_lists)
-    if owner is None:
+    known: Facts = op._functrans if hasattr(op, "_functrans") else facts(op)
+    owner: Interpreter | None = None
+    recorded = False
+    for a in args:
+        kind = type(a)
+        if kind is Tensor:
+            recorded = recorded or a.requires_grad
+        elif kind is WrapperTensor:
+            if a.view_link is not None:
+                refresh(a)
+            i = a.interpreter
+            if owner is None or i.level > owner.level:
+                owner = i
+            if not i.alive:
+                raise DeadWrapperError(a)
+        elif kind not in WITHOUT_TENSORS and (known.tensor_lists or not isinstance(a, list | tuple)):
+            return _dispatch_slowly(op, args, kwargs)
+    if kwargs and any(type(a) not in WITHOUT_TENSORS for a in kwargs.values()):
+        return _dispatch_slowly(op, args, kwargs)
+    if owner is not None:
+        return owner.process(op, args, kwargs)
+    if recorded or forward_ad._current_level >= 0:
         return base(op, args, kwargs)
-    return owner.process(op, args, kwargs)
+    if known.quick is not None and type(args[0]) is Tensor and not function_mode_enabled():
+        return known.quick(*args, **kwargs)
+    return op._op(*args, **kwargs)
+
+
+#: Types of arguments that are no tensors and hold none.
+WITHOUT_TENSORS = frozenset((int, float, bool, complex, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
+def _dispatch_slowly(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    owner = highest(args, kwargs, True)
+    return base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
 
 
 def highest(args: Any, kwargs: dict[str, Any], lists: bool) -> Interpreter | None:
@@ -263,7 +295,7 @@ def highest(args: Any, kwargs: dict[str, Any], lists: bool) -> Interpreter | Non
 
 def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` as plain PyTorch. Autograd's key comes back only where autograd has something to record."""
-    if forward_ad._current_level < 0 and not any_requires_grad(args):
+    if forward_ad._current_level < 0 and not any_requires_grad(args) and not (kwargs and any_requires_grad(kwargs.values())):
         return op(*args, **kwargs)
     excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
     try:
@@ -288,19 +320,22 @@ def any_requires_grad(args: Any) -> bool:
 def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
     if interpreter.outer_grad_mode or not torch.is_grad_enabled():
-        return _lower(interpreter, op, args, kwargs)
+        if op._functrans.random:  # type: ignore[attr-defined]
+            return lower_random(interpreter, op, args, kwargs)
+        return dispatch(op, args, kwargs)
     set_grad_enabled(False)
     try:
-        return _lower(interpreter, op, args, kwargs)
+        if op._functrans.random:  # type: ignore[attr-defined]
+            return lower_random(interpreter, op, args, kwargs)
+        return dispatch(op, args, kwargs)
     finally:
         set_grad_enabled(True)
 
 
-def _lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    if facts(op).random:
-        below = interpreter.below
-        return base(op, args, kwargs) if below is None else below.process(op, args, kwargs)
-    return dispatch(op, args, kwargs)
+def lower_random(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Random operators visit every level: each decides whether its examples draw for themselves."""
+    below = interpreter.below
+    return base(op, args, kwargs) if below is None else below.process(op, args, kwargs)
 
 
 def map_tensors(function: Any, out: Any) -> Any:

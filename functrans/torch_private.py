@@ -9,6 +9,8 @@ from torch._C import (
     # Whether dispatch skips a key, per thread: the door stands in front of autograd by excluding its key.
     _dispatch_tls_is_dispatch_key_excluded as is_key_excluded,
     _dispatch_tls_set_dispatch_key_excluded as set_key_excluded,
+    # A quick call enters PyTorch where function modes listen; the door's operators have passed them already.
+    _is_torch_function_mode_enabled as function_mode_enabled,
     # Forward AD's own switch, which forward mode follows.
     _is_fwd_grad_enabled as is_forward_enabled,
     # The mode stack itself: entering a TorchDispatchMode through its context manager costs several microseconds.

@@ -30,7 +30,7 @@ class Settings:
     #: norm to which the gradient of every example is clipped
     clip: float = 1.0
     #: standard deviation of the noise, in units of ``clip``
-    noise: float = 1.5
+    noise: float = 2.0
     delta: float = 1e-5
     #: examples that the loops of plain PyTorch are run on
     checked: int = 64

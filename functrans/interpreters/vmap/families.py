@@ -118,6 +118,10 @@ def logical_result_type(operands: Sequence[tuple[Any, int | None]]) -> torch.dty
 # Elementwise operators
 
 
+# A rule's ``direct(in_dims, args)`` is the batch dimension of the output where the operator itself, on the physical arguments as they
+# are, is the rule; None where it is not. The interpreter then sends the operator down by a Python call.
+
+
 def elementwise(*ops: OpOverload, promoting: tuple[int, ...] | None = None, expand: bool = False) -> None:
     """Operators that broadcast and promote like ``add``, whatever their number of tensors.
 
@@ -146,33 +150,39 @@ def elementwise_unary(op: OpOverload, place: int) -> Callable[..., tuple[Any, An
         output = op(*args, **kwargs)
         return output, same_dims(output, in_dims[place]) if several else in_dims[place]
 
+    if not several:
+        unary.direct = lambda in_dims, args: in_dims[place]  # type: ignore[attr-defined]
     return unary
 
 
 def elementwise_binary(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
-    """Two tensors in front: the cases that need no extra view are decided first."""
-    general = elementwise_nary(op, (0, 1), (0, 1))
-
-    def binary(info: BatchInfo, in_dims: Sequence[Any], x: Any, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        x_dim, y_dim = in_dims[0], in_dims[1]
-        if y_dim is None:
-            if not isinstance(y, Tensor):
-                return op(x, y, *args, **kwargs), x_dim
-            x_rank = x.dim()
-            # An example of rank 0 is a 0-d tensor in promotion, but its batch is not.
-            if y.dim() < x_rank - x_dim and (x_rank > 1 or x.dtype is y.dtype):
-                return op(x, y, *args, **kwargs), x_dim
-        elif x_dim is None:
-            if not isinstance(x, Tensor):
-                return op(x, y, *args, **kwargs), y_dim
-            y_rank = y.dim()
-            if x.dim() < y_rank - y_dim and (y_rank > 1 or x.dtype is y.dtype):
-                return op(x, y, *args, **kwargs), y_dim
-        elif x_dim == y_dim and x.dim() == y.dim():
-            return op(x, y, *args, **kwargs), x_dim
-        return general(info, in_dims, x, y, *args, **kwargs)
-
+    """Two tensors in front; see ``binary_in_place`` for the cases that need no extra view."""
+    binary = elementwise_nary(op, (0, 1), (0, 1))
+    if len(op._schema.returns) == 1:
+        binary.direct = binary_in_place  # type: ignore[attr-defined]
     return binary
+
+
+def binary_in_place(in_dims: Sequence[Any], args: Sequence[Any]) -> int | None:
+    """The batch dimension of the output if the physical operands broadcast and promote as they are, else None."""
+    x_dim, y_dim = in_dims[0], in_dims[1]
+    x, y = args[0], args[1]
+    if y_dim is None:
+        if not isinstance(y, Tensor):
+            return x_dim
+        x_rank = x.dim()
+        # An example of rank 0 is a 0-d tensor in promotion, but its batch is not.
+        if y.dim() < x_rank - x_dim and (x_rank > 1 or x.dtype is y.dtype):
+            return x_dim
+    elif x_dim is None:
+        if not isinstance(x, Tensor):
+            return y_dim
+        y_rank = y.dim()
+        if x.dim() < y_rank - y_dim and (y_rank > 1 or x.dtype is y.dtype):
+            return y_dim
+    elif x_dim == y_dim and x.dim() == y.dim():
+        return x_dim
+    return None
 
 
 def elementwise_nary(

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
+from torch.autograd import forward_ad
 
+from functrans import stack
 from functrans.decompositions import decompose
 from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined
-from functrans.interpreters.vmap.rules.random import random_rule
+from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.operators import Facts
-from functrans.stack import Interpreter, lowered, running_at
-from functrans.tensor import WrapperTensor, lower, make_wrapper, map_tensors, wrap
-from functrans.torch_private import OpOverload, custom_operator
+from functrans.stack import STATE, Interpreter, lowered, running_at
+from functrans.tensor import WrapperTensor, any_requires_grad, lower, map_tensors, wrap
+from functrans.torch_private import OpOverload, custom_operator, make_wrapper, pop_mode, push_mode
 
 aten = torch.ops.aten
 
@@ -110,21 +112,29 @@ class VmapInterpreter(Interpreter):
                 dims.append(None)
         below_kwargs, kwargs_batched = self._enter_kwargs(kwargs) if kwargs else (kwargs, False)
         known: Facts = op._functrans  # type: ignore[attr-defined]
-        if known.random and not known.composite:
-            with lowered(self):
-                out, out_dims = random_rule(self.info, op, tuple(dims), tuple(values), below_kwargs)
-            return self._leave(out, out_dims)
-        if not batched and not kwargs_batched and not (known.random and known.composite):
-            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
-        if not kwargs_batched:
+        if known.random:
+            out = self._run_random(op, known, values, dims, below_kwargs)
+            if out is not NotImplemented:
+                return out
+        elif not batched and not kwargs_batched:
+            out = lower(self, op, values, below_kwargs)
+            return wrap(self, out) if type(out) is Tensor else map_tensors(self.constant, out)
+        try:
+            rule, direct = known.plans[VmapInterpreter]
+        except KeyError:
             rule = BATCHING_RULES.get(op) or library_rule(op)
-            if rule is not None:
-                try:
-                    with lowered(self):
-                        out, out_dims = rule(self.info, tuple(dims), *values, **below_kwargs)
-                    return self._leave(out, out_dims)
-                except RuleDeclined:
-                    pass
+            direct = getattr(rule, "direct", None)
+            known.plans[VmapInterpreter] = rule, direct
+        if rule is not None and not kwargs_batched:
+            if direct is not None:
+                bdim = direct(dims, values)
+                if bdim is not None:
+                    return self.batched(lower(self, op, values, below_kwargs), bdim)
+            try:
+                out, out_dims = self._run_rule(rule, (self.info, dims, *values), below_kwargs)
+                return self._leave(out, out_dims)
+            except RuleDeclined:
+                pass
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
             raise DataDependentError(op, self, cure)
@@ -137,6 +147,44 @@ class VmapInterpreter(Interpreter):
             if out is not NotImplemented:
                 return out
         return self.loop(op, args, kwargs)
+
+    def _run_rule(self, rule: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Run ``rule`` one level down.
+
+        What ``lowered`` does, without what a handler's state makes superfluous: autograd's key is excluded already, and at the base it
+        has to come back only where something requires grad.
+        """
+        if not self.outer_grad_mode or forward_ad._current_level >= 0:
+            with lowered(self):
+                return rule(*args, **kwargs)
+        top = STATE.top
+        if self.below is not None:
+            try:
+                STATE.top = self.below
+                push_mode(stack.DOOR)
+                return rule(*args, **kwargs)
+            finally:
+                pop_mode(None)
+                STATE.top = top
+        if any_requires_grad(args):
+            with lowered(self):
+                return rule(*args, **kwargs)
+        try:
+            STATE.top = None
+            return rule(*args, **kwargs)
+        finally:
+            STATE.top = top
+
+    def _run_random(self, op: OpOverload, known: Facts, values: Any, dims: Any, kwargs: dict[str, Any]) -> Any:
+        """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator."""
+        if known.composite and op not in RANDOM_RULES:
+            return NotImplemented
+        try:
+            with lowered(self):
+                out, out_dims = random_rule(self.info, op, tuple(dims), tuple(values), kwargs)
+        except RuleDeclined:
+            return NotImplemented
+        return self._leave(out, out_dims)
 
     def _enter_list(self, items: Any) -> tuple[list[Any], list[Any], bool]:
         values: list[Any] = []
