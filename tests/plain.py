@@ -127,6 +127,10 @@ class Numeric:
 def closer(got: Any, other: Any, numeric: Any) -> bool:
     """Whether ``got`` agrees with finite differences, and better than ``other`` does."""
 
+    leaves = [tree_flatten(tree)[0] for tree in (got, other, numeric)]
+    if any(len({(t.shape, t.layout) for t in same}) > 1 or same[0].layout != torch.strided for same in zip(*leaves)):
+        return False
+
     def error(tree: Any) -> float:
         pairs = zip(tree_flatten(tree)[0], tree_flatten(numeric)[0])
         return max(float((a.detach() - n).abs().max() / n.abs().max().clamp(min=1.0)) for a, n in pairs if n.numel())
