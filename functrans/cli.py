@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "ensemble: each by function transforms, each compared with loops over plain PyTorch on the spot. "
         "The exit code is 1 if a comparison fails.",
     )
-    tour.add_argument("--steps", type=int, default=300, help="steps of private training (default: %(default)s)")
+    tour.add_argument("--steps", type=int, default=200, help="steps of private training (default: %(default)s)")
     tour.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     return parser
 
