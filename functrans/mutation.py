@@ -353,10 +353,17 @@ class Functional:
         written = known.op._schema.arguments
         self.out_names = {written[i].name for i in known.written if written[i].kwarg_only}
         self.drops_out = bool(self.out_names)
+        # PyTorch leaves out arguments that have the writing operator's default; the pure one may have none (bernoulli_'s p)
+        positional = [a for a in op._schema.arguments if not a.kwarg_only]
+        self.names = tuple(a.name for a in positional)
+        self.required = max((i + 1 for i, a in enumerate(positional) if not a.has_default_value()), default=0)
+        self.defaults = {a.name: a.default_value for a in written if a.has_default_value()}
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.drops_out:
             kwargs = {k: v for k, v in kwargs.items() if k not in self.out_names}
+        if len(args) < self.required and self.defaults:
+            args = (*args, *[self.defaults[n] for n in self.names[len(args) : self.required] if n not in kwargs])
         return stack.DOOR.enter(self.op, args, kwargs)
 
 

@@ -11,7 +11,7 @@ import torch
 from functrans import stack
 from functrans.errors import InsideTransformError
 from functrans.mutation import write
-from functrans.operators import SPECIAL_OPERATORS, Facts
+from functrans.operators import SPECIAL_OPERATORS, Facts, facts
 from functrans.stack import STATE
 from functrans.tensor import WrapperTensor, base, highest, lift, set_content
 from functrans.torch_private import OpOverload, no_dispatch
@@ -67,7 +67,7 @@ def native_batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any
     if owner is None:
         return base(known.op, args, kwargs)
     if not training or mean is None or var is None:
-        return owner.process(aten.native_batch_norm.default, args, kwargs)
+        return owner.process(facts(aten.native_batch_norm.default).op, args, kwargs)
     return updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)[:3]
 
 
