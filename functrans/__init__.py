@@ -4,10 +4,13 @@
 wrapper tensors carry their level, and every operator walks down the stack.
 """
 
-from functrans import custom_function, derivatives, door, special
+from functrans import custom_function, derivatives, door, recurrent, special
 from functrans.batching import vmap
+from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.errors import FunctransError
+from functrans.interpreters.grad.interpreter import GRAD_RULES
+from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap import rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.jacobians import hessian, jacfwd, jacrev
@@ -17,7 +20,7 @@ from functrans.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 
 derivatives.load()
 rules.load()
-for table in (DERIVATIVES, BATCHING_RULES):
+for table in (DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES):
     table.on_change(lambda op: facts(op).plans.clear())
 
 __all__ = [

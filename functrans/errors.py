@@ -59,9 +59,10 @@ class DeadWrapperError(FunctransError):
 
 def made_where(wrapper: Any) -> str:
     """``at file:line`` of the user code that made a wrapper, or what is known instead."""
-    if wrapper.made_at is None:
+    made_at = getattr(wrapper, "made_at", None)
+    if made_at is None:
         return "when the transform wrapped its arguments"
-    code, lasti = wrapper.made_at
+    code, lasti = made_at
     line = code.co_firstlineno
     for start, end, number in code.co_lines():
         if start <= lasti < end and number is not None:

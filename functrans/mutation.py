@@ -367,9 +367,30 @@ class Functional:
         return stack.DOOR.enter(self.op, args, kwargs)
 
 
+def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``copy_``: the source, in the dtype, device and shape of what it is written to."""
+    target, source, enter = args[0], args[1], stack.DOOR.enter
+    if source.dtype is not target.dtype or source.device != target.device:
+        source = enter(aten._to_copy.default, (source,), {"dtype": target.dtype, "device": target.device})
+    if source.shape != target.shape:
+        source = enter(aten.expand.default, (source, list(target.shape)), {})
+    return enter(aten.clone.default, (source,), {})
+
+
+def pure_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return stack.DOOR.enter(aten.zeros_like.default, args, kwargs)
+
+
+#: Pure forms that are not an operator of the same name: those exist without a derivative at the base.
+PURE_FORMS: dict[OpOverload, Callable[..., Any]] = {aten.copy_.default: pure_copy, aten.zero_.default: pure_zero}
+
+
 def resolve_functional(known: Facts) -> None:
     """Find the pure form of a writing operator by its name and schema; NotImplemented if there is none."""
     op = known.op
+    if op in PURE_FORMS:
+        known.functional = PURE_FORMS[op]
+        return
     schema = op._schema
     known.functional = NotImplemented
     namespace, name = schema.name.split("::")

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from functrans.errors import MissingRuleError
 from functrans.stack import Interpreter, running_at
-from functrans.tensor import WrapperTensor, dispatch, map_tensors
+from functrans.tensor import WrapperTensor, dispatch, map_tensors, strides_of
 from functrans.torch_private import AUTOGRAD, OpOverload, make_wrapper, set_grad_enabled, set_key_excluded
 
 aten = torch.ops.aten
@@ -86,13 +86,12 @@ def _below(twin: TwinInterpreter, op: OpOverload, args: Any, kwargs: dict[str, A
 
 
 def twin_of(twin: TwinInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
-    strides = value.stride() if value.layout is torch.strided else None
     wrapper = make_wrapper(
-        WrapperTensor, value.shape, strides=strides, dtype=value.dtype, device=value.device, layout=value.layout,
-        requires_grad=requires_grad,
-    )  # fmt: skip
+        WrapperTensor, value.shape, strides_of(value), None, None, value.dtype, value.layout, value.device, False, requires_grad
+    )
     wrapper.interpreter = twin
     wrapper.value = value
+    wrapper.view_link = None
     return wrapper
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.decompositions import DECOMPOSITIONS
+
 aten = torch.ops.aten
 
 State = tuple[Tensor, ...]
@@ -196,6 +198,5 @@ def decomposed_packed(op: Any) -> Callable[..., tuple[Tensor, ...]]:
     return packed
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., tuple[Tensor, ...]]] = {
-    op: decomposed_padded(op) if op._overloadname == "input" else decomposed_packed(op) for op in STEPS
-}
+for op in STEPS:
+    DECOMPOSITIONS.add(op, decomposed_padded(op) if op._overloadname == "input" else decomposed_packed(op))

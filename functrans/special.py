@@ -93,16 +93,16 @@ def updating_norm(op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var
 
 @stands_in_for(aten.resize_.default)
 def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first elements stay, in the order of the flattened tensor; new ones are zero."""
+    """The first elements stay, in the order of the flattened tensor."""
     target, size = args[0], list(args[1])
     if type(target) is not WrapperTensor:
         return base(known.op, args, kwargs)
     if target.view_link is not None or target.root is not None:
         raise InsideTransformError("resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size")
     count = math.prod(size)
+    if count > target.numel():
+        raise InsideTransformError("resize_ to more elements", target.interpreter.name, "torch.cat or a new tensor of the wanted size")
     flat = enter(aten.reshape.default, target, [-1])
-    if count > flat.shape[0]:
-        flat = enter(aten.cat.default, [flat, enter(aten.new_zeros.default, flat, [count - flat.shape[0]])])
     new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
     target.root = None
     with no_dispatch():

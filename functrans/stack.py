@@ -155,6 +155,8 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
             set_grad_enabled(True)
         return body()
     finally:
+        # Autocast caches its casts of captured weights; those made here belong to this transform.
+        torch.clear_autocast_cache()
         interpreter.alive = False
         STATE.top = top
         STATE.door_depth = depth

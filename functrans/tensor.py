@@ -32,6 +32,8 @@ from functrans.torch_private import (
     function_mode_enabled,
     is_key_excluded,
     make_wrapper,
+    pop_mode,
+    push_mode,
     set_grad_enabled,
     set_key_excluded,
 )
@@ -48,17 +50,20 @@ class WrapperTensor(torch.Tensor):
         version: counts the writes it has seen.
     """
 
+    # Slots, because these are read and written for every operator; what is rare is an ordinary attribute.
+    __slots__ = ("bdim", "interpreter", "made_at", "slot", "tangent", "value", "view_link")
+
     interpreter: Interpreter
     value: Tensor
-    slot: int | None = None
-    bdim: int | None = None
-    tangent: Tensor | None = None
+    slot: int | None
+    bdim: int | None
+    tangent: Tensor | None
+    view_link: ViewLink | None
+    made_at: tuple[Any, int]
 
-    view_link: Any = None
-    root: Any = None
+    root: Root | None = None
     seen: int = 0
     version: int = 0
-    made_at: tuple[Any, int] | None = None
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,22 +143,20 @@ def concrete(x: Tensor) -> Tensor | None:
 
 
 def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
-    """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``."""
+    """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``; what the transform keeps on it is not set."""
+    wrapper = make_wrapper(WrapperTensor, value.shape, strides_of(value), None, None, value.dtype, value.layout, value.device)
+    wrapper.interpreter = interpreter
+    wrapper.value = value
+    wrapper.view_link = None
+    return wrapper
+
+
+def strides_of(value: Tensor) -> tuple[int, ...] | None:
+    """The strides of ``value``; sparse layouts have none."""
     try:
-        strides = value.stride()
-    except RuntimeError:  # sparse layouts have none
-        return wrap_sparse(interpreter, value)
-    wrapper = make_wrapper(WrapperTensor, value.shape, strides=strides, dtype=value.dtype, device=value.device)
-    wrapper.interpreter = interpreter
-    wrapper.value = value
-    return wrapper
-
-
-def wrap_sparse(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
-    wrapper = make_wrapper(WrapperTensor, value.shape, dtype=value.dtype, device=value.device, layout=value.layout)
-    wrapper.interpreter = interpreter
-    wrapper.value = value
-    return wrapper
+        return value.stride()
+    except RuntimeError:
+        return None
 
 
 class Root:
@@ -336,6 +339,34 @@ def lower_random(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: di
     """Random operators visit every level: each decides whether its examples draw for themselves."""
     below = interpreter.below
     return base(op, args, kwargs) if below is None else below.process(op, args, kwargs)
+
+
+def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call ``function``, plain ``torch`` code, one level down, from a handler.
+
+    What ``stack.lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already, and
+    at the base it has to come back only where something requires grad.
+    """
+    if not interpreter.outer_grad_mode or not interpreter.outer_forward_mode or forward_ad._current_level >= 0:
+        with stack.lowered(interpreter):
+            return function(*args, **kwargs)
+    top = STATE.top
+    if interpreter.below is not None:
+        try:
+            STATE.top = interpreter.below
+            push_mode(stack.DOOR)
+            return function(*args, **kwargs)
+        finally:
+            pop_mode(None)
+            STATE.top = top
+    if any_requires_grad(args):
+        with stack.lowered(interpreter):
+            return function(*args, **kwargs)
+    try:
+        STATE.top = None
+        return function(*args, **kwargs)
+    finally:
+        STATE.top = top
 
 
 def map_tensors(function: Any, out: Any) -> Any:

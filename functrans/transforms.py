@@ -331,7 +331,7 @@ class Inputs:
                 entered[i] = self._constants(a)
         self.args = tuple(entered)
         self.kwargs = {k: self._constants(v) for k, v in kwargs.items()}
-        self.leaf_slots = {i: [w.slot if type(w) is WrapperTensor else None for w in ws] for i, (_, ws, _) in self.tracked.items()}
+        self.leaf_slots = {i: [getattr(w, "slot", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
     def _enter(self, leaf: Any, track: Callable[[Tensor], WrapperTensor]) -> Any:
         if not isinstance(leaf, Tensor):

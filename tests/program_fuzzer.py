@@ -398,6 +398,7 @@ def outcome_of(source: str, backend: Any, seed: int, backward: bool) -> tuple[An
 
 def serve(pipe: Any) -> None:
     torch.set_num_threads(1)
+    pipe.send("ready")
     while True:
         source, name, seed, backward = pipe.recv()
         oracle = torch.func if name == "torch.func" else PlainTransforms
@@ -419,6 +420,7 @@ class Oracle:
             self.process = context.Process(target=serve, args=(theirs,), daemon=True)
             self.process.start()
             theirs.close()
+            self.pipe.recv()
         self.pipe.send((source, name, seed, backward))
         try:
             numbers, error = self.pipe.recv()
@@ -439,6 +441,8 @@ def judge(source: str, backend: Any, seed: int, backward: bool) -> tuple[str, st
     """What the program shows of ``backend``, and the difference or error."""
     expected, refusal = ORACLE.ask(source, "torch.func", seed, backward)
     plain_applies = "no_grad" not in source and "enable_grad" not in source
+    if refusal == "crashed":
+        return "skipped: torch.func crashes", ""
     if refusal is not None and not plain_applies:
         return "skipped: torch.func refuses, and grad modes have no other oracle", str(refusal)
     if expected is not None and not all(bool(t.isfinite().all()) for t in expected):

@@ -27,6 +27,7 @@ GRAD_RULES: RuleTable[Callable[..., Any]] = RuleTable("grad rules")
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
 Record = tuple[Any, Any, Any, Any]
+SPENT: Record = (None, 0, (), None)
 
 
 class GradInterpreter(Interpreter):
@@ -44,7 +45,9 @@ class GradInterpreter(Interpreter):
         self.slots = 0
 
     def constant(self, value: Tensor) -> WrapperTensor:
-        return wrap(self, value)
+        wrapper = wrap(self, value)
+        wrapper.slot = None
+        return wrapper
 
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         return wrapper.slot is None
@@ -64,64 +67,60 @@ class GradInterpreter(Interpreter):
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         values: list[Any] = []
-        tracked: list[tuple[int, Any]] = []
+        places: list[int] = []
+        slots: list[Any] = []
         for a in args:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                if a.slot is not None:
-                    tracked.append((len(values), a.slot))
-                values.append(a.value)
-            elif type(a) in (list, tuple):
-                slots = self._enter_list(a)
-                if slots is not None:
-                    inner, found = slots
-                    if found is not None:
-                        tracked.append((len(values), found))
-                    values.append(inner)
-                else:
-                    values.append(a)
-            else:
-                values.append(a)
-        if kwargs:
-            kwargs = self._enter_kwargs(op, kwargs, tracked)
-        if not tracked or not torch.is_grad_enabled():
-            method = GRAD_RULES.get(op) if not tracked else None
-            if method is not None:
-                return method(self, op, values, kwargs)
-            out = lower(self, op, values, kwargs)
-            return wrap(self, out) if type(out) is Tensor else map_tensors(self.constant, out)
+            if type(a) is WrapperTensor:
+                if a.interpreter is self:
+                    slot = a.slot
+                    if slot is not None:
+                        places.append(len(values))
+                        slots.append(slot)
+                    a = a.value
+            elif type(a) is list or type(a) is tuple:
+                a, found = self._enter_list(a)
+                if found is not None:
+                    places.append(len(values))
+                    slots.append(found)
+            values.append(a)
+        below_kwargs = self._enter_kwargs(op, kwargs, places, slots) if kwargs else kwargs
+        if not places or not torch.is_grad_enabled():
+            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         known: Facts = op._functrans  # type: ignore[attr-defined]
-        method = known.plans.get(GradInterpreter)
-        if method is None:
+        try:
+            method = known.plans[GradInterpreter]
+        except KeyError:
             method = known.plans[GradInterpreter] = choose_method(op, known)
-        return method(self, op, args, values, kwargs, tracked)
+        return method(self, op, (args, kwargs), values, below_kwargs, places, slots)
 
-    def _enter_list(self, items: Sequence[Any]) -> tuple[list[Any], list[int | None] | None] | None:
-        """Values and slots of a list of tensors; None if it holds no wrapper of this interpreter."""
-        values, slots, found, mine = [], [], False, False
-        for a in items:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                mine = True
-                values.append(a.value)
-                slots.append(a.slot)
-                found = found or a.slot is not None
-            else:
-                values.append(a)
-                slots.append(None)
-        return (values, slots if found else None) if mine else None
+    def _enter_list(self, items: Sequence[Any]) -> tuple[Any, list[int | None] | None]:
+        """A list argument's values, and the slots of its tensors if one of them is tracked."""
+        if not any(type(a) is WrapperTensor for a in items):
+            return items, None
+        mine = [type(a) is WrapperTensor and a.interpreter is self for a in items]
+        slots = [a.slot if m else None for a, m in zip(items, mine, strict=True)]
+        values = [a.value if m else a for a, m in zip(items, mine, strict=True)]
+        return values, slots if any(s is not None for s in slots) else None
 
-    def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tracked: list[tuple[int, Any]]) -> dict[str, Any]:
+    def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], places: list[int], slots: list[Any]) -> dict[str, Any]:
         entered = {}
         for name, a in kwargs.items():
             if type(a) is WrapperTensor and a.interpreter is self:
                 if a.slot is not None:
-                    tracked.append((facts(op).arguments.index(name), a.slot))
+                    places.append(facts(op).arguments.index(name))
+                    slots.append(a.slot)
                 a = a.value
+            elif type(a) is list or type(a) is tuple:
+                a, found = self._enter_list(a)
+                if found is not None:
+                    places.append(facts(op).arguments.index(name))
+                    slots.append(found)
             entered[name] = a
         return entered
 
     def output(self, value: Tensor) -> WrapperTensor:
         """A tracked wrapper for an operator's output, or a constant if its dtype has no derivative."""
-        return self.track(value) if value.dtype in DIFFERENTIABLE else wrap(self, value)
+        return self.track(value) if value.dtype in DIFFERENTIABLE else self.constant(value)
 
     def record(self, plan: Any, outs: Any, ins: Any, saved: Any) -> None:
         self.tape.append((plan, outs, ins, saved))
@@ -139,8 +138,6 @@ class GradInterpreter(Interpreter):
         tape = self.tape
         for i in range(len(tape) - 1, -1, -1):
             plan, outs, ins, saved = tape[i]
-            if consume:
-                tape[i] = None  # type: ignore[call-overload]
             if type(outs) is int:
                 grad = cotangents.pop(outs, None)
                 if grad is None:
@@ -149,17 +146,19 @@ class GradInterpreter(Interpreter):
                 grad = [None if o is None else cotangents.pop(o, None) for o in outs]
                 if all(g is None for g in grad):
                     continue
+            if consume:
+                tape[i] = SPENT
             for slot, cotangent in zip(ins, plan.pull(saved, grad), strict=True):
                 if cotangent is None:
                     continue
                 if type(slot) is int:
-                    earlier = cotangents.get(slot)
-                    cotangents[slot] = cotangent if earlier is None else earlier + cotangent
+                    if slot in cotangents:
+                        cotangent = cotangents[slot] + cotangent
+                    cotangents[slot] = cotangent
                 else:
                     for s, c in zip(slot, cotangent, strict=True):
                         if s is not None and c is not None:
-                            earlier = cotangents.get(s)
-                            cotangents[s] = c if earlier is None else earlier + c
+                            cotangents[s] = cotangents[s] + c if s in cotangents else c
         if consume:
             tape.clear()
         return cotangents
@@ -192,7 +191,7 @@ def check_versions(versions: list[tuple[OpOverload, Tensor, int]]) -> None:
 def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
     rule = GRAD_RULES.get(op)
     if rule is not None:
-        return lambda self, op, args, values, kwargs, tracked: rule(self, op, values, kwargs)
+        return lambda self, op, given, values, kwargs, places, slots: rule(self, op, values, kwargs)
     entry = DERIVATIVES.get(op)
     if entry is not None:
         return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
@@ -201,14 +200,14 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
     return borrow
 
 
-def run_constant(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+def run_constant(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
     """Run an operator whose outputs do not depend differentiably on its arguments."""
     return map_tensors(self.constant, lower(self, op, values, kwargs))
 
 
-def take_apart(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+def take_apart(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
     """Run the pieces of a composite operator through this level again."""
-    return decompose(self, op, args, kwargs)
+    return decompose(self, op, *given)
 
 
 class TableMethod:
@@ -218,47 +217,50 @@ class TableMethod:
         self.entry = entry
         self.known = known
         self.plans: dict[Any, TablePlan | None] = {}
-        tensors = [a for a in known.op._schema.arguments if "Tensor" in str(a.type)]
-        #: with one tensor argument nothing broadcasts and nothing is promoted
-        self.fixes = entry.broadcasts or (entry.pointwise and len(tensors) > 1)
+        #: whether arguments can be broadcast or promoted: not with one tensor and no number
+        operands = [a for a in known.op._schema.arguments if "Tensor" in str(a.type) or "number" in str(a.type)]
+        self.fixes = entry.broadcasts or (entry.pointwise and len(operands) > 1)
 
-    def __call__(self, self_: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
-        key = tracked[0][0] if len(tracked) == 1 else tuple([p for p, _ in tracked])
+    def __call__(
+        self, grad: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: list[int], slots: list[Any]
+    ) -> Any:
+        key = places[0] if len(places) == 1 else tuple(places)
         try:
             plan = self.plans[key]
         except KeyError:
-            plan = self.plans[key] = self.make_plan([p for p, _ in tracked])
+            plan = self.plans[key] = self.make_plan(places)
         if plan is None:  # the table says nothing of some tracked argument
             fallback = take_apart if self.known.composite else borrow
-            return fallback(self_, op, args, values, kwargs, tracked)
-        out = lower(self_, op, values, kwargs)
+            return fallback(grad, op, given, values, kwargs, places, slots)
+        out = lower(grad, op, values, kwargs)
         if isinstance(out, Tensor):
+            wrapped: Any = wrap(grad, out)
             if out.dtype not in DIFFERENTIABLE:
-                return wrap(self_, out)
-            wrapped: Any = wrap(self_, out)
-            self_.slots += 1
-            outs: Any = self_.slots
-            wrapped.slot = outs
+                wrapped.slot = None
+                return wrapped
+            grad.slots = outs = wrapped.slot = grad.slots + 1
         else:
-            wrapped = map_tensors(self_.output, out)
+            wrapped = map_tensors(grad.output, out)
             outs = [w.slot if isinstance(w, Tensor) else None for w in wrapped]
-        saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in plan.saves]
+        if plan.last_save < len(values):
+            saved = [values[i] for i in plan.saves]
+        else:
+            saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in plan.saves]
         if plan.saves_result:
             saved.append(out)
         if self.fixes:
             shape, dtype = out.shape, out.dtype
-            for p, _ in tracked:
+            for p in places:
                 v = values[p]
                 saved.append(None if v.shape == shape and v.dtype is dtype else (v.shape, v.dtype))
-        self_.tape.append((plan, outs, [s for _, s in tracked], saved))
+        grad.tape.append((plan, outs, slots, saved))
         return wrapped
 
     def default(self, i: int, kwargs: dict[str, Any]) -> Any:
-        name = self.known.arguments[i]
-        return kwargs.get(name, self.known.defaults[i])
+        return kwargs.get(self.known.arguments[i], self.known.defaults[i])
 
-    def make_plan(self, positions: list[int]) -> TablePlan | None:
-        names = [self.known.arguments[p] for p in positions]
+    def make_plan(self, places: list[int]) -> TablePlan | None:
+        names = [self.known.arguments[p] for p in places]
         if any(n not in self.entry.formulas for n in names):
             return None
         return TablePlan(self.entry, self.known, names, self.fixes)
@@ -274,15 +276,18 @@ class TablePlan:
             for need in entry.needs[name]:
                 if need not in ("grad", "grads", "result", "results") and need not in needed:
                     needed.append(need)
+        #: positions of the arguments to save
         self.saves = [known.arguments.index(n) for n in needed]
+        self.last_save = max(self.saves, default=-1)
         self.saves_result = any(n in ("result", "results") for name in names for n in entry.needs[name])
         place = {n: i for i, n in enumerate(needed)}
         place.update(grad=-1, grads=-1, result=len(needed), results=len(needed))
-        self.steps = [(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
+        self.steps = [bind(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
+        #: where in what is saved the shapes and dtypes of arguments that were broadcast or promoted begin
         self.first_fix = len(needed) + self.saves_result if fixes else None
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
-        found = [formula(*[grad if p < 0 else saved[p] for p in picks]) for formula, picks in self.steps]
+        found = [step(grad, saved) for step in self.steps]
         if self.first_fix is not None:
             for i, fix in enumerate(saved[self.first_fix :]):
                 if fix is not None and found[i] is not None:
@@ -294,6 +299,16 @@ class TablePlan:
 
     def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
         return tensors_in(saved)
+
+
+def bind(formula: Callable[..., Any], picks: tuple[int, ...]) -> Callable[[Any, list[Any]], Any]:
+    """``formula`` as a function of the cotangent (-1 in ``picks``) and the list of what was saved."""
+    if picks == (-1,):
+        return lambda grad, saved: formula(grad)
+    if len(picks) == 2 and picks[0] == -1:
+        one = picks[1]
+        return lambda grad, saved: formula(grad, saved[one])
+    return lambda grad, saved: formula(*[grad if p < 0 else saved[p] for p in picks])
 
 
 def reduce_to(cotangent: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -332,7 +347,7 @@ def tensors_in(values: Any) -> list[Tensor]:
     return found
 
 
-def borrow(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs: Any, tracked: Any) -> Any:
+def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
     """Record ``op`` by PyTorch's own derivative."""
     wanted: list[int | None] = []
 
@@ -344,13 +359,8 @@ def borrow(self: GradInterpreter, op: OpOverload, args: Any, values: Any, kwargs
             for v in a:
                 number(v)
 
-    for a in args:
+    for a in (*given[0], *given[1].values()):
         number(a)
-    for name in kwargs:
-        position = facts(op).arguments.index(name)
-        slot = next((s for p, s in tracked if p == position), None)
-        if isinstance(kwargs[name], Tensor):
-            wanted.append(slot)
     out, linked, pullback = run_recorded(self, op, values, kwargs, lambda i: wanted[i] is not None)
     flags = iter(linked)
     wrapped = map_tensors(lambda o: self.track(o) if next(flags) else self.constant(o), out)

@@ -15,7 +15,7 @@ from functrans.native import run_forward_mode
 from functrans.operators import Facts, facts
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, lowered, run_transformed
-from functrans.tensor import WrapperTensor, describe, lower, map_tensors, wrap
+from functrans.tensor import WrapperTensor, call_below, describe, lower, map_tensors, wrap
 from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
@@ -34,15 +34,16 @@ class JvpInterpreter(Interpreter):
     payload = ("tangent",)
 
     def constant(self, value: Tensor) -> WrapperTensor:
-        return wrap(self, value)
+        wrapper = wrap(self, value)
+        wrapper.tangent = None
+        return wrapper
 
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         return wrapper.tangent is None
 
     def dual(self, value: Tensor, tangent: Tensor | None) -> WrapperTensor:
         wrapper = wrap(self, value)
-        if tangent is not None and value.dtype in DIFFERENTIABLE:
-            wrapper.tangent = tangent
+        wrapper.tangent = tangent if value.dtype in DIFFERENTIABLE else None
         return wrapper
 
     def describe(self, wrapper: WrapperTensor) -> str:
@@ -52,35 +53,37 @@ class JvpInterpreter(Interpreter):
         tangents: dict[Any, Any] = {}
         values: list[Any] = []
         for a in args:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                if a.tangent is not None:
-                    tangents[len(values)] = a.tangent
-                values.append(a.value)
-            elif type(a) in (list, tuple):
-                values.append(self._enter_list(a, len(values), tangents))
-            else:
-                values.append(a)
-        if kwargs:
-            entered = {}
-            for name, a in kwargs.items():
-                if type(a) is WrapperTensor and a.interpreter is self:
+            if type(a) is WrapperTensor:
+                if a.interpreter is self:
                     if a.tangent is not None:
-                        tangents[facts(op).arguments.index(name)] = a.tangent
+                        tangents[len(values)] = a.tangent
                     a = a.value
-                entered[name] = a
-            kwargs_below = entered
-        else:
-            kwargs_below = kwargs
+            elif type(a) is list or type(a) is tuple:
+                a = self._enter_list(a, len(values), tangents)
+            values.append(a)
+        below_kwargs = self._enter_kwargs(op, kwargs, tangents) if kwargs else kwargs
         if not tangents or not is_forward_enabled():
-            out = lower(self, op, values, kwargs_below)
-            return map_tensors(self.constant, out)
+            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         known: Facts = op._functrans  # type: ignore[attr-defined]
-        method = known.plans.get(JvpInterpreter)
-        if method is None:
+        try:
+            method = known.plans[JvpInterpreter]
+        except KeyError:
             method = known.plans[JvpInterpreter] = choose_method(op, known)
         if method is decompose:
             return decompose(self, op, args, kwargs)
-        return method(self, op, values, kwargs_below, tangents)
+        return method(self, op, values, below_kwargs, tangents)
+
+    def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tangents: dict[Any, Any]) -> dict[str, Any]:
+        entered = {}
+        for name, a in kwargs.items():
+            if type(a) is WrapperTensor and a.interpreter is self:
+                if a.tangent is not None:
+                    tangents[facts(op).arguments.index(name)] = a.tangent
+                a = a.value
+            elif type(a) is list or type(a) is tuple:
+                a = self._enter_list(a, facts(op).arguments.index(name), tangents)
+            entered[name] = a
+        return entered
 
     def _enter_list(self, items: Any, position: int, tangents: dict[Any, Any]) -> Any:
         values, found, mine = [], [], False
@@ -116,6 +119,10 @@ def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any,
     return map_tensors(self.constant, lower(self, op, values, kwargs))
 
 
+#: Where an elementwise formula's parameter comes from, beside the arguments' positions.
+GIVEN, RESULT = -1, -2
+
+
 def with_tangents(self: JvpInterpreter, out: Any, tangents: Any) -> Any:
     """An operator's output as wrappers of this level."""
     if isinstance(out, Tensor):
@@ -133,33 +140,44 @@ class TableMethod:
     def __init__(self, entry: Derivative, known: Facts) -> None:
         self.entry = entry
         self.known = known
-        kind = entry.tangent
         self.tangent: Callable[..., Any] = {
             "elementwise": self.elementwise, "linear": self.linear, "multilinear": self.multilinear,
-        }.get(kind, self.formula)  # type: ignore[arg-type]  # fmt: skip
+        }.get(entry.tangent, self.formula)  # type: ignore[arg-type]  # fmt: skip
+        #: argument positions that an elementwise tangent may come from, each with its formula and where its parameters are found
+        self.partial = {
+            known.arguments.index(name): (formula, [self.where(need) for need in entry.needs[name]])
+            for name, formula in entry.formulas.items()
+        }
 
     def __call__(self, interpreter: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
-        if self.entry.tangent == "elementwise" and any(self.known.arguments[p] not in self.entry.formulas for p in tangents):
-            return borrow(interpreter, op, values, kwargs, tangents)
+        if self.entry.tangent == "elementwise":
+            for position in tangents:
+                if position not in self.partial:
+                    return borrow(interpreter, op, values, kwargs, tangents)
         out = lower(interpreter, op, values, kwargs)
-        with lowered(interpreter):
-            found = self.tangent(values, kwargs, tangents, out)
+        found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {})
         return with_tangents(interpreter, out, found)
 
+    def where(self, need: str) -> int:
+        """The position of an argument, GIVEN for the tangent, or RESULT."""
+        return GIVEN if need == "grad" else RESULT if need == "result" else self.known.arguments.index(need) if need in self.known.arguments else RESULT
+
     def named(self, name: str, values: Any, kwargs: Any) -> Any:
-        i = self.known.arguments.index(name)
-        return values[i] if i < len(values) else kwargs.get(name, self.known.defaults[i])
+        return self.at(self.known.arguments.index(name), values, kwargs)
+
+    def at(self, i: int, values: Any, kwargs: Any) -> Any:
+        return values[i] if i < len(values) else kwargs.get(self.known.arguments[i], self.known.defaults[i])
 
     def elementwise(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
         total: Any = None
+        dtype = out.dtype
         for position, t in tangents.items():
-            name = self.known.arguments[position]
-            given = t.conj() if t.is_complex() else t
-            picked = [
-                given if n == "grad" else out if n == "result" else self.named(n, values, kwargs)
-                for n in self.entry.needs[name]
-            ]
-            part = self.entry.formulas[name](*picked)
+            formula, places = self.partial[position]
+            if t.is_complex():
+                t = t.conj()
+            part = formula(
+                *[t if i == GIVEN else out if i == RESULT else values[i] if i < len(values) else self.at(i, values, kwargs) for i in places]
+            )
             if part is None:
                 continue
             if part.is_complex():
@@ -167,12 +185,12 @@ class TableMethod:
             total = part if total is None else total + part
         if total is None:
             return None
-        if total.shape != out.shape:
+        if len(values) > 1 and total.shape != out.shape:
             total = total.expand(out.shape)
-        if total.dtype is not out.dtype:
-            if total.is_complex() and not out.is_complex():
+        if total.dtype is not dtype:
+            if total.is_complex() and not dtype.is_complex:
                 total = torch.real(total)
-            total = total.to(out.dtype)
+            total = total.to(dtype)
         return total
 
     def linear(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:

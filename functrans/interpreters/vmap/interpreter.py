@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
-from torch.autograd import forward_ad
 
-from functrans import stack
 from functrans.decompositions import decompose
 from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.operators import Facts
-from functrans.stack import STATE, Interpreter, lowered, running_at
-from functrans.tensor import WrapperTensor, any_requires_grad, lower, map_tensors, wrap
-from functrans.torch_private import OpOverload, custom_operator, make_wrapper, pop_mode, push_mode
+from functrans.stack import Interpreter, lowered, running_at
+from functrans.tensor import WrapperTensor, call_below, lower, map_tensors, strides_of, wrap
+from functrans.torch_private import OpOverload, custom_operator, make_wrapper
 
 aten = torch.ops.aten
 
@@ -52,7 +50,9 @@ class VmapInterpreter(Interpreter):
         self.info = BatchInfo(batch_size, randomness)
 
     def constant(self, value: Tensor) -> WrapperTensor:
-        return wrap(self, value)
+        wrapper = wrap(self, value)
+        wrapper.bdim = None
+        return wrapper
 
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         return wrapper.bdim is None
@@ -60,18 +60,17 @@ class VmapInterpreter(Interpreter):
     def batched(self, value: Tensor, bdim: int | None) -> WrapperTensor:
         """A wrapper for the physical ``value``, batched along ``bdim``."""
         if bdim is None:
-            return wrap(self, value)
-        shape, strides = list(value.shape), None
-        if bdim < 0:
-            bdim += len(shape)
+            return self.constant(value)
+        shape, strides = list(value.shape), strides_of(value)
         del shape[bdim]
-        if value.layout is torch.strided:
-            strides = list(value.stride())
-            del strides[bdim]
-        wrapper = make_wrapper(WrapperTensor, shape, strides=strides, dtype=value.dtype, device=value.device, layout=value.layout)
+        if strides is not None:
+            strides = list(strides)  # type: ignore[assignment]
+            del strides[bdim]  # type: ignore[attr-defined]
+        wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, value.dtype, value.layout, value.device)
         wrapper.interpreter = self
         wrapper.value = value
-        wrapper.bdim = bdim
+        wrapper.view_link = None
+        wrapper.bdim = bdim if bdim >= 0 else bdim + value.dim()
         return wrapper
 
     def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
@@ -118,7 +117,7 @@ class VmapInterpreter(Interpreter):
                 return out
         elif not batched and not kwargs_batched:
             out = lower(self, op, values, below_kwargs)
-            return wrap(self, out) if type(out) is Tensor else map_tensors(self.constant, out)
+            return map_tensors(self.constant, out)
         try:
             rule, direct = known.plans[VmapInterpreter]
         except KeyError:
@@ -131,7 +130,7 @@ class VmapInterpreter(Interpreter):
                 if bdim is not None:
                     return self.batched(lower(self, op, values, below_kwargs), bdim)
             try:
-                out, out_dims = self._run_rule(rule, (self.info, dims, *values), below_kwargs)
+                out, out_dims = call_below(self, rule, (self.info, dims, *values), below_kwargs)
                 return self._leave(out, out_dims)
             except RuleDeclined:
                 pass
@@ -147,33 +146,6 @@ class VmapInterpreter(Interpreter):
             if out is not NotImplemented:
                 return out
         return self.loop(op, args, kwargs)
-
-    def _run_rule(self, rule: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Run ``rule`` one level down.
-
-        What ``lowered`` does, without what a handler's state makes superfluous: autograd's key is excluded already, and at the base it
-        has to come back only where something requires grad.
-        """
-        if not self.outer_grad_mode or forward_ad._current_level >= 0:
-            with lowered(self):
-                return rule(*args, **kwargs)
-        top = STATE.top
-        if self.below is not None:
-            try:
-                STATE.top = self.below
-                push_mode(stack.DOOR)
-                return rule(*args, **kwargs)
-            finally:
-                pop_mode(None)
-                STATE.top = top
-        if any_requires_grad(args):
-            with lowered(self):
-                return rule(*args, **kwargs)
-        try:
-            STATE.top = None
-            return rule(*args, **kwargs)
-        finally:
-            STATE.top = top
 
     def _run_random(self, op: OpOverload, known: Facts, values: Any, dims: Any, kwargs: dict[str, Any]) -> Any:
         """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator."""
@@ -206,6 +178,9 @@ class VmapInterpreter(Interpreter):
             if type(a) is WrapperTensor and a.interpreter is self:
                 batched = batched or a.bdim is not None
                 a = a.value
+            elif type(a) in (list, tuple):
+                a, _, any_batched = self._enter_list(a)
+                batched = batched or any_batched
             entered[name] = a
         return entered, batched
 

@@ -1,0 +1,198 @@
+"""The extension points: what a new derivative, batching rule or transform is made of.
+
+A derivative is an entry in a table (``derivative``), a batching rule a function (``batching_rule``). A new transform is a subclass of
+``TableInterpreter`` with a table of rules, or of ``Interpreter`` where its meaning for an operator is no table. See docs/extending.md.
+"""
+
+from __future__ import annotations
+
+import keyword
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from functrans.decompositions import decompose
+from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
+from functrans.errors import FunctransError, MissingRuleError
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
+from functrans.operators import facts
+from functrans.rules import RuleTable
+from functrans.stack import Interpreter, interpreter_stack, lowered, run_transformed, running_at
+from functrans.tensor import WrapperTensor, lower, map_tensors, refresh, wrap
+from functrans.torch_private import OpOverload
+
+__all__ = [
+    "BATCHING_RULES",
+    "DERIVATIVES",
+    "BatchInfo",
+    "FunctransError",
+    "Interpreter",
+    "MissingRuleError",
+    "RuleTable",
+    "TableInterpreter",
+    "WrapperTensor",
+    "batching_rule",
+    "decompose",
+    "derivative",
+    "interpreter_stack",
+    "lower",
+    "lowered",
+    "map_tensors",
+    "missing_rule",
+    "no_derivative",
+    "overriding",
+    "run_transformed",
+    "running_at",
+    "wrap",
+]
+
+Rule = TypeVar("Rule")
+
+#: Operators that read nothing of their arguments but shape, dtype and device, so that their result is a constant of every transform.
+READS_NO_VALUES = frozenset(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name in (
+        "empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like",
+        "rand_like", "randint_like", "randn_like", "zeros_like",
+    )
+    for overload in getattr(torch.ops.aten, name).overloads()
+    if "out" not in overload
+)  # fmt: skip
+
+
+class TableInterpreter(Interpreter):
+    """A transform that is a table of rules.
+
+    A subclass sets ``kind``, ``payload`` (the names of what a wrapper carries beside ``value``) and ``rules``. An operator none of
+    whose arguments carries a payload runs one level down, and its result is a constant. For the others the order
+    is: a rule, the decomposition of a composite operator, MissingRuleError. Nothing passes through in silence. (``ones_like``
+    and its kind read no values of their arguments; without a rule their result is a constant too.)
+
+    A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a wrapper of this
+    interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None on a constant. It
+    runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)`` makes.
+    """
+
+    #: The transform's rules; one table per transform.
+    rules: ClassVar[RuleTable[Callable[..., Any]]]
+
+    def carry(self, value: Tensor, **payload: Any) -> WrapperTensor:
+        """A wrapper of this level around ``value``, with its payload; names left out are None."""
+        wrapper = wrap(self, value)
+        for name in self.payload:
+            setattr(wrapper, name, payload.pop(name, None))
+        if payload:
+            raise TypeError(f"{self.kind} carries {self.payload}, not {sorted(payload)}")
+        return wrapper
+
+    def own(self, x: Tensor) -> WrapperTensor:
+        """``x`` as a wrapper of this level: itself, or the constant that it is here."""
+        if type(x) is WrapperTensor:
+            if x.view_link is not None and x.interpreter.alive:
+                refresh(x)
+            if x.interpreter is self:
+                return x
+        return self.constant(x)
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return self.carry(value)
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return all(getattr(wrapper, name) is None for name in self.payload)
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        return "constant" if self.is_constant(wrapper) else ", ".join(f"{name}=..." for name in self.payload)
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        carrying = False
+
+        def value(a: Any) -> Any:
+            nonlocal carrying
+            if type(a) is WrapperTensor and a.interpreter is self:
+                carrying = carrying or not self.is_constant(a)
+                return a.value
+            return [value(v) for v in a] if type(a) in (list, tuple) else a
+
+        values, kwarg_values = [value(a) for a in args], {k: value(a) for k, a in kwargs.items()}
+        rule = self.rules.get(op)
+        if not carrying or (rule is None and op in READS_NO_VALUES):
+            return map_tensors(self.constant, lower(self, op, values, kwarg_values))
+        if rule is None:
+            if facts(op).composite:
+                return decompose(self, op, args, kwargs)
+            raise missing_rule(self, op)
+
+        def mine(a: Any) -> Any:
+            if isinstance(a, Tensor):
+                return self.own(a)
+            return [mine(v) for v in a] if type(a) in (list, tuple) else a
+
+        entered, entered_kwargs = [mine(a) for a in args], {k: mine(a) for k, a in kwargs.items()}
+        with lowered(self):
+            return rule(self, *entered, **entered_kwargs)
+
+
+def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
+    """The error for an operator without a rule: names operator, transform, levels and file, and shows the lines to paste."""
+    levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
+    names = [a.name + "_" * keyword.iskeyword(a.name) for a in op._schema.arguments if not a.kwarg_only]
+    if any(a.kwarg_only for a in op._schema.arguments):
+        names.append("**kwargs")
+    payload = "".join(f", {name}=..." for name in interpreter.payload)
+    return MissingRuleError(
+        op,
+        interpreter,
+        f"Levels: {levels}. Schema: {op._schema}\n"
+        f"The rules of {interpreter.kind} stand in {rules_file(interpreter)}. Add there:\n\n"
+        f"@{type(interpreter).__name__}.rules.register(torch.ops.{op})\n"
+        f"def {op._schema.name.split('::')[1]}({', '.join(['interpreter', *names])}):\n"
+        f"    return interpreter.carry(...{payload})",
+    )
+
+
+def rules_file(interpreter: TableInterpreter) -> str:
+    """The file of the transform's newest rule; if it has none, that of its class."""
+    places = [interpreter.rules.place(op) for op in interpreter.rules]
+    if places:
+        return places[-1].rpartition(":")[0]
+    module = type(interpreter).__module__
+    return getattr(sys.modules.get(module), "__file__", None) or f"module {module}"
+
+
+@contextmanager
+def overriding(table: RuleTable[Rule], *ops: OpOverload) -> Iterator[RuleTable[Rule]]:
+    """Context: the table's rules for ``ops`` are taken out, so that others can be registered; afterwards they are put back.
+
+    Tables are shared by all threads. To replace a rule for good, change it where it stands: the error for a second rule names the place.
+
+    Example:
+        >>> import torch, functrans
+        >>> from functrans.extend import DERIVATIVES, derivative, overriding
+        >>> round_ = torch.ops.aten.round.default
+        >>> with overriding(DERIVATIVES, round_):
+        ...     derivative(round_, self=lambda grad: grad, tangent="elementwise")  # straight through
+        ...     functrans.grad(torch.round)(torch.tensor(0.7))
+        tensor(1.)
+        >>> functrans.grad(torch.round)(torch.tensor(0.7))
+        tensor(0.)
+    """
+    before = {op: (table.get(op), table.place(op)) for op in ops if op in table}
+    _take_out(table, ops)
+    try:
+        yield table
+    finally:
+        _take_out(table, ops)
+        for op, (rule, place) in before.items():
+            table.add(op, rule, place=place)  # type: ignore[arg-type]
+
+
+def _take_out(table: RuleTable[Any], ops: tuple[OpOverload, ...]) -> None:
+    for op in ops:
+        table._rules.pop(op, None)
+        table._places.pop(op, None)
+        for notify in table._listeners:
+            notify(op)
