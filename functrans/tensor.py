@@ -247,10 +247,11 @@ def dispatch(op: OpOverload, args: tuple[Any, ...] | list[Any], kwargs: dict[str
             if a.view_link is not None:
                 refresh(a)
             i = a.interpreter
-            if owner is None or i.level > owner.level:
-                owner = i
-            if not i.alive:
-                raise DeadWrapperError(a)
+            if i is not owner:
+                if not i.alive:
+                    raise DeadWrapperError(a)
+                if owner is None or i.level > owner.level:
+                    owner = i
         elif kind not in WITHOUT_TENSORS and (known.tensor_lists or not isinstance(a, list | tuple)):
             return _dispatch_slowly(op, args, kwargs)
     if kwargs and any(type(a) not in WITHOUT_TENSORS for a in kwargs.values()):
@@ -281,19 +282,23 @@ def highest(args: Any, kwargs: dict[str, Any], lists: bool) -> Interpreter | Non
             if a.view_link is not None:
                 refresh(a)
             owner = a.interpreter
-            if found is None or owner.level > found.level:
-                found = owner
-            if not owner.alive:
-                raise DeadWrapperError(a)
+            if owner is not found:
+                if not owner.alive:
+                    raise DeadWrapperError(a)
+                if found is None or owner.level > found.level:
+                    found = owner
         elif lists and type(a) in (list, tuple):
-            owner_in_list = highest(a, {}, False)
+            owner_in_list = highest(a, NO_KWARGS, False)
             if owner_in_list is not None and (found is None or owner_in_list.level > found.level):
                 found = owner_in_list
     if kwargs:
-        owner_in_list = highest(kwargs.values(), {}, True)
+        owner_in_list = highest(kwargs.values(), NO_KWARGS, True)
         if owner_in_list is not None and (found is None or owner_in_list.level > found.level):
             found = owner_in_list
     return found
+
+
+NO_KWARGS: dict[str, Any] = {}
 
 
 def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:

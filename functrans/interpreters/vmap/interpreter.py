@@ -61,11 +61,16 @@ class VmapInterpreter(Interpreter):
         """A wrapper for the physical ``value``, batched along ``bdim``."""
         if bdim is None:
             return self.constant(value)
-        shape, strides = list(value.shape), strides_of(value)
-        del shape[bdim]
-        if strides is not None:
-            strides = list(strides)  # type: ignore[assignment]
-            del strides[bdim]  # type: ignore[attr-defined]
+        shape: Any = value.shape
+        strides: Any = strides_of(value)
+        if bdim == 0:
+            shape = shape[1:]
+            strides = strides[1:] if strides is not None else None
+        else:
+            shape, strides = list(shape), None if strides is None else list(strides)
+            del shape[bdim]
+            if strides is not None:
+                del strides[bdim]
         wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, value.dtype, value.layout, value.device)
         wrapper.interpreter = self
         wrapper.value = value
