@@ -1,0 +1,64 @@
+"""Batching rules of ``as_strided`` and its like, which name places in memory.
+
+An example's places are those between its first and its last element, so these must be its own: dense, no other example's
+between them. ``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.errors import InsideTransformError
+from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize
+from functrans.memory import storage_offset_of
+
+aten = torch.ops.aten
+
+
+def region(x: Tensor, bdim: int, size: Sequence[int], stride: Sequence[int], offset: int | None) -> tuple[Any, Any, int]:
+    """Size, strides and offset of the region in all examples, the batch dimension first."""
+    shape, strides = list(x.shape), list(x.stride())
+    batch, step = shape.pop(bdim), strides.pop(bdim)
+    start = storage_offset_of(x)
+    offset = start if offset is None else offset
+    expected = 1
+    for length, stretch in sorted(zip(strides, shape)):
+        if stretch > 1:
+            if length != expected:
+                raise InsideTransformError(
+                    "as_strided of a tensor whose examples have gaps in memory", "vmap", "as_strided on its .contiguous()"
+                )
+            expected *= stretch
+    first, numel = offset - start, expected if 0 not in shape else 0
+    last = first + sum((n - 1) * s for n, s in zip(size, stride))
+    if 0 not in size and not 0 <= first <= last < numel:
+        raise RuntimeError(
+            f"as_strided(size={list(size)}, stride={list(stride)}, storage_offset={offset}) inside vmap: got places {first} to "
+            f"{last} of an example; expected places between 0 and {numel - 1}. Other places belong to other examples."
+        )
+    return [batch, *size], [step, *stride], offset
+
+
+@batching_rule(aten.as_strided.default, aten.as_strided_copy.default)
+def as_strided(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, size: Any, stride: Any, storage_offset: int | None = None
+) -> tuple[Any, Any]:
+    """The same places of every example."""
+    return torch.as_strided(x, *region(x, in_dims[0], size, stride, storage_offset)), 0
+
+
+@batching_rule(aten.as_strided_scatter.default)
+def as_strided_scatter(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, src: Tensor, size: Any, stride: Any, storage_offset: int | None = None
+) -> tuple[Any, Any]:
+    """The result lies in memory as ``x`` does."""
+    bdim = in_dims[0]
+    if bdim is None or x.stride(bdim) == 0:
+        raise RuleDeclined("as_strided_scatter: only the source is batched")
+    where = region(x, bdim, size, stride, storage_offset)
+    return torch.as_strided_scatter(x, materialize(src, in_dims[1], info.batch_size), *where), bdim
