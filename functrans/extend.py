@@ -60,7 +60,7 @@ READS_NO_VALUES = frozenset(
         "rand_like", "randint_like", "randn_like", "zeros_like",
     )
     for overload in getattr(torch.ops.aten, name).overloads()
-    if "out" not in overload
+    if "out" not in overload and "Tensor" not in overload
 )  # fmt: skip
 
 
