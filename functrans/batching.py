@@ -13,7 +13,7 @@ from functrans.errors import CallValueError, callable_name
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytrees import broadcast_prefix, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
-from functrans.tensor import WrapperTensor, refresh
+from functrans.tensor import WrapperTensor
 
 
 def vmap(
@@ -122,7 +122,7 @@ def run_batched(
         out_leaves, out_spec = tree_flatten(out)
         for x in out_leaves:
             if type(x) is WrapperTensor and x.view_link is not None and x.interpreter.alive:
-                refresh(x)
+                x.view_link.refresh(x)
         return out_leaves, out_spec, out
 
     out_leaves, out_spec, out = run_transformed(interpreter, body)

@@ -54,7 +54,7 @@ def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     owner = highest(args, kwargs, False)
     if owner is None:
         return base(known.op, args, kwargs)
-    if not training or mean is None or var is None:
+    if not training or mean is None or var is None or x.numel() == 0:
         return owner.process(known.op, args, kwargs)
     return updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)[0]
 

@@ -46,7 +46,7 @@ class WrapperTensor(torch.Tensor):
         interpreter: the running transform it belongs to.
         value: the tensor one level down.
         slot, bdim, tangent: what grad, vmap and jvp keep; other transforms set their own.
-        view: the link to what it is a view of, or None (see mutation.py).
+        view_link: how it was made from what it is a view of, or None (see views.py).
         version: counts the writes it has seen.
     """
 
@@ -58,10 +58,10 @@ class WrapperTensor(torch.Tensor):
     slot: int | None
     bdim: int | None
     tangent: Tensor | None
-    view_link: ViewLink | None
+    view_link: Any  # a views.ViewLink or None
     made_at: tuple[Any, int]
 
-    root: Root | None = None
+    root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
     version: int = 0
 
@@ -159,63 +159,6 @@ def strides_of(value: Tensor) -> tuple[int, ...] | None:
         return None
 
 
-class Root:
-    """What a family of views shares: how often their common base was written.
-
-    ``content`` is the base's wrapper once that is no longer the wrapper the first view was taken from.
-    """
-
-    __slots__ = ("content", "version")
-
-    def __init__(self) -> None:
-        self.version = 0
-        self.content: WrapperTensor | None = None
-
-
-class ViewLink:
-    """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
-
-    __slots__ = ("args", "grad_mode", "index", "kwargs", "op", "owner", "parent", "root")
-
-    def __init__(
-        self, owner: WrapperTensor, parent: ViewLink | None, root: Root, op: OpOverload, args: Any, kwargs: Any, index: Any
-    ) -> None:
-        self.owner = owner
-        self.parent = parent
-        self.root = root
-        self.op = op
-        self.args = args
-        self.kwargs = kwargs
-        self.index = index
-        self.grad_mode = torch.is_grad_enabled()
-
-    def base_content(self) -> WrapperTensor:
-        return self.owner if self.root.content is None else self.root.content
-
-    def apply(self, x: Tensor) -> Tensor:
-        """This step's view of ``x``, recorded as the view was when it was made."""
-        enabled = torch.is_grad_enabled()
-        try:
-            set_grad_enabled(self.grad_mode)
-            out = dispatch(self.op, (x, *self.args), self.kwargs)
-        finally:
-            set_grad_enabled(enabled)
-        return out if self.index is None else out[self.index]
-
-    def replay(self) -> Tensor:
-        """The view's contents, from the base's present ones."""
-        return self.apply(self.base_content() if self.parent is None else self.parent.replay())
-
-
-def refresh(view: WrapperTensor) -> None:
-    """Bring ``view`` up to date with writes to its base or to other views of it."""
-    link = view.view_link
-    if view.seen != link.root.version:
-        with stack.door_closed():
-            set_content(view, link.replay())
-        view.seen = link.root.version
-
-
 def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
     """Let ``wrapper`` hold what ``new``, of the same level or below, holds."""
     interpreter = wrapper.interpreter
@@ -245,7 +188,7 @@ def dispatch(op: OpOverload, args: tuple[Any, ...] | list[Any], kwargs: dict[str
             recorded = recorded or a.requires_grad
         elif kind is WrapperTensor:
             if a.view_link is not None:
-                refresh(a)
+                a.view_link.refresh(a)
             i = a.interpreter
             if i is not owner:
                 if not i.alive:
@@ -280,7 +223,7 @@ def highest(args: Any, kwargs: dict[str, Any], lists: bool) -> Interpreter | Non
     for a in args:
         if type(a) is WrapperTensor:
             if a.view_link is not None:
-                refresh(a)
+                a.view_link.refresh(a)
             owner = a.interpreter
             if owner is not found:
                 if not owner.alive:
@@ -406,7 +349,7 @@ def describe(x: Tensor, indent: int = 1) -> str:
     i = x.interpreter
     ended = "" if i.alive else ", ended"
     if x.view_link is not None and i.alive:
-        refresh(x)
+        x.view_link.refresh(x)
     pad = "  " * indent
     fields = i.describe(x).split("\n")
     head = ", ".join([f"{i.kind} level {i.level}{ended}", *[f for f in fields if f]])

@@ -5,33 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._C import (
-    # Whether dispatch skips a key, per thread: the door stands in front of autograd by excluding its key.
-    _dispatch_tls_is_dispatch_key_excluded as is_key_excluded,
-    _dispatch_tls_set_dispatch_key_excluded as set_key_excluded,
-    # A quick call enters PyTorch where function modes listen; the door's operators have passed them already.
-    _is_torch_function_mode_enabled as function_mode_enabled,
-    # Forward AD's own switch, which forward mode follows.
-    _is_fwd_grad_enabled as is_forward_enabled,
-    # The mode stack itself: entering a TorchDispatchMode through its context manager costs several microseconds.
-    _len_torch_dispatch_stack as mode_stack_size,
-    _pop_torch_dispatch_stack as pop_mode,
-    _push_on_torch_dispatch_stack as push_mode,
-    _set_fwd_grad_enabled as set_forward_enabled,
-    # The grad mode without the context manager's cost.
-    _set_grad_enabled as set_grad_enabled,
-)
+from torch import _C
 from torch._library.custom_ops import OPDEFS
-from torch._ops import OpOverload as OpOverload
-from torch.utils._mode_utils import no_dispatch as no_dispatch
+from torch._ops import OpOverload
+from torch.utils._mode_utils import no_dispatch
 
-AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
-VIEWS_AND_VERSIONS = torch._C.DispatchKey.ADInplaceOrView
-CONJUGATE = torch._C.DispatchKey.Conjugate
-NEGATIVE = torch._C.DispatchKey.Negative
-COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+__all__ = [
+    "AUTOGRAD", "COMPOSITE", "CONJUGATE", "NEGATIVE", "VIEWS_AND_VERSIONS", "OpOverload", "custom_operator",
+    "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
+    "push_mode", "set_forward_enabled", "set_grad_enabled", "set_key_excluded",
+]  # fmt: skip
 
-#: Creates a tensor that has metadata but no data; the only way to a wrapper whose class sees every operator.
+# Whether dispatch skips a key, per thread: the door stands in front of autograd by excluding its key.
+is_key_excluded = _C._dispatch_tls_is_dispatch_key_excluded
+set_key_excluded = _C._dispatch_tls_set_dispatch_key_excluded
+AUTOGRAD = _C.DispatchKey.AutogradFunctionality
+# View tracking and version counters of base tensors: off and on together with autograd.
+VIEWS_AND_VERSIONS = _C.DispatchKey.ADInplaceOrView
+# What makes conj() and .imag of base tensors lazy; PyTorch excludes them while a handler runs.
+CONJUGATE = _C.DispatchKey.Conjugate
+NEGATIVE = _C.DispatchKey.Negative
+COMPOSITE = _C.DispatchKey.CompositeImplicitAutograd
+
+# The mode stack itself: entering a TorchDispatchMode through its context manager costs several microseconds.
+mode_stack_size = _C._len_torch_dispatch_stack
+push_mode = _C._push_on_torch_dispatch_stack
+pop_mode = _C._pop_torch_dispatch_stack
+
+# The grad mode without the context manager's cost, and forward AD's own switch, which forward mode follows.
+set_grad_enabled = _C._set_grad_enabled
+is_forward_enabled = _C._is_fwd_grad_enabled
+set_forward_enabled = _C._set_fwd_grad_enabled
+
+# A quick call enters PyTorch where function modes listen; the door's operators have passed them already.
+function_mode_enabled = _C._is_torch_function_mode_enabled
+
+# Creates a tensor that has metadata but no data; the only way to a wrapper whose class sees every operator.
 make_wrapper = torch.Tensor._make_wrapper_subclass
 
 

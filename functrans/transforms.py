@@ -15,7 +15,7 @@ from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.mutation import invalidate_saved
 from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.stack import Interpreter, run_transformed
-from functrans.tensor import WrapperTensor, refresh
+from functrans.tensor import WrapperTensor
 
 Argnums = int | tuple[int, ...]
 
@@ -429,7 +429,7 @@ def unwrap(interpreter: Interpreter, x: Any) -> Any:
     """The value one level down of ``x`` if it belongs to ``interpreter``, else ``x``."""
     if type(x) is WrapperTensor:
         if x.view_link is not None and x.interpreter.alive:
-            refresh(x)
+            x.view_link.refresh(x)
         if x.interpreter is interpreter:
             return x.value
     return x

@@ -56,6 +56,7 @@ class Variable:
     shape: str  # "vector", "matrix" or "scalar"
     level: int
     writable: bool  # made at this level by an op that gives new memory, or a view of such a thing
+    root: str = ""  # the variable whose memory this one is a view of
 
 
 POINTWISE = [
@@ -146,13 +147,17 @@ class Generator:
                 template, shape = self.random.choice(VIEWS[source.shape])
                 name = self.name("v")
                 out.append(f"{name} = " + template.replace("{a}", source.name))
-                scope.append(Variable(name, shape, level, True))
+                scope.append(Variable(name, shape, level, True, source.root or source.name))
                 return
         if r < 0.42 and mine:
             target = self.random.choice(mine)
             if target.shape in WRITES:
-                template = self.random.choice(WRITES[target.shape]).replace("{w}", target.name)
-                out.append(self.fill(template, scope))
+                # Outside of all transforms out= is PyTorch's own, which takes nothing that requires grad.
+                templates = [t for t in WRITES[target.shape] if level > 0 or "write_out" not in t]
+                template = self.random.choice(templates).replace("{w}", target.name)
+                # What is written to its own memory piece by piece depends on the order, and eager leaves that open.
+                root = target.root or target.name
+                out.append(self.fill(template, [v for v in scope if (v.root or v.name) != root]))
                 return
         if r < 0.48:
             name = self.name("b")
@@ -201,11 +206,16 @@ class Generator:
                     body = mode.body
                 self.transform(inner, level + 1, body)
         self.statements(inner, level, x, self.random.randint(0, 2), block.body)
-        vector = f"{self.pick(inner, 'vector')} + 0.5 * {self.pick(inner, 'vector')}"
+        # Whatever a transform gave and whatever was written must show in the result.
+        mine = [v for v in inner if v.level == level and v.shape == "vector" and (v.name[0] == "r" or v.writable)]
+        shown = [v.name for v in mine if v.name[0] == "r"] + [v.name for v in mine if v.writable][-2:]
+        vector = " + 0.5 * ".join(dict.fromkeys([self.pick(inner, "vector"), *shown]))
+        matrices = [v.name for v in inner if v.level == level and v.shape == "matrix"][-1:]
+        if matrices:
+            vector += f" + 0.3 * {matrices[0]}.sum(0)"
         result = f"({vector}).sum()" if returns.startswith("scalar") else vector
-        if self.random.random() < 0.3 and returns.startswith("scalar"):
-            a = self.pick(inner, "vector")
-            result = f"({a} * {self.pick(inner, 'vector')}).mean()"
+        if self.random.random() < 0.5 and returns.startswith("scalar"):
+            result = f"(({vector}) * {self.pick(inner, 'vector')}).mean()"
         if returns.endswith("+aux"):
             result += f", {self.pick(inner, 'vector')}"
         elif returns.endswith("+outer"):  # for out_dims None: nothing of this level
@@ -486,11 +496,9 @@ def smaller(lines: list[Line]) -> Iterator[list[Line]]:
                 if right != name and not right.startswith("c0"):
                     yield lines[:i] + [f"{left} = {name}"] + lines[i + 1 :]
         elif line.startswith("return ") and " + 0.5 * " in line:
-            head, _, tail = line.removeprefix("return ").partition(" + 0.5 * ")
-            if head.isidentifier():
-                yield lines[:i] + [f"return {head}"] + lines[i + 1 :]
-            if tail.isidentifier():
-                yield lines[:i] + [f"return {tail}"] + lines[i + 1 :]
+            terms = line.removeprefix("return ").split(" + 0.5 * ")
+            for k in range(len(terms)):
+                yield lines[:i] + ["return " + " + 0.5 * ".join(terms[:k] + terms[k + 1 :])] + lines[i + 1 :]
 
 
 def shrink(program: Block, still_fails: Callable[[str], bool], budget: int = 600) -> Block:

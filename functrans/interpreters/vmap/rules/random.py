@@ -92,7 +92,7 @@ def is_composite(op: OpOverload) -> bool:
 
 
 def draws_nothing(op: OpOverload, args: Sequence[Any]) -> bool:
-    """Dropout, and what has dropout inside, out of training or with probability 0."""
+    """Dropout, and what has dropout inside, out of training or with probability 0 or 1."""
     arguments = with_defaults(op, args)
     train = argument_place(op, "train", "training")
     if train is not None and arguments[train] is not None and not arguments[train]:
@@ -101,7 +101,7 @@ def draws_nothing(op: OpOverload, args: Sequence[Any]) -> bool:
         dropout = argument_place(op, "dropout")
     else:
         dropout = argument_place(op, "p", "dropout_p", "dropout")
-    return dropout is not None and arguments[dropout] == 0
+    return dropout is not None and arguments[dropout] in (0, 1)
 
 
 def undrawn(

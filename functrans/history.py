@@ -1,0 +1,44 @@
+"""What a write leaves of the derivative of what is written.
+
+NOTE [Writes and grad mode]
+A write under no_grad changes the numbers and leaves the derivative of what is written as it was, as in eager PyTorch;
+level by level, ``with_history_of`` does the same for the pure result. A write through ``detach()`` does so at every level.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from functrans.stack import interpreter_stack, running_at
+from functrans.tensor import WrapperTensor
+
+
+def with_history_of(old: Tensor, new: Tensor, *, everywhere: bool = False) -> Tensor:
+    """``new``, but with ``old``'s derivative at each level where nothing is recorded now, or at every level.
+
+    See NOTE [Writes and grad mode].
+    """
+    recording = torch.is_grad_enabled()
+    level = old.interpreter.level if type(old) is WrapperTensor else 0
+    usual = recording and not everywhere
+    for interpreter in interpreter_stack():
+        usual = usual and interpreter.outer_grad_mode
+        if interpreter.level > level:
+            recording = recording and interpreter.outer_grad_mode
+    return new if usual else _merge(old, new, recording, everywhere)
+
+
+def _merge(old: Tensor, new: Tensor, recording: bool, everywhere: bool) -> Tensor:
+    if type(old) is not WrapperTensor:
+        if recording and not everywhere or not old.requires_grad:
+            return new
+        with running_at(None), torch.enable_grad():
+            merged = old.clone()
+            with torch.no_grad():
+                return merged.copy_(new)
+    interpreter = old.interpreter
+    if type(new) is not WrapperTensor or new.interpreter is not interpreter:
+        new = interpreter.constant(new)
+    value = _merge(interpreter.aligned(old, new), new.value, recording and interpreter.outer_grad_mode, everywhere)
+    return interpreter.rewrap(old if interpreter.keeps_history(recording, everywhere) else new, value)

@@ -1,0 +1,239 @@
+"""Views: how each was made, so that it can be replayed when its base is written, and written itself.
+
+A view wrapper links to the view it was taken from, down to the base. A write anywhere in the family bumps the version that the
+family shares (``Root``); a view whose ``seen`` is older is replayed from the base at its next use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans import stack
+from functrans.history import with_history_of
+from functrans.operators import Facts
+from functrans.stack import STATE, running_at
+from functrans.tensor import WrapperTensor, base, dispatch, highest, lift, set_content
+from functrans.torch_private import OpOverload, set_grad_enabled
+
+aten = torch.ops.aten
+
+
+class Root:
+    """What a family of views shares: how often their common base was written.
+
+    ``content`` is the base's wrapper once that is no longer the wrapper the first view was taken from.
+    """
+
+    __slots__ = ("content", "version")
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.content: WrapperTensor | None = None
+
+
+class ViewLink:
+    """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
+
+    __slots__ = ("args", "grad_mode", "index", "kwargs", "op", "owner", "parent", "root")
+
+    def __init__(
+        self, owner: WrapperTensor, parent: ViewLink | None, root: Root, op: OpOverload, args: Any, kwargs: Any, index: Any
+    ) -> None:
+        self.owner = owner
+        self.parent = parent
+        self.root = root
+        self.op = op
+        self.args = args
+        self.kwargs = kwargs
+        self.index = index
+        self.grad_mode = torch.is_grad_enabled()
+
+    def base_content(self) -> WrapperTensor:
+        return self.owner if self.root.content is None else self.root.content
+
+    def apply(self, x: Tensor) -> Tensor:
+        """This step's view of ``x``, recorded as the view was when it was made."""
+        enabled = torch.is_grad_enabled()
+        try:
+            set_grad_enabled(self.grad_mode)
+            out = dispatch(self.op, (x, *self.args), self.kwargs)
+        finally:
+            set_grad_enabled(enabled)
+        return out if self.index is None else out[self.index]
+
+    def replay(self) -> Tensor:
+        """The view's contents, from the base's present ones."""
+        return self.apply(self.base_content() if self.parent is None else self.parent.replay())
+
+    def refresh(self, view: WrapperTensor) -> None:
+        """Bring ``view`` up to date with writes to its base or to other views of it."""
+        if view.seen != self.root.version:
+            with stack.door_closed():
+                set_content(view, self.replay())
+            view.seen = self.root.version
+
+
+def run_view(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a view operator and link what it returns to what it was taken from."""
+    op = known.op
+    owner = highest(args, kwargs, known.tensor_lists)
+    if owner is None:
+        out = base(op, args, kwargs)
+        if STATE.top is not None and not _shares_memory(out, args[0]):
+            out = lift(out, None, STATE.top)
+        return out
+    viewed = args[0]
+    out = owner.process(op, args, kwargs)
+    if type(viewed) is not WrapperTensor:  # a captured tensor seen through an inner level's index: no such view op
+        return out
+    if out is viewed:
+        return out
+    if type(out) is WrapperTensor:
+        link_view(out, viewed, op, args, kwargs, None)
+    elif type(out) in (list, tuple):
+        for index, part in enumerate(out):
+            link_view(part, viewed, op, args, kwargs, index)
+    return out
+
+
+def _shares_memory(out: Any, viewed: Any) -> bool:
+    first = out[0] if isinstance(out, list | tuple) and out else out
+    return isinstance(first, Tensor) and (first is viewed or first._is_view() or first.untyped_storage()._cdata == viewed.untyped_storage()._cdata)
+
+
+def link_view(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None) -> None:
+    parent = viewed.view_link
+    if parent is not None:
+        owner, root = parent.owner, parent.root
+    else:
+        owner, root = viewed, viewed.root
+        if root is None:
+            root = viewed.root = Root()
+    view.view_link = ViewLink(owner, parent, root, op, args[1:], kwargs, index)
+    view.seen = root.version
+
+
+#: Operators that copy where they cannot view; which of the two it was depends on the strides.
+MAYBE_VIEWS = {
+    op
+    for name in ("reshape", "contiguous", "to", "flatten", "ravel", "reshape_as", "view_as_real", "resolve_conj", "resolve_neg", "type_as",
+                 "_reshape_alias", "_conj", "_to_cpu", "unflatten", "real", "positive", "expand_as", "data", "float")
+    for op in (getattr(getattr(aten, name), o) for o in (getattr(aten, name).overloads() if hasattr(aten, name) else ()))
+}  # fmt: skip
+
+
+def is_true_view(link: ViewLink, x: Tensor) -> bool:
+    """Whether the step ``link`` taken from ``x`` is a view and not a copy, by the strides of ``x``."""
+    if link.op not in MAYBE_VIEWS:
+        return True
+    with running_at(None), torch.no_grad():
+        # One element more than the view sees would not do: only strides decide, so empty data of the same layout will.
+        probe = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        args = [torch.empty_like(a, device="meta") if isinstance(a, Tensor) else a for a in link.args]
+        kwargs = {k: v for k, v in link.kwargs.items() if k != "device"}
+        try:
+            out = link.op(probe, *args, **kwargs)
+        except RuntimeError:
+            return True
+        out = out if link.index is None else out[link.index]
+        return out is probe or out._is_view()
+
+
+def settle(view: WrapperTensor) -> None:
+    """Cut the link of a ``view`` that turns out to be a copy (reshape of what cannot be viewed); it keeps its contents."""
+    steps = []
+    link = view.view_link
+    while link is not None:
+        steps.append(link)
+        link = link.parent
+    if not any(s.op in MAYBE_VIEWS for s in steps):
+        return
+    x: Tensor = steps[-1].base_content()
+    for step in reversed(steps):
+        if not is_true_view(step, x):
+            view.view_link = None
+            return
+        x = step.apply(x)
+
+
+# --- writing back through one step ----------------------------------------------------------------------------------
+
+
+def write_back(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    """What ``before`` becomes when its view ``step`` becomes ``changed``."""
+    return WRITE_BACK.get(step.op, write_back_by_index)(step, before, changed)
+
+
+def write_back_by_index(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    """Any view that moves elements without changing them: its own positions say where each one came from."""
+    count = math.prod(before.shape)
+    positions = torch.arange(count, device=before.device).reshape(before.shape)
+    with running_at(None):
+        seen = step.op(positions, *step.args, **step.kwargs)
+    seen = seen if step.index is None else seen[step.index]
+    flat_positions = dispatch(aten.reshape.default, (seen, [-1]), {})
+    flat = dispatch(aten.reshape.default, (before, [-1]), {})
+    values = dispatch(aten.reshape.default, (changed, [-1]), {})
+    if len(torch.unique(seen)) != math.prod(seen.shape):
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
+            "Please clone() the tensor before performing the operation."
+        )
+    flat = dispatch(aten.index_put.default, (flat, [flat_positions], values), {})
+    return dispatch(aten.reshape.default, (flat, list(before.shape)), {})
+
+
+def _send(op: OpOverload, *args: Any) -> Any:
+    return dispatch(op, args, {})
+
+
+def _back_permute(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    inverse = [0] * before.dim()
+    for i, d in enumerate(step.args[0]):
+        inverse[d % before.dim()] = i
+    return _send(aten.permute.default, changed, inverse)
+
+
+def _back_shape(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    return _send(aten.reshape.default, changed, list(before.shape))
+
+
+def _back_again(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    """Steps that are their own inverse."""
+    return _send(step.op, changed, *step.args)
+
+
+#: For a view's operator: (step, before, changed) -> the new contents of what it was taken from.
+WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
+    aten.select.int: lambda step, before, changed: _send(aten.select_scatter.default, before, changed, *step.args),
+    aten.slice.Tensor: lambda step, before, changed: _send(aten.slice_scatter.default, before, changed, *step.args),
+    aten.diagonal.default: lambda step, before, changed: _send(aten.diagonal_scatter.default, before, changed, *step.args),
+    aten.unbind.int: lambda step, before, changed: _send(
+        aten.select_scatter.default, before, changed, step.args[0] if step.args else 0, step.index
+    ),
+    aten.permute.default: _back_permute,
+    aten.detach.default: lambda step, before, changed: with_history_of(before, changed, everywhere=True),
+    aten.real.default: lambda step, before, changed: torch.complex(changed, before.imag) if before.is_complex() else changed,
+    aten.imag.default: lambda step, before, changed: torch.complex(before.real, changed),
+    aten.view_as_real.default: lambda step, before, changed: torch.view_as_complex(changed.contiguous()),
+    aten.view_as_complex.default: lambda step, before, changed: torch.view_as_real(changed),
+    **dict.fromkeys(
+        (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default, aten.numpy_T.default, aten.mT.default,
+         aten._conj.default, aten._neg_view.default),
+        _back_again,
+    ),
+    **dict.fromkeys(
+        (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
+         aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints, aten.ravel.default, aten.view_as.default,
+         aten.reshape_as.default, aten._reshape_alias.default, aten.unflatten.int),
+        _back_shape,
+    ),
+    **dict.fromkeys(
+        (aten.alias.default, aten.contiguous.default, aten.positive.default), lambda step, before, changed: changed
+    ),
+}  # fmt: skip
