@@ -159,7 +159,7 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
         for o in outs
     )
     saved = FunctionRecord(cls, ctx, outs, [(v.shape, v.dtype) if isinstance(v, Tensor) else None for v in values])
-    interpreter.record(FUNCTION_PLAN, [w.slot if isinstance(w, Tensor) else None for w in wrapped], [s for s in slots if s is not None], saved)
+    interpreter.record(FUNCTION_PLAN, [getattr(w, "slot", None) for w in wrapped], [s for s in slots if s is not None], saved)
     return wrapped if isinstance(out, tuple) else wrapped[0]
 
 

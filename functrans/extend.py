@@ -22,7 +22,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batchin
 from functrans.operators import facts
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, interpreter_stack, lowered, run_transformed, running_at
-from functrans.tensor import WrapperTensor, lower, map_tensors, refresh, wrap
+from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
 from functrans.torch_private import OpOverload
 
 __all__ = [
@@ -93,7 +93,7 @@ class TableInterpreter(Interpreter):
         """``x`` as a wrapper of this level: itself, or the constant that it is here."""
         if type(x) is WrapperTensor:
             if x.view_link is not None and x.interpreter.alive:
-                refresh(x)
+                x.view_link.refresh(x)
             if x.interpreter is self:
                 return x
         return self.constant(x)

@@ -11,4 +11,4 @@ def storage_offset_of(x: Tensor) -> int:
     """The storage offset of ``x``; for a wrapper, that of the plain tensor under it."""
     while type(x) is WrapperTensor:
         x = x.value
-    return x.storage_offset()
+    return int(x.storage_offset())

@@ -54,7 +54,7 @@ def _adopt(kind: type) -> bool:
         children, context = node.flatten_fn(x)
         return tuple(children), _Context(context)
 
-    def unflatten(context: _Context, children: Any) -> Any:
+    def unflatten(context: Any, children: Any) -> Any:
         return node.unflatten_fn(list(children), context.value)
 
     try:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class WrapperTensor(torch.Tensor):
     version: int = 0
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return stack.DOOR.enter(func, args, kwargs)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -122,7 +123,7 @@ class WrapperTensor(torch.Tensor):
         return complex(self.item())
 
     def __index__(self) -> int:
-        return self.item().__index__()
+        return operator.index(self.item())  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         copied = self.clone()
@@ -170,7 +171,7 @@ def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
     wrapper.version += 1
 
 
-def dispatch(op: OpOverload, args: tuple[Any, ...] | list[Any], kwargs: dict[str, Any]) -> Any:
+def dispatch(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Send a pure ``op`` to the interpreter that has to interpret it.
 
     The order of look-up: a wrapper of a transform that ended is an error; without wrappers the base runs ``op``; else the

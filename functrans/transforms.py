@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import CallError, callable_name
+from functrans.errors import CallError, CallValueError, callable_name
 from functrans.interpreters.grad.interpreter import DIFFERENTIABLE, GradInterpreter, check_versions
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.mutation import invalidate_saved
@@ -265,6 +265,8 @@ def jvp_with_argnums(
     for p, t in zip(leaves, tangent_leaves, strict=True):
         if p.shape != t.shape:
             raise CallError(call, f"a tangent of shape {tuple(t.shape)}", f"the primal's shape {tuple(p.shape)}")
+        if p.dtype not in DIFFERENTIABLE:
+            raise CallValueError(call, f"a primal of dtype {p.dtype}", "a floating-point or complex dtype", "Convert it, e.g. with .float().")
         if p.dtype != t.dtype:
             raise CallError(call, f"a tangent of dtype {t.dtype}", f"the primal's dtype {p.dtype}", "Convert it with .to(primal.dtype).")
     interpreter = JvpInterpreter(func)
@@ -335,7 +337,9 @@ class Inputs:
 
     def _enter(self, leaf: Any, track: Callable[[Tensor], WrapperTensor]) -> Any:
         if not isinstance(leaf, Tensor):
-            raise CallError(self.call, f"an argument of type {type(leaf).__name__} to differentiate for", "tensors", "Name only tensor arguments in argnums.")
+            raise CallValueError(
+                self.call, f"an argument of type {type(leaf).__name__} to differentiate for", "tensors", "Name only tensor arguments in argnums."
+            )
         if self.interpreter.kind == "grad" and leaf.dtype not in DIFFERENTIABLE:
             raise CallError(
                 self.call, f"an argument of dtype {leaf.dtype} to differentiate for", "a floating-point or complex dtype", "Convert it, e.g. with .float()."
@@ -364,7 +368,7 @@ class Inputs:
         found = []
         for i in self.order:
             leaves, _, spec = self.tracked[i]
-            grads = [cotangents.get(slot) for slot in self.leaf_slots[i]]
+            grads = [None if slot is None else cotangents.get(slot) for slot in self.leaf_slots[i]]
             found.append(tree_unflatten(spec, [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]))
         return found[0] if self.single else tuple(found)
 

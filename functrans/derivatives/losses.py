@@ -63,7 +63,7 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
     derivative(
         op,
         tangent=with_names(("reduction", *names, *(f"{n}_t" for n in partials)), tangent),
-        **{name: reverse(name, partial) for name, partial in partials.items()},
+        **{name: reverse(name, partial) for name, partial in partials.items()},  # type: ignore[arg-type]
     )
 
 

@@ -89,7 +89,7 @@ class Norm:
 
     def learned(self, v: Values) -> bool:
         """Whether the statistics are those of x."""
-        return self.trainable and v.get("training", v.get("train", True))
+        return self.trainable and bool(v.get("training", v.get("train", True)))
 
     def statistics(self, v: Values, layout: Layout) -> tuple[Tensor, Tensor]:
         if self.learned(v):
@@ -199,7 +199,7 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
             terms.append(s.normal * shaped(v["weight_t"], s.layout.affine))
         if v["bias_t"] is not None:
             terms.append(shaped(v["bias_t"], s.layout.affine))
-        total = sum_of(terms)
+        total = sum_of(terms)  # type: ignore[arg-type]
         if total is not None:
             moved[0] = cast(total.expand(s.layout.shape).reshape(out.shape), out.dtype)
         return tuple(moved)
@@ -214,7 +214,7 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
         input=with_names(saved, input_cotangent),
         weight=with_names(saved, weight_cotangent),
         bias=with_names(("grads", "bias", *(n for n in norm.options if n in names)), bias_cotangent),
-        **given,
+        **given,  # type: ignore[arg-type]
     )
 
 
@@ -311,7 +311,7 @@ def backward_entry(norm: Norm, op: OpOverload) -> None:
         grad_out=with_names(saved, grad_out_cotangent),
         input=with_names(saved, input_cotangent),
         weight=with_names(saved, weight_cotangent),
-        **{norm.mean: no_cotangent, norm.rstd: no_cotangent},
+        **{norm.mean: no_cotangent, norm.rstd: no_cotangent},  # type: ignore[arg-type]
     )
 
 

@@ -138,6 +138,7 @@ class GradInterpreter(Interpreter):
         tape = self.tape
         for i in range(len(tape) - 1, -1, -1):
             plan, outs, ins, saved = tape[i]
+            grad: Any
             if type(outs) is int:
                 grad = cotangents.pop(outs, None)
                 if grad is None:
@@ -169,7 +170,7 @@ class GradInterpreter(Interpreter):
 
     def saved_versions(self) -> list[tuple[OpOverload, Tensor, int]]:
         """What the tape refers to, with version counters, so that a later use can tell whether it was modified."""
-        found = []
+        found: list[tuple[OpOverload, Tensor, int]] = []
         for plan, _, _, saved in self.tape:
             for x in plan.saved_tensors(saved):
                 if type(x) is WrapperTensor:
@@ -233,15 +234,17 @@ class TableMethod:
             fallback = take_apart if self.known.composite else borrow
             return fallback(grad, op, given, values, kwargs, places, slots)
         out = lower(grad, op, values, kwargs)
+        outs: Any
+        wrapped: Any
         if isinstance(out, Tensor):
-            wrapped: Any = wrap(grad, out)
+            wrapped = wrap(grad, out)
             if out.dtype not in DIFFERENTIABLE:
                 wrapped.slot = None
                 return wrapped
             grad.slots = outs = wrapped.slot = grad.slots + 1
         else:
             wrapped = map_tensors(grad.output, out)
-            outs = [w.slot if isinstance(w, Tensor) else None for w in wrapped]
+            outs = [getattr(w, "slot", None) for w in wrapped]
         if plan.last_save < len(values):
             saved = [values[i] for i in plan.saves]
         else:
@@ -353,8 +356,7 @@ def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwarg
 
     def number(a: Any) -> None:
         if isinstance(a, Tensor):
-            mine = type(a) is WrapperTensor and a.interpreter is self
-            wanted.append(a.slot if mine else None)
+            wanted.append(a.slot if type(a) is WrapperTensor and a.interpreter is self else None)
         elif type(a) in (list, tuple):
             for v in a:
                 number(v)
@@ -366,7 +368,7 @@ def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwarg
     wrapped = map_tensors(lambda o: self.track(o) if next(flags) else self.constant(o), out)
     outputs = [wrapped] if isinstance(wrapped, Tensor) else wrapped
     if any(linked):
-        outs = [o.slot for o in outputs if isinstance(o, Tensor)]
+        outs = [getattr(o, "slot", None) for o in outputs if isinstance(o, Tensor)]
         saved = BorrowedPullback(pullback, tensors_in(values), [False])
         self.record(BORROWED, outs, [w for w in wanted if w is not None], (op, saved))
     return wrapped

@@ -308,7 +308,7 @@ def double_reverse(
 
         outer = GradInterpreter(op)
         seeds = {o.slot: outer.track(torch.zeros_like(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
-        names = {o_slot: w.slot for o_slot, w in seeds.items()}
+        names: dict[int, int] = {slot: w.slot for slot, w in seeds.items() if w.slot is not None}
 
         def transpose() -> Any:
             return inner.pull(dict(seeds), consume=False)
@@ -316,12 +316,13 @@ def double_reverse(
         pulled = run_transformed(outer, transpose, enable_grad=True)
         given: dict[int, Tensor] = {}
         for w, i in zip(inputs, order, strict=True):
-            back = pulled.get(w.slot)
+            back = None if w.slot is None else pulled.get(w.slot)
             if type(back) is WrapperTensor and back.interpreter is outer and back.slot is not None:
                 given[back.slot] = given[back.slot] + tangents[i] if back.slot in given else tangents[i]
         found = outer.pull(given, consume=True)
         result = [
-            found.get(names[o.slot]) if type(o) is WrapperTensor and o.slot in names else None for o in outputs
+            found.get(names[o.slot]) if type(o) is WrapperTensor and o.slot is not None and o.slot in names else None
+            for o in outputs
         ]
     return plain, result
 

@@ -67,7 +67,7 @@ def normalize(
         # Without training there are no statistics to save and the operator returns an empty tensor.
         saved = training or other.shape[0] != 0
         outputs.append(other.reshape(size, shape[1]) if saved else other)
-        dims.append(0 if saved else None)
+        dims.append(0 if saved else None)  # type: ignore[arg-type]
     return tuple(outputs), tuple(dims)
 
 
