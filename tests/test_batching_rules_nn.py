@@ -17,10 +17,10 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 import functrans
+from functrans.decompositions import DECOMPOSITIONS
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import RandomnessError
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
-from functrans.decompositions import DECOMPOSITIONS
 from functrans.recurrent import STEPS
 
 aten = torch.ops.aten

@@ -165,7 +165,7 @@ def reduced(loss: Tensor, reduction: int) -> Tensor:
         (aten.smooth_l1_loss.default, quadratic_then_linear),
         (aten.huber_loss.default, quadratic_then_linear),
     ],
-    ids=str,
+    ids=["mse", "smooth_l1", "huber"],
 )
 def test_losses_broadcast_and_promote(op, of_difference):
     """PyTorch divides by the number of elements of the input, not of the loss; the oracle is the definition."""

@@ -46,7 +46,7 @@ def along(f: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
 # ---- perturbation confusion: the derivatives of two levels must not be taken for each other
 
 
-@pytest.mark.parametrize(("outer", "inner"), itertools.product([grad, None], repeat=2))
+@pytest.mark.parametrize(("outer", "inner"), list(itertools.product([grad, None], repeat=2)))
 def test_derivative_of_x_times_derivative_of_x_plus_y(outer: Any, inner: Any) -> None:
     d_outer, d_inner = (d or (lambda f: lambda x: along(f, x)) for d in (outer, inner))
     # d/dx x * (d/dy (x + y)) = 1; a confused one says 2
