@@ -35,6 +35,12 @@ def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     return stack.DOOR.enter(op, args, kwargs)
 
 
+@stands_in_for(aten._embedding_bag_forward_only.default)
+def embedding_bag(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch takes the form without a derivative wherever autograd sees none to record."""
+    return enter(aten._embedding_bag.default, *args, **kwargs)
+
+
 @stands_in_for(aten._efficientzerotensor.default)
 def real_zeros(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch's stand-in for undefined tangents has no data, and most operators do not know it."""
