@@ -469,6 +469,8 @@ def judge(source: str, backend: Any, seed: int, backward: bool) -> tuple[str, st
         return ("wrong" if error is None else "error"), what
     if error is not None and "modified by an inplace operation" in f"{error}" and "modified by" in refusal:
         return "skipped: torch.func and functrans refuse: a value was modified that a derivative needs", str(error)
+    if error is not None and "not implemented" in f"{error}" and "mplement" in refusal:
+        return "skipped: torch.func and functrans refuse: PyTorch has no derivative of an operator", str(error)
     plain, failure = ORACLE.ask(source, "plain", seed, backward)
     if failure is not None:
         return "skipped: torch.func and plain autograd refuse", str(failure)
