@@ -188,6 +188,20 @@ class DataDependentError(FunctransError):
         )
 
 
+class LayoutError(FunctransError):
+    """A tensor of a compressed sparse layout came up inside a transform; PyTorch cannot wrap those.
+
+    Cure: ``to_dense()`` or ``to_sparse()`` (the COO layout) before the transform, or in place of the conversion inside it.
+    """
+
+    def __init__(self, x: Any) -> None:
+        super().__init__(
+            f"a tensor of shape {tuple(x.shape)} and layout {x.layout} came up inside a transform; expected torch.strided or "
+            "torch.sparse_coo. Use its to_dense(), or to_sparse() for the COO layout: before the transform if it comes from "
+            "outside, in place of the conversion if it is made inside."
+        )
+
+
 class CallError(FunctransError):
     """A transform was called with something it cannot work with: shows the call, what came, what was expected, the cure."""
 

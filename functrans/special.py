@@ -127,6 +127,15 @@ def refuse_set(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     raise InsideTransformError("Tensor.set_()", owner.name, "copy_() or a new tensor")
 
 
+@stands_in_for(aten.to_mkldnn.default)
+def refuse_mkldnn(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tensors of this layout hide their numbers: wrappers of them would lose derivatives in silence."""
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    raise InsideTransformError("Tensor.to_mkldnn()", owner.name, "the dense tensor as it is")
+
+
 @stands_in_for(aten.requires_grad_.default, aten.retain_grad.default)
 def leave_autograd_alone(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Autograd's own switches concern the base only."""
