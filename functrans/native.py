@@ -201,6 +201,9 @@ def run_forward_mode(
     with _autograd_on(twin), _dual_level(), forward_ad._set_fwd_grad_enabled(True):
         out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
         found = []
+        if any(o.layout is not torch.strided for o in _tensors_in(out)):
+            # PyTorch keeps a tangent in its tensor's layout; for sparse ones that loses its numbers
+            raise MissingRuleError(op, borrower, "Its result is sparse: use to_dense() before it.")
         for o in _tensors_in(out):
             tangent = forward_ad.unpack_dual(o).tangent
             found.append(None if tangent is None else tangent.value if type(tangent) is WrapperTensor else tangent)
