@@ -238,3 +238,10 @@ def dense(grad: Tensor) -> Tensor:
 
 for _op in (aten._to_sparse.default, aten._to_sparse.sparse_dim):
     derivative(_op, tangent="linear", self=dense)
+
+
+def sparse_values(grad: Tensor, indices: Tensor) -> Tensor:
+    return dense(grad)[tuple(indices.unbind(0))]
+
+
+derivative(aten._sparse_coo_tensor_with_dims_and_tensors.default, tangent="linear", values=sparse_values)
