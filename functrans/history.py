@@ -40,5 +40,6 @@ def _merge(old: Tensor, new: Tensor, recording: bool, everywhere: bool) -> Tenso
     interpreter = old.interpreter
     if type(new) is not WrapperTensor or new.interpreter is not interpreter:
         new = interpreter.constant(new)
-    value = _merge(interpreter.aligned(old, new), new.value, recording and interpreter.outer_grad_mode, everywhere)
+    old_value, new = interpreter.aligned(old, new)
+    value = _merge(old_value, new.value, recording and interpreter.outer_grad_mode, everywhere)
     return interpreter.rewrap(old if interpreter.keeps_history(recording, everywhere) else new, value)

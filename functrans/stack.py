@@ -101,9 +101,9 @@ class Interpreter:
         """
         return everywhere
 
-    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> Tensor:
-        """``old``'s value in the layout of ``new``'s."""
-        return old.value
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> tuple[Tensor, WrapperTensor]:
+        """``old``'s value and ``new``, brought to one layout one level down."""
+        return old.value, new
 
     def before_write(self, target: Tensor) -> None:
         """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""

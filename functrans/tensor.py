@@ -21,6 +21,7 @@ from functrans import stack
 from functrans.errors import (
     DeadWrapperError,
     InsideTransformError,
+    LayoutError,
     NoDataError,
     RequiresGradError,
 )
@@ -153,10 +154,12 @@ def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
 
 
 def strides_of(value: Tensor) -> tuple[int, ...] | None:
-    """The strides of ``value``; sparse layouts have none."""
+    """The strides of ``value``; sparse tensors have none."""
     try:
         return value.stride()
     except RuntimeError:
+        if value.layout is not torch.sparse_coo:
+            raise LayoutError(value) from None  # making a wrapper of it would end the process
         return None
 
 
@@ -264,7 +267,10 @@ def any_requires_grad(args: Any) -> bool:
         if isinstance(a, Tensor):
             if a.requires_grad:
                 return True
-        elif type(a) in (list, tuple) and any_requires_grad(a):
+        elif type(a) in (list, tuple):
+            if any_requires_grad(a):
+                return True
+        elif type(a) is dict and any_requires_grad(a.values()):
             return True
     return False
 

@@ -103,7 +103,11 @@ def run_view(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 def _shares_memory(out: Any, viewed: Any) -> bool:
     first = out[0] if isinstance(out, list | tuple) and out else out
-    return isinstance(first, Tensor) and (first is viewed or first._is_view() or first.untyped_storage()._cdata == viewed.untyped_storage()._cdata)
+    if not isinstance(first, Tensor) or first is viewed or first._is_view():
+        return isinstance(first, Tensor)
+    if first.layout is not torch.strided or viewed.layout is not torch.strided:
+        return True  # the parts of a sparse tensor
+    return first.untyped_storage()._cdata == viewed.untyped_storage()._cdata
 
 
 def link_view(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None) -> None:

@@ -134,6 +134,13 @@ def with_tangents(self: JvpInterpreter, out: Any, tangents: Any) -> Any:
     return pairs if type(out) is list else tuple(pairs)
 
 
+def unrecorded(found: Any, given: list[Any]) -> Any:
+    """Under no_grad, a tangent that a formula passes on as it is must not bring its derivative along."""
+    if isinstance(found, Tensor):
+        return found.clone() if any(found is t for t in given) else found
+    return type(found)(unrecorded(f, given) for f in found) if isinstance(found, list | tuple) else found
+
+
 class TableMethod:
     """Runs an operator and its tangent by its entry in the derivative table."""
 
@@ -156,6 +163,8 @@ class TableMethod:
                     return borrow(interpreter, op, values, kwargs, tangents)
         out = lower(interpreter, op, values, kwargs)
         found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {})
+        if not torch.is_grad_enabled():
+            found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
         return with_tangents(interpreter, out, found)
 
     def where(self, need: str) -> int:

@@ -84,13 +84,13 @@ class VmapInterpreter(Interpreter):
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:
         return False  # where the batch dimension is has nothing to do with derivatives
 
-    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> Tensor:
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> tuple[Tensor, WrapperTensor]:
         if old.bdim == new.bdim:
-            return old.value
-        if new.bdim is None:
-            raise AssertionError("an unbatched result cannot replace a batched value")
-        with lowered(self):
-            return materialize(old.value, old.bdim, self.batch_size).movedim(0, new.bdim)
+            return old.value, new
+        with lowered(self), torch.enable_grad():  # what is kept of the old value is its derivative
+            if new.bdim is None:
+                new = self.batched(materialize(new.value, None, self.batch_size), 0)
+            return materialize(old.value, old.bdim, self.batch_size).movedim(0, new.bdim), new
 
     def describe(self, wrapper: WrapperTensor) -> str:
         return f"bdim={wrapper.bdim}"
