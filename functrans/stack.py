@@ -143,7 +143,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     ``enable_grad`` switches the new level's grad mode on.
     """
     top, modes, depth = STATE.top, mode_stack_size(), STATE.door_depth
-    views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
+    excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
     try:
         if top is None:
             set_key_excluded(AUTOGRAD, True)
@@ -163,7 +163,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
         while mode_stack_size() > modes:
             pop_mode(None)
         if top is None:
-            set_key_excluded(AUTOGRAD, False)
+            set_key_excluded(AUTOGRAD, excluded)
             set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
         set_grad_enabled(interpreter.outer_grad_mode)
         set_forward_enabled(interpreter.outer_forward_mode)

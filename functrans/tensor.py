@@ -29,6 +29,7 @@ from functrans.operators import Facts, facts
 from functrans.stack import STATE, Interpreter
 from functrans.torch_private import (
     AUTOGRAD,
+    PYTHON,
     VIEWS_AND_VERSIONS,
     OpOverload,
     function_mode_enabled,
@@ -114,17 +115,26 @@ class WrapperTensor(torch.Tensor):
         array = self.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)
 
+    def _number(self) -> Any:
+        if is_key_excluded(PYTHON):
+            # Only the constructors of tensors read numbers with dispatch off; the result would have no derivative, or no batch.
+            raise InsideTransformError("making a tensor of other tensors' numbers, as torch.tensor([x]) does,", self.interpreter.name, "torch.stack([x])")
+        return self.item()
+
+    def __bool__(self) -> bool:
+        return bool(self._number())
+
     def __int__(self) -> int:
-        return int(self.item())
+        return int(self._number())
 
     def __float__(self) -> float:
-        return float(self.item())
+        return float(self._number())
 
     def __complex__(self) -> complex:
-        return complex(self.item())
+        return complex(self._number())
 
     def __index__(self) -> int:
-        return operator.index(self.item())  # type: ignore[arg-type]
+        return operator.index(self._number())  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         copied = self.clone()
