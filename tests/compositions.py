@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from plain import Plain
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
 
 COMPOSITIONS = ("vjp", "jvp", "vmap", "vmap(vjp)", "jvp(vjp)", "vjp(vjp)", "vmap(jvp)", "vmap(vmap)")
+# The same with inputs that require grad, and PyTorch's own backward through the result.
+RECORDED = ("backward(vjp)", "backward(jvp)", "backward(vmap)")
 
 
 def in_dims_of(count: int, mixed: bool, index: int) -> tuple[int | None, ...]:
@@ -44,21 +47,22 @@ def make_case(problem: Any, composition: str, mixed: bool) -> Callable[[Any], tu
         out, pullback = backend.vjp(f, *primals)
         return tuple(out), tuple(pullback(cotangents))
 
-    if composition == "vjp":
-        cotangents = p.random_like(float_out)
+    recorded = composition in RECORDED
+    if composition in ("vjp", "backward(vjp)"):
 
         def run(backend: Any, leaves: list[Tensor]) -> Any:
-            return pulled(backend, leaves, cotangents)
+            return pulled(backend, leaves[:count], tuple(leaves[count:]))
 
-        return lambda backend: _run(p, backend, run, p.leaves)
-    if composition == "jvp":
+        cotangents = p.random_like(float_out)
+        return lambda backend: _run(p, backend, run, [*p.leaves, *cotangents], recorded)
+    if composition in ("jvp", "backward(jvp)"):
         tangents = p.random_like(p.leaves[j] for j in p.diff)
 
         def run_jvp(backend: Any, leaves: list[Tensor]) -> Any:
-            primals, f = p.split(leaves)
-            return backend.jvp(f, primals, tangents)
+            primals, f = p.split(leaves[:count])
+            return backend.jvp(f, primals, tuple(leaves[count:]))
 
-        return lambda backend: _run(p, backend, run_jvp, p.leaves)
+        return lambda backend: _run(p, backend, run_jvp, [*p.leaves, *tangents], recorded)
     if composition in ("jvp(vjp)", "vjp(vjp)"):
         cotangents = p.random_like(float_out)
         size = len(cotangents)
@@ -83,10 +87,12 @@ def make_case(problem: Any, composition: str, mixed: bool) -> Callable[[Any], tu
         return None  # there is no batch of sparse tensors
     rows = p.rows()
     dims = in_dims_of(count, mixed, p.index)
-    if composition == "vmap":
-        return lambda backend: _run(
-            p, backend, lambda b, leaves: b.vmap(p.call, in_dims=dims, randomness=randomness)(*leaves), batch(rows, dims)
-        )
+    if composition in ("vmap", "backward(vmap)"):
+
+        def run_vmap(backend: Any, leaves: list[Tensor]) -> Any:
+            return backend.vmap(p.call, in_dims=dims, randomness=randomness)(*leaves)
+
+        return lambda backend: _run(p, backend, run_vmap, batch(rows, dims), recorded)
     if composition == "vmap(vmap)":
         outer = (0,) * count if not mixed else tuple(None if d is None else 0 for d in dims)
         grid = [batch(order, dims) for order in (rows[:2], rows[:0:-1])]
@@ -114,10 +120,31 @@ def make_case(problem: Any, composition: str, mixed: bool) -> Callable[[Any], tu
     return lambda backend: _run(p, backend, run_rows, batch(rows, dims))
 
 
-def _run(problem: Any, backend: Any, run: Callable[..., Any], leaves: list[Tensor]) -> tuple[Any, list[Tensor]]:
+def _run(
+    problem: Any, backend: Any, run: Callable[..., Any], leaves: list[Tensor], recorded: bool = False
+) -> tuple[Any, list[Tensor]]:
     mine = [leaf.clone() for leaf in leaves]
+    tracked = [mine[j] for j in [*problem.diff, *range(len(problem.leaves), len(mine))]] if recorded else []
+    for leaf in tracked:
+        leaf.requires_grad_()
     torch.manual_seed(problem.seed)
     out = run(backend, mine)
     if backend is not Plain and problem.structure != problem.eager_structure:
         raise AssertionError(f"output structure {problem.structure}, eager has {problem.eager_structure}")
-    return out, mine
+    if recorded:
+        out = (tree_map(torch.detach, out), base_gradients(problem, tree_flatten(out)[0], tracked))
+    return out, [leaf.detach() for leaf in mine]
+
+
+def base_gradients(problem: Any, outputs: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """What PyTorch's own backward gives for the inputs; zeros where nothing was recorded."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    weights = [
+        torch.randn(o.shape, dtype=o.dtype, generator=generator) if o.is_floating_point() or o.is_complex() else None
+        for o in outputs
+    ]
+    pairs = [(o, w) for o, w in zip(outputs, weights) if w is not None and o.requires_grad]
+    if not pairs:
+        return tuple(torch.zeros_like(i) for i in inputs)
+    outs, ws = zip(*pairs)
+    return torch.autograd.grad(outs, inputs, ws, allow_unused=True, materialize_grads=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compositions import COMPOSITIONS, make_case
+from compositions import COMPOSITIONS, RECORDED, make_case
 from plain import Numeric, Plain, closer, difference
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -291,7 +291,7 @@ def problems(op: Any, cap: int | None = DEFAULT_SAMPLES) -> Iterator[Problem]:
 
 
 def run_operator(
-    op: Any, backend: Any, compositions: tuple[str, ...] = COMPOSITIONS, cap: int | None = DEFAULT_SAMPLES
+    op: Any, backend: Any, compositions: tuple[str, ...] = COMPOSITIONS + RECORDED, cap: int | None = DEFAULT_SAMPLES
 ) -> list[Result]:
     torch.set_num_threads(1)
     results = []
@@ -380,7 +380,7 @@ def run_all(
 
 def table(pairs: dict[tuple[str, str], Result]) -> str:
     lines = [f"{'composition':14}{'match':>8}{'error':>8}{'wrong':>8}{'refused':>9}{'match of counted':>19}"]
-    for composition in COMPOSITIONS:
+    for composition in COMPOSITIONS + RECORDED:
         counts = Counter(r.outcome for (_, c), r in pairs.items() if c == composition)
         counted = counts["match"] + counts["error"] + counts["wrong"]
         if counted + counts["refused"]:
@@ -389,7 +389,7 @@ def table(pairs: dict[tuple[str, str], Result]) -> str:
                 f"{composition:14}{counts['match']:8}{counts['error']:8}{counts['wrong']:8}"
                 f"{counts['refused']:9}{share:>19}"
             )
-    counts = Counter(r.outcome for r in pairs.values())
+    counts = Counter(r.outcome for (_, c), r in pairs.items() if c in COMPOSITIONS)
     counted = counts["match"] + counts["error"] + counts["wrong"]
     lines.append(
         f"{'all':14}{counts['match']:8}{counts['error']:8}{counts['wrong']:8}{counts['refused']:9}"
@@ -401,13 +401,13 @@ def table(pairs: dict[tuple[str, str], Result]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="functrans against torch.func over OpInfo, float64")
     parser.add_argument("--op", action="append", help="name of an operator (repeatable); default: all")
-    parser.add_argument("--composition", action="append", choices=COMPOSITIONS)
+    parser.add_argument("--composition", action="append", choices=COMPOSITIONS + RECORDED)
     parser.add_argument("--samples", type=int, default=DEFAULT_SAMPLES, help="samples per operator")
     parser.add_argument("--all-samples", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     names = options.op or list(operators())
-    compositions = tuple(options.composition or COMPOSITIONS)
+    compositions = tuple(options.composition or COMPOSITIONS + RECORDED)
     cap = None if options.all_samples else options.samples
     results: list[Result] = []
     times: dict[str, float] = {}

@@ -69,9 +69,10 @@ class Plain:
                 # A row of its own: as_strided looks at storage, and a write must reach the batch.
                 row = [a if d is None else a.select(d, i).clone() for a, d in zip(flat, dims)]
                 rows.append(f(*tree_unflatten(row, spec)))
-                for a, d, r in zip(flat, dims, row):
-                    if d is not None and r.shape == a.select(d, i).shape:
-                        a.select(d, i).copy_(r.detach())
+                with torch.no_grad():
+                    for a, d, r in zip(flat, dims, row):
+                        if d is not None and r.shape == a.select(d, i).shape and not torch.equal(r, a.select(d, i)):
+                            a.select(d, i).copy_(r)
             columns = zip(*(tree_flatten(row)[0] for row in rows))
             return tree_unflatten([torch.stack(column) for column in columns], tree_flatten(rows[0])[1])
 
