@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.derivatives.helpers import cast
 from functrans.derivatives.table import derivative
 from functrans.memory import storage_offset_of
 
@@ -94,7 +95,7 @@ def as_strided_scatter_src(
     grad: Tensor, self: Tensor, src: Tensor, size: Any, stride: Any, storage_offset: int | None
 ) -> Tensor:
     p, _ = written_places(self, size, stride, storage_offset)
-    return in_memory(p.own, grad, p.count).index_select(0, p.region).reshape(src.shape)
+    return cast(in_memory(p.own, grad, p.count).index_select(0, p.region).reshape(src.shape), src.dtype)
 
 
 def as_strided_scatter_tangent(
@@ -104,7 +105,7 @@ def as_strided_scatter_tangent(
     kept = None if self_t is None else self_t.masked_fill(written, 0)
     if src_t is None:
         return kept
-    new = in_memory(p.region, src_t, p.count).index_select(0, p.own).reshape(self.shape)
+    new = in_memory(p.region, src_t.to(self.dtype), p.count).index_select(0, p.own).reshape(self.shape)
     return new if kept is None else kept + new
 
 

@@ -149,21 +149,21 @@ linear(
 linear(
     aten.select_scatter.default,
     self=lambda grad, src, dim, index: torch.select_scatter(grad, torch.zeros_like(src), dim, index),
-    src=lambda grad, dim, index: grad.select(dim, index),
+    src=lambda grad, src, dim, index: cast(grad.select(dim, index), src.dtype),
 )
 linear(
     aten.slice_scatter.default,
     self=lambda grad, src, dim, start, end, step: torch.slice_scatter(
         grad, torch.zeros_like(src), dim, start, end, step
     ),
-    src=lambda grad, src, dim, start, end, step: sum_to_shape(
-        aten.slice.Tensor(grad, dim, start, end, step), src.shape
+    src=lambda grad, src, dim, start, end, step: cast(
+        sum_to_shape(aten.slice.Tensor(grad, dim, start, end, step), src.shape), src.dtype
     ),
 )
 linear(
     aten.diagonal_scatter.default,
     self=lambda grad, src, offset, dim1, dim2: torch.diagonal_scatter(grad, torch.zeros_like(src), offset, dim1, dim2),
-    src=lambda grad, offset, dim1, dim2: grad.diagonal(offset, dim1, dim2),
+    src=lambda grad, src, offset, dim1, dim2: cast(grad.diagonal(offset, dim1, dim2), src.dtype),
 )
 
 # ------------------------------------------------------------------------------------------- elements moved
