@@ -61,6 +61,12 @@ class Result:
 # They read storage, not elements: which example a storage position belongs to is only clear with the batch in front.
 STORAGE = {"as_strided", "as_strided.partial_views", "as_strided_copy", "as_strided_scatter"}
 
+# PyTorch's own backward is wrong at the base (finite differences say so): it drops the saved statistics' derivatives,
+# and that of as_strided_scatter's source.
+WRONG_AT_THE_BASE = {
+    "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "as_strided_scatter",
+}  # fmt: skip
+
 # One sample takes seconds.
 HEAVY = {"grid_sampler_3d": 1}
 
@@ -180,7 +186,7 @@ def attempt(case: Callable[[Any], Any], backend: Any) -> tuple[Any, Exception | 
 def judge(problem: Problem, composition: str, mixed: bool, backend: Any) -> Result | None:
     """Run one composition by all three and say who agrees with whom; None where there is nothing to run."""
     case = make_case(problem, composition, mixed)
-    if case is None:
+    if case is None or (composition in RECORDED and problem.op.full_name in WRONG_AT_THE_BASE):
         return None
     name = problem.op.full_name
     result = Result(name, composition, problem.index, "match")
