@@ -134,7 +134,8 @@ def closer(got: Any, other: Any, numeric: Any) -> bool:
 
     def error(tree: Any) -> float:
         pairs = zip(tree_flatten(tree)[0], tree_flatten(numeric)[0])
-        return max(float((a.detach() - n).abs().max() / n.abs().max().clamp(min=1.0)) for a, n in pairs if n.numel())
+        errors = [float((a.detach() - n).abs().max() / n.abs().max().clamp(min=1.0)) for a, n in pairs if n.numel()]
+        return max(errors, default=0.0)
 
     return error(got) < 1e-5 and not error(other) <= error(got)  # the other's may be nan
 
