@@ -88,3 +88,13 @@ def new_empty_strided(
             break
         extent = extent + (length - 1) * step
     return aten.new_empty_strided.default(x, [info.batch_size, *size], [extent, *stride], **kwargs), 0
+
+
+@batching_rule(aten._new_zeros_with_same_feature_meta.default)
+def zeros_for_a_tangent(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, like: Tensor, *, self_num_batch_dims: int = 0
+) -> tuple[Any, Any]:
+    """What forward mode of PyTorch asks for where a tangent is missing: ``like``'s shape behind the first dimensions of ``x``."""
+    if self_num_batch_dims:
+        raise RuleDeclined("zeros with dimensions of two tensors")
+    return torch.zeros_like(like), in_dims[1]
