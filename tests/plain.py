@@ -79,6 +79,76 @@ class Plain:
         return mapped
 
 
+class PlainTransforms(Plain):
+    """``Plain`` with all the transforms that programs use."""
+
+    @staticmethod
+    def vjp(f: Callable[..., Any], *primals: Tensor, has_aux: bool = False) -> Any:
+        kept: list[Any] = []
+
+        def outputs_only(*args: Tensor) -> tuple[Tensor, ...]:
+            out = f(*args)
+            if has_aux:
+                out, aux = out
+                kept.append(aux)
+            return (out,)
+
+        (out,), pullback = Plain.vjp(outputs_only, *primals)
+        result = (out, lambda cotangent: pullback((cotangent,)))
+        return (*result, kept[-1]) if has_aux else result
+
+    @staticmethod
+    def jvp(f: Callable[..., Any], primals: Any, tangents: Any, has_aux: bool = False) -> Any:
+        kept: list[Any] = []
+
+        def outputs_only(*args: Tensor) -> tuple[Tensor, ...]:
+            out = f(*args)
+            if has_aux:
+                out, aux = out
+                kept.append(aux)
+            return (out,)
+
+        (out,), (tangent,) = Plain.jvp(outputs_only, primals, tangents)
+        return (out, tangent, kept[-1]) if has_aux else (out, tangent)
+
+    @staticmethod
+    def grad_and_value(f: Callable[..., Any], argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
+        def transformed(*args: Tensor) -> Any:
+            picked = argnums if isinstance(argnums, tuple) else (argnums % len(args),)
+
+            def of_picked(*values: Tensor) -> Any:
+                full = list(args)
+                for i, value in zip(picked, values):
+                    full[i] = value
+                return f(*full)
+
+            out, pullback, *aux = PlainTransforms.vjp(of_picked, *(args[i] for i in picked), has_aux=has_aux)
+            gradients = pullback(torch.ones_like(out))
+            gradient = tuple(gradients) if isinstance(argnums, tuple) else gradients[0]
+            return gradient, (out, aux[0]) if has_aux else out
+
+        return transformed
+
+    @staticmethod
+    def grad(f: Callable[..., Any], argnums: Any = 0, has_aux: bool = False) -> Callable[..., Any]:
+        def transformed(*args: Tensor) -> Any:
+            gradient, value = PlainTransforms.grad_and_value(f, argnums, has_aux)(*args)
+            return (gradient, value[1]) if has_aux else gradient
+
+        return transformed
+
+    @staticmethod
+    def vmap(f: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, chunk_size: Any = None) -> Callable[..., Any]:
+        def transformed(*args: Tensor) -> Any:
+            dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
+            out = Plain.vmap(f, in_dims=dims)(*args)
+            if not isinstance(out_dims, tuple):
+                return out.movedim(0, out_dims)
+            return tuple(o[0] if d is None else o.movedim(0, d) for o, d in zip(out, out_dims))
+
+        return transformed
+
+
 class Numeric:
     """The outermost derivative by central differences, any inner one by ``inner``; for small problems."""
 

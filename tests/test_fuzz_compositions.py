@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from program_fuzzer import FAILURES, Failure, PlainTransforms, fuzz, run
+from plain import PlainTransforms
+from program_fuzzer import FAILURES, Failure, fuzz, run
 from torch.utils._pytree import tree_map
 
 import functrans
