@@ -11,6 +11,7 @@ import torch
 from functrans import stack
 from functrans.errors import InsideTransformError
 from functrans.mutation import write
+from functrans.native import TwinInterpreter
 from functrans.operators import SPECIAL_OPERATORS, Facts, facts
 from functrans.stack import STATE
 from functrans.tensor import WrapperTensor, base, highest, lift, set_content
@@ -115,6 +116,26 @@ def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target.as_strided_(new.shape, new.stride())
     set_content(target, new)
     return target
+
+
+@stands_in_for(aten._has_compatible_shallow_copy_type.default)
+def refuse_data_assignment(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch asks this when ``x.data = y`` is executed, which would put one tensor's insides into another."""
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    raise InsideTransformError("assigning Tensor.data", owner.name, "copy_() or the new tensor itself")
+
+
+@stands_in_for(aten._make_dual.default)
+def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward AD of PyTorch itself has no meaning for wrappers; only borrowed derivatives use it, on twins."""
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    if owner.kind == TwinInterpreter.kind:
+        return owner.process(known.op, args, kwargs)
+    raise InsideTransformError("forward_ad.make_dual()", owner.name, "functrans.jvp")
 
 
 @stands_in_for(*(getattr(aten.set_, o) for o in aten.set_.overloads()))

@@ -27,6 +27,7 @@ from torch import Tensor
 from functrans.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
+    ZERO_TENSOR,
     OpOverload,
     is_forward_enabled,
     is_key_excluded,
@@ -188,6 +189,8 @@ class running_at:
         level = STATE.top = self.level
         set_key_excluded(AUTOGRAD, level is not None)
         set_key_excluded(VIEWS_AND_VERSIONS, level is not None)
+        if level is None:
+            set_key_excluded(ZERO_TENSOR, False)
         door_is_open = mode_stack_size() >= STATE.door_depth > 0
         if level is not None and not door_is_open:
             self.removed = []

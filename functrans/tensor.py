@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from functrans.torch_private import (
     AUTOGRAD,
     PYTHON,
     VIEWS_AND_VERSIONS,
+    ZERO_TENSOR,
     OpOverload,
     function_mode_enabled,
     is_key_excluded,
@@ -93,9 +95,27 @@ class WrapperTensor(torch.Tensor):
         self.requires_grad_(flag)
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        if requires_grad:
+        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and module
+        # constructors do it.
+        origin = self if self.view_link is None else self.view_link.base_content()
+        if requires_grad and (concrete(self) is None or concrete(origin) is None):
             raise RequiresGradError(self.interpreter.name)
         return self
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        if not self.requires_grad:
+            raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
+        if self.interpreter.is_constant(self) or not hasattr(self.interpreter, "add_hook"):
+            raise InsideTransformError(
+                "Tensor.register_hook()", self.interpreter.name, "an autograd.Function whose backward does what the hook does"
+            )
+        return self.interpreter.add_hook(self.slot, hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        raise InsideTransformError("Tensor.register_post_accumulate_grad_hook()", self.interpreter.name, "Tensor.register_hook()")
+
+    def data_ptr(self) -> int:
+        raise NoDataError("data_ptr()", self.interpreter.name)
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         raise InsideTransformError("Tensor.backward()", self.interpreter.name, "functrans.grad or functrans.vjp")
@@ -266,6 +286,7 @@ def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     try:
         set_key_excluded(AUTOGRAD, False)
         set_key_excluded(VIEWS_AND_VERSIONS, False)
+        set_key_excluded(ZERO_TENSOR, False)
         return op(*args, **kwargs)
     finally:
         set_key_excluded(AUTOGRAD, excluded)
@@ -288,12 +309,12 @@ def any_requires_grad(args: Any) -> bool:
 def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
     if interpreter.outer_grad_mode or not torch.is_grad_enabled():
-        if op._functrans.random:  # type: ignore[attr-defined]
+        if facts(op).random:
             return lower_random(interpreter, op, args, kwargs)
         return dispatch(op, args, kwargs)
     set_grad_enabled(False)
     try:
-        if op._functrans.random:  # type: ignore[attr-defined]
+        if facts(op).random:
             return lower_random(interpreter, op, args, kwargs)
         return dispatch(op, args, kwargs)
     finally:
@@ -317,12 +338,15 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
             return function(*args, **kwargs)
     top = STATE.top
     if interpreter.below is not None:
+        views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
         try:
             STATE.top = interpreter.below
+            set_key_excluded(VIEWS_AND_VERSIONS, True)
             push_mode(stack.DOOR)
             return function(*args, **kwargs)
         finally:
             pop_mode(None)
+            set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
             STATE.top = top
     if any_requires_grad(args):
         with stack.lowered(interpreter):

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 __all__ = [
-    "AUTOGRAD", "COMPOSITE", "CONJUGATE", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS", "OpOverload", "custom_operator",
+    "AUTOGRAD", "COMPOSITE", "CONJUGATE", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS", "ZERO_TENSOR", "OpOverload", "custom_operator",
     "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
     "push_mode", "set_forward_enabled", "set_grad_enabled", "set_key_excluded",
 ]  # fmt: skip
@@ -24,6 +24,7 @@ AUTOGRAD = _C.DispatchKey.AutogradFunctionality
 VIEWS_AND_VERSIONS = _C.DispatchKey.ADInplaceOrView
 # What makes conj() and .imag of base tensors lazy; PyTorch excludes them while a handler runs.
 CONJUGATE = _C.DispatchKey.Conjugate
+ZERO_TENSOR = _C.DispatchKey.ZeroTensor  # forward AD of base tensors
 NEGATIVE = _C.DispatchKey.Negative
 # Excluded while PyTorch reads the elements of torch.tensor([...]).
 PYTHON = _C.DispatchKey.Python

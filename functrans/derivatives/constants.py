@@ -15,7 +15,7 @@ NAMES = (
     "item", "_local_scalar_dense", "is_nonzero", "equal", "allclose", "is_same_size", "bernoulli", "multinomial",
     "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "_assert_async", "is_set_to", "bincount",
     "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "heaviside", "floor_divide",
-    "_has_compatible_shallow_copy_type", "_is_zerotensor", "normal", "normal_functional", "uniform", "exponential",
+    "_is_zerotensor", "normal", "normal_functional", "uniform", "exponential",
     "geometric", "log_normal", "cauchy", "random", "zero",
 )  # fmt: skip
 

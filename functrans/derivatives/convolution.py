@@ -47,8 +47,16 @@ def tangent(v: dict[str, Any]) -> Tensor | None:
     return None if bias_t is None else per_channel(bias_t, v["result"])
 
 
+def cotangents(v: dict[str, Any]) -> dict[str, Tensor]:
+    """Of input and weight by one operator."""
+    wanted = v["wanted"]
+    of_input, of_weight, _ = backward(v, v["grad"], v["input"], v["weight"], ["input" in wanted, "weight" in wanted, False])
+    return {"input": of_input, "weight": of_weight, "bias": over_channels(v["grad"]) if "bias" in wanted else None}
+
+
 derivative(
     aten.convolution.default,
+    joint=with_names(("grad", "input", "weight", "wanted", *OPTIONS), cotangents),
     tangent=with_names(("input", "weight", "result", "input_t", "weight_t", "bias_t", *OPTIONS), tangent),
     input=with_names(
         ("grad", "input", "weight", *OPTIONS), lambda v: backward(v, v["grad"], v["input"], v["weight"], INPUT)[0]

@@ -155,6 +155,16 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
         of_out = v["grads"][0]
         return None if of_out is None else backward(v, of_out, [False, True, False])[1]
 
+    def cotangents(v: Values) -> dict[str, Tensor | None]:
+        """Of input and weight by one operator, where only the output has a cotangent."""
+        of_out, of_mean, of_rstd = v["grads"][:3]
+        wanted = v["wanted"]
+        alone = {"input": input_cotangent, "weight": weight_cotangent, "bias": bias_cotangent, **given_alone}
+        found: dict[str, Tensor | None] = {}
+        if of_out is not None and of_mean is None and of_rstd is None and "input" in wanted and "weight" in wanted:
+            found["input"], found["weight"], _ = backward(v, of_out, [True, True, False])
+        return found | {n: alone[n](v) for n in wanted if n not in found}
+
     def bias_cotangent(v: Values) -> Tensor | None:
         of_out = v["grads"][0]
         if of_out is None:
@@ -205,8 +215,9 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
         return tuple(moved)
 
     saved = ("grads", "results", "input", "weight", *options)
-    given = {}
+    given, given_alone = {}, {}
     if "running_mean" in names:
+        given_alone = {"running_mean": of_running_mean, "running_var": of_running_var}
         given = {"running_mean": with_names(saved, of_running_mean), "running_var": with_names(saved, of_running_var)}
     derivative(
         op,
@@ -214,6 +225,7 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
         input=with_names(saved, input_cotangent),
         weight=with_names(saved, weight_cotangent),
         bias=with_names(("grads", "bias", *(n for n in norm.options if n in names)), bias_cotangent),
+        joint=with_names((*saved, "bias", "wanted"), cotangents),
         **given,  # type: ignore[arg-type]
     )
 

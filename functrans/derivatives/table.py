@@ -67,6 +67,8 @@ class Derivative:
         return self.tangent == "elementwise" or self.broadcasts
 
     broadcasts: bool = False
+    #: cotangents of several arguments at once, where that takes less than one formula after the other
+    joint: Formula | None = None
 
 
 #: The tangent of an operator that ``no_derivative`` declares constant.
@@ -81,6 +83,7 @@ def derivative(
     *,
     tangent: str | Formula | None = None,
     broadcasts: bool = False,
+    joint: Formula | None = None,
     **formulas: Formula,
 ) -> None:
     """Add an entry for ``op``.
@@ -91,6 +94,8 @@ def derivative(
         broadcasts: the arguments broadcast and promote as in a pointwise operator although ``tangent`` is not
             ``"elementwise"`` (``add``, ``where``): reverse mode sums each cotangent to its argument's shape and casts
             it to its dtype.
+        joint: a reverse formula for several arguments at once, run instead of theirs where more than one is asked for. It may ask
+            for ``wanted``, the tuple of their names, and returns a dict from these names to cotangents.
         **formulas: reverse formulas, by argument name.
 
     Raises:
@@ -112,12 +117,14 @@ def derivative(
         if name not in arguments:
             raise DerivativeEntryError(op, f"has no argument {name!r}; its arguments are {', '.join(arguments)}")
         needs[name] = _parameters(op, formula, known)
+    if joint is not None:
+        needs["joint"] = _parameters(op, joint, known | {"wanted"})
     if callable(tangent):
         tangents = {f"{a}_t" for a in arguments}
         needs["tangent"] = _parameters(op, tangent, (known - {"grad", "grads"}) | tangents)
     elif tangent not in ("elementwise", "linear", "multilinear", None):
         raise DerivativeEntryError(op, f"has tangent={tangent!r}; expected elementwise, linear, multilinear, a function or None")
-    entry = Derivative(op, formulas, tangent, arguments, 2 if one_list else outputs, needs, broadcasts)
+    entry = Derivative(op, formulas, tangent, arguments, 2 if one_list else outputs, needs, broadcasts, joint)
     DERIVATIVES.add(op, entry, place=caller_place())
 
 

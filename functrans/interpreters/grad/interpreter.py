@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
@@ -43,6 +45,8 @@ class GradInterpreter(Interpreter):
         super().__init__(func)
         self.tape: list[Record] = []
         self.slots = 0
+        #: functions that see, and may replace, the cotangent of a slot
+        self.hooks: dict[int, OrderedDict[int, Callable[..., Any]]] | None = None
 
     def constant(self, value: Tensor) -> WrapperTensor:
         wrapper = wrap(self, value)
@@ -122,6 +126,21 @@ class GradInterpreter(Interpreter):
         """A tracked wrapper for an operator's output, or a constant if its dtype has no derivative."""
         return self.track(value) if value.dtype in DIFFERENTIABLE else self.constant(value)
 
+    def add_hook(self, slot: int, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Run ``hook`` on the cotangent of ``slot``; what it returns, if not None, takes its place."""
+        if self.hooks is None:
+            self.hooks = {}
+        hooks = self.hooks.setdefault(slot, OrderedDict())
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
+        return handle
+
+    def hooked(self, slot: int, cotangent: Tensor) -> Tensor:
+        for hook in list(self.hooks.get(slot, {}).values()) if self.hooks else ():
+            new = hook(cotangent)
+            cotangent = cotangent if new is None else new
+        return cotangent
+
     def record(self, plan: Any, outs: Any, ins: Any, saved: Any) -> None:
         self.tape.append((plan, outs, ins, saved))
 
@@ -143,10 +162,14 @@ class GradInterpreter(Interpreter):
                 grad = cotangents.pop(outs, None)
                 if grad is None:
                     continue
+                if self.hooks is not None:
+                    grad = self.hooked(outs, grad)
             else:
                 grad = [None if o is None else cotangents.pop(o, None) for o in outs]
                 if all(g is None for g in grad):
                     continue
+                if self.hooks is not None:
+                    grad = [None if g is None else self.hooked(o, g) for o, g in zip(outs, grad, strict=True)]
             if consume:
                 tape[i] = SPENT
             for slot, cotangent in zip(ins, plan.pull(saved, grad), strict=True):
@@ -160,6 +183,8 @@ class GradInterpreter(Interpreter):
                     for s, c in zip(slot, cotangent, strict=True):
                         if s is not None and c is not None:
                             cotangents[s] = cotangents[s] + c if s in cotangents else c
+        if self.hooks is not None:
+            cotangents = {slot: self.hooked(slot, cotangent) for slot, cotangent in cotangents.items()}
         if consume:
             tape.clear()
         return cotangents
@@ -274,20 +299,36 @@ class TablePlan:
 
     def __init__(self, entry: Derivative, known: Facts, names: list[str], fixes: bool) -> None:
         self.op = entry.op
+        joint = entry.joint is not None and len(names) > 1
+        formulas = ["joint"] if joint else names
         needed: list[str] = []
-        for name in names:
+        for name in formulas:
             for need in entry.needs[name]:
-                if need not in ("grad", "grads", "result", "results") and need not in needed:
+                if need not in ("grad", "grads", "result", "results", "wanted") and need not in needed:
                     needed.append(need)
         #: positions of the arguments to save
         self.saves = [known.arguments.index(n) for n in needed]
         self.last_save = max(self.saves, default=-1)
-        self.saves_result = any(n in ("result", "results") for name in names for n in entry.needs[name])
+        self.saves_result = any(n in ("result", "results") for name in formulas for n in entry.needs[name])
         place = {n: i for i, n in enumerate(needed)}
         place.update(grad=-1, grads=-1, result=len(needed), results=len(needed))
-        self.steps = [bind(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
+        if joint:
+            self.pull = self.joint_pull(entry, names, place)  # type: ignore[method-assign, assignment]
+        else:
+            self.steps = [bind(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
         #: where in what is saved the shapes and dtypes of arguments that were broadcast or promoted begin
         self.first_fix = len(needed) + self.saves_result if fixes else None
+
+    def joint_pull(self, entry: Derivative, names: list[str], place: dict[str, int]) -> Callable[[list[Any], Any], list[Any]]:
+        """``pull`` by one formula for all tracked arguments."""
+        formula, wanted = entry.joint, tuple(names)
+        picks = [None if need == "wanted" else place[need] for need in entry.needs["joint"]]
+
+        def pull(saved: list[Any], grad: Any) -> list[Any]:
+            found = formula(*[wanted if p is None else grad if p < 0 else saved[p] for p in picks])  # type: ignore[misc]
+            return [found[n] for n in names]
+
+        return pull
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         found = [step(grad, saved) for step in self.steps]

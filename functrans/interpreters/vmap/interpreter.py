@@ -90,7 +90,7 @@ class VmapInterpreter(Interpreter):
         with lowered(self), torch.enable_grad():  # what is kept of the old value is its derivative
             if new.bdim is None:
                 new = self.batched(materialize(new.value, None, self.batch_size), 0)
-            return materialize(old.value, old.bdim, self.batch_size).movedim(0, new.bdim), new
+            return materialize(old.value, old.bdim, self.batch_size).movedim(0, new.bdim), new  # type: ignore[arg-type]
 
     def describe(self, wrapper: WrapperTensor) -> str:
         return f"bdim={wrapper.bdim}"
