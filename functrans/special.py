@@ -98,6 +98,20 @@ def updating_norm(op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var
     return out
 
 
+@stands_in_for(aten.rrelu_with_noise.default)
+def rrelu(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's derivative of the pure form reads the slopes from the argument that is not written."""
+    x, noise, lower, upper, training, generator = (*args, *known.defaults[len(args) :])
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    if not training:
+        return enter(aten.leaky_relu.default, x, (lower + upper) / 2)
+    detached = enter(aten.detach.default, x)
+    slopes = enter(aten.rrelu_with_noise_functional.default, detached, noise, lower, upper, training, generator)[1]
+    write(noise, slopes, known.op, reads=False)
+    return enter(aten.mul.Tensor, x, slopes)
+
+
 @stands_in_for(aten.resize_.default)
 def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The first elements stay, in the order of the flattened tensor."""
