@@ -181,18 +181,12 @@ def overriding(table: RuleTable[Rule], *ops: OpOverload) -> Iterator[RuleTable[R
         tensor(0.)
     """
     before = {op: (table.get(op), table.place(op)) for op in ops if op in table}
-    _take_out(table, ops)
+    for op in ops:
+        table.remove(op)
     try:
         yield table
     finally:
-        _take_out(table, ops)
+        for op in ops:
+            table.remove(op)
         for op, (rule, place) in before.items():
             table.add(op, rule, place=place)  # type: ignore[arg-type]
-
-
-def _take_out(table: RuleTable[Any], ops: tuple[OpOverload, ...]) -> None:
-    for op in ops:
-        table._rules.pop(op, None)
-        table._places.pop(op, None)
-        for notify in table._listeners:
-            notify(op)

@@ -35,6 +35,15 @@ class RuleTable(Generic[Rule]):
             raise DuplicateRuleError(self.title, op, self._places[op])
         self._rules[op] = rule
         self._places[op] = place or caller_place()
+        self._changed(op)
+
+    def remove(self, op: OpOverload) -> None:
+        """Take out the rule of ``op``, if it has one, so that another can be registered."""
+        self._rules.pop(op, None)
+        self._places.pop(op, None)
+        self._changed(op)
+
+    def _changed(self, op: OpOverload) -> None:
         for notify in self._listeners:
             notify(op)
 

@@ -236,7 +236,7 @@ def dispatch(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     if owner is not None:
         return owner.process(op, args, kwargs)
     if recorded or forward_ad._current_level >= 0:
-        return base(op, args, kwargs)
+        return base_recorded(op, args, kwargs)
     if known.quick is not None and type(args[0]) is Tensor and not function_mode_enabled():
         return known.quick(*args, **kwargs)
     return op._op(*args, **kwargs)
@@ -280,8 +280,23 @@ NO_KWARGS: dict[str, Any] = {}
 
 def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` as plain PyTorch. Autograd's key comes back only where autograd has something to record."""
-    if forward_ad._current_level < 0 and not any_requires_grad(args) and not (kwargs and any_requires_grad(kwargs.values())):
-        return op(*args, **kwargs)
+    for a in args:
+        kind = type(a)
+        if kind is Tensor:
+            if a.requires_grad:
+                return base_recorded(op, args, kwargs)
+        elif kind not in WITHOUT_TENSORS and any_requires_grad((a,)):
+            return base_recorded(op, args, kwargs)
+    if forward_ad._current_level >= 0 or (kwargs and any_requires_grad(kwargs.values())):
+        return base_recorded(op, args, kwargs)
+    quick = facts(op).quick
+    if quick is not None and type(args[0]) is Tensor and not function_mode_enabled():
+        return quick(*args, **kwargs)
+    return op._op(*args, **kwargs)
+
+
+def base_recorded(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run ``op`` as plain PyTorch with all that PyTorch itself records."""
     excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
     try:
         set_key_excluded(AUTOGRAD, False)
@@ -308,23 +323,22 @@ def any_requires_grad(args: Any) -> bool:
 
 def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
-    if interpreter.outer_grad_mode or not torch.is_grad_enabled():
-        if facts(op).random:
-            return lower_random(interpreter, op, args, kwargs)
-        return dispatch(op, args, kwargs)
-    set_grad_enabled(False)
     try:
-        if facts(op).random:
-            return lower_random(interpreter, op, args, kwargs)
-        return dispatch(op, args, kwargs)
-    finally:
-        set_grad_enabled(True)
-
-
-def lower_random(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Random operators visit every level: each decides whether its examples draw for themselves."""
+        random = op._functrans.random  # type: ignore[attr-defined]
+    except AttributeError:
+        random = facts(op).random
     below = interpreter.below
-    return base(op, args, kwargs) if below is None else below.process(op, args, kwargs)
+    if not interpreter.outer_grad_mode and torch.is_grad_enabled():
+        set_grad_enabled(False)
+        try:
+            return lower(interpreter, op, args, kwargs)
+        finally:
+            set_grad_enabled(True)
+    if below is None:
+        return base(op, args, kwargs)
+    if random:  # every level decides whether its examples draw for themselves
+        return below.process(op, args, kwargs)
+    return dispatch(op, args, kwargs)
 
 
 def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
