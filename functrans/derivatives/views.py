@@ -146,15 +146,24 @@ linear(
 
 # ------------------------------------------------------------------------------------------- parts overwritten
 
+# PyTorch's own autograd does not take select_scatter and slice_scatter of complex tensors, so they make masks here.
 linear(
     aten.select_scatter.default,
-    self=lambda grad, src, dim, index: torch.select_scatter(grad, torch.zeros_like(src), dim, index),
+    self=lambda grad, src, dim, index: grad.masked_fill(
+        torch.select_scatter(
+            torch.zeros_like(grad, dtype=torch.bool), torch.ones_like(src, dtype=torch.bool), dim, index
+        ),
+        0,
+    ),
     src=lambda grad, src, dim, index: cast(grad.select(dim, index), src.dtype),
 )
 linear(
     aten.slice_scatter.default,
-    self=lambda grad, src, dim, start, end, step: torch.slice_scatter(
-        grad, torch.zeros_like(src), dim, start, end, step
+    self=lambda grad, src, dim, start, end, step: grad.masked_fill(
+        torch.slice_scatter(
+            torch.zeros_like(grad, dtype=torch.bool), torch.ones_like(src, dtype=torch.bool), dim, start, end, step
+        ),
+        0,
     ),
     src=lambda grad, src, dim, start, end, step: cast(
         sum_to_shape(aten.slice.Tensor(grad, dim, start, end, step), src.shape), src.dtype

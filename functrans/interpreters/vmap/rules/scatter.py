@@ -179,6 +179,9 @@ def index_fill(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Tenso
         index = over_dims(torch.where(index < 0, index + x.shape[dim], index), x, dim)
         if isinstance(value, Tensor):
             value = materialize(value, value_dim, size).to(x.dtype)
-            value = value.view(size, *[1] * (x.dim() - 1)).expand(index.shape)
-        out = torch.scatter(x, dim, index, value)
+            value = value.view(size, *[1] * (x.dim() - 1))
+            # not by scatter of the value: a position that occurs twice would count twice in its derivative
+            out = torch.where(torch.zeros_like(x, dtype=torch.bool).scatter(dim, index, True), value, x)
+        else:
+            out = torch.scatter(x, dim, index, value)
     return out.squeeze(1) if rank == 0 else out, 0
