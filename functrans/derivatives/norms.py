@@ -341,6 +341,12 @@ def layer_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
 
 
 def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad, v["input"], v["weight"])):
+        # plain, because PyTorch's own autograd, which may record at the base, cannot differentiate the fused operator
+        s = State(GROUP, v)
+        given = s.layout.x(grad)
+        of_input = cast((s.rstd * s.project(s.weighted(given))).reshape(grad.shape), v["input"].dtype) if mask[0] else None
+        return of_input, s.layout.to_affine(given * s.normal, v["weight"]) if mask[1] else None, None
     mean, rstd = v["results"][1:3]
     sizes = (v[n] for n in GROUP.options)
     return aten.native_group_norm_backward(
