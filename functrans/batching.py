@@ -128,9 +128,17 @@ def run_batched(
     out_leaves, out_spec, out = run_transformed(interpreter, body)
     places = check_out_dims(call, out_dims, out, out_leaves, out_spec)
     results = [leave(call, interpreter, x, d) for x, d in zip(out_leaves, places, strict=True)]
+    written: dict[int, tuple[Tensor, int | None]] = {}
     for wrapper, origin, dim in zip(entered, leaves, dims, strict=True):
         if type(wrapper) is WrapperTensor and wrapper.interpreter is interpreter and wrapper.version:
             write_back(call, interpreter, wrapper, origin, dim)
+            written[id(wrapper)] = origin, dim
+    # What an in-place function returns is the caller's tensor, as without vmap.
+    for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
+        if id(x) in written:
+            origin, dim = written[id(x)]
+            if dim is not None and place is not None:
+                results[i] = origin if place % origin.dim() == dim else origin.movedim(dim, place)
     return tree_unflatten(out_spec, results)
 
 

@@ -27,8 +27,9 @@ from functrans.interpreters.grad.interpreter import DIFFERENTIABLE, GradInterpre
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.native import TwinInterpreter
+from functrans.pytrees import broadcast_prefix, tree_flatten, tree_map, tree_unflatten
 from functrans.stack import STATE, Interpreter, lowered, run_transformed, running_at
-from functrans.tensor import WrapperTensor, highest, lift, map_tensors
+from functrans.tensor import WITHOUT_TENSORS, WrapperTensor, highest, lift, map_tensors
 from functrans.torch_private import is_forward_enabled
 
 _original_apply = Function.__dict__["apply"].__func__
@@ -47,7 +48,7 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             raise CustomFunctionError(cls, f"was called with keyword-only arguments {sorted(signature.kwargs)}", "Make them positional.")
     if cls is CheckpointFunction:
         raise CustomFunctionError(cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False).")
-    owner = highest(args, {}, False)
+    owner = highest([leaf for a in args for leaf in within(a)], {}, False)
     out = send(owner, cls, args)
     return lift(out, owner, top) if owner is not top else out
 
@@ -63,6 +64,24 @@ def send(owner: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
     raise CustomFunctionError(
         cls, f"was applied inside {owner.name}, which has no rule for it", "Add one to functrans.custom_function.FUNCTION_RULES."
     )
+
+
+def within(a: Any) -> Sequence[Any]:
+    """The leaves of an argument: itself, or what a list, dict or other container holds."""
+    return (a,) if isinstance(a, Tensor) or type(a) in WITHOUT_TENSORS else tree_flatten(a)[0]
+
+
+def unwrapped(interpreter: Interpreter, args: Sequence[Any]) -> tuple[list[bool], list[Any]]:
+    """Which arguments are wrappers of ``interpreter``, and all of them one level down, in containers too.
+
+    As without transforms, what containers hold is a constant for backward and jvp; vmap batches it.
+    """
+
+    def below(x: Any) -> Any:
+        return x.value if type(x) is WrapperTensor and x.interpreter is interpreter else x
+
+    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in args]
+    return mine, [a if type(a) in WITHOUT_TENSORS else tree_map(below, a) for a in args]
 
 
 def is_setup_style(cls: type[Function]) -> bool:
@@ -144,8 +163,7 @@ def run_below(interpreter: Interpreter, cls: type[Function], values: Sequence[An
 
 
 def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
-    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in args]
-    values = [a.value if m else a for a, m in zip(args, mine, strict=True)]
+    mine, values = unwrapped(interpreter, args)
     slots = [a.slot if m else None for a, m in zip(args, mine, strict=True)]
     needs = tuple(s is not None for s in slots)
     if not any(needs) or not torch.is_grad_enabled():
@@ -211,8 +229,7 @@ FUNCTION_PLAN = FunctionPlan()
 
 
 def jvp_rule(interpreter: JvpInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
-    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in args]
-    values = [a.value if m else a for a, m in zip(args, mine, strict=True)]
+    mine, values = unwrapped(interpreter, args)
     tangents = [a.tangent if m else None for a, m in zip(args, mine, strict=True)]
     if all(t is None for t in tangents) or not is_forward_enabled():
         with lowered(interpreter):
@@ -240,10 +257,13 @@ def jvp_rule(interpreter: JvpInterpreter, cls: type[Function], args: Sequence[An
 
 
 def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
-    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in args]
-    values = [a.value if m else a for a, m in zip(args, mine, strict=True)]
-    in_dims = tuple(a.bdim if m else None for a, m in zip(args, mine, strict=True))
-    if all(d is None for d in in_dims):
+
+    def bdim(x: Any) -> int | None:
+        return x.bdim if type(x) is WrapperTensor and x.interpreter is interpreter else None
+
+    _, values = unwrapped(interpreter, args)
+    in_dims = tuple(None if type(a) in WITHOUT_TENSORS else tree_map(bdim, a) for a in args)
+    if all(d is None for d in tree_flatten(in_dims)[0]):
         with lowered(interpreter):
             out = cls.apply(*values)
         return map_tensors(interpreter.constant, out)
@@ -254,7 +274,13 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
             result = cls.vmap(interpreter.info, in_dims, *values)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise CustomFunctionError(cls, f"returned a {type(result).__name__} from vmap", "Return (output, out_dims).")
-        return interpreter._leave(*result)
+        out, out_dims = result
+        if broadcast_prefix(out_dims, out) is None:
+            raise CustomFunctionError(
+                cls, f"returned out_dims {out_dims} from vmap for outputs of structure {tree_flatten(out)[1]}",
+                "Return an int or None for every output, or one for all.",
+            )  # fmt: skip
+        return interpreter._leave(out, out_dims)
     batched = batched_function(cls, interpreter, in_dims)
     with lowered(interpreter):
         out = batched.apply(*values)
@@ -274,6 +300,15 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
             return x.value, x.bdim
         return x, None
 
+    def entered(interpreter: VmapInterpreter, value: Any, dim: Any) -> Any:
+        if isinstance(value, Tensor):
+            return interpreter.batched(value, dim)
+        if type(value) in WITHOUT_TENSORS:
+            return value
+        leaves, spec = tree_flatten(value)
+        dims = tree_flatten(dim)[0]
+        return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in zip(leaves, dims, strict=True)])
+
     def to_dim(x: Any, bdim: int | None, dim: int) -> Any:
         if not isinstance(x, Tensor):
             return x
@@ -285,7 +320,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
             inner = Context(cls, ctx.needs_input_grad)
 
             def body(interpreter: VmapInterpreter) -> Any:
-                args = [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in zip(values, in_dims, strict=True)]
+                args = [entered(interpreter, v, d) for v, d in zip(values, in_dims, strict=True)]
                 if is_setup_style(cls):
                     out = cls.forward(*args)
                     cls.setup_context(inner, tuple(args), out)

@@ -24,7 +24,8 @@ def jacrev(
         func: returns a pytree of real floating-point tensors (with ``has_aux``, a pair of that and anything).
         argnums: position, or tuple of positions, of the arguments to differentiate for.
         has_aux: ``func`` returns ``(output, aux)``.
-        chunk_size: how many pullbacks to run at a time; None: all.
+        chunk_size: how many pullbacks to run at a time; None: all. 1 runs them one after the other without vmap, so that ``func`` may
+            have derivatives that vmap cannot batch.
 
     Returns:
         A function of the same arguments. It returns, for every output tensor, the structure of the arguments that ``argnums`` names,
@@ -52,12 +53,16 @@ def jacrev(
         def pull(basis: list[Tensor]) -> Any:
             return pullback(tree_unflatten(spec, [b.view(o.shape) for b, o in zip(basis, leaves, strict=True)]))
 
-        rows = vmap(pull, chunk_size=chunk_size)(standard_basis(leaves, numels))
+        basis = standard_basis(leaves, numels)
+        if chunk_size == 1 and sum(numels):
+            rows = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
+        else:
+            rows = vmap(pull, chunk_size=chunk_size)(basis)
         row_leaves, row_spec = tree_flatten(rows)
         found = []
         for i, o in enumerate(leaves):
             start = sum(numels[:i])
-            block = [r.narrow(0, start, numels[i]).reshape(*o.shape, *r.shape[1:]) for r in row_leaves]
+            block = [r.narrow(0, start, numels[i]).reshape((*o.shape, *r.shape[1:])) for r in row_leaves]
             found.append(tree_unflatten(row_spec, block))
         result = tree_unflatten(spec, found)
         return (result, aux) if has_aux else result
@@ -115,7 +120,7 @@ def jacfwd(
         for c in column_leaves:
             block, start = [], 0
             for x, n in zip(leaves, numels, strict=True):
-                block.append(c.narrow(0, start, n).movedim(0, -1).reshape(*c.shape[1:], *x.shape))
+                block.append(c.narrow(0, start, n).movedim(0, -1).reshape((*c.shape[1:], *x.shape)))
                 start += n
             found.append(tree_unflatten(spec, block))
         result = tree_unflatten(out_spec, found)
@@ -155,6 +160,12 @@ def refuse_complex(call: str, values: Any, what: str) -> None:
             raise CallError(
                 call, f"{what} of dtype {x.dtype}", "real tensors", "Differentiate for torch.view_as_real(x), and view outputs as real."
             )
+
+
+def tree_stack(trees: list[Any]) -> Any:
+    """Trees of one structure as one tree, each leaf stacked."""
+    flat = [tree_flatten(tree) for tree in trees]
+    return tree_unflatten(flat[0][1], [torch.stack(leaves) for leaves in zip(*(f[0] for f in flat), strict=True)])
 
 
 def standard_basis(leaves: list[Tensor], numels: list[int]) -> list[Tensor]:

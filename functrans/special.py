@@ -13,7 +13,7 @@ from functrans.errors import InsideTransformError
 from functrans.mutation import write
 from functrans.native import TwinInterpreter
 from functrans.operators import SPECIAL_OPERATORS, Facts, facts
-from functrans.stack import STATE
+from functrans.stack import STATE, running_at
 from functrans.tensor import WrapperTensor, base, highest, lift, set_content
 from functrans.torch_private import OpOverload, no_dispatch
 
@@ -52,6 +52,38 @@ def real_zeros(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def made_inside(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
     return lift(args[0], highest(args, kwargs, False), STATE.top)
+
+
+def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the door does with an operator that nothing stands in for."""
+    top = STATE.top
+    owner = top if known.random else highest(args, kwargs, known.tensor_lists)
+    out = base(known.op, args, kwargs) if owner is None else owner.process(known.op, args, kwargs)
+    return out if owner is top else lift(out, owner, top)
+
+
+@stands_in_for(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+def dropout(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where nothing is dropped PyTorch returns its argument itself, and a write to the one is a write to the other."""
+    x, p, train = args
+    return x if not train or p == 0 or x.numel() == 0 else as_usual(known, args, kwargs)
+
+
+@stands_in_for(aten.sum_to_size.default)
+def sum_to_size(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where there is nothing to sum the result is a view."""
+    x, size = args
+    return enter(aten.alias.default, x) if list(x.shape) == list(size) else as_usual(known, args, kwargs)
+
+
+@stands_in_for(
+    *(getattr(getattr(aten, name), o) for name in ("atleast_1d", "atleast_2d", "atleast_3d") for o in ("default", "Sequence")),
+    aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default,
+)  # fmt: skip
+def by_its_views(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Composite operators that return views without their schema saying so: the door sees the views one by one."""
+    with running_at(STATE.top):
+        return known.op.decompose(*args, **kwargs)
 
 
 @stands_in_for(aten.batch_norm.default)

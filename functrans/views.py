@@ -138,14 +138,23 @@ def is_true_view(link: ViewLink, x: Tensor) -> bool:
     with running_at(None), torch.no_grad():
         # One element more than the view sees would not do: only strides decide, so empty data of the same layout will.
         probe = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        args = [torch.empty_like(a, device="meta") if isinstance(a, Tensor) else a for a in link.args]
-        kwargs = {k: v for k, v in link.kwargs.items() if k != "device"}
+        given = [*link.args, *link.kwargs.values()]
+        if any(a.device != x.device if isinstance(a, Tensor) else a != x.device for a in given if isinstance(a, Tensor | torch.device)):
+            return False
+        args = [_on_meta(a) for a in link.args]
+        kwargs = {k: _on_meta(v) for k, v in link.kwargs.items()}
         try:
             out = link.op(probe, *args, **kwargs)
         except RuntimeError:
             return True
         out = out if link.index is None else out[link.index]
         return out is probe or out._is_view()
+
+
+def _on_meta(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return torch.empty_like(a, device="meta")
+    return torch.device("meta") if isinstance(a, torch.device) else a
 
 
 def settle(view: WrapperTensor) -> None:
@@ -237,7 +246,10 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
          aten.reshape_as.default, aten._reshape_alias.default, aten.unflatten.int),
         _back_shape,
     ),
+    # conversions that had nothing to convert: where they copied, the link was cut
     **dict.fromkeys(
-        (aten.alias.default, aten.contiguous.default, aten.positive.default), lambda step, before, changed: changed
+        (aten.alias.default, aten.contiguous.default, aten.positive.default, aten.resolve_conj.default, aten.resolve_neg.default,
+         aten.type_as.default, *(getattr(aten.to, o) for o in aten.to.overloads())),
+        lambda step, before, changed: changed,
     ),
 }  # fmt: skip
