@@ -30,16 +30,21 @@ def with_history_of(old: Tensor, new: Tensor, *, everywhere: bool = False) -> Te
 
 
 def _merge(old: Tensor, new: Tensor, recording: bool, everywhere: bool) -> Tensor:
-    if type(old) is not WrapperTensor:
+    if type(old) is not WrapperTensor and type(new) is not WrapperTensor:
         if recording and not everywhere or not old.requires_grad:
             return new
         with running_at(None), torch.enable_grad():
             merged = old.clone()
             with torch.no_grad():
                 return merged.copy_(new)
-    interpreter = old.interpreter
-    if type(new) is not WrapperTensor or new.interpreter is not interpreter:
-        new = interpreter.constant(new)
+    interpreter = max((x.interpreter for x in (old, new) if type(x) is WrapperTensor), key=lambda i: i.level)
+    old, new = (
+        x if type(x) is WrapperTensor and x.interpreter is interpreter else interpreter.constant(x) for x in (old, new)
+    )
     old_value, new = interpreter.aligned(old, new)
     value = _merge(old_value, new.value, recording and interpreter.outer_grad_mode, everywhere)
-    return interpreter.rewrap(old if interpreter.keeps_history(recording, everywhere) else new, value)
+    if interpreter.keeps_history(recording, everywhere):
+        return interpreter.rewrap(old, value)
+    merged = interpreter.rewrap(new, value)
+    interpreter.merge_payload(merged, old, lambda of_old, of_new: _merge(of_old, of_new, recording, everywhere))
+    return merged

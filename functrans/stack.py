@@ -26,6 +26,7 @@ from torch import Tensor
 
 from functrans.torch_private import (
     AUTOGRAD,
+    INDEX_BATCHED,
     VIEWS_AND_VERSIONS,
     ZERO_TENSOR,
     OpOverload,
@@ -106,6 +107,9 @@ class Interpreter:
         """``old``'s value and ``new``, brought to one layout one level down."""
         return old.value, new
 
+    def merge_payload(self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let tensors that the transform keeps on ``merged`` have the history that ``merge`` gives them of ``old``'s."""
+
     def before_write(self, target: Tensor) -> None:
         """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""
 
@@ -149,6 +153,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
         if top is None:
             set_key_excluded(AUTOGRAD, True)
             set_key_excluded(VIEWS_AND_VERSIONS, True)
+            set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
             push_mode(DOOR)
             STATE.door_depth = modes + 1
         STATE.top = interpreter

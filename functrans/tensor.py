@@ -30,6 +30,7 @@ from functrans.operators import Facts, facts
 from functrans.stack import STATE, Interpreter
 from functrans.torch_private import (
     AUTOGRAD,
+    INDEX_BATCHED_KEYS,
     PYTHON,
     VIEWS_AND_VERSIONS,
     ZERO_TENSOR,
@@ -176,11 +177,27 @@ def concrete(x: Tensor) -> Tensor | None:
 
 def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
     """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``; what the transform keeps on it is not set."""
-    wrapper = make_wrapper(WrapperTensor, value.shape, strides_of(value), None, None, value.dtype, value.layout, value.device)
+    shape: Any = value.shape
+    dtype = value.dtype
+    if shape or dtype not in SCALAR_INDICES:
+        wrapper = make_wrapper(WrapperTensor, shape, strides_of(value), None, None, dtype, value.layout, value.device)
+    else:
+        wrapper = scalar_index(value)
     wrapper.interpreter = interpreter
     wrapper.value = value
     wrapper.view_link = None
     return wrapper
+
+
+#: The dtypes of which a tensor without dimensions selects one row when it is an index.
+SCALAR_INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
+
+
+def scalar_index(value: Tensor) -> WrapperTensor:
+    """A wrapper of an integer for each example; see NOTE [Scalar indices]."""
+    return make_wrapper(
+        WrapperTensor, (), (), None, None, value.dtype, value.layout, value.device, False, False, None, False, False, INDEX_BATCHED_KEYS
+    )
 
 
 def strides_of(value: Tensor) -> tuple[int, ...] | None:

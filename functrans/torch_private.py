@@ -11,7 +11,8 @@ from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 __all__ = [
-    "AUTOGRAD", "COMPOSITE", "CONJUGATE", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS", "ZERO_TENSOR", "OpOverload", "custom_operator",
+    "AUTOGRAD", "COMPOSITE", "CONJUGATE", "INDEX_BATCHED", "INDEX_BATCHED_KEYS", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS",
+    "ZERO_TENSOR", "OpOverload", "custom_operator",
     "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
     "push_mode", "set_forward_enabled", "set_grad_enabled", "set_key_excluded",
 ]  # fmt: skip
@@ -29,6 +30,10 @@ NEGATIVE = _C.DispatchKey.Negative
 # Excluded while PyTorch reads the elements of torch.tensor([...]).
 PYTHON = _C.DispatchKey.Python
 COMPOSITE = _C.DispatchKey.CompositeImplicitAutograd
+
+# Tells PyTorch's indexing not to read a number; see NOTE [Scalar indices].
+INDEX_BATCHED = _C._dispatch_key_parse("BatchedNestedTensor")
+INDEX_BATCHED_KEYS = _C.DispatchKeySet(INDEX_BATCHED)
 
 # The mode stack itself: entering a TorchDispatchMode through its context manager costs several microseconds.
 mode_stack_size = _C._len_torch_dispatch_stack

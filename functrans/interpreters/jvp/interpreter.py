@@ -46,6 +46,10 @@ class JvpInterpreter(Interpreter):
         wrapper.tangent = tangent if value.dtype in DIFFERENTIABLE else None
         return wrapper
 
+    def merge_payload(self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if merged.tangent is not None and old.tangent is not None:
+            merged.tangent = merge(old.tangent, merged.tangent)
+
     def describe(self, wrapper: WrapperTensor) -> str:
         return "tangent=None" if wrapper.tangent is None else f"tangent={describe(wrapper.tangent, 2)}"
 
@@ -100,6 +104,12 @@ class JvpInterpreter(Interpreter):
         if any(t is not None for t in found):
             tangents[position] = found
         return values
+
+
+@JVP_RULES.register(aten.detach.default)
+def detach(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
+    """The constant that ``detach`` makes, at this level and at every level below."""
+    return self.constant(lower(self, op, values, kwargs))
 
 
 def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.operators import Facts
 from functrans.stack import Interpreter, lowered, running_at
-from functrans.tensor import WrapperTensor, call_below, lower, map_tensors, strides_of, wrap
+from functrans.tensor import SCALAR_INDICES, WrapperTensor, call_below, lower, map_tensors, scalar_index, strides_of, wrap
 from functrans.torch_private import OpOverload, custom_operator, make_wrapper
 
 aten = torch.ops.aten
@@ -71,7 +71,11 @@ class VmapInterpreter(Interpreter):
             del shape[bdim]
             if strides is not None:
                 del strides[bdim]
-        wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, value.dtype, value.layout, value.device)
+        dtype = value.dtype
+        if shape or dtype not in SCALAR_INDICES:
+            wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, value.layout, value.device)
+        else:
+            wrapper = scalar_index(value)
         wrapper.interpreter = self
         wrapper.value = value
         wrapper.view_link = None
@@ -106,7 +110,7 @@ class VmapInterpreter(Interpreter):
                 dims.append(d)
                 if d is not None:
                     batched = True
-            elif type(a) in (list, tuple):
+            elif type(a) is list or type(a) is tuple:
                 inner, inner_dims, any_batched = self._enter_list(a)
                 values.append(inner)
                 dims.append(inner_dims)
