@@ -306,7 +306,10 @@ def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
             return base_recorded(op, args, kwargs)
     if forward_ad._current_level >= 0 or (kwargs and any_requires_grad(kwargs.values())):
         return base_recorded(op, args, kwargs)
-    quick = facts(op).quick
+    try:
+        quick = op._functrans.quick  # type: ignore[attr-defined]
+    except AttributeError:
+        quick = facts(op).quick
     if quick is not None and type(args[0]) is Tensor and not function_mode_enabled():
         return quick(*args, **kwargs)
     return op._op(*args, **kwargs)
