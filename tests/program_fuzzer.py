@@ -10,6 +10,7 @@ has no grad-mode blocks, plain autograd and a loop are the oracle.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import sys
 import warnings
@@ -158,7 +159,8 @@ def judge(source: str, backend: Any, seed: int, backward: bool) -> tuple[str, st
 
 def smaller(lines: list[Line]) -> Iterator[list[Line]]:
     """Every program one step smaller: a line gone, a block's lines without the block, a value replaced by another."""
-    for i, line in enumerate(lines):
+    # from the end: what is used last goes first
+    for i, line in reversed(list(enumerate(lines))):
         yield lines[:i] + lines[i + 1 :]
         if isinstance(line, Block):
             if line.header.startswith("with"):
@@ -176,18 +178,20 @@ def smaller(lines: list[Line]) -> Iterator[list[Line]]:
                 yield lines[:i] + ["return " + " + 0.5 * ".join(terms[:k] + terms[k + 1 :])] + lines[i + 1 :]
 
 
-def shrink(program: Block, still_fails: Callable[[str], bool], budget: int = 600) -> Block:
+def shrink(program: Block, still_fails: Callable[[str], bool], budget: int = 1500) -> Block:
     progress = True
     while progress and budget > 0:
-        progress = False
-        for body in smaller(program.body):
+        progress, position = False, 0
+        while budget > 0:
+            body = next(itertools.islice(smaller(program.body), position, None), None)
+            if body is None:
+                break
             candidate = Block(program.header, body)
             budget -= 1
-            if budget <= 0:
-                break
             if still_fails("\n".join(render([candidate]))):
                 program, progress = candidate, True
-                break
+            else:
+                position += 1
     return program
 
 

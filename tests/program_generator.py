@@ -52,7 +52,7 @@ VECTOR = [
     "{a}[torch.tensor([2, 0, 1])]", "{a}[[0, 0, 1]]", "torch.cat([{a}[1:], {b}[:1]])", "{M}[0] * {a}", "{M}.sum(1) * 0.3",
     "{a}.index_select(0, torch.tensor([1, 1, 2]))", "{a}.gather(0, torch.tensor([2, 1, 1]))", "{M}.diagonal() + {a}",
     "torch.einsum('ij,j->i', {M}, {a}) * 0.4", "torch.stack([{a}, {b}]).sum(0)", "{M}[torch.tensor([0, 2, 1]), 1]",
-    "torch.nn.functional.layer_norm({a}, ({a}.shape[0],), eps=0.1)", "torch.linalg.vector_norm({a} + 2.0) * {b}",
+    "({a} - {a}.mean()) / ({a}.var() + 0.1).sqrt()", "torch.linalg.vector_norm({a} + 2.0) * {b}",
     "{a}.roll(1, 0) * {b}", "{M}.mean(0) + {a}.prod() * 0.1", "({a} * {b}).var(0) * 0.3 + {a}", "{M}.amax(1) * 0.5",
     "torch.bmm({M}.unsqueeze(0), {a}.reshape(1, 3, 1)).reshape(3) * 0.3", "{a}.index_add(0, torch.tensor([0, 0]), {b}[:2])",
     "torch.masked_fill({a}, torch.tensor([True, False, False]), 0.2)", "{a}.unfold(0, 2, 1).sum() * {b} * 0.2",

@@ -146,6 +146,19 @@ def test_third_derivative_of_batch_norm_in_training() -> None:
     torch.testing.assert_close(third(norm), third(by_hand))
 
 
+def test_jvp_of_jvp_of_layer_norm() -> None:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x, (3,), eps=0.1)
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean()) / (x.var(unbiased=False) + 0.1).sqrt()
+
+    def second(f: Callable[..., Any]) -> torch.Tensor:
+        return jvp(lambda x: jvp(f, (x,), (X.sin(),))[1], (X,), (X.cos(),))[1]
+
+    torch.testing.assert_close(second(norm), second(by_hand))
+
+
 def test_lazy_conjugate_and_negative_views() -> None:
     z = torch.complex(BATCH, BATCH.flip(1))
     for f in (lambda z: z.conj() * z, lambda z: z.conj().imag * 1, lambda z: (z.conj().imag + 1).sin(), lambda z: z.mH @ z):
