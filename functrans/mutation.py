@@ -24,7 +24,7 @@ from functrans.operators import VIEW, WRITE, Facts
 from functrans.pure_forms import resolve_functional
 from functrans.stack import STATE, Interpreter, running_at
 from functrans.tensor import WrapperTensor, base, dispatch, highest, set_content
-from functrans.torch_private import VIEWS_AND_VERSIONS, OpOverload, no_dispatch, set_key_excluded
+from functrans.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, no_dispatch, set_key_excluded
 from functrans.views import Root, ViewLink, link_view, run_view, settle, write_back
 
 aten = torch.ops.aten
@@ -32,14 +32,17 @@ aten = torch.ops.aten
 
 def run(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator that writes or makes views."""
-    # Base tensors that are written or viewed tell PyTorch's version counters, which autograd outside checks. (A handler's
-    # switches are its own: PyTorch puts them back when it returns.)
+    # Base tensors that are written or viewed tell PyTorch's version counters, which autograd outside checks.
+    excluded = is_key_excluded(VIEWS_AND_VERSIONS)
     set_key_excluded(VIEWS_AND_VERSIONS, False)
-    if known.kind == VIEW:
-        return run_view(known, args, kwargs)
-    if known.kind == WRITE:
-        return run_write(known, args, kwargs)
-    return known.special(known, args, kwargs)
+    try:
+        if known.kind == VIEW:
+            return run_view(known, args, kwargs)
+        if known.kind == WRITE:
+            return run_write(known, args, kwargs)
+        return known.special(known, args, kwargs)
+    finally:
+        set_key_excluded(VIEWS_AND_VERSIONS, excluded)
 
 
 def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -216,3 +216,13 @@ def test_out_dims_of_a_functions_vmap_that_do_not_fit() -> None:
 
     with pytest.raises(FunctransError, match="out_dims"):
         vmap(lambda x: Wrong.apply(x, [x, x]))(X)
+
+
+# --- PyTorch's own autograd inside a transform ------------------------------------------------------------------------
+
+
+def test_views_in_a_backward_by_pytorchs_engine_under_vmap() -> None:
+    x = ROWS.clone().requires_grad_()
+    out = torch.logsumexp(x, -1)
+    got = vmap(lambda v: torch.autograd.grad(out, x, v, retain_graph=True)[0])(torch.eye(3, dtype=X.dtype))
+    torch.testing.assert_close(got, torch.autograd.functional.jacobian(lambda a: torch.logsumexp(a, -1), ROWS))
