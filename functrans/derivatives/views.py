@@ -237,20 +237,3 @@ def stack_tensors(grad: Tensor, tensors: Sequence[Tensor], dim: int) -> list[Ten
 
 linear(aten.cat.default, tensors=cat_tensors)
 linear(aten.stack.default, tensors=stack_tensors)
-
-# ------------------------------------------------------------------------------------------- layouts
-
-
-def dense(grad: Tensor) -> Tensor:
-    return grad if grad.layout is torch.strided else grad.to_dense()
-
-
-for _op in (aten._to_sparse.default, aten._to_sparse.sparse_dim):
-    derivative(_op, tangent="linear", self=dense)
-
-
-def sparse_values(grad: Tensor, indices: Tensor) -> Tensor:
-    return dense(grad)[tuple(indices.unbind(0))]
-
-
-derivative(aten._sparse_coo_tensor_with_dims_and_tensors.default, tangent="linear", values=sparse_values)

@@ -1,0 +1,26 @@
+"""Derivatives of conversions to the sparse COO layout and of its constructor.
+
+PyTorch's own go through ``_values``, which has no derivative, so that second and forward derivatives would be lost in silence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+
+
+def dense(grad: Tensor) -> Tensor:
+    return grad if grad.layout is torch.strided else grad.to_dense()
+
+
+def sparse_values(grad: Tensor, indices: Tensor) -> Tensor:
+    return dense(grad)[tuple(indices.unbind(0))]
+
+
+for _op in (aten._to_sparse.default, aten._to_sparse.sparse_dim):
+    derivative(_op, tangent="linear", self=dense)
+derivative(aten._sparse_coo_tensor_with_dims_and_tensors.default, tangent="linear", values=sparse_values)
