@@ -9,7 +9,7 @@ from functrans.batching import vmap
 from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.errors import FunctransError
-from functrans.interpreters.grad.interpreter import GRAD_RULES
+from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap import rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule

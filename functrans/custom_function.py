@@ -23,7 +23,8 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.errors import CustomFunctionError
-from functrans.interpreters.grad.interpreter import DIFFERENTIABLE, GradInterpreter, reduce_to, snapshot, tensors_in
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.grad.recording import DIFFERENTIABLE, reduce_to, snapshot, tensors_in
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.native import TwinInterpreter

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.arguments import Argnums, pick
 from functrans.batching import vmap
 from functrans.errors import CallError, CallValueError, callable_name
 from functrans.pytrees import tree_flatten, tree_unflatten
-from functrans.transforms import Argnums, jvp_with_argnums, pick, vjp_with_argnums
+from functrans.transforms import jvp_with_argnums, vjp_with_argnums
 
 
 def jacrev(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
-from functrans.interpreters.grad.interpreter import DIFFERENTIABLE, GradInterpreter
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.native import run_forward_mode
 from functrans.operators import Facts, facts
 from functrans.rules import RuleTable

@@ -17,7 +17,16 @@ from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.operators import Facts
 from functrans.stack import Interpreter, lowered, running_at
-from functrans.tensor import SCALAR_INDICES, WrapperTensor, call_below, lower, map_tensors, scalar_index, strides_of, wrap
+from functrans.tensor import (
+    SCALAR_INDICES,
+    WrapperTensor,
+    call_below,
+    lower,
+    map_tensors,
+    scalar_index,
+    strides_of,
+    wrap,
+)
 from functrans.torch_private import OpOverload, custom_operator, make_wrapper
 
 aten = torch.ops.aten

@@ -1,0 +1,266 @@
+"""How an operator on tracked values is recorded: by its entry in the derivative table, in pieces, or by PyTorch's derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functrans.decompositions import decompose
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.errors import ModifiedError
+from functrans.native import run_recorded
+from functrans.operators import Facts
+from functrans.rules import RuleTable
+from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
+from functrans.torch_private import OpOverload
+
+if TYPE_CHECKING:
+    from functrans.interpreters.grad.interpreter import GradInterpreter
+
+DIFFERENTIABLE = frozenset(
+    d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)
+)
+
+#: Operators that grad treats in a way of its own: rule(interpreter, op, values, kwargs) -> output of this level.
+GRAD_RULES: RuleTable[Callable[..., Any]] = RuleTable("grad rules")
+
+
+def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
+    rule = GRAD_RULES.get(op)
+    if rule is not None:
+        return lambda self, op, given, values, kwargs, places, slots: rule(self, op, values, kwargs)
+    entry = DERIVATIVES.get(op)
+    if entry is not None:
+        return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
+    if known.composite:
+        return take_apart
+    return borrow
+
+
+def run_constant(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
+    """Run an operator whose outputs do not depend differentiably on its arguments."""
+    return map_tensors(self.constant, lower(self, op, values, kwargs))
+
+
+def take_apart(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
+    """Run the pieces of a composite operator through this level again."""
+    return decompose(self, op, *given)
+
+
+class TableMethod:
+    """Records an operator by its entry in the derivative table."""
+
+    def __init__(self, entry: Derivative, known: Facts) -> None:
+        self.entry = entry
+        self.known = known
+        self.plans: dict[Any, TablePlan | None] = {}
+        #: whether arguments can be broadcast or promoted: not with one tensor and no number
+        operands = [a for a in known.op._schema.arguments if "Tensor" in str(a.type) or "number" in str(a.type)]
+        self.fixes = entry.broadcasts or (entry.pointwise and len(operands) > 1)
+
+    def __call__(
+        self, grad: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: list[int], slots: list[Any]
+    ) -> Any:
+        key = places[0] if len(places) == 1 else tuple(places)
+        try:
+            plan = self.plans[key]
+        except KeyError:
+            plan = self.plans[key] = self.make_plan(places)
+        if plan is None:  # the table says nothing of some tracked argument
+            fallback = take_apart if self.known.composite else borrow
+            return fallback(grad, op, given, values, kwargs, places, slots)
+        out = lower(grad, op, values, kwargs)
+        outs: Any
+        wrapped: Any
+        if isinstance(out, Tensor):
+            wrapped = wrap(grad, out)
+            if out.dtype not in DIFFERENTIABLE:
+                wrapped.slot = None
+                return wrapped
+            grad.slots = outs = wrapped.slot = grad.slots + 1
+        else:
+            wrapped = map_tensors(grad.output, out)
+            outs = [getattr(w, "slot", None) for w in wrapped]
+        if plan.last_save < len(values):
+            saved = [values[i] for i in plan.saves]
+        else:
+            saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in plan.saves]
+        if plan.saves_result:
+            saved.append(out)
+        if self.fixes:
+            shape, dtype = out.shape, out.dtype
+            for p in places:
+                v = values[p]
+                saved.append(None if v.shape == shape and v.dtype is dtype else (v.shape, v.dtype))
+        grad.tape.append((plan, outs, slots, saved))
+        return wrapped
+
+    def default(self, i: int, kwargs: dict[str, Any]) -> Any:
+        return kwargs.get(self.known.arguments[i], self.known.defaults[i])
+
+    def make_plan(self, places: list[int]) -> TablePlan | None:
+        names = [self.known.arguments[p] for p in places]
+        if any(n not in self.entry.formulas for n in names):
+            return None
+        return TablePlan(self.entry, self.known, names, self.fixes)
+
+
+class TablePlan:
+    """The formulas for one operator and one choice of tracked arguments, and what they need saved."""
+
+    def __init__(self, entry: Derivative, known: Facts, names: list[str], fixes: bool) -> None:
+        self.op = entry.op
+        joint = entry.joint is not None and len(names) > 1
+        formulas = ["joint"] if joint else names
+        needed: list[str] = []
+        for name in formulas:
+            for need in entry.needs[name]:
+                if need not in ("grad", "grads", "result", "results", "wanted") and need not in needed:
+                    needed.append(need)
+        #: positions of the arguments to save
+        self.saves = [known.arguments.index(n) for n in needed]
+        self.last_save = max(self.saves, default=-1)
+        self.saves_result = any(n in ("result", "results") for name in formulas for n in entry.needs[name])
+        place = {n: i for i, n in enumerate(needed)}
+        place.update(grad=-1, grads=-1, result=len(needed), results=len(needed))
+        if joint:
+            self.pull = self.joint_pull(entry, names, place)  # type: ignore[method-assign, assignment]
+        else:
+            self.steps = [bind(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
+        #: where in what is saved the shapes and dtypes of arguments that were broadcast or promoted begin
+        self.first_fix = len(needed) + self.saves_result if fixes else None
+
+    def joint_pull(self, entry: Derivative, names: list[str], place: dict[str, int]) -> Callable[[list[Any], Any], list[Any]]:
+        """``pull`` by one formula for all tracked arguments."""
+        formula, wanted = entry.joint, tuple(names)
+        picks = [None if need == "wanted" else place[need] for need in entry.needs["joint"]]
+
+        def pull(saved: list[Any], grad: Any) -> list[Any]:
+            found = formula(*[wanted if p is None else grad if p < 0 else saved[p] for p in picks])  # type: ignore[misc]
+            return [found[n] for n in names]
+
+        return pull
+
+    def pull(self, saved: list[Any], grad: Any) -> list[Any]:
+        found = [step(grad, saved) for step in self.steps]
+        if self.first_fix is not None:
+            for i, fix in enumerate(saved[self.first_fix :]):
+                if fix is not None and found[i] is not None:
+                    found[i] = reduce_to(found[i], *fix)
+        return found
+
+    def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
+        return [snapshot(s, target) for s in saved]
+
+    def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
+        return tensors_in(saved)
+
+
+def bind(formula: Callable[..., Any], picks: tuple[int, ...]) -> Callable[[Any, list[Any]], Any]:
+    """``formula`` as a function of the cotangent (-1 in ``picks``) and the list of what was saved."""
+    if picks == (-1,):
+        return lambda grad, saved: formula(grad)
+    if len(picks) == 2 and picks[0] == -1:
+        one = picks[1]
+        return lambda grad, saved: formula(grad, saved[one])
+    return lambda grad, saved: formula(*[grad if p < 0 else saved[p] for p in picks])
+
+
+def reduce_to(cotangent: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Undo broadcasting and type promotion of a pointwise operator's argument."""
+    if cotangent.shape != shape:
+        cotangent = cotangent.sum_to_size(shape)
+    if cotangent.dtype is not dtype:
+        if cotangent.dtype.is_complex and not dtype.is_complex:
+            cotangent = torch.real(cotangent)
+        cotangent = cotangent.to(dtype)
+    return cotangent
+
+
+def snapshot(x: Any, target: Tensor) -> Any:
+    """``x``, or a copy of it if it is ``target`` or shares its memory."""
+    if type(x) in (list, tuple):
+        return [snapshot(v, target) for v in x]
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        return x
+    if type(x) is WrapperTensor:
+        if x is not target:
+            return x
+        return x.interpreter.rewrap(x, x.value)
+    if type(target) is WrapperTensor or target.layout is not torch.strided:
+        return x
+    return x.clone() if x.untyped_storage()._cdata == target.untyped_storage()._cdata else x
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for v in values:
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif type(v) in (list, tuple):
+            found.extend(tensors_in(v))
+    return found
+
+
+def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
+    """Record ``op`` by PyTorch's own derivative."""
+    wanted: list[int | None] = []
+
+    def number(a: Any) -> None:
+        if isinstance(a, Tensor):
+            wanted.append(a.slot if type(a) is WrapperTensor and a.interpreter is self else None)
+        elif type(a) in (list, tuple):
+            for v in a:
+                number(v)
+
+    for a in (*given[0], *given[1].values()):
+        number(a)
+    out, linked, pullback = run_recorded(self, op, values, kwargs, lambda i: wanted[i] is not None)
+    flags = iter(linked)
+    wrapped = map_tensors(lambda o: self.track(o) if next(flags) else self.constant(o), out)
+    outputs = [wrapped] if isinstance(wrapped, Tensor) else wrapped
+    if any(linked):
+        outs = [getattr(o, "slot", None) for o in outputs if isinstance(o, Tensor)]
+        saved = BorrowedPullback(pullback, tensors_in(values), [False])
+        self.record(BORROWED, outs, [w for w in wanted if w is not None], (op, saved))
+    return wrapped
+
+
+class BorrowedPullback:
+    """A pullback that PyTorch keeps, with what it was made from."""
+
+    def __init__(self, pullback: Callable[..., Any], inputs: list[Tensor], modified: list[bool]) -> None:
+        self.pullback = pullback
+        self.inputs = inputs
+        self.modified = modified
+
+
+class BorrowedPlan:
+    op = "an operator by PyTorch's derivative"
+
+    def pull(self, saved: tuple[OpOverload, BorrowedPullback], grad: Any) -> list[Any]:
+        op, kept = saved
+        if kept.modified[0]:
+            raise ModifiedError(op)
+        return kept.pullback(grad)
+
+    def protect(self, saved: tuple[OpOverload, BorrowedPullback], target: Tensor) -> Any:
+        kept = saved[1]
+        if any(snapshot(x, target) is not x for x in kept.inputs):
+            kept.modified[0] = True
+        return saved
+
+    def saved_tensors(self, saved: tuple[OpOverload, BorrowedPullback]) -> list[Tensor]:
+        return saved[1].inputs
+
+
+BORROWED = BorrowedPlan()
+
+
+@GRAD_RULES.register(torch.ops.aten.detach.default)
+def detach(self: GradInterpreter, op: OpOverload, values: Any, kwargs: Any) -> Any:
+    """The constant that ``detach`` makes, at this level and at every level below."""
+    return self.constant(lower(self, op, values, kwargs))
