@@ -46,7 +46,6 @@ class Inputs:
             leaves, spec = tree_flatten(args[i])
             wrappers = [self._enter(leaf, track) for leaf in leaves]
             self.tracked[i] = (leaves, wrappers, spec)
-            self.slots = None
             entered[i] = tree_unflatten(spec, wrappers)
         for i, a in enumerate(args):
             if i not in self.tracked:
