@@ -21,9 +21,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans.errors import MissingRuleError
-from functrans.stack import Interpreter, running_at
+from functrans.stack import Interpreter, running_at, unchanged
 from functrans.tensor import WrapperTensor, dispatch, map_tensors, strides_of
-from functrans.torch_private import AUTOGRAD, OpOverload, make_wrapper, set_grad_enabled, set_key_excluded
+from functrans.torch_private import (
+    AUTOGRAD,
+    OpOverload,
+    make_wrapper,
+    pop_packing,
+    push_packing,
+    set_grad_enabled,
+    set_key_excluded,
+    top_packing,
+)
 
 aten = torch.ops.aten
 
@@ -104,10 +113,16 @@ class _autograd_on:
 
     def __enter__(self) -> None:
         self.at.__enter__()
+        # twins are for this operator only: hooks that recompute or move what is saved have no use for them
+        self.packing = top_packing(True) is not None
+        if self.packing:
+            push_packing(unchanged, unchanged)
         set_key_excluded(AUTOGRAD, False)
         set_grad_enabled(True)
 
     def __exit__(self, *exc: object) -> None:
+        if self.packing:
+            pop_packing()
         self.at.__exit__()
         set_grad_enabled(self.enabled)
 

@@ -34,10 +34,13 @@ from functrans.torch_private import (
     is_key_excluded,
     mode_stack_size,
     pop_mode,
+    pop_packing,
     push_mode,
+    push_packing,
     set_forward_enabled,
     set_grad_enabled,
     set_key_excluded,
+    top_packing,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ class _State(threading.local):
     top: Interpreter | None = None
     #: size of PyTorch's mode stack while the door is on it; while the door handles an operator it is one less
     door_depth: int = 0
+    #: the saved-tensor hooks around the outermost transform
+    packing: Any = None
 
 
 STATE = _State()
@@ -156,6 +161,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
             set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
             push_mode(DOOR)
             STATE.door_depth = modes + 1
+            STATE.packing = top_packing(True)
         STATE.top = interpreter
         if enable_grad:
             set_grad_enabled(True)
@@ -181,12 +187,13 @@ class running_at:
     See NOTE [Three states of a thread].
     """
 
-    __slots__ = ("excluded", "level", "removed", "top", "views_excluded")
+    __slots__ = ("excluded", "level", "packing", "removed", "top", "views_excluded")
 
     def __init__(self, level: Interpreter | None) -> None:
         self.level = level
         self.top = STATE.top
         self.removed: list[Any] | None = None
+        self.packing = False
         self.excluded = is_key_excluded(AUTOGRAD)
         self.views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
 
@@ -196,6 +203,7 @@ class running_at:
         set_key_excluded(VIEWS_AND_VERSIONS, level is not None)
         if level is None:
             set_key_excluded(ZERO_TENSOR, False)
+            self.packing = pack_as_outside()
         door_is_open = mode_stack_size() >= STATE.door_depth > 0
         if level is not None and not door_is_open:
             self.removed = []
@@ -205,6 +213,8 @@ class running_at:
 
     def __exit__(self, *exc: object) -> None:
         STATE.top = self.top
+        if self.packing:
+            pop_packing()
         if self.removed is not None:
             if self.removed:
                 put_back(self.removed)
@@ -212,6 +222,22 @@ class running_at:
                 pop_mode(None)
         set_key_excluded(AUTOGRAD, self.excluded)
         set_key_excluded(VIEWS_AND_VERSIONS, self.views_excluded)
+
+
+def pack_as_outside() -> bool:
+    """Have autograd pack what the base saves by the hooks around the outermost transform; whether ``pop_packing`` must undo it.
+
+    Hooks from inside (checkpoint's, say) would recompute with wrappers whose transform has ended when the base is differentiated.
+    """
+    inside, outside = top_packing(True), STATE.packing
+    if inside is None or STATE.door_depth == 0 or (outside is not None and inside[0] is outside[0]):
+        return False
+    push_packing(*(outside if outside is not None else (unchanged, unchanged)))
+    return True
+
+
+def unchanged(x: Any) -> Any:
+    return x
 
 
 def take_off_door() -> list[Any]:

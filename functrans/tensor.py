@@ -39,9 +39,11 @@ from functrans.torch_private import (
     is_key_excluded,
     make_wrapper,
     pop_mode,
+    pop_packing,
     push_mode,
     set_grad_enabled,
     set_key_excluded,
+    top_packing,
 )
 
 
@@ -322,7 +324,12 @@ def base_recorded(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         set_key_excluded(AUTOGRAD, False)
         set_key_excluded(VIEWS_AND_VERSIONS, False)
         set_key_excluded(ZERO_TENSOR, False)
-        return op(*args, **kwargs)
+        if top_packing(True) is None or not stack.pack_as_outside():
+            return op(*args, **kwargs)
+        try:
+            return op(*args, **kwargs)
+        finally:
+            pop_packing()
     finally:
         set_key_excluded(AUTOGRAD, excluded)
         set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)

@@ -14,7 +14,7 @@ __all__ = [
     "AUTOGRAD", "COMPOSITE", "CONJUGATE", "INDEX_BATCHED", "INDEX_BATCHED_KEYS", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR", "OpOverload", "custom_operator",
     "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
-    "push_mode", "set_forward_enabled", "set_grad_enabled", "set_key_excluded",
+    "pop_packing", "push_mode", "push_packing", "set_forward_enabled", "set_grad_enabled", "set_key_excluded", "top_packing",
 ]  # fmt: skip
 
 # Whether dispatch skips a key, per thread: the door stands in front of autograd by excluding its key.
@@ -47,6 +47,11 @@ set_forward_enabled = _C._set_fwd_grad_enabled
 
 # A quick call enters PyTorch where function modes listen; the door's operators have passed them already.
 function_mode_enabled = _C._is_torch_function_mode_enabled
+
+# The hooks that pack what autograd saves (checkpoint, save_on_cpu), the innermost ones.
+_hooks: Any = _C._autograd
+top_packing, push_packing = _hooks._top_saved_tensors_default_hooks, _hooks._push_saved_tensors_default_hooks
+pop_packing = _hooks._pop_saved_tensors_default_hooks
 
 # Creates a tensor that has metadata but no data; the only way to a wrapper whose class sees every operator.
 make_wrapper = torch.Tensor._make_wrapper_subclass
