@@ -363,7 +363,7 @@ def batch_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
     # plain, because the fused operator has no derivative by the running statistics
     s = State(BATCH_EVAL, v)
     of_input = cast(s.weighted(grad) * s.rstd, grad.dtype) if mask[0] else None
-    return of_input, s.layout.to_affine(grad * s.normal, v["weight"]) if mask[1] else None
+    return of_input, s.layout.to_affine(grad * s.normal, v["weight"]) if mask[1] else None, None
 
 
 forward_entry(LAYER, aten.native_layer_norm.default, layer_backward)
