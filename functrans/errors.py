@@ -91,6 +91,18 @@ class InsideTransformError(FunctransError):
         super().__init__(f"{what} inside {transform} is not possible. Use {cure}.")
 
 
+class MixedTransformsError(FunctransError):
+    """A transform of functrans ran inside one of torch.func, whose tensors hide what functrans has to see.
+
+    Cure: take the outer transform from functrans as well.
+    """
+
+    def __init__(self, transform: str) -> None:
+        super().__init__(
+            f"{transform} was called inside a transform of torch.func, which cannot see into it. Use functrans for the outer transform too."
+        )
+
+
 class NoDataError(FunctransError):
     """The numbers of a tensor were asked for that are batched, tracked or carry a tangent."""
 

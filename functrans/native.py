@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans.errors import MissingRuleError
+from functrans.errors import MissingRuleError, MixedTransformsError
 from functrans.stack import Interpreter, running_at, unchanged
 from functrans.tensor import WrapperTensor, dispatch, map_tensors, strides_of
 from functrans.torch_private import (
     AUTOGRAD,
     OpOverload,
+    is_torch_func_active,
     make_wrapper,
     pop_packing,
     push_packing,
@@ -177,6 +178,8 @@ def run_recorded(
         raise MissingRuleError(op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd.")
 
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
+        if is_torch_func_active():
+            raise MixedTransformsError(f"a pullback of {op}")
         twin.grad_mode = torch.is_grad_enabled()
         pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
         with _autograd_on(twin):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from functrans.errors import MixedTransformsError
 from functrans.torch_private import (
     AUTOGRAD,
     INDEX_BATCHED,
@@ -32,6 +33,7 @@ from functrans.torch_private import (
     OpOverload,
     is_forward_enabled,
     is_key_excluded,
+    is_torch_func_active,
     mode_stack_size,
     pop_mode,
     pop_packing,
@@ -152,6 +154,8 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
 
     ``enable_grad`` switches the new level's grad mode on.
     """
+    if is_torch_func_active():
+        raise MixedTransformsError(interpreter.name)
     top, modes, depth = STATE.top, mode_stack_size(), STATE.door_depth
     excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
     try:

@@ -13,7 +13,7 @@ from torch.utils._mode_utils import no_dispatch
 __all__ = [
     "AUTOGRAD", "COMPOSITE", "CONJUGATE", "INDEX_BATCHED", "INDEX_BATCHED_KEYS", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR", "OpOverload", "custom_operator",
-    "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
+    "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "is_torch_func_active", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
     "pop_packing", "push_mode", "push_packing", "set_forward_enabled", "set_grad_enabled", "set_key_excluded", "top_packing",
 ]  # fmt: skip
 
@@ -52,6 +52,9 @@ function_mode_enabled = _C._is_torch_function_mode_enabled
 _hooks: Any = _C._autograd
 top_packing, push_packing = _hooks._top_saved_tensors_default_hooks, _hooks._push_saved_tensors_default_hooks
 pop_packing = _hooks._pop_saved_tensors_default_hooks
+
+# Whether code runs inside a transform of torch.func; only asked, to refuse it.
+is_torch_func_active = _C._are_functorch_transforms_active
 
 # Creates a tensor that has metadata but no data; the only way to a wrapper whose class sees every operator.
 make_wrapper = torch.Tensor._make_wrapper_subclass

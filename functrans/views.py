@@ -105,6 +105,8 @@ def _shares_memory(out: Any, viewed: Any) -> bool:
     first = out[0] if isinstance(out, list | tuple) and out else out
     if not isinstance(first, Tensor) or first is viewed or first._is_view():
         return isinstance(first, Tensor)
+    if not isinstance(viewed, Tensor):
+        return False  # a number of which a tensor was made
     if first.layout is not torch.strided or viewed.layout is not torch.strided:
         return True  # the parts of a sparse tensor
     return first.untyped_storage()._cdata == viewed.untyped_storage()._cdata
