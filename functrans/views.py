@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from functrans import stack
+from functrans.errors import InsideTransformError
 from functrans.history import with_history_of
+from functrans.memory import storage_offset_of
 from functrans.operators import Facts
 from functrans.stack import STATE, running_at
 from functrans.tensor import WrapperTensor, base, dispatch, highest, lift, set_content
@@ -39,7 +41,7 @@ class Root:
 class ViewLink:
     """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
 
-    __slots__ = ("args", "grad_mode", "index", "kwargs", "op", "owner", "parent", "root")
+    __slots__ = ("args", "grad_mode", "index", "kwargs", "layout", "op", "owner", "parent", "root")
 
     def __init__(
         self, owner: WrapperTensor, parent: ViewLink | None, root: Root, op: OpOverload, args: Any, kwargs: Any, index: Any
@@ -52,12 +54,16 @@ class ViewLink:
         self.kwargs = kwargs
         self.index = index
         self.grad_mode = torch.is_grad_enabled()
+        #: of a view by places in memory: how that from which it was taken lay there
+        self.layout: Any = None
 
     def base_content(self) -> WrapperTensor:
         return self.owner if self.root.content is None else self.root.content
 
     def apply(self, x: Tensor) -> Tensor:
         """This step's view of ``x``, recorded as the view was when it was made."""
+        if self.layout is not None and self.layout != layout_of(x):
+            raise InsideTransformError("as_strided of a tensor that is written", "a transform", "indices, or as_strided after the write")
         enabled = torch.is_grad_enabled()
         try:
             set_grad_enabled(self.grad_mode)
@@ -121,7 +127,16 @@ def link_view(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: 
         if root is None:
             root = viewed.root = Root()
     view.view_link = ViewLink(owner, parent, root, op, args[1:], kwargs, index)
+    if op is aten.as_strided.default:
+        view.view_link.layout = layout_of(viewed)
     view.seen = root.version
+
+
+def layout_of(x: Tensor) -> tuple[Any, ...]:
+    """Strides and offset of the plain tensor under ``x``."""
+    while type(x) is WrapperTensor:
+        x = x.value
+    return x.stride(), x.storage_offset()
 
 
 #: Operators that copy where they cannot view; which of the two it was depends on the strides.
@@ -207,6 +222,17 @@ def _send(op: OpOverload, *args: Any) -> Any:
     return dispatch(op, args, {})
 
 
+def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    size, stride, offset = (*step.args, None)[:3]
+    start = storage_offset_of(before)
+    offset = start if offset is None else offset
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    own_last = start + sum((n - 1) * s for n, s in zip(before.shape, before.stride(), strict=True))
+    if not start <= offset <= last <= own_last or own_last - start + 1 != math.prod(before.shape):
+        raise InsideTransformError("a write through as_strided beyond the tensor that it was called on", "a transform", "indices")
+    return _send(aten.as_strided_scatter.default, before, changed, *step.args)
+
+
 def _back_permute(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     inverse = [0] * before.dim()
     for i, d in enumerate(step.args[0]):
@@ -225,6 +251,7 @@ def _back_again(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
 
 #: For a view's operator: (step, before, changed) -> the new contents of what it was taken from.
 WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
+    aten.as_strided.default: _back_as_strided,
     aten.select.int: lambda step, before, changed: _send(aten.select_scatter.default, before, changed, *step.args),
     aten.slice.Tensor: lambda step, before, changed: _send(aten.slice_scatter.default, before, changed, *step.args),
     aten.diagonal.default: lambda step, before, changed: _send(aten.diagonal_scatter.default, before, changed, *step.args),
