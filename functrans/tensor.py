@@ -121,7 +121,7 @@ class WrapperTensor(torch.Tensor):
         raise NoDataError("data_ptr()", self.interpreter.name)
 
     def storage_offset(self) -> int:
-        return self.value.storage_offset()
+        return int(self.value.storage_offset())
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         raise InsideTransformError("Tensor.backward()", self.interpreter.name, "functrans.grad or functrans.vjp")

@@ -61,7 +61,7 @@ MATRIX = [
     "torch.outer({a}, {b}) * 0.5", "{M} @ {M} * 0.3", "{M} * {a}", "{M} + {a}.unsqueeze(1)", "{M}.t() * 0.7", "{M}.tanh()",
     "torch.stack([{a}, {b}, {a} * {b}], 1)", "{M}.softmax(-1)", "torch.tril({M})", "{a}.expand(3, 3) * {M}",
     "torch.linalg.solve({M} * 0.1 + 2.0 * torch.eye(3, dtype=torch.float64), {M})", "torch.diag_embed({a})",
-    "torch.cdist({M} + {a}, {M} + 4.0) * 0.2", "{M}.transpose(0, 1).contiguous()", "torch.kron({a}, {b}).reshape(3, 3) * 0.4",
+    "torch.cdist({M} + {a}, {M} + 4.0) * 0.2", "{M}.transpose(0, 1).contiguous()", "torch.einsum('i,j->ji', {a}, {b}) * 0.4",
 ]  # fmt: skip
 SCALAR = ["{a}.sum() * 0.5", "{a}.dot({b}) * 0.4", "{M}.mean()", "{M}.trace() * 0.3", "{a}[1]", "{a}.norm() * 0.5"]
 VIEWS = {

@@ -159,6 +159,17 @@ def test_jvp_of_jvp_of_layer_norm() -> None:
     torch.testing.assert_close(second(norm), second(by_hand))
 
 
+def test_kron_with_a_factor_that_is_written_later() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        factor = X.clone()
+        product = torch.kron(factor, x)
+        factor.mul_(0.5)
+        return product.sum()
+
+    # torch.func and autograd use the factor as it is after the write
+    right_or_error(lambda: grad(f)(X), X.sum().expand(3))
+
+
 def test_lazy_conjugate_and_negative_views() -> None:
     z = torch.complex(BATCH, BATCH.flip(1))
     for f in (lambda z: z.conj() * z, lambda z: z.conj().imag * 1, lambda z: (z.conj().imag + 1).sin(), lambda z: z.mH @ z):
