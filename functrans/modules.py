@@ -25,7 +25,7 @@ def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Any], dic
         parameters are leaves that require grad where the models' do.
 
     Raises:
-        CallError: there is no model, or they differ in class or mode.
+        CallError: there is no model, or they differ in class, mode, or in which parameters require grad.
 
     Example:
         >>> import torch
@@ -44,6 +44,9 @@ def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Any], dic
         raise CallError(call, f"models of classes {sorted(kinds)}", "one class")
     if any(m.training != models[0].training for m in models):
         raise CallError(call, "models in training and in evaluation mode", "one mode", "Call .train() or .eval() on all of them.")
+    for name, p in models[0].named_parameters():
+        if any(dict(m.named_parameters())[name].requires_grad != p.requires_grad for m in models):
+            raise CallError(call, f"models of which some freeze {name} and some do not", "the same requires_grad in all models")
     params = {
         name: _stack([dict(m.named_parameters())[name] for m in models]) for name, _ in models[0].named_parameters()
     }

@@ -226,3 +226,10 @@ def test_views_in_a_backward_by_pytorchs_engine_under_vmap() -> None:
     out = torch.logsumexp(x, -1)
     got = vmap(lambda v: torch.autograd.grad(out, x, v, retain_graph=True)[0])(torch.eye(3, dtype=X.dtype))
     torch.testing.assert_close(got, torch.autograd.functional.jacobian(lambda a: torch.logsumexp(a, -1), ROWS))
+
+
+def test_models_of_which_some_are_frozen_are_not_stacked() -> None:
+    models = [torch.nn.Linear(2, 2) for _ in range(3)]
+    models[0].weight.requires_grad_(False)
+    with pytest.raises(FunctransError, match="requires_grad"):
+        functrans.stack_module_state(models)
