@@ -13,6 +13,7 @@ it would cut the derivative.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +26,15 @@ from functrans.stack import Interpreter, running_at, unchanged
 from functrans.tensor import WrapperTensor, dispatch, map_tensors, strides_of
 from functrans.torch_private import (
     AUTOGRAD,
+    VIEWS_AND_VERSIONS,
     OpOverload,
+    is_forward_enabled,
+    is_key_excluded,
     is_torch_func_active,
     make_wrapper,
     pop_packing,
     push_packing,
+    set_forward_enabled,
     set_grad_enabled,
     set_key_excluded,
     top_packing,
@@ -134,6 +139,39 @@ def _tensors_in(out: Any) -> list[Tensor]:
     return [o for o in out if isinstance(o, Tensor)] if isinstance(out, tuple | list) else []
 
 
+class _outside_inference:
+    """Context: inference mode, in which PyTorch records nothing at all, is off, and nothing else is changed."""
+
+    def __enter__(self) -> None:
+        keys, enabled, forward = [is_key_excluded(k) for k in _SWITCHED], torch.is_grad_enabled(), is_forward_enabled()
+        self.mode = torch.inference_mode(False)
+        self.mode.__enter__()
+        for key, excluded in zip(_SWITCHED, keys, strict=True):
+            set_key_excluded(key, excluded)
+        set_grad_enabled(enabled)
+        set_forward_enabled(forward)
+
+    def __exit__(self, *exc: object) -> None:
+        self.mode.__exit__(*exc)
+
+
+_SWITCHED = (AUTOGRAD, VIEWS_AND_VERSIONS)
+
+
+def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: ``function`` runs outside of inference mode, the tensors that it makes included."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args)
+        with _outside_inference():
+            return function(*args)
+
+    return run
+
+
+@recording
 def run_recorded(
     borrower: Interpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tracked: Callable[[Any], bool]
 ) -> tuple[Any, list[bool], Callable[[list[Tensor | None]], list[Tensor | None]]]:
@@ -177,6 +215,7 @@ def run_recorded(
     if any(on and "WarnNotImplemented" in o.grad_fn.name() for o, on in zip(outputs, linked, strict=True)):  # type: ignore[union-attr]
         raise MissingRuleError(op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd.")
 
+    @recording
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
         if is_torch_func_active():
             raise MixedTransformsError(f"a pullback of {op}")
@@ -193,6 +232,7 @@ def run_recorded(
     return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), linked, pullback
 
 
+@recording
 def run_forward_mode(
     borrower: Interpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tangents: dict[int, Tensor]
 ) -> tuple[Any, list[Tensor | None]]:

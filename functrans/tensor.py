@@ -340,13 +340,16 @@ def base_recorded(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def any_requires_grad(args: Any) -> bool:
     for a in args:
-        if isinstance(a, Tensor):
+        kind = type(a)
+        if kind in WITHOUT_TENSORS:
+            continue
+        if kind is Tensor or isinstance(a, Tensor):
             if a.requires_grad:
                 return True
-        elif type(a) in (list, tuple):
+        elif kind is list or kind is tuple:
             if any_requires_grad(a):
                 return True
-        elif type(a) is dict and any_requires_grad(a.values()):
+        elif kind is dict and any_requires_grad(a.values()):
             return True
     return False
 
@@ -371,11 +374,11 @@ def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str,
     return dispatch(op, args, kwargs)
 
 
-def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any], inputs: Any = None) -> Any:
     """Call ``function``, plain ``torch`` code, one level down, from a handler.
 
     What ``stack.lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already, and
-    at the base it has to come back only where something requires grad.
+    at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
     """
     if not interpreter.outer_grad_mode or not interpreter.outer_forward_mode or forward_ad._current_level >= 0:
         with stack.lowered(interpreter):
@@ -392,7 +395,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
             pop_mode(None)
             set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
             STATE.top = top
-    if any_requires_grad(args):
+    if any_requires_grad(args if inputs is None else inputs):
         with stack.lowered(interpreter):
             return function(*args, **kwargs)
     try:

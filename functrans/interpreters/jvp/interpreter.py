@@ -173,7 +173,7 @@ class TableMethod:
                 if position not in self.partial:
                     return borrow(interpreter, op, values, kwargs, tangents)
         out = lower(interpreter, op, values, kwargs)
-        found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {})
+        found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values()))
         if not torch.is_grad_enabled():
             found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
         return with_tangents(interpreter, out, found)
