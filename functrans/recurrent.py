@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 from functrans.decompositions import DECOMPOSITIONS
+from functrans.operators import Facts
+from functrans.special import stands_in_for
+from functrans.stack import STATE, running_at
+from functrans.tensor import base, highest
 
 aten = torch.ops.aten
 
@@ -200,3 +204,44 @@ def decomposed_packed(op: Any) -> Callable[..., tuple[Tensor, ...]]:
 
 for op in STEPS:
     DECOMPOSITIONS.add(op, decomposed_padded(op) if op._overloadname == "input" else decomposed_packed(op))
+
+
+def pad_packed(
+    data: Tensor, batch_sizes: Tensor, batch_first: bool, padding_value: float, total_length: int
+) -> tuple[Tensor, Tensor]:
+    """``_pad_packed_sequence``, whose own definition reads the sizes from memory: the sequences, and their lengths."""
+    sizes = batch_sizes.tolist()
+    steps, count = max(len(sizes), total_length), sizes[0]
+    places = [t * count + n for t, size in enumerate(sizes) for n in range(size)]
+    padded = data.new_full((steps * count, *data.shape[1:]), padding_value)
+    padded = padded.index_copy(0, torch.tensor(places, device=data.device), data).unflatten(0, (steps, count))
+    lengths = torch.tensor([sum(size > n for size in sizes) for n in range(count)])
+    return padded.transpose(0, 1) if batch_first else padded, lengths
+
+
+def pack_padded(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """``_pack_padded_sequence``: the rows of all steps, and how many there are of each."""
+    ends = lengths.tolist()
+    if min(ends) <= 0:
+        raise RuntimeError(f"pack_padded_sequence: lengths {ends}, expected numbers greater than 0")
+    if sorted(ends, reverse=True) != ends:
+        raise RuntimeError(f"pack_padded_sequence: lengths {ends}, expected decreasing ones. Pass enforce_sorted=False.")
+    if batch_first:
+        x = x.transpose(0, 1)
+    if len(ends) != x.shape[1] or ends[0] > x.shape[0]:
+        raise RuntimeError(f"pack_padded_sequence: lengths {ends} for {x.shape[1]} sequences of {x.shape[0]} steps")
+    sizes = [sum(end > t for end in ends) for t in range(ends[0])]
+    places = [t * x.shape[1] + n for t, size in enumerate(sizes) for n in range(size)]
+    return x.flatten(0, 1).index_select(0, torch.tensor(places, device=x.device)), torch.tensor(sizes)
+
+
+@stands_in_for(aten._pack_padded_sequence.default)
+def packed_at_the_door(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Its derivative reads the sizes from memory, and there is none in forward mode."""
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    with running_at(STATE.top):
+        return pack_padded(*args)
+
+
+DECOMPOSITIONS.add(aten._pad_packed_sequence.default, pad_packed)

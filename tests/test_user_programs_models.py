@@ -345,3 +345,33 @@ def test_attention_in_every_derivative(form: str) -> None:
 
     got = vmap(grad(slope(attend, grad), argnums=(0, 1, 2)))(q, k, v)
     agree(got, torch.func.vmap(torch.func.grad(slope(by_hand, torch.func.grad), argnums=(0, 1, 2)))(q, k, v), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences(kind: type[nn.Module], enforce_sorted: bool) -> None:
+    net = kind(3, 4, bidirectional=True, batch_first=True).double()
+    params = {n: p.detach() for n, p in net.named_parameters()}
+    lengths = [5, 3, 2] if enforce_sorted else [2, 5, 3]
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=enforce_sorted)
+        out, found = nn.utils.rnn.pad_packed_sequence(functional_call(net, p, (packed,))[0], True, padding_value=-1.5, total_length=6)
+        assert found.tolist() == lengths and out.shape == (3, 6, 8)
+        return out.pow(3).sum()
+
+    x = torch.randn(2, 3, 5, 3, dtype=torch.float64)
+    agree(vmap(grad(loss), (None, 0))(params, x), no_history(for_each(gradient(loss), (None, 0))(params, x)))
+    slope = (gradient(lambda x: loss(params, x))(x[0]) * x[1]).sum()
+    agree(jvp(lambda x: loss(params, x), (x[0],), (x[1],))[1], slope.detach())
+
+
+@pytest.mark.parametrize("parametrize", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_weights(parametrize: str) -> None:
+    net = getattr(nn.utils.parametrizations, parametrize)(nn.Linear(3, 3)).double().eval()
+    params, x = {n: p.detach() for n, p in net.named_parameters()}, torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        return functional_call(net, p, (x,)).pow(3).sum()
+
+    agree(vmap(grad(loss), (None, 0))(params, x), no_history(for_each(gradient(loss), (None, 0))(params, x)))
