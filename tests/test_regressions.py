@@ -233,3 +233,15 @@ def test_models_of_which_some_are_frozen_are_not_stacked() -> None:
     models[0].weight.requires_grad_(False)
     with pytest.raises(FunctransError, match="requires_grad"):
         functrans.stack_module_state(models)
+
+
+def test_jvp_views_what_was_broadcast() -> None:
+    """The tangent of a broadcast sum has other strides than the sum, and still follows its views and writes."""
+    row, x, direction = torch.randn(3), torch.randn(3), torch.randn(3)
+
+    def f(v):
+        table = row + v.unsqueeze(1)
+        table.view(9)[2:5].copy_(v)
+        return table * table
+
+    torch.testing.assert_close(functrans.jvp(f, (x,), (direction,)), torch.func.jvp(f, (x,), (direction,)))

@@ -130,6 +130,13 @@ def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any,
     return map_tensors(self.constant, lower(self, op, values, kwargs))
 
 
+#: Views whose strides have to fit, and what does the same to a tangent, whose strides may be others than its primal's.
+COPYING: dict[OpOverload, OpOverload] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.view_as.default: aten.reshape_as.default,
+}
+
 #: Where an elementwise formula's parameter comes from, beside the arguments' positions.
 GIVEN, RESULT = -1, -2
 
@@ -232,7 +239,7 @@ class TableMethod:
                 given[i] = t
             elif value is not None:
                 kwargs[name] = t
-        return self.entry.op(*given, **kwargs)
+        return COPYING.get(self.entry.op, self.entry.op)(*given, **kwargs)
 
     def multilinear(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
         total: Any = None
