@@ -75,6 +75,8 @@ class Interpreter:
     payload: ClassVar[tuple[str, ...]] = ()
     #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
     repeats_writes: ClassVar[bool] = False
+    #: Whether lowering an operator is running it at the base, in the grad mode that is on.
+    on_base: bool = False
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         self.below: Interpreter | None = STATE.top
@@ -83,6 +85,7 @@ class Interpreter:
         self.func = func
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()
+        self.on_base = self.below is None and self.outer_grad_mode
 
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""

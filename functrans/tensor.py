@@ -356,6 +356,8 @@ def any_requires_grad(args: Any) -> bool:
 
 def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
+    if interpreter.on_base:
+        return base(op, args, kwargs)
     try:
         random = op._functrans.random  # type: ignore[attr-defined]
     except AttributeError:
