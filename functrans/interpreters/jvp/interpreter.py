@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.errors import MissingRuleError
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.native import run_forward_mode
@@ -332,6 +333,9 @@ def double_reverse(
         out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
         plain = map_tensors(lambda o: o.value if type(o) is WrapperTensor and o.interpreter is inner else o, out)
         outputs = [o for o in ([out] if isinstance(out, Tensor) else out) if isinstance(o, Tensor)]
+        if any(o.layout is not torch.strided for o in outputs):
+            # PyTorch's formulas for sparse tensors go through _values, where the second derivative is lost
+            raise MissingRuleError(op, self, "Its result is sparse: use to_dense() before it.")
 
         outer = GradInterpreter(op)
         seeds = {o.slot: outer.track(torch.zeros_like(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
