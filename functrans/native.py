@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans.errors import MissingRuleError, MixedTransformsError
+from functrans.operators import facts
 from functrans.stack import Interpreter, running_at, unchanged
-from functrans.tensor import WrapperTensor, dispatch, map_tensors, strides_of
+from functrans.tensor import WrapperTensor, base, dispatch, map_tensors, strides_of
 from functrans.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
@@ -92,9 +93,6 @@ class TwinInterpreter(Interpreter):
 
 
 def _below(twin: TwinInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    from functrans.operators import facts
-    from functrans.tensor import base
-
     if facts(op).random:
         return base(op, args, kwargs) if twin.below is None else twin.below.process(op, args, kwargs)
     return dispatch(op, args, kwargs)
