@@ -4,7 +4,7 @@
 wrapper tensors carry their level, and every operator walks down the stack.
 """
 
-from functrans import custom_function, derivatives, door, fused_layers, recurrent, scalar_index, special  # noqa: F401  (importing them connects them)
+from functrans import custom_function, derivatives, door, fused_layers, programs, recurrent, scalar_index, special  # noqa: F401  (importing them connects them)
 from functrans.batching import vmap
 from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
@@ -20,8 +20,10 @@ from functrans.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 
 derivatives.load()
 rules.load()
-for table in (DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES):
+TABLES = (DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES)
+for table in TABLES:
     table.on_change(lambda op: facts(op).plans.clear())
+programs.watch(*TABLES)
 
 __all__ = [
     "FunctransError",

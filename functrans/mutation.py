@@ -24,7 +24,7 @@ from functrans.operators import VIEW, WRITE, Facts
 from functrans.pure_forms import resolve_functional
 from functrans.stack import STATE, Interpreter, running_at
 from functrans.tensor import WrapperTensor, base, dispatch, highest, set_content
-from functrans.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, no_dispatch, set_key_excluded
+from functrans.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, no_dispatch, set_key_excluded, without_torch_function
 from functrans.views import Root, ViewLink, link_view, run_view, settle, write_back
 
 aten = torch.ops.aten
@@ -96,7 +96,7 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
     if new.shape != target.shape:
         if not resize:
             raise WriteShapeError(target.shape, new.shape)
-        _set_shape(target, new)
+        set_shape(target, new)
     new = strip(new, target.interpreter, op, target)
     check_written_once(target.interpreter.level, op, reads)
     invalidate_saved(target)
@@ -153,7 +153,7 @@ def write_metadata(known: Facts, target: Any, args: tuple[Any, ...], kwargs: dic
         return target
     before = _hold(target)
     new = dispatch(op, (before, *args[1:]), kwargs)
-    _set_shape(target, new)
+    set_shape(target, new)
     set_content(target, new)
     link_view(target, before, op, args, kwargs, None)
     return target
@@ -171,9 +171,12 @@ def _hold(target: WrapperTensor) -> WrapperTensor:
     return held
 
 
-def _set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
+def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
+    """Let ``wrapper``, whose contents are about to change, have the shape and strides of ``like``."""
+    shape, strides = like.shape, like.stride()
     with no_dispatch():
-        wrapper.as_strided_(like.shape, like.stride())  # metadata only: a wrapper has no data
+        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides))  # metadata only: a wrapper has no data
+    wrapper.shape, wrapper.strides = shape, strides
 
 
 def write_captured(known: Facts, targets: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

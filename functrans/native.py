@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from functrans.errors import MissingRuleError, MixedTransformsError
 from functrans.operators import facts
 from functrans.stack import Interpreter, running_at, unchanged
-from functrans.tensor import WrapperTensor, base, dispatch, map_tensors, strides_of
+from functrans.tensor import WrapperTensor, base, dispatch, map_tensors, strides_of, wrap_as
 from functrans.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
@@ -32,7 +32,6 @@ from functrans.torch_private import (
     is_forward_enabled,
     is_key_excluded,
     is_torch_func_active,
-    make_wrapper,
     pop_packing,
     push_packing,
     set_forward_enabled,
@@ -99,13 +98,7 @@ def _below(twin: TwinInterpreter, op: OpOverload, args: Any, kwargs: dict[str, A
 
 
 def twin_of(twin: TwinInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
-    wrapper = make_wrapper(
-        WrapperTensor, value.shape, strides_of(value), None, None, value.dtype, value.layout, value.device, False, requires_grad
-    )
-    wrapper.interpreter = twin
-    wrapper.value = value
-    wrapper.view_link = None
-    return wrapper
+    return wrap_as(twin, value, value.shape, strides_of(value), requires_grad)
 
 
 class _autograd_on:

@@ -10,12 +10,12 @@ import torch
 
 from functrans import stack
 from functrans.errors import InsideTransformError
-from functrans.mutation import write
+from functrans.mutation import set_shape, write
 from functrans.native import TwinInterpreter
 from functrans.operators import SPECIAL_OPERATORS, Facts, facts
 from functrans.stack import STATE, running_at
 from functrans.tensor import WrapperTensor, base, highest, lift, set_content
-from functrans.torch_private import OpOverload, no_dispatch
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -158,8 +158,7 @@ def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     flat = enter(aten.reshape.default, target, [-1])
     new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
     target.root = None
-    with no_dispatch():
-        target.as_strided_(new.shape, new.stride())
+    set_shape(target, new)
     set_content(target, new)
     return target
 

@@ -77,6 +77,12 @@ class Interpreter:
     repeats_writes: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
+    #: ``process`` for a whole program (see programs.py): (program, args) -> outputs. None: its operators come one by one.
+    process_program: Callable[[Any, Any], Any] | None = None
+
+    def __init_subclass__(cls) -> None:
+        if "process" in vars(cls) and "process_program" not in vars(cls):
+            cls.process_program = None  # a new meaning for operators is one for programs, too
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         self.below: Interpreter | None = STATE.top

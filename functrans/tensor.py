@@ -58,8 +58,11 @@ class WrapperTensor(torch.Tensor):
         version: counts the writes it has seen.
     """
 
-    # Slots, because these are read and written for every operator; what is rare is an ordinary attribute.
-    __slots__ = ("bdim", "interpreter", "made_at", "slot", "tangent", "value", "view_link")
+    # Slots, because these are read and written for every operator; what is rare is an ordinary attribute. Metadata stands in slots
+    # beside where PyTorch keeps it, because PyTorch's own getters ask __torch_function__ first.
+    __slots__ = (
+        "bdim", "device", "dtype", "interpreter", "layout", "made_at", "shape", "slot", "strides", "tangent", "value", "view_link",
+    )  # fmt: skip
 
     interpreter: Interpreter
     value: Tensor
@@ -68,6 +71,8 @@ class WrapperTensor(torch.Tensor):
     tangent: Tensor | None
     view_link: Any  # a views.ViewLink or None
     made_at: tuple[Any, int]
+    shape: torch.Size  # type: ignore[assignment]
+    strides: tuple[int, ...] | None  # None: contiguous
 
     root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
@@ -77,7 +82,7 @@ class WrapperTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return stack.DOOR.enter(func, args, kwargs)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    # __torch_function__, the short way in, is set by door.py.
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return describe(self)
@@ -86,6 +91,30 @@ class WrapperTensor(torch.Tensor):
         if self.dim() == 0 and spec:
             return format(self.item(), spec)
         return describe(self)
+
+    # Metadata, without the way through PyTorch's parser.
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    ndim = property(dim)  # type: ignore[assignment]
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        if dim is None:
+            return self.shape
+        return super().size(dim) if type(dim) is not int or not -len(self.shape) <= dim < len(self.shape) else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else super().__len__()
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
 
     # What follows would read autograd state or data that a wrapper does not have.
 
@@ -182,15 +211,26 @@ def concrete(x: Tensor) -> Tensor | None:
 
 def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
     """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``; what the transform keeps on it is not set."""
-    shape: Any = value.shape
-    dtype = value.dtype
+    return wrap_as(interpreter, value, value.shape, strides_of(value))
+
+
+def wrap_as(
+    interpreter: Interpreter, value: Tensor, shape: torch.Size, strides: tuple[int, ...] | None, requires_grad: bool = False
+) -> WrapperTensor:
+    """A wrapper around ``value`` that shows a shape of its own; ``strides`` None: contiguous."""
+    dtype, layout, device = value.dtype, value.layout, value.device
     if shape or dtype not in SCALAR_INDICES:
-        wrapper = make_wrapper(WrapperTensor, shape, strides_of(value), None, None, dtype, value.layout, value.device)
+        wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device, False, requires_grad)
     else:
         wrapper = scalar_index(value)
     wrapper.interpreter = interpreter
     wrapper.value = value
     wrapper.view_link = None
+    wrapper.shape = shape
+    wrapper.strides = strides
+    wrapper.dtype = dtype
+    wrapper.layout = layout
+    wrapper.device = device
     return wrapper
 
 
@@ -206,9 +246,11 @@ def scalar_index(value: Tensor) -> WrapperTensor:
 
 
 def strides_of(value: Tensor) -> tuple[int, ...] | None:
-    """The strides of ``value``; sparse tensors have none."""
+    """The strides of ``value``; None if it is contiguous, or sparse."""
+    if type(value) is WrapperTensor:
+        return value.strides
     try:
-        return value.stride()
+        return None if value.is_contiguous() else value.stride()
     except RuntimeError:
         if value.layout is not torch.sparse_coo:
             raise LayoutError(value) from None  # making a wrapper of it would end the process

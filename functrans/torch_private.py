@@ -12,9 +12,9 @@ from torch.utils._mode_utils import no_dispatch
 
 __all__ = [
     "AUTOGRAD", "COMPOSITE", "CONJUGATE", "INDEX_BATCHED", "INDEX_BATCHED_KEYS", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS",
-    "ZERO_TENSOR", "OpOverload", "custom_operator",
+    "ZERO_TENSOR", "OpOverload", "autocast_enabled", "custom_operator",
     "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "is_torch_func_active", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
-    "pop_packing", "push_mode", "push_packing", "set_forward_enabled", "set_grad_enabled", "set_key_excluded", "top_packing",
+    "pop_packing", "push_mode", "push_packing", "set_forward_enabled", "set_grad_enabled", "set_key_excluded", "top_packing", "without_torch_function",
 ]  # fmt: skip
 
 # Whether dispatch skips a key, per thread: the door stands in front of autograd by excluding its key.
@@ -47,6 +47,12 @@ set_forward_enabled = _C._set_fwd_grad_enabled
 
 # A quick call enters PyTorch where function modes listen; the door's operators have passed them already.
 function_mode_enabled = _C._is_torch_function_mode_enabled
+
+# Autocast stands in front of the door: what it has a say in must pass by it.
+autocast_enabled = _C._is_any_autocast_enabled
+
+# Runs a torch function with its arguments' ``__torch_function__`` switched off, which takes it to PyTorch's own parser.
+without_torch_function = _C._disabled_torch_function_impl
 
 # The hooks that pack what autograd saves (checkpoint, save_on_cpu), the innermost ones.
 _hooks: Any = _C._autograd

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.errors import ModifiedError
-from functrans.interpreters.grad.recording import DIFFERENTIABLE, choose_method
+from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method
 from functrans.operators import Facts, facts
+from functrans.programs import Program, Untraceable, lower_program
 from functrans.stack import Interpreter
-from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
+from functrans.tensor import WrapperTensor, dispatch, lower, map_tensors, wrap
 from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
@@ -86,6 +87,38 @@ class GradInterpreter(Interpreter):
         except KeyError:
             method = known.plans[GradInterpreter] = choose_method(op, known)
         return method(self, op, (args, kwargs), values, below_kwargs, places, slots)
+
+    def process_program(self, program: Program, args: Sequence[Any]) -> Any:
+        """Run the program one level down and record it as one."""
+        values: list[Any] = []
+        places: tuple[int, ...] = ()
+        slots: list[Any] = []
+        for a in args:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                slot = a.slot
+                if slot is not None:
+                    places += (len(values),)
+                    slots.append(slot)
+                a = a.value
+            values.append(a)
+        if not places or not torch.is_grad_enabled():
+            return map_tensors(self.constant, lower_program(self, program, values))
+        plan = program.records.get(places)
+        if plan is None:
+            try:
+                plan = program.records[places] = ProgramPlan(program, places)
+            except Untraceable:
+                return program.step_by_step(args, dispatch)
+        outs = lower_program(self, plan.forward, values)
+        saved = plan.save(values, outs)
+        if plan.single:
+            wrapper = wrap(self, outs[0] if plan.keeps else outs)
+            self.slots = wrapper.slot = slot = self.slots + 1
+            self.tape.append((plan, slot, slots, saved))
+            return wrapper
+        wrapped = [self.track(o) if r else self.constant(o) for o, r in zip(outs, plan.reached, strict=False)]
+        self.tape.append((plan, [w.slot for w in wrapped], slots, saved))
+        return wrapped
 
     def _enter_list(self, items: Sequence[Any]) -> tuple[Any, list[int | None] | None]:
         """A list argument's values, and the slots of its tensors if one of them is tracked."""

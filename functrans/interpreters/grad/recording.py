@@ -13,6 +13,7 @@ from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import ModifiedError
 from functrans.native import run_recorded
 from functrans.operators import Facts
+from functrans.programs import Derived, Program, start
 from functrans.rules import RuleTable
 from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
 from functrans.torch_private import OpOverload
@@ -150,6 +151,70 @@ class TablePlan:
             for i, fix in enumerate(saved[self.first_fix :]):
                 if fix is not None and found[i] is not None:
                     found[i] = reduce_to(found[i], *fix)
+        return found
+
+    def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
+        return [snapshot(s, target) for s in saved]
+
+    def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
+        return tensors_in(saved)
+
+
+class ProgramPlan:
+    """A program's pullback on the tape. What is saved: ``saves``, then the inputs' shapes where they are not all the same."""
+
+    op = "a pointwise operator"
+
+    def __init__(self, program: Program, places: tuple[int, ...]) -> None:
+        pullback = program.pullback(places)
+        self.forward, self.saves, self.derive = pullback.forward, pullback.saves, pullback.pull
+        self.program = program
+        self.places = places
+        self.single = program.single
+        #: whether ``forward`` returns more than the program's outputs
+        self.keeps = self.forward is not program
+        self.several = program.inputs > 1
+        self.reached = [any(i in places for i in sources) for sources in program.sources]
+        self.derived: dict[tuple[int, ...], Derived] = {}
+        if self.single:
+            self.pull_one = self.derive((0,))
+
+    def save(self, values: list[Any], outs: Any) -> list[Any]:
+        if self.forward.single:
+            saved = [values[-1 - i] if i < 0 else outs for i in self.saves]
+        else:
+            saved = [values[-1 - i] if i < 0 else outs[i] for i in self.saves]
+        if self.several:
+            shape = None
+            for v in values:
+                if isinstance(v, Tensor):
+                    if shape is None:
+                        shape = v.shape
+                    elif v.shape != shape:
+                        saved.extend(values[p].shape for p in self.places)
+                        break
+        return saved
+
+    def pull(self, saved: list[Any], grad: Any) -> list[Any]:
+        if self.single:
+            derived, inputs = self.pull_one, [grad, *saved]
+        else:
+            given = tuple(i for i, g in enumerate(grad) if g is not None)
+            if given not in self.derived:
+                self.derived[given] = self.derive(given)
+            derived, inputs = self.derived[given], [*(grad[i] for i in given), *saved]
+        program = derived.program
+        if program.outputs:
+            found = start(program, inputs[: program.inputs])
+            if program.single:
+                found = (found,)
+        else:
+            found = ()
+        if not derived.plain:
+            found = derived.gather(found, inputs)
+        if len(saved) > len(self.saves):
+            shapes = saved[len(self.saves) :]
+            found = [g if g is None or g.shape == s else g.sum_to_size(s) for g, s in zip(found, shapes, strict=True)]
         return found
 
     def protect(self, saved: list[Any], target: Tensor) -> list[Any]:

@@ -15,9 +15,10 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.native import run_forward_mode
 from functrans.operators import Facts, facts
+from functrans.programs import Program, Untraceable, lower_program
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, lowered, run_transformed
-from functrans.tensor import WrapperTensor, call_below, describe, lower, map_tensors, wrap
+from functrans.tensor import WrapperTensor, call_below, describe, dispatch, lower, map_tensors, wrap
 from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
@@ -78,6 +79,40 @@ class JvpInterpreter(Interpreter):
         if method is decompose:
             return decompose(self, op, args, kwargs)
         return method(self, op, values, below_kwargs, tangents)
+
+    def process_program(self, program: Program, args: Any) -> Any:
+        """Run the program and its tangent as one, one level down."""
+        values: list[Any] = []
+        tangents: list[Any] = []
+        moving: tuple[int, ...] = ()
+        for a in args:
+            if type(a) is WrapperTensor and a.interpreter is self:
+                if a.tangent is not None:
+                    moving += (len(values),)
+                    tangents.append(a.tangent)
+                a = a.value
+            values.append(a)
+        if not moving or not is_forward_enabled():
+            return map_tensors(self.constant, lower_program(self, program, values))
+        try:
+            derived = program.tangent(moving)
+        except Untraceable:
+            return program.step_by_step(args, dispatch)
+        values += tangents
+        outs = lower_program(self, derived.program, values)
+        if not derived.plain:
+            if not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
+                return program.step_by_step(args, dispatch)
+            outs = derived.gather((outs,) if derived.program.single else outs, values)
+        count = len(program.outputs)
+        found = []
+        for out, tangent in zip(outs[:count], outs[count:], strict=True):
+            if tangent is not None and len(values) > 2 and tangent.shape != out.shape:
+                tangent = lower(self, aten.expand.default, (tangent, out.shape), {})
+            dual = wrap(self, out)
+            dual.tangent = tangent
+            found.append(dual)
+        return found[0] if count == 1 else found
 
     def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tangents: dict[Any, Any]) -> dict[str, Any]:
         entered = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +12,22 @@ from torch._decomp import decomposition_table
 
 from functrans.decompositions import decompose
 from functrans.errors import DataDependentError
-from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.families import RuleDeclined, align
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.operators import Facts
+from functrans.programs import Program, lower_program
 from functrans.stack import Interpreter, lowered, running_at
 from functrans.tensor import (
-    SCALAR_INDICES,
     WrapperTensor,
     call_below,
     lower,
     map_tensors,
-    scalar_index,
     strides_of,
     wrap,
+    wrap_as,
 )
-from functrans.torch_private import OpOverload, custom_operator, make_wrapper
+from functrans.torch_private import OpOverload, custom_operator
 
 aten = torch.ops.aten
 
@@ -70,25 +70,19 @@ class VmapInterpreter(Interpreter):
         """A wrapper for the physical ``value``, batched along ``bdim``."""
         if bdim is None:
             return self.constant(value)
-        shape: Any = value.shape
-        strides: Any = strides_of(value)
+        shape, strides = value.shape, strides_of(value)
         if bdim == 0:
-            shape = shape[1:]
-            strides = strides[1:] if strides is not None else None
-        else:
-            shape, strides = list(shape), None if strides is None else list(strides)
-            del shape[bdim]
+            shape = shape[1:]  # type: ignore[assignment]
             if strides is not None:
-                del strides[bdim]
-        dtype = value.dtype
-        if shape or dtype not in SCALAR_INDICES:
-            wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, value.layout, value.device)
+                strides = strides[1:]
         else:
-            wrapper = scalar_index(value)
-        wrapper.interpreter = self
-        wrapper.value = value
-        wrapper.view_link = None
-        wrapper.bdim = bdim if bdim >= 0 else bdim + value.dim()
+            if strides is None:
+                strides = value.stride() if value.layout is torch.strided else None
+            bdim %= len(shape)
+            shape = shape[:bdim] + shape[bdim + 1 :]  # type: ignore[assignment]
+            strides = None if strides is None else strides[:bdim] + strides[bdim + 1 :]
+        wrapper = wrap_as(self, value, shape, strides)
+        wrapper.bdim = bdim
         return wrapper
 
     def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
@@ -164,6 +158,63 @@ class VmapInterpreter(Interpreter):
             if out is not NotImplemented:
                 return out
         return self.loop(op, args, kwargs)
+
+    def process_program(self, program: Program, args: Sequence[Any]) -> Any:
+        """Run the program as it is on the physical tensors, where they broadcast as the examples do."""
+        values: list[Any] = []
+        flags: list[bool] = []
+        bdim: int | None = None
+        rank = 0
+        loose = -1  # the highest rank of an unbatched tensor
+        for a in args:
+            batched = False
+            if type(a) is WrapperTensor:
+                if a.interpreter is self:
+                    d = a.bdim
+                    if d is not None:
+                        batched = True
+                        r = len(a.shape)
+                        if bdim is None:
+                            bdim, rank = d, r
+                        elif d != bdim or r != rank:
+                            return self.aligned_program(program, args)
+                    a = a.value
+                if not batched and len(a.shape) > loose:
+                    loose = len(a.shape)
+            elif isinstance(a, Tensor) and a.dim() > loose:
+                loose = a.dim()
+            values.append(a)
+            flags.append(batched)
+        if bdim is None:
+            return map_tensors(self.constant, lower_program(self, program, values))
+        if loose > rank - bdim:
+            return self.aligned_program(program, args)
+        outs = lower_program(self, program, values)
+        if loose < 0:
+            return self.batched(outs, bdim) if program.single else [self.batched(o, bdim) for o in outs]
+        found = []
+        for out, sources in zip((outs,) if program.single else outs, program.sources, strict=True):
+            found.append(self.batched(out, bdim if any(flags[i] for i in sources) else None))
+        return found[0] if program.single else found
+
+    def aligned_program(self, program: Program, args: Sequence[Any]) -> Any:
+        """Run the program on physical tensors brought to one rank with the batch in front."""
+        values = [a.value if type(a) is WrapperTensor and a.interpreter is self else a for a in args]
+        dims = [a.bdim if type(a) is WrapperTensor and a.interpreter is self else None for a in args]
+        tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+        outs = lower_program(self, program, call_below(self, align, (values, dims, tensors), {}, values))
+        found = []
+        for out, sources in zip((outs,) if program.single else outs, program.sources, strict=True):
+            if any(dims[i] is not None for i in sources):
+                # What does not depend on the argument of the highest rank was aligned with it all the same.
+                rank = max(len(args[i].shape) for i in sources if isinstance(args[i], Tensor))
+                extra = len(out.shape) - 1 - rank
+                if extra:
+                    out = lower(self, aten.view.default, (out, out.shape[:1] + out.shape[1 + extra :]), {})
+                found.append(self.batched(out, 0))
+            else:
+                found.append(self.constant(out))
+        return found[0] if program.single else found
 
     def _run_random(self, op: OpOverload, known: Facts, values: Any, dims: Any, kwargs: dict[str, Any]) -> Any:
         """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator."""
