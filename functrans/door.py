@@ -8,7 +8,6 @@ with. What is a pointwise program (programs.py) enters there; everything else go
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +20,16 @@ from functrans import mutation, programs, stack
 from functrans.errors import DeadWrapperError
 from functrans.operators import PURE, Facts, facts, normalized
 from functrans.programs import REAL, Program, operator_program, traced
-from functrans.spellings import BINARY, DUNDERS, OTHER_NAMES, UNARY, spellings
-from functrans.stack import STATE
+from functrans.spellings import BINARY, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
+from functrans.stack import STATE, Interpreter
 from functrans.tensor import WrapperTensor, base, highest, lift
 from functrans.torch_private import (
     CONJUGATE,
     NEGATIVE,
     OpOverload,
     autocast_enabled,
+    function_mode_enabled,
+    is_torch_func_active,
     mode_stack_size,
     pop_mode,
     push_mode,
@@ -37,6 +38,7 @@ from functrans.torch_private import (
 )
 
 aten = torch.ops.aten
+STRIDED = torch.strided
 
 
 class Door(TorchDispatchMode):
@@ -87,7 +89,7 @@ stack.DOOR = DOOR = Door()
 
 # ---------------------------------------------------------------------------------------------------- the short way
 
-#: By torch function or method: what takes its place, (*args) -> output or NotImplemented.
+#: By torch function or method: what takes its place on wrappers.
 ENTRANCES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -97,50 +99,55 @@ def torch_function(
 ) -> Any:
     """A torch function was called with a wrapper among its arguments."""
     entrance = ENTRANCES.get(func)
-    if entrance is not None and not kwargs:
-        out = entrance(*args)
-        if out is not NotImplemented:
-            return out
-    return without_torch_function(func, types, args, kwargs or {})
+    if entrance is None:
+        return without_torch_function(func, types, args, kwargs or {})
+    return entrance(*args, **kwargs) if kwargs else entrance(*args)
 
 
 WrapperTensor.__torch_function__ = torch_function  # type: ignore[method-assign, assignment]
+THE_FUNCTION = WrapperTensor.__torch_function__.__code__
 
 
-def through(program: Program, args: tuple[Any, ...], x: WrapperTensor) -> Any:
-    """Send ``program`` in; ``x`` is a wrapper among ``args``, the only one or of no lower level than the others."""
-    top, owner = STATE.top, x.interpreter
-    if owner.process_program is None:
-        return NotImplemented
+def open_to_programs() -> bool:
+    """Whether nothing else has to see the operators of this thread before the door does: autocast, or a mode of the user's."""
+    return mode_stack_size() == STATE.door_depth and not autocast_enabled() and not function_mode_enabled()
+
+
+def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
+    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
+    top = STATE.top
     pop_mode(None)  # as PyTorch does while a handler runs
     try:
-        out = owner.process_program(program, args)
+        out = owner.process_program(program, args)  # type: ignore[misc]
     finally:
         push_mode(DOOR)
     if owner is not top:
         out = lift(out, owner, top)
-    frame = sys._getframe(3)
+    frame = sys._getframe(2)
+    if frame.f_code is THE_FUNCTION:
+        frame = frame.f_back  # type: ignore[assignment]
     out.made_at = (frame.f_code, frame.f_lasti)
     return out
 
 
-def unary(op: OpOverload) -> Callable[..., Any]:
-    """The entrance of a function of one tensor."""
+def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> Callable[..., Any]:
+    """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
     program: Program | None = None
 
-    def entrance(x: Any, *more: Any) -> Any:
+    def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
         nonlocal program
-        if more or type(x) is not WrapperTensor or x.dtype not in REAL or mode_stack_size() != STATE.door_depth or autocast_enabled():
-            return NotImplemented
-        if program is None:
-            program = operator_program(op)
-            if program is None:
-                return NotImplemented
+        if more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED or not open_to_programs():
+            return without_torch_function(function, (), (x, *more), kwargs)
         if x.view_link is not None:
             x.view_link.refresh(x)
-        if not x.interpreter.alive:
+        owner = x.interpreter
+        if not owner.alive:
             raise DeadWrapperError(x)
-        return through(program, (x,), x)
+        if program is None:
+            program = find()
+        if program is None or owner.process_program is None:
+            return without_torch_function(function, (), (x,), kwargs)
+        return through(program, (x,), owner)
 
     def forget() -> None:
         nonlocal program
@@ -150,109 +157,104 @@ def unary(op: OpOverload) -> Callable[..., Any]:
     return entrance
 
 
-def binary(find: Callable[[bool], Program | None], *, reflected: bool = False) -> Callable[..., Any]:
-    """The entrance of a function of two operands; ``find(is_tensor)`` is its program, by what the second one is.
+def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], *, reflected: bool = False) -> Callable[..., Any]:
+    """What takes the place of ``function``, of two operands; ``find(is_tensor)`` is its program, by what the second one is.
 
     ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to that.
     """
     found: dict[bool, Program | None] = {}
 
-    def entrance(x: Any, y: Any, *more: Any) -> Any:
-        if more or mode_stack_size() != STATE.door_depth or autocast_enabled():
-            return NotImplemented
+    def entrance(x: Any, y: Any, *more: Any, **kwargs: Any) -> Any:
         kind = type(y)
-        tensor = kind is not float and kind is not int
-        if tensor and reflected:
+        number = kind is float or kind is int
+        if reflected and not number:
             x, y, kind = y, x, type(x)
-        if type(x) is WrapperTensor:
-            if x.dtype not in REAL:
-                return NotImplemented
-            w = x
+        owner: Interpreter | None = None
+        if more or kwargs or not open_to_programs():
+            pass
+        elif type(x) is WrapperTensor:
             if x.view_link is not None:
                 x.view_link.refresh(x)
-            if kind is WrapperTensor:
-                if y.dtype is not x.dtype:
-                    return NotImplemented
-                if y.view_link is not None:
-                    y.view_link.refresh(y)
-                if y.interpreter is not x.interpreter:
-                    if not x.interpreter.alive:
-                        raise DeadWrapperError(x)
-                    if not y.interpreter.alive or y.interpreter.level > x.interpreter.level:
-                        w = y
-            elif tensor and (kind is not Tensor or y.dtype is not x.dtype):
-                return NotImplemented
-        elif type(x) is Tensor and kind is WrapperTensor and x.dtype in REAL and y.dtype is x.dtype:
-            w = y
+            if x.dtype in REAL and x.layout is STRIDED and (number or similar(x, y, kind)):
+                owner = x.interpreter
+                if kind is WrapperTensor and y.interpreter is not owner and owner.alive and (not y.interpreter.alive or y.interpreter.level > owner.level):
+                    owner = y.interpreter
+        elif kind is WrapperTensor and y.dtype in REAL and y.layout is STRIDED and similar(y, x, type(x)):
             if y.view_link is not None:
                 y.view_link.refresh(y)
-        else:
-            return NotImplemented
-        if not w.interpreter.alive:
-            raise DeadWrapperError(w)
-        try:
-            program = found[tensor]
-        except KeyError:
-            program = found[tensor] = find(tensor)
-        return NotImplemented if program is None else through(program, (x, y), w)
+            owner = y.interpreter
+        if owner is not None and owner.alive and owner.process_program is not None:
+            try:
+                program = found[number]
+            except KeyError:
+                program = found[number] = find(not number)
+            if program is not None:
+                return through(program, (x, y), owner)
+        if reflected and not number:
+            x, y = y, x
+        return without_torch_function(function, (), (x, y, *more), kwargs)
 
     programs.FORGET.append(found.clear)
     return entrance
 
 
-def named(name: str) -> Callable[[bool], Program | None]:
-    return lambda tensor: operator_program(BINARY[name]["TT" if tensor else "Tn"])
+def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
+    """Whether ``y`` is a tensor that a program may take together with ``x``."""
+    if kind is WrapperTensor:
+        if y.view_link is not None:
+            y.view_link.refresh(y)
+    elif kind is not Tensor or is_torch_func_active():  # a tensor of another library's transform looks like a plain one
+        return False
+    return y.dtype is x.dtype and y.layout is STRIDED
 
 
-def power(x: Any, exponent: Any, *more: Any) -> Any:
-    """``x ** exponent``, whose program depends on the number that the exponent is."""
-    if type(exponent) is not int and type(exponent) is not float:
-        return NotImplemented
-    if more or type(x) is not WrapperTensor or x.dtype not in REAL or mode_stack_size() != STATE.door_depth or autocast_enabled():
-        return NotImplemented
-    program = operator_program(aten.pow.Tensor_Scalar, exponent)
-    if program is None:
-        return NotImplemented
-    if x.view_link is not None:
-        x.view_link.refresh(x)
-    if not x.interpreter.alive:
-        raise DeadWrapperError(x)
-    return through(program, (x,), x)
+def power(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What takes the place of ``x ** exponent``, whose program depends on the number that the exponent is."""
+
+    def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
+        kind = type(exponent)
+        if (kind is int or kind is float) and not more and not kwargs and type(x) is WrapperTensor and x.dtype in REAL and open_to_programs():
+            program = operator_program(aten.pow.Tensor_Scalar, exponent)
+            if x.view_link is not None:
+                x.view_link.refresh(x)
+            owner = x.interpreter
+            if program is not None and owner.alive and owner.process_program is not None and x.layout is STRIDED:
+                return through(program, (x,), owner)
+        return without_torch_function(function, (), (x, exponent, *more), kwargs)
+
+    return entrance
 
 
-def method(function: Callable[..., Any], entrance: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the wrapper that takes the place of the tensor's method ``function``."""
+def entrance_of(function: Callable[..., Any], name: str) -> Callable[..., Any] | None:
+    """What takes the place of the torch function or method that ``name`` stands for in spellings.py."""
+    if name == "pow":
+        return power(function)
+    if name in BINARY:
+        operators = BINARY[name]
+        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]))
+    return unary(function, lambda: operator_program(getattr(aten, name).default)) if name in UNARY else None
 
-    @functools.wraps(function)
-    def short(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
-            out = entrance(*args)
-            if out is not NotImplemented:
-                return out
-        return without_torch_function(function, (), args, kwargs)
 
-    return short
+#: Python's reflected operators, whose program depends on what the other operand is.
+REFLECTED: dict[str, Callable[[bool], Program | None]] = {
+    "__rsub__": lambda tensor: operator_program(aten.sub.Tensor if tensor else aten.rsub.Scalar),
+    "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced(lambda x, y: x.reciprocal() * y, 2),
+}
 
 
 def set_up() -> None:
-    """Fill ``ENTRANCES``, and give the wrapper its methods."""
-    by_name: dict[str, Callable[..., Any]] = {name: unary(getattr(aten, name).default) for name in UNARY}
-    by_name |= {name: binary(named(name)) for name in BINARY if name != "pow"}
-    by_name["pow"] = power
+    """Fill ``ENTRANCES``, and give the wrapper methods of its own."""
     for function, name in spellings().items():
-        if name in by_name:
-            ENTRANCES[function] = by_name[name]
-    for name in (*DUNDERS, *by_name, *OTHER_NAMES):
+        entrance = entrance_of(function, name)
+        if entrance is not None:
+            ENTRANCES[function] = entrance
+    for name, find in REFLECTED.items():
+        function = getattr(Tensor, name)
+        ENTRANCES[function] = binary(function, find, reflected=True)
+    for name in (*DUNDERS, *OPERATORS, *OTHER_NAMES, *REFLECTED):
         function = getattr(Tensor, name, None)
         if function in ENTRANCES:
-            setattr(WrapperTensor, name, method(function, ENTRANCES[function]))
-    minus, over = BINARY["sub"]["TT"], BINARY["div"]["TT"]
-    by_number = {
-        "__rsub__": (lambda tensor: operator_program(minus if tensor else BINARY["rsub"]["Tn"])),
-        "__rtruediv__": (lambda tensor: operator_program(over) if tensor else traced(lambda x, y: x.reciprocal() * y, 2)),
-    }
-    for name, find in by_number.items():
-        setattr(WrapperTensor, name, method(getattr(Tensor, name), binary(find, reflected=True)))
+            setattr(WrapperTensor, name, ENTRANCES[function])
 
 
 set_up()

@@ -25,7 +25,8 @@ at an interpreter that does not know programs. Both ways use the same table.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,19 @@ from functrans.rules import RuleTable
 from functrans.spellings import operator_of, spellings
 from functrans.stack import STATE, Interpreter, door_closed
 from functrans.tensor import WrapperTensor, base, dispatch
-from functrans.torch_private import OpOverload, function_mode_enabled, mode_stack_size, pop_mode, push_mode, set_grad_enabled
+from functrans.torch_private import (
+    DisableTorchFunction,
+    EnableTorchFunction,
+    OpOverload,
+    function_mode_enabled,
+    function_mode_stack_size,
+    mode_stack_size,
+    pop_function_mode,
+    pop_mode,
+    push_function_mode,
+    push_mode,
+    set_grad_enabled,
+)
 
 aten = torch.ops.aten
 
@@ -161,16 +174,38 @@ for _name in ("neg", "abs", "add", "radd", "sub", "rsub", "mul", "rmul", "truedi
 SPELLINGS = spellings()
 
 
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Context: torch functions see tracers, and nobody else sees the torch functions."""
+    modes = [pop_function_mode() for _ in range(function_mode_stack_size())]
+    try:
+        with EnableTorchFunction():
+            yield
+    finally:
+        for mode in reversed(modes):
+            push_function_mode(mode)
+
+
 class Derived(NamedTuple):
-    """A program that was derived from another, and its results: a computed output (0, 1, ...), an input (-1, -2, ...) or None."""
+    """Results as functions of values: what ``program`` computes of those that it ``uses``, or a value itself, or nothing."""
 
     program: Program
+    #: positions of the values that the program takes; None: all of them
+    uses: tuple[int, ...] | None
+    #: for each result an output of the program (0, 1, ...), a value (-1, -2, ...) or None
     results: tuple[int | None, ...]
     #: whether the results are the program's outputs, all of them in order
     plain: bool
 
-    def gather(self, outs: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-        return [None if r is None else outs[r] if r >= 0 else inputs[-1 - r] for r in self.results]
+    def of(self, values: list[Any], send: Callable[[Program, list[Any]], Any]) -> Sequence[Any]:
+        """The results; ``send`` runs the program."""
+        program = self.program
+        outs: Any = ()
+        if program.outputs:
+            outs = send(program, values if self.uses is None else [values[i] for i in self.uses])
+            if program.single:
+                outs = (outs,)
+        return outs if self.plain else [None if r is None else outs[r] if r >= 0 else values[-1 - r] for r in self.results]
 
 
 class Program:
@@ -217,14 +252,16 @@ class Program:
         """The program of the inputs and one tangent per input in ``moving`` that computes the outputs and their tangents."""
         found = self.tangents.get(moving)
         if found is None:
-            found = self.tangents[moving] = tangent_of(self, moving)
+            with tracing():
+                found = self.tangents[moving] = tangent_of(self, moving)
         return found
 
     def pullback(self, tracked: tuple[int, ...]) -> Pullback:
         """The program with what it takes to pull cotangents of its outputs back to the inputs in ``tracked``."""
         found = self.pullbacks.get(tracked)
         if found is None:
-            found = self.pullbacks[tracked] = pullback_of(self, tracked)
+            with tracing():
+                found = self.pullbacks[tracked] = pullback_of(self, tracked)
         return found
 
 
@@ -248,9 +285,15 @@ def slice_out(builder: Builder, inputs: Sequence[Value], outputs: Sequence[Value
 
 def derived(builder: Builder, inputs: Sequence[Value], results: Sequence[Value | None]) -> Derived:
     """``results`` as functions of ``inputs``; those that are inputs, or nothing, are not computed."""
+    inputs = list(inputs)
     computed = list(dict.fromkeys(r for r in results if r is not None and r not in inputs))
-    places = tuple(None if r is None else computed.index(r) if r in computed else -1 - list(inputs).index(r) for r in results)
-    return Derived(slice_out(builder, inputs, computed), places, places == tuple(range(len(computed))))
+    places = tuple(None if r is None else computed.index(r) if r in computed else -1 - inputs.index(r) for r in results)
+    program = slice_out(builder, inputs, computed)
+    used = {o for _, operands in program.instructions for o in operands if type(o) is Value and o < len(inputs)}
+    uses = None if len(used) == len(inputs) else tuple(sorted(used))
+    if uses is not None:
+        program = slice_out(builder, [inputs[i] for i in uses], computed)
+    return Derived(program, uses, places, places == tuple(range(len(computed))))
 
 
 def formula_of(op: OpOverload, i: int) -> tuple[Derivative, str] | None:
@@ -362,7 +405,8 @@ def pullback_of(program: Program, tracked: tuple[int, ...]) -> Pullback:
 
     def pull(given: tuple[int, ...]) -> Derived:
         if given not in cache:
-            builder, seeds, results = sweep(given)
+            with tracing():
+                builder, seeds, results = sweep(given)
             at = [*seeds, *(Value(v - shift + len(seeds)) for v in needed)]
             cache[given] = derived(builder, at, results)
         return cache[given]
@@ -416,7 +460,9 @@ def write_python(program: Program) -> tuple[str, Callable[..., Any]]:
         lines.append(f"    {variable} = {function}({', '.join(variables[o] if type(o) is Value else repr(o) for o in operands)})")
     lines.append(f"    return {', '.join(variables[o] for o in program.outputs)}")
     source = "\n".join(lines)
-    exec(source, scope)  # noqa: S102 - the source was written five lines above
+    if len(program.instructions) == 1 and key_of(*program.instructions[0])[1] == tuple((Value, i) for i in range(program.inputs)):
+        return source, call  # the function itself
+    exec(source, scope)  # noqa: S102 - the source was written a few lines above
     return source, scope["program"]
 
 
@@ -474,7 +520,9 @@ def traced(function: Callable[..., Any], inputs: int) -> Program:
     """A pointwise function of real tensors as a program."""
     builder = Builder(inputs)
     values = [Value(i) for i in range(inputs)]
-    return slice_out(builder, values, [function(*map(builder.tracer, values)).value])
+    with tracing():
+        result = function(*map(builder.tracer, values))
+    return slice_out(builder, values, [result.value])
 
 
 def probe(op: OpOverload, numbers: tuple[Any, ...]) -> Program:
@@ -521,7 +569,7 @@ def run(program: Program, args: Sequence[Any]) -> Any:
         if owner.process_program is None:
             return program.step_by_step(args, dispatch)
         return owner.process_program(program, args)
-    if not plain or forward_ad._current_level >= 0 or function_mode_enabled():
+    if not plain or forward_ad._current_level >= 0:
         return program.step_by_step(args, base)
     return program.run(*args)
 
@@ -529,6 +577,9 @@ def run(program: Program, args: Sequence[Any]) -> Any:
 def start(program: Program, args: Sequence[Any]) -> Any:
     """Run ``program`` from code that runs at a level, where the door is open."""
     depth = STATE.door_depth
+    if function_mode_enabled():
+        with DisableTorchFunction():
+            return start(program, args)
     if depth == 0 or mode_stack_size() < depth:
         return run(program, args)
     if mode_stack_size() > depth:
@@ -543,6 +594,18 @@ def start(program: Program, args: Sequence[Any]) -> Any:
 
 def lower_program(interpreter: Interpreter, program: Program, args: Sequence[Any]) -> Any:
     """Run ``program`` one level below ``interpreter``; what tensor.lower does with an operator."""
+    if interpreter.on_base:
+        for a in args:
+            kind = type(a)
+            if kind is Tensor:
+                if a.requires_grad:
+                    break
+            elif kind is not float and kind is not int:
+                break
+        else:
+            if forward_ad._current_level < 0:
+                return program.run(*args)
+        return program.step_by_step(args, base)
     if not interpreter.outer_grad_mode and torch.is_grad_enabled():
         set_grad_enabled(False)
         try:

@@ -234,6 +234,21 @@ def wrap_as(
     return wrapper
 
 
+def wrap_like(interpreter: Interpreter, value: Tensor, like: WrapperTensor) -> WrapperTensor:
+    """A wrapper around ``value`` that shows the metadata that ``like`` shows."""
+    shape, strides, dtype, layout, device = like.shape, like.strides, like.dtype, like.layout, like.device
+    wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device)
+    wrapper.interpreter = interpreter
+    wrapper.value = value
+    wrapper.view_link = None
+    wrapper.shape = shape
+    wrapper.strides = strides
+    wrapper.dtype = dtype
+    wrapper.layout = layout
+    wrapper.device = device
+    return wrapper
+
+
 #: The dtypes of which a tensor without dimensions selects one row when it is an index.
 SCALAR_INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
 

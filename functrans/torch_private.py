@@ -11,10 +11,10 @@ from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 __all__ = [
-    "AUTOGRAD", "COMPOSITE", "CONJUGATE", "INDEX_BATCHED", "INDEX_BATCHED_KEYS", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS",
+    "AUTOGRAD", "COMPOSITE", "CONJUGATE", "DisableTorchFunction", "EnableTorchFunction", "INDEX_BATCHED", "INDEX_BATCHED_KEYS", "NEGATIVE", "PYTHON", "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR", "OpOverload", "autocast_enabled", "custom_operator",
-    "function_mode_enabled", "is_forward_enabled", "is_key_excluded", "is_torch_func_active", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
-    "pop_packing", "push_mode", "push_packing", "set_forward_enabled", "set_grad_enabled", "set_key_excluded", "top_packing", "without_torch_function",
+    "function_mode_enabled", "function_mode_stack_size", "is_forward_enabled", "is_key_excluded", "is_torch_func_active", "make_wrapper", "mode_stack_size", "no_dispatch", "pop_mode",
+    "pop_function_mode", "pop_packing", "push_function_mode", "push_mode", "push_packing", "set_forward_enabled", "set_grad_enabled", "set_key_excluded", "top_packing", "without_torch_function",
 ]  # fmt: skip
 
 # Whether dispatch skips a key, per thread: the door stands in front of autograd by excluding its key.
@@ -44,6 +44,14 @@ pop_mode = _C._pop_torch_dispatch_stack
 set_grad_enabled = _C._set_grad_enabled
 is_forward_enabled = _C._is_fwd_grad_enabled
 set_forward_enabled = _C._set_fwd_grad_enabled
+
+# Formulas are traced by objects with a __torch_function__, whatever the caller's state: it is switched on, and function modes are taken off.
+EnableTorchFunction = _C._EnableTorchFunction
+function_mode_stack_size = _C._len_torch_function_stack
+push_function_mode, pop_function_mode = _C._push_on_torch_function_stack, _C._pop_torch_function_stack
+
+# Hides tensors' __torch_function__ and function modes from what runs inside.
+DisableTorchFunction = _C.DisableTorchFunction
 
 # A quick call enters PyTorch where function modes listen; the door's operators have passed them already.
 function_mode_enabled = _C._is_torch_function_mode_enabled

@@ -99,6 +99,7 @@ def sigmoid_backward_tangent(
 # ``g * conj(y * (1 - y))``, which is not holomorphic in ``y``
 derivative(
     aten.sigmoid_backward.default,
+    broadcasts=True,
     tangent=sigmoid_backward_tangent,
     grad_output=lambda grad, output: aten.sigmoid_backward.default(grad, conj(output)),
     output=lambda grad, grad_output, output: conj(grad) * grad_output * conj(1 - 2 * output),

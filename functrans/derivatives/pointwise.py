@@ -81,6 +81,7 @@ def tanh_backward_tangent(
 # ``g * conj(1 - y ** 2)``, which is not holomorphic in ``y``
 derivative(
     aten.tanh_backward.default,
+    broadcasts=True,
     tangent=tanh_backward_tangent,
     grad_output=lambda grad, output: aten.tanh_backward.default(grad, conj(output)),
     output=lambda grad, grad_output, output: conj(grad) * grad_output * conj(-2 * output),

@@ -15,7 +15,7 @@ from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, c
 from functrans.operators import Facts, facts
 from functrans.programs import Program, Untraceable, lower_program
 from functrans.stack import Interpreter
-from functrans.tensor import WrapperTensor, dispatch, lower, map_tensors, wrap
+from functrans.tensor import WrapperTensor, dispatch, lower, map_tensors, wrap, wrap_like
 from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
@@ -93,13 +93,25 @@ class GradInterpreter(Interpreter):
         values: list[Any] = []
         places: tuple[int, ...] = ()
         slots: list[Any] = []
+        first: Any = None
+        alike = same = True  # the results have the shape of ``first`` and are contiguous; all arguments have one shape
         for a in args:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                slot = a.slot
-                if slot is not None:
-                    places += (len(values),)
-                    slots.append(slot)
-                a = a.value
+            if type(a) is WrapperTensor:
+                if first is None:
+                    first = a
+                elif a.shape != first.shape:
+                    alike = same = False
+                if a.strides is not None:
+                    alike = False
+                if a.interpreter is self:
+                    slot = a.slot
+                    if slot is not None:
+                        places += (len(values),)
+                        slots.append(slot)
+                    a = a.value
+            elif isinstance(a, Tensor):
+                alike = False
+                same = same and first is not None and a.shape == first.shape
             values.append(a)
         if not places or not torch.is_grad_enabled():
             return map_tensors(self.constant, lower_program(self, program, values))
@@ -110,13 +122,25 @@ class GradInterpreter(Interpreter):
             except Untraceable:
                 return program.step_by_step(args, dispatch)
         outs = lower_program(self, plan.forward, values)
+        if not same and not plan.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
+            # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
+            return program.step_by_step(args, dispatch)
         saved = plan.save(values, outs)
+        if not same:
+            saved.extend(values[p].shape for p in places)
         if plan.single:
-            wrapper = wrap(self, outs[0] if plan.keeps else outs)
+            out = outs[0] if plan.keeps else outs
+            wrapper = wrap_like(self, out, first) if alike else wrap(self, out)
             self.slots = wrapper.slot = slot = self.slots + 1
             self.tape.append((plan, slot, slots, saved))
             return wrapper
-        wrapped = [self.track(o) if r else self.constant(o) for o, r in zip(outs, plan.reached, strict=False)]
+        wrapped = []
+        for out, reached in zip(outs, plan.reached, strict=False):
+            wrapper = wrap_like(self, out, first) if alike else wrap(self, out)
+            if reached:
+                self.slots += 1
+            wrapper.slot = self.slots if reached else None
+            wrapped.append(wrapper)
         self.tape.append((plan, [w.slot for w in wrapped], slots, saved))
         return wrapped
 

@@ -161,7 +161,7 @@ class TablePlan:
 
 
 class ProgramPlan:
-    """A program's pullback on the tape. What is saved: ``saves``, then the inputs' shapes where they are not all the same."""
+    """A program's pullback on the tape. What is saved: ``saves``, then the tracked inputs' shapes where not all are the same."""
 
     op = "a pointwise operator"
 
@@ -173,7 +173,6 @@ class ProgramPlan:
         self.single = program.single
         #: whether ``forward`` returns more than the program's outputs
         self.keeps = self.forward is not program
-        self.several = program.inputs > 1
         self.reached = [any(i in places for i in sources) for sources in program.sources]
         self.derived: dict[tuple[int, ...], Derived] = {}
         if self.single:
@@ -184,38 +183,21 @@ class ProgramPlan:
             saved = [values[-1 - i] if i < 0 else outs for i in self.saves]
         else:
             saved = [values[-1 - i] if i < 0 else outs[i] for i in self.saves]
-        if self.several:
-            shape = None
-            for v in values:
-                if isinstance(v, Tensor):
-                    if shape is None:
-                        shape = v.shape
-                    elif v.shape != shape:
-                        saved.extend(values[p].shape for p in self.places)
-                        break
         return saved
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
+        count = len(self.saves)
+        kept = saved if len(saved) == count else saved[:count]
         if self.single:
-            derived, inputs = self.pull_one, [grad, *saved]
+            found = self.pull_one.of([grad, *kept], start)
         else:
             given = tuple(i for i, g in enumerate(grad) if g is not None)
             if given not in self.derived:
                 self.derived[given] = self.derive(given)
-            derived, inputs = self.derived[given], [*(grad[i] for i in given), *saved]
-        program = derived.program
-        if program.outputs:
-            found = start(program, inputs[: program.inputs])
-            if program.single:
-                found = (found,)
-        else:
-            found = ()
-        if not derived.plain:
-            found = derived.gather(found, inputs)
-        if len(saved) > len(self.saves):
-            shapes = saved[len(self.saves) :]
-            found = [g if g is None or g.shape == s else g.sum_to_size(s) for g, s in zip(found, shapes, strict=True)]
-        return found
+            found = self.derived[given].of([*(grad[i] for i in given), *kept], start)
+        if kept is not saved:
+            found = [g if g is None or g.shape == s else g.sum_to_size(s) for g, s in zip(found, saved[count:], strict=True)]
+        return found  # type: ignore[return-value]
 
     def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
         return [snapshot(s, target) for s in saved]

@@ -18,7 +18,7 @@ from functrans.operators import Facts, facts
 from functrans.programs import Program, Untraceable, lower_program
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, lowered, run_transformed
-from functrans.tensor import WrapperTensor, call_below, describe, dispatch, lower, map_tensors, wrap
+from functrans.tensor import WrapperTensor, call_below, describe, dispatch, lower, map_tensors, wrap, wrap_like
 from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
@@ -85,12 +85,23 @@ class JvpInterpreter(Interpreter):
         values: list[Any] = []
         tangents: list[Any] = []
         moving: tuple[int, ...] = ()
+        first: Any = None
+        alike = True  # every result has the shape of ``first``, and is contiguous
         for a in args:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                if a.tangent is not None:
-                    moving += (len(values),)
-                    tangents.append(a.tangent)
-                a = a.value
+            if type(a) is WrapperTensor:
+                if first is None:
+                    first = a
+                elif a.shape != first.shape:
+                    alike = False
+                if a.strides is not None:
+                    alike = False
+                if a.interpreter is self:
+                    if a.tangent is not None:
+                        moving += (len(values),)
+                        tangents.append(a.tangent)
+                    a = a.value
+            elif isinstance(a, Tensor) and a.dim():
+                alike = False
             values.append(a)
         if not moving or not is_forward_enabled():
             return map_tensors(self.constant, lower_program(self, program, values))
@@ -99,20 +110,27 @@ class JvpInterpreter(Interpreter):
         except Untraceable:
             return program.step_by_step(args, dispatch)
         values += tangents
-        outs = lower_program(self, derived.program, values)
-        if not derived.plain:
-            if not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
-                return program.step_by_step(args, dispatch)
-            outs = derived.gather((outs,) if derived.program.single else outs, values)
+        if not derived.plain and not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
+            return program.step_by_step(args, dispatch)
+        outs = derived.of(values, self.lower_program)
+        if program.single:
+            return self.dual_like(outs[0], outs[1], first if alike else None)
         count = len(program.outputs)
-        found = []
-        for out, tangent in zip(outs[:count], outs[count:], strict=True):
-            if tangent is not None and len(values) > 2 and tangent.shape != out.shape:
-                tangent = lower(self, aten.expand.default, (tangent, out.shape), {})
-            dual = wrap(self, out)
-            dual.tangent = tangent
-            found.append(dual)
-        return found[0] if count == 1 else found
+        return [self.dual_like(out, tangent, first if alike else None) for out, tangent in zip(outs[:count], outs[count:], strict=True)]
+
+    def lower_program(self, program: Program, values: list[Any]) -> Any:
+        return lower_program(self, program, values)
+
+    def dual_like(self, value: Tensor, tangent: Tensor | None, like: WrapperTensor | None) -> WrapperTensor:
+        """A dual of which ``like`` shows the metadata; None: it is not known, nor whether the tangent was broadcast as the value was."""
+        if like is not None:
+            wrapper = wrap_like(self, value, like)
+        else:
+            wrapper = wrap(self, value)
+            if tangent is not None and tangent.shape != wrapper.shape:
+                tangent = lower(self, aten.expand.default, (tangent, wrapper.shape), {})
+        wrapper.tangent = tangent
+        return wrapper
 
     def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tangents: dict[Any, Any]) -> dict[str, Any]:
         entered = {}

@@ -26,6 +26,7 @@ from functrans.tensor import (
     strides_of,
     wrap,
     wrap_as,
+    wrap_like,
 )
 from functrans.torch_private import OpOverload, custom_operator
 
@@ -163,35 +164,47 @@ class VmapInterpreter(Interpreter):
         """Run the program as it is on the physical tensors, where they broadcast as the examples do."""
         values: list[Any] = []
         flags: list[bool] = []
-        bdim: int | None = None
-        rank = 0
+        first: Any = None
+        alike = True  # every result has the shape of ``first``, and is contiguous
         loose = -1  # the highest rank of an unbatched tensor
         for a in args:
-            batched = False
             if type(a) is WrapperTensor:
                 if a.interpreter is self:
-                    d = a.bdim
-                    if d is not None:
-                        batched = True
-                        r = len(a.shape)
-                        if bdim is None:
-                            bdim, rank = d, r
-                        elif d != bdim or r != rank:
+                    if a.bdim is not None:
+                        if first is None:
+                            first = a
+                        elif a.bdim != first.bdim or len(a.shape) != len(first.shape):
                             return self.aligned_program(program, args)
+                        elif a.shape != first.shape:
+                            alike = False
+                        if a.strides is not None:
+                            alike = False
+                        values.append(a.value)
+                        flags.append(True)
+                        continue
                     a = a.value
-                if not batched and len(a.shape) > loose:
-                    loose = len(a.shape)
-            elif isinstance(a, Tensor) and a.dim() > loose:
-                loose = a.dim()
+                loose = max(loose, len(a.shape))
+            elif isinstance(a, Tensor):
+                loose = max(loose, a.dim())
             values.append(a)
-            flags.append(batched)
-        if bdim is None:
+            flags.append(False)
+        if first is None:
             return map_tensors(self.constant, lower_program(self, program, values))
-        if loose > rank - bdim:
+        bdim = first.bdim
+        if loose > len(first.shape) - bdim:
             return self.aligned_program(program, args)
         outs = lower_program(self, program, values)
-        if loose < 0:
-            return self.batched(outs, bdim) if program.single else [self.batched(o, bdim) for o in outs]
+        if alike and not bdim and (loose < 0 or loose == 0 and program.single):
+            if program.single:
+                wrapper = wrap_like(self, outs, first)
+                wrapper.bdim = 0
+                return wrapper
+            found = []
+            for out in outs:
+                wrapper = wrap_like(self, out, first)
+                wrapper.bdim = 0
+                found.append(wrapper)
+            return found
         found = []
         for out, sources in zip((outs,) if program.single else outs, program.sources, strict=True):
             found.append(self.batched(out, bdim if any(flags[i] for i in sources) else None))
