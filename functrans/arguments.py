@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import CallError, CallValueError
+from functrans.errors import Call, CallError, CallValueError
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.mutation import invalidate_saved
 from functrans.pytrees import tree_flatten, tree_unflatten
@@ -27,7 +27,7 @@ class Inputs:
     def __init__(
         self,
         interpreter: Interpreter,
-        call: str,
+        call: Call | str,
         argnums: Argnums,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -101,7 +101,7 @@ class Inputs:
                 origin.copy_(contents.value)
 
 
-def check_argnums(call: str, argnums: Any, count: int) -> tuple[int, ...]:
+def check_argnums(call: Call | str, argnums: Any, count: int) -> tuple[int, ...]:
     """``argnums`` as non-negative positions."""
     if isinstance(argnums, int):
         numbers: tuple[Any, ...] = (argnums,)
@@ -122,18 +122,18 @@ def check_argnums(call: str, argnums: Any, count: int) -> tuple[int, ...]:
     return positions
 
 
-def pick(call: str, args: tuple[Any, ...], argnums: Argnums) -> Any:
+def pick(call: Call | str, args: tuple[Any, ...], argnums: Argnums) -> Any:
     positions = check_argnums(call, argnums, len(args))
     return args[positions[0]] if isinstance(argnums, int) else tuple(args[i] for i in positions)
 
 
-def split_aux(call: str, out: Any) -> tuple[Any, Any]:
+def split_aux(call: Call | str, out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
         raise CallError(call, f"an output of type {type(out).__name__}", "a tuple (output, aux), as has_aux=True")
     return out
 
 
-def check_outputs(call: str, leaves: list[Any]) -> None:
+def check_outputs(call: Call | str, leaves: list[Any]) -> None:
     if not leaves:
         raise CallError(call, "a function without outputs", "at least one tensor")
     if not all(isinstance(o, Tensor) for o in leaves):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import CallValueError, callable_name
+from functrans.errors import Call, CallValueError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytrees import broadcast_prefix, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
@@ -51,7 +51,7 @@ def vmap(
         >>> vmap(torch.dot, in_dims=(0, None))(x, y)
         tensor([21., 43.])
     """
-    call = f"vmap({callable_name(func)}, in_dims={in_dims}, out_dims={out_dims})"
+    call = Call("vmap", func, {"in_dims": in_dims, "out_dims": out_dims})
     if randomness not in ("error", "different", "same"):
         raise CallValueError(call, f"randomness={randomness!r}", "'error', 'different' or 'same'")
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
@@ -67,7 +67,7 @@ def vmap(
     return batched
 
 
-def check_inputs(call: str, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[int | None], Any, int]:
+def check_inputs(call: Call | str, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[int | None], Any, int]:
     """Flattened arguments with the dimension of each, non-negative; and the batch size."""
     if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
         raise CallValueError(call, f"in_dims of type {type(in_dims).__name__}", "an int or a tuple with one entry per argument")
@@ -103,7 +103,7 @@ def check_inputs(call: str, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[A
 
 
 def run_batched(
-    call: str,
+    call: Call | str,
     func: Callable[..., Any],
     leaves: list[Any],
     dims: list[int | None],
@@ -129,10 +129,12 @@ def run_batched(
     places = check_out_dims(call, out_dims, out, out_leaves, out_spec)
     results = [leave(call, interpreter, x, d) for x, d in zip(out_leaves, places, strict=True)]
     written: dict[int, tuple[Tensor, int | None]] = {}
-    for wrapper, origin, dim in zip(entered, leaves, dims, strict=True):
-        if type(wrapper) is WrapperTensor and wrapper.interpreter is interpreter and wrapper.version:
-            write_back(call, interpreter, wrapper, origin, dim)
-            written[id(wrapper)] = origin, dim
+    for i, wrapper in enumerate(entered):
+        if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:
+            write_back(call, interpreter, wrapper, leaves[i], dims[i])
+            written[id(wrapper)] = leaves[i], dims[i]
+    if not written:
+        return tree_unflatten(out_spec, results)
     # What an in-place function returns is the caller's tensor, as without vmap.
     for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
         if id(x) in written:
@@ -142,7 +144,7 @@ def run_batched(
     return tree_unflatten(out_spec, results)
 
 
-def write_back(call: str, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None) -> None:
+def write_back(call: Call | str, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None) -> None:
     """Write an argument that was written inside for the caller."""
     if wrapper.root is not None and wrapper.root.content is not None:
         wrapper = wrapper.root.content
@@ -157,11 +159,11 @@ def write_back(call: str, interpreter: VmapInterpreter, wrapper: WrapperTensor, 
     origin.copy_(value)
 
 
-def check_out_dims(call: str, out_dims: Any, out: Any, leaves: list[Any], spec: Any) -> list[int | None]:
+def check_out_dims(call: Call | str, out_dims: Any, out: Any, leaves: list[Any], spec: Any) -> list[int | None]:
+    if type(out_dims) is int or out_dims is None:
+        return [out_dims] * len(leaves)
     if isinstance(out, Tensor) and isinstance(out_dims, tuple) and len(out_dims) == 1:
         places: list[Any] | None = list(out_dims)
-    elif isinstance(out_dims, int) or out_dims is None:
-        places = [out_dims] * len(leaves)
     else:
         places = broadcast_prefix(out_dims, out)
     if places is None:
@@ -172,13 +174,16 @@ def check_out_dims(call: str, out_dims: Any, out: Any, leaves: list[Any], spec: 
     return places
 
 
-def leave(call: str, interpreter: VmapInterpreter, x: Any, place: int | None) -> Any:
+def leave(call: Call | str, interpreter: VmapInterpreter, x: Any, place: int | None) -> Any:
     """An output with its batch dimension at ``place``; what is no tensor is the same for every example and stays."""
-    if not isinstance(x, Tensor):
-        return x
     bdim = None
-    if type(x) is WrapperTensor and x.interpreter is interpreter:
-        x, bdim = x.value, x.bdim
+    if type(x) is WrapperTensor:
+        if x.interpreter is interpreter:
+            x, bdim = x.value, x.bdim
+            if bdim == place:
+                return x
+    elif not isinstance(x, Tensor):
+        return x
     if place is None:
         if bdim is not None:
             raise CallValueError(call, "a batched output where out_dims is None", "an output that is the same for every example", "Give it an out_dim.")
@@ -195,7 +200,7 @@ def leave(call: str, interpreter: VmapInterpreter, x: Any, place: int | None) ->
 
 
 def run_chunks(
-    call: str,
+    call: Call | str,
     func: Callable[..., Any],
     leaves: list[Any],
     dims: list[int | None],

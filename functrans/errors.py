@@ -217,12 +217,30 @@ class LayoutError(FunctransError):
 class CallError(FunctransError):
     """A transform was called with something it cannot work with: shows the call, what came, what was expected, the cure."""
 
-    def __init__(self, call: str, got: str, expected: str, cure: str = "") -> None:
+    def __init__(self, call: Call | str, got: str, expected: str, cure: str = "") -> None:
         super().__init__(f"{call}: got {got}; expected {expected}." + (f" {cure}" if cure else ""))
 
 
 class CallValueError(CallError, ValueError):
     """A CallError that torch.func raises as a ValueError."""
+
+
+class Call:
+    """A call of a transform, as an error shows it; written out only then."""
+
+    __slots__ = ("arguments", "func", "transform")
+
+    def __init__(self, transform: str, func: Any, arguments: Any) -> None:
+        self.transform = transform
+        self.func = func
+        #: text, or names and values
+        self.arguments = arguments
+
+    def __str__(self) -> str:
+        rest = self.arguments
+        if not isinstance(rest, str):
+            rest = ", ".join(f"{name}={value}" for name, value in rest.items())
+        return f"{self.transform}({callable_name(self.func)}, {rest})"
 
 
 def callable_name(func: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functrans.arguments import Argnums, pick
 from functrans.batching import vmap
-from functrans.errors import CallError, CallValueError, callable_name
+from functrans.errors import Call, CallError, CallValueError
 from functrans.pytrees import tree_flatten, tree_unflatten
 from functrans.transforms import jvp_with_argnums, vjp_with_argnums
 
@@ -39,7 +39,7 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    call = f"jacrev({callable_name(func)}, argnums={argnums})"
+    call = Call("jacrev", func, {"argnums": argnums})
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise CallValueError(call, f"chunk_size={chunk_size!r}", "a positive int or None")
 
@@ -98,7 +98,7 @@ def jacfwd(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    call = f"jacfwd({callable_name(func)}, argnums={argnums})"
+    call = Call("jacfwd", func, {"argnums": argnums})
 
     @functools.wraps(func, updated=())
     def jacobian(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +155,7 @@ def hessian(
     return jacfwd(jacrev(func, argnums, has_aux=has_aux), argnums, has_aux=has_aux, chunk_size=chunk_size)
 
 
-def refuse_complex(call: str, values: Any, what: str) -> None:
+def refuse_complex(call: Call | str, values: Any, what: str) -> None:
     for x in tree_flatten(values)[0]:
         if isinstance(x, Tensor) and x.is_complex():
             raise CallError(

@@ -55,6 +55,8 @@ class _State(threading.local):
     door_depth: int = 0
     #: the saved-tensor hooks around the outermost transform
     packing: Any = None
+    #: whether INDEX_BATCHED is excluded in this thread
+    prepared: bool = False
 
 
 STATE = _State()
@@ -165,18 +167,22 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     """
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
-    top, modes, depth = STATE.top, mode_stack_size(), STATE.door_depth
-    excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
+    top, depth, modes = STATE.top, STATE.door_depth, mode_stack_size()
+    outermost = top is None
+    if outermost:
+        excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
     try:
-        if top is None:
+        if outermost:
             set_key_excluded(AUTOGRAD, True)
             set_key_excluded(VIEWS_AND_VERSIONS, True)
-            set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
+            if not STATE.prepared:
+                set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
+                STATE.prepared = True
             push_mode(DOOR)
             STATE.door_depth = modes + 1
             STATE.packing = top_packing(True)
         STATE.top = interpreter
-        if enable_grad:
+        if enable_grad and not interpreter.outer_grad_mode:
             set_grad_enabled(True)
         return body()
     finally:
@@ -184,14 +190,16 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
         torch.clear_autocast_cache()
         interpreter.alive = False
         STATE.top = top
-        STATE.door_depth = depth
         while mode_stack_size() > modes:
             pop_mode(None)
-        if top is None:
+        if outermost:
+            STATE.door_depth = depth
             set_key_excluded(AUTOGRAD, excluded)
             set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
-        set_grad_enabled(interpreter.outer_grad_mode)
-        set_forward_enabled(interpreter.outer_forward_mode)
+        if torch.is_grad_enabled() is not interpreter.outer_grad_mode:
+            set_grad_enabled(interpreter.outer_grad_mode)
+        if is_forward_enabled() is not interpreter.outer_forward_mode:
+            set_forward_enabled(interpreter.outer_forward_mode)
 
 
 class running_at:

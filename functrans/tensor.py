@@ -27,6 +27,7 @@ from functrans.errors import (
     RequiresGradError,
 )
 from functrans.operators import Facts, facts
+from functrans.pytrees import TENSORS
 from functrans.stack import STATE, Interpreter
 from functrans.torch_private import (
     AUTOGRAD,
@@ -198,6 +199,9 @@ class WrapperTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InsideTransformError("pickling a tensor", self.interpreter.name, "the transform's outputs, after it returned")
+
+
+TENSORS.add(WrapperTensor)
 
 
 def concrete(x: Tensor) -> Tensor | None:

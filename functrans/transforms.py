@@ -19,12 +19,12 @@ from functrans.arguments import (
     split_aux,
     unwrap,
 )
-from functrans.errors import CallError, CallValueError, callable_name
+from functrans.errors import Call, CallError, CallValueError
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
-from functrans.stack import run_transformed
+from functrans.stack import door_closed, run_transformed
 from functrans.tensor import WrapperTensor
 
 
@@ -101,7 +101,7 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 def _grad_and_value(
     transform: str, func: Callable[..., Any], argnums: Argnums, has_aux: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any]:
-    call = f"{transform}({callable_name(func)}, argnums={argnums})"
+    call = Call(transform, func, {"argnums": argnums})
     interpreter = GradInterpreter(func)
     inputs = Inputs(interpreter, call, argnums, args, kwargs)
 
@@ -132,10 +132,16 @@ def _grad_and_value(
         return unwrap(interpreter, out), slot_of(interpreter, out), aux
 
     value, slot, aux = run_transformed(interpreter, body, enable_grad=True)
-    cotangents = {} if slot is None else interpreter.pull({slot: torch.ones_like(value)}, consume=True)
+    cotangents = {} if slot is None else interpreter.pull({slot: unit(value)}, consume=True)
     grads = inputs.collect(cotangents)
     inputs.write_back()
     return grads, (value, aux) if has_aux else value
+
+
+def unit(value: Tensor) -> Tensor:
+    """The cotangent that a scalar's gradient starts from: a plain 1, whatever levels and batches ``value`` belongs to."""
+    with door_closed():
+        return torch.ones((), dtype=value.dtype, device=value.device)
 
 
 def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
@@ -170,7 +176,7 @@ def vjp_with_argnums(
     transform: str, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums | None, has_aux: bool, kwargs: Any = None
 ) -> tuple[Any, Callable[..., Any], Any]:
     """vjp with respect to some of the primals (None: all, the pullback then returns a tuple)."""
-    call = f"{transform}({callable_name(func)}, ...)"
+    call = Call(transform, func, "...")
     interpreter = GradInterpreter(func)
     inputs = Inputs(interpreter, call, tuple(range(len(primals))) if argnums is None else argnums, primals, kwargs or {})
 
@@ -258,7 +264,7 @@ def jvp_with_argnums(
     kwargs: Any = None,
 ) -> tuple[Any, Any, Any]:
     """jvp with respect to some of the primals; ``tangents`` belongs to these."""
-    call = f"{transform}({callable_name(func)}, primals, tangents)"
+    call = Call(transform, func, "primals, tangents")
     if not isinstance(primals, tuple):
         raise CallError(call, f"primals of type {type(primals).__name__}", "a tuple, so that f(*primals) is a valid call", "Write (x,) for one primal.")
     moving = primals if argnums is None else pick(call, primals, argnums)
