@@ -188,3 +188,37 @@ def numbers(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         state.add_(velocity, alpha=0.05)
     state = state / 3.0 + constant
     return state[0], state[1]
+
+
+def chain_by_hand(length: int, operands: str, scale: Tensor, shift: Tensor, order: int) -> Callable[..., list[Any]]:
+    """The chain of per_op.py and its derivatives along a direction, up to the order, from one operation to the next."""
+
+    def chain(start: Tensor, direction: Tensor | None = None) -> list[Any]:
+        captured = operands != "inputs"
+        times, plus = {"inputs": (start, start), "constants": (scale, shift), "numbers": (1.25, 0.5)}[operands]
+        x, first, second = start, direction, 0.0
+        for i in range(length):
+            kind = i % 4
+            if kind in (0, 2):
+                y = x.sin() if kind == 0 else x.tanh()
+                if order:
+                    slope = x.cos() if kind == 0 else 1 - y * y
+                if order == 2:
+                    curvature = -y if kind == 0 else -2 * y * slope
+                    second = slope * second + curvature * first * first
+                if order:
+                    first = slope * first
+                x = y
+            elif kind == 1:
+                if order == 2:
+                    second = second * times if captured else second * times + 2 * first * direction
+                if order:
+                    first = first * times if captured else first * times + x * direction
+                x = x * times
+            else:
+                if order and not captured:
+                    first = first + direction
+                x = x + plus
+        return [x, first, second]
+
+    return chain

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Workload(NamedTuple):
     inputs: tuple[Any, ...]
     transformed: Callable[[Any], Callable[..., Any]]
     plain: Callable[..., Any]
-    captured: dict[str, Any] = {}
+    captured: Mapping[str, Any] = MappingProxyType({})
 
 
 Build = Callable[[str, torch.dtype], Workload]
@@ -238,10 +239,13 @@ def laplacian(device: str, dtype: torch.dtype) -> Workload:
     f = _point_function(net)
     points = torch.randn(128, 16, device=device, dtype=dtype)
 
+    def transformed(api: Any) -> Callable[..., Any]:
+        return api.vmap(lambda x: api.hessian(f)(x).trace())
+
     def plain(points: Tensor) -> Tensor:
         return torch.einsum("ini->n", _plain_hessians(f, points))
 
-    return Workload((points,), lambda api: api.vmap(lambda x: api.hessian(f)(x).trace()), plain, {"params": _params(net)})
+    return Workload((points,), transformed, plain, {"params": _params(net)})
 
 
 def _ntk(device: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Params, Tensor, Tensor]]:

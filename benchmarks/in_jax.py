@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy
 import torch
 from torch.utils import _pytree as pytree
 
-AVAILABLE = importlib.util.find_spec("jax") is not None
+jax: Any = None
 
-if AVAILABLE:
+if importlib.util.find_spec("jax") is not None:
     # One thread, as for the others, and no thread that only hands over: then the processor time of the process is the
     # time that a call takes (timing.py), with jax as well. XLA takes NPROC for the number of processors.
     os.environ["NPROC"] = "1"
@@ -43,16 +44,15 @@ def in_jax(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def usable(device: str) -> bool:
     """Whether JAX is installed and computes on the device."""
-    return AVAILABLE and jax.default_backend() == {"cpu": "cpu", "cuda": "gpu"}[device]
+    return jax is not None and jax.default_backend() == {"cpu": "cpu", "cuda": "gpu"}[device]
 
 
 class Compiled:
     """A function under ``jax.jit``, with its arguments in place."""
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        args, kwargs = pytree.tree_map(_to_jax, (args, kwargs or {}))
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], captured: Mapping[str, Any] = MappingProxyType({})) -> None:
         self._jitted = jax.jit(function)
-        self._args, self._kwargs = args, kwargs
+        self._args, self._kwargs = pytree.tree_map(to_jax, (tuple(args), dict(captured)))
 
     def __call__(self) -> Any:
         return jax.block_until_ready(self._jitted(*self._args, **self._kwargs))
@@ -67,7 +67,7 @@ class Compiled:
         return plan.output_size_in_bytes + plan.temp_size_in_bytes
 
 
-def _to_jax(value: Any) -> Any:
+def to_jax(value: Any) -> Any:
     return jnp.asarray(value.detach().cpu().numpy()) if isinstance(value, torch.Tensor) else value
 
 

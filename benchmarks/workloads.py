@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def build(make: Build, device: str, dtype: torch.dtype) -> Workload:
 def makers(name: str, workload: Workload, settings: Settings) -> Makers:
     """What computes the workload, by the name of its column. Autograd is first: the others must agree with it."""
 
-    def maker(function: Callable[..., Any], captured: dict[str, Any]) -> Callable[[], Call]:
+    def maker(function: Callable[..., Any], captured: Mapping[str, Any]) -> Callable[[], Call]:
         return lambda: lambda: function(*workload.inputs, **captured)
 
     def compiled() -> Call:
