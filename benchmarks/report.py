@@ -140,7 +140,8 @@ def text_of(parts: Sequence[Part], settings: Settings) -> str:
     tables = [table for part in parts for table in part.tables]
     if targets:
         tables.insert(0, targets_table(targets))
-    return "\n\n".join([f"{machine(settings.device)}.{quick}", *map(str, tables)]) + "\n"
+    failures = [f"FAILED {failure.splitlines()[0]}" for part in parts for failure in part.failures]
+    return "\n\n".join([f"{machine(settings.device)}.{quick}", *failures, *map(str, tables)]) + "\n"
 
 
 def tell_failures(parts: Sequence[Part]) -> int:
