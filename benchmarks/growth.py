@@ -51,6 +51,27 @@ def chain_point(name: str, length: int, settings: Settings) -> Point:
     return lambda api, dtype: makers(CASES[name], length, settings.device, dtype)[api]()
 
 
+def memory(point: Point, settings: Settings) -> dict[str, int]:
+    """Bytes at the peak of a call, by API."""
+    return {api: peak_of(point(api, torch.float32), settings.device) for api in APIS}
+
+
+def with_memory(
+    part: Part, title: str, what: str, size: str, points: Mapping[str, Point], settings: Settings
+) -> dict[str, dict[str, int]]:
+    """Add a table of milliseconds and of megabytes at the peak by size; returns the bytes."""
+    times = measure(part, {f"{title}, {name}": point for name, point in points.items()}, settings)
+    peaks, rows = {}, []
+    for name, point in points.items():
+        of = times.get(f"{title}, {name}")
+        if of is not None:
+            peaks[name] = memory(point, settings)
+            rows.append([name, *cells(of, 1e3), *(f"{peak / 1e6:.3f}" for peak in peaks[name].values())])
+    header = [size, *(f"{api}, ms" for api in APIS), "ratio", *(f"{api}, MB" for api in APIS)]
+    part.tables.append(Table(title, f"{what}: milliseconds, and megabytes at the peak.", header, rows))
+    return peaks
+
+
 HEADER = [*APIS, "ratio"]
 
 
@@ -68,7 +89,7 @@ def operations(part: Part, settings: Settings) -> None:
         rows.append([name, "10", *cells({api: [t / 10 for t in of] for api, of in by_length[10].items()}, 1e6)])
         rows += [[name, f"{a} to {b}", *cells(marginal[b], 1e6)] for a, b in steps]
         growth = ratio(marginal[1000]["functrans"], marginal[100]["functrans"])
-        targets.append(Target(f"linear: an operation beyond the 400th / up to the 100th, {name}", growth.median, 1.25))
+        targets.append(Target(f"cost of an operation from 400 to 1,000 / from 10 to 100, {name}", growth.median, 1.25))
         progress(f"operations, {name}")
     text = "Microseconds per operation: of a whole call with 10, and then for each that is added between two lengths."
     part.tables.append(Table("Growth with the number of operations", text, ["transform", "operations", *HEADER], rows))
@@ -93,10 +114,8 @@ def batch(part: Part, settings: Settings) -> None:
 
         return call
 
-    times = measure(part, {f"{size}": point(size) for size in (1, 8, 64, 512, 4096)}, settings)
-    text = "Milliseconds of per-example gradients of an MLP 16-32-1."
-    rows = [[size, *cells(of, 1e3)] for size, of in times.items()]
-    part.tables.append(Table("Growth with the batch", text, ["batch", *HEADER], rows))
+    points = {f"{size:,}": point(size) for size in (1, 8, 64, 512, 4096)}
+    with_memory(part, "Growth with the batch", "Per-example gradients of an MLP 16-32-1", "batch", points, settings)
 
 
 def nesting(part: Part, settings: Settings) -> None:
@@ -128,7 +147,9 @@ def nesting(part: Part, settings: Settings) -> None:
             }
             rows.append(["each level after the first", *(f"{statistics.median(added[api]):.2f}" for api in APIS), ""])
             part.targets.append(
-                Target("nesting of vmap, microseconds per operation and level", statistics.median(added["functrans"]), 1.5)
+                Target(
+                    "nesting of vmap, microseconds per operation and level", statistics.median(added["functrans"]), 1.5
+                )
             )
         text = f"Microseconds per operation: the slope between chains of {short} and {long}."
         part.tables.append(Table(f"Growth with the nesting of {kind}", text, ["levels", *HEADER], rows))
@@ -158,11 +179,10 @@ def dimension(part: Part, settings: Settings) -> None:
 
         return call
 
-    for title, at in (("hessian of an MLP n-64-64-1", hessian), ("jacrev of tanh(W sin x)", jacrev)):
-        times = measure(part, {f"{size}": at(size) for size in (8, 32, 128, 512)}, settings)
-        rows = [[size, *cells(of, 1e3)] for size, of in times.items()]
-        part.tables.append(Table(f"Growth with the dimension: {title}", "Milliseconds.", ["n", *HEADER], rows))
-        progress(title)
+    for name, what, at in (("hessian", "An MLP n-64-64-1", hessian), ("jacrev", "tanh(W sin x)", jacrev)):
+        points = {f"{size}": at(size) for size in (8, 32, 128, 512)}
+        with_memory(part, f"Growth with the dimension: {name}", what, "n", points, settings)
+        progress(f"dimension, {name}")
 
 
 def _others(api: Any, count: int, device: str) -> None:
@@ -236,20 +256,11 @@ def chunks(part: Part, settings: Settings) -> None:
         return call
 
     points = {f"{size}": point(size) for size in sizes}
-    times = measure(part, points, settings)
-    peaks = {
-        name: {api: peak_of(points[name](api, torch.float32), settings.device) for api in APIS} for name in times
-    }
-    rows = []
-    for name, of in times.items():
-        megabytes = [f"{peaks[name][api] / 1e6:.2f}" for api in APIS]
-        rows.append([name, *cells(of, 1e3), *megabytes])
+    what = "The norms of 64 per-example gradients of an MLP 784-256-256-10"
+    peaks = with_memory(part, "Memory and chunk_size", what, "chunk_size", points, settings)
     if {"None", "16"} <= peaks.keys():
         share = peaks["16"]["functrans"] / peaks["None"]["functrans"]
         part.targets.append(Target("peak memory with chunk_size=16 / of the whole batch of 64", share, 0.3))
-    header = ["chunk_size", "functrans, ms", "torch.func, ms", "ratio", "functrans, MB", "torch.func, MB"]
-    text = "The norms of 64 per-example gradients of an MLP 784-256-256-10: milliseconds, and megabytes at the peak."
-    part.tables.append(Table("Memory and chunk_size", text, header, rows))
 
 
 CURVES = {

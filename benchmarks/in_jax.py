@@ -22,10 +22,12 @@ if importlib.util.find_spec("jax") is not None:
     # time that a call takes (timing.py), with jax as well. XLA takes NPROC for the number of processors.
     os.environ["NPROC"] = "1"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of a GPU's memory, too
     import jax
     import jax.numpy as jnp
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update("jax_default_matmul_precision", "float32")  # not TF32
     jax.config.update("jax_enable_x64", True)  # for the comparison; what is given as float32 remains float32
 
 Params = dict[str, Any]
@@ -50,7 +52,9 @@ def usable(device: str) -> bool:
 class Compiled:
     """A function under ``jax.jit``, with its arguments in place."""
 
-    def __init__(self, function: Callable[..., Any], args: Sequence[Any], captured: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: Sequence[Any], captured: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         self._jitted = jax.jit(function)
         self._args, self._kwargs = pytree.tree_map(to_jax, (tuple(args), dict(captured)))
 

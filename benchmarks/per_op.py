@@ -250,7 +250,9 @@ def run(settings: Settings) -> Part:
             times = interleave(calls, settings.rounds)
         if times:
             microseconds = {
-                "op": {c: [1e6 * (b - a) / (long - short) for a, b in zip(times[c, short], times[c, long])] for c in agree},
+                "op": {
+                    c: [1e6 * (b - a) / (long - short) for a, b in zip(times[c, short], times[c, long])] for c in agree
+                },
                 "call": {c: [1e6 * seconds for seconds in times[c, 1]] for c in agree},
             }
             for kind, limits in (("op", PER_OP_TARGETS), ("call", PER_CALL_TARGETS)):
@@ -270,7 +272,9 @@ def run(settings: Settings) -> Part:
         ("call", "Cost of a call", "One call of the transform with a function of one operation."),
     ):
         if rows[kind]:
-            text = f"Microseconds, medians of the rounds. {text} The ratio is functrans / torch.func, with its quartiles."
+            text = (
+                f"Microseconds, medians of the rounds. {text} The ratio is functrans / torch.func, with its quartiles."
+            )
             part.tables.append(Table(title, text, ["transform", *COLUMNS, "ratio"], rows[kind]))
             part.targets += targets[kind]
     return part

@@ -87,12 +87,15 @@ class Part:
 
         They are run in float64, and timed in float32.
         """
-        expected, agree = None, []
+        agree: list[str] = []
+        expected: dict[str, Any] = {}
         for candidate, make in makers.items():
             with self.attempt(f"{name}, {candidate}"):
                 result = result_of(make())
-                expected = result if expected is None else expected
-                assert_same_results({next(iter(makers)): expected, candidate: result})
+                if expected:
+                    assert_same_results({**expected, candidate: result})
+                else:
+                    expected[candidate] = result
                 agree.append(candidate)
         return agree
 
@@ -130,6 +133,7 @@ def parse(description: str, **extra: dict[str, Any]) -> tuple[Settings, argparse
         parser.add_argument(f"--{name}", **options)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for all candidates
     return Settings(options.device, options.quick, options.compile, tuple(options.case or ())), options
 
 

@@ -98,6 +98,7 @@ def assert_same_results(results: Mapping[str, Any], rtol: float = 1e-9, atol: fl
             expected,
             rtol=rtol,
             atol=atol,
+            check_device=False,  # JAX's come back through NumPy
             msg=lambda text: f"{name} differs from {first}: {text}",  # noqa: B023
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -66,25 +67,34 @@ def test_a_candidate_that_differs_or_fails_is_told_and_left_out():
     part = report.Part()
     right = {"x": torch.ones(2, dtype=torch.float64)}
     wrong = {"x": torch.ones(2, dtype=torch.float64) + 1e-6}
-    agree = part.agreeing("case", {"a": lambda: lambda: right, "b": lambda: lambda: wrong, "c": fail, "d": lambda: fail})
+    agree = part.agreeing(
+        "case", {"a": lambda: lambda: right, "b": lambda: lambda: wrong, "c": fail, "d": lambda: fail}
+    )
     assert agree == ["a"]
     assert [failure.partition(":")[0] for failure in part.failures] == ["case, b", "case, c", "case, d"]
+    assert part.agreeing("case", {"c": fail, "a": lambda: lambda: right, "b": lambda: lambda: wrong}) == ["a"]
+    assert "b differs from a" in part.failures[-1]
     assert report.tell_failures([part]) == 1
 
 
-def test_a_run_of_every_part_is_complete(capsys):
-    """One small case of each: no failures, a figure in every column, every curve's name known."""
-    chosen = report.Settings(quick=True, cases=("jvp with Python",))
-    part = workloads.run(chosen)
-    assert part.failures == [] and len(part.tables) == 2 and len(part.targets) == 2
-    assert all(cell for table in part.tables for row in table.rows for cell in row)
-    part = per_op.run(report.Settings(quick=True, cases=("jvp, numbers",)))
-    assert part.failures == [] and [target.what for target in part.targets] == ["per op, jvp, numbers"]
+def test_the_command_prints_every_figure_of_what_is_chosen(capsys, monkeypatch):
+    page = run.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "--case", "jvp with Python", "--case", "jvp, numbers"])
+    assert run.main() == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^[0-3] of 3 are met\.$", printed, re.MULTILINE)
+    rows = [line for line in printed.splitlines() if line.startswith("| jvp")]
+    assert len(rows) == 4, "time and memory of one, and the cost per operation and per call of the other"
+    empty = 0 if in_jax.usable("cpu") else 1
+    assert all([cell.strip() for cell in row.split("|")[1:-1]].count("") <= empty for row in rows)
+    assert run.PAGE.read_text(encoding="utf-8") == page, "the figures of some cases are not those of the page"
+
+
+def test_a_curve_has_its_sizes_and_nothing_chosen_is_an_error(capsys):
     part = growth.run(report.Settings(quick=True, cases=("batch",)))
-    assert part.failures == [] and [row[0] for row in part.tables[0].rows] == ["1", "8", "64", "512", "4096"]
+    assert part.failures == [] and [row[0] for row in part.tables[0].rows] == ["1", "8", "64", "512", "4,096"]
     assert report.tell_failures([part]) == 0
-    text = report.text_of([part], SETTINGS)
-    assert "### Growth with the batch" in text and "A quick run" in text
+    assert report.tell_failures([growth.run(report.Settings(cases=("no such curve",)))]) == 1
 
 
 @pytest.mark.parametrize(("figure", "met"), [(0.5, True), (0.504, True), (0.506, False), (float("nan"), False)])
