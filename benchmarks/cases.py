@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,16 @@ Params = dict[str, Tensor]
 
 
 class Workload(NamedTuple):
-    """``transformed(api)`` and ``plain`` compute the same thing of ``inputs``; ``plain`` has no transforms in it."""
+    """``transformed(api)`` and ``plain`` compute the same thing of ``inputs``.
+
+    ``plain`` is what a user of autograd alone would write. ``captured`` is what both close over, such as the parameters of
+    a network that is not differentiated; the versions that have no modules take it as keyword arguments.
+    """
 
     inputs: tuple[Any, ...]
     transformed: Callable[[Any], Callable[..., Any]]
-    plain: Callable[..., Any] | None
+    plain: Callable[..., Any]
+    captured: Mapping[str, Any] = MappingProxyType({})
 
 
 Build = Callable[[str, torch.dtype], Workload]
@@ -135,25 +141,36 @@ def _point_function(net: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: net(x).squeeze(-1)
 
 
+def _plain_hessians(f: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """Rows, then points, then columns: the gradients of the sums over the points of each component of the gradient."""
+    x = points.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+    directions = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).unsqueeze(1).expand(-1, *x.shape)
+    return torch.autograd.grad(slopes, x, directions, is_grads_batched=True)[0]
+
+
 @workload("Hessian 64x64 of an MLP, one point")
 def hessian_one(device: str, dtype: torch.dtype) -> Workload:
-    f = _point_function(mlp(64, 64, 64, 1).to(device, dtype).requires_grad_(False))
+    net = mlp(64, 64, 64, 1).to(device, dtype).requires_grad_(False)
+    f = _point_function(net)
     point = torch.randn(64, device=device, dtype=dtype)
-    return Workload((point,), lambda api: api.hessian(f), lambda x: torch.autograd.functional.hessian(f, x))
+
+    def plain(point: Tensor) -> Tensor:
+        return torch.autograd.functional.hessian(f, point, vectorize=True)
+
+    return Workload((point,), lambda api: api.hessian(f), plain, {"params": _params(net)})
 
 
 @workload("Hessian 64x64 of an MLP, 32 points")
 def hessian_many(device: str, dtype: torch.dtype) -> Workload:
-    f = _point_function(mlp(64, 64, 64, 1).to(device, dtype).requires_grad_(False))
+    net = mlp(64, 64, 64, 1).to(device, dtype).requires_grad_(False)
+    f = _point_function(net)
     points = torch.randn(32, 64, device=device, dtype=dtype)
 
     def plain(points: Tensor) -> Tensor:
-        x = points.detach().requires_grad_()
-        (slopes,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
-        rows = [torch.autograd.grad(slopes[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])]
-        return torch.stack(rows, 1)
+        return _plain_hessians(f, points).transpose(0, 1)
 
-    return Workload((points,), lambda api: api.vmap(api.hessian(f)), plain)
+    return Workload((points,), lambda api: api.vmap(api.hessian(f)), plain, {"params": _params(net)})
 
 
 @workload("HVP of a transformer block")
@@ -210,23 +227,25 @@ def jacobian(device: str, dtype: torch.dtype) -> Workload:
     def f(x: Tensor) -> Tensor:
         return torch.tanh(weight @ torch.sin(x))
 
-    return Workload((x,), lambda api: api.jacrev(f), lambda x: torch.autograd.functional.jacobian(f, x))
+    def plain(x: Tensor) -> Tensor:
+        return torch.autograd.functional.jacobian(f, x, vectorize=True)
+
+    return Workload((x,), lambda api: api.jacrev(f), plain, {"weight": weight})
 
 
 @workload("Laplacian of an MLP, 128 points of dim 16")
 def laplacian(device: str, dtype: torch.dtype) -> Workload:
-    f = _point_function(mlp(16, 64, 64, 1).to(device, dtype).requires_grad_(False))
+    net = mlp(16, 64, 64, 1).to(device, dtype).requires_grad_(False)
+    f = _point_function(net)
     points = torch.randn(128, 16, device=device, dtype=dtype)
 
-    def plain(points: Tensor) -> Tensor:
-        x = points.detach().requires_grad_()
-        (slopes,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
-        total = torch.zeros_like(x[:, 0])
-        for i in range(x.shape[1]):
-            total += torch.autograd.grad(slopes[:, i].sum(), x, retain_graph=True)[0][:, i]
-        return total
+    def transformed(api: Any) -> Callable[..., Any]:
+        return api.vmap(lambda x: api.hessian(f)(x).trace())
 
-    return Workload((points,), lambda api: api.vmap(lambda x: api.hessian(f)(x).trace()), plain)
+    def plain(points: Tensor) -> Tensor:
+        return torch.einsum("ini->n", _plain_hessians(f, points))
+
+    return Workload((points,), transformed, plain, {"params": _params(net)})
 
 
 def _ntk(device: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Params, Tensor, Tensor]]:
@@ -239,15 +258,13 @@ def _ntk_plain(net: nn.Module) -> Callable[[Params, Tensor, Tensor], Tensor]:
     def plain(params: Params, left: Tensor, right: Tensor) -> Tensor:
         leaves = _leaves(params)
 
-        def jacobians(points: Tensor) -> Tensor:
-            rows = []
-            for logits in _apply(net, leaves, points):
-                for logit in logits:
-                    gradients = _grad(logit, leaves, retain_graph=True)
-                    rows.append(torch.cat([gradient.flatten() for gradient in gradients.values()]))
-            return torch.stack(rows)
+        def jacobians(points: Tensor) -> Params:
+            logits = _apply(net, leaves, points).flatten()
+            directions = torch.eye(len(logits), device=logits.device, dtype=logits.dtype)
+            return _grad(logits, leaves, grad_outputs=directions, is_grads_batched=True)
 
-        kernel = jacobians(left) @ jacobians(right).T
+        one, two = jacobians(left), jacobians(right)
+        kernel = sum(one[name].flatten(1) @ two[name].flatten(1).T for name in one)
         outputs = len(kernel) // len(left)
         return kernel.view(len(left), outputs, len(right), outputs).transpose(1, 2)
 

@@ -4,13 +4,16 @@ Between two processes, or between two minutes, the speed of a machine differs by
 every round times every candidate once, in an order that changes from round to round, and the ratio of two candidates
 is taken within each round before the median over the rounds is.
 
-On the CPU the clock is the processor time of this process, which does not run while other programs do; measure with
-one thread, since the times of several would add up. With a CUDA device it is the time that passes.
+On the CPU the clock is the processor time of this process, which does not run while other programs do. The times of
+several threads would add up, so everything runs with one: PyTorch and what it compiles by ``set_num_threads(1)``, JAX by
+in_jax.py. With a CUDA device the clock is the time that passes.
 """
 
 from __future__ import annotations
 
+import datetime
 import gc
+import importlib.util
 import os
 import platform
 import statistics
@@ -18,10 +21,10 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], Any]
@@ -91,10 +94,11 @@ def assert_same_results(results: Mapping[str, Any], rtol: float = 1e-9, atol: fl
     (first, expected), *others = results.items()
     for name, result in others:
         torch.testing.assert_close(
-            pytree.tree_leaves(result),
-            pytree.tree_leaves(expected),
+            result,
+            expected,
             rtol=rtol,
             atol=atol,
+            check_device=False,  # JAX's come back through NumPy
             msg=lambda text: f"{name} differs from {first}: {text}",  # noqa: B023
         )
 
@@ -122,25 +126,14 @@ def peak_memory(call: Call, device: str) -> int:
     return peak
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well in a terminal and is Markdown, too."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))
-        return "| " + " | ".join([cells[0].ljust(widths[0]), *rest]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
-
-
 def machine(device: str) -> str:
-    """What it was measured on, in one line."""
-    hardware = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return (
-        f"{hardware}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-        f"Python {platform.python_version()} on {sys.platform}"
-    )
+    """What it was measured on, and when, in one line."""
+    hardware = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+    if device == "cuda":
+        hardware = f"{torch.cuda.get_device_name()}; {hardware}"
+    packages = [f"{name} {version(name)}" for name in ("torch", "jax") if importlib.util.find_spec(name)]
+    python = f"Python {platform.python_version()} on {sys.platform}"
+    return f"{hardware}; {', '.join(packages)}, {python}; {datetime.date.today()}"
 
 
 def _processor() -> str:

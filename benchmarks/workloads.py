@@ -1,38 +1,33 @@
-"""Whole workloads: functrans, torch.func and plain autograd side by side, in time and in peak memory.
+"""Whole workloads: functrans, torch.func, plain autograd, formulas by hand and JAX side by side, in time and in memory.
 
     python benchmarks/workloads.py [--quick] [--case TEXT ...] [--compile] [--device cuda]
-
-All candidates of a workload must agree in float64 before they are timed in float32.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.func
+from by_hand import BY_HAND
 from cases import WORKLOADS, Build, Workload
-from timing import assert_same_results, interleave, machine, peak_memory, ratio, table
+from in_jax import IN_JAX, Compiled, usable
+from report import Makers, Part, Settings, Table, Target, main, peak_of, progress
+from timing import Call, interleave, ratio
 
 import functrans
 
-
-def candidates(workload: Workload, compiled: bool) -> dict[str, Callable[[], Any]]:
-    """What computes the workload, by the name of its column."""
-    functions = {"functrans": workload.transformed(functrans), "torch.func": workload.transformed(torch.func)}
-    if workload.plain is not None:
-        functions["autograd"] = workload.plain
-    if compiled:
-        functions["compiled torch.func"] = torch.compile(workload.transformed(torch.func))
-
-    def call(function: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: function(*workload.inputs)
-
-    return {name: call(function) for name, function in functions.items()}
+COLUMNS = ("functrans", "torch.func", "autograd", "by hand", "compiled torch.func", "jax.jit")
+#: functrans / torch.func; 1 for all others.
+TIME_TARGETS = {
+    "Hessian 64x64 of an MLP, one point": 0.5,
+    "Hessian 64x64 of an MLP, 32 points": 0.5,
+    "HVP of a transformer block": 0.5,
+    "Laplacian of an MLP, 128 points of dim 16": 0.5,
+    "NTK 16x16 by vjp and jvp products": 0.5,
+}
 
 
 def build(make: Build, device: str, dtype: torch.dtype) -> Workload:
@@ -41,50 +36,73 @@ def build(make: Build, device: str, dtype: torch.dtype) -> Workload:
     return make(device, dtype)
 
 
-def measure(make: Build, rounds: int, device: str, compiled: bool, slice_seconds: float) -> dict[str, str]:
-    """One row of the table: milliseconds and megabytes by candidate, and the ratios functrans / torch.func."""
-    double = candidates(build(make, device, torch.float64), False)
-    assert_same_results({name: call() for name, call in double.items()})
-    single = candidates(build(make, device, torch.float32), compiled)
-    times = interleave(single, rounds, slice_seconds)
-    peaks = {name: peak_memory(call, device) for name, call in single.items()}
-    row = {f"{name}, ms": f"{1e3 * statistics.median(values):.2f}" for name, values in times.items()}
-    row["time ratio"] = f"{ratio(times['functrans'], times['torch.func']):.2f}"
-    row |= {f"{name}, MB": f"{peak / 1e6:.1f}" for name, peak in peaks.items()}
-    row["memory ratio"] = f"{peaks['functrans'] / max(peaks['torch.func'], 1):.2f}"
-    return row
+def makers(name: str, workload: Workload, settings: Settings) -> Makers:
+    """What computes the workload, by the name of its column. Autograd is first: the others must agree with it."""
+
+    def maker(function: Callable[..., Any], captured: Mapping[str, Any]) -> Callable[[], Call]:
+        return lambda: lambda: function(*workload.inputs, **captured)
+
+    def compiled() -> Call:
+        torch.compiler.reset()  # what was compiled for another dtype would only be generalized
+        return maker(torch.compile(workload.transformed(torch.func)), {})()
+
+    found: dict[str, Callable[[], Call]] = {
+        "autograd": maker(workload.plain, {}),
+        "functrans": maker(workload.transformed(functrans), {}),
+        "torch.func": maker(workload.transformed(torch.func), {}),
+    }
+    if name in BY_HAND:
+        found["by hand"] = maker(BY_HAND[name], workload.captured)
+    if settings.compiled:
+        found["compiled torch.func"] = compiled
+    if name in IN_JAX and usable(settings.device):
+        found["jax.jit"] = lambda: Compiled(IN_JAX[name], workload.inputs, workload.captured)
+    return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Workloads: functrans against torch.func and plain autograd.")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    parser.add_argument("--case", action="append", metavar="TEXT", help="only workloads whose name contains TEXT")
-    parser.add_argument("--compile", action="store_true", help="a column for torch.compile of torch.func")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rounds, slice_seconds = (3, 0.02) if options.quick else (11, 0.1)
-    chosen = [name for name in WORKLOADS if not options.case or any(text in name for text in options.case)]
-    if not chosen:
-        parser.error(f"no workload's name contains {options.case}; there are: {', '.join(WORKLOADS)}")
+def run(settings: Settings) -> Part:
+    part = Part()
+    times: dict[str, dict[str, list[float]]] = {}
+    peaks: dict[str, dict[str, int]] = {}
+    for name in settings.chosen(list(WORKLOADS)):
+        make = WORKLOADS[name]
+        agree = part.agreeing(name, makers(name, build(make, settings.device, torch.float64), settings))
+        with part.attempt(name):
+            single = makers(name, build(make, settings.device, torch.float32), settings)
+            calls = {column: single[column]() for column in COLUMNS if column in agree}
+            times[name] = interleave(calls, settings.rounds, 0.02 if settings.quick else 0.1)
+            peaks[name] = {column: peak_of(call, settings.device) for column, call in calls.items()}
+        progress(name)
 
-    rows: dict[str, dict[str, str]] = {}
-    failed = []
-    for name in chosen:
-        try:
-            rows[name] = measure(WORKLOADS[name], rounds, options.device, options.compile, slice_seconds)
-        except Exception as error:  # noqa: BLE001 - one workload that fails must not hide the others
-            failed.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        print(f"  {name}: done", file=sys.stderr, flush=True)
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    print(f"{machine(options.device)}; {rounds} rounds.")
-    print("Medians; ratios are functrans / torch.func: median of the rounds (quartiles). Memory is each call's peak.\n")
-    print(table(["workload", *columns], [[name, *(row.get(c, "") for c in columns)] for name, row in rows.items()]))
-    for failure in failed:
-        print(f"\nFAILED {failure}", file=sys.stderr)
-    return 1 if failed else 0
+    columns = [column for column in COLUMNS if any(column in row for row in times.values())]
+    time_rows, memory_rows, time_targets, memory_targets = [], [], [], []
+    for name, row in times.items():
+        time_rows.append([name, *(f"{1e3 * statistics.median(row[c]):.2f}" if c in row else "" for c in columns), ""])
+        memory_rows.append([name, *(f"{peaks[name][c] / 1e6:.2f}" if c in row else "" for c in columns), ""])
+        if {"functrans", "torch.func"} <= row.keys():
+            time = ratio(row["functrans"], row["torch.func"])
+            memory = peaks[name]["functrans"] / peaks[name]["torch.func"]
+            time_rows[-1][-1], memory_rows[-1][-1] = f"{time:.2f}", f"{memory:.2f}"
+            time_targets.append(Target(f"time, {name}", time.median, TIME_TARGETS.get(name, 1.0)))
+            memory_targets.append(Target(f"peak memory, {name}", memory, 1.0))
+    if times:
+        part.targets += time_targets + memory_targets
+        part.tables += [
+            Table(
+                "Workloads: time",
+                "Milliseconds, medians of the rounds. The ratio is functrans / torch.func, with its quartiles.",
+                ["workload", *columns, "ratio"],
+                time_rows,
+            ),
+            Table(
+                "Workloads: peak memory",
+                "Megabytes that a call allocates at its peak. The ratio is functrans / torch.func.",
+                ["workload", *columns, "ratio"],
+                memory_rows,
+            ),
+        ]
+    return part
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(run, "Workloads: functrans against its peers, in time and in peak memory."))
