@@ -13,7 +13,7 @@ from functrans.arguments import Argnums, pick
 from functrans.batching import vmap
 from functrans.errors import Call, CallError, CallValueError
 from functrans.pytrees import tree_flatten, tree_unflatten
-from functrans.transforms import jvp_with_argnums, vjp_with_argnums
+from functrans.transforms import jvp_with_argnums, unit, vjp_with_argnums
 
 
 def jacrev(
@@ -54,11 +54,14 @@ def jacrev(
         def pull(basis: list[Tensor]) -> Any:
             return pullback(tree_unflatten(spec, [b.view(o.shape) for b, o in zip(basis, leaves, strict=True)]))
 
-        basis = standard_basis(leaves, numels)
+        if len(leaves) == 1 and leaves[0].dim() == 0:  # one row: no batch, and no basis
+            found = pullback(tree_unflatten(spec, [unit(leaves[0])]))
+            return (tree_unflatten(spec, [found]), aux) if has_aux else tree_unflatten(spec, [found])
         if chunk_size == 1 and sum(numels):
+            basis = standard_basis(leaves, numels)
             rows = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
         else:
-            rows = vmap(pull, chunk_size=chunk_size)(basis)
+            rows = vmap(pull, chunk_size=chunk_size)(standard_basis(leaves, numels))
         row_leaves, row_spec = tree_flatten(rows)
         found = []
         for i, o in enumerate(leaves):

@@ -25,6 +25,7 @@ at an interpreter that does not know programs. Both ways use the same table.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -283,8 +284,11 @@ def slice_out(builder: Builder, inputs: Sequence[Value], outputs: Sequence[Value
     return Program(len(inputs), instructions, [places[v] for v in outputs])
 
 
-def derived(builder: Builder, inputs: Sequence[Value], results: Sequence[Value | None]) -> Derived:
-    """``results`` as functions of ``inputs``; those that are inputs, or nothing, are not computed."""
+def derived(builder: Builder, inputs: Sequence[Value], results: Sequence[Value | None], tensors: Iterable[int]) -> Derived:
+    """``results`` as functions of ``inputs``; those that are inputs, or nothing, are not computed.
+
+    ``tensors``: the positions of inputs that are known to be tensors.
+    """
     inputs = list(inputs)
     computed = list(dict.fromkeys(r for r in results if r is not None and r not in inputs))
     places = tuple(None if r is None else computed.index(r) if r in computed else -1 - inputs.index(r) for r in results)
@@ -293,7 +297,30 @@ def derived(builder: Builder, inputs: Sequence[Value], results: Sequence[Value |
     uses = None if len(used) == len(inputs) else tuple(sorted(used))
     if uses is not None:
         program = slice_out(builder, [inputs[i] for i in uses], computed)
+        tensors = [k for k, i in enumerate(uses) if i in tensors]
+    program = fused(program, tensors)
     return Derived(program, uses, places, places == tuple(range(len(computed))))
+
+
+def fused(program: Program, tensors: Iterable[int]) -> Program:
+    """``program`` with each ``x + a * b`` as one operator, where the product is used nowhere else; ``tensors``: inputs that are no numbers."""
+    n = program.inputs
+    counts = Counter(o for _, operands in program.instructions for o in operands if type(o) is Value)
+    counts.update(program.outputs)
+    is_tensor = [i in tensors for i in range(n)]
+    builder = Builder(n)
+    places: list[Any] = [Value(i) for i in range(n)]
+    for op, operands in program.instructions:
+        is_tensor.append(True)
+        if op is aten.add.Tensor:
+            for x, product in (operands, operands[::-1]):
+                if type(product) is Value and product >= n and counts[product] == 1 and type(x) is Value and is_tensor[x]:
+                    inner, factors = program.instructions[product - n]
+                    if inner is aten.mul.Tensor and all(type(f) is Value and is_tensor[f] for f in factors):
+                        op, operands = aten.addcmul.default, (x, *factors)
+                        break
+        places.append(builder.emit(op, tuple(places[o] if type(o) is Value else o for o in operands)))
+    return slice_out(builder, [Value(i) for i in range(n)], [places[o] for o in program.outputs])
 
 
 def formula_of(op: OpOverload, i: int) -> tuple[Derivative, str] | None:
@@ -351,7 +378,8 @@ def tangent_of(program: Program, moving: tuple[int, ...]) -> Derived:
         if total is not None:
             tangents[n + k] = total
     outs = [values[o] for o in program.outputs]
-    return derived(builder, [Value(i) for i in range(n + len(moving))], [*outs, *(tangents.get(o) for o in program.outputs)])
+    known = {*moving, *range(n, n + len(moving))}
+    return derived(builder, [Value(i) for i in range(n + len(moving))], [*outs, *(tangents.get(o) for o in program.outputs)], known)
 
 
 class Pullback(NamedTuple):
@@ -408,7 +436,8 @@ def pullback_of(program: Program, tracked: tuple[int, ...]) -> Pullback:
             with tracing():
                 builder, seeds, results = sweep(given)
             at = [*seeds, *(Value(v - shift + len(seeds)) for v in needed)]
-            cache[given] = derived(builder, at, results)
+            known = {*range(len(seeds)), *(len(seeds) + i for i, s in enumerate(saves) if s >= 0 or -1 - s in tracked)}
+            cache[given] = derived(builder, at, results, known)
         return cache[given]
 
     return Pullback(forward, saves, pull)

@@ -102,7 +102,7 @@ derivative(
     broadcasts=True,
     tangent=sigmoid_backward_tangent,
     grad_output=lambda grad, output: aten.sigmoid_backward.default(grad, conj(output)),
-    output=lambda grad, grad_output, output: conj(grad) * grad_output * conj(1 - 2 * output),
+    output=lambda grad, grad_output, output: conj(grad) * (grad_output * conj(1 - 2 * output)),
 )
 
 # log(sigmoid(x))' = sigmoid(-x), which neither overflows nor cancels

@@ -84,7 +84,8 @@ derivative(
     broadcasts=True,
     tangent=tanh_backward_tangent,
     grad_output=lambda grad, output: aten.tanh_backward.default(grad, conj(output)),
-    output=lambda grad, grad_output, output: conj(grad) * grad_output * conj(-2 * output),
+    # the factors without grad first: where only grad is batched, they are small
+    output=lambda grad, grad_output, output: conj(grad) * (grad_output * conj(-2 * output)),
 )
 
 
