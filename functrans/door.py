@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import mutation, programs, stack
 from functrans.errors import DeadWrapperError
+from functrans.native import TwinInterpreter
 from functrans.operators import PURE, Facts, facts, normalized
 from functrans.programs import REAL, Program, operator_program, traced
-from functrans.spellings import BINARY, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
+from functrans.spellings import BINARY, DIRECT, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
 from functrans.stack import STATE, Interpreter
 from functrans.tensor import WrapperTensor, base, highest, lift
 from functrans.torch_private import (
@@ -66,15 +67,7 @@ class Door(TorchDispatchMode):
             known = facts(op)
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
-        else:
-            kwargs = {}
-        if known.kind != PURE:
-            return mutation.run(known, args, kwargs)
-        top = STATE.top
-        owner = top if known.random else highest(args, kwargs, known.tensor_lists)
-        out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
-        if owner is not top:
-            out = lift(out, owner, top)
+        out = handle(op, known, args, kwargs or {})
         if type(out) is WrapperTensor:
             frame = sys._getframe(1)
             out.made_at = (frame.f_code, frame.f_lasti)
@@ -86,6 +79,17 @@ class Door(TorchDispatchMode):
 
 
 stack.DOOR = DOOR = Door()
+
+
+def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``op``, whose arguments stand where its schema has them."""
+    if known.kind != PURE:
+        return mutation.run(known, args, kwargs)
+    top = STATE.top
+    owner = top if known.random else highest(args, kwargs, known.tensor_lists)
+    out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
+    return out if owner is top else lift(out, owner, top)
+
 
 # ---------------------------------------------------------------------------------------------------- the short way
 
@@ -225,6 +229,38 @@ def power(function: Callable[..., Any]) -> Callable[..., Any]:
     return entrance
 
 
+KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", float: "f", type(None): "N"}
+
+
+def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Callable[..., Any]:
+    """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments."""
+    sizes = patterns.get("T*")
+
+    def entrance(*args: Any, **kwargs: Any) -> Any:
+        if not kwargs and open_to_programs() and not is_torch_func_active():
+            kinds = ""
+            for a in args:
+                kinds += KINDS.get(type(a), "?")
+            op, given = patterns.get(kinds), args
+            if op is None and sizes is not None and len(kinds) > 1 and kinds == "T" + "i" * (len(kinds) - 1):
+                op, given = sizes, (args[0], list(args[1:]))
+            if op is not None and args[0].layout is STRIDED and not isinstance(STATE.top, TwinInterpreter):
+                pop_mode(None)
+                try:
+                    out = handle(op, facts(op), given, {})
+                finally:
+                    push_mode(DOOR)
+                if type(out) is WrapperTensor:
+                    frame = sys._getframe(1)
+                    if frame.f_code is THE_FUNCTION:
+                        frame = frame.f_back  # type: ignore[assignment]
+                    out.made_at = (frame.f_code, frame.f_lasti)
+                return out
+        return without_torch_function(function, (), args, kwargs)
+
+    return entrance
+
+
 def entrance_of(function: Callable[..., Any], name: str) -> Callable[..., Any] | None:
     """What takes the place of the torch function or method that ``name`` stands for in spellings.py."""
     if name == "pow":
@@ -232,7 +268,9 @@ def entrance_of(function: Callable[..., Any], name: str) -> Callable[..., Any] |
     if name in BINARY:
         operators = BINARY[name]
         return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]))
-    return unary(function, lambda: operator_program(getattr(aten, name).default)) if name in UNARY else None
+    if name in UNARY:
+        return unary(function, lambda: operator_program(getattr(aten, name).default))
+    return direct(function, DIRECT[name]) if name in DIRECT else None
 
 
 #: Python's reflected operators, whose program depends on what the other operand is.
@@ -251,7 +289,7 @@ def set_up() -> None:
     for name, find in REFLECTED.items():
         function = getattr(Tensor, name)
         ENTRANCES[function] = binary(function, find, reflected=True)
-    for name in (*DUNDERS, *OPERATORS, *OTHER_NAMES, *REFLECTED):
+    for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
         function = getattr(Tensor, name, None)
         if function in ENTRANCES:
             setattr(WrapperTensor, name, ENTRANCES[function])

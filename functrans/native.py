@@ -59,6 +59,7 @@ class TwinInterpreter(Interpreter):
         self.func = borrower.func
         self.outer_grad_mode = True
         self.outer_forward_mode = True
+        self.outer_modes_on = True
         #: the grad mode of the level below, which the autograd engine overrides while it runs
         self.grad_mode = torch.is_grad_enabled() and borrower.outer_grad_mode
 

@@ -38,9 +38,9 @@ from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import DeadWrapperError
 from functrans.operators import facts, quick_call
 from functrans.rules import RuleTable
-from functrans.spellings import operator_of, spellings
+from functrans.spellings import OPERATORS, operator_of, spellings
 from functrans.stack import STATE, Interpreter, door_closed
-from functrans.tensor import WrapperTensor, base, dispatch
+from functrans.tensor import WrapperTensor, base, dispatch, in_outer_modes, modes_differ
 from functrans.torch_private import (
     DisableTorchFunction,
     EnableTorchFunction,
@@ -52,7 +52,6 @@ from functrans.torch_private import (
     pop_mode,
     push_function_mode,
     push_mode,
-    set_grad_enabled,
 )
 
 aten = torch.ops.aten
@@ -142,7 +141,7 @@ class Tracer:
         if kwargs:
             raise Untraceable(func)
         op = func if isinstance(func, OpOverload) else None
-        if op is None and func in SPELLINGS:
+        if op is None and SPELLINGS.get(func) in OPERATORS:
             op = operator_of(SPELLINGS[func], args, lambda a: type(a) is Tracer)
         if op is None:
             raise Untraceable(func)
@@ -150,7 +149,7 @@ class Tracer:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(Tensor, name, None)
-        if method not in SPELLINGS:
+        if SPELLINGS.get(method) not in OPERATORS:
             raise Untraceable(name)
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
@@ -635,10 +634,6 @@ def lower_program(interpreter: Interpreter, program: Program, args: Sequence[Any
             if forward_ad._current_level < 0:
                 return program.run(*args)
         return program.step_by_step(args, base)
-    if not interpreter.outer_grad_mode and torch.is_grad_enabled():
-        set_grad_enabled(False)
-        try:
-            return run(program, args)
-        finally:
-            set_grad_enabled(True)
+    if not interpreter.outer_modes_on and modes_differ(interpreter):
+        return in_outer_modes(interpreter, lower_program, program, args)
     return run(program, args)

@@ -1,6 +1,6 @@
 """What torch functions and methods mean, in operators: ``torch.sin``, ``Tensor.sin`` and ``x * y`` before PyTorch has parsed them.
 
-Only functions that are pointwise, of tensors and numbers by position, stand here; for all others PyTorch's own parser decides.
+Only frequent functions stand here, called with arguments by position; for all others PyTorch's own parser decides.
 """
 
 from __future__ import annotations
@@ -45,11 +45,34 @@ OPERATORS: dict[str, dict[str, OpOverload]] = {
     **CHOICES,
 }
 
-#: Python's operators; a leading "r" that is no part of a function's name swaps the operands.
+_BY_SIZES = {name: {"T*": getattr(aten, name).default} for name in ("view", "reshape", "expand", "permute")}
+
+#: Functions of other kinds whose operator takes their arguments as they are: T a tensor, i an int, N None; ``*`` a list of the ints
+#: that follow.
+DIRECT: dict[str, dict[str, OpOverload]] = {
+    **{name: {"TT": getattr(aten, name).default} for name in ("matmul", "mm", "bmm", "mv", "dot")},
+    **{name: {"T": getattr(aten, name).default} for name in ("t", "clone", "detach")},
+    **_BY_SIZES,
+    **{name: {kinds.replace("n", n): op for kinds, op in CHOICES[name].items() for n in "if"} for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "linear": {kinds: aten.linear.default for kinds in ("TT", "TTT", "TTN")},
+    "addmm": {"TTT": aten.addmm.default},
+    "transpose": {"Tii": aten.transpose.int},
+    "unsqueeze": {"Ti": aten.unsqueeze.default},
+    "squeeze": {"T": aten.squeeze.default, "Ti": aten.squeeze.dim},
+    "select": {"Tii": aten.select.int},
+    "flatten": {kinds: aten.flatten.using_ints for kinds in ("T", "Ti", "Tii")},
+    "sum": {"T": aten.sum.default, "T*": aten.sum.dim_IntList},
+    "mean": {"T": aten.mean.default, "T*": aten.mean.dim},
+    "softmax": {"Ti": aten.softmax.int},
+    "log_softmax": {"Ti": aten.log_softmax.int},
+    "where": {"TTT": aten.where.self},
+}
+
+#: Python's operators.
 DUNDERS = {
     "__neg__": "neg", "__abs__": "abs", "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul",
     "__rmul__": "mul", "__truediv__": "div", "__pow__": "pow", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt", "__le__": "le",
-    "__gt__": "gt", "__ge__": "ge",
+    "__gt__": "gt", "__ge__": "ge", "__matmul__": "matmul",
 }  # fmt: skip
 
 OTHER_NAMES = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs"}
@@ -59,7 +82,7 @@ def spellings() -> dict[Callable[..., Any], str]:
     """The function's name in ``OPERATORS``, by every torch function and method that means it."""
     found: dict[Callable[..., Any], str] = {}
     for place in (torch, Tensor, torch.nn.functional):
-        for name in (*OPERATORS, *OTHER_NAMES):
+        for name in (*OPERATORS, *OTHER_NAMES, *DIRECT):
             function = getattr(place, name, None)
             if function is not None and function is not Tensor.where:  # which has its operands in another order
                 found[function] = OTHER_NAMES.get(name, name)

@@ -93,7 +93,8 @@ class Interpreter:
         self.func = func
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()
-        self.on_base = self.below is None and self.outer_grad_mode
+        self.outer_modes_on: bool = self.outer_grad_mode and self.outer_forward_mode
+        self.on_base = self.below is None and self.outer_modes_on
 
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""

@@ -37,11 +37,13 @@ from functrans.torch_private import (
     ZERO_TENSOR,
     OpOverload,
     function_mode_enabled,
+    is_forward_enabled,
     is_key_excluded,
     make_wrapper,
     pop_mode,
     pop_packing,
     push_mode,
+    set_forward_enabled,
     set_grad_enabled,
     set_key_excluded,
     top_packing,
@@ -419,22 +421,35 @@ def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str,
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
     if interpreter.on_base:
         return base(op, args, kwargs)
+    if not interpreter.outer_modes_on and modes_differ(interpreter):
+        return in_outer_modes(interpreter, lower, op, args, kwargs)
     try:
         random = op._functrans.random  # type: ignore[attr-defined]
     except AttributeError:
         random = facts(op).random
     below = interpreter.below
-    if not interpreter.outer_grad_mode and torch.is_grad_enabled():
-        set_grad_enabled(False)
-        try:
-            return lower(interpreter, op, args, kwargs)
-        finally:
-            set_grad_enabled(True)
     if below is None:
         return base(op, args, kwargs)
     if random:  # every level decides whether its examples draw for themselves
         return below.process(op, args, kwargs)
     return dispatch(op, args, kwargs)
+
+
+def modes_differ(interpreter: Interpreter) -> bool:
+    """Whether a mode is on that was off when ``interpreter`` was entered; see NOTE [Grad mode per level]."""
+    return (torch.is_grad_enabled() and not interpreter.outer_grad_mode) or (is_forward_enabled() and not interpreter.outer_forward_mode)
+
+
+def in_outer_modes(interpreter: Interpreter, lowering: Callable[..., Any], *args: Any) -> Any:
+    """``lowering(interpreter, *args)`` with what was off when ``interpreter`` was entered switched off."""
+    grad, forward = torch.is_grad_enabled(), is_forward_enabled()
+    try:
+        set_grad_enabled(grad and interpreter.outer_grad_mode)
+        set_forward_enabled(forward and interpreter.outer_forward_mode)
+        return lowering(interpreter, *args)
+    finally:
+        set_grad_enabled(grad)
+        set_forward_enabled(forward)
 
 
 def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any], inputs: Any = None) -> Any:

@@ -219,9 +219,9 @@ class TableMethod:
     def __init__(self, entry: Derivative, known: Facts) -> None:
         self.entry = entry
         self.known = known
-        self.tangent: Callable[..., Any] = {
-            "elementwise": self.elementwise, "linear": self.linear, "multilinear": self.multilinear,
-        }.get(entry.tangent, self.formula)  # type: ignore[arg-type]  # fmt: skip
+        self.tangent: Callable[..., Any] = self.elementwise if entry.tangent == "elementwise" else self.formula
+        #: how the tangent is computed by operators sent down one by one, instead of plain ``torch`` code that runs one level down
+        self.direct: Callable[..., Any] | None = {"linear": self.linear, "multilinear": self.multilinear}.get(entry.tangent)  # type: ignore[arg-type]
         #: argument positions that an elementwise tangent may come from, each with its formula and where its parameters are found
         self.partial = {
             known.arguments.index(name): (formula, [self.where(need) for need in entry.needs[name]])
@@ -234,7 +234,10 @@ class TableMethod:
                 if position not in self.partial:
                     return borrow(interpreter, op, values, kwargs, tangents)
         out = lower(interpreter, op, values, kwargs)
-        found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values()))
+        if self.direct is not None:
+            found = self.direct(interpreter, values, kwargs, tangents)
+        else:
+            found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values()))
         if not torch.is_grad_enabled():
             found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
         return with_tangents(interpreter, out, found)
@@ -274,7 +277,12 @@ class TableMethod:
             total = total.to(dtype)
         return total
 
-    def linear(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+    def linear(self, interpreter: JvpInterpreter, values: Any, kwargs: Any, tangents: Any) -> Any:
+        """The operator of the tangents, zeros where there is none."""
+
+        def or_zero(tangent: Tensor | None, value: Tensor) -> Tensor:
+            return lower(interpreter, aten.zeros_like.default, (value,), {}) if tangent is None else tangent
+
         given = list(values)
         kwargs = dict(kwargs)
         names = self.known.arguments
@@ -284,27 +292,28 @@ class TableMethod:
             t = tangents.get(i)
             value = self.named(name, values, kwargs)
             if isinstance(value, list | tuple):
-                t = [_or_zero(p, v) for p, v in zip(t or [None] * len(value), value, strict=True)]
+                t = [or_zero(p, v) for p, v in zip(t or [None] * len(value), value, strict=True)]
             elif isinstance(value, Tensor):
-                t = _or_zero(t, value)
+                t = or_zero(t, value)
             elif value is not None:
                 t = 0
             if i < len(given):
                 given[i] = t
             elif value is not None:
                 kwargs[name] = t
-        return COPYING.get(self.entry.op, self.entry.op)(*given, **kwargs)
+        return lower(interpreter, COPYING.get(self.entry.op, self.entry.op), given, kwargs)
 
-    def multilinear(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+    def multilinear(self, interpreter: JvpInterpreter, values: Any, kwargs: Any, tangents: Any) -> Any:
+        """The sum of the operator with one argument after the other replaced by its tangent."""
         total: Any = None
         for position, t in tangents.items():
             given = list(values)
             if position >= len(given):
-                part = self.entry.op(*given, **{**kwargs, self.known.arguments[position]: t})
+                part = lower(interpreter, self.entry.op, given, {**kwargs, self.known.arguments[position]: t})
             else:
                 given[position] = t
-                part = self.entry.op(*given, **kwargs)
-            total = part if total is None else total + part
+                part = lower(interpreter, self.entry.op, given, kwargs)
+            total = part if total is None else lower(interpreter, aten.add.Tensor, (total, part), {})
         return total
 
     def formula(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
@@ -317,10 +326,6 @@ class TableMethod:
             else:
                 picked.append(self.named(name, values, kwargs))
         return self.entry.tangent(*picked)  # type: ignore[operator, misc]
-
-
-def _or_zero(tangent: Tensor | None, value: Tensor) -> Tensor:
-    return torch.zeros_like(value) if tangent is None else tangent
 
 
 def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
