@@ -244,7 +244,8 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
             op, given = patterns.get(kinds), args
             if op is None and sizes is not None and len(kinds) > 1 and kinds == "T" + "i" * (len(kinds) - 1):
                 op, given = sizes, (args[0], list(args[1:]))
-            if op is not None and args[0].layout is STRIDED and not isinstance(STATE.top, TwinInterpreter):
+            top = STATE.top
+            if op is not None and args[0].layout is STRIDED and top is not None and type(top) is not TwinInterpreter:
                 pop_mode(None)
                 try:
                     out = handle(op, facts(op), given, {})

@@ -1,0 +1,448 @@
+"""Pointwise programs: what is derived, that they mean what their operators mean one by one, and where they must not be used."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.func
+from expecttest import assert_expected_inline
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from functrans.errors import DeadWrapperError
+from functrans.extend import BATCHING_RULES, DERIVATIVES, Interpreter, derivative, overriding, run_transformed
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.programs import Untraceable, operator_program, traced
+from functrans.spellings import BINARY, OPERATORS, UNARY
+
+aten = torch.ops.aten
+DOUBLE = torch.float64
+
+
+def double(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed)) * 0.6 + 0.2
+
+
+def agree(got: Any, expected: Any) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+# --- what is derived --------------------------------------------------------------------------------------------------
+
+
+def test_programs_print_as_python() -> None:
+    sin = operator_program(aten.sin.default)
+    assert sin is not None
+    assert_expected_inline(str(sin.tangent((0,)).program), """\
+def program(a, b):
+    c = sin(a)
+    d = cos(a)
+    e = mul(b, d)
+    return c, e""")
+    pullback = sin.pullback((0,)).pull((0,)).program
+    assert_expected_inline(str(pullback), """\
+def program(a, b):
+    c = cos(b)
+    d = mul(a, c)
+    return d""")
+    # x and its tangent, g and its tangent: the sum of products is one operator
+    assert_expected_inline(str(pullback.tangent((0, 1)).program), """\
+def program(a, b, c, d):
+    e = cos(b)
+    f = sin(b)
+    g = neg(f)
+    h = mul(d, g)
+    i = mul(a, e)
+    j = mul(c, e)
+    k = addcmul(j, h, a)
+    return i, k""")
+
+
+def test_what_is_costly_is_kept_and_not_computed_again() -> None:
+    sin = operator_program(aten.sin.default)
+    assert sin is not None
+    first = sin.pullback((0,)).pull((0,)).program
+    second = first.pullback((0, 1))
+    assert_expected_inline(str(second.forward), """\
+def program(a, b):
+    c = cos(b)
+    d = mul(a, c)
+    return d, c""")
+    assert_expected_inline(str(second.pull((0,)).program), """\
+def program(a, b, c, d):
+    e = mul(a, d)
+    f = mul(a, b)
+    g = sin(c)
+    h = neg(g)
+    i = mul(f, h)
+    return e, i""")
+
+
+def test_a_cotangent_that_is_passed_on_is_not_computed_with() -> None:
+    add = operator_program(aten.add.Tensor)
+    assert add is not None
+    pull = add.pullback((0, 1)).pull((0,))
+    assert pull.results == (-1, -1) and not pull.program.instructions
+
+
+@pytest.mark.parametrize("name", [*UNARY, *BINARY])
+def test_every_frequent_function_is_a_program(name: str) -> None:
+    for kinds, op in OPERATORS[name].items():
+        program = operator_program(op, *((3,) if op is aten.pow.Tensor_Scalar else ()))
+        if op is aten.pow.Tensor_Tensor:
+            assert program is None  # its formula looks at where the exponent is 0
+            continue
+        assert program is not None, (name, kinds)
+
+
+def test_a_formula_that_looks_at_numbers_is_no_program() -> None:
+    with pytest.raises(Untraceable):
+        traced(lambda x: x if x > 0 else -x, 1)
+    with pytest.raises(Untraceable):
+        traced(lambda x: x * x.shape[0], 1)
+
+
+# --- one by one -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Switches programs off: every operator goes down the stack by itself."""
+
+    def switch_off() -> None:
+        for kind in (GradInterpreter, JvpInterpreter, VmapInterpreter):
+            monkeypatch.setattr(kind, "process_program", None)
+
+    return switch_off
+
+
+STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sin": lambda x, y: torch.sin(x),
+    "tanh": lambda x, y: x.tanh(),
+    "exp": lambda x, y: (-x).exp(),
+    "sigmoid": lambda x, y: torch.sigmoid(x) - 0.5,
+    "reciprocal": lambda x, y: 1 / (x * x + 1.5),
+    "sqrt": lambda x, y: (x * x + 1).sqrt(),
+    "log": lambda x, y: torch.log1p(x.square()),
+    "cube": lambda x, y: x**3 / 4,
+    "relu": lambda x, y: x.relu() + 0.25 * x,
+    "abs": lambda x, y: 2 - abs(x),
+    "mul": lambda x, y: x * y,
+    "rsub": lambda x, y: 1 - x * y,
+    "div": lambda x, y: x / (y * y + 2),
+    "add": lambda x, y: x + y,
+    "number": lambda x, y: 0.7 * x + 0.1,
+    "constant": lambda x, y: x * SCALE,
+    "broadcast": lambda x, y: x + y.sum() if y.dim() else x - y,
+}
+SCALE = torch.tensor(0.8, dtype=DOUBLE)
+
+
+def random_function(numbers: random.Random) -> Callable[[Tensor], Tensor]:
+    names = [numbers.choice(list(STEPS)) for _ in range(numbers.randint(2, 6))]
+
+    def function(x: Tensor) -> Tensor:
+        previous, value = x, x
+        for name in names:
+            previous, value = value, STEPS[name](value, previous)
+        return value
+
+    function.__name__ = "_".join(names)
+    return function
+
+
+def transforms(api: Any) -> dict[str, Callable[[Callable[..., Tensor]], Callable[..., Tensor]]]:
+    ones = torch.ones_like
+
+    def tangent(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: api.jvp(f, (x,), (x * 0.5 + 0.3,))[1]
+
+    def cotangent(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def pulled(x: Tensor) -> Tensor:
+            out, pullback = api.vjp(f, x)
+            return pullback(ones(out) * 0.7)[0]
+
+        return pulled
+
+    def rows(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: api.vmap(f)(torch.stack([x, x * 0.5, x - 0.25])).sum(0)
+
+    def columns(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: api.vmap(lambda c: f(x * c) + c, in_dims=1, out_dims=-1)(SLICES).mean(-1)
+
+    return {"jvp": tangent, "vjp": cotangent, "vmap": rows, "vmap with another batch dimension": columns}
+
+
+SLICES = double(2, 4, seed=5).sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_programs_mean_what_their_operators_mean(seed: int, one_by_one: Callable[[], None]) -> None:
+    import functrans
+
+    numbers = random.Random(seed)
+    function = random_function(numbers)
+    chosen = [numbers.choice(list(transforms(functrans))) for _ in range(numbers.randint(1, 4))]
+    x = double(*numbers.choice([(), (3,), (2, 3)]), seed=seed)
+
+    def composed(api: Any) -> Tensor:
+        f: Callable[..., Tensor] = function
+        for name in chosen:
+            f = transforms(api)[name](f)
+        return f(x)
+
+    got = composed(functrans)
+    agree(got, composed(torch.func))
+    one_by_one()
+    agree(got, composed(functrans))
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_of_several_shapes_are_pulled_back_one_by_one() -> None:
+    def f(x: Tensor) -> Tensor:
+        return x.sin() * x.sum()
+
+    x, batch = double(3), double(4, 3)
+    for outer, inner in itertools.product((jacrev, jacfwd), repeat=2):
+        theirs = {jacrev: torch.func.jacrev, jacfwd: torch.func.jacfwd}
+        agree(outer(inner(f))(x), theirs[outer](theirs[inner](f))(x))
+        agree(vmap(outer(inner(f)))(batch), torch.func.vmap(theirs[outer](theirs[inner](f)))(batch))
+
+
+@pytest.mark.parametrize("shapes", [((), (3,)), ((3,), ()), ((2, 3), (3,)), ((1, 3), (2, 1)), ((2, 1, 3), (4, 1))])
+def test_broadcasting_is_undone(shapes: tuple[tuple[int, ...], ...]) -> None:
+    x, y = (double(*shape, seed=i) for i, shape in enumerate(shapes))
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(x * y + y) / (x * x + 1)
+
+    for api in (torch.func,):
+        agree(jacrev(f, (0, 1))(x, y), api.jacrev(f, (0, 1))(x, y))
+        agree(hessian(lambda *a: f(*a).sum(), (0, 1))(x, y), api.hessian(lambda *a: f(*a).sum(), (0, 1))(x, y))
+        agree(jvp(f, (x, y), (x, y)), api.jvp(f, (x, y), (x, y)))
+    pairs = [(torch.stack([v, v * 0.5]), v) for v in (x, y)]
+    for (a, in_a), (b, in_b) in itertools.product(*([(batch, 0), (one, None)] for batch, one in pairs)):
+        if in_a is None and in_b is None:
+            continue
+        got = vmap(lambda a, b: vjp(f, a, b)[1](f(a, b)), (in_a, in_b))(a, b)
+        agree(got, torch.func.vmap(lambda a, b: torch.func.vjp(f, a, b)[1](f(a, b)), (in_a, in_b))(a, b))
+
+
+def test_results_that_are_the_same_for_every_example_are_not_batched() -> None:
+    seen = []
+
+    def f(t: Tensor) -> Tensor:
+        x = torch.ones(2, dtype=DOUBLE)
+        out, tangent = jvp(lambda x: x.sin() * x, (x,), (t,))
+        seen.append((out.bdim, tangent.bdim))
+        return tangent
+
+    vmap(f)(double(3, 2))
+    assert seen == [(None, 0)]
+
+
+def test_batch_dimensions_in_different_places() -> None:
+    x, y = double(4, 3, 2), double(2, 4, 3, seed=1)
+    got = vmap(lambda x, y: torch.sin(x) * y + x, in_dims=(2, 0), out_dims=1)(x, y)
+    agree(got, torch.stack([torch.sin(x[..., i]) * y[i] + x[..., i] for i in range(2)], 1))
+
+
+# --- where programs must not be used ----------------------------------------------------------------------------------
+
+
+def test_replaced_derivatives_count_at_once() -> None:
+    x = torch.tensor(0.3, dtype=DOUBLE)
+    agree(grad(torch.sin)(x), x.cos())
+    with overriding(DERIVATIVES, aten.sin.default):
+        derivative(aten.sin.default, tangent="elementwise", self=lambda grad: grad * 7)
+        agree(grad(torch.sin)(x), torch.tensor(7.0, dtype=DOUBLE))
+        agree(jvp(lambda x: 2 * x.sin(), (x,), (x,))[1], 14 * x)
+    agree(grad(torch.sin)(x), x.cos())
+    with overriding(DERIVATIVES, aten.cos.default):  # sin's own derivative is made of cos
+        derivative(aten.cos.default, tangent="elementwise", self=lambda grad: grad * 5)
+        agree(grad(grad(torch.sin))(x), torch.tensor(5.0, dtype=DOUBLE))
+    agree(grad(grad(torch.sin))(x), -x.sin())
+
+
+def test_replaced_batching_rules_count_at_once() -> None:
+    calls = []
+    with overriding(BATCHING_RULES, aten.sin.default):
+
+        @BATCHING_RULES.register(aten.sin.default)
+        def sin(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, Any]:
+            calls.append(in_dims)
+            return x.sin(), in_dims[0]
+
+        agree(vmap(torch.sin)(double(3)), double(3).sin())
+    assert calls == [[0]]
+    vmap(torch.sin)(double(3))
+    assert len(calls) == 1
+
+
+class Counting(VmapInterpreter):
+    """A vmap that knows which operators it has seen."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, "error")
+        self.seen: list[str] = []
+
+    def process(self, op: Any, args: Any, kwargs: Any) -> Any:
+        self.seen.append(str(op))
+        return super().process(op, args, kwargs)
+
+
+def test_an_interpreter_of_ones_own_sees_every_operator() -> None:
+    interpreter = Counting(3)
+    x = interpreter.batched(double(3), 0)
+    out = run_transformed(interpreter, lambda: grad(lambda x: torch.sin(x) * x)(x))
+    agree(out.value, double(3).sin() + double(3) * double(3).cos())
+    assert interpreter.seen.count("aten.sin.default") == 1 and interpreter.seen.count("aten.cos.default") == 1
+    assert Counting.process_program is None and issubclass(Counting, Interpreter)
+
+
+class Watch(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_see_functions_and_operators_but_no_tracing() -> None:
+    def f(x: Tensor) -> Tensor:
+        with Watch() as watch:
+            out = torch.erfc(x) * x - 1
+        seen.append([re.sub(r"__r?", "", name).strip("_") for name in watch.seen])
+        return out
+
+    seen: list[list[str]] = []
+    x = double(2)
+    derivative_of = grad(lambda x: f(x).sum())
+    agree(derivative_of(x), torch.func.grad(lambda x: f(x).sum())(x))
+    assert seen[0] == seen[1] == ["erfc", "mul", "sub"]
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_dispatch_modes_inside_see_operators_first_and_outside_what_runs() -> None:
+    def f(x: Tensor) -> Tensor:
+        with Operators() as inside:
+            out = torch.sin(x) * x
+        assert inside.seen == ["aten.sin.default", "aten.mul.Tensor"]
+        return out
+
+    x = double(3)
+    with Operators() as outside:
+        got = vmap(f)(x)
+    assert outside.seen.count("aten.sin.default") == outside.seen.count("aten.mul.Tensor") == 1
+    agree(got, x.sin() * x)
+
+
+def test_autocast_has_its_say() -> None:
+    x = torch.rand(3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vmap(lambda x: x.unsqueeze(0) @ x.unsqueeze(1))(x).dtype is torch.bfloat16
+        assert grad(lambda x: (x @ x).float().sum())(x).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (torch.float32, torch.float64), (torch.float64, torch.int64), (torch.complex64, torch.float32),
+        (torch.float16, torch.float32), (torch.bool, torch.float32), (torch.bfloat16, torch.float16),
+    ],
+)  # fmt: skip
+def test_mixed_dtypes_promote(pair: tuple[torch.dtype, torch.dtype]) -> None:
+    x, y = ((torch.rand(2, 3) * 4).to(dtype) for dtype in pair)
+    for f in (lambda x, y: x * y + y, lambda x, y: y / (x + 1), lambda x, y: (x + y) * 2):
+        for in_dims in ((0, 0), (0, None), (None, 0)):
+            a = x if in_dims[0] == 0 else x[0]
+            b = y if in_dims[1] == 0 else y[0]
+            got, expected = vmap(f, in_dims)(a, b), torch.func.vmap(f, in_dims)(a, b)
+            assert got.dtype is expected.dtype
+            torch.testing.assert_close(got, expected)
+
+
+def test_the_switch_of_forward_mode_is_lowered_with_the_operator() -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autograd.forward_ad._set_fwd_grad_enabled(False):
+            return jvp(lambda y: y.sin() * torch.stack([y, y]).sum(), (x,), (torch.ones((), dtype=DOUBLE),))
+
+    x = torch.tensor(0.5, dtype=DOUBLE)
+    _, tangents = jvp(f, (x,), (x,))
+    agree(tangents, (torch.zeros((), dtype=DOUBLE), torch.zeros((), dtype=DOUBLE)))
+
+
+def test_views_are_brought_up_to_date_first() -> None:
+    def f(x: Tensor, c: Tensor) -> Tensor:
+        x = x.clone()
+        view = x.view(-1)
+        x.mul_(c)
+        return (view * view + torch.sin(view)).sum()
+
+    x, c = double(2, 2), double(2, 2, seed=1)
+    agree(grad(f)(x, c), c * (2 * x * c + (x * c).cos()))
+
+
+def test_tensors_of_ended_transforms_are_refused_with_their_line() -> None:
+    kept = []
+
+    def f(x: Tensor) -> Tensor:
+        kept.append(x * 2)  # made here
+        return x.sum()
+
+    grad(f)(double(2))
+    line = f.__code__.co_firstlineno + 1
+    for use in (lambda x: x * 1.0, lambda x: double(2) * x, torch.sin, lambda x: x**2, lambda x: 1 / x, lambda x: x @ double(2)):
+        with pytest.raises(DeadWrapperError, match=f"test_programs.py.*{line}"):
+            use(kept[0])
+
+
+# --- the wrapper's own metadata ---------------------------------------------------------------------------------------
+
+
+def metadata() -> Iterator[Callable[[Tensor], Any]]:
+    yield lambda x: (x.shape, x.dtype, x.layout, x.ndim, x.dim(), x.size(), x.size(0), x.size(-1), x.numel(), len(x))
+    yield lambda x: (x.is_complex(), x.is_floating_point(), x.stride(), x.is_contiguous(), str(x.device))
+    yield lambda x: (x.T.shape, x.T.stride(), x.t().is_contiguous(), x[:, ::2].stride(), x.unsqueeze_(0).shape)
+
+
+def test_metadata_is_that_of_an_example() -> None:
+    for read in metadata():
+        found: list[Any] = []
+
+        def f(x: Tensor, read: Callable[[Tensor], Any] = read, found: list[Any] = found) -> Tensor:
+            x = x.clone()
+            found.append(read(x))
+            return x.sum()
+
+        x = double(4, 3, 5)
+        vmap(f)(x)
+        vmap(grad(f))(x)
+        assert found[0] == found[1] == read(x[0].clone())
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        vmap(lambda x: x.size(3))(double(2, 2))
+    with pytest.raises(TypeError):
+        vmap(lambda x: len(x))(double(2))
