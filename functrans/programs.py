@@ -11,10 +11,7 @@ where it would get one operator, and gives every derivative level and every batc
 >>> from functrans.programs import operator_program
 >>> print(operator_program(torch.ops.aten.sin.default).tangent((0,)).program)
 def program(a, b):
-    c = sin(a)
-    d = cos(a)
-    e = mul(b, d)
-    return c, e
+    return sin(a), mul(b, cos(a))
 
 NOTE [What programs cover]
 Real floating-point tensors of one dtype and Python numbers: there is no promotion to undo, and no conjugate. Whatever is outside
@@ -477,18 +474,27 @@ def names() -> Iterable[str]:
 
 def write_python(program: Program) -> tuple[str, Callable[..., Any]]:
     """The program as Python source, and compiled."""
+    n = program.inputs
+    uses = Counter(o for _, operands in program.instructions for o in operands if type(o) is Value)
+    uses.update(program.outputs)
     scope: dict[str, Any] = {}
-    variables = list(itertools.islice(names(), program.inputs + len(program.instructions)))
-    lines = [f"def program({', '.join(variables[: program.inputs])}):"]
-    for variable, (op, operands) in zip(variables[program.inputs :], program.instructions, strict=True):
+    letters = names()
+    texts = list(itertools.islice(letters, n))
+    lines = [f"def program({', '.join(texts)}):"]
+    for k, (op, operands) in enumerate(program.instructions):
         function = op._schema.name.removeprefix("aten::")
         call = quick_call(op) or op._op
         while scope.setdefault(function, call) is not call:  # two overloads of one name
             function += "_"
-        lines.append(f"    {variable} = {function}({', '.join(variables[o] if type(o) is Value else repr(o) for o in operands)})")
-    lines.append(f"    return {', '.join(variables[o] for o in program.outputs)}")
+        text = f"{function}({', '.join(texts[o] if type(o) is Value else repr(o) for o in operands)})"
+        if uses[Value(n + k)] > 1:
+            variable = next(letters)
+            lines.append(f"    {variable} = {text}")
+            text = variable
+        texts.append(text)  # what is used once is written where it is used, so that its memory is free at once
+    lines.append(f"    return {', '.join(texts[o] for o in program.outputs)}")
     source = "\n".join(lines)
-    if len(program.instructions) == 1 and key_of(*program.instructions[0])[1] == tuple((Value, i) for i in range(program.inputs)):
+    if len(program.instructions) == 1 and key_of(*program.instructions[0])[1] == tuple((Value, i) for i in range(n)):
         return source, call  # the function itself
     exec(source, scope)  # noqa: S102 - the source was written a few lines above
     return source, scope["program"]

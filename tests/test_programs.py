@@ -45,27 +45,16 @@ def test_programs_print_as_python() -> None:
     assert sin is not None
     assert_expected_inline(str(sin.tangent((0,)).program), """\
 def program(a, b):
-    c = sin(a)
-    d = cos(a)
-    e = mul(b, d)
-    return c, e""")
+    return sin(a), mul(b, cos(a))""")
     pullback = sin.pullback((0,)).pull((0,)).program
     assert_expected_inline(str(pullback), """\
 def program(a, b):
-    c = cos(b)
-    d = mul(a, c)
-    return d""")
+    return mul(a, cos(b))""")
     # x and its tangent, g and its tangent: the sum of products is one operator
     assert_expected_inline(str(pullback.tangent((0, 1)).program), """\
 def program(a, b, c, d):
     e = cos(b)
-    f = sin(b)
-    g = neg(f)
-    h = mul(d, g)
-    i = mul(a, e)
-    j = mul(c, e)
-    k = addcmul(j, h, a)
-    return i, k""")
+    return mul(a, e), addcmul(mul(c, e), mul(d, neg(sin(b))), a)""")
 
 
 def test_what_is_costly_is_kept_and_not_computed_again() -> None:
@@ -76,16 +65,10 @@ def test_what_is_costly_is_kept_and_not_computed_again() -> None:
     assert_expected_inline(str(second.forward), """\
 def program(a, b):
     c = cos(b)
-    d = mul(a, c)
-    return d, c""")
+    return mul(a, c), c""")
     assert_expected_inline(str(second.pull((0,)).program), """\
 def program(a, b, c, d):
-    e = mul(a, d)
-    f = mul(a, b)
-    g = sin(c)
-    h = neg(g)
-    i = mul(f, h)
-    return e, i""")
+    return mul(a, d), mul(mul(a, b), neg(sin(c)))""")
 
 
 def test_a_cotangent_that_is_passed_on_is_not_computed_with() -> None:
