@@ -112,10 +112,8 @@ WrapperTensor.__torch_function__ = torch_function  # type: ignore[method-assign,
 THE_FUNCTION = WrapperTensor.__torch_function__.__code__
 
 
-def open_to_programs() -> bool:
-    """Whether nothing else has to see the operators of this thread before the door does: autocast, or a mode of the user's."""
-    return mode_stack_size() == STATE.door_depth and not autocast_enabled() and not function_mode_enabled()
-
+# The short way is open where nothing else has to see what is called before the door does: a mode of the user's, or autocast. (The
+# condition is written out at each entrance: a call would cost as much as what it asks.)
 
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
@@ -140,7 +138,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
 
     def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
         nonlocal program
-        if more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED or not open_to_programs():
+        if more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED or mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
             return without_torch_function(function, (), (x, *more), kwargs)
         if x.view_link is not None:
             x.view_link.refresh(x)
@@ -174,7 +172,7 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
         if reflected and not number:
             x, y, kind = y, x, type(x)
         owner: Interpreter | None = None
-        if more or kwargs or not open_to_programs():
+        if more or kwargs or mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
             pass
         elif type(x) is WrapperTensor:
             if x.view_link is not None:
@@ -217,7 +215,7 @@ def power(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
         kind = type(exponent)
-        if (kind is int or kind is float) and not more and not kwargs and type(x) is WrapperTensor and x.dtype in REAL and open_to_programs():
+        if (kind is int or kind is float) and not more and not kwargs and type(x) is WrapperTensor and x.dtype in REAL and mode_stack_size() == STATE.door_depth and not autocast_enabled() and not function_mode_enabled():
             program = operator_program(aten.pow.Tensor_Scalar, exponent)
             if x.view_link is not None:
                 x.view_link.refresh(x)
@@ -237,7 +235,7 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
     sizes = patterns.get("T*")
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs and open_to_programs() and not is_torch_func_active():
+        if not kwargs and mode_stack_size() == STATE.door_depth and not autocast_enabled() and not function_mode_enabled() and not is_torch_func_active():
             kinds = ""
             for a in args:
                 kinds += KINDS.get(type(a), "?")

@@ -614,9 +614,10 @@ def start(program: Program, args: Sequence[Any]) -> Any:
     if function_mode_enabled():
         with DisableTorchFunction():
             return start(program, args)
-    if depth == 0 or mode_stack_size() < depth:
+    modes = mode_stack_size()
+    if modes < depth or depth == 0:
         return run(program, args)
-    if mode_stack_size() > depth:
+    if modes > depth:
         with door_closed():
             return run(program, args)
     door = pop_mode(None)

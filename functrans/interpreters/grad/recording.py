@@ -177,6 +177,8 @@ class ProgramPlan:
         self.derived: dict[tuple[int, ...], Derived] = {}
         if self.single:
             self.pull_one = self.derive((0,))
+            #: what computes the cotangents of a single output, where they are just a program's outputs
+            self.pull_program = self.pull_one.program if self.pull_one.plain and self.pull_one.uses is None else None
 
     def save(self, values: list[Any], outs: Any) -> list[Any]:
         if self.forward.single:
@@ -188,7 +190,12 @@ class ProgramPlan:
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         count = len(self.saves)
         kept = saved if len(saved) == count else saved[:count]
-        if self.single:
+        found: Any
+        if self.single and self.pull_program is not None:
+            found = start(self.pull_program, [grad, *kept])
+            if self.pull_program.single:
+                found = (found,)
+        elif self.single:
             found = self.pull_one.of([grad, *kept], start)
         else:
             given = tuple(i for i, g in enumerate(grad) if g is not None)

@@ -162,6 +162,12 @@ class VmapInterpreter(Interpreter):
 
     def process_program(self, program: Program, args: Sequence[Any]) -> Any:
         """Run the program as it is on the physical tensors, where they broadcast as the examples do."""
+        if program.inputs == 1 and program.single:
+            (x,) = args
+            if x.bdim == 0 and x.strides is None:
+                wrapper = wrap_like(self, lower_program(self, program, (x.value,)), x)
+                wrapper.bdim = 0
+                return wrapper
         values: list[Any] = []
         flags: list[bool] = []
         first: Any = None
