@@ -37,7 +37,7 @@ from functrans.operators import facts, quick_call
 from functrans.rules import RuleTable
 from functrans.spellings import OPERATORS, operator_of, spellings
 from functrans.stack import STATE, Interpreter, door_closed
-from functrans.tensor import WrapperTensor, base, dispatch, in_outer_modes, modes_differ
+from functrans.tensor import PendingWrapper, WrapperTensor, base, dispatch, in_outer_modes, modes_differ, tensor_of
 from functrans.torch_private import (
     DisableTorchFunction,
     EnableTorchFunction,
@@ -230,7 +230,7 @@ class Program:
 
     def step_by_step(self, args: Sequence[Any], send: Callable[[OpOverload, Any, dict[str, Any]], Any]) -> Any:
         """Run the instructions one after the other by ``send(op, args, kwargs)``."""
-        values = list(args)
+        values = [tensor_of(a) for a in args]
         for op, operands in self.instructions:
             values.append(send(op, tuple(values[o] if type(o) is Value else o for o in operands), {}))
         return values[self.outputs[0]] if self.single else tuple(values[o] for o in self.outputs)
@@ -585,7 +585,7 @@ def run(program: Program, args: Sequence[Any]) -> Any:
     plain = True
     for a in args:
         kind = type(a)
-        if kind is WrapperTensor:
+        if kind is WrapperTensor or kind is PendingWrapper:
             if a.view_link is not None:
                 a.view_link.refresh(a)
             i = a.interpreter
@@ -602,10 +602,17 @@ def run(program: Program, args: Sequence[Any]) -> Any:
     if owner is not None:
         if owner.process_program is None:
             return program.step_by_step(args, dispatch)
-        return owner.process_program(program, args)
+        return owner.process_program(program, args, True)
     if not plain or forward_ad._current_level >= 0:
         return program.step_by_step(args, base)
     return program.run(*args)
+
+
+def constants(interpreter: Interpreter, program: Program, outs: Any) -> Any:
+    """A program's outputs from one level down as constants of ``interpreter``."""
+    if program.single:
+        return interpreter.constant(tensor_of(outs))
+    return [interpreter.constant(tensor_of(o)) for o in outs]
 
 
 def start(program: Program, args: Sequence[Any]) -> Any:

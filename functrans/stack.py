@@ -79,8 +79,9 @@ class Interpreter:
     repeats_writes: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
-    #: ``process`` for a whole program (see programs.py): (program, args) -> outputs. None: its operators come one by one.
-    process_program: Callable[[Any, Any], Any] | None = None
+    #: ``process`` for a whole program (see programs.py): (program, args, pending) -> outputs, which may be pending wrappers
+    #: if ``pending``. None: its operators come one by one.
+    process_program: Callable[..., Any] | None = None
 
     def __init_subclass__(cls) -> None:
         if "process" in vars(cls) and "process_program" not in vars(cls):

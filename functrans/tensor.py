@@ -64,14 +64,15 @@ class WrapperTensor(torch.Tensor):
     # Slots, because these are read and written for every operator; what is rare is an ordinary attribute. Metadata stands in slots
     # beside where PyTorch keeps it, because PyTorch's own getters ask __torch_function__ first.
     __slots__ = (
-        "bdim", "device", "dtype", "interpreter", "layout", "made_at", "shape", "slot", "strides", "tangent", "value", "view_link",
+        "_tangent", "_value", "bdim", "device", "dtype", "interpreter", "layout", "made_at", "shape", "slot", "strides", "view_link",
     )  # fmt: skip
 
     interpreter: Interpreter
-    value: Tensor
     slot: int | None
     bdim: int | None
-    tangent: Tensor | None
+    # The value and the tangent, which may be pending.
+    _value: Tensor | PendingWrapper
+    _tangent: Tensor | PendingWrapper | None
     view_link: Any  # a views.ViewLink or None
     made_at: tuple[Any, int]
     shape: torch.Size  # type: ignore[assignment]
@@ -80,6 +81,28 @@ class WrapperTensor(torch.Tensor):
     root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
     version: int = 0
+
+    @property
+    def value(self) -> Tensor:
+        value = self._value
+        if type(value) is PendingWrapper:
+            value = self._value = tensor_of(value)
+        return value  # type: ignore[return-value]
+
+    @value.setter
+    def value(self, value: Tensor) -> None:
+        self._value = value
+
+    @property
+    def tangent(self) -> Tensor | None:
+        tangent = self._tangent
+        if type(tangent) is PendingWrapper:
+            tangent = self._tangent = tensor_of(tangent)
+        return tangent  # type: ignore[return-value]
+
+    @tangent.setter
+    def tangent(self, tangent: Tensor | None) -> None:
+        self._tangent = tangent
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -206,6 +229,45 @@ class WrapperTensor(torch.Tensor):
 TENSORS.add(WrapperTensor)
 
 
+class PendingWrapper:
+    """A wrapper that PyTorch does not know yet.
+
+    Results of programs at levels below the top are seen by nothing but other programs, mostly, and making a tensor takes longer than all
+    else about a wrapper. ``tensor_of`` makes it when something asks for it, which reading ``WrapperTensor.value`` does. Its
+    contents never change: a write changes the tensor that was made of it.
+    """
+
+    __slots__ = ("_tangent", "_value", "bdim", "device", "dtype", "interpreter", "layout", "made", "shape", "slot", "strides")
+
+    view_link = None
+
+
+def pend(interpreter: Interpreter, value: Any, like: Any) -> PendingWrapper:
+    """What ``wrap_like`` makes, pending."""
+    wrapper = PendingWrapper()
+    wrapper.interpreter = interpreter
+    wrapper._value = value
+    wrapper.made = None
+    wrapper.shape = like.shape
+    wrapper.strides = like.strides
+    wrapper.dtype = like.dtype
+    wrapper.layout = like.layout
+    wrapper.device = like.device
+    return wrapper
+
+
+def tensor_of(x: Any) -> Any:
+    """``x``, or the tensor that a pending wrapper is."""
+    if type(x) is not PendingWrapper:
+        return x
+    if x.made is None:
+        x.made = wrap_like(x.interpreter, x._value, x)
+        for name in x.interpreter.payload:
+            name = "_tangent" if name == "tangent" else name
+            setattr(x.made, name, getattr(x, name))
+    return x.made
+
+
 def concrete(x: Tensor) -> Tensor | None:
     """The plain tensor under constants of any number of levels, or None if some level depends on ``x``."""
     while type(x) is WrapperTensor:
@@ -230,7 +292,7 @@ def wrap_as(
     else:
         wrapper = scalar_index(value)
     wrapper.interpreter = interpreter
-    wrapper.value = value
+    wrapper._value = value
     wrapper.view_link = None
     wrapper.shape = shape
     wrapper.strides = strides
@@ -240,12 +302,12 @@ def wrap_as(
     return wrapper
 
 
-def wrap_like(interpreter: Interpreter, value: Tensor, like: WrapperTensor) -> WrapperTensor:
+def wrap_like(interpreter: Interpreter, value: Any, like: Any) -> WrapperTensor:
     """A wrapper around ``value`` that shows the metadata that ``like`` shows."""
     shape, strides, dtype, layout, device = like.shape, like.strides, like.dtype, like.layout, like.device
     wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device)
     wrapper.interpreter = interpreter
-    wrapper.value = value
+    wrapper._value = value
     wrapper.view_link = None
     wrapper.shape = shape
     wrapper.strides = strides
@@ -266,10 +328,13 @@ def scalar_index(value: Tensor) -> WrapperTensor:
     )
 
 
+WRAPPERS = (WrapperTensor, PendingWrapper)
+
+
 def strides_of(value: Tensor) -> tuple[int, ...] | None:
     """The strides of ``value``; None if it is contiguous, or sparse."""
-    if type(value) is WrapperTensor:
-        return value.strides
+    if type(value) in WRAPPERS:
+        return value.strides  # type: ignore[attr-defined]
     try:
         return None if value.is_contiguous() else value.stride()
     except RuntimeError:

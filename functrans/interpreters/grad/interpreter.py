@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from functrans.errors import ModifiedError
 from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method
 from functrans.operators import Facts, facts
-from functrans.programs import Program, Untraceable, lower_program
+from functrans.programs import REAL, Program, Untraceable, constants, lower_program, operator_program, start
 from functrans.stack import Interpreter
-from functrans.tensor import WrapperTensor, dispatch, lower, map_tensors, wrap, wrap_like
+from functrans.tensor import WRAPPERS, WrapperTensor, dispatch, lower, map_tensors, pend, tensor_of, wrap, wrap_like
 from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
@@ -88,7 +88,7 @@ class GradInterpreter(Interpreter):
             method = known.plans[GradInterpreter] = choose_method(op, known)
         return method(self, op, (args, kwargs), values, below_kwargs, places, slots)
 
-    def process_program(self, program: Program, args: Sequence[Any]) -> Any:
+    def process_program(self, program: Program, args: Sequence[Any], pending: bool = False) -> Any:
         """Run the program one level down and record it as one."""
         values: list[Any] = []
         places: tuple[int, ...] = ()
@@ -96,7 +96,7 @@ class GradInterpreter(Interpreter):
         first: Any = None
         alike = same = True  # the results have the shape of ``first`` and are contiguous; all arguments have one shape
         for a in args:
-            if type(a) is WrapperTensor:
+            if type(a) in WRAPPERS:
                 if first is None:
                     first = a
                 elif a.shape != first.shape:
@@ -108,13 +108,13 @@ class GradInterpreter(Interpreter):
                     if slot is not None:
                         places += (len(values),)
                         slots.append(slot)
-                    a = a.value
+                    a = a._value
             elif isinstance(a, Tensor):
                 alike = False
                 same = same and first is not None and a.shape == first.shape
             values.append(a)
         if not places or not torch.is_grad_enabled():
-            return map_tensors(self.constant, lower_program(self, program, values))
+            return constants(self, program, lower_program(self, program, values))
         plan = program.records.get(places)
         if plan is None:
             try:
@@ -122,6 +122,7 @@ class GradInterpreter(Interpreter):
             except Untraceable:
                 return program.step_by_step(args, dispatch)
         outs = lower_program(self, plan.forward, values)
+        make: Callable[..., Any] = pend if pending else wrap_like
         if not same and not plan.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
             # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
             return program.step_by_step(args, dispatch)
@@ -130,13 +131,13 @@ class GradInterpreter(Interpreter):
             saved.extend(values[p].shape for p in places)
         if plan.single:
             out = outs[0] if plan.keeps else outs
-            wrapper = wrap_like(self, out, first) if alike else wrap(self, out)
+            wrapper = make(self, out, first) if alike else wrap(self, out)
             self.slots = wrapper.slot = slot = self.slots + 1
             self.tape.append((plan, slot, slots, saved))
             return wrapper
         wrapped = []
         for out, reached in zip(outs, plan.reached, strict=False):
-            wrapper = wrap_like(self, out, first) if alike else wrap(self, out)
+            wrapper = make(self, out, first) if alike else wrap(self, out)
             if reached:
                 self.slots += 1
             wrapper.slot = self.slots if reached else None
@@ -183,6 +184,7 @@ class GradInterpreter(Interpreter):
         return handle
 
     def hooked(self, slot: int, cotangent: Tensor) -> Tensor:
+        cotangent = tensor_of(cotangent)
         for hook in list(self.hooks.get(slot, {}).values()) if self.hooks else ():
             new = hook(cotangent)
             cotangent = cotangent if new is None else new
@@ -217,6 +219,8 @@ class GradInterpreter(Interpreter):
                     continue
                 if self.hooks is not None:
                     grad = [None if g is None else self.hooked(o, g) for o, g in zip(outs, grad, strict=True)]
+            if type(plan) is not ProgramPlan:
+                grad = tensor_of(grad) if type(outs) is int else [tensor_of(g) for g in grad]
             if consume:
                 tape[i] = SPENT
             for slot, cotangent in zip(ins, plan.pull(saved, grad), strict=True):
@@ -224,12 +228,13 @@ class GradInterpreter(Interpreter):
                     continue
                 if type(slot) is int:
                     if slot in cotangents:
-                        cotangent = cotangents[slot] + cotangent
+                        cotangent = total(cotangents[slot], cotangent)
                     cotangents[slot] = cotangent
                 else:
                     for s, c in zip(slot, cotangent, strict=True):
                         if s is not None and c is not None:
-                            cotangents[s] = cotangents[s] + c if s in cotangents else c
+                            cotangents[s] = total(cotangents[s], c) if s in cotangents else c
+        cotangents = {slot: tensor_of(cotangent) for slot, cotangent in cotangents.items()}
         if self.hooks is not None:
             cotangents = {slot: self.hooked(slot, cotangent) for slot, cotangent in cotangents.items()}
         if consume:
@@ -250,6 +255,15 @@ class GradInterpreter(Interpreter):
                 elif not x.is_inference():
                     found.append((plan.op, x, x._version))
         return found
+
+
+def total(a: Any, b: Any) -> Any:
+    """The sum of two cotangents of one value."""
+    if type(a) in WRAPPERS and type(b) in WRAPPERS and a.dtype is b.dtype and a.dtype in REAL and a.layout is b.layout is torch.strided:
+        program = operator_program(torch.ops.aten.add.Tensor)
+        if program is not None:
+            return start(program, (a, b))
+    return tensor_of(a) + tensor_of(b)
 
 
 def check_versions(versions: list[tuple[OpOverload, Tensor, int]]) -> None:

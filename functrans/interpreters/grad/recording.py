@@ -15,7 +15,7 @@ from functrans.native import run_recorded
 from functrans.operators import Facts
 from functrans.programs import Derived, Program, start
 from functrans.rules import RuleTable
-from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
+from functrans.tensor import WrapperTensor, lower, map_tensors, tensor_of, wrap
 from functrans.torch_private import OpOverload
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class ProgramPlan:
                 self.derived[given] = self.derive(given)
             found = self.derived[given].of([*(grad[i] for i in given), *kept], start)
         if kept is not saved:
-            found = [g if g is None or g.shape == s else g.sum_to_size(s) for g, s in zip(found, saved[count:], strict=True)]
+            found = [g if g is None or g.shape == s else tensor_of(g).sum_to_size(s) for g, s in zip(found, saved[count:], strict=True)]
         return found  # type: ignore[return-value]
 
     def protect(self, saved: list[Any], target: Tensor) -> list[Any]:

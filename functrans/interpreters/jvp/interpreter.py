@@ -15,10 +15,22 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.native import run_forward_mode
 from functrans.operators import Facts, facts
-from functrans.programs import Program, Untraceable, lower_program
+from functrans.programs import Program, Untraceable, constants, lower_program
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, lowered, run_transformed
-from functrans.tensor import WrapperTensor, call_below, describe, dispatch, lower, map_tensors, wrap, wrap_like
+from functrans.tensor import (
+    WRAPPERS,
+    WrapperTensor,
+    call_below,
+    describe,
+    dispatch,
+    lower,
+    map_tensors,
+    pend,
+    tensor_of,
+    wrap,
+    wrap_like,
+)
 from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
@@ -80,7 +92,7 @@ class JvpInterpreter(Interpreter):
             return decompose(self, op, args, kwargs)
         return method(self, op, values, below_kwargs, tangents)
 
-    def process_program(self, program: Program, args: Any) -> Any:
+    def process_program(self, program: Program, args: Any, pending: bool = False) -> Any:
         """Run the program and its tangent as one, one level down."""
         values: list[Any] = []
         tangents: list[Any] = []
@@ -88,7 +100,7 @@ class JvpInterpreter(Interpreter):
         first: Any = None
         alike = True  # every result has the shape of ``first``, and is contiguous
         for a in args:
-            if type(a) is WrapperTensor:
+            if type(a) in WRAPPERS:
                 if first is None:
                     first = a
                 elif a.shape != first.shape:
@@ -96,15 +108,15 @@ class JvpInterpreter(Interpreter):
                 if a.strides is not None:
                     alike = False
                 if a.interpreter is self:
-                    if a.tangent is not None:
+                    if a._tangent is not None:
                         moving += (len(values),)
-                        tangents.append(a.tangent)
-                    a = a.value
+                        tangents.append(a._tangent)
+                    a = a._value
             elif isinstance(a, Tensor) and a.dim():
                 alike = False
             values.append(a)
         if not moving or not is_forward_enabled():
-            return map_tensors(self.constant, lower_program(self, program, values))
+            return constants(self, program, lower_program(self, program, values))
         try:
             derived = program.tangent(moving)
         except Untraceable:
@@ -113,23 +125,26 @@ class JvpInterpreter(Interpreter):
         if not derived.plain and not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
             return program.step_by_step(args, dispatch)
         outs = derived.of(values, self.lower_program)
-        if program.single:
-            return self.dual_like(outs[0], outs[1], first if alike else None)
+        make = self.dual_as_wide if not alike else pend if pending else wrap_like
+        found: list[Any] = []
         count = len(program.outputs)
-        return [self.dual_like(out, tangent, first if alike else None) for out, tangent in zip(outs[:count], outs[count:], strict=True)]
+        for out, tangent in zip(outs[:count], outs[count:], strict=True):
+            wrapper = make(self, out, first if alike else tangent)
+            if alike:
+                wrapper._tangent = tangent
+            found.append(wrapper)
+        return found[0] if program.single else found
 
     def lower_program(self, program: Program, values: list[Any]) -> Any:
         return lower_program(self, program, values)
 
-    def dual_like(self, value: Tensor, tangent: Tensor | None, like: WrapperTensor | None) -> WrapperTensor:
-        """A dual of which ``like`` shows the metadata; None: it is not known, nor whether the tangent was broadcast as the value was."""
-        if like is not None:
-            wrapper = wrap_like(self, value, like)
-        else:
-            wrapper = wrap(self, value)
-            if tangent is not None and tangent.shape != wrapper.shape:
-                tangent = lower(self, aten.expand.default, (tangent, wrapper.shape), {})
-        wrapper.tangent = tangent
+    @staticmethod
+    def dual_as_wide(self: JvpInterpreter, value: Any, tangent: Any) -> WrapperTensor:
+        """A dual whose tangent is broadcast as the value was."""
+        wrapper = wrap(self, value)
+        if tangent is not None and tangent.shape != wrapper.shape:
+            tangent = lower(self, aten.expand.default, (tensor_of(tangent), wrapper.shape), {})
+        wrapper._tangent = tangent
         return wrapper
 
     def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tangents: dict[Any, Any]) -> dict[str, Any]:

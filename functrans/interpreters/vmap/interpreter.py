@@ -16,14 +16,17 @@ from functrans.interpreters.vmap.families import RuleDeclined, align
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.operators import Facts
-from functrans.programs import Program, lower_program
+from functrans.programs import Program, constants, lower_program
 from functrans.stack import Interpreter, lowered, running_at
 from functrans.tensor import (
+    WRAPPERS,
     WrapperTensor,
     call_below,
     lower,
     map_tensors,
+    pend,
     strides_of,
+    tensor_of,
     wrap,
     wrap_as,
     wrap_like,
@@ -71,6 +74,8 @@ class VmapInterpreter(Interpreter):
         """A wrapper for the physical ``value``, batched along ``bdim``."""
         if bdim is None:
             return self.constant(value)
+        if bdim:
+            value = tensor_of(value)
         shape, strides = value.shape, strides_of(value)
         if bdim == 0:
             shape = shape[1:]  # type: ignore[assignment]
@@ -160,12 +165,13 @@ class VmapInterpreter(Interpreter):
                 return out
         return self.loop(op, args, kwargs)
 
-    def process_program(self, program: Program, args: Sequence[Any]) -> Any:
+    def process_program(self, program: Program, args: Sequence[Any], pending: bool = False) -> Any:
         """Run the program as it is on the physical tensors, where they broadcast as the examples do."""
+        make: Callable[..., Any] = pend if pending else wrap_like
         if program.inputs == 1 and program.single:
             (x,) = args
             if x.bdim == 0 and x.strides is None:
-                wrapper = wrap_like(self, lower_program(self, program, (x.value,)), x)
+                wrapper = make(self, lower_program(self, program, (x._value,)), x)
                 wrapper.bdim = 0
                 return wrapper
         values: list[Any] = []
@@ -174,7 +180,7 @@ class VmapInterpreter(Interpreter):
         alike = True  # every result has the shape of ``first``, and is contiguous
         loose = -1  # the highest rank of an unbatched tensor
         for a in args:
-            if type(a) is WrapperTensor:
+            if type(a) in WRAPPERS:
                 if a.interpreter is self:
                     if a.bdim is not None:
                         if first is None:
@@ -185,29 +191,29 @@ class VmapInterpreter(Interpreter):
                             alike = False
                         if a.strides is not None:
                             alike = False
-                        values.append(a.value)
+                        values.append(a._value)
                         flags.append(True)
                         continue
-                    a = a.value
+                    a = a._value
                 loose = max(loose, len(a.shape))
             elif isinstance(a, Tensor):
                 loose = max(loose, a.dim())
             values.append(a)
             flags.append(False)
         if first is None:
-            return map_tensors(self.constant, lower_program(self, program, values))
+            return constants(self, program, lower_program(self, program, values))
         bdim = first.bdim
         if loose > len(first.shape) - bdim:
             return self.aligned_program(program, args)
         outs = lower_program(self, program, values)
         if alike and not bdim and (loose < 0 or loose == 0 and program.single):
             if program.single:
-                wrapper = wrap_like(self, outs, first)
+                wrapper = make(self, outs, first)
                 wrapper.bdim = 0
                 return wrapper
             found = []
             for out in outs:
-                wrapper = wrap_like(self, out, first)
+                wrapper = make(self, out, first)
                 wrapper.bdim = 0
                 found.append(wrapper)
             return found
@@ -218,6 +224,7 @@ class VmapInterpreter(Interpreter):
 
     def aligned_program(self, program: Program, args: Sequence[Any]) -> Any:
         """Run the program on physical tensors brought to one rank with the batch in front."""
+        args = [tensor_of(a) for a in args]
         values = [a.value if type(a) is WrapperTensor and a.interpreter is self else a for a in args]
         dims = [a.bdim if type(a) is WrapperTensor and a.interpreter is self else None for a in args]
         tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
@@ -229,7 +236,7 @@ class VmapInterpreter(Interpreter):
                 rank = max(len(args[i].shape) for i in sources if isinstance(args[i], Tensor))
                 extra = len(out.shape) - 1 - rank
                 if extra:
-                    out = lower(self, aten.view.default, (out, out.shape[:1] + out.shape[1 + extra :]), {})
+                    out = lower(self, aten.view.default, (tensor_of(out), out.shape[:1] + out.shape[1 + extra :]), {})
                 found.append(self.batched(out, 0))
             else:
                 found.append(self.constant(out))
