@@ -24,7 +24,14 @@ from functrans.operators import VIEW, WRITE, Facts
 from functrans.pure_forms import resolve_functional
 from functrans.stack import STATE, Interpreter, running_at
 from functrans.tensor import WrapperTensor, base, dispatch, highest, set_content
-from functrans.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, no_dispatch, set_key_excluded, without_torch_function
+from functrans.torch_private import (
+    VIEWS_AND_VERSIONS,
+    OpOverload,
+    is_key_excluded,
+    no_dispatch,
+    set_key_excluded,
+    without_torch_function,
+)
 from functrans.views import Root, ViewLink, link_view, run_view, settle, write_back
 
 aten = torch.ops.aten

@@ -211,7 +211,7 @@ class Program:
     ``run`` is the code as a Python function of plain tensors; with several outputs it returns a tuple.
     """
 
-    __slots__ = ("inputs", "instructions", "outputs", "pullbacks", "records", "run", "single", "source", "tangents", "_sources")
+    __slots__ = ("_sources", "inputs", "instructions", "outputs", "pullbacks", "records", "run", "single", "source", "tangents")
 
     def __init__(self, inputs: int, instructions: Sequence[Instruction], outputs: Sequence[Value]) -> None:
         self.inputs = inputs

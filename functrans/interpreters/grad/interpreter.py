@@ -15,7 +15,18 @@ from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, c
 from functrans.operators import Facts, facts
 from functrans.programs import REAL, Program, Untraceable, constants, lower_program, operator_program, start
 from functrans.stack import Interpreter
-from functrans.tensor import WRAPPERS, WrapperTensor, dispatch, lower, map_tensors, pend, tensor_of, wrap, wrap_like
+from functrans.tensor import (
+    WRAPPERS,
+    PendingWrapper,
+    WrapperTensor,
+    dispatch,
+    lower,
+    map_tensors,
+    pend,
+    tensor_of,
+    wrap,
+    wrap_like,
+)
 from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
@@ -96,7 +107,8 @@ class GradInterpreter(Interpreter):
         first: Any = None
         alike = same = True  # the results have the shape of ``first`` and are contiguous; all arguments have one shape
         for a in args:
-            if type(a) in WRAPPERS:
+            kind = type(a)
+            if kind is WrapperTensor or kind is PendingWrapper:
                 if first is None:
                     first = a
                 elif a.shape != first.shape:

@@ -19,7 +19,7 @@ from functrans.programs import Program, Untraceable, constants, lower_program
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, lowered, run_transformed
 from functrans.tensor import (
-    WRAPPERS,
+    PendingWrapper,
     WrapperTensor,
     call_below,
     describe,
@@ -100,7 +100,8 @@ class JvpInterpreter(Interpreter):
         first: Any = None
         alike = True  # every result has the shape of ``first``, and is contiguous
         for a in args:
-            if type(a) in WRAPPERS:
+            kind = type(a)
+            if kind is WrapperTensor or kind is PendingWrapper:
                 if first is None:
                     first = a
                 elif a.shape != first.shape:
@@ -125,21 +126,22 @@ class JvpInterpreter(Interpreter):
         if not derived.plain and not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
             return program.step_by_step(args, dispatch)
         outs = derived.of(values, self.lower_program)
-        make = self.dual_as_wide if not alike else pend if pending else wrap_like
+        make: Callable[..., Any] = pend if pending else wrap_like
         found: list[Any] = []
         count = len(program.outputs)
-        for out, tangent in zip(outs[:count], outs[count:], strict=True):
-            wrapper = make(self, out, first if alike else tangent)
+        for i in range(count):
             if alike:
-                wrapper._tangent = tangent
+                wrapper = make(self, outs[i], first)
+                wrapper._tangent = outs[count + i]
+            else:
+                wrapper = self.dual_as_wide(outs[i], outs[count + i])
             found.append(wrapper)
-        return found[0] if program.single else found
+        return found[0] if count == 1 else found
 
     def lower_program(self, program: Program, values: list[Any]) -> Any:
         return lower_program(self, program, values)
 
-    @staticmethod
-    def dual_as_wide(self: JvpInterpreter, value: Any, tangent: Any) -> WrapperTensor:
+    def dual_as_wide(self, value: Any, tangent: Any) -> WrapperTensor:
         """A dual whose tangent is broadcast as the value was."""
         wrapper = wrap(self, value)
         if tangent is not None and tangent.shape != wrapper.shape:

@@ -19,7 +19,7 @@ from functrans.operators import Facts
 from functrans.programs import Program, constants, lower_program
 from functrans.stack import Interpreter, lowered, running_at
 from functrans.tensor import (
-    WRAPPERS,
+    PendingWrapper,
     WrapperTensor,
     call_below,
     lower,
@@ -180,7 +180,8 @@ class VmapInterpreter(Interpreter):
         alike = True  # every result has the shape of ``first``, and is contiguous
         loose = -1  # the highest rank of an unbatched tensor
         for a in args:
-            if type(a) in WRAPPERS:
+            kind = type(a)
+            if kind is WrapperTensor or kind is PendingWrapper:
                 if a.interpreter is self:
                     if a.bdim is not None:
                         if first is None:
