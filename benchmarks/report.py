@@ -133,7 +133,8 @@ def parse(description: str, **extra: dict[str, Any]) -> tuple[Settings, argparse
         parser.add_argument(f"--{name}", **options)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for all candidates
+    if options.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, for all candidates
     return Settings(options.device, options.quick, options.compile, tuple(options.case or ())), options
 
 

@@ -4,7 +4,7 @@
 wrapper tensors carry their level, and every operator walks down the stack.
 """
 
-from functrans import custom_function, derivatives, door, fused_layers, programs, recurrent, scalar_index, special  # noqa: F401  (importing them connects them)
+from functrans import custom_function, derivatives, door, fused_layers, recurrent, scalar_index, special  # noqa: F401  (importing them connects them)
 from functrans.batching import vmap
 from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
@@ -16,6 +16,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.jacobians import hessian, jacfwd, jacrev
 from functrans.modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
 from functrans.operators import facts
+from functrans.programs.admission import watch
 from functrans.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 
 derivatives.load()
@@ -23,7 +24,7 @@ rules.load()
 TABLES = (DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES)
 for table in TABLES:
     table.on_change(lambda op: facts(op).plans.clear())
-programs.watch(*TABLES)
+watch(*TABLES)
 
 __all__ = [
     "FunctransError",

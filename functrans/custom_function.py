@@ -27,10 +27,11 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import DIFFERENTIABLE, reduce_to, snapshot, tensors_in
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.lowering import WITHOUT_TENSORS, highest, lift, map_tensors
 from functrans.native import TwinInterpreter
 from functrans.pytrees import broadcast_prefix, tree_flatten, tree_map, tree_unflatten
 from functrans.stack import STATE, Interpreter, lowered, run_transformed, running_at
-from functrans.tensor import WITHOUT_TENSORS, WrapperTensor, highest, lift, map_tensors
+from functrans.tensor import WrapperTensor
 from functrans.torch_private import is_forward_enabled
 
 _original_apply = Function.__dict__["apply"].__func__

@@ -3,7 +3,7 @@
 There are two ways to it. The whole of PyTorch comes through ``__torch_dispatch__``: PyTorch parses the call, walks its dispatcher,
 and hands over an operator. The short way is ``__torch_function__``: PyTorch hands over the function that was called (``torch.sin``)
 as soon as it sees a wrapper among the arguments, and Python's operators (``x * y``) are methods of the wrapper to begin
-with. What is a pointwise program (programs.py) enters there; everything else goes back to PyTorch's parser and comes the first way.
+with. What is a pointwise program (see functrans.programs) enters there; everything else goes back to PyTorch's parser and comes the first way.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functrans import mutation, programs, stack
+from functrans import mutation, stack
 from functrans.errors import DeadWrapperError
+from functrans.lowering import base, highest, lift
 from functrans.native import TwinInterpreter
 from functrans.operators import PURE, Facts, facts, normalized
-from functrans.programs import REAL, Program, operator_program, traced
+from functrans.programs.admission import FORGET, REAL
+from functrans.programs.operators import operator_program, traced
+from functrans.programs.program import Program
+from functrans.programs.tracing import Untraceable
 from functrans.spellings import BINARY, DIRECT, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
 from functrans.stack import STATE, Interpreter
-from functrans.tensor import WrapperTensor, base, highest, lift
+from functrans.tensor import WrapperTensor
 from functrans.torch_private import (
     CONJUGATE,
     NEGATIVE,
@@ -58,7 +62,7 @@ class Door(TorchDispatchMode):
         Writes and views become pure operators (mutation.py); what was made inside belongs to the innermost transform.
         """
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
-        # tensors what they are. (Autograd's comes back in tensor.base.)
+        # tensors what they are. (Autograd's comes back in lowering.base.)
         set_key_excluded(CONJUGATE, False)
         set_key_excluded(NEGATIVE, False)
         try:
@@ -155,7 +159,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
         nonlocal program
         program = None
 
-    programs.FORGET.append(forget)
+    FORGET.append(forget)
     return entrance
 
 
@@ -189,14 +193,18 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             try:
                 program = found[number]
             except KeyError:
-                program = found[number] = find(not number)
+                try:
+                    program = find(not number)
+                except Untraceable:
+                    program = None
+                found[number] = program
             if program is not None:
                 return through(program, (x, y), owner)
         if reflected and not number:
             x, y = y, x
         return without_torch_function(function, (), (x, y, *more), kwargs)
 
-    programs.FORGET.append(found.clear)
+    FORGET.append(found.clear)
     return entrance
 
 
@@ -289,9 +297,9 @@ def set_up() -> None:
         function = getattr(Tensor, name)
         ENTRANCES[function] = binary(function, find, reflected=True)
     for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
-        function = getattr(Tensor, name, None)
-        if function in ENTRANCES:
-            setattr(WrapperTensor, name, ENTRANCES[function])
+        taken = ENTRANCES.get(getattr(Tensor, name, None))  # type: ignore[arg-type]
+        if taken is not None:
+            setattr(WrapperTensor, name, taken)
 
 
 set_up()

@@ -19,10 +19,11 @@ from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
 from functrans.errors import FunctransError, MissingRuleError
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
+from functrans.lowering import lower, map_tensors
 from functrans.operators import facts
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, interpreter_stack, lowered, run_transformed, running_at
-from functrans.tensor import WrapperTensor, lower, map_tensors, wrap
+from functrans.tensor import WrapperTensor, wrap
 from functrans.torch_private import OpOverload
 
 __all__ = [

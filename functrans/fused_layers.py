@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from functrans.lowering import base, highest
 from functrans.operators import Facts
 from functrans.special import stands_in_for
 from functrans.stack import STATE, running_at
-from functrans.tensor import base, highest
 
 aten = torch.ops.aten
 

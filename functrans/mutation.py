@@ -20,10 +20,11 @@ from torch import Tensor
 
 from functrans.errors import CapturedOnceError, CapturedWriteError, NoPureFormError, WriteShapeError
 from functrans.history import with_history_of
+from functrans.lowering import base, dispatch, highest
 from functrans.operators import VIEW, WRITE, Facts
 from functrans.pure_forms import resolve_functional
 from functrans.stack import STATE, Interpreter, running_at
-from functrans.tensor import WrapperTensor, base, dispatch, highest, set_content
+from functrans.tensor import WrapperTensor, set_content
 from functrans.torch_private import (
     VIEWS_AND_VERSIONS,
     OpOverload,
@@ -182,7 +183,7 @@ def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
     """Let ``wrapper``, whose contents are about to change, have the shape and strides of ``like``."""
     shape, strides = like.shape, like.stride()
     with no_dispatch():
-        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides))  # metadata only: a wrapper has no data
+        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides), {})  # metadata only: a wrapper has no data
     wrapper.shape, wrapper.strides = shape, strides
 
 

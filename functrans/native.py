@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans.errors import MissingRuleError, MixedTransformsError
+from functrans.lowering import base, dispatch, map_tensors
 from functrans.operators import facts
 from functrans.stack import Interpreter, running_at, unchanged
-from functrans.tensor import WrapperTensor, base, dispatch, map_tensors, strides_of, wrap_as
+from functrans.tensor import WrapperTensor, strides_of, wrap_as
 from functrans.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,

@@ -35,9 +35,13 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 #: Types that are leaves without asking optree, which takes most of a microsecond; ``functrans.tensor`` adds its wrapper.
 TENSORS: set[type] = {Tensor}
+LEAF_OBJECT: Any = object()
 #: The structures of one tensor, and of tuples of 0, 1, 2, ... tensors.
-LEAF: TreeSpec = optree.tree_structure(0, none_is_leaf=True, namespace=NAMESPACE)
-TUPLES: list[TreeSpec] = [optree.tree_structure((0,) * n, none_is_leaf=True, namespace=NAMESPACE) for n in range(9)]
+LEAF: TreeSpec = optree.tree_structure(LEAF_OBJECT, none_is_leaf=True, namespace=NAMESPACE)
+TUPLES: list[TreeSpec] = [
+    optree.tree_structure((LEAF_OBJECT,) * n, none_is_leaf=True, namespace=NAMESPACE)  # type: ignore[arg-type]
+    for n in range(9)
+]
 
 
 def tree_unflatten(spec: TreeSpec, leaves: Any) -> Any:

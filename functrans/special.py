@@ -10,11 +10,12 @@ import torch
 
 from functrans import stack
 from functrans.errors import InsideTransformError
+from functrans.lowering import base, highest, lift
 from functrans.mutation import set_shape, write
 from functrans.native import TwinInterpreter
 from functrans.operators import SPECIAL_OPERATORS, Facts, facts
 from functrans.stack import STATE, running_at
-from functrans.tensor import WrapperTensor, base, highest, lift, set_content
+from functrans.tensor import WrapperTensor, set_content
 from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten

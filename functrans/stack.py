@@ -79,7 +79,7 @@ class Interpreter:
     repeats_writes: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
-    #: ``process`` for a whole program (see programs.py): (program, args, pending) -> outputs, which may be pending wrappers
+    #: ``process`` for a whole program (see functrans.programs): (program, args, pending) -> outputs, which may be pending wrappers
     #: if ``pending``. None: its operators come one by one.
     process_program: Callable[..., Any] | None = None
 

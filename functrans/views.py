@@ -16,10 +16,11 @@ from torch import Tensor
 from functrans import stack
 from functrans.errors import InsideTransformError
 from functrans.history import with_history_of
+from functrans.lowering import base, dispatch, highest, lift
 from functrans.memory import storage_offset_of
 from functrans.operators import Facts
 from functrans.stack import STATE, running_at
-from functrans.tensor import WrapperTensor, base, dispatch, highest, lift, set_content
+from functrans.tensor import WrapperTensor, set_content
 from functrans.torch_private import OpOverload, set_grad_enabled
 
 aten = torch.ops.aten

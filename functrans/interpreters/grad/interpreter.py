@@ -12,21 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from functrans.errors import ModifiedError
 from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method
+from functrans.lowering import dispatch, lower, map_tensors
 from functrans.operators import Facts, facts
-from functrans.programs import REAL, Program, Untraceable, constants, lower_program, operator_program, start
+from functrans.programs.admission import REAL
+from functrans.programs.operators import operator_program
+from functrans.programs.program import Program
+from functrans.programs.running import constants, lower_program, start
+from functrans.programs.tracing import Untraceable
 from functrans.stack import Interpreter
-from functrans.tensor import (
-    WRAPPERS,
-    PendingWrapper,
-    WrapperTensor,
-    dispatch,
-    lower,
-    map_tensors,
-    pend,
-    tensor_of,
-    wrap,
-    wrap_like,
-)
+from functrans.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.

@@ -11,11 +11,14 @@ from torch import Tensor
 from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import ModifiedError
+from functrans.lowering import lower, map_tensors
 from functrans.native import run_recorded
 from functrans.operators import Facts
-from functrans.programs import Derived, Program, start
+from functrans.programs.deriving import Derived, pullback
+from functrans.programs.program import Program
+from functrans.programs.running import start
 from functrans.rules import RuleTable
-from functrans.tensor import WrapperTensor, lower, map_tensors, tensor_of, wrap
+from functrans.tensor import WrapperTensor, tensor_of, wrap
 from functrans.torch_private import OpOverload
 
 if TYPE_CHECKING:
@@ -166,8 +169,8 @@ class ProgramPlan:
     op = "a pointwise operator"
 
     def __init__(self, program: Program, places: tuple[int, ...]) -> None:
-        pullback = program.pullback(places)
-        self.forward, self.saves, self.derive = pullback.forward, pullback.saves, pullback.pull
+        found = pullback(program, places)
+        self.forward, self.saves, self.derive = found.forward, found.saves, found.pull
         self.program = program
         self.places = places
         self.single = program.single

@@ -13,24 +13,16 @@ from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import MissingRuleError
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
+from functrans.lowering import call_below, dispatch, lower, map_tensors
 from functrans.native import run_forward_mode
 from functrans.operators import Facts, facts
-from functrans.programs import Program, Untraceable, constants, lower_program
+from functrans.programs.deriving import tangent as tangent_program
+from functrans.programs.program import Program
+from functrans.programs.running import constants, lower_program
+from functrans.programs.tracing import Untraceable
 from functrans.rules import RuleTable
 from functrans.stack import Interpreter, lowered, run_transformed
-from functrans.tensor import (
-    PendingWrapper,
-    WrapperTensor,
-    call_below,
-    describe,
-    dispatch,
-    lower,
-    map_tensors,
-    pend,
-    tensor_of,
-    wrap,
-    wrap_like,
-)
+from functrans.tensor import PendingWrapper, WrapperTensor, describe, pend, tensor_of, wrap, wrap_like
 from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
@@ -119,7 +111,7 @@ class JvpInterpreter(Interpreter):
         if not moving or not is_forward_enabled():
             return constants(self, program, lower_program(self, program, values))
         try:
-            derived = program.tangent(moving)
+            derived = tangent_program(program, moving)
         except Untraceable:
             return program.step_by_step(args, dispatch)
         values += tangents

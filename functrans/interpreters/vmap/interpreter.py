@@ -15,22 +15,12 @@ from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined, align
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
+from functrans.lowering import call_below, lower, map_tensors
 from functrans.operators import Facts
-from functrans.programs import Program, constants, lower_program
+from functrans.programs.program import Program
+from functrans.programs.running import constants, lower_program
 from functrans.stack import Interpreter, lowered, running_at
-from functrans.tensor import (
-    PendingWrapper,
-    WrapperTensor,
-    call_below,
-    lower,
-    map_tensors,
-    pend,
-    strides_of,
-    tensor_of,
-    wrap,
-    wrap_as,
-    wrap_like,
-)
+from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
 from functrans.torch_private import OpOverload, custom_operator
 
 aten = torch.ops.aten

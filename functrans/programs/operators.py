@@ -1,0 +1,57 @@
+"""Operators, and functions made of them, as programs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from functrans.programs.admission import FORGET
+from functrans.programs.deriving import pullback, slice_out, tangent
+from functrans.programs.program import Program, Value
+from functrans.programs.tracing import Builder, Untraceable, tracing
+from functrans.torch_private import OpOverload
+
+_programs: dict[Any, Program | None] = {}
+FORGET.append(_programs.clear)
+
+
+def operator_program(op: OpOverload, *numbers: Any) -> Program | None:
+    """The program of one operator whose last operands are ``numbers``; None if its derivatives cannot be written as programs."""
+    key = (op, numbers)
+    try:
+        return _programs[key]
+    except KeyError:
+        program: Program | None = None
+        try:
+            program = probe(op, numbers)
+        except Untraceable:
+            pass
+        _programs[key] = program
+        return program
+
+
+def traced(function: Callable[..., Any], inputs: int) -> Program:
+    """A pointwise function of real tensors as a program."""
+    builder = Builder(inputs)
+    values = [Value(i) for i in range(inputs)]
+    with tracing():
+        result = function(*map(builder.tracer, values))
+    return slice_out(builder, values, [result.value])
+
+
+def probe(op: OpOverload, numbers: tuple[Any, ...]) -> Program:
+    """The program of ``op``, after its first and second derivatives have been derived for a test."""
+    arguments = [a for a in op._schema.arguments if not a.kwarg_only and (not a.has_default_value() or "Tensor" in str(a.type))]
+    inputs = len(arguments) - len(numbers)
+    builder = Builder(inputs)
+    value = builder.emit(op, (*(Value(i) for i in range(inputs)), *numbers))
+    program = slice_out(builder, [Value(i) for i in range(inputs)], [value])
+    tensors = [i for i, a in enumerate(arguments[:inputs]) if "Tensor" in str(a.type)]
+    for count in range(1, len(tensors) + 1):
+        for moving in itertools.combinations(tensors, count):
+            tangent(program, moving)
+            back = pullback(program, moving).pull((0,)).program
+            if back.outputs:
+                tangent(back, tuple(range(back.inputs)))
+    return program
