@@ -95,6 +95,17 @@ class GradInterpreter(Interpreter):
 
     def process_program(self, program: Program, args: Sequence[Any], pending: bool = False) -> Any:
         """Run the program one level down and record it as one."""
+        make: Callable[..., Any] = pend if pending else wrap_like
+        if program.inputs == 1 and program.single:  # the frequent case, in a few steps
+            (x,) = args
+            known = program.records.get((0,))
+            if known is not None and not known.keeps and x.strides is None and x.slot is not None and torch.is_grad_enabled():
+                value = x._value
+                out = lower_program(self, program, (value,))
+                wrapper = make(self, out, x)
+                self.slots = wrapper.slot = slot = self.slots + 1
+                self.tape.append((known, slot, (x.slot,), [value if i < 0 else out for i in known.saves]))
+                return wrapper
         values: list[Any] = []
         places: tuple[int, ...] = ()
         slots: list[Any] = []
@@ -128,7 +139,6 @@ class GradInterpreter(Interpreter):
             except Untraceable:
                 return program.step_by_step(args, dispatch)
         outs = lower_program(self, plan.forward, values)
-        make: Callable[..., Any] = pend if pending else wrap_like
         if not same and not plan.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
             # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
             return program.step_by_step(args, dispatch)

@@ -166,9 +166,9 @@ class TablePlan:
 class ProgramPlan:
     """A program's pullback on the tape. What is saved: ``saves``, then the tracked inputs' shapes where not all are the same."""
 
-    op = "a pointwise operator"
-
     def __init__(self, program: Program, places: tuple[int, ...]) -> None:
+        operators = [instruction.op for instruction in program.instructions]
+        self.op = operators[0] if len(operators) == 1 else f"the program of {', '.join(map(str, operators))}"
         found = pullback(program, places)
         self.forward, self.saves, self.derive = found.forward, found.saves, found.pull
         self.program = program
