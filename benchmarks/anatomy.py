@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from report import Table
-from timing import machine
+from report import Part, Settings, Table, main
 
 import functrans
 from functrans.door import ENTRANCES
@@ -156,17 +155,15 @@ def at_grad(found: dict[str, Rows]) -> None:
     ]
 
 
-def main() -> int:
-    torch.set_num_threads(1)
+def run(settings: Settings) -> Part:
+    """The tables. They are of the host's work, which a CUDA device does not change."""
     found: dict[str, Rows] = {}
     at_vmap(found)
     at_jvp(found)
     at_grad(found)
-    print(machine("cpu"))
-    for title, rows in found.items():
-        print(f"\n{Table(title, 'Microseconds.', ['part', 'µs'], [[name, f'{t:.2f}'] for name, t in rows])}")
-    return 0
+    text = "Microseconds, each part by itself; see [profile.md](profile.md)."
+    return Part([Table(title, text, ["part", "µs"], [[name, f"{t:.2f}"] for name, t in rows]) for title, rows in found.items()])
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(run, "Where the microseconds of one small operator go."))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anatomy
 import growth
 import per_op
 import workloads
@@ -48,7 +49,7 @@ def main() -> int:
     operations = per_op.run(settings)
     progress("operations")
     whole = workloads.run(settings)
-    parts = [whole, operations, grown]
+    parts = [whole, operations, grown, anatomy.run(settings)]
     figures = text_of(parts, settings)
     print(figures)
     if not options.print_only:
