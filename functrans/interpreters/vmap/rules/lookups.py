@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
+from functrans.interpreters.vmap.rules.scatter import end_to_end, index_select, own_rows
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
 
 aten = torch.ops.aten
 Dims = Sequence[Any]
 Output = tuple[Any, Any]
 NONE, MEAN = 0, 1
+BAG_SUM, BAG_MAX = 0, 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,7 +54,7 @@ def embedding(
         raise RuleDeclined("frequencies count within one example")
     weight, indices = to_front(weight, weight_dim), to_front(indices, indices_dim)
     flat = flat_examples(indices, 0).long()
-    out = weight.gather(1, flat.unsqueeze(2).expand(*flat.shape, weight.shape[2]))
+    out, _ = index_select(info, (0, None, 0), weight, 0, flat)
     if padding_idx >= 0:
         # The row that takes no gradient is looked up by the operator itself.
         padding = indices.new_full((1,), padding_idx)
@@ -85,6 +87,58 @@ def embedding_dense_backward(
     first = torch.arange(size, device=indices.device).view(size, *[1] * (indices.dim() - 1)) * num_weights
     out = aten.embedding_dense_backward.default(grad, indices + first, size * num_weights, -1, scale_grad_by_freq)
     return out.unflatten(0, (size, num_weights)), 0
+
+
+@batching_rule(aten._embedding_bag.default)
+def embedding_bag(
+    info: BatchInfo,
+    in_dims: Dims,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = BAG_SUM,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Output:
+    """The indices of all examples one after the other, in as many bags as all examples have; tables end to end."""
+    size = info.batch_size
+    weight_dim, indices_dim, offsets_dim = in_dims[:3]
+    if scale_grad_by_freq or (sparse and weight_dim is not None) or size == 0:
+        raise RuleDeclined("frequencies count within one example, and so do sparse gradients")
+    if logical_rank(weight, weight_dim) != 2 or logical_rank(indices, indices_dim) != 1:
+        raise RuleDeclined("embedding_bag takes a matrix and vectors")
+    indices, offsets = materialize(indices, indices_dim, size), materialize(offsets, offsets_dim, size)
+    length, rows = indices.shape[1], 0
+    if weight_dim is not None:
+        weight = to_front(weight, weight_dim)
+        rows = weight.shape[1]
+        own = own_rows(indices, rows)
+        # One of the rows to be left out stands for those of all examples.
+        flat = own if padding_idx < 0 else torch.where((indices == padding_idx).reshape(-1), padding_idx, own)
+        weight = end_to_end(weight)
+    else:
+        flat = indices.reshape(-1)
+    if include_last_offset:
+        offsets = offsets[:, :-1]  # the last one is the number of indices
+    bags = offsets.shape[1]
+    first = torch.arange(size, device=offsets.device).unsqueeze(1) * length
+    starts = (offsets.clamp(0, length) + first).to(indices.dtype).reshape(-1)
+    if per_sample_weights is not None:
+        per_sample_weights = materialize(per_sample_weights, in_dims[6], size).reshape(-1)
+    results = aten._embedding_bag.default(
+        weight, flat, starts, False, mode, sparse, per_sample_weights, False, padding_idx
+    )
+    out, bag_of, bag_size, maximal = results
+    out, bag_size, maximal = (x.unflatten(0, (size, bags)) for x in (out, bag_size, maximal))
+    if mode == BAG_MAX and weight_dim is not None:
+        maximal = maximal.remainder(rows)
+    if bag_of.shape[0] == size * length and length:
+        bag_of = bag_of.view(size, length) - torch.arange(size, device=bag_of.device).unsqueeze(1) * bags
+        return (out, bag_of, bag_size, maximal), (0, 0, 0, 0)
+    return (out, bag_of, bag_size, maximal), (0, None, 0, 0)
 
 
 @batching_rule(aten.one_hot.default)
