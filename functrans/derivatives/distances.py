@@ -81,6 +81,44 @@ derivative(
 )
 
 
+# What cdist runs for p = 2 and larger sets: the squares by a matrix product, and so the pullback.
+
+
+def euclidean_x1(grad: Tensor, x1: Tensor, x2: Tensor, result: Tensor) -> Tensor:
+    ratio = over(grad, result)
+    return x1 * ratio.sum(-1, keepdim=True) - ratio @ x2
+
+
+def euclidean_x2(grad: Tensor, x1: Tensor, x2: Tensor, result: Tensor) -> Tensor:
+    return euclidean_x1(grad.mT, x2, x1, result.mT)
+
+
+def euclidean_both(grad: Tensor, x1: Tensor, x2: Tensor, result: Tensor) -> dict[str, Tensor]:
+    ratio = over(grad, result)
+    of_x2 = x2 * ratio.sum(-2).unsqueeze(-1) - ratio.mT @ x1
+    return {"x1": x1 * ratio.sum(-1, keepdim=True) - ratio @ x2, "x2": of_x2}
+
+
+def euclidean_tangent(x1: Tensor, x2: Tensor, result: Tensor, x1_t: Tensor | None, x2_t: Tensor | None) -> Tensor | None:
+    moved = None
+    if x1_t is not None:
+        moved = (x1 * x1_t).sum(-1, keepdim=True) - x1_t @ x2.mT
+    if x2_t is not None:
+        of_x2 = (x2 * x2_t).sum(-1).unsqueeze(-2) - x1 @ x2_t.mT
+        moved = of_x2 if moved is None else moved + of_x2
+    return None if moved is None else over(moved, result)
+
+
+derivative(
+    aten._euclidean_dist.default,
+    tangent=euclidean_tangent,
+    joint=euclidean_both,
+    broadcasts=True,  # leading dimensions do
+    x1=euclidean_x1,
+    x2=euclidean_x2,
+)
+
+
 # ---------------------------------------------------------------------------------------------- one set
 
 
