@@ -9,7 +9,6 @@ At ``d = 0`` the slope is 0, the subgradient that the kernels take.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, logical_rank, materialize, to_front
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+)
 from functrans.rules import caller_place
 
 aten = torch.ops.aten

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank
-from functrans.interpreters.vmap.rules.scatter import index_select, long_rows, rows_pay, scatter_scaled, writing_positions_rule
+from functrans.interpreters.vmap.rules.scatter import (
+    index_select,
+    long_rows,
+    rows_pay,
+    scatter_scaled,
+    writing_positions_rule,
+)
 from functrans.interpreters.vmap.rules.views import example_shape
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
 
@@ -122,9 +128,9 @@ def index_put(
     rank = at.rank + x.dim() - 1 - at.indexed
     if logical_rank(values, values_dim) > rank:
         raise RuleDeclined("values of a higher rank than the result of the indexing")
-    if accumulate and at.single() and at.first == 0 and x.dtype is values.dtype and x.dtype is not torch.bool:
-        if rows_pay(x, 1):
-            return add_rows(info, x, at.values[0], at.dims[0], values, values_dim), 0  # type: ignore[arg-type]
+    adding = accumulate and x.dtype is values.dtype and x.dtype is not torch.bool
+    if adding and at.single() and at.first == 0 and rows_pay(x, 1):
+        return add_rows(info, x, at.values[0], at.dims[0], values, values_dim), 0  # type: ignore[arg-type]
     if at.adjacent and not at.batched:
         values = values if values_dim is None else pad_rank(values, values_dim, rank)
         return aten.index_put.default(x, [None, *at.values], values, accumulate), 0

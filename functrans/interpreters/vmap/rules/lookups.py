@@ -15,7 +15,6 @@ from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_
 aten = torch.ops.aten
 Dims = Sequence[Any]
 Output = tuple[Any, Any]
-NONE, MEAN = 0, 1
 BAG_SUM, BAG_MAX = 0, 2
 
 
@@ -148,80 +147,6 @@ def one_hot(info: BatchInfo, in_dims: Dims, x: Tensor, num_classes: int = -1) ->
         raise RuleDeclined("the number of classes depends on the data")
     zeros = x.new_zeros(()).expand(*x.shape, num_classes)
     return torch.scatter(zeros, -1, x.unsqueeze(-1), 1), in_dims[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Negative log likelihood. The classes are the first dimension behind the batch of one example, if it has one.
-
-
-def class_weights(
-    info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Log-probabilities; targets with a class dimension, their weights, which are ignored; the place of the classes."""
-    x, target = materialize(x, in_dims[0], info.batch_size), materialize(target, in_dims[1], info.batch_size)
-    place = 1 if x.dim() == 2 else 2
-    if x.dim() > 2 and target.dim() != x.dim() - 1 or x.dim() == 2 and target.dim() > 2 or x.dim() < 2:
-        raise RuleDeclined("nll_loss: sizes of the input and target do not fit")
-    if x.dim() == 2 and target.dim() == 2:
-        raise RuleDeclined("nll_loss: one example with a vector of targets")
-    target = target.unsqueeze(place)
-    if target.shape[:place] != x.shape[:place] or target.shape[place + 1 :] != x.shape[place + 1 :]:
-        raise RuleDeclined("nll_loss: sizes of the input and target do not fit")
-    ignored = target == ignore_index
-    target = target.long().masked_fill(ignored, 0)
-    if weight is None:
-        scale = x.new_ones(()).expand(target.shape)
-    else:
-        weight = materialize(weight, in_dims[2], info.batch_size)
-        classes = [1] * x.dim()
-        classes[0], classes[place] = weight.shape
-        scale = weight.view(classes).expand(x.shape).gather(place, target)
-    return x, target, scale, ignored, place
-
-
-@batching_rule(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
-def nll_loss_forward(
-    info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: Any
-) -> Output:
-    """The weighted sum of the targets' log-probabilities, and the total weight."""
-    x, target, scale, ignored, place = class_weights(info, in_dims, x, target, weight, ignore_index)
-    # An ignored target adds nothing, not even the nan of an infinite input.
-    scale = scale.masked_fill(ignored, 0)
-    losses = (-(x.gather(place, target) * scale)).masked_fill(ignored, 0)
-    if reduction == NONE and x.dim() > 2:
-        return (losses.squeeze(place), x.new_zeros(())), (0, None)
-    total, loss = flat_examples(scale, 0).sum(1), flat_examples(losses, 0).sum(1)
-    return (loss / total if reduction == MEAN else loss, total), (0, 0)
-
-
-@batching_rule(aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
-def nll_loss_backward(
-    info: BatchInfo,
-    in_dims: Dims,
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: Any,
-    total_weight: Tensor,
-) -> Output:
-    """The gradient goes to the targets."""
-    x, target, scale, ignored, place = class_weights(info, in_dims[1:], x, target, weight, ignore_index)
-    grad = materialize(grad, in_dims[0], info.batch_size)
-    if reduction == NONE:
-        grad = grad.unsqueeze(place)
-    else:
-        if reduction == MEAN:
-            grad = grad / materialize(total_weight, in_dims[6], info.batch_size)
-        grad = pad_rank_right(grad, x.dim())
-    values = (-scale * grad).masked_fill(ignored, 0)
-    return torch.scatter(torch.zeros_like(x), place, target, values), 0
-
-
-def pad_rank_right(x: Tensor, rank: int) -> Tensor:
-    """Dimensions of size 1 at the end."""
-    return x.reshape(*x.shape, *[1] * (rank - x.dim()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
