@@ -18,6 +18,10 @@ aten = torch.ops.aten
 
 fold_into_n(aten.col2im.default, rank=3)
 
+# Composites: without their pieces they find kernels that do not look for the places of the maxima.
+fold_into_n(aten.max_pool1d.default, rank=3)
+fold_into_n(aten.max_pool2d.default, rank=4)
+
 fold_into_n(
     aten.max_pool2d_with_indices.default,
     aten.max_pool2d_with_indices_backward.default,
