@@ -22,8 +22,8 @@ NONE, MEAN = 0, 1
 
 
 def foldable(info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor) -> bool:
-    """Whether the examples are of the shapes that PyTorch takes, and there are any; class weights are shared."""
-    if in_dims[2] is not None or info.batch_size == 0:
+    """Whether the examples are of the shapes that PyTorch takes, and there are any; only inputs of their own are folded."""
+    if in_dims[0] is None or in_dims[2] is not None or info.batch_size == 0:
         return False
     shape, kinds = (
         [n for k, n in enumerate(v.shape) if k != d] for v, d in ((x, in_dims[0]), (target, in_dims[1]))
