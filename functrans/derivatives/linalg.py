@@ -146,7 +146,7 @@ def cholesky_self(grads: Any, upper: bool, results: Any) -> Tensor | None:
         return None
     factor, grad = (adjoint(results[0]), adjoint(grads[0])) if upper else (results[0], grads[0])
     middle = (adjoint(factor) @ grad).tril()
-    middle = (middle + adjoint(middle) - torch.diag_embed(middle.diagonal(0, -2, -1))) / 2
+    middle = (middle + adjoint(middle.tril(-1))) / 2
     middle = aten.linalg_solve_triangular(adjoint(factor), middle, upper=True, left=True)
     return aten.linalg_solve_triangular(factor, middle, upper=False, left=False)
 
