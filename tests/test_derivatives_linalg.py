@@ -1,4 +1,4 @@
-"""Entries for linear algebra, distances and circular padding, against PyTorch's own derivatives."""
+"""Entries for linear algebra, Fourier transforms, distances and circular padding, against PyTorch's own derivatives."""
 
 from __future__ import annotations
 
@@ -157,3 +157,23 @@ def test_circular_padding(dims: int, pad: tuple[int, int]) -> None:
     program: Any = functrans.vmap(lambda x: torch.nn.functional.pad(x, pad * dims, mode="circular"), in_dims=1)
     expected = torch.stack([torch.nn.functional.pad(one, pad * dims, mode="circular") for one in x])
     torch.testing.assert_close(program(x.movedim(0, 1)), expected)
+
+
+SHAPES = [(5,), (6,), (1,), (2,), (3, 4), (4, 5), (2, 3, 6)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fourier_transforms(shape: tuple[int, ...]) -> None:
+    """Spectra of even and odd length, complete and halved, along any dimensions."""
+    torch.manual_seed(0)
+    x, spectrum = randn(*shape), randn(*shape, dtype=torch.complex128)
+    orders = [order for d in range(1, len(shape) + 1) for order in itertools.permutations(range(len(shape)), d)]
+    for order, norm in itertools.product(orders, (0, 1, 2)):
+        dims, half = list(order), shape[order[-1]]
+        for flag in (True, False):
+            check_entry(Call(aten._fft_r2c.default, (x, dims, norm, flag)))
+            check_entry(Call(aten._fft_c2c.default, (spectrum, dims, norm, flag)))
+        for n in (2 * half - 2, 2 * half - 1):
+            if n:
+                check_entry(Call(aten._fft_c2r.default, (spectrum, dims, norm, n)))
+    check_entry(Call(aten._fft_r2c.default, (x.float(), [-1], 0, True)))
