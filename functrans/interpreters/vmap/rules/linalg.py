@@ -71,6 +71,8 @@ leading_batch(
     aten.geqrf.default,
     aten.ormqr.default,
 )
+# Composites: their pieces, among wrappers, would compute the vectors too.
+leading_batch(aten.linalg_eigvalsh.default, aten.linalg_svdvals.default)
 leading_batch(
     aten.linalg_qr.default,
     aten._linalg_svd.default,
