@@ -6,8 +6,6 @@ composition has come to work: delete it.
 
 _COUNT = "the number of rows depends on each example's numbers; torch.func answers as long as all have the same count"
 
-_SLICE = "the pullback writes a slice of a complex tensor by slice_scatter, which PyTorch itself cannot differentiate"
-_FFT = ("hfft", "hfft2", "hfftn", "ihfft", "ihfft2", "ihfftn", "irfft", "irfft2", "irfftn", "rfft", "rfft2", "rfftn")
 _STATISTICS = (
     "running statistics with in_dim None beside batched ones: a loop would update them once per example, one batched "
     "run cannot; torch.func updates them once"
@@ -16,8 +14,6 @@ _STATISTICS = (
 EXPECTED_FAILURES: dict[tuple[str, str], str] = {
     ("argwhere", "vmap"): _COUNT,
     ("argwhere", "vmap(vmap)"): _COUNT,
-    **{(f"fft.{name}", "backward(vjp)"): _SLICE for name in _FFT},
-    ("stft", "backward(vjp)"): _SLICE,
 }
 
 # The same for what only shows with all samples of an operator (``-m slow``).

@@ -14,10 +14,10 @@ from torch._ops import OpOverload
 
 import functrans
 from functrans.errors import FunctransError
-from functrans.interpreters.vmap.rules import indexing, lookups, scatter
+from functrans.interpreters.vmap.rules import indexing, lookups, nll, scatter
 
 aten = torch.ops.aten
-OPS = rules_of(indexing, scatter, lookups)
+OPS = rules_of(indexing, scatter, lookups, nll)
 quiet = pytest.fixture(scope="module", autouse=True)(quiet_thread)
 
 
@@ -113,6 +113,17 @@ def loss_calls(backward: bool, rank: int) -> list[tuple[Any, ...]]:
     return calls
 
 
+def bag_calls() -> list[tuple[Any, ...]]:
+    """Every kind of bag, empty ones among them; float32 has kernels of its own."""
+    calls: list[tuple[Any, ...]] = []
+    tokens, samples = torch.tensor([1, 2, 6, 0, 2, 2]), values(6).abs()
+    starts = (torch.tensor([0, 2, 2, 5]), False), (torch.tensor([0, 2, 2, 5, 6]), True), (torch.tensor([0, 6]), False)
+    for dtype, mode, padding, (offsets, last) in itertools.product((torch.float64, torch.float32), (0, 1, 2), (-1, 2, 0), starts):
+        weights = (None, samples.to(dtype)) if mode == 0 else (None,)
+        calls += [(values(7, 5).to(dtype), tokens, offsets, False, mode, False, w, last, padding) for w in weights]
+    return calls
+
+
 WEIGHT, TOKENS = values(6, 3), torch.tensor([[1, 4, 1], [5, 0, 2]])
 REDUCTIONS = ("sum", "prod", "mean", "amax", "amin")
 
@@ -172,6 +183,7 @@ BY_HAND: ByHand = {
     aten.embedding_dense_backward.default: [
         (values(2, 3, 3), TOKENS, 6, padding, scale) for padding in (-1, 1) for scale in (False, True)
     ] + [(values(3), torch.tensor(3), 6, -1, False)],
+    aten._embedding_bag.default: bag_calls(),
     aten.one_hot.default: [(TOKENS, 6), (torch.tensor(2), 3), (torch.zeros(0).long(), 3)],
     aten.nll_loss_forward.default: loss_calls(False, 2),
     aten.nll_loss2d_forward.default: loss_calls(False, 4),
@@ -216,21 +228,34 @@ def test_a_batched_mask_that_selects_is_an_error() -> None:
         functrans.vmap(lambda x: x[x > 0])(x)
 
 
-@pytest.mark.parametrize("op", ["index_add", "index_copy", "index_select", "gather", "scatter_add", "embedding", "one_hot"])
-def test_a_position_outside_of_its_example_is_an_error(op: str) -> None:
-    """It must not reach into the next example."""
-    x, wrong = values(3, 4), torch.tensor([[0, 1], [4, 1], [3, 0]])
+@pytest.mark.parametrize("wrong", [4, -5])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "index_add", "index_copy", "index_select", "index_fill", "index", "index_put", "take", "gather", "scatter_add", "embedding",
+        "embedding_bag", "one_hot",
+    ],
+)
+@pytest.mark.parametrize("width", [(), (6,)])
+def test_a_position_outside_of_its_example_is_an_error(op: str, width: tuple[int, ...], wrong: int) -> None:
+    """It must not reach into the next example, nor into the one before."""
+    x, at = values(3, 4, *width), torch.tensor([[0, 1], [wrong, 1], [3, 0]])
     programs: dict[str, Any] = {
+        "index": lambda x, i: x[i],
+        "index_put": lambda x, i: x.index_put((i,), x[:2], accumulate=True),
+        "index_fill": lambda x, i: x.index_fill(0, i, 1.0),
+        "take": lambda x, i: x[:, :1].take(i) if width else x.take(i),
+        "embedding_bag": lambda x, i: torch.nn.functional.embedding_bag(i[None], x.reshape(4, -1), mode="sum"),
         "index_add": lambda x, i: x.index_add(0, i, x[:2]),
         "index_copy": lambda x, i: x.index_copy(0, i, x[:2]),
         "index_select": lambda x, i: x.index_select(0, i),
-        "gather": lambda x, i: x.gather(0, i),
-        "scatter_add": lambda x, i: x.scatter_add(0, i, x[:2]),
-        "embedding": lambda x, i: torch.nn.functional.embedding(i, x[:, None]),
+        "gather": lambda x, i: x.gather(0, i if x.dim() == 1 else i[:, None].expand(2, 6)),
+        "scatter_add": lambda x, i: x.scatter_add(0, i if x.dim() == 1 else i[:, None].expand(2, 6), x[:2]),
+        "embedding": lambda x, i: torch.nn.functional.embedding(i, x.reshape(4, -1)),
         "one_hot": lambda x, i: torch.nn.functional.one_hot(i, 4),
     }
     with pytest.raises((IndexError, RuntimeError)):
-        functrans.vmap(programs[op])(x, wrong)
+        functrans.vmap(programs[op])(x, at)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 1)])

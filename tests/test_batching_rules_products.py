@@ -13,11 +13,11 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrans
-from functrans.interpreters.vmap.rules import products
+from functrans.interpreters.vmap.rules import distances, products
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 
 aten = torch.ops.aten
-OPS = rules_of(products)
+OPS = rules_of(products, distances)
 quiet = pytest.fixture(scope="module", autouse=True)(quiet_thread)
 
 
@@ -35,7 +35,19 @@ NAN = torch.full((3, 5), torch.nan, dtype=torch.float64)
 def linear_calls() -> list[tuple[Any, ...]]:
     inputs = [values(4), values(3, 4), values(2, 3, 4), values(0, 4), values(3, 2, 4).transpose(0, 1)]
     calls: list[tuple[Any, ...]] = [(x, values(5, 4), *bias) for x in inputs for bias in ((), (values(5),))]
-    return [*calls, (values(3, 1), values(5, 1), values(5)), (values(3, 1), values(5, 1)), (values(3, 4), values(4))]
+    wide = [(values(*lead, 64), values(65, 64), *bias) for lead in ((3,), (2, 3), (0,), ()) for bias in ((), (values(65),))]
+    return [*calls, *wide, (values(3, 1), values(5, 1), values(5)), (values(3, 1), values(5, 1)), (values(3, 4), values(4))]
+
+
+def pdist_calls(backward: bool) -> list[tuple[Any, ...]]:
+    """Sets on both sides of the size from which each example is a call of its own, with vectors that coincide."""
+    calls: list[tuple[Any, ...]] = []
+    for n, p in itertools.product((5, 34), (0.0, 1.0, 1.5, 2.0, 3.0, float("inf"))):
+        x = values(n, 8)
+        x[3] = x[1]
+        pairs = torch.nn.functional.pdist(x, p)
+        calls.append((values(*pairs.shape), x, p, pairs) if backward else (x, p))
+    return calls
 
 
 def sums(x: torch.Tensor, y: torch.Tensor, addends: list[torch.Tensor]) -> list[tuple[Any, ...]]:
@@ -56,6 +68,9 @@ BY_HAND: ByHand = {
         (values(0, 4), values(4, 5)),
         (values(3, 0), values(0, 5)),
         (values(3, 4, dtype=torch.complex128), values(4, 5, dtype=torch.complex128)),
+        (values(17, 4), values(4, 18)),
+        (values(4, 17).t(), values(4, 18)),
+        (INTEGERS.repeat(6, 1).t(), INTEGERS.repeat(6, 6)),
     ],
     aten.bmm.default: [(A, B), (A[:, :, :1], B[:, :1]), (A[:1], B[:1]), (A[:, :0], B)],
     aten.mv.default: [(values(3, 4), values(4)), (values(3, 0), values(0)), (values(3, 1), values(1)), (INTEGERS, INTEGERS[0])],
@@ -75,6 +90,8 @@ BY_HAND: ByHand = {
         (values(3), values(4), values(5, 3, 4)),
         (values(2, 1, 3), values(2, 1, 4), values(5, 3, 4), values(5)),
     ],
+    aten._pdist_forward.default: pdist_calls(False),
+    aten._pdist_backward.default: pdist_calls(True),
     aten._euclidean_dist.default: [(values(3, 4), values(5, 4)), (values(2, 3, 4), values(2, 5, 4))],
     aten._cdist_forward.default: [(values(3, 4), values(2, 5, 4), 2.0, None), (values(3, 4), values(5, 4), 1.0, None)],
     aten._cdist_backward.default: [
@@ -136,10 +153,25 @@ def products_of(op: OpOverload, in_dims: tuple[Any, ...], *args: torch.Tensor) -
         (aten.bmm.default, (None, 0), (values(2, 3, 4), values(7, 2, 4, 5)), ("bmm", [(2, 3, 4), (2, 4, 35)])),
         (aten.linear.default, (0, None, None), (values(7, 3, 4), values(5, 4), values(5)), ("addmm", [(5,), (21, 4), (4, 5)])),
         (aten.linear.default, (None, 0, None), (values(3, 4), values(7, 5, 4), values(5)), ("mm", [(3, 4), (4, 35)])),
+        (aten.linear.default, (None, 0), (values(3, 64), values(7, 65, 64)), ("bmm", [(7, 3, 64), (7, 64, 65)])),
+        (aten.mm.default, (None, 0), (values(3, 4), values(7, 4, 18)), ("bmm", [(7, 3, 4), (7, 4, 18)])),
+        (aten.mm.default, (0, None), (values(7, 4, 18).mT, values(4, 5)), ("bmm", [(7, 18, 4), (7, 4, 5)])),
     ],
 )  # fmt: skip
 def test_batched_with_unbatched_is_one_product(op: OpOverload, in_dims: Any, args: Any, expected: Any) -> None:
     assert products_of(op, in_dims, *args) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("in_dims", "x", "y"),
+    [((None, 0), values(3, 4), values(7, 4, 18)), ((0, None), values(7, 4, 18).mT, values(4, 5)), ((0, None), values(7, 18, 4), values(4, 5))],
+)
+def test_operands_are_not_copied(in_dims: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    rule = BATCHING_RULES.get(aten.mm.default)
+    assert rule is not None
+    with torch.profiler.profile() as profile:
+        rule(BatchInfo(7, "error"), in_dims, x, y)
+    assert "aten::copy_" not in {event.name for event in profile.events()}
 
 
 def test_nothing_to_sum_is_a_multiplication() -> None:

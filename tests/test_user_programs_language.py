@@ -345,7 +345,7 @@ OUTSIDE: dict[str, Callable[[], Any]] = {
     "vmap of vmap": lambda: THEIRS.vmap(lambda x: vmap(torch.sin)(x))(X),
     "captured": lambda: THEIRS.vmap(lambda c: grad(lambda y: (y * c).sum())(X[0]))(X),
     "functionalize": lambda: THEIRS.functionalize(lambda x: grad(cubes)(x))(X[0]),
-    "a pullback": lambda: THEIRS.vmap(vjp(torch.linalg.inv, X[:3])[1])(torch.ones(2, 3, 3, dtype=DOUBLE)),
+    "a pullback": lambda: THEIRS.vmap(vjp(torch.linalg.det, X[:3])[1])(torch.ones(2, dtype=DOUBLE)),
     "between": lambda: vmap(lambda x: THEIRS.vmap(lambda y: grad(torch.sin)(y))(x))(X),
 }
 

@@ -212,7 +212,8 @@ pointwise(
 def glu_self(grad: Tensor, self: Tensor, dim: int) -> Tensor:
     value, gate = self.chunk(2, dim)
     s = torch.sigmoid(gate)
-    return torch.cat([grad * s, grad * value * s * (1 - s)], dim)
+    of_value = grad * s
+    return torch.cat([of_value, of_value * value * (1 - s)], dim)
 
 
 def glu_tangent(self: Tensor, self_t: Tensor, dim: int) -> Tensor:

@@ -58,6 +58,33 @@ for _kind in ("reflection", "replication"):
         linear_pair(getattr(aten, _name).default, getattr(aten, f"{_name}_backward").default)
 
 
+def unwrapped(grad: Tensor, dim: int, n: int, left: int, right: int) -> Tensor:
+    """The transpose of wrapping one dimension of size ``n``: what was repeated at an end comes from the other.
+
+    A negative number crops, before anything is repeated.
+    """
+    crop = [max(-left, 0), max(-right, 0)]
+    left, right, n = max(left, 0), max(right, 0), n - sum(crop)
+    inner = grad.narrow(dim, left, n)
+    if left:
+        inner = torch.cat([inner.narrow(dim, 0, n - left), inner.narrow(dim, n - left, left) + grad.narrow(dim, 0, left)], dim)
+    if right:
+        end = grad.narrow(dim, grad.shape[dim] - right, right)
+        inner = torch.cat([inner.narrow(dim, 0, right) + end, inner.narrow(dim, right, n - right)], dim)
+    return aten.constant_pad_nd(inner, [0, 0] * (grad.dim() - 1 - dim) + crop) if any(crop) else inner
+
+
+def pad_circular_self(grad: Tensor, self: Tensor, pad: list[int]) -> Tensor:
+    # Corners are wrapped once for each of their dimensions, in any order.
+    for k in range(len(pad) // 2):
+        dim = grad.dim() - 1 - k
+        grad = unwrapped(grad, dim, self.shape[dim], pad[2 * k], pad[2 * k + 1])
+    return grad
+
+
+derivative(aten._pad_circular.default, tangent="linear", self=pad_circular_self)
+
+
 # ---------------------------------------------------------------------------------------------- resampling
 
 RESAMPLING = (

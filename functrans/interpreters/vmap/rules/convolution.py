@@ -20,9 +20,11 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_c,
     unfold_n,
 )
+from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
 
 aten = torch.ops.aten
+constant_pad = torch.ops.aten.constant_pad_nd.default
 
 
 def split_channels(x: Tensor, batch_size: int, groups: int, dim: int) -> Tensor:
@@ -216,7 +218,13 @@ def weight_gradient(
     if size == 0:
         return grad_output.new_zeros([0, *shape]), 0
     if grad_dim is not None and x_dim is not None:
-        # Per-example gradients of a shared weight: every example is a set of groups of its own.
+        # Per-example gradients of a shared weight.
+        images, filters = (grad_output, x) if transposed else (x, grad_output)
+        image_dim, filter_dim = (grad_dim, x_dim) if transposed else (x_dim, grad_dim)
+        images, filters = to_front(images, image_dim), to_front(filters, filter_dim)
+        if windows_pay(images, filters, second, kernel, options[:3]):
+            return windows_product(images, filters, shape, options[:3], groups), 0
+        # Every example is a set of groups of its own.
         wide = [size * first, second, *kernel]
         folded = fold_c(grad_output, grad_dim, size), fold_c(x, x_dim, size)
         grad = native_weight_gradient(*folded, wide, options, size * groups)
@@ -231,3 +239,50 @@ def weight_gradient(
         return split_channels(grad, size, groups, 0), 0
     grad = native_weight_gradient(grad_output, x, [first, size * second, *kernel], options, groups)
     return grad.reshape(first, size, second, *kernel), 1
+
+
+# Convolution kernels work on channels in blocks; groups narrower than one leave the most of it idle.
+BLOCK = 8
+# How many times the size of what is there already the windows may take.
+WINDOWS = 4
+
+
+def windows_pay(
+    images: Tensor, filters: Tensor, channels: int, kernel: Sequence[int], options: tuple[Any, ...]
+) -> bool:
+    """Whether ``windows_product`` does less than a convolution with ``B * groups`` groups of ``channels`` channels."""
+    if images.dtype is not filters.dtype or not images.is_floating_point() or len(kernel) != images.dim() - 3:
+        return False
+    taps = product(kernel)
+    if taps == 1:
+        return all(s == 1 for s in options[0]) and not any(options[1])  # the windows are the images
+    positions = product(filters.shape[3:])
+    sizes = images.numel() + filters.numel()
+    return channels < BLOCK and product(images.shape[:3]) * taps * positions <= WINDOWS * sizes
+
+
+def windows_product(
+    images: Tensor, filters: Tensor, shape: Sequence[Any], options: tuple[Any, ...], groups: int
+) -> Tensor:
+    """Per-example weight gradients as one batched product: each image's windows times what was multiplied with them.
+
+    ``images [B, N, groups * c, ...]`` is the side that the weight ``[groups * f, c, *kernel]`` slides over.
+    """
+    first, second, *kernel = shape
+    stride, padding, dilation = ((*o,) * (len(kernel) if len(o) == 1 else 1) for o in options)
+    size, n, _, *positions = filters.shape
+    if any(padding):
+        images = constant_pad(images, [p for side in reversed(padding) for p in (side, side)])
+    for k, (taps, step, apart, count) in enumerate(zip(kernel, stride, dilation, positions)):
+        images = images.unfold(3 + k, (taps - 1) * apart + 1, step).narrow(3 + k, 0, count)
+        if apart > 1:
+            images = images[..., ::apart]
+    # [B, N, groups * c, *positions, *kernel] to [B * groups, c * kernel, N * positions]
+    d = len(kernel)
+    split = images.unflatten(2, (groups, second))
+    split = split.permute(0, 2, 3, *range(4 + d, 4 + 2 * d), 1, *range(4, 4 + d))
+    place = product(positions)
+    windows = split.reshape(size * groups, second * product(kernel), n * place)
+    rows = filters.unflatten(2, (groups, first // groups)).transpose(1, 2).transpose(2, 3)
+    rows = rows.reshape(size * groups, first // groups, n * place)
+    return torch.bmm(rows, windows.mT).reshape(size, *shape)

@@ -16,6 +16,13 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank
+from functrans.interpreters.vmap.rules.scatter import (
+    index_select,
+    long_rows,
+    rows_pay,
+    scatter_scaled,
+    writing_positions_rule,
+)
 from functrans.interpreters.vmap.rules.views import example_shape
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
 
@@ -23,6 +30,7 @@ aten = torch.ops.aten
 Dims = Sequence[Any]
 Output = tuple[Any, Any]
 MASKS = (torch.bool, torch.uint8)
+add_slices = writing_positions_rule(aten.index_add.default, scatter_scaled)
 
 
 def batch_index(x: Tensor, size: int, rank: int) -> Tensor:
@@ -53,6 +61,10 @@ class Indices:
         #: how many dimensions of an example are indexed
         self.indexed = sum(self.values[k].dim() if self.values[k].dtype in MASKS else 1 for k in present)  # type: ignore[union-attr, misc]
 
+    def single(self) -> bool:
+        """Whether this is one vector of positions along one dimension, for which there are faster operators."""
+        return self.indexed == 1 and self.rank == 1 and self.values[self.first].dtype not in MASKS  # type: ignore[union-attr]
+
     def replace_masks(self) -> None:
         """A mask is as many indices as it has dimensions."""
         values: list[Tensor | None] = []
@@ -79,6 +91,11 @@ def index(info: BatchInfo, in_dims: Dims, x: Tensor, indices: Sequence[Tensor | 
     """See NOTE [Where the result of advanced indexing goes]."""
     x_dim = in_dims[0]
     at = Indices(info, indices, in_dims[1] or ())
+    if at.single():
+        x, x_dim = (x, None) if x_dim is None else (to_front(x, x_dim), 0)
+        physical, at_dim = at.first + (x_dim is not None), at.dims[at.first]
+        if long_rows(x, physical) and (x_dim is None or at_dim is None or physical == 1):
+            return select_one(info, x, x_dim, at.first, at.values[at.first], at_dim)  # type: ignore[arg-type]
     if x_dim is None:
         return aten.index.Tensor(x, at.physical()), at.first if at.adjacent else 0
     x = to_front(x, x_dim)
@@ -88,6 +105,13 @@ def index(info: BatchInfo, in_dims: Dims, x: Tensor, indices: Sequence[Tensor | 
     if at.adjacent and at.first > 0 and at.rank > 0:
         out = out.movedim(tuple(range(1, 1 + at.rank)), tuple(range(1 + at.first, 1 + at.first + at.rank)))
     return out, 0
+
+
+def select_one(info: BatchInfo, x: Tensor, x_dim: int | None, dim: int, at: Tensor, at_dim: int | None) -> Output:
+    """``index_select``, for which positions do not count from the end."""
+    extent = x.shape[dim + (x_dim is not None)]
+    at = torch.where(at < 0, at + extent, at)
+    return index_select(info, (x_dim, None, at_dim), x, dim, at)
 
 
 @batching_rule(aten.index_put.default, aten._unsafe_index_put.default)
@@ -104,6 +128,9 @@ def index_put(
     rank = at.rank + x.dim() - 1 - at.indexed
     if logical_rank(values, values_dim) > rank:
         raise RuleDeclined("values of a higher rank than the result of the indexing")
+    adding = accumulate and x.dtype is values.dtype and x.dtype is not torch.bool
+    if adding and at.single() and at.first == 0 and rows_pay(x, 1):
+        return add_rows(info, x, at.values[0], at.dims[0], values, values_dim), 0  # type: ignore[arg-type]
     if at.adjacent and not at.batched:
         values = values if values_dim is None else pad_rank(values, values_dim, rank)
         return aten.index_put.default(x, [None, *at.values], values, accumulate), 0
@@ -114,6 +141,16 @@ def index_put(
     elif values_dim is not None:
         values = pad_rank(values, values_dim, rank)
     return aten.index_put.default(x, at.of_batch(x), values, accumulate), 0
+
+
+def add_rows(
+    info: BatchInfo, x: Tensor, at: Tensor, at_dim: int | None, values: Tensor, values_dim: int | None
+) -> Tensor:
+    """``index_add``, for which positions do not count from the end, and nothing broadcasts."""
+    at = torch.where(at < 0, at + x.shape[1], at)
+    shape = (info.batch_size, at.shape[0] if at_dim is None else at.shape[1 - at_dim], *x.shape[2:])
+    values = (values if values_dim is None else pad_rank(values, values_dim, len(shape) - 1)).expand(shape)
+    return add_slices(info, (0, None, at_dim, 0), x, 0, at, values)[0]
 
 
 def masked_put(
@@ -186,7 +223,8 @@ def take(info: BatchInfo, in_dims: Dims, x: Tensor, at: Tensor) -> Output:
     if at_dim is None:
         return aten.index.Tensor(x, [None, at]), 0
     at = to_front(at, at_dim)
-    return aten.index.Tensor(x, [batch_index(x, info.batch_size, at.dim() - 1), at]), 0
+    places = flat_examples(at, 0)
+    return torch.gather(x, 1, torch.where(places < 0, places + x.shape[1], places)).reshape(at.shape), 0
 
 
 @batching_rule(aten.put.default)

@@ -71,6 +71,8 @@ leading_batch(
     aten.geqrf.default,
     aten.ormqr.default,
 )
+# Composites: their pieces, among wrappers, would compute the vectors too.
+leading_batch(aten.linalg_eigvalsh.default, aten.linalg_svdvals.default)
 leading_batch(
     aten.linalg_qr.default,
     aten._linalg_svd.default,
@@ -131,29 +133,45 @@ determinant(aten._linalg_det.default, aten._linalg_slogdet.default)
 # Leading dimensions that broadcast
 
 
-def broadcasting_batch(*ops: OpOverload) -> None:
-    """Operators of matrices whose leading dimensions broadcast."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, broadcasting_batch_rule(op), place=place)
+def fold_sides(b: Tensor, bdim: int, left: bool = True) -> Tensor:
+    """A batch of right-hand sides for one matrix: the batch joins the columns, or the rows if the matrix is on the right."""
+    b = to_front(b, bdim)
+    at = b.dim() - 2 - (not left)
+    return b.movedim(0, at).flatten(at, at + 1)
 
 
-def broadcasting_batch_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one operator."""
-    positions = tensor_positions(op)
-
-    def broadcasting(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        ranks = [logical_rank(args[k], in_dims[k]) for k in positions]
-        arguments = list(args)
-        for k in positions:
-            if in_dims[k] is not None:
-                arguments[k] = pad_rank(args[k], in_dims[k], max(2, *ranks))
-        return one_batch_dim(op(*arguments, **kwargs), False)
-
-    return broadcasting
+def unfold_sides(x: Tensor, batch_size: int, left: bool = True) -> tuple[Tensor, int]:
+    """The inverse for the solutions, with where the batch is then."""
+    at = x.dim() - 1 - (not left)
+    return x.unflatten(at, (batch_size, x.shape[at] // batch_size)), at
 
 
-broadcasting_batch(aten.linalg_solve_triangular.default, aten.cholesky_solve.default)
+@batching_rule(aten.linalg_solve_triangular.default)
+def solve_triangular_rule(
+    info: BatchInfo, in_dims: Sequence[Any], a: Tensor, b: Tensor, *, left: bool = True, **kwargs: Any
+) -> tuple[Tensor, int]:
+    """One matrix for all examples has one set of right-hand sides."""
+    if in_dims[0] is None and info.batch_size:
+        out = aten.linalg_solve_triangular.default(a, fold_sides(b, in_dims[1], left), left=left, **kwargs)
+        return unfold_sides(out, info.batch_size, left)
+    a, b = padded_pair(in_dims, a, b)
+    return aten.linalg_solve_triangular.default(a, b, left=left, **kwargs), 0
+
+
+@batching_rule(aten.cholesky_solve.default)
+def cholesky_solve_rule(
+    info: BatchInfo, in_dims: Sequence[Any], b: Tensor, factor: Tensor, upper: bool = False
+) -> tuple[Tensor, int]:
+    """One matrix for all examples has one set of right-hand sides."""
+    if in_dims[1] is None and info.batch_size:
+        return unfold_sides(aten.cholesky_solve.default(fold_sides(b, in_dims[0]), factor, upper), info.batch_size)
+    return aten.cholesky_solve.default(*padded_pair(in_dims, b, factor), upper), 0
+
+
+def padded_pair(in_dims: Sequence[Any], *pair: Tensor) -> list[Tensor]:
+    """Two matrices with leading dimensions that broadcast behind the batch."""
+    rank = max(2, *(logical_rank(x, bdim) for x, bdim in zip(pair, in_dims)))
+    return [x if bdim is None else pad_rank(x, bdim, rank) for x, bdim in zip(pair, in_dims)]
 
 
 def factored_solve(*ops: OpOverload) -> None:
@@ -170,18 +188,27 @@ def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
         info: BatchInfo, in_dims: Sequence[Any], factors: Tensor, pivots: Tensor, b: Tensor, **kwargs: Any
     ) -> tuple[Tensor, int]:
         factors_dim, pivots_dim, b_dim = in_dims[:3]
+        if factors_dim is None and pivots_dim is None and info.batch_size:
+            left = kwargs.get("left", True)
+            sides = fold_sides(b, b_dim, left)
+            if factors.dim() > 2:
+                factors, pivots = expanded_factors(factors, pivots, sides)
+            return unfold_sides(op(factors, pivots, sides, **kwargs), info.batch_size, left)
         rank = max(logical_rank(factors, factors_dim), logical_rank(b, b_dim))
         b = b.unsqueeze(0) if b_dim is None else pad_rank(b, b_dim, rank)
         if factors_dim is not None or pivots_dim is not None or factors.dim() > 2:
             factors = pad_rank(materialize(factors, factors_dim, info.batch_size), 0, rank)
             pivots = pad_rank(materialize(pivots, pivots_dim, info.batch_size), 0, rank - 1)
-            # linalg.ldl_solve reads beyond its factors where a leading dimension of size 1 broadcasts (torch 2.13).
-            leading = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
-            factors = factors.expand(*leading, *factors.shape[-2:])
-            pivots = pivots.expand(*leading, *pivots.shape[-1:])
+            factors, pivots = expanded_factors(factors, pivots, b)
         return op(factors, pivots, b, **kwargs), 0
 
     return solve
+
+
+def expanded_factors(factors: Tensor, pivots: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """linalg.ldl_solve reads beyond its factors where a leading dimension of size 1 broadcasts (torch 2.13)."""
+    leading = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+    return factors.expand(*leading, *factors.shape[-2:]), pivots.expand(*leading, *pivots.shape[-1:])
 
 
 factored_solve(aten.linalg_lu_solve.default, aten.linalg_ldl_solve.default)
@@ -264,6 +291,8 @@ def solve_ex_rule(
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """The factors have the leading dimensions of ``a`` alone."""
     a_dim = in_dims[0]
+    if a_dim is None and info.batch_size:
+        return solve_shared(info, in_dims[1], a, b, left, check_errors)
     a_shape = [extent for k, extent in enumerate(a.shape) if k != a_dim]
     full_a, full_b, vector = matrix_sides(info, in_dims, a, b)
     if vector and not left:
@@ -278,6 +307,26 @@ def solve_ex_rule(
         status.reshape(outer + a_shape[:-2]),
     )
     return (result, *factors), (0, *[None if a_dim is None else 0] * 3)
+
+
+def solve_shared(
+    info: BatchInfo, b_dim: int, a: Tensor, b: Tensor, left: bool, check_errors: bool
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """One matrix for all examples: it is factored once, and vectors are columns of a matrix."""
+    if is_vector_side(a, None, b, b_dim):
+        if not left:
+            raise RuleDeclined("linalg.solve refuses vectors on the left")
+        sides = b.movedim(b_dim, -1)
+        # Of as many dimensions as the matrix, so that it is not taken for vectors itself.
+        sides = sides.reshape([1] * (a.dim() - sides.dim()) + list(sides.shape))
+        result, *factors = aten._linalg_solve_ex.default(a, sides, left=True, check_errors=check_errors)
+        return (result, *factors), (result.dim() - 1, None, None, None)
+    sides = fold_sides(b, b_dim, left)
+    if sides.dim() < a.dim():
+        sides = sides.reshape([1] * (a.dim() - sides.dim()) + list(sides.shape))
+    result, *factors = aten._linalg_solve_ex.default(a, sides, left=left, check_errors=check_errors)
+    result, out_dim = unfold_sides(result, info.batch_size, left)
+    return (result, *factors), (out_dim, None, None, None)
 
 
 @batching_rule(aten.linalg_lstsq.default)

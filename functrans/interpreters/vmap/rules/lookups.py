@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
+from functrans.interpreters.vmap.rules.scatter import end_to_end, index_select, own_rows
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
 
 aten = torch.ops.aten
 Dims = Sequence[Any]
 Output = tuple[Any, Any]
-NONE, MEAN = 0, 1
+BAG_SUM, BAG_MAX = 0, 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def embedding(
         raise RuleDeclined("frequencies count within one example")
     weight, indices = to_front(weight, weight_dim), to_front(indices, indices_dim)
     flat = flat_examples(indices, 0).long()
-    out = weight.gather(1, flat.unsqueeze(2).expand(*flat.shape, weight.shape[2]))
+    out, _ = index_select(info, (0, None, 0), weight, 0, flat)
     if padding_idx >= 0:
         # The row that takes no gradient is looked up by the operator itself.
         padding = indices.new_full((1,), padding_idx)
@@ -87,6 +88,58 @@ def embedding_dense_backward(
     return out.unflatten(0, (size, num_weights)), 0
 
 
+@batching_rule(aten._embedding_bag.default)
+def embedding_bag(
+    info: BatchInfo,
+    in_dims: Dims,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = BAG_SUM,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Output:
+    """The indices of all examples one after the other, in as many bags as all examples have; tables end to end."""
+    size = info.batch_size
+    weight_dim, indices_dim, offsets_dim = in_dims[:3]
+    if scale_grad_by_freq or (sparse and weight_dim is not None) or size == 0:
+        raise RuleDeclined("frequencies count within one example, and so do sparse gradients")
+    if logical_rank(weight, weight_dim) != 2 or logical_rank(indices, indices_dim) != 1:
+        raise RuleDeclined("embedding_bag takes a matrix and vectors")
+    indices, offsets = materialize(indices, indices_dim, size), materialize(offsets, offsets_dim, size)
+    length, rows = indices.shape[1], 0
+    if weight_dim is not None:
+        weight = to_front(weight, weight_dim)
+        rows = weight.shape[1]
+        own = own_rows(indices, rows)
+        # One of the rows to be left out stands for those of all examples.
+        flat = own if padding_idx < 0 else torch.where((indices == padding_idx).reshape(-1), padding_idx, own)
+        weight = end_to_end(weight)
+    else:
+        flat = indices.reshape(-1)
+    if include_last_offset:
+        offsets = offsets[:, :-1]  # the last one is the number of indices
+    bags = offsets.shape[1]
+    first = torch.arange(size, device=offsets.device).unsqueeze(1) * length
+    starts = (offsets.clamp(0, length) + first).to(indices.dtype).reshape(-1)
+    if per_sample_weights is not None:
+        per_sample_weights = materialize(per_sample_weights, in_dims[6], size).reshape(-1)
+    results = aten._embedding_bag.default(
+        weight, flat, starts, False, mode, sparse, per_sample_weights, False, padding_idx
+    )
+    out, bag_of, bag_size, maximal = results
+    out, bag_size, maximal = (x.unflatten(0, (size, bags)) for x in (out, bag_size, maximal))
+    if mode == BAG_MAX and weight_dim is not None:
+        maximal = maximal.remainder(rows)
+    if bag_of.shape[0] == size * length and length:
+        bag_of = bag_of.view(size, length) - torch.arange(size, device=bag_of.device).unsqueeze(1) * bags
+        return (out, bag_of, bag_size, maximal), (0, 0, 0, 0)
+    return (out, bag_of, bag_size, maximal), (0, None, 0, 0)
+
+
 @batching_rule(aten.one_hot.default)
 def one_hot(info: BatchInfo, in_dims: Dims, x: Tensor, num_classes: int = -1) -> Output:
     """By ``scatter``, which refuses a class out of range."""
@@ -94,80 +147,6 @@ def one_hot(info: BatchInfo, in_dims: Dims, x: Tensor, num_classes: int = -1) ->
         raise RuleDeclined("the number of classes depends on the data")
     zeros = x.new_zeros(()).expand(*x.shape, num_classes)
     return torch.scatter(zeros, -1, x.unsqueeze(-1), 1), in_dims[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Negative log likelihood. The classes are the first dimension behind the batch of one example, if it has one.
-
-
-def class_weights(
-    info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Log-probabilities; targets with a class dimension, their weights, which are ignored; the place of the classes."""
-    x, target = materialize(x, in_dims[0], info.batch_size), materialize(target, in_dims[1], info.batch_size)
-    place = 1 if x.dim() == 2 else 2
-    if x.dim() > 2 and target.dim() != x.dim() - 1 or x.dim() == 2 and target.dim() > 2 or x.dim() < 2:
-        raise RuleDeclined("nll_loss: sizes of the input and target do not fit")
-    if x.dim() == 2 and target.dim() == 2:
-        raise RuleDeclined("nll_loss: one example with a vector of targets")
-    target = target.unsqueeze(place)
-    if target.shape[:place] != x.shape[:place] or target.shape[place + 1 :] != x.shape[place + 1 :]:
-        raise RuleDeclined("nll_loss: sizes of the input and target do not fit")
-    ignored = target == ignore_index
-    target = target.long().masked_fill(ignored, 0)
-    if weight is None:
-        scale = x.new_ones(()).expand(target.shape)
-    else:
-        weight = materialize(weight, in_dims[2], info.batch_size)
-        classes = [1] * x.dim()
-        classes[0], classes[place] = weight.shape
-        scale = weight.view(classes).expand(x.shape).gather(place, target)
-    return x, target, scale, ignored, place
-
-
-@batching_rule(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
-def nll_loss_forward(
-    info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: Any
-) -> Output:
-    """The weighted sum of the targets' log-probabilities, and the total weight."""
-    x, target, scale, ignored, place = class_weights(info, in_dims, x, target, weight, ignore_index)
-    # An ignored target adds nothing, not even the nan of an infinite input.
-    scale = scale.masked_fill(ignored, 0)
-    losses = (-(x.gather(place, target) * scale)).masked_fill(ignored, 0)
-    if reduction == NONE and x.dim() > 2:
-        return (losses.squeeze(place), x.new_zeros(())), (0, None)
-    total, loss = flat_examples(scale, 0).sum(1), flat_examples(losses, 0).sum(1)
-    return (loss / total if reduction == MEAN else loss, total), (0, 0)
-
-
-@batching_rule(aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
-def nll_loss_backward(
-    info: BatchInfo,
-    in_dims: Dims,
-    grad: Tensor,
-    x: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: Any,
-    total_weight: Tensor,
-) -> Output:
-    """The gradient goes to the targets."""
-    x, target, scale, ignored, place = class_weights(info, in_dims[1:], x, target, weight, ignore_index)
-    grad = materialize(grad, in_dims[0], info.batch_size)
-    if reduction == NONE:
-        grad = grad.unsqueeze(place)
-    else:
-        if reduction == MEAN:
-            grad = grad / materialize(total_weight, in_dims[6], info.batch_size)
-        grad = pad_rank_right(grad, x.dim())
-    values = (-scale * grad).masked_fill(ignored, 0)
-    return torch.scatter(torch.zeros_like(x), place, target, values), 0
-
-
-def pad_rank_right(x: Tensor, rank: int) -> Tensor:
-    """Dimensions of size 1 at the end."""
-    return x.reshape(*x.shape, *[1] * (rank - x.dim()))
 
 
 # ---------------------------------------------------------------------------------------------------------------

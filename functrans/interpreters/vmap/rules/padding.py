@@ -159,6 +159,16 @@ folding(
 )
 
 
+@batching_rule(aten._pad_circular.default)
+def pad_circular(info: BatchInfo, in_dims: Dims, x: Tensor, pad: Sequence[Any]) -> Output:
+    """The batch joins N, which every example has."""
+    x = to_front(x, in_dims[0])
+    if x.dim() != len(pad) // 2 + 3:
+        raise RuleDeclined("PyTorch refuses these sizes")
+    out = aten._pad_circular.default(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), pad)
+    return out.reshape(*x.shape[:2], *out.shape[1:]), 0
+
+
 @batching_rule(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
 def channel_shuffle(info: BatchInfo, in_dims: Dims, x: Tensor, groups: Any) -> Output:
     """The channels, after the dimension that takes the batch in, are taken as ``[groups, rest]`` and transposed."""

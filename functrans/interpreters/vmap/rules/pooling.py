@@ -11,12 +11,16 @@ from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import argument_place
 from functrans.interpreters.vmap.rules.folding import fold_c, fold_into_n, fold_n, unfold_c, unfold_n
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, to_front
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, materialize, to_front
 from functrans.rules import caller_place
 
 aten = torch.ops.aten
 
 fold_into_n(aten.col2im.default, rank=3)
+
+# Composites: without their pieces they find kernels that do not look for the places of the maxima.
+fold_into_n(aten.max_pool1d.default, rank=3)
+fold_into_n(aten.max_pool2d.default, rank=4)
 
 fold_into_n(
     aten.max_pool2d_with_indices.default,
@@ -27,6 +31,7 @@ fold_into_n(
     aten._adaptive_avg_pool2d_backward.default,
     aten.adaptive_max_pool2d.default,
     aten.adaptive_max_pool2d_backward.default,
+    aten.fractional_max_pool2d_backward.default,
     aten.max_unpool2d.default,
     aten.im2col.default,
     rank=4,
@@ -41,6 +46,7 @@ fold_into_n(
     aten._adaptive_avg_pool3d_backward.default,
     aten.adaptive_max_pool3d.default,
     aten.adaptive_max_pool3d_backward.default,
+    aten.fractional_max_pool3d_backward.default,
     aten.max_unpool3d.default,
     rank=5,
 )
@@ -101,6 +107,27 @@ sized_like_input(
     name="input_size",
 )
 sized_like_input(aten.affine_grid_generator.default, name="size")
+
+
+def fractional_pooling(op: OpOverload, rank: int) -> None:
+    """The samples ``[N, C, dimensions]``, which say where the windows begin, have an N even for an example without."""
+
+    def pool(
+        info: BatchInfo, in_dims: Sequence[Any], x: Tensor, kernel: Any, size: Any, samples: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        batch = info.batch_size
+        samples = fold_n(samples, in_dims[3], batch)
+        if x.dim() - (in_dims[0] is not None) < rank:
+            return op(materialize(x, in_dims[0], batch), kernel, size, samples), (0, 0)
+        n = x.shape[0 if in_dims[0] != 0 else 1]
+        pooled, indices = op(fold_n(x, in_dims[0], batch), kernel, size, samples)
+        return (unfold_n(pooled, batch, n), unfold_n(indices, batch, n)), (0, 0)
+
+    BATCHING_RULES.add(op, pool, place=caller_place())
+
+
+fractional_pooling(aten.fractional_max_pool2d.default, 4)
+fractional_pooling(aten.fractional_max_pool3d.default, 5)
 
 
 @batching_rule(aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)

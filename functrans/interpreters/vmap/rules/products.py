@@ -1,8 +1,9 @@
 """Batching rules of matrix products.
 
 A product of a batched and an unbatched operand is one large product: the batch joins the rows of the left operand or
-the columns of the right one, and the unbatched operand is neither copied nor expanded. Two batched operands are a
-``bmm``, or a multiplication where there is nothing to sum (the weight gradient of one example through a linear layer).
+the columns of the right one. Where the batched operand would have to be copied for that, it is a ``bmm`` of matrices as
+they lie, and the unbatched operand is expanded, not copied. Two batched operands are a ``bmm``, or a multiplication
+where there is nothing to sum (the weight gradient of one example through a linear layer).
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ aten = torch.ops.aten
 Dims = Sequence[Any]
 Output = tuple[Any, Any]
 
-# Up to this many rows, copying the other operand to fold its batch costs more than it saves.
-FEW_ROWS = 2
+# A bmm of matrices with fewer rows or columns than this loses more than the copy costs.
+FEW = 16
+
+# From this many elements on, a batch of matrices is as fast as one matrix with all their rows.
+LARGE_MATRIX = 4096
 
 
 def matmul_pair(x: Tensor, x_dim: int | None, y: Tensor, y_dim: int | None) -> Output:
@@ -73,6 +77,8 @@ def matmul_rows(x: Tensor, x_dim: int, y: Tensor) -> Output:
     if y.dim() <= 2:
         if x_dim == last:
             x, x_dim = to_front(x, x_dim), 0
+        if last == 2 and x_dim == 0 and y.dim() == 2 and x.shape[1] >= FEW and x.mT.is_contiguous():
+            return torch.bmm(x, y.expand(x.shape[0], *y.shape)), 0
         # Only contiguous rows are folded into one product.
         return torch.matmul(x if last == 1 or x.is_contiguous() else x.contiguous(), y), x_dim
     if last == 1:
@@ -89,8 +95,13 @@ def matmul_columns(x: Tensor, y: Tensor, y_dim: int) -> Output:
     if y.dim() == 2:
         out = torch.matmul(x, y if y_dim == 1 else y.t())
         return out, out.dim() - 1
-    if y.dim() == 3 and (x.dim() == 1 or (x.dim() == 2 and x.shape[0] <= FEW_ROWS)):
-        return torch.matmul(x, to_front(y, y_dim)), 0
+    if y.dim() == 3 and x.dim() <= 2:
+        y = to_front(y, y_dim)
+        if x.dim() == 1:
+            return torch.matmul(x, y), 0
+        if y.shape[2] >= FEW:
+            return torch.bmm(x.expand(y.shape[0], *x.shape), y), 0
+        y_dim = 0
     y = y.movedim(y_dim, -2)
     *lead, size, columns = y.shape
     out = torch.matmul(x, y.reshape(*lead, size * columns)).unflatten(-1, (size, columns))
@@ -272,6 +283,10 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
         return out + pad_rank(bias, bias_dim, logical_rank(x, x_dim)), 0  # type: ignore[arg-type]
     weight = to_front(weight, weight_dim)
     size, outputs, inputs = weight.shape
+    rows = product(x.shape[:-1]) if x_dim is None else 0
+    if rows > 1 and inputs * outputs >= LARGE_MATRIX:
+        # Not one wide product: its result would have the batch inside, and what follows would have to rearrange it.
+        x, x_dim = x.unsqueeze(0).expand(size, *x.shape), 0
     if x_dim is None:
         folded = weight.reshape(size * outputs, inputs)
         if bias_dim is None:
@@ -340,42 +355,3 @@ def trilinear(
     rank = operands[0].dim() - 1 + len(expand1)
     shifted = [[wrap_dim(d, rank) + 1 for d in dims] for dims in (expand1, expand2, expand3, sumdim)]
     return aten._trilinear.default(*operands, *shifted, wrap_dim(unroll_dim, rank) + 1), 0
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pairs of vectors
-
-
-def distances(*ops: OpOverload) -> None:
-    """``op(x, y, ...)`` of matrices, with leading dimensions that broadcast."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, distances_rule(op), place=place)
-
-
-def distances_rule(op: OpOverload) -> Callable[..., Output]:
-    """The rule of one of them."""
-
-    def distance(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor, *args: Any) -> Output:
-        rank = max(logical_rank(v, d) for v, d in zip((x, y), in_dims))
-        if min(logical_rank(v, d) for v, d in zip((x, y), in_dims)) < 2:
-            raise RuleDeclined(f"{op} takes matrices")
-        x, y = (pad_rank(materialize(v, d, info.batch_size), 0, rank) for v, d in zip((x, y), in_dims))
-        return op(x, y, *args), 0
-
-    return distance
-
-
-distances(aten.cdist.default, aten._cdist_forward.default, aten._euclidean_dist.default)
-
-
-@batching_rule(aten._cdist_backward.default)
-def cdist_backward(
-    info: BatchInfo, in_dims: Dims, grad: Tensor, x: Tensor, y: Tensor, p: float, cdist: Tensor
-) -> Output:
-    """``x`` and ``y`` broadcast to the leading dimensions of the output, and so does the result."""
-    size = info.batch_size
-    grad, cdist = (materialize(v, d, size).contiguous() for v, d in ((grad, in_dims[0]), (cdist, in_dims[4])))
-    x, y = (pad_rank(materialize(v, d, size), 0, grad.dim() - 1) for v, d in ((x, in_dims[1]), (y, in_dims[2])))
-    x, y = (v.expand(*grad.shape[:-2], *v.shape[-2:]).contiguous() for v in (x, y))
-    return aten._cdist_backward.default(grad, x, y, p, cdist), 0

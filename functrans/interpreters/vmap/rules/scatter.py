@@ -1,7 +1,8 @@
 """Batching rules of ``gather``, ``scatter`` and the operators with one vector of positions along a dimension.
 
-A batched vector of positions is a ``gather`` or a ``scatter`` whose positions are expanded over the other dimensions:
-like the operators they stand for, these check that a position is inside its own example.
+A batched vector of positions along the first dimension is one long vector of positions, into the examples laid end to
+end. Along other dimensions it is a ``gather`` or a ``scatter`` whose positions are expanded over the rest: like the
+operators they stand for, these check that a position is inside its own example.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
+from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
@@ -91,7 +93,43 @@ def index_select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Ten
         out = torch.index_select(x, dim, index.reshape(index.shape[0] * index.shape[1]))
         return out.unflatten(dim, index.shape), dim
     x = to_front(x, x_dim)
+    if rows_pay(x, dim + 1):
+        out = torch.index_select(end_to_end(x), 0, own_rows(index, x.shape[1]))
+        return out.reshape(*index.shape, *x.shape[2:]), 0
     return torch.gather(x, dim + 1, over_dims(index, x, dim + 1)), 0
+
+
+# Rows shorter than this are moved one element at a time as quickly.
+SHORT_ROW = 4
+
+
+def long_rows(x: Tensor, dim: int) -> bool:
+    """Whether there is enough behind the physical dimension ``dim`` to be moved at once."""
+    return product(x.shape[dim + 1 :]) >= SHORT_ROW
+
+
+def rows_pay(x: Tensor, dim: int) -> bool:
+    """Whether positions along the physical dimension ``dim`` had better be positions of rows of ``end_to_end(x)``."""
+    return dim == 1 and long_rows(x, dim)
+
+
+def end_to_end(x: Tensor) -> Tensor:
+    """``[B, n, ...]`` as ``[B * n, ...]``."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def own_rows(index: Tensor, extent: int) -> Tensor:
+    """Positions ``[B, ...]`` in examples of ``extent`` rows as positions in the examples laid end to end, flat.
+
+    What is outside of its own example is outside of them all, so that the operator refuses it.
+    """
+    size = index.shape[0]
+    first = torch.arange(0, size * extent, max(extent, 1), device=index.device)
+    if extent == 0:
+        first = first.new_zeros(size)
+    first = first.view(size, *[1] * (index.dim() - 1))
+    inside = (index >= 0) & (index < extent)
+    return torch.where(inside, index + first, size * extent).reshape(-1)
 
 
 def vector(index: Tensor, bdim: int) -> Tensor:
@@ -131,6 +169,12 @@ def writing_positions_rule(op: OpOverload, scatter: Callable[..., Tensor]) -> Ca
             x, source = x.unsqueeze(1), source.unsqueeze(1)
         if index_dim is None:
             out = op(x, dim, index, source, *args, **kwargs)
+        elif rows_pay(x, dim):
+            index = vector(index, index_dim)
+            if source.shape != (*index.shape, *x.shape[2:]):
+                raise RuleDeclined(f"{op} takes a slice for each position")
+            rows = own_rows(index, x.shape[1])
+            out = op(end_to_end(x), 0, rows, end_to_end(source), *args, **kwargs).reshape(x.shape)
         else:
             index = over_dims(vector(index, index_dim), x, dim)
             if source.shape != index.shape or source.dtype is not x.dtype:
@@ -176,7 +220,10 @@ def index_fill(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Tenso
         out = torch.index_fill(x, dim, index, value)
     else:
         index = vector(materialize(index, index_dim, size), 0)
-        index = over_dims(torch.where(index < 0, index + x.shape[dim], index), x, dim)
+        index = torch.where(index < 0, index + x.shape[dim], index)
+        if not isinstance(value, Tensor) and rows_pay(x, dim):
+            return torch.index_fill(end_to_end(x), 0, own_rows(index, x.shape[1]), value).reshape(x.shape), 0
+        index = over_dims(index, x, dim)
         if isinstance(value, Tensor):
             value = materialize(value, value_dim, size).to(x.dtype)
             value = value.view(size, *[1] * (x.dim() - 1))

@@ -1,0 +1,134 @@
+"""Derivatives of the distances between all vectors of two sets (``cdist``), or of one (``pdist``).
+
+``|d|`` has the gradient ``slope(d)``. The pullback is PyTorch's kernel, which never builds the differences ``d`` of all
+pairs; forward mode, which PyTorch does not have, does.
+
+At ``d = 0`` the slope is 0, the subgradient that the kernels take.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+
+
+def length(d: Tensor, p: float) -> Tensor:
+    return torch.linalg.vector_norm(d, p, -1, keepdim=True)
+
+
+def over(x: Tensor, y: Tensor) -> Tensor:
+    """``x / y``, and 0 where ``y`` is, at every order of derivative."""
+    empty = y == 0
+    return torch.where(empty, 0, x / torch.where(empty, 1, y))
+
+
+def power(d: Tensor, p: float) -> Tensor:
+    """``|d| ** p``, and 0 where ``d`` is, for every ``p``."""
+    empty = d == 0
+    return torch.where(empty, 0, torch.where(empty, 1, d.abs()) ** p)
+
+
+def slope(d: Tensor, p: float) -> Tensor:
+    if p == 0:
+        return torch.zeros_like(d)
+    if p == 1:
+        return d.sign()
+    if p == 2:
+        return over(d, length(d, p))
+    if p == math.inf:
+        return d.sign() * (d.abs() == length(d, p))
+    return d.sign() * power(over(d, length(d, p)), p - 1)
+
+
+# ---------------------------------------------------------------------------------------------- two sets
+
+
+def differences(x1: Tensor, x2: Tensor) -> Tensor:
+    return x1.unsqueeze(-2) - x2.unsqueeze(-3)
+
+
+def change(x1_t: Tensor | None, x2_t: Tensor | None, like: Tensor) -> Tensor:
+    """The tangent of the differences, of which at least one part is given."""
+    if x1_t is None:
+        assert x2_t is not None
+        return (-x2_t).unsqueeze(-3).expand(like.shape)
+    moved = x1_t.unsqueeze(-2)
+    return (moved if x2_t is None else moved - x2_t.unsqueeze(-3)).expand(like.shape)
+
+
+def cdist_tangent(x1: Tensor, x2: Tensor, p: float, x1_t: Tensor | None, x2_t: Tensor | None) -> Tensor:
+    d = differences(x1, x2)
+    return (slope(d, p) * change(x1_t, x2_t, d)).sum(-1)
+
+
+def cdist_x2(grad: Tensor, x1: Tensor, x2: Tensor, p: float, result: Tensor) -> Tensor:
+    return aten._cdist_backward(grad.mT.contiguous(), x2, x1, p, result.mT.contiguous())
+
+
+derivative(
+    aten._cdist_forward.default,
+    tangent=cdist_tangent,
+    broadcasts=True,  # leading dimensions do
+    x1=lambda grad, x1, x2, p, result: aten._cdist_backward(grad.contiguous(), x1, x2, p, result),
+    x2=cdist_x2,
+)
+
+
+# What cdist runs for p = 2 and larger sets: the squares by a matrix product, and so the pullback.
+
+
+def euclidean_x1(grad: Tensor, x1: Tensor, x2: Tensor, result: Tensor) -> Tensor:
+    ratio = over(grad, result)
+    return x1 * ratio.sum(-1, keepdim=True) - ratio @ x2
+
+
+def euclidean_x2(grad: Tensor, x1: Tensor, x2: Tensor, result: Tensor) -> Tensor:
+    return euclidean_x1(grad.mT, x2, x1, result.mT)
+
+
+def euclidean_both(grad: Tensor, x1: Tensor, x2: Tensor, result: Tensor) -> dict[str, Tensor]:
+    ratio = over(grad, result)
+    of_x2 = x2 * ratio.sum(-2).unsqueeze(-1) - ratio.mT @ x1
+    return {"x1": x1 * ratio.sum(-1, keepdim=True) - ratio @ x2, "x2": of_x2}
+
+
+def euclidean_tangent(x1: Tensor, x2: Tensor, result: Tensor, x1_t: Tensor | None, x2_t: Tensor | None) -> Tensor | None:
+    moved = None
+    if x1_t is not None:
+        moved = (x1 * x1_t).sum(-1, keepdim=True) - x1_t @ x2.mT
+    if x2_t is not None:
+        of_x2 = (x2 * x2_t).sum(-1).unsqueeze(-2) - x1 @ x2_t.mT
+        moved = of_x2 if moved is None else moved + of_x2
+    return None if moved is None else over(moved, result)
+
+
+derivative(
+    aten._euclidean_dist.default,
+    tangent=euclidean_tangent,
+    joint=euclidean_both,
+    broadcasts=True,  # leading dimensions do
+    x1=euclidean_x1,
+    x2=euclidean_x2,
+)
+
+
+# ---------------------------------------------------------------------------------------------- one set
+
+
+def pdist_tangent(self: Tensor, p: float, self_t: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(self.shape[0], self.shape[0], 1, device=self.device).unbind(0)
+    d, d_t = (x.index_select(0, rows) - x.index_select(0, columns) for x in (self, self_t))
+    return (slope(d, p) * d_t).sum(-1)
+
+
+derivative(
+    aten._pdist_forward.default,
+    tangent=pdist_tangent,
+    self=lambda grad, self, p, result: aten._pdist_backward(grad.contiguous(), self, p, result),
+)
