@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.func
 from derivative_checker import Call, check_entry, recorded_calls
 
+import functrans
 from functrans.derivatives import activations, binary, pointwise, reductions, scans, selections, splits, views
 from functrans.derivatives.table import DERIVATIVES, Derivative
 
@@ -394,3 +396,24 @@ def test_the_checker_finds_a_missing_conjugate():
 def test_every_entry_is_exercised(recorded):
     by_hand = {call.op for call in [*HAND_MADE, *PROMOTED, *(call for call, _ in SUBSTITUTES)]}
     assert [str(op) for op in ENTRIES if op not in recorded and op not in by_hand] == []
+
+
+@pytest.mark.parametrize("kind", ["cdist", "pdist"])
+def test_distances_have_second_derivatives(kind: str) -> None:
+    """PyTorch refuses them; the oracle is the norm of differences, by torch.func."""
+    x, other = (torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (4, 5))
+    rows, columns = torch.triu_indices(4, 4, 1)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return (torch.cdist(x, other) if kind == "cdist" else torch.pdist(x)).sin().sum()
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        differences = x[:, None] - other if kind == "cdist" else x[rows] - x[columns]
+        return differences.norm(dim=-1).sin().sum()
+
+    torch.testing.assert_close(functrans.hessian(ours)(x), torch.func.hessian(plain)(x))
+    twice = functrans.grad(lambda x: (functrans.grad(ours)(x) * x.cos()).sum())(x)
+    torch.testing.assert_close(twice, torch.func.grad(lambda x: (torch.func.grad(plain)(x) * x.cos()).sum())(x))
+    batch = torch.stack([x, 2 * x])
+    got = functrans.vmap(lambda x: functrans.jvp(functrans.grad(ours), (x,), (x,))[1])(batch)
+    torch.testing.assert_close(got, torch.func.vmap(lambda x: torch.func.jvp(torch.func.grad(plain), (x,), (x,))[1])(batch))

@@ -1,7 +1,7 @@
 """Derivatives of the distances between all vectors of two sets (``cdist``), or of one (``pdist``).
 
 ``|d|`` has the gradient ``slope(d)``. The pullback is PyTorch's kernel, which never builds the differences ``d`` of all
-pairs; forward mode, which PyTorch does not have, does.
+pairs; forward mode and the pullback's own derivative, which PyTorch does not have, do.
 
 At ``d = 0`` the slope is 0, the subgradient that the kernels take.
 """
@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -80,6 +81,14 @@ derivative(
 )
 
 
+def cdist_pulled(grad: Tensor, x1: Tensor, x2: Tensor, p: float, cdist: Tensor) -> Tensor:
+    """``_cdist_backward`` in pieces that have derivatives."""
+    return (grad.unsqueeze(-1) * slope(differences(x1, x2), p)).sum(-2)
+
+
+DECOMPOSITIONS.add(aten._cdist_backward.default, cdist_pulled)
+
+
 # What cdist runs for p = 2 and larger sets: the squares by a matrix product, and so the pullback.
 
 
@@ -121,8 +130,23 @@ derivative(
 # ---------------------------------------------------------------------------------------------- one set
 
 
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(x.shape[0], x.shape[0], 1, device=x.device).unbind(0)
+    return rows, columns
+
+
+def pdist_pulled(grad: Tensor, self: Tensor, p: float, pdist: Tensor) -> Tensor:
+    """``_pdist_backward`` in pieces that have derivatives."""
+    rows, columns = pairs(self)
+    parts = grad.unsqueeze(-1) * slope(self.index_select(0, rows) - self.index_select(0, columns), p)
+    return torch.zeros_like(self).index_add(0, rows, parts).index_add(0, columns, -parts)
+
+
+DECOMPOSITIONS.add(aten._pdist_backward.default, pdist_pulled)
+
+
 def pdist_tangent(self: Tensor, p: float, self_t: Tensor) -> Tensor:
-    rows, columns = torch.triu_indices(self.shape[0], self.shape[0], 1, device=self.device).unbind(0)
+    rows, columns = pairs(self)
     d, d_t = (x.index_select(0, rows) - x.index_select(0, columns) for x in (self, self_t))
     return (slope(d, p) * d_t).sum(-1)
 

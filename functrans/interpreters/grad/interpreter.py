@@ -104,7 +104,7 @@ class GradInterpreter(Interpreter):
                 out = lower_program(self, program, (value,))
                 wrapper = make(self, out, x)
                 self.slots = wrapper.slot = slot = self.slots + 1
-                self.tape.append((known, slot, (x.slot,), [value if i < 0 else out for i in known.saves]))
+                self.tape.append((known, slot, [x.slot], [value if i < 0 else out for i in known.saves]))
                 return wrapper
         values: list[Any] = []
         places: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import decompose
+from functrans.decompositions import DECOMPOSITIONS, decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import ModifiedError
 from functrans.lowering import lower, map_tensors
@@ -39,7 +39,7 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
     entry = DERIVATIVES.get(op)
     if entry is not None:
         return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
-    if known.composite:
+    if known.composite or op in DECOMPOSITIONS:
         return take_apart
     return borrow
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import decompose
+from functrans.decompositions import DECOMPOSITIONS, decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import MissingRuleError
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -193,7 +193,7 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
         return run_constant
     if entry is not None and entry.tangent is not None:
         return TableMethod(entry, known)
-    return decompose if known.composite else borrow
+    return decompose if known.composite or op in DECOMPOSITIONS else borrow
 
 
 def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
