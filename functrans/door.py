@@ -3,7 +3,8 @@
 There are two ways to it. The whole of PyTorch comes through ``__torch_dispatch__``: PyTorch parses the call, walks its dispatcher,
 and hands over an operator. The short way is ``__torch_function__``: PyTorch hands over the function that was called (``torch.sin``)
 as soon as it sees a wrapper among the arguments, and Python's operators (``x * y``) are methods of the wrapper to begin
-with. What is a pointwise program (see functrans.programs) enters there; everything else goes back to PyTorch's parser and comes the first way.
+with. Frequent functions (spellings.py) enter there, as a pointwise program (see functrans.programs) or as the operator that they
+are; everything else goes back to PyTorch's parser and comes the first way.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def torch_function(
 ) -> Any:
     """A torch function was called with a wrapper among its arguments."""
     entrance = ENTRANCES.get(func)
-    if entrance is None:
-        return without_torch_function(func, types, args, kwargs or {})
+    if entrance is None or len(types) > 1:
+        return otherwise(func, types, args, kwargs or {})
     return entrance(*args, **kwargs) if kwargs else entrance(*args)
 
 
@@ -116,8 +117,32 @@ WrapperTensor.__torch_function__ = torch_function  # type: ignore[method-assign,
 THE_FUNCTION = WrapperTensor.__torch_function__.__code__
 
 
-# The short way is open where nothing else has to see what is called before the door does: a mode of the user's, or autocast. (The
-# condition is written out at each entrance: a call would cost as much as what it asks.)
+def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's own way, on which other tensor subclasses among the arguments have their say first, as if wrappers had none.
+
+    One that does not answer for itself only wants results of its type, which a wrapper cannot be.
+    """
+    others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
+    for t in others:
+        out = t.__torch_function__(function, tuple(others), args, kwargs)
+        if out is not NotImplemented:
+            return out
+    return without_torch_function(function, types, args, kwargs)
+
+
+def answers(kind: type) -> bool:
+    protocol = getattr(kind, "__torch_function__", without_torch_function)
+    return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+
+
+#: Letters for the kinds of arguments in ``spellings.DIRECT``.
+KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", float: "f", type(None): "N"}
+ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, torch.device))
+
+
+# The short way is open where nothing else has to see what is called before the door does: a mode of the user's, or autocast. The
+# condition is written out at each entrance, where a call of a function would cost as much as what it asks.
+
 
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
@@ -142,8 +167,10 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
 
     def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
         nonlocal program
-        if more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED or mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
-            return without_torch_function(function, (), (x, *more), kwargs)
+        if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
+            return otherwise(function, (), (x, *more), kwargs)
+        if more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
+            return otherwise(function, (), (x, *more), kwargs)
         if x.view_link is not None:
             x.view_link.refresh(x)
         owner = x.interpreter
@@ -152,7 +179,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
         if program is None:
             program = find()
         if program is None or owner.process_program is None:
-            return without_torch_function(function, (), (x,), kwargs)
+            return otherwise(function, (), (x,), kwargs)
         return through(program, (x,), owner)
 
     def forget() -> None:
@@ -183,8 +210,9 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
                 x.view_link.refresh(x)
             if x.dtype in REAL and x.layout is STRIDED and (number or similar(x, y, kind)):
                 owner = x.interpreter
-                if kind is WrapperTensor and y.interpreter is not owner and owner.alive and (not y.interpreter.alive or y.interpreter.level > owner.level):
-                    owner = y.interpreter
+                other = y.interpreter if kind is WrapperTensor else owner
+                if other is not owner and owner.alive and (not other.alive or other.level > owner.level):
+                    owner = other
         elif kind is WrapperTensor and y.dtype in REAL and y.layout is STRIDED and similar(y, x, type(x)):
             if y.view_link is not None:
                 y.view_link.refresh(y)
@@ -202,7 +230,7 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
                 return through(program, (x, y), owner)
         if reflected and not number:
             x, y = y, x
-        return without_torch_function(function, (), (x, y, *more), kwargs)
+        return otherwise(function, (), (x, y, *more), kwargs)
 
     FORGET.append(found.clear)
     return entrance
@@ -215,27 +243,27 @@ def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
             y.view_link.refresh(y)
     elif kind is not Tensor or is_torch_func_active():  # a tensor of another library's transform looks like a plain one
         return False
-    return y.dtype is x.dtype and y.layout is STRIDED
+    # A result shows the device of one of its operands: two numbers on different devices are left to PyTorch.
+    return y.dtype is x.dtype and y.layout is STRIDED and (bool(x.shape) or y.device == x.device)
 
 
 def power(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What takes the place of ``x ** exponent``, whose program depends on the number that the exponent is."""
+    """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or half."""
 
     def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
-        kind = type(exponent)
-        if (kind is int or kind is float) and not more and not kwargs and type(x) is WrapperTensor and x.dtype in REAL and mode_stack_size() == STATE.door_depth and not autocast_enabled() and not function_mode_enabled():
+        if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled() or more or kwargs:
+            return otherwise(function, (), (x, exponent, *more), kwargs)
+        small = (type(exponent) is int or type(exponent) is float) and -8 <= exponent <= 8 and 2 * exponent % 1 == 0
+        if small and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
             program = operator_program(aten.pow.Tensor_Scalar, exponent)
             if x.view_link is not None:
                 x.view_link.refresh(x)
             owner = x.interpreter
-            if program is not None and owner.alive and owner.process_program is not None and x.layout is STRIDED:
+            if program is not None and owner.alive and owner.process_program is not None:
                 return through(program, (x,), owner)
-        return without_torch_function(function, (), (x, exponent, *more), kwargs)
+        return otherwise(function, (), (x, exponent, *more), kwargs)
 
     return entrance
-
-
-KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", float: "f", type(None): "N"}
 
 
 def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Callable[..., Any]:
@@ -243,7 +271,8 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
     sizes = patterns.get("T*")
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
-        if not kwargs and mode_stack_size() == STATE.door_depth and not autocast_enabled() and not function_mode_enabled() and not is_torch_func_active():
+        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+        if not (closed or kwargs or is_torch_func_active()):
             kinds = ""
             for a in args:
                 kinds += KINDS.get(type(a), "?")
@@ -263,7 +292,7 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
                         frame = frame.f_back  # type: ignore[assignment]
                     out.made_at = (frame.f_code, frame.f_lasti)
                 return out
-        return without_torch_function(function, (), args, kwargs)
+        return otherwise(function, (), args, kwargs)
 
     return entrance
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def jacrev(
         numels = [o.numel() for o in leaves]
 
         def pull(basis: list[Tensor]) -> Any:
-            return pullback(tree_unflatten(spec, [b.view(o.shape) for b, o in zip(basis, leaves, strict=True)]))
+            return pullback(tree_unflatten(spec, [shaped(b, o.shape) for b, o in zip(basis, leaves, strict=True)]))
 
         if len(leaves) == 1 and leaves[0].dim() == 0:  # one row: no batch, and no basis
             found = pullback(tree_unflatten(spec, [unit(leaves[0])]))
@@ -66,7 +66,8 @@ def jacrev(
         found = []
         for i, o in enumerate(leaves):
             start = sum(numels[:i])
-            block = [r.narrow(0, start, numels[i]).reshape((*o.shape, *r.shape[1:])) for r in row_leaves]
+            own = row_leaves if len(leaves) == 1 else [r.narrow(0, start, numels[i]) for r in row_leaves]
+            block = [shaped(r, (*o.shape, *r.shape[1:])) for r in own]
             found.append(tree_unflatten(row_spec, block))
         result = tree_unflatten(spec, found)
         return (result, aux) if has_aux else result
@@ -113,7 +114,7 @@ def jacfwd(
         numels = [x.numel() for x in leaves]
 
         def push(basis: list[Tensor]) -> Any:
-            tangents = tree_unflatten(spec, [b.view(x.shape) for b, x in zip(basis, leaves, strict=True)])
+            tangents = tree_unflatten(spec, [shaped(b, x.shape) for b, x in zip(basis, leaves, strict=True)])
             out, tangent, aux = jvp_with_argnums("jacfwd", func, args, tangents, argnums, False, has_aux, kwargs)
             refuse_complex(call, tree_flatten(out)[0], "an output")
             return tangent, aux
@@ -124,7 +125,8 @@ def jacfwd(
         for c in column_leaves:
             block, start = [], 0
             for x, n in zip(leaves, numels, strict=True):
-                block.append(c.narrow(0, start, n).movedim(0, -1).reshape((*c.shape[1:], *x.shape)))
+                own = c if len(leaves) == 1 else c.narrow(0, start, n)
+                block.append(shaped(own.movedim(0, -1) if c.dim() > 1 else own, (*c.shape[1:], *x.shape)))
                 start += n
             found.append(tree_unflatten(spec, block))
         result = tree_unflatten(out_spec, found)
@@ -164,6 +166,10 @@ def refuse_complex(call: Call | str, values: Any, what: str) -> None:
             raise CallError(
                 call, f"{what} of dtype {x.dtype}", "real tensors", "Differentiate for torch.view_as_real(x), and view outputs as real."
             )
+
+
+def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return x if x.shape == shape else x.reshape(shape)
 
 
 def tree_stack(trees: list[Any]) -> Any:

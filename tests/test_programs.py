@@ -431,3 +431,41 @@ def test_metadata_is_that_of_an_example() -> None:
         vmap(lambda x: x.size(3))(double(2, 2))
     with pytest.raises(TypeError):
         vmap(lambda x: len(x))(double(2))
+
+
+class Units(Tensor):
+    """Somebody else's tensor subclass, which takes part in every function by default."""
+
+
+class Loud(Tensor):
+    """One that answers for itself."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return "loud"
+
+
+def test_other_tensor_subclasses_have_their_say() -> None:
+    plain = double(3)
+    loud = plain.as_subclass(Loud)
+    heard = []
+
+    def f(x: Tensor) -> Tensor:
+        heard.extend([x * loud, loud * x, torch.add(x, loud), x.matmul(loud), torch.logaddexp(loud, x)])
+        return (x * plain).sum()
+
+    grad(f)(double(3, seed=1))
+    assert heard == ["loud"] * 5
+    units = plain.as_subclass(Units)
+    for product in (lambda x: x * units, lambda x: units * x, lambda x: torch.mul(units, x), lambda x: torch.logaddexp(x, units)):
+        expected = torch.func.grad(lambda x, product=product: product(x).as_subclass(Tensor).sum())(double(3, seed=1))
+        agree(grad(lambda x, product=product: product(x).sum())(double(3, seed=1)), expected.as_subclass(Tensor))
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, -3, 0.5, 2.5, 1.1, 17, -9.25, float("inf"), float("nan")])
+def test_powers(exponent: float) -> None:
+    x = double(3)
+    for power in (lambda x: x**exponent, lambda x: torch.pow(x, exponent)):
+        torch.testing.assert_close(vmap(power)(x), x**exponent, equal_nan=True)
+        got, expected = (api.vmap(api.grad(power))(x) for api in (__import__("functrans"), torch.func))
+        torch.testing.assert_close(got, expected, equal_nan=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ def write_python(program: Program) -> tuple[str, Callable[..., Any]]:
     n = program.inputs
     uses = Counter(o for _, operands in program.instructions for o in operands if type(o) is Value)
     uses.update(program.outputs)
-    scope: dict[str, Any] = {}
+    scope: dict[str, Any] = {"inf": math.inf, "nan": math.nan}
     letters = names()
     texts = list(itertools.islice(letters, n))
     lines = [f"def program({', '.join(texts)}):"]
