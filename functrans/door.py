@@ -161,6 +161,9 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     return out
 
 
+NOT_INPLACE = {"inplace": False}
+
+
 def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> Callable[..., Any]:
     """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
     program: Program | None = None
@@ -169,6 +172,8 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
         nonlocal program
         if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
             return otherwise(function, (), (x, *more), kwargs)
+        if kwargs == NOT_INPLACE:  # as nn.ReLU says it
+            kwargs = {}
         if more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
             return otherwise(function, (), (x, *more), kwargs)
         if x.view_link is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.functional import logsigmoid
 
+from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
@@ -177,3 +178,20 @@ def nll_entries(forward: OpOverload, backward: OpOverload) -> None:
 
 nll_entries(aten.nll_loss_forward.default, aten.nll_loss_backward.default)
 nll_entries(aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default)
+
+
+# ---------------------------------------------------------------------------------------------- cross entropy
+
+
+def cross_entropy(
+    self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN, ignore_index: int = -100, label_smoothing: float = 0.0
+) -> Tensor:
+    """For labels of one or a row of examples the two kernels at once; PyTorch's own definition is four composites deep."""
+    op = aten.cross_entropy_loss.default
+    if label_smoothing or target.dtype.is_floating_point or self.dim() > 2 or self.dim() == 0:
+        return op.decompose(self, target, weight, reduction, ignore_index, label_smoothing)
+    logs = torch.log_softmax(self, self.dim() - 1, dtype=self.dtype)
+    return aten.nll_loss_forward.default(logs, target, weight, reduction, ignore_index)[0]
+
+
+DECOMPOSITIONS.add(aten.cross_entropy_loss.default, cross_entropy)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functrans.decompositions import DECOMPOSITIONS, decompose
+from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import ModifiedError
 from functrans.lowering import lower, map_tensors
@@ -206,7 +207,7 @@ class ProgramPlan:
                 self.derived[given] = self.derive(given)
             found = self.derived[given].of([*(grad[i] for i in given), *kept], start)
         if kept is not saved:
-            found = [g if g is None or g.shape == s else tensor_of(g).sum_to_size(s) for g, s in zip(found, saved[count:], strict=True)]
+            found = [g if g is None or g.shape == s else sum_to_shape(tensor_of(g), s) for g, s in zip(found, saved[count:], strict=True)]
         return found  # type: ignore[return-value]
 
     def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
@@ -229,7 +230,7 @@ def bind(formula: Callable[..., Any], picks: tuple[int, ...]) -> Callable[[Any, 
 def reduce_to(cotangent: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Undo broadcasting and type promotion of a pointwise operator's argument."""
     if cotangent.shape != shape:
-        cotangent = cotangent.sum_to_size(shape)
+        cotangent = sum_to_shape(cotangent, shape)
     if cotangent.dtype is not dtype:
         if cotangent.dtype.is_complex and not dtype.is_complex:
             cotangent = torch.real(cotangent)
