@@ -33,7 +33,7 @@ from functrans.torch_private import (
     set_key_excluded,
     without_torch_function,
 )
-from functrans.views import Root, ViewLink, link_view, run_view, settle, write_back
+from functrans.views import Root, ViewLink, link_view, run_view, write_back
 
 aten = torch.ops.aten
 
@@ -108,8 +108,6 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
     new = strip(new, target.interpreter, op, target)
     check_written_once(target.interpreter.level, op, reads)
     invalidate_saved(target)
-    if target.view_link is not None:
-        settle(target)
     if target.view_link is None:
         set_content(target, with_history_of(target, new))
         if target.root is not None:

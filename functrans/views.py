@@ -6,9 +6,10 @@ family shares (``Root``); a view whose ``seen`` is older is replayed from the ba
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def run_view(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     out = owner.process(op, args, kwargs)
     if type(viewed) is not WrapperTensor:  # a captured tensor seen through an inner level's index: no such view op
         return out
-    if out is viewed:
+    if out is viewed or (op in MAYBE_VIEWS and not is_view(viewed, op, args, kwargs)):
         return out
     if type(out) is WrapperTensor:
         link_view(out, viewed, op, args, kwargs, None)
@@ -140,7 +141,7 @@ def layout_of(x: Tensor) -> tuple[Any, ...]:
     return x.stride(), x.storage_offset()
 
 
-#: Operators that copy where they cannot view; which of the two it was depends on the strides.
+#: Operators that copy where they cannot view; which of the two it is depends on the strides.
 MAYBE_VIEWS = {
     op
     for name in ("reshape", "contiguous", "to", "flatten", "ravel", "reshape_as", "view_as_real", "resolve_conj", "resolve_neg", "type_as",
@@ -149,47 +150,54 @@ MAYBE_VIEWS = {
 }  # fmt: skip
 
 
-def is_true_view(link: ViewLink, x: Tensor) -> bool:
-    """Whether the step ``link`` taken from ``x`` is a view and not a copy, by the strides of ``x``."""
-    if link.op not in MAYBE_VIEWS:
+#: Those of them that view whatever is contiguous.
+VIEWS_OF_CONTIGUOUS = frozenset(
+    (aten.reshape.default, aten.flatten.using_ints, aten.ravel.default, aten.reshape_as.default, aten.unflatten.int, aten.expand_as.default)
+)
+
+
+def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``op``, of ``MAYBE_VIEWS``, views ``viewed``, and does not copy it."""
+    if viewed.layout is not torch.strided or (viewed.strides is None and op in VIEWS_OF_CONTIGUOUS):
         return True
+    rest = (_described(args[1:]), _described(sorted(kwargs.items())))
+    return _decided(op, viewed.shape, tuple(viewed.stride()), viewed.dtype, viewed.device, *rest)
+
+
+class _Like(NamedTuple):
+    """All that a view operator asks of another tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _described(a: Any) -> Any:
+    if isinstance(a, Tensor):
+        return _Like(a.shape, a.dtype, a.device)
+    return tuple(_described(v) for v in a) if isinstance(a, list | tuple) else a
+
+
+@functools.lru_cache(maxsize=4096)
+def _decided(op: OpOverload, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device, args: Any, kwargs: Any) -> bool:
+    """Run ``op`` on data of the same layout that takes no memory, and look."""
+    given = [*args, *(value for _, value in kwargs)]
+    devices = [a.device if isinstance(a, _Like) else a for a in given if isinstance(a, _Like | torch.device)]
+    if any(other != device for other in devices):
+        return False
+
+    def on_meta(a: Any) -> Any:
+        if isinstance(a, _Like):
+            return torch.empty(a.shape, dtype=a.dtype, device="meta")
+        return torch.device("meta") if isinstance(a, torch.device) else a
+
     with running_at(None), torch.no_grad():
-        # One element more than the view sees would not do: only strides decide, so empty data of the same layout will.
-        probe = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        given = [*link.args, *link.kwargs.values()]
-        if any(a.device != x.device if isinstance(a, Tensor) else a != x.device for a in given if isinstance(a, Tensor | torch.device)):
-            return False
-        args = [_on_meta(a) for a in link.args]
-        kwargs = {k: _on_meta(v) for k, v in link.kwargs.items()}
+        probe = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         try:
-            out = link.op(probe, *args, **kwargs)
+            out = op(probe, *map(on_meta, args), **{name: on_meta(value) for name, value in kwargs})
         except RuntimeError:
             return True
-        out = out if link.index is None else out[link.index]
         return out is probe or out._is_view()
-
-
-def _on_meta(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return torch.empty_like(a, device="meta")
-    return torch.device("meta") if isinstance(a, torch.device) else a
-
-
-def settle(view: WrapperTensor) -> None:
-    """Cut the link of a ``view`` that turns out to be a copy (reshape of what cannot be viewed); it keeps its contents."""
-    steps = []
-    link = view.view_link
-    while link is not None:
-        steps.append(link)
-        link = link.parent
-    if not any(s.op in MAYBE_VIEWS for s in steps):
-        return
-    x: Tensor = steps[-1].base_content()
-    for step in reversed(steps):
-        if not is_true_view(step, x):
-            view.view_link = None
-            return
-        x = step.apply(x)
 
 
 # --- writing back through one step ----------------------------------------------------------------------------------

@@ -373,3 +373,41 @@ def test_a_write_before_the_pullback_is_noticed() -> None:
     except RuntimeError:
         return
     torch.testing.assert_close(gradient, Y)
+
+
+COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda m: m.transpose(0, 1).contiguous(),
+    "reshape": lambda m: m.t().reshape(-1).view(3, 3),
+    "flatten": lambda m: m.T.flatten().unflatten(0, (3, 3)),
+    "to another dtype and back": lambda m: m.to(torch.float32).to(torch.float64),
+    "reshape that is a view": lambda m: m.reshape(-1).reshape(3, 3),
+    "to the same dtype": lambda m: m.to(torch.float64),
+    "reshape of a row of a view": lambda m: m.t()[1:].reshape(2, 3),
+}
+
+
+@pytest.mark.parametrize("written", ["base", "copy"])
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_that_might_have_been_a_view_stays_as_it_is(name: str, written: str) -> None:
+    """Which of the two it is depends on the strides of what is viewed, and so does what a later write reaches."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        m = torch.outer(x, x) * 0.5
+        copy = COPIES[name](m)
+        row = copy[0]
+        if written == "base":
+            m[:, 1] = x
+        else:
+            copy.mul_(x)
+        weights = torch.arange(3.0, dtype=x.dtype) + 1
+        return (copy @ weights).sum() + (m.sin() @ weights).sum() + (row * weights).sum()
+
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def slope(row: torch.Tensor) -> torch.Tensor:
+        row = row.clone().requires_grad_()
+        return torch.autograd.grad(f(row), row)[0]
+
+    rows = [slope(row) for row in x]
+    for got, expected in ((grad(f)(x[0]), rows[0]), (vmap(grad(f))(x), torch.stack(rows)), (vmap(f)(x), torch.stack([f(row) for row in x]))):
+        torch.testing.assert_close(got, expected)
