@@ -330,7 +330,12 @@ def main() -> int:
     parser.add_argument("--all-samples", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    names = options.op or list(operators())
+    known = list(operators())
+    names = options.op or known
+    for name in names:
+        if name not in known:
+            near = ", ".join(other for other in known if name.split(".")[-1] in other) or "see operators()"
+            parser.error(f"there is no operator {name!r}; there are: {near}")
     compositions = tuple(options.composition or COMPOSITIONS + RECORDED)
     cap = None if options.all_samples else options.samples
     results: list[Result] = []
