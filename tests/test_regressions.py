@@ -245,3 +245,24 @@ def test_jvp_views_what_was_broadcast() -> None:
         return table * table
 
     torch.testing.assert_close(functrans.jvp(f, (x,), (direction,)), torch.func.jvp(f, (x,), (direction,)))
+
+
+@pytest.mark.parametrize("op", [torch.sin, torch.nn.functional.gelu, torch.square])
+def test_a_tangent_written_to_zero_under_no_grad_keeps_its_history(op: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """``zero_`` leaves no tangent, which is a tangent of zeros: written without being recorded, as its primal is."""
+
+    def program(api: Any) -> Any:
+        def inner(x: torch.Tensor) -> torch.Tensor:
+            y = op(x)
+            with torch.no_grad():
+                y.zero_().add_(x)
+            return y
+
+        def outer(x: torch.Tensor) -> torch.Tensor:
+            value, tangent = api.jvp(inner, (x,), (direction,))
+            return (value * 2 + tangent).sum()
+
+        return api.grad_and_value(outer)(point)
+
+    point, direction = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    torch.testing.assert_close(program(functrans), program(torch.func))

@@ -54,8 +54,11 @@ class JvpInterpreter(Interpreter):
         return wrapper
 
     def merge_payload(self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
-        if merged.tangent is not None and old.tangent is not None:
-            merged.tangent = merge(old.tangent, merged.tangent)
+        if old.tangent is not None:
+            new = merged.tangent
+            if new is None:  # no tangent is a tangent of zeros, which takes over the history of the old one all the same
+                new = lower(self, aten.zeros_like.default, (old.tangent,), {})
+            merged.tangent = merge(old.tangent, new)
 
     def describe(self, wrapper: WrapperTensor) -> str:
         return "tangent=None" if wrapper.tangent is None else f"tangent={describe(wrapper.tangent, 2)}"
