@@ -170,11 +170,10 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
 
     def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
         nonlocal program
-        if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
-            return otherwise(function, (), (x, *more), kwargs)
-        if kwargs == NOT_INPLACE:  # as nn.ReLU says it
+        if kwargs and kwargs == NOT_INPLACE:  # as nn.ReLU says it
             kwargs = {}
-        if more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
+        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+        if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
             return otherwise(function, (), (x, *more), kwargs)
         if x.view_link is not None:
             x.view_link.refresh(x)
