@@ -57,7 +57,10 @@ def jacrev(
         if len(leaves) == 1 and leaves[0].dim() == 0:  # one row: no batch, and no basis
             found = pullback(tree_unflatten(spec, [unit(leaves[0])]))
             return (tree_unflatten(spec, [found]), aux) if has_aux else tree_unflatten(spec, [found])
-        if chunk_size == 1 and sum(numels):
+        behind = pullback.rows() if chunk_size != 1 else None  # type: ignore[attr-defined]
+        if behind is not None:
+            rows = vmap(behind[1], chunk_size=chunk_size)(behind[0])
+        elif chunk_size == 1 and sum(numels):
             basis = standard_basis(leaves, numels)
             rows = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
         else:

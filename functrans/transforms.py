@@ -217,6 +217,18 @@ def vjp_with_argnums(
         check_versions(versions)
         return inputs.collect(interpreter.pull(seeds, consume=False))
 
+    def rows() -> tuple[Tensor, Callable[[Tensor], Any]] | None:
+        """For one output that is a vector: rows of cotangents behind its last steps, and the pullback of the rest for one of them."""
+        if len(values) != 1 or slots[0] is None or values[0].dim() != 1 or values[0].dtype.is_complex:
+            return None
+        check_versions(versions)
+        behind = interpreter.rows_behind(slots[0], values[0].shape[0], values[0])
+        if behind is None:
+            return None
+        cotangents, slot, end = behind
+        return cotangents, lambda row: inputs.collect(interpreter.pull({slot: row}, consume=False, end=end))
+
+    pullback.rows = rows  # type: ignore[attr-defined]
     return tree_unflatten(spec, values), pullback, aux
 
 

@@ -469,3 +469,59 @@ def test_powers(exponent: float) -> None:
         torch.testing.assert_close(vmap(power)(x), x**exponent, equal_nan=True)
         got, expected = (api.vmap(api.grad(power))(x) for api in (__import__("functrans"), torch.func))
         torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+MATRIX, VECTOR, BIAS = double(4, 3, seed=8), double(3, seed=9), double(4, seed=10)
+LAYERED: dict[str, Callable[[Tensor], Tensor]] = {
+    "pointwise": lambda x: torch.tanh(x.sin()) * 2,
+    "matrix times vector": lambda x: MATRIX @ x.sin(),
+    "mv": lambda x: torch.tanh(torch.mv(MATRIX, x) + 1),
+    "vector times matrix": lambda x: (x.exp() @ MATRIX.t()).cos(),
+    "linear": lambda x: torch.nn.functional.linear(x, MATRIX, BIAS).sigmoid(),
+    "two layers": lambda x: MATRIX @ torch.tanh(MATRIX.t() @ torch.sin(MATRIX @ x)),
+    "used twice": lambda x: (MATRIX @ x) * x.sum(),
+    "dead code after": lambda x: [MATRIX @ x, (x * 2).sum()][0],
+    "a write": lambda x: (MATRIX @ x).mul_(x[0]),
+    "not the last": lambda x: torch.cumsum(MATRIX @ x, 0),
+    "no step at all": lambda x: x,
+    "constant": lambda x: VECTOR.clone(),
+    "matrix tracked, too": lambda x: torch.outer(x, x) @ x,
+    "batched product": lambda x: (MATRIX.expand(2, 4, 3) @ x).flatten(),
+    "ones": lambda x: torch.relu(x - 0.4),
+}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_jacobians_do_not_multiply_out_the_identity(name: str) -> None:
+    f, x = LAYERED[name], double(3, seed=3)
+    for chunk_size in (None, 1, 2):
+        agree(jacrev(f, chunk_size=chunk_size)(x), torch.func.jacrev(f)(x))
+    batch = torch.stack([x, x * 0.5])
+    agree(vmap(jacrev(f))(batch), torch.func.vmap(torch.func.jacrev(f))(batch))
+    agree(jacrev(jacrev(f))(x), torch.func.jacrev(torch.func.jacrev(f))(x))
+    agree(hessian(f)(x), torch.func.hessian(f)(x))
+    agree(jvp(jacrev(f), (x,), (x,)), torch.func.jvp(torch.func.jacrev(f), (x,), (x,)))
+    leaf = x.clone().requires_grad_()
+    total = jacrev(f)(leaf).sin().sum()
+    assert total.requires_grad == torch.func.jacrev(f)(leaf).requires_grad
+    if total.requires_grad:
+        total.backward()
+        agree(leaf.grad, torch.func.grad(lambda x: torch.func.jacrev(f)(x).sin().sum())(x))
+
+
+def test_a_replaced_derivative_of_a_product_counts_in_jacobians() -> None:
+    x = double(3)
+    with overriding(DERIVATIVES, aten.mv.default):
+        derivative(aten.mv.default, self=lambda grad, vec: torch.outer(grad, vec), vec=lambda grad, self: 5 * self.t().mv(grad))
+        agree(jacrev(lambda x: torch.mv(MATRIX, x))(x), 5 * MATRIX)
+    agree(jacrev(lambda x: torch.mv(MATRIX, x))(x), MATRIX)
+
+
+def test_hooks_see_the_cotangents_of_jacobians() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = MATRIX @ x
+        y.register_hook(lambda c: c * 3)
+        return y.sin()
+
+    x = double(3)
+    agree(jacrev(f)(x), 3 * (MATRIX @ x).cos()[:, None] * MATRIX)

@@ -47,6 +47,11 @@ def rules_changed(op: OpOverload) -> None:
         forget()
 
 
+def by_our_rules(op: Any) -> bool:
+    """Whether all rules of ``op`` are those of the library."""
+    return op not in _replaced
+
+
 def admitted(op: OpOverload) -> bool:
     """Whether ``op`` may be an instruction: pointwise, with one output, and by the rules that programs stand for."""
     entry = DERIVATIVES.get(op)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.errors import ModifiedError
-from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method
+from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method, matrix_of
 from functrans.lowering import dispatch, lower, map_tensors
 from functrans.operators import Facts, facts
 from functrans.programs.admission import REAL
@@ -19,7 +19,7 @@ from functrans.programs.operators import operator_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program, start
 from functrans.programs.tracing import Untraceable
-from functrans.stack import Interpreter
+from functrans.stack import Interpreter, door_closed
 from functrans.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.torch_private import OpOverload
 
@@ -209,18 +209,52 @@ class GradInterpreter(Interpreter):
     def record(self, plan: Any, outs: Any, ins: Any, saved: Any) -> None:
         self.tape.append((plan, outs, ins, saved))
 
-    def pull(self, cotangents: dict[int, Tensor], *, consume: bool) -> dict[int, Tensor]:
+    def rows_behind(self, slot: int, size: int, like: Tensor) -> tuple[Tensor, int, int] | None:
+        """What the last steps to the vector ``slot`` make of the rows of the identity, without multiplying it out.
+
+        Through pointwise steps a row of the identity stays a row of a diagonal matrix, and pulling that through the product of a
+        matrix and a vector scales the matrix's rows. Returns these rows, the slot that they are cotangents of, and how much of
+        the tape is left to be walked; None if the last step is of another kind.
+        """
+        if self.hooks is not None:
+            return None
+        with door_closed():
+            diagonal: Any = torch.ones(size, dtype=like.dtype, device=like.device)
+        end, found = len(self.tape), None
+        while end:
+            plan, outs, ins, saved = self.tape[end - 1]
+            if type(outs) is int and outs != slot:
+                end -= 1  # nothing of it reaches the slot
+                continue
+            if type(outs) is not int or len(ins) != 1 or type(ins[0]) is not int:
+                break
+            if type(plan) is ProgramPlan and len(saved) == len(plan.saves):
+                diagonal = plan.pull(saved, diagonal)[0]
+                if diagonal is None:
+                    return None
+                slot, end = ins[0], end - 1
+                found = torch.diag_embed(tensor_of(diagonal))
+                continue
+            matrix = matrix_of(plan, saved, size)
+            if matrix is not None:
+                found = tensor_of(diagonal).unsqueeze(1) * matrix
+                slot, end = ins[0], end - 1
+            break
+        return None if found is None else (found, slot, end)
+
+    def pull(self, cotangents: dict[int, Tensor], *, consume: bool, end: int | None = None) -> dict[int, Tensor]:
         """Walk the tape backwards.
 
         Args:
             cotangents: by slot, the cotangents of the outputs.
             consume: drop each record once it is used.
+            end: walk only so many records, the first ones; None: all.
 
         Returns:
             by slot, the cotangents of the inputs.
         """
         tape = self.tape
-        for i in range(len(tape) - 1, -1, -1):
+        for i in range((len(tape) if end is None else end) - 1, -1, -1):
             plan, outs, ins, saved = tape[i]
             grad: Any
             if type(outs) is int:

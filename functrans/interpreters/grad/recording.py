@@ -15,6 +15,7 @@ from functrans.errors import ModifiedError
 from functrans.lowering import lower, map_tensors
 from functrans.native import run_recorded
 from functrans.operators import Facts
+from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import Derived, pullback
 from functrans.programs.program import Program
 from functrans.programs.running import start
@@ -24,6 +25,8 @@ from functrans.torch_private import OpOverload
 
 if TYPE_CHECKING:
     from functrans.interpreters.grad.interpreter import GradInterpreter
+
+aten = torch.ops.aten
 
 DIFFERENTIABLE = frozenset(
     d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)
@@ -118,6 +121,7 @@ class TablePlan:
 
     def __init__(self, entry: Derivative, known: Facts, names: list[str], fixes: bool) -> None:
         self.op = entry.op
+        self.names = tuple(names)
         joint = entry.joint is not None and len(names) > 1
         formulas = ["joint"] if joint else names
         needed: list[str] = []
@@ -131,6 +135,8 @@ class TablePlan:
         self.saves_result = any(n in ("result", "results") for name in formulas for n in entry.needs[name])
         place = {n: i for i, n in enumerate(needed)}
         place.update(grad=-1, grads=-1, result=len(needed), results=len(needed))
+        #: where in what is saved each argument is
+        self.place = place
         if joint:
             self.pull = self.joint_pull(entry, names, place)  # type: ignore[method-assign, assignment]
         else:
@@ -162,6 +168,26 @@ class TablePlan:
 
     def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
         return tensors_in(saved)
+
+
+#: Products of a matrix and the vector that is tracked: the matrix, and whether the vector stands in front of it.
+MATRICES: dict[Any, tuple[str, bool]] = {
+    (aten.linear.default, ("input",)): ("weight", False),
+    (aten.mv.default, ("vec",)): ("self", False),
+    (aten.matmul.default, ("other",)): ("self", False),
+    (aten.matmul.default, ("self",)): ("other", True),
+}
+
+
+def matrix_of(plan: Any, saved: list[Any], rows: int) -> Tensor | None:
+    """The matrix whose product with a tracked vector ``plan`` pulls back, with one row per element of the result; or None."""
+    if type(plan) is not TablePlan or not by_our_rules(plan.op):
+        return None
+    name, transposed = MATRICES.get((plan.op, plan.names), ("", False))
+    matrix = saved[plan.place[name]] if name in plan.place else None
+    if matrix is None or matrix.dim() != 2 or matrix.shape[1 if transposed else 0] != rows:
+        return None
+    return matrix.transpose(0, 1) if transposed else matrix
 
 
 class ProgramPlan:
