@@ -258,3 +258,22 @@ def test_randomness_under_grad_and_jvp_needs_no_flag() -> None:
     torch.manual_seed(0)
     got = grad(lambda x: (x * torch.randn(3, dtype=torch.float64)).sum())(X)
     torch.testing.assert_close(got, noise)
+
+
+def test_derivatives_of_tangents_of_solvers() -> None:
+    """PyTorch's forward mode reads the factors that the operator returns, and takes them for constants."""
+    a, d = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    a = a @ a.mT + 2 * torch.eye(3, dtype=torch.float64)
+    d = d + d.mT
+    b = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+    inverse = torch.linalg.inv(a)
+    second = {
+        "solve": (lambda a: torch.linalg.solve(a, b), 2 * inverse @ d @ inverse @ d @ inverse @ b),
+        "slogdet": (lambda a: torch.linalg.slogdet(a)[1], -(inverse @ d @ inverse @ d).trace()),
+        "logdet": (torch.logdet, -(inverse @ d @ inverse @ d).trace()),
+        "cholesky_inverse": (lambda a: torch.cholesky_inverse(torch.linalg.cholesky(a)), 2 * inverse @ d @ inverse @ d @ inverse),
+    }
+    for f, expected in second.values():
+        first = lambda a, f=f: jvp(f, (a,), (d,))[1]
+        torch.testing.assert_close(jvp(first, (a,), (d,))[1], expected)
+        torch.testing.assert_close((grad(lambda a, first=first: first(a).sum())(a) * d).sum(), expected.sum())
