@@ -314,17 +314,19 @@ def ntk_products(device: str, dtype: torch.dtype) -> Workload:
     return Workload(inputs, transformed, _ntk_plain(net))
 
 
+def oscillator(x: Any) -> Any:
+    """A damped oscillator by small steps: arithmetic with numbers, for tensors and JAX's arrays alike."""
+    velocity = 1.0 - x
+    for _ in range(20):
+        acceleration = -0.5 * x - 0.1 * velocity * 2.0 + 0.25
+        velocity = velocity + 0.05 * acceleration
+        x = x + 0.05 * velocity
+    return x / 3.0 + 1.0
+
+
 @workload("jvp with Python-number operands")
 def numbers(device: str, dtype: torch.dtype) -> Workload:
     x, t = (torch.rand(1000, device=device, dtype=dtype) for _ in range(2))
-
-    def oscillator(x: Tensor) -> Tensor:
-        velocity = 1.0 - x
-        for _ in range(20):
-            acceleration = -0.5 * x - 0.1 * velocity * 2.0 + 0.25
-            velocity = velocity + 0.05 * acceleration
-            x = x + 0.05 * velocity
-        return x / 3.0 + 1.0
 
     def transformed(api: Any) -> Callable[..., Any]:
         return lambda x, t: api.jvp(oscillator, (x,), (t,))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from cases import oscillator
 from torch.utils import _pytree as pytree
 
 jax: Any = None
@@ -199,12 +200,4 @@ def ntk_products(params: Params, left: Any, right: Any) -> Any:
 
 @in_jax("jvp with Python-number operands")
 def numbers(x: Any, t: Any) -> Any:
-    def oscillator(x: Any) -> Any:
-        velocity = 1.0 - x
-        for _ in range(20):
-            acceleration = -0.5 * x - 0.1 * velocity * 2.0 + 0.25
-            velocity = velocity + 0.05 * acceleration
-            x = x + 0.05 * velocity
-        return x / 3.0 + 1.0
-
     return jax.jvp(oscillator, (x,), (t,))

@@ -209,7 +209,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
     What ``stack.lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already, and
     at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
     """
-    if not interpreter.outer_grad_mode or not interpreter.outer_forward_mode or forward_ad._current_level >= 0:
+    if not interpreter.outer_modes_on or forward_ad._current_level >= 0:
         with stack.lowered(interpreter):
             return function(*args, **kwargs)
     top = STATE.top

@@ -15,7 +15,10 @@ from torch._ops import OpOverload
 aten = torch.ops.aten
 
 #: Functions of one tensor, whose operator is ``aten.<name>.default``.
-UNARY = ["abs", "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "neg", "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh"]
+UNARY = (
+    "abs", "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "neg",
+    "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+)  # fmt: skip
 
 #: Functions of two, by which of them are tensors (T) and which numbers (n).
 BINARY: dict[str, dict[str, OpOverload]] = {

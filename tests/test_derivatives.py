@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.func
+import torch.nn.functional as F
 from derivative_checker import Call, check_entry, recorded_calls
 
 import functrans
@@ -417,3 +419,22 @@ def test_distances_have_second_derivatives(kind: str) -> None:
     batch = torch.stack([x, 2 * x])
     got = functrans.vmap(lambda x: functrans.jvp(functrans.grad(ours), (x,), (x,))[1])(batch)
     torch.testing.assert_close(got, torch.func.vmap(lambda x: torch.func.jvp(torch.func.grad(plain), (x,), (x,))[1])(batch))
+
+
+REFUSED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]] = {
+    "mse_loss": (lambda x: F.mse_loss(x, x.sin()) + F.mse_loss(x.exp(), x), (4, 3)),
+    "huber_loss": (lambda x: F.huber_loss(x**2, x.cos(), delta=0.7), (4, 3)),
+    "attention": (lambda q: F.scaled_dot_product_attention(q, q.sin(), q).square().sum(), (1, 2, 4, 3)),
+    "embedding_bag": (lambda w: F.embedding_bag(torch.tensor([[0, 2], [3, 3]]), w).exp().sum(), (4, 3)),
+    "grid_sample": (lambda x: F.grid_sample(x[..., :4], x[0, :, :, 3:].unsqueeze(0).tanh() * 0.9, align_corners=False).square().sum(), (1, 3, 3, 5)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_forward_over_reverse_where_torch_func_refuses(name: str) -> None:
+    """Against central differences of the gradient."""
+    f, shape = REFUSED[name]
+    x, t = (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) * 0.5 for i in (3, 4))
+    slope, step = functrans.grad(f), 1e-5
+    expected = (slope(x + step * t) - slope(x - step * t)) / (2 * step)
+    torch.testing.assert_close(functrans.jvp(slope, (x,), (t,))[1], expected, rtol=1e-6, atol=1e-7)

@@ -116,7 +116,24 @@ class TableMethod:
         return TablePlan(self.entry, self.known, names, self.fixes)
 
 
-class TablePlan:
+class Plan:
+    """What pulls back through a record of the tape, and looks after what it saved: a list of values."""
+
+    op: Any
+
+    def pull(self, saved: list[Any], grad: Any) -> list[Any]:
+        """The cotangents of the record's inputs, given that of its output (or a list of them, one per output)."""
+        raise NotImplementedError
+
+    def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
+        """What to keep instead of ``saved`` when ``target`` is about to be written."""
+        return [snapshot(s, target) for s in saved]
+
+    def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
+        return tensors_in(saved)
+
+
+class TablePlan(Plan):
     """The formulas for one operator and one choice of tracked arguments, and what they need saved."""
 
     def __init__(self, entry: Derivative, known: Facts, names: list[str], fixes: bool) -> None:
@@ -163,12 +180,6 @@ class TablePlan:
                     found[i] = reduce_to(found[i], *fix)
         return found
 
-    def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
-        return [snapshot(s, target) for s in saved]
-
-    def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
-        return tensors_in(saved)
-
 
 #: Products of a matrix and the vector that is tracked: the matrix, and whether the vector stands in front of it.
 MATRICES: dict[Any, tuple[str, bool]] = {
@@ -190,7 +201,7 @@ def matrix_of(plan: Any, saved: list[Any], rows: int) -> Tensor | None:
     return matrix.transpose(0, 1) if transposed else matrix
 
 
-class ProgramPlan:
+class ProgramPlan(Plan):
     """A program's pullback on the tape. What is saved: ``saves``, then the tracked inputs' shapes where not all are the same."""
 
     def __init__(self, program: Program, places: tuple[int, ...]) -> None:
@@ -198,8 +209,6 @@ class ProgramPlan:
         self.op = operators[0] if len(operators) == 1 else f"the program of {', '.join(map(str, operators))}"
         found = pullback(program, places)
         self.forward, self.saves, self.derive = found.forward, found.saves, found.pull
-        self.program = program
-        self.places = places
         self.single = program.single
         #: whether ``forward`` returns more than the program's outputs
         self.keeps = self.forward is not program
@@ -235,12 +244,6 @@ class ProgramPlan:
         if kept is not saved:
             found = [g if g is None or g.shape == s else sum_to_shape(tensor_of(g), s) for g, s in zip(found, saved[count:], strict=True)]
         return found  # type: ignore[return-value]
-
-    def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
-        return [snapshot(s, target) for s in saved]
-
-    def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
-        return tensors_in(saved)
 
 
 def bind(formula: Callable[..., Any], picks: tuple[int, ...]) -> Callable[[Any, list[Any]], Any]:
