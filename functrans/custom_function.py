@@ -30,8 +30,9 @@ from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.lowering import WITHOUT_TENSORS, highest, lift, map_tensors
 from functrans.native import TwinInterpreter
 from functrans.pytrees import broadcast_prefix, tree_flatten, tree_map, tree_unflatten
-from functrans.stack import STATE, Interpreter, lowered, run_transformed, running_at
+from functrans.stack import Interpreter, run_transformed
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import STATE, lowered, running_at
 from functrans.torch_private import is_forward_enabled
 
 _original_apply = Function.__dict__["apply"].__func__

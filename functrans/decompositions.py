@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from functrans.rules import RuleTable
-from functrans.stack import Interpreter, running_at
+from functrans.stack import Interpreter
+from functrans.thread_state import running_at
 from functrans.torch_private import OpOverload
 
 #: Functions with the operator's signature, in plain ``torch``, that grad and jvp run in place of PyTorch's definition.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functrans import mutation, stack
+from functrans import mutation, thread_state
 from functrans.errors import DeadWrapperError
 from functrans.lowering import base, highest, lift
 from functrans.native import TwinInterpreter
@@ -27,8 +27,9 @@ from functrans.programs.operators import operator_program, traced
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
 from functrans.spellings import BINARY, DIRECT, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
-from functrans.stack import STATE, Interpreter
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import STATE
 from functrans.torch_private import (
     CONJUGATE,
     NEGATIVE,
@@ -83,7 +84,7 @@ class Door(TorchDispatchMode):
         return self.__torch_dispatch__(op, (), args, kwargs)
 
 
-stack.DOOR = DOOR = Door()
+thread_state.DOOR = DOOR = Door()
 
 
 def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,11 +148,13 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
     top = STATE.top
-    pop_mode(None)  # as PyTorch does while a handler runs
     try:
+        pop_mode(None)  # as PyTorch does while a handler runs
         out = owner.process_program(program, args)  # type: ignore[misc]
-    finally:
-        push_mode(DOOR)
+    except BaseException:
+        reopen()
+        raise
+    push_mode(DOOR)
     if owner is not top:
         out = lift(out, owner, top)
     frame = sys._getframe(2)
@@ -159,6 +162,12 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
         frame = frame.f_back  # type: ignore[assignment]
     out.made_at = (frame.f_code, frame.f_lasti)
     return out
+
+
+def reopen() -> None:
+    """Put the door back on PyTorch's mode stack, unless it is there."""
+    if mode_stack_size() < STATE.door_depth:
+        push_mode(DOOR)
 
 
 NOT_INPLACE = {"inplace": False}
@@ -285,11 +294,13 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
                 op, given = sizes, (args[0], list(args[1:]))
             top = STATE.top
             if op is not None and args[0].layout is STRIDED and top is not None and type(top) is not TwinInterpreter:
-                pop_mode(None)
                 try:
+                    pop_mode(None)
                     out = handle(op, facts(op), given, {})
-                finally:
-                    push_mode(DOOR)
+                except BaseException:
+                    reopen()
+                    raise
+                push_mode(DOOR)
                 if type(out) is WrapperTensor:
                     frame = sys._getframe(1)
                     if frame.f_code is THE_FUNCTION:

@@ -22,8 +22,9 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batchin
 from functrans.lowering import lower, map_tensors
 from functrans.operators import facts
 from functrans.rules import RuleTable
-from functrans.stack import Interpreter, interpreter_stack, lowered, run_transformed, running_at
+from functrans.stack import Interpreter, interpreter_stack, run_transformed
 from functrans.tensor import WrapperTensor, wrap
+from functrans.thread_state import lowered, running_at
 from functrans.torch_private import OpOverload
 
 __all__ = [

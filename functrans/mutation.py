@@ -22,9 +22,10 @@ from functrans.errors import CapturedOnceError, CapturedWriteError, NoPureFormEr
 from functrans.history import with_history_of
 from functrans.lowering import base, dispatch, highest
 from functrans.operators import VIEW, WRITE, Facts
-from functrans.pure_forms import resolve_functional
-from functrans.stack import STATE, Interpreter, running_at
+from functrans.pure_forms import pure_form
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor, set_content
+from functrans.thread_state import STATE, running_at
 from functrans.torch_private import (
     VIEWS_AND_VERSIONS,
     OpOverload,
@@ -62,7 +63,7 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if owner is None and not draws_inside:
         return write_captured(known, targets, args, kwargs)
     if known.functional is None:
-        resolve_functional(known)
+        known.functional = pure_form(known)
     if known.functional is NotImplemented:
         if known.composite:
             with running_at(STATE.top):

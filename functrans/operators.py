@@ -55,7 +55,7 @@ class Facts:
         self.quick: Any = quick_call(op)
         #: rule of each interpreter class, resolved at first use
         self.plans: dict[type, Any] = {}
-        #: pure counterpart of a writing operator; resolved by functrans.mutation
+        #: pure counterpart of a writing operator, found when it is first needed (functrans.mutation)
         self.functional: Any = None
         #: whether the new contents of what is written depend on the old ones
         self.reads_target = not (

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from functrans import stack
+from functrans import thread_state
 from functrans.errors import InsideTransformError
 from functrans.lowering import base, highest, lift
 from functrans.mutation import set_shape, write
 from functrans.native import TwinInterpreter
 from functrans.operators import SPECIAL_OPERATORS, Facts, facts
-from functrans.stack import STATE, running_at
 from functrans.tensor import WrapperTensor, set_content
+from functrans.thread_state import STATE, running_at
 from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ def stands_in_for(*ops: OpOverload) -> Callable[[Callable[..., Any]], Callable[.
 
 def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` from the door's beginning."""
-    return stack.DOOR.enter(op, args, kwargs)
+    return thread_state.DOOR.enter(op, args, kwargs)
 
 
 @stands_in_for(aten._embedding_bag_forward_only.default)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans import stack
+from functrans import thread_state
 from functrans.errors import (
     InsideTransformError,
     LayoutError,
@@ -82,7 +82,7 @@ class WrapperTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return stack.DOOR.enter(func, args, kwargs)
+        return thread_state.DOOR.enter(func, args, kwargs)
 
     # __torch_function__, the short way in, is set by door.py.
 

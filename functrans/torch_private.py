@@ -31,6 +31,7 @@ __all__ = [
     "is_key_excluded",
     "is_torch_func_active",
     "make_wrapper",
+    "mode_at",
     "mode_stack_size",
     "no_dispatch",
     "pop_function_mode",
@@ -66,6 +67,7 @@ INDEX_BATCHED_KEYS = _C.DispatchKeySet(INDEX_BATCHED)
 
 # The mode stack itself: entering a TorchDispatchMode through its context manager costs several microseconds.
 mode_stack_size = _C._len_torch_dispatch_stack
+mode_at = _C._get_dispatch_stack_at
 push_mode = _C._push_on_torch_dispatch_stack
 pop_mode = _C._pop_torch_dispatch_stack
 

@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 from functrans.errors import DeadWrapperError
 from functrans.lowering import base, dispatch, in_outer_modes, modes_differ
 from functrans.programs.program import Program
-from functrans.stack import STATE, Interpreter, door_closed
+from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, tensor_of
+from functrans.thread_state import STATE, door_closed
 from functrans.torch_private import DisableTorchFunction, function_mode_enabled, mode_stack_size, pop_mode, push_mode
 
 
@@ -64,11 +65,13 @@ def start(program: Program, args: Sequence[Any]) -> Any:
     if modes > depth:
         with door_closed():
             return run(program, args)
-    door = pop_mode(None)
+    door = None
     try:
+        door = pop_mode(None)
         return run(program, args)
     finally:
-        push_mode(door)
+        if door is not None:
+            push_mode(door)
 
 
 def lower_program(interpreter: Interpreter, program: Program, args: Sequence[Any]) -> Any:

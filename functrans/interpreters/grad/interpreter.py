@@ -19,8 +19,9 @@ from functrans.programs.operators import operator_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program, start
 from functrans.programs.tracing import Untraceable
-from functrans.stack import Interpreter, door_closed
+from functrans.stack import Interpreter
 from functrans.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.thread_state import door_closed
 from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.

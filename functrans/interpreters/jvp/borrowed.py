@@ -12,8 +12,9 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.lowering import map_tensors
 from functrans.native import run_forward_mode
 from functrans.operators import facts
-from functrans.stack import lowered, run_transformed
+from functrans.stack import run_transformed
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import lowered
 from functrans.torch_private import OpOverload
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from functrans.lowering import call_below, lower, map_tensors
 from functrans.operators import Facts
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
-from functrans.stack import Interpreter, lowered, running_at
+from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
+from functrans.thread_state import lowered, running_at
 from functrans.torch_private import OpOverload, custom_operator
 
 aten = torch.ops.aten
