@@ -393,7 +393,7 @@ def differences(run: Callable[[], Any], place: Place, count: int, expected: list
     try:
         if not raising_at(run, place, count):
             return ""
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is what was left behind
         return f"raised {type(error).__name__}: {error}"
     after = thread()
     changed = [name for name in before if before[name] != after[name]]
@@ -401,7 +401,7 @@ def differences(run: Callable[[], Any], place: Place, count: int, expected: list
         return ", ".join(f"{name}: {before[name]} became {after[name]}" for name in changed)
     try:
         found = flat(run())
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001
         return f"then {type(error).__name__}: {str(error)[:200]} ({traceback.extract_tb(error.__traceback__)[-1]})"
     if len(found) != len(expected) or not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
         return "then gives other numbers"
@@ -417,7 +417,7 @@ def in_a_fork(task: Callable[[], Any]) -> Any:
         os.close(reader)
         try:
             result: Any = task()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the parent is told
             result = f"the child failed: {traceback.format_exc()}"
         with os.fdopen(writer, "wb") as out:
             out.write(pickle.dumps(result))
@@ -436,7 +436,7 @@ def places(names: Iterable[str]) -> Iterator[tuple[str, Place, int, list[Any]]]:
         run = PROGRAMS[name]
         found = in_a_fork(lambda run=run: (lines_of(run), flat(run())))  # type: ignore[misc]
         if isinstance(found, str):
-            raise RuntimeError(f"{name}: {found}")
+            raise RuntimeError(f"{name}: {found}")  # noqa: TRY004
         lines, expected = found
         for place, times in sorted(lines.items()):
             if place not in done:

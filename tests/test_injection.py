@@ -7,7 +7,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from injection import PROGRAMS, violations
+from injection import violations
 
 from functrans.thread_state import Snapshot
 
@@ -54,7 +54,3 @@ def test_a_cache_that_is_filled_too_early_is_found() -> None:
     with mock.patch.object(mutation, "pure_form", filled_too_early):
         found = list(violations(lambda shown, number: shown.startswith("pure_forms.py"), ["writes"]))
     assert found and all("has no pure form" in text for text in found)
-
-
-def test_the_programs_differ_from_one_another() -> None:
-    assert len(PROGRAMS) >= 16
