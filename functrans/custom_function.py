@@ -34,7 +34,11 @@ from functrans.stack import STATE, Interpreter, lowered, run_transformed, runnin
 from functrans.tensor import WrapperTensor
 from functrans.torch_private import is_forward_enabled
 
-_original_apply = Function.__dict__["apply"].__func__
+_original: Any = Function.__dict__["apply"]
+
+
+def _original_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    return _original.__get__(None, cls)(*args, **kwargs)
 
 
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ from functrans.interpreters.vmap.table import (
     to_front,
 )
 from functrans.rules import caller_place
+from functrans.versions import present
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ def leading_batch_rule(op: OpOverload, skippable: bool) -> Callable[..., tuple[A
 
 
 leading_batch(
-    aten.cholesky.default,
+    *present("cholesky"),
     aten.cholesky_inverse.default,
     aten.linalg_cholesky_ex.default,
     aten.linalg_eig.default,
