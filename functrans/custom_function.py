@@ -32,7 +32,7 @@ from functrans.native import TwinInterpreter
 from functrans.pytrees import broadcast_prefix, tree_flatten, tree_map, tree_unflatten
 from functrans.stack import STATE, Interpreter, lowered, run_transformed, running_at
 from functrans.tensor import WrapperTensor
-from functrans.torch_private import is_forward_enabled
+from functrans.torch_private import is_forward_enabled, no_setup_context
 
 _original: Any = Function.__dict__["apply"]
 
@@ -91,7 +91,7 @@ def unwrapped(interpreter: Interpreter, args: Sequence[Any]) -> tuple[list[bool]
 
 
 def is_setup_style(cls: type[Function]) -> bool:
-    return cls.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context
+    return cls.setup_context is not no_setup_context
 
 
 def overrides(cls: type[Function], name: str) -> bool:

@@ -30,6 +30,7 @@ from functrans.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
     OpOverload,
+    forward_enabled,
     is_forward_enabled,
     is_key_excluded,
     is_torch_func_active,
@@ -249,7 +250,7 @@ def run_forward_mode(
             return type(a)(enter(v) for v in a)
         return a
 
-    with _autograd_on(twin), _dual_level(), forward_ad._set_fwd_grad_enabled(True):
+    with _autograd_on(twin), _dual_level(), forward_enabled(True):
         out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
         found = []
         if any(o.layout is not torch.strided for o in _tensors_in(out)):

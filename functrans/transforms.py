@@ -26,6 +26,7 @@ from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.stack import door_closed, run_transformed
 from functrans.tensor import WrapperTensor
+from functrans.torch_private import set_forward_enabled
 
 
 def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -300,7 +301,7 @@ def jvp_with_argnums(
     inputs = Inputs(interpreter, call, tuple(range(len(primals))) if argnums is None else argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
 
     def body() -> tuple[Any, Any, Any, Any]:
-        torch._C._set_fwd_grad_enabled(True)
+        set_forward_enabled(True)
         out = func(*inputs.args, **inputs.kwargs)
         aux = None
         if has_aux:
