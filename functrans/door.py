@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import mutation, thread_state
 from functrans.errors import DeadWrapperError
@@ -33,6 +32,7 @@ from functrans.thread_state import STATE
 from functrans.torch_private import (
     CONJUGATE,
     NEGATIVE,
+    Mode,
     OpOverload,
     autocast_enabled,
     function_mode_enabled,
@@ -41,6 +41,7 @@ from functrans.torch_private import (
     pop_mode,
     push_mode,
     set_key_excluded,
+    tensor_torch_function,
     without_torch_function,
 )
 
@@ -48,13 +49,8 @@ aten = torch.ops.aten
 STRIDED = torch.strided
 
 
-class Door(TorchDispatchMode):
+class Door(Mode):
     """Brings in the operators that have no wrapper among their arguments: factories, random ones, captured tensors."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # The default wraps the handler against Dynamo, which costs more than the rest of the door.
-        return False
 
     def __torch_dispatch__(
         self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -133,7 +129,7 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
 
 def answers(kind: type) -> bool:
     protocol = getattr(kind, "__torch_function__", without_torch_function)
-    return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not tensor_torch_function
 
 
 #: Letters for the kinds of arguments in ``spellings.DIRECT``.

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from functrans.versions import SUPPORTED
+
 
 class FunctransError(RuntimeError):
     """Base of all errors that functrans raises on purpose."""
+
+
+class TorchMovedError(FunctransError, ImportError):
+    """The installed PyTorch has no longer, or not yet, a private name that functrans uses.
+
+    Cure: install a version of PyTorch that is supported, or a version of functrans that supports the installed one.
+    """
+
+    def __init__(self, name: str, purpose: str) -> None:
+        first, last = (".".join(map(str, version)) for version in SUPPORTED)
+        super().__init__(
+            f"PyTorch {torch.__version__} has no {name}, which functrans needs {purpose}. "
+            f"functrans supports PyTorch {first} to {last}: install one of these, or a functrans that supports "
+            f"{torch.__version__}. (functrans/torch_private.py is the place to mend.)"
+        )
 
 
 class DuplicateRuleError(FunctransError):

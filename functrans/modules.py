@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from functrans.errors import CallError
+from functrans.torch_private import BatchNormModule
 
 __all__ = ["functional_call", "replace_all_batch_norm_modules_", "stack_module_state"]
 
@@ -81,7 +82,7 @@ def replace_all_batch_norm_modules_(root: nn.Module) -> nn.Module:
         True
     """
     for module in root.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+        if isinstance(module, BatchNormModule) and module.track_running_stats:
             module.running_mean = None
             module.running_var = None
             module.num_batches_tracked = None

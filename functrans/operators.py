@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
-from functrans.torch_private import COMPOSITE
+from functrans.torch_private import COMPOSITE, OpOverload
 
 #: Pure at the door: its outputs are new tensors.
 PURE = 0

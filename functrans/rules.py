@@ -6,9 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from torch._ops import OpOverload
-
 from functrans.errors import DuplicateRuleError, NotAnOverloadError
+from functrans.torch_private import OpOverload
 
 Rule = TypeVar("Rule")
 

@@ -21,6 +21,7 @@ from functrans.stack import Interpreter
 from functrans.torch_private import (
     INDEX_BATCHED_KEYS,
     PYTHON,
+    DisableTorchDispatch,
     is_key_excluded,
     make_wrapper,
 )
@@ -342,7 +343,7 @@ def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
 def describe(x: Tensor, indent: int = 1) -> str:
     """The layers of a wrapper, outermost first: kind, level, what the transform keeps on it, inner value."""
     if type(x) is not WrapperTensor:
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             return repr(x)
     i = x.interpreter
     ended = "" if i.alive else ", ended"

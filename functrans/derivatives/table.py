@@ -39,10 +39,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch._ops import OpOverload
-
 from functrans.errors import DerivativeEntryError
 from functrans.rules import RuleTable, caller_place
+from functrans.torch_private import OpOverload
 
 Formula = Callable[..., Any]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.operators import facts
 from functrans.rules import RuleTable
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

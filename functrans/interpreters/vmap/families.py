@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize, to_front, wrap_dim
 from functrans.rules import caller_place
+from functrans.torch_private import OpOverload
 
 
 class RuleDeclined(Exception):

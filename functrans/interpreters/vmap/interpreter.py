@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 
 from functrans.decompositions import decompose
 from functrans.errors import DataDependentError
@@ -22,7 +21,7 @@ from functrans.programs.running import constants, lower_program
 from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
 from functrans.thread_state import lowered, running_at
-from functrans.torch_private import OpOverload, custom_operator
+from functrans.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 
 aten = torch.ops.aten
 
@@ -130,7 +129,7 @@ class VmapInterpreter(Interpreter):
         try:
             rule, direct = known.plans[VmapInterpreter]
         except KeyError:
-            rule = BATCHING_RULES.get(op) or library_rule(op)
+            rule = BATCHING_RULES.get(op) or vmap_rule_of_library(op)
             direct = getattr(rule, "direct", None)
             known.plans[VmapInterpreter] = rule, direct
         if rule is not None and not kwargs_batched:
@@ -148,7 +147,7 @@ class VmapInterpreter(Interpreter):
             raise DataDependentError(op, self, cure)
         if known.composite:
             return decompose(self, op, args, kwargs)
-        decomposition = decomposition_table.get(op)
+        decomposition = DECOMPOSITION_TABLE.get(op)
         if decomposition is not None:
             with running_at(self):
                 out = decomposition(*args, **kwargs)
@@ -313,12 +312,6 @@ class VmapInterpreter(Interpreter):
         if any(o != first for o in outs):
             raise DataDependentError(op, self, "its result is a Python number that differs between examples")
         return first
-
-
-def library_rule(op: OpOverload) -> Callable[..., Any] | None:
-    """The rule that a ``torch.library.custom_op`` was given by ``register_vmap``, which has the signature of ours."""
-    definition = custom_operator(op)
-    return None if definition is None else definition._vmap_fn
 
 
 _warned: set[OpOverload] = set()
