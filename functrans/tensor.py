@@ -203,6 +203,7 @@ class WrapperTensor(torch.Tensor):
 
 
 TENSORS.add(WrapperTensor)
+stack.RESERVED.update(dir(WrapperTensor))
 
 
 class PendingWrapper:

@@ -27,11 +27,13 @@ from functrans.interpreters.vmap.families import (
 )
 from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
+from functrans.rules import RuleTable
 
 aten = torch.ops.aten
 
 RandomRule = Callable[[BatchInfo, OpOverload, Sequence[Any], Sequence[Any], dict[str, Any]], tuple[Any, Any]]
-RANDOM_RULES: dict[OpOverload, RandomRule] = {}
+#: asked after a batching rule of the operator
+RANDOM_RULES: RuleTable[RandomRule] = RuleTable("random rules")
 
 
 class RandomnessError(FunctransError):
@@ -135,15 +137,7 @@ def unknown(
     return output, same_dims(output, 0)
 
 
-def random_family(*ops: OpOverload) -> Callable[[RandomRule], RandomRule]:
-    """Register the rule below for ``ops``."""
-
-    def decorate(rule: RandomRule) -> RandomRule:
-        for op in ops:
-            RANDOM_RULES[op] = rule
-        return rule
-
-    return decorate
+random_family = RANDOM_RULES.register
 
 
 # ---------------------------------------------------------------------------------------------------------------
