@@ -20,11 +20,11 @@ from functrans import mutation, thread_state
 from functrans.errors import DeadWrapperError
 from functrans.lowering import base, highest, lift
 from functrans.native import TwinInterpreter
-from functrans.operators import PURE, Facts, facts, normalized
-from functrans.programs.admission import FORGET, REAL
-from functrans.programs.operators import operator_program, traced
+from functrans.operators import PURE, Facts, facts, kind_here, normalized
+from functrans.programs.admission import REAL
+from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
-from functrans.programs.tracing import Untraceable
+from functrans.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.spellings import BINARY, DIRECT, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
 from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor
@@ -85,7 +85,7 @@ thread_state.DOOR = DOOR = Door()
 
 def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``op``, whose arguments stand where its schema has them."""
-    if known.kind != PURE:
+    if (known.kind if not SCOPES else kind_here(known)) != PURE:
         return mutation.run(known, args, kwargs)
     top = STATE.top
     owner = top if known.random else highest(args, kwargs, known.tensor_lists)
@@ -171,10 +171,9 @@ NOT_INPLACE = {"inplace": False}
 
 def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> Callable[..., Any]:
     """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
-    program: Program | None = None
+    found: dict[Any, Program | None] = {}
 
     def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
-        nonlocal program
         if kwargs and kwargs == NOT_INPLACE:  # as nn.ReLU says it
             kwargs = {}
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
@@ -185,18 +184,31 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
         owner = x.interpreter
         if not owner.alive:
             raise DeadWrapperError(x)
-        if program is None:
-            program = find()
+        try:
+            program = found[0] if not SCOPES else program_here(found, 0, find)
+        except KeyError:
+            program = program_here(found, 0, find)
         if program is None or owner.process_program is None:
             return otherwise(function, (), (x,), kwargs)
         return through(program, (x,), owner)
 
-    def forget() -> None:
-        nonlocal program
-        program = None
+    def forget(table: RuleTable[Any], op: OpOverload) -> None:
+        nonlocal found
+        found = {}
 
     FORGET.append(forget)
     return entrance
+
+
+def program_here(found: dict[Any, Program | None], key: Any, find: Callable[..., Program | None], *args: Any) -> Program | None:
+    """``find(*args)`` by the rules that hold in this context; ``found`` keeps those for outside of scopes."""
+    outside = scope_here() is None
+    if outside and key in found:
+        return found[key]
+    program = find(*args)
+    if outside:
+        found[key] = program
+    return program
 
 
 def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], *, reflected: bool = False) -> Callable[..., Any]:
@@ -228,20 +240,20 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             owner = y.interpreter
         if owner is not None and owner.alive and owner.process_program is not None:
             try:
-                program = found[number]
+                program = found[number] if not SCOPES else program_here(found, number, find, not number)
             except KeyError:
-                try:
-                    program = find(not number)
-                except Untraceable:
-                    program = None
-                found[number] = program
+                program = program_here(found, number, find, not number)
             if program is not None:
                 return through(program, (x, y), owner)
         if reflected and not number:
             x, y = y, x
         return otherwise(function, (), (x, y, *more), kwargs)
 
-    FORGET.append(found.clear)
+    def forget(table: RuleTable[Any], op: OpOverload) -> None:
+        nonlocal found
+        found = {}
+
+    FORGET.append(forget)
     return entrance
 
 
@@ -320,10 +332,14 @@ def entrance_of(function: Callable[..., Any], name: str) -> Callable[..., Any] |
     return direct(function, DIRECT[name]) if name in DIRECT else None
 
 
+def reversed_div(x: Any, y: Any) -> Any:
+    return x.reciprocal() * y
+
+
 #: Python's reflected operators, whose program depends on what the other operand is.
 REFLECTED: dict[str, Callable[[bool], Program | None]] = {
     "__rsub__": lambda tensor: operator_program(aten.sub.Tensor if tensor else aten.rsub.Scalar),
-    "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced(lambda x, y: x.reciprocal() * y, 2),
+    "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced_program(reversed_div, 2),
 }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from functrans import thread_state
-from functrans.operators import Facts
+from functrans.operators import Facts, plans_here
+from functrans.rules import SCOPES, RuleTable
 from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -51,14 +52,26 @@ def pure_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 #: Pure forms that are not an operator of the same name: those exist without a derivative at the base.
-PURE_FORMS: dict[OpOverload, Callable[..., Any]] = {aten.copy_.default: pure_copy, aten.zero_.default: pure_zero}
+PURE_FORMS: RuleTable[Callable[..., Any]] = RuleTable("pure forms", cached=True, writing=True)
+PURE_FORMS.add(aten.copy_.default, pure_copy)
+PURE_FORMS.add(aten.zero_.default, pure_zero)
 
 
 def pure_form(known: Facts) -> Any:
-    """The pure form of a writing operator, found by its name and schema; NotImplemented if there is none."""
+    """The pure form of a writing operator; NotImplemented if there is none."""
+    plans = known.plans if not SCOPES else plans_here(known)
+    try:
+        return plans[Functional]
+    except KeyError:
+        found = PURE_FORMS.get(known.op) or by_name(known)
+        if known.settled or found is not NotImplemented:  # one may be defined yet
+            plans[Functional] = found
+        return found
+
+
+def by_name(known: Facts) -> Any:
+    """The operator that does the same without writing, by its name and schema; NotImplemented if there is none."""
     op = known.op
-    if op in PURE_FORMS:
-        return PURE_FORMS[op]
     schema = op._schema
     namespace, name = schema.name.split("::")
     library = getattr(torch.ops, namespace)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from functrans.errors import InsideTransformError
 from functrans.lowering import base, highest, lift
 from functrans.mutation import set_shape, write
 from functrans.native import TwinInterpreter
-from functrans.operators import SPECIAL_OPERATORS, Facts, facts
+from functrans.operators import STAND_INS, Facts, facts
 from functrans.tensor import WrapperTensor, set_content
 from functrans.thread_state import STATE, running_at
 from functrans.torch_private import OpOverload
@@ -21,15 +20,8 @@ from functrans.torch_private import OpOverload
 aten = torch.ops.aten
 
 
-def stands_in_for(*ops: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: at the door the function below runs in place of ``ops``, with (facts, args, kwargs)."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for op in ops:
-            SPECIAL_OPERATORS[op] = function
-        return function
-
-    return decorate
+#: Decorator: at the door the function below runs in place of the operators, with (facts, args, kwargs).
+stands_in_for = STAND_INS.register
 
 
 def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:

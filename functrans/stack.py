@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from functrans import thread_state
-from functrans.errors import MixedTransformsError
+from functrans.errors import InterpreterError, MixedTransformsError, PayloadError
 from functrans.thread_state import STATE, Snapshot
 from functrans.torch_private import (
     AUTOGRAD,
@@ -55,7 +55,9 @@ class Interpreter:
     #: if ``pending``. None: its operators come one by one.
     process_program: Callable[..., Any] | None = None
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, slots: tuple[str, ...] = ()) -> None:
+        """``slots``: names in ``payload`` for which wrappers have a place of their own; the transforms of this package have one each."""
+        check_payload(cls, slots)
         if "process" in vars(cls) and "process_program" not in vars(cls):
             cls.process_program = None  # a new meaning for operators is one for programs, too
 
@@ -115,6 +117,38 @@ class Interpreter:
         return f"{self.kind}({func})"
 
 
+#: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.tensor``)
+RESERVED = {"self", *dir(Tensor)}
+
+
+def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
+    """Refuse names of a payload that would overwrite what a wrapper is made of."""
+    payload: Any = cls.payload
+    if not isinstance(payload, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in payload):
+        raise PayloadError(cls, f"payload is {payload!r}")
+    if len(set(payload)) < len(payload):
+        raise PayloadError(cls, f"payload {payload!r} has a name twice")
+    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "payload", ())}
+    taken = [name for name in payload if name in RESERVED and name not in inherited and name not in slots]
+    if taken:
+        raise PayloadError(cls, f"payload has {', '.join(map(repr, taken))}, which every wrapper tensor has already")
+
+
+def check_enterable(interpreter: Interpreter) -> None:
+    """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
+    if vars(interpreter).setdefault("run_by", entered := object()) is not entered:
+        raise InterpreterError(interpreter, "got an interpreter that has run already" if not interpreter.alive else "got one that is running")
+    if interpreter.below is not STATE.top:
+        made, here = interpreter.below, STATE.top
+        raise InterpreterError(
+            interpreter,
+            f"got an interpreter that was made {'outside of all transforms' if made is None else f'inside {made.name} at level {made.level}'}, "
+            f"and is run {'outside of all transforms' if here is None else f'inside {here.name} at level {here.level}'}",
+        )
+    if interpreter.outer_grad_mode is not torch.is_grad_enabled() or interpreter.outer_forward_mode is not is_forward_enabled():
+        raise InterpreterError(interpreter, "got an interpreter that was made where grad mode, or forward mode, was switched otherwise")
+
+
 def interpreter_stack() -> list[Interpreter]:
     """The interpreters of this thread, innermost first.
 
@@ -139,6 +173,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
 
     ``enable_grad`` switches the new level's grad mode on.
     """
+    check_enterable(interpreter)
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
     before = Snapshot()

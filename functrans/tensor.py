@@ -17,7 +17,7 @@ from functrans.errors import (
     RequiresGradError,
 )
 from functrans.pytrees import TENSORS
-from functrans.stack import Interpreter
+from functrans.stack import RESERVED, Interpreter
 from functrans.torch_private import (
     INDEX_BATCHED_KEYS,
     PYTHON,
@@ -204,6 +204,7 @@ class WrapperTensor(torch.Tensor):
 
 
 TENSORS.add(WrapperTensor)
+RESERVED.update(dir(WrapperTensor))
 
 
 class PendingWrapper:

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from functrans.errors import DeadWrapperError
 from functrans.lowering import base, dispatch, in_outer_modes, modes_differ
 from functrans.programs.program import Program
+from functrans.rules import SCOPES, scope_here
 from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, tensor_of
 from functrans.thread_state import STATE, door_closed
@@ -19,6 +20,8 @@ from functrans.torch_private import DisableTorchFunction, function_mode_enabled,
 
 def run(program: Program, args: Sequence[Any]) -> Any:
     """Send ``program`` to the highest level among ``args``, or run it at the base; what lowering.dispatch does with an operator."""
+    if SCOPES and program.scope is not scope_here():  # recorded where other rules hold
+        return program.step_by_step(args, dispatch)
     owner: Interpreter | None = None
     plain = True
     for a in args:

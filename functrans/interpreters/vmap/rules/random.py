@@ -27,12 +27,14 @@ from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
 from functrans.operators import has_composite_kernel
 from functrans.pytrees import tree_flatten, tree_unflatten
+from functrans.rules import RuleTable
 from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 
 RandomRule = Callable[[BatchInfo, OpOverload, Sequence[Any], Sequence[Any], dict[str, Any]], tuple[Any, Any]]
-RANDOM_RULES: dict[OpOverload, RandomRule] = {}
+#: asked after a batching rule of the operator
+RANDOM_RULES: RuleTable[RandomRule] = RuleTable("random rules")
 
 
 class RandomnessError(FunctransError):
@@ -131,15 +133,7 @@ def unknown(
     return output, same_dims(output, 0)
 
 
-def random_family(*ops: OpOverload) -> Callable[[RandomRule], RandomRule]:
-    """Register the rule below for ``ops``."""
-
-    def decorate(rule: RandomRule) -> RandomRule:
-        for op in ops:
-            RANDOM_RULES[op] = rule
-        return rule
-
-    return decorate
+random_family = RANDOM_RULES.register
 
 
 # ---------------------------------------------------------------------------------------------------------------
