@@ -62,6 +62,9 @@ class Facts:
             schema.name in REPLACING or any(schema.arguments[i].kwarg_only for i in self.written)
         )
 
+    def __repr__(self) -> str:
+        return f"<Facts of {self.op}>"
+
 
 def facts(op: OpOverload) -> Facts:
     """The facts of ``op``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch._ops import OpOverload
 
@@ -70,6 +70,9 @@ class RuleTable(Generic[Rule]):
         """Call ``notify(op)`` whenever a rule is added, so that cached look-ups can be dropped."""
         self._listeners.append(notify)
 
+    def __repr__(self) -> str:
+        return f"<RuleTable {self.title!r}, {len(self)} rules>"
+
     def __contains__(self, op: OpOverload) -> bool:
         return op in self._rules
 
@@ -78,6 +81,12 @@ class RuleTable(Generic[Rule]):
 
     def __len__(self) -> int:
         return len(self._rules)
+
+
+def place_in(op: Any, *tables: RuleTable[Any]) -> str | None:
+    """Where ``tables`` have a rule for ``op``, an operator or the program of several; None: nowhere."""
+    ops = [i.op for i in op.instructions] if hasattr(op, "instructions") else [op]
+    return ", ".join(dict.fromkeys(table.place(o) for o in ops for table in tables if o in table)) or None
 
 
 def caller_place(skip: int = 2) -> str:

@@ -47,7 +47,7 @@ from functrans.rules import RuleTable, caller_place
 Formula = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Derivative:
     """One entry of the table."""
 
@@ -69,6 +69,11 @@ class Derivative:
     broadcasts: bool = False
     #: cotangents of several arguments at once, where that takes less than one formula after the other
     joint: Formula | None = None
+
+    def __repr__(self) -> str:
+        formulas = [f"{name}({', '.join(self.needs[name])})" for name in self.formulas]
+        tangent = "by a formula" if callable(self.tangent) else self.tangent
+        return f"<Derivative of {self.op}: {', '.join([*formulas, f'tangent {tangent}'])}>"
 
 
 #: The tangent of an operator that ``no_derivative`` declares constant.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
+from functrans.call_sites import definition, frames_to_user
 from functrans.decompositions import decompose
 from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined, align
@@ -19,6 +20,7 @@ from functrans.lowering import call_below, lower, map_tensors
 from functrans.operators import Facts
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
+from functrans.rules import place_in
 from functrans.stack import Interpreter, lowered, running_at
 from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
 from functrans.torch_private import OpOverload, custom_operator
@@ -97,6 +99,13 @@ class VmapInterpreter(Interpreter):
 
     def describe(self, wrapper: WrapperTensor) -> str:
         return f"bdim={wrapper.bdim}"
+
+    def details(self) -> list[str]:
+        return [f"batch_size={self.batch_size}", f"randomness={self.info.randomness!r}"]
+
+    def rule_place(self, op: Any) -> str | None:
+        found = place_in(op, BATCHING_RULES)
+        return found or (definition(library_rule(op)) if isinstance(op, OpOverload) else None)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         values: list[Any] = []
@@ -329,5 +338,5 @@ def warn_slow(op: OpOverload) -> None:
         warnings.warn(
             f"vmap has no batching rule for {op} and runs it once per example, which is slow. "
             "Register a rule with functrans.batching_rule to speed it up.",
-            stacklevel=2,
+            stacklevel=frames_to_user(),
         )
