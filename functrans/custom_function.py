@@ -197,9 +197,18 @@ class FunctionRecord:
         self.outs = outs
         self.inputs = inputs
 
+    def __repr__(self) -> str:
+        return f"<call of {self.cls.__name__}>"
+
 
 class FunctionPlan:
     op: Any = "an autograd.Function"
+
+    def operator(self, saved: FunctionRecord) -> str:
+        return f"{saved.cls.__name__}.apply"
+
+    def __repr__(self) -> str:
+        return f"<FunctionPlan of {self.op}>"
 
     def pull(self, saved: FunctionRecord, grad: list[Tensor | None]) -> list[Any]:
         ctx = saved.ctx

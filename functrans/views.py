@@ -16,6 +16,7 @@ from torch import Tensor
 
 from functrans import thread_state
 from functrans.errors import InsideTransformError
+from functrans.failures import given
 from functrans.history import with_history_of
 from functrans.lowering import base, dispatch, highest, lift
 from functrans.memory import storage_offset_of
@@ -58,6 +59,10 @@ class ViewLink:
         self.grad_mode = torch.is_grad_enabled()
         #: of a view by places in memory: how that from which it was taken lay there
         self.layout: Any = None
+
+    def __repr__(self) -> str:
+        before = "" if self.parent is None else f" after {self.parent!r}"
+        return f"<ViewLink {self.op}({given(('...', *self.args), self.kwargs)}){before}>".replace("'...'", "...")
 
     def base_content(self) -> WrapperTensor:
         return self.owner if self.root.content is None else self.root.content

@@ -12,6 +12,7 @@ from functrans.decompositions import DECOMPOSITIONS, decompose
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import ModifiedError
+from functrans.failures import shown
 from functrans.lowering import lower, map_tensors
 from functrans.native import run_recorded
 from functrans.operators import Facts
@@ -121,6 +122,13 @@ class Plan:
 
     op: Any
 
+    def operator(self, saved: Any) -> Any:
+        """The operator of a record, for messages."""
+        return self.op
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.op}>"
+
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         """The cotangents of the record's inputs, given that of its output (or a list of them, one per output)."""
         raise NotImplementedError
@@ -160,6 +168,9 @@ class TablePlan(Plan):
             self.steps = [bind(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
         #: where in what is saved the shapes and dtypes of arguments that were broadcast or promoted begin
         self.first_fix = len(needed) + self.saves_result if fixes else None
+
+    def __repr__(self) -> str:
+        return f"<TablePlan of {self.op} for {', '.join(self.names)}>"
 
     def joint_pull(self, entry: Derivative, names: list[str], place: dict[str, int]) -> Callable[[list[Any], Any], list[Any]]:
         """``pull`` by one formula for all tracked arguments."""
@@ -207,6 +218,7 @@ class ProgramPlan(Plan):
     def __init__(self, program: Program, places: tuple[int, ...]) -> None:
         operators = [instruction.op for instruction in program.instructions]
         self.op = operators[0] if len(operators) == 1 else f"the program of {', '.join(map(str, operators))}"
+        self.places = places
         found = pullback(program, places)
         self.forward, self.saves, self.derive = found.forward, found.saves, found.pull
         self.scope = program.scope
@@ -219,6 +231,9 @@ class ProgramPlan(Plan):
             self.pull_one = self.derive((0,))
             #: what computes the cotangents of a single output, where they are just a program's outputs
             self.pull_program = self.pull_one.program if self.pull_one.plain and self.pull_one.uses is None else None
+
+    def __repr__(self) -> str:
+        return f"<ProgramPlan of {self.op} for {', '.join(f'input {p}' for p in self.places)}>"
 
     def save(self, values: list[Any], outs: Any) -> list[Any]:
         if self.forward.single:
@@ -326,15 +341,24 @@ class BorrowedPullback:
         self.inputs = inputs
         self.modified = modified
 
+    def __repr__(self) -> str:
+        return f"<PyTorch's pullback, of inputs {shown(self.inputs)}>"
+
 
 class BorrowedPlan:
     op = "an operator by PyTorch's derivative"
+
+    def operator(self, saved: tuple[OpOverload, BorrowedPullback]) -> OpOverload:
+        return saved[0]
 
     def pull(self, saved: tuple[OpOverload, BorrowedPullback], grad: Any) -> list[Any]:
         op, kept = saved
         if kept.modified[0]:
             raise ModifiedError(op)
         return kept.pullback(grad)
+
+    def __repr__(self) -> str:
+        return f"<BorrowedPlan of {self.op}>"
 
     def protect(self, saved: tuple[OpOverload, BorrowedPullback], target: Tensor) -> Any:
         kept = saved[1]

@@ -18,9 +18,9 @@ from functrans.programs.deriving import tangent as tangent_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
 from functrans.programs.tracing import Untraceable
-from functrans.rules import SCOPES, RuleTable
+from functrans.rules import SCOPES, RuleTable, place_in
 from functrans.stack import Interpreter
-from functrans.tensor import PendingWrapper, WrapperTensor, describe, pend, tensor_of, wrap, wrap_like
+from functrans.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
@@ -56,7 +56,13 @@ class JvpInterpreter(Interpreter, slots=("tangent",)):
             merged.tangent = merge(old.tangent, new)
 
     def describe(self, wrapper: WrapperTensor) -> str:
-        return "tangent=None" if wrapper.tangent is None else f"tangent={describe(wrapper.tangent, 2)}"
+        return "constant" if wrapper._tangent is None else ""
+
+    def parts(self, wrapper: WrapperTensor) -> dict[str, Any]:
+        return {} if wrapper._tangent is None else {"tangent": wrapper._tangent}
+
+    def rule_place(self, op: Any) -> str | None:
+        return place_in(op, JVP_RULES, DERIVATIVES)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         tangents: dict[Any, Any] = {}

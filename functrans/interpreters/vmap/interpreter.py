@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.call_sites import definition, frames_to_user
 from functrans.decompositions import decompose
 from functrans.defaults import completed
 from functrans.errors import DataDependentError
@@ -19,7 +20,7 @@ from functrans.lowering import call_below, lower, map_tensors
 from functrans.operators import Facts, plans_here
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
-from functrans.rules import SCOPES
+from functrans.rules import SCOPES, place_in
 from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
 from functrans.thread_state import lowered, running_at
@@ -99,6 +100,13 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
 
     def describe(self, wrapper: WrapperTensor) -> str:
         return f"bdim={wrapper.bdim}"
+
+    def details(self) -> list[str]:
+        return [f"batch_size={self.batch_size}", f"randomness={self.info.randomness!r}"]
+
+    def rule_place(self, op: Any) -> str | None:
+        found = place_in(op, BATCHING_RULES)
+        return found or (definition(vmap_rule_of_library(op)) if isinstance(op, OpOverload) else None)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         values: list[Any] = []
@@ -369,5 +377,5 @@ def warn_slow(op: OpOverload) -> None:
         warnings.warn(
             f"vmap has no batching rule for {op} and runs it once per example, which is slow. "
             "Register a rule with functrans.batching_rule to speed it up.",
-            stacklevel=2,
+            stacklevel=frames_to_user(),
         )
