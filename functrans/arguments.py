@@ -13,7 +13,9 @@ from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.mutation import invalidate_saved
 from functrans.pytrees import tree_flatten, tree_unflatten
 from functrans.stack import Interpreter
+from functrans.structures import path_of
 from functrans.tensor import WrapperTensor
+from functrans.wording import what
 
 Argnums = int | tuple[int, ...]
 
@@ -28,13 +30,16 @@ class Inputs:
         self,
         interpreter: Interpreter,
         call: Call | str,
-        argnums: Argnums,
+        argnums: Argnums | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         enter: Callable[[Tensor], WrapperTensor] | None = None,
     ) -> None:
         self.interpreter = interpreter
         self.call = call
+        self.named = argnums is not None
+        if argnums is None:  # all of them
+            argnums = tuple(range(len(args)))
         self.wrapped: list[tuple[WrapperTensor, Tensor]] = []
         self.single = isinstance(argnums, int)
         positions = check_argnums(call, argnums, len(args))
@@ -44,6 +49,8 @@ class Inputs:
         entered = list(args)
         for i in positions:
             leaves, spec = tree_flatten(args[i])
+            for place, leaf in enumerate(leaves):
+                check_argument(call, leaf, self.named, i, args, place)
             wrappers = [self._enter(leaf, track) for leaf in leaves]
             self.tracked[i] = (leaves, wrappers, spec)
             entered[i] = tree_unflatten(spec, wrappers)
@@ -54,15 +61,7 @@ class Inputs:
         self.kwargs = {k: self._constants(v) for k, v in kwargs.items()}
         self.leaf_slots = {i: [getattr(w, "slot", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
-    def _enter(self, leaf: Any, track: Callable[[Tensor], WrapperTensor]) -> Any:
-        if not isinstance(leaf, Tensor):
-            raise CallValueError(
-                self.call, f"an argument of type {type(leaf).__name__} to differentiate for", "tensors", "Name only tensor arguments in argnums."
-            )
-        if self.interpreter.kind == "grad" and leaf.dtype not in DIFFERENTIABLE:
-            raise CallError(
-                self.call, f"an argument of dtype {leaf.dtype} to differentiate for", "a floating-point or complex dtype", "Convert it, e.g. with .float()."
-            )
+    def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
         wrapper = track(leaf)
         self.wrapped.append((wrapper, leaf))
         return wrapper
@@ -101,25 +100,59 @@ class Inputs:
                 origin.copy_(contents.value)
 
 
+def check_argument(call: Call | str, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
+    """``leaf``, number ``place`` of argument ``i``, is something to differentiate for; ``named``: by argnums."""
+    if isinstance(leaf, Tensor) and leaf.dtype in DIFFERENTIABLE:
+        return
+    path = path_of(f"args[{i}]" if named else f"primals[{i}]", args[i], place)
+    if not isinstance(leaf, Tensor):
+        raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", argument_cure(leaf, named))
+    cure = "Convert it, e.g. with .float()" + (", or leave it out of argnums." if named and len(args) > 1 else ".")
+    raise CallValueError(call, f"a tensor of dtype {leaf.dtype} as {path}", "a floating-point or complex dtype to differentiate for", cure)
+
+
+def check_arguments(call: Call | str, args: tuple[Any, ...], argnums: Argnums) -> None:
+    """All that ``argnums`` names is something to differentiate for."""
+    for i in check_argnums(call, argnums, len(args)):
+        for place, leaf in enumerate(tree_flatten(args[i])[0]):
+            check_argument(call, leaf, True, i, args, place)
+
+
+def argument_cure(x: Any, named: bool) -> str:
+    """The cure where ``x`` came in place of a tensor to differentiate for; ``named``: by argnums."""
+    if type(x) in (int, float):
+        return f"Pass torch.tensor({float(x)})."
+    if type(x) is complex:
+        return f"Pass torch.tensor({x})."
+    if hasattr(x, "__array__"):
+        return "Pass torch.as_tensor(...) of it."
+    return "Name only tensors in argnums." if named else "Leave it to the function: lambda x: f(x, value)."
+
+
 def check_argnums(call: Call | str, argnums: Any, count: int) -> tuple[int, ...]:
     """``argnums`` as non-negative positions."""
-    if isinstance(argnums, int):
-        numbers: tuple[Any, ...] = (argnums,)
-    elif isinstance(argnums, tuple):
-        numbers = argnums
-    else:
-        raise CallError(call, f"argnums of type {type(argnums).__name__}", "an int or a tuple of ints")
+    numbers: tuple[Any, ...] = argnums if isinstance(argnums, tuple) else (argnums,)
+    for n in numbers:
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise CallError(call, f"{what(n)} {'in' if numbers is argnums else 'as'} argnums", "an int or a tuple of ints", argnums_cure(argnums))
+        if count == 0:
+            raise CallError(call, "no positional arguments", "at least one", "Keyword arguments are not differentiated for.")
+        if not -count <= n < count:
+            takes = "position 0 or -1" if count == 1 else f"{-count} <= argnum < {count}"
+            given = f"{count} positional argument{'s' * (count != 1)}"
+            raise CallError(call, f"argnum {n} for {given}", takes, "Keyword arguments are not differentiated for.")
     if not numbers:
         raise CallError(call, "argnums=()", "at least one position")
-    for n in numbers:
-        if not isinstance(n, int):
-            raise CallError(call, f"argnums with an element of type {type(n).__name__}", "an int or a tuple of ints")
-        if not -count <= n < count:
-            raise CallError(call, f"argnum {n} for {count} positional argument(s)", f"-{count} <= argnum < {count}", "Keyword arguments are not differentiated for.")
     positions = tuple(n % count for n in numbers)
     if len(set(positions)) != len(positions):
         raise CallError(call, f"argnums={argnums}", "distinct positions")
     return positions
+
+
+def argnums_cure(argnums: Any) -> str:
+    if isinstance(argnums, list) and argnums and all(type(n) is int for n in argnums):
+        return f"Write argnums={tuple(argnums)}."
+    return "Arguments are named by position, not by name." if isinstance(argnums, str) else ""
 
 
 def pick(call: Call | str, args: tuple[Any, ...], argnums: Argnums) -> Any:
@@ -129,19 +162,54 @@ def pick(call: Call | str, args: tuple[Any, ...], argnums: Argnums) -> Any:
 
 def split_aux(call: Call | str, out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise CallError(call, f"an output of type {type(out).__name__}", "a tuple (output, aux), as has_aux=True")
+        raise CallError(
+            call, f"{what(out)} from the function", "a pair (output, aux), since has_aux=True", "Return a tuple of both, or leave has_aux out."
+        )
     return out
 
 
-def check_outputs(call: Call | str, leaves: list[Any]) -> None:
+def check_outputs(call: Call | str, out: Any, leaves: list[Any], differentiable: bool = False) -> None:
+    """The function returned tensors and nothing else; ``differentiable``: with derivatives."""
     if not leaves:
-        raise CallError(call, "a function without outputs", "at least one tensor")
-    if not all(isinstance(o, Tensor) for o in leaves):
-        raise CallError(call, f"outputs {kinds(leaves)}", "only tensors", "Return other values as aux, with has_aux=True.")
+        raise CallError(call, f"{what(out)} from the function", "at least one tensor")
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            cure = output_cure(leaf) or "Return it as aux, with has_aux=True."
+            raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
+        if differentiable and leaf.dtype not in DIFFERENTIABLE:
+            raise CallError(
+                call, f"a tensor of dtype {leaf.dtype} as {path_of('output', out, place)}", "a floating-point or complex dtype",
+                "It has no derivative: return it as aux, with has_aux=True.",
+            )  # fmt: skip
 
 
-def kinds(leaves: list[Any]) -> str:
-    return "of types (" + ", ".join(type(x).__name__ for x in leaves) + ")"
+def check_scalar(call: Call | str, out: Any) -> None:
+    """The function returned what a gradient can be taken of."""
+    if not isinstance(out, Tensor):
+        cure = output_cure(out)
+        if isinstance(out, tuple) and len(out) == 2:
+            cure = "Pass has_aux=True if the second is no part of the loss; for several losses use functrans.vjp or functrans.jacrev."
+        elif isinstance(out, tuple | list | dict):
+            cure = "Add the losses up, or use functrans.vjp or functrans.jacrev for several."
+        raise CallError(call, f"{what(out)} as output", "a tensor without dimensions", cure)
+    if out.is_nested or out.dim() != 0:
+        cure = "Reduce it with .sum() or .mean(), or use functrans.vjp or functrans.jacrev."
+        raise CallError(call, "a nested tensor as output" if out.is_nested else f"an output of shape {tuple(out.shape)}", "a scalar tensor, of shape ()", cure)
+    if out.dtype.is_complex:
+        cure = "Return a real number of it, such as .abs() or .real, or use functrans.vjp."
+        raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+    if out.dtype not in DIFFERENTIABLE:
+        cure = "A count or a comparison has no gradient: return it as aux, with has_aux=True, beside a loss that has one."
+        raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+
+
+def output_cure(x: Any) -> str:
+    """The cure where a function returned ``x`` in place of a tensor."""
+    if x is None:
+        return "Is a return statement missing?"
+    if isinstance(x, int | float | complex) or hasattr(x, "__array__"):
+        return "Return the tensor itself, without .item(), float() or NumPy on the way: they leave the derivative behind."
+    return ""
 
 
 def unwrap(interpreter: Interpreter, x: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from functrans.wording import callable_name, shown
+
 
 class FunctransError(RuntimeError):
     """Base of all errors that functrans raises on purpose."""
@@ -225,6 +227,14 @@ class CallValueError(CallError, ValueError):
     """A CallError that torch.func raises as a ValueError."""
 
 
+class CallTypeError(CallError, TypeError):
+    """A CallError that Python or torch.func raises as a TypeError."""
+
+
+class CallIndexError(CallError, IndexError):
+    """A CallError that torch.func raises as an IndexError."""
+
+
 class Call:
     """A call of a transform, as an error shows it; written out only then."""
 
@@ -239,17 +249,8 @@ class Call:
     def __str__(self) -> str:
         rest = self.arguments
         if not isinstance(rest, str):
-            rest = ", ".join(f"{name}={value}" for name, value in rest.items())
+            rest = ", ".join(f"{name}={shown(value)}" for name, value in rest.items())
         return f"{self.transform}({callable_name(self.func)}, {rest})"
-
-
-def callable_name(func: Any) -> str:
-    """A function's name for messages."""
-    name = getattr(func, "__name__", None)
-    if name is not None:
-        return str(name)
-    inner = getattr(func, "func", None)
-    return f"partial({callable_name(inner)}, ...)" if inner is not None else type(func).__name__
 
 
 class CustomFunctionError(FunctransError):
