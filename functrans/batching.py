@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functrans.errors import Call, CallValueError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
-from functrans.pytrees import broadcast_prefix, tree_flatten, tree_unflatten
+from functrans.pytrees import broadcast_prefix, keys_apart, leaves_like, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
 from functrans.tensor import WrapperTensor
 
@@ -76,7 +76,8 @@ def check_inputs(call: Call | str, in_dims: Any, args: tuple[Any, ...]) -> tuple
     leaves, spec = tree_flatten(args)
     dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
     if dims is None:
-        raise CallValueError(call, f"arguments of structure {spec}", f"a structure that in_dims {in_dims} is a prefix of")
+        apart = keys_apart(in_dims, args)
+        raise CallValueError(call, f"arguments of structure {spec}", f"a structure that in_dims {in_dims} is a prefix of", apart and f"in_dims has {apart}.")
     found: list[int | None] = []
     size: int | None = None
     for leaf, dim in zip(leaves, dims, strict=True):
@@ -167,7 +168,8 @@ def check_out_dims(call: Call | str, out_dims: Any, out: Any, leaves: list[Any],
     else:
         places = broadcast_prefix(out_dims, out)
     if places is None:
-        raise CallValueError(call, f"outputs of structure {spec}", f"a structure that out_dims {out_dims} is a prefix of")
+        apart = keys_apart(out_dims, out)
+        raise CallValueError(call, f"outputs of structure {spec}", f"a structure that out_dims {out_dims} is a prefix of", apart and f"out_dims has {apart}.")
     for d in places:
         if d is not None and not isinstance(d, int):
             raise CallValueError(call, f"an out_dim {d!r}", "an int or None")
@@ -220,8 +222,11 @@ def run_chunks(
         if state is not None:
             torch.set_rng_state(state)
         outs.append(run_batched(call, func, part, dims, spec, length, out_dims, randomness, kwargs))
-    flat = [tree_flatten(o) for o in outs]
-    out_spec = flat[0][1]
+    out_spec = tree_flatten(outs[0])[1]
+    flat = [leaves_like(o, out_spec) for o in outs]
+    for _, spec_of_chunk in flat:
+        if spec_of_chunk != out_spec:
+            raise CallValueError(call, f"outputs of structure {out_spec} for one chunk and {spec_of_chunk} for another", "the same structure for all chunks")
     places = check_out_dims(call, out_dims, outs[0], flat[0][0], out_spec)
     joined = []
     for i, place in enumerate(places):

@@ -44,6 +44,10 @@ def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Any], dic
         raise CallError(call, f"models of classes {sorted(kinds)}", "one class")
     if any(m.training != models[0].training for m in models):
         raise CallError(call, "models in training and in evaluation mode", "one mode", "Call .train() or .eval() on all of them.")
+    names = [{name for named in (m.named_parameters(), m.named_buffers()) for name, _ in named} for m in models]
+    for own in names[1:]:
+        if own != names[0]:
+            raise CallError(call, f"models of which some have {sorted(own ^ names[0])} and some do not", "the same parameters and buffers in all models")
     for name, p in models[0].named_parameters():
         if any(dict(m.named_parameters())[name].requires_grad != p.requires_grad for m in models):
             raise CallError(call, f"models of which some freeze {name} and some do not", "the same requires_grad in all models")

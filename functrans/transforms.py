@@ -25,7 +25,7 @@ from functrans.errors import Call, CallError, CallValueError
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
-from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.stack import door_closed, run_transformed
 from functrans.structures import difference, path_of
 from functrans.tensor import WrapperTensor
@@ -198,7 +198,7 @@ def vjp_with_argnums(
 
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Cotangents of the primals, given cotangents of the output. (The other arguments are torch.func's and have no effect.)"""
-        leaves, given = tree_flatten(cotangents)
+        leaves, given = leaves_like(cotangents, spec)
         if given != spec:
             raise CallError(f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values)))
         seeds: dict[int, Tensor] = {}
@@ -278,7 +278,7 @@ def jvp_with_argnums(
         raise CallError(call, f"{what(primals)} as primals", "a tuple, so that f(*primals) is a valid call", cure)
     moving = primals if argnums is None else pick(call, primals, argnums)
     leaves, spec = tree_flatten(moving)
-    tangent_leaves, tangent_spec = tree_flatten(tangents)
+    tangent_leaves, tangent_spec = leaves_like(tangents, spec)
     if spec != tangent_spec:
         raise CallError(call, *difference("tangents", tangents, "primals", moving))
     if not leaves:
