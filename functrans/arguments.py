@@ -29,7 +29,7 @@ class Inputs:
     def __init__(
         self,
         interpreter: Interpreter,
-        call: Call | str,
+        call: Call,
         argnums: Argnums | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -100,36 +100,40 @@ class Inputs:
                 origin.copy_(contents.value)
 
 
-def check_argument(call: Call | str, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
+def check_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
     """``leaf``, number ``place`` of argument ``i``, is something to differentiate for; ``named``: by argnums."""
     if isinstance(leaf, Tensor) and leaf.dtype in DIFFERENTIABLE:
         return
     path = path_of(f"args[{i}]" if named else f"primals[{i}]", args[i], place)
     if not isinstance(leaf, Tensor):
-        raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", argument_cure(leaf, named))
-    cure = "Convert it, e.g. with .float()" + (", or leave it out of argnums." if named and len(args) > 1 else ".")
+        raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", argument_cure(leaf) or (NAMED_CURE if named else UNNAMED_CURE))
+    cure = "Convert it, e.g. with .float(), or " + ("pass it as an argument that argnums does not name." if named else UNNAMED_CURE[0].lower() + UNNAMED_CURE[1:])
     raise CallValueError(call, f"a tensor of dtype {leaf.dtype} as {path}", "a floating-point or complex dtype to differentiate for", cure)
 
 
-def check_arguments(call: Call | str, args: tuple[Any, ...], argnums: Argnums) -> None:
+def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None:
     """All that ``argnums`` names is something to differentiate for."""
     for i in check_argnums(call, argnums, len(args)):
         for place, leaf in enumerate(tree_flatten(args[i])[0]):
             check_argument(call, leaf, True, i, args, place)
 
 
-def argument_cure(x: Any, named: bool) -> str:
-    """The cure where ``x`` came in place of a tensor to differentiate for; ``named``: by argnums."""
+NAMED_CURE = "Name only tensors in argnums."
+UNNAMED_CURE = "Give it to the function in another way: lambda x: f(x, value)."
+
+
+def argument_cure(x: Any) -> str:
+    """The cure where ``x`` came in place of a tensor."""
     if type(x) in (int, float):
         return f"Pass torch.tensor({float(x)})."
     if type(x) is complex:
         return f"Pass torch.tensor({x})."
     if hasattr(x, "__array__"):
         return "Pass torch.as_tensor(...) of it."
-    return "Name only tensors in argnums." if named else "Leave it to the function: lambda x: f(x, value)."
+    return ""
 
 
-def check_argnums(call: Call | str, argnums: Any, count: int) -> tuple[int, ...]:
+def check_argnums(call: Call, argnums: Any, count: int) -> tuple[int, ...]:
     """``argnums`` as non-negative positions."""
     numbers: tuple[Any, ...] = argnums if isinstance(argnums, tuple) else (argnums,)
     for n in numbers:
@@ -155,12 +159,12 @@ def argnums_cure(argnums: Any) -> str:
     return "Arguments are named by position, not by name." if isinstance(argnums, str) else ""
 
 
-def pick(call: Call | str, args: tuple[Any, ...], argnums: Argnums) -> Any:
+def pick(call: Call, args: tuple[Any, ...], argnums: Argnums) -> Any:
     positions = check_argnums(call, argnums, len(args))
     return args[positions[0]] if isinstance(argnums, int) else tuple(args[i] for i in positions)
 
 
-def split_aux(call: Call | str, out: Any) -> tuple[Any, Any]:
+def split_aux(call: Call, out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
         raise CallError(
             call, f"{what(out)} from the function", "a pair (output, aux), since has_aux=True", "Return a tuple of both, or leave has_aux out."
@@ -168,7 +172,7 @@ def split_aux(call: Call | str, out: Any) -> tuple[Any, Any]:
     return out
 
 
-def check_outputs(call: Call | str, out: Any, leaves: list[Any], differentiable: bool = False) -> None:
+def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool = False) -> None:
     """The function returned tensors and nothing else; ``differentiable``: with derivatives."""
     if not leaves:
         raise CallError(call, f"{what(out)} from the function", "at least one tensor")
@@ -183,7 +187,7 @@ def check_outputs(call: Call | str, out: Any, leaves: list[Any], differentiable:
             )  # fmt: skip
 
 
-def check_scalar(call: Call | str, out: Any) -> None:
+def check_scalar(call: Call, out: Any) -> None:
     """The function returned what a gradient can be taken of."""
     if not isinstance(out, Tensor):
         cure = output_cure(out)

@@ -19,19 +19,18 @@ def check_callable(transform: str, func: Any) -> None:
     raise CallTypeError(f"{transform}({shown(func)}, ...)", what(func), "a function as the first argument", cure)
 
 
-def check_flag(call: Call | str, **flags: Any) -> None:
-    """Flags are bools, or 0 and 1."""
-    for name, value in flags.items():
-        if not isinstance(value, bool) and value not in (0, 1):
-            raise CallTypeError(call, f"{what(value)} as {name}", "True or False")
+def check_flag(call: Call | str, name: str, value: Any) -> None:
+    """A flag is a bool; 0, 1 and None stand for one."""
+    if not isinstance(value, bool | int | None) or value not in (0, 1, None):
+        raise CallTypeError(call, f"{what(value)} as {name}", "True or False")
 
 
-def check_chunk_size(call: Call | str, chunk_size: Any) -> None:
+def check_chunk_size(call: Call, chunk_size: Any) -> None:
     if chunk_size is not None and not (isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0):
         raise CallValueError(call, f"chunk_size={shown(chunk_size)}", "a positive int or None")
 
 
-def check_randomness(call: Call | str, randomness: Any) -> None:
+def check_randomness(call: Call, randomness: Any) -> None:
     if not (isinstance(randomness, str) and randomness in ("error", "different", "same")):
         raise CallValueError(call, f"randomness={shown(randomness)}", "'error', 'different' or 'same'")
 
@@ -42,7 +41,7 @@ def check_kind(call: Call | str, name: str, value: Any, kind: type | tuple[type,
         raise CallTypeError(call, f"{what(value)} as {name}", expected, cure)
 
 
-def call_function(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_function(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the user's function. What it raises passes; a call that does not fit its signature is told apart from that."""
     try:
         return func(*args, **kwargs)
@@ -53,7 +52,7 @@ def call_function(call: Call | str, func: Callable[..., Any], args: tuple[Any, .
         raise
 
 
-def check_signature(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_signature(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(func)
     except (TypeError, ValueError):  # a builtin without one
@@ -61,6 +60,8 @@ def check_signature(call: Call | str, func: Callable[..., Any], args: tuple[Any,
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        signature = inspect.Signature(parameters)
         given = [f"{len(args)} positional argument{'s' * (len(args) != 1)}", *(f"{name}=" for name in kwargs)]
         name = callable_name(func)
         raise CallTypeError(

@@ -111,19 +111,6 @@ def one_level(tree: Any) -> tuple[list[Any], TreeSpec]:
     return optree.tree_flatten(tree, is_leaf=lambda x: x is not tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
-def keys_apart(tree: Any, like: Any) -> str:
-    """For an error: the first dict of ``tree`` whose keys are not those of its counterpart in ``like``; else nothing."""
-    if type(tree) in DICTS and type(like) in DICTS:
-        missing, extra = [k for k in like if k not in tree], [k for k in tree if k not in like]
-        if missing or extra:
-            return " and ".join([f"no entry for {k!r}" for k in missing] + [f"an entry for {k!r}, which is not there" for k in extra])
-        return next((text for k in like if (text := keys_apart(tree[k], like[k]))), "")
-    if type(tree) is not type(like) or type(tree) in TENSORS:
-        return ""
-    pairs = zip(one_level(tree)[0], one_level(like)[0], strict=False)
-    return next((text for a, b in pairs if a is not tree and (text := keys_apart(a, b))), "")
-
-
 def _adopt(kind: type) -> bool:
     """Make a type that only torch's Python pytree knows (a dataclass, say) known to optree as well."""
     node = torch_pytree.SUPPORTED_NODES.get(kind)

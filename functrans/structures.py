@@ -7,7 +7,10 @@ from typing import Any
 import optree
 
 from functrans.pytrees import NAMESPACE
-from functrans.wording import keys, what
+from functrans.wording import shown, what
+
+
+PLURALS = ("args", "primals")
 
 
 def path_of(root: str, tree: Any, index: int) -> str:
@@ -29,8 +32,14 @@ def difference(root: str, given: Any, of: str, expected: Any, *, prefix: bool = 
     if found is None:  # they differ in what no notation shows, such as the context of a custom node
         return f"{what(given)} as {root}", f"the structure of {of}"
     path, g, e = found
-    wanted = f"the {keys(e)}" if _dicts(g, e) else what(e) if _is_leaf(e) or type(e) in (tuple, list, dict) else f"{what(e)} with the same fields"
-    return f"{what(g)} as {root}{path}", f"{wanted}, as {of}{path if of.isidentifier() else ''}"
+    there = of + path if of.isidentifier() else of
+    if _dicts(g, e):
+        missing, extra = [shown(k) for k in e if k not in g], [shown(k) for k in g if k not in e]
+        apart = [f"{word} {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for word, names in (("without", missing), ("with", extra)) if names]
+        return f"{root}{path} {' and '.join(apart)}", f"the keys of {there}"
+    if prefix and _is_leaf(e):
+        return f"{what(g)} as {root}{path}", f"an int or None, since {there} is {what(e)}"
+    return f"{what(g)} as {root}{path}", f"{what(e)}, as {there} {'are' if there in PLURALS else 'is'}"
 
 
 def _difference(path: str, given: Any, expected: Any, prefix: bool) -> tuple[str, Any, Any] | None:

@@ -29,7 +29,7 @@ from functrans.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatte
 from functrans.stack import door_closed, run_transformed
 from functrans.structures import difference, path_of
 from functrans.tensor import WrapperTensor
-from functrans.wording import what
+from functrans.wording import shown, what
 
 
 def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -108,8 +108,8 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Call:
     """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
     check_callable(transform, func)
-    call = Call(transform, func, {"argnums": argnums})
-    check_flag(call, has_aux=has_aux)
+    call = Call(transform, func, {"argnums": argnums, **({} if has_aux is False else {"has_aux": has_aux})})
+    check_flag(call, "has_aux", has_aux)
     return call
 
 
@@ -166,8 +166,8 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         (tensor([1., 2.]),)
     """
     check_callable("vjp", func)
-    call = Call("vjp", func, "...")
-    check_flag(call, has_aux=has_aux)
+    call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
+    check_flag(call, "has_aux", has_aux)
     out, pullback, aux = vjp_with_argnums(call, func, primals, None, has_aux)
     return (out, pullback, aux) if has_aux else (out, pullback)
 
@@ -204,7 +204,7 @@ def vjp_with_argnums(
         seeds: dict[int, Tensor] = {}
         for place, (slot, c, (shape, dtype)) in enumerate(zip(slots, leaves, shapes, strict=True)):
             if not isinstance(c, Tensor) or c.shape != shape or not convertible(c.dtype, dtype):
-                refuse_cotangent(f"pullback of {call}", c, path_of("cotangents", cotangents, place), shape, dtype)
+                refuse_cotangent(f"pullback of {call}", c, path_of("cotangents", tree_unflatten(spec, values), place), shape, dtype)
             if slot is not None:
                 c = c if c.dtype is dtype else c.to(dtype)
                 seeds[slot] = seeds[slot] + c if slot in seeds else c
@@ -256,8 +256,9 @@ def jvp(
         (tensor([1., 1.]), tensor([1., 2.]))
     """
     check_callable("jvp", func)
-    call = Call("jvp", func, "primals, tangents")
-    check_flag(call, strict=strict, has_aux=has_aux)
+    call = Call("jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}")
+    check_flag(call, "strict", strict)
+    check_flag(call, "has_aux", has_aux)
     out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, None, strict, has_aux)
     return (out, tangent, aux) if has_aux else (out, tangent)
 
@@ -285,13 +286,13 @@ def jvp_with_argnums(
         raise CallError(call, f"{what(primals)} as primals", "at least one tensor")
     for place, (p, t) in enumerate(zip(leaves, tangent_leaves, strict=True)):
         if not isinstance(p, Tensor):
-            cure = argument_cure(p, argnums is not None)
+            cure = argument_cure(p)
             raise CallError(call, f"{what(p)} as {path_of('primals', moving, place)}", "a tensor", cure)
         if p.dtype not in DIFFERENTIABLE:
             got = f"a tensor of dtype {p.dtype} as {path_of('primals', moving, place)}"
             raise CallValueError(call, got, "a floating-point or complex dtype", "Convert it, e.g. with .float().")
         if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype:
-            refuse_tangent(call, p, t, place, moving, tangents)
+            refuse_tangent(call, p, t, place, moving)
     interpreter = JvpInterpreter(func)
     pairs = iter(tangent_leaves)
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
@@ -309,7 +310,7 @@ def jvp_with_argnums(
         found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in out_leaves]
         if strict and any(t is None for t in found):
             independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
-            raise CallError(call, f"{independent} that does not depend on the primals", "one that does, since strict=True", "Pass strict=False for zero tangents.")
+            raise CallError(call, f"{independent}, which does not depend on the primals", "outputs that do, since strict=True", "Pass strict=False for zero tangents.")
         return values, found, out_spec, aux
 
     values, found, out_spec, aux = run_transformed(interpreter, body)
@@ -320,10 +321,11 @@ def jvp_with_argnums(
 
 def refuse_cotangent(call: str, c: Any, path: str, shape: Any, dtype: torch.dtype) -> None:
     if not isinstance(c, Tensor):
-        raise CallError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(shape)}", argument_cure(c, False) if c is not None else "Pass zeros where there is none.")
+        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if shape == () else ""
+        raise CallError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(shape)}", cure)
     if c.shape != shape:
-        raise CallError(call, f"a cotangent of shape {tuple(c.shape)} as {path}", f"the output's shape {tuple(shape)}")
-    raise CallError(call, f"a cotangent of dtype {c.dtype} as {path}", f"the output's dtype {dtype}", "Pass its .real: a real output has a real cotangent.")
+        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(shape)}")
+    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {dtype}", "Pass its .real: a real output has a real cotangent.")
 
 
 def convertible(given: torch.dtype, expected: torch.dtype) -> bool:
@@ -331,11 +333,11 @@ def convertible(given: torch.dtype, expected: torch.dtype) -> bool:
     return given is expected or expected.is_complex or not given.is_complex
 
 
-def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any, tangents: Any) -> None:
-    path, primal = path_of("tangents", tangents, place), path_of("primals", primals, place)
+def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> None:
+    path, primal = path_of("tangents", primals, place), path_of("primals", primals, place)
     if not isinstance(t, Tensor):
         cure = f"Pass torch.zeros_like({primal})." if t is None or t == 0 else f"Pass torch.full_like({primal}, {t})." if isinstance(t, int | float) else ""
         raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
     if p.shape != t.shape:
-        raise CallError(call, f"a tangent of shape {tuple(t.shape)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
-    raise CallError(call, f"a tangent of dtype {t.dtype} as {path}", f"the dtype {p.dtype} of {primal}", f"Convert it with .to({p.dtype}).")
+        raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
+    raise CallError(call, f"a tensor of dtype {t.dtype} as {path}", f"the dtype {p.dtype} of {primal}", f"Convert it with .to({p.dtype}).")

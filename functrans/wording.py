@@ -30,13 +30,14 @@ def what(x: Any) -> str:
     if kind in (tuple, list, dict, set):
         if not x:
             return f"an empty {kind.__name__}"
-        return f"a dict with the {keys(x)}" if kind is dict else f"a {kind.__name__} of {len(x)}"
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+        return f"a dict with {_keys(x)}" if kind is dict else f"a {kind.__name__} of {len(x)}"
+    name = f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
-def keys(x: dict[Any, Any]) -> str:
-    return ("key " if len(x) == 1 else "keys ") + ", ".join(map(shown, x))
+def _keys(x: dict[Any, Any]) -> str:
+    names = [shown(k) for k in x]
+    return f"key{'s' * (len(x) != 1)} {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
 
 
 def _tensor(x: Tensor) -> str:

@@ -87,9 +87,9 @@ def test_a_prefix_ends_above_the_leaves() -> None:
 def test_in_and_out_dims_with_other_keys_name_them(order: str) -> None:
     args = {"a": A, "b": B}
     for dims, words in (
-        ({"a": 0}, "no entry for 'b'"),
-        ({"a": 0, "b": 1, "c": 0}, "an entry for 'c', which is not there"),
-        ({"a": 0, "c": 0}, "no entry for 'b' and an entry for 'c', which is not there"),
+        ({"a": 0}, "without 'b'"),
+        ({"a": 0, "b": 1, "c": 0}, "with 'c'"),
+        ({"a": 0, "c": 0}, "without 'b' and with 'c'"),
     ):
         dims = {k: dims[k] for k in sorted(dims, reverse=order == "ba")}
         with pytest.raises(CallValueError, match=words):
@@ -119,7 +119,7 @@ def test_tangents_and_cotangents(kind: str, order: str) -> None:
     x, y = torch.randn(3), torch.randn(3)
     f = lambda t: tree(kind, "ab", a=named(t)["a"] ** 2, b=named(t)["b"] * named(t)["a"])
     primals = tree(kind, "ab", a=x, b=y)
-    out, tangent = jvp(f, (primals,), (tree(kind, order, a=x + 1, b=y - 1),))
+    _, tangent = jvp(f, (primals,), (tree(kind, order, a=x + 1, b=y - 1),))
     torch.testing.assert_close(named(tangent)["a"], 2 * x * (x + 1))
     torch.testing.assert_close(named(tangent)["b"], (y - 1) * x + y * (x + 1))
     _, pull = vjp(f, primals)
@@ -130,14 +130,14 @@ def test_tangents_and_cotangents(kind: str, order: str) -> None:
 
 def test_tangents_and_cotangents_with_other_keys() -> None:
     x = torch.randn(3)
-    with pytest.raises(CallError, match="structure"):
+    with pytest.raises(CallError, match="as (the output|primals)"):
         jvp(lambda t: t["a"], ({"a": x, "b": x},), ({"a": x, "c": x},))
-    with pytest.raises(CallError, match="structure"):
+    with pytest.raises(CallError, match="as (the output|primals)"):
         vjp(lambda t: {"a": t, "b": t}, x)[1]({"a": x, "c": x})
 
 
 def test_aux_keeps_its_own_order() -> None:
-    out, pull, aux = vjp(lambda x: (x, {"b": x, "a": 2 * x}), torch.ones(2), has_aux=True)
+    _, _, aux = vjp(lambda x: (x, {"b": x, "a": 2 * x}), torch.ones(2), has_aux=True)
     assert list(aux) == ["b", "a"] and torch.equal(aux["a"], 2 * torch.ones(2))
     grads, aux = functrans.grad(lambda t: ((t["b"] * t["a"]).sum(), {"b": 1, "a": t}), has_aux=True)({"b": A, "a": A + 1})
     assert list(grads) == ["b", "a"] and torch.equal(grads["b"], A + 1) and list(aux["a"]) == ["b", "a"]
