@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import Call, CallError, CallValueError
+from functrans.errors import Call, CallError, CallValueError, DeadWrapperError
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.mutation import invalidate_saved
 from functrans.pytrees import tree_flatten, tree_unflatten
 from functrans.stack import Interpreter
 from functrans.structures import path_of
-from functrans.tensor import WrapperTensor
+from functrans.tensor import WrapperTensor, check_layout
 from functrans.wording import what
 
 Argnums = int | tuple[int, ...]
+#: In place of argnums: every argument, as in vjp and jvp, where they are called primals.
+ALL: Any = object()
 
 
 class Inputs:
@@ -30,15 +32,15 @@ class Inputs:
         self,
         interpreter: Interpreter,
         call: Call,
-        argnums: Argnums | None,
+        argnums: Argnums,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         enter: Callable[[Tensor], WrapperTensor] | None = None,
     ) -> None:
         self.interpreter = interpreter
         self.call = call
-        self.named = argnums is not None
-        if argnums is None:  # all of them
+        self.named = argnums is not ALL
+        if argnums is ALL:
             argnums = tuple(range(len(args)))
         self.wrapped: list[tuple[WrapperTensor, Tensor]] = []
         self.single = isinstance(argnums, int)
@@ -116,6 +118,7 @@ def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None
     for i in check_argnums(call, argnums, len(args)):
         for place, leaf in enumerate(tree_flatten(args[i])[0]):
             check_argument(call, leaf, True, i, args, place)
+            check_layout(leaf)
 
 
 NAMED_CURE = "Name only tensors in argnums."
@@ -223,6 +226,8 @@ def unwrap(interpreter: Interpreter, x: Any) -> Any:
             x.view_link.refresh(x)
         if x.interpreter is interpreter:
             return x.value
+        if not x.interpreter.alive:
+            raise DeadWrapperError(x)
     return x
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from functrans.checks import call_function, check_callable, check_chunk_size, check_randomness
-from functrans.errors import Call, CallIndexError, CallValueError
+from functrans.errors import Call, CallIndexError, CallValueError, DeadWrapperError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
 from functrans.structures import difference, path_of, paths
-from functrans.tensor import WrapperTensor
+from functrans.tensor import WrapperTensor, check_layout
 from functrans.wording import what
 
 
@@ -92,6 +92,7 @@ def check_inputs(call: Call, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[
         if not isinstance(leaf, Tensor):
             cure = "Give it in_dim None if it is the same for every example." if not hasattr(leaf, "__array__") else "Pass torch.as_tensor(...) of it."
             raise CallValueError(call, f"in_dim {dim} for {what(leaf)}, {path_of('args', args, place)}", "a tensor", cure)
+        check_layout(leaf)
         rank = leaf.dim()
         if not -rank <= dim < rank:
             refuse_in_dim(call, dim, rank, path_of("args", args, place))
@@ -222,6 +223,8 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
             x, bdim = x.value, x.bdim
             if bdim == place:
                 return x
+        elif not x.interpreter.alive:
+            raise DeadWrapperError(x)
     elif not isinstance(x, Tensor):
         return x
     if place is None:
@@ -235,6 +238,8 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
         raise CallIndexError(call, got, f"{-rank} <= out_dim < {rank}")
     place %= rank
     if bdim is None:
+        if x.layout is not torch.strided:
+            return torch.stack([x] * interpreter.batch_size, place)
         shape = list(x.shape)
         shape.insert(place, interpreter.batch_size)
         return x.unsqueeze(place).expand(shape)

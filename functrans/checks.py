@@ -35,13 +35,13 @@ def check_randomness(call: Call, randomness: Any) -> None:
         raise CallValueError(call, f"randomness={shown(randomness)}", "'error', 'different' or 'same'")
 
 
-def check_kind(call: Call | str, name: str, value: Any, kind: type | tuple[type, ...], expected: str, cure: str = "") -> None:
+def check_kind(call: Call | str, name: str, value: Any, kind: Any, expected: str, cure: str = "") -> None:
     """``value``, the argument ``name``, is of ``kind``, which ``expected`` says in words."""
     if not isinstance(value, kind):
         raise CallTypeError(call, f"{what(value)} as {name}", expected, cure)
 
 
-def call_function(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_function(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the user's function. What it raises passes; a call that does not fit its signature is told apart from that."""
     try:
         return func(*args, **kwargs)
@@ -52,7 +52,7 @@ def call_function(call: Call, func: Callable[..., Any], args: tuple[Any, ...], k
         raise
 
 
-def check_signature(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_signature(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(func)
     except (TypeError, ValueError):  # a builtin without one

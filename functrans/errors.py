@@ -203,15 +203,17 @@ class DataDependentError(FunctransError):
 
 
 class LayoutError(FunctransError):
-    """A tensor of a compressed sparse layout came up inside a transform; PyTorch cannot wrap those.
+    """A nested tensor, or one of a compressed sparse layout, came up inside a transform; PyTorch cannot wrap those.
 
-    Cure: ``to_dense()`` or ``to_sparse()`` (the COO layout) before the transform, or in place of the conversion inside it.
+    Cure: ``to_dense()`` or ``to_sparse()`` (the COO layout), or ``to_padded_tensor()``, before the transform or in place of the conversion
+    inside it.
     """
 
     def __init__(self, x: Any) -> None:
+        came = "a nested tensor" if x.is_nested else f"a tensor of shape {tuple(x.shape)} and layout {x.layout}"
+        cure = "Use its to_padded_tensor(0.0), with a mask" if x.is_nested else "Use its to_dense(), or to_sparse() for the COO layout"
         super().__init__(
-            f"a tensor of shape {tuple(x.shape)} and layout {x.layout} came up inside a transform; expected torch.strided or "
-            "torch.sparse_coo. Use its to_dense(), or to_sparse() for the COO layout: before the transform if it comes from "
+            f"{came} came up inside a transform; expected torch.strided or torch.sparse_coo. {cure}: before the transform if it comes from "
             "outside, in place of the conversion if it is made inside."
         )
 

@@ -15,15 +15,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.decompositions import decompose
+from functrans.checks import check_kind
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
 from functrans.errors import FunctransError, MissingRuleError
+from functrans.extension_calls import check_operator, decompose, lower, lowered, map_tensors, run_transformed, running_at, wrap
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
-from functrans.lowering import lower, map_tensors
 from functrans.operators import facts
 from functrans.rules import RuleTable
-from functrans.stack import Interpreter, interpreter_stack, lowered, run_transformed, running_at
-from functrans.tensor import WrapperTensor, wrap
+from functrans.stack import Interpreter, interpreter_stack
+from functrans.tensor import WrapperTensor
 from functrans.torch_private import OpOverload
 
 __all__ = [
@@ -139,6 +139,9 @@ class TableInterpreter(Interpreter):
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
     """The error for an operator without a rule: names operator, transform, levels and file, and shows the lines to paste."""
+    call = "missing_rule(interpreter, op)"
+    check_kind(call, "interpreter", interpreter, TableInterpreter, "a TableInterpreter")
+    check_operator(call, op)
     levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
     names = [a.name + "_" * keyword.iskeyword(a.name) for a in op._schema.arguments if not a.kwarg_only]
     if any(a.kwarg_only for a in op._schema.arguments):

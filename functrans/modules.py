@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from functrans.checks import check_kind
+from functrans.checks import check_flag, check_kind
 from functrans.errors import CallError, CallTypeError, CallValueError
 from functrans.wording import shown, what
 
@@ -46,6 +46,8 @@ def functional_call(
         >>> grad(lambda w: functional_call(layer, {"weight": w}, torch.tensor([3.0, 4.0])).sum())(torch.zeros(1, 2))
         tensor([[3., 4.]])
     """
+    for flag, value in (("tie_weights", tie_weights), ("strict", strict)):
+        check_flag(f"functional_call({shown(module)}, ...)", flag, value)
     try:
         return torch.func.functional_call(module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):

@@ -264,7 +264,19 @@ def concrete(x: Tensor) -> Tensor | None:
 
 def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
     """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``; what the transform keeps on it is not set."""
-    return wrap_as(interpreter, value, value.shape, strides_of(value))
+    if type(value) not in TENSORS:
+        check_layout(value)
+    try:
+        shape = value.shape
+    except RuntimeError:  # a nested tensor has none
+        raise LayoutError(value) from None
+    return wrap_as(interpreter, value, shape, strides_of(value))
+
+
+def check_layout(x: Any) -> None:
+    """Refuse a nested tensor, which has no shape that code at a level could see."""
+    if type(x) is not WrapperTensor and isinstance(x, Tensor) and x.is_nested:
+        raise LayoutError(x)
 
 
 def wrap_as(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functrans.arguments import (
+    ALL,
     Argnums,
     Inputs,
     argument_cure,
@@ -21,14 +22,14 @@ from functrans.arguments import (
     unwrap,
 )
 from functrans.checks import call_function, check_callable, check_flag
-from functrans.errors import Call, CallError, CallValueError
+from functrans.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.stack import door_closed, run_transformed
 from functrans.structures import difference, path_of
-from functrans.tensor import WrapperTensor
+from functrans.tensor import WrapperTensor, check_layout
 from functrans.wording import shown, what
 
 
@@ -168,15 +169,15 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
     check_callable("vjp", func)
     call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)
-    out, pullback, aux = vjp_with_argnums(call, func, primals, None, has_aux)
+    out, pullback, aux = vjp_with_argnums(call, func, primals, ALL, has_aux)
     return (out, pullback, aux) if has_aux else (out, pullback)
 
 
 def vjp_with_argnums(
-    call: Call, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums | None, has_aux: bool, kwargs: Any = None
+    call: Call, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums, has_aux: bool, kwargs: Any = None
 ) -> tuple[Any, Callable[..., Any], Any]:
-    """vjp with respect to some of the primals (None: all, the pullback then returns a tuple)."""
-    if not primals and argnums is None:
+    """vjp with respect to some of the primals (for ALL the pullback returns a tuple)."""
+    if not primals and argnums is ALL:
         raise CallError(call, "no primals", "at least one", "The primals follow the function: vjp(f, x, y).")
     interpreter = GradInterpreter(func)
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {})
@@ -194,7 +195,7 @@ def vjp_with_argnums(
     values, slots, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
     versions = interpreter.saved_versions()
-    shapes = [(v.shape, v.dtype) for v in values]
+    shapes = [(v.shape, v.dtype, v.device) for v in values]
 
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Cotangents of the primals, given cotangents of the output. (The other arguments are torch.func's and have no effect.)"""
@@ -202,9 +203,10 @@ def vjp_with_argnums(
         if given != spec:
             raise CallError(f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values)))
         seeds: dict[int, Tensor] = {}
-        for place, (slot, c, (shape, dtype)) in enumerate(zip(slots, leaves, shapes, strict=True)):
-            if not isinstance(c, Tensor) or c.shape != shape or not convertible(c.dtype, dtype):
-                refuse_cotangent(f"pullback of {call}", c, path_of("cotangents", tree_unflatten(spec, values), place), shape, dtype)
+        for place, (slot, c, (shape, dtype, device)) in enumerate(zip(slots, leaves, shapes, strict=True)):
+            check_layout(c)
+            if not isinstance(c, Tensor) or c.shape != shape or (c.dtype is not dtype and not convertible(c, dtype)) or c.device != device:
+                refuse_cotangent(f"pullback of {call}", c, path_of("cotangents", tree_unflatten(spec, values), place), values[place])
             if slot is not None:
                 c = c if c.dtype is dtype else c.to(dtype)
                 seeds[slot] = seeds[slot] + c if slot in seeds else c
@@ -259,7 +261,7 @@ def jvp(
     call = Call("jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}")
     check_flag(call, "strict", strict)
     check_flag(call, "has_aux", has_aux)
-    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, None, strict, has_aux)
+    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux)
     return (out, tangent, aux) if has_aux else (out, tangent)
 
 
@@ -268,7 +270,7 @@ def jvp_with_argnums(
     func: Callable[..., Any],
     primals: tuple[Any, ...],
     tangents: Any,
-    argnums: Argnums | None,
+    argnums: Argnums,
     strict: bool,
     has_aux: bool,
     kwargs: Any = None,
@@ -277,7 +279,7 @@ def jvp_with_argnums(
     if not isinstance(primals, tuple):
         cure = "Write tuple(primals)." if isinstance(primals, list) else "Write (x,) for one primal."
         raise CallError(call, f"{what(primals)} as primals", "a tuple, so that f(*primals) is a valid call", cure)
-    moving = primals if argnums is None else pick(call, primals, argnums)
+    moving = primals if argnums is ALL else pick(call, primals, argnums)
     leaves, spec = tree_flatten(moving)
     tangent_leaves, tangent_spec = leaves_like(tangents, spec)
     if spec != tangent_spec:
@@ -291,7 +293,7 @@ def jvp_with_argnums(
         if p.dtype not in DIFFERENTIABLE:
             got = f"a tensor of dtype {p.dtype} as {path_of('primals', moving, place)}"
             raise CallValueError(call, got, "a floating-point or complex dtype", "Convert it, e.g. with .float().")
-        if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype:
+        if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype or p.device != t.device:
             refuse_tangent(call, p, t, place, moving)
     interpreter = JvpInterpreter(func)
     pairs = iter(tangent_leaves)
@@ -319,18 +321,21 @@ def jvp_with_argnums(
     return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
 
 
-def refuse_cotangent(call: str, c: Any, path: str, shape: Any, dtype: torch.dtype) -> None:
+def refuse_cotangent(call: str, c: Any, path: str, output: Tensor) -> None:
     if not isinstance(c, Tensor):
-        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if shape == () else ""
-        raise CallError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(shape)}", cure)
-    if c.shape != shape:
-        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(shape)}")
-    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {dtype}", "Pass its .real: a real output has a real cotangent.")
+        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if output.dim() == 0 else ""
+        raise CallTypeError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(output.shape)}", cure)
+    if c.shape != output.shape:
+        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
+    if c.device != output.device:
+        raise CallError(call, f"a tensor on {c.device} as {path}", f"the output's device, {output.device}", f"Move it with .to({str(output.device)!r}).")
+    cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
+    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
 
 
-def convertible(given: torch.dtype, expected: torch.dtype) -> bool:
-    """Whether a cotangent of one dtype can stand for one of another: all but a complex one for a real output."""
-    return given is expected or expected.is_complex or not given.is_complex
+def convertible(c: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a cotangent can stand for one of ``dtype``, that of the output: all but a complex one for a real output."""
+    return not c.is_quantized and (dtype.is_complex or not c.is_complex())
 
 
 def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> None:
@@ -340,4 +345,6 @@ def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> N
         raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
     if p.shape != t.shape:
         raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
+    if p.device != t.device:
+        raise CallError(call, f"a tensor on {t.device} as {path}", f"the device of {primal}, {p.device}", f"Move it with .to({str(p.device)!r}).")
     raise CallError(call, f"a tensor of dtype {t.dtype} as {path}", f"the dtype {p.dtype} of {primal}", f"Convert it with .to({p.dtype}).")

@@ -53,7 +53,8 @@ class _Short(reprlib.Repr):
             return "tensor(...)"
         if callable(x):
             return callable_name(x)
-        return super().repr1(x, level)
+        text = super().repr1(x, level)
+        return f"<{type(x).__name__}>" if " at 0x" in text else text
 
 
 _SHORT = _Short()
