@@ -79,7 +79,7 @@ def check_inputs(call: Call, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[
     leaves, spec = tree_flatten(args)
     dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
     if dims is None:
-        cure = "in_dims has one entry per positional argument." if len(in_dims) != len(args) else ""
+        cure = "in_dims has one entry per positional argument." if not isinstance(in_dims, int) and len(in_dims) != len(args) else ""
         raise CallValueError(call, *difference("in_dims", in_dims, "args", args, prefix=True), cure)
     found: list[int | None] = []
     size: int | None = None

@@ -18,7 +18,16 @@ from torch import Tensor
 from functrans.checks import check_kind
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
 from functrans.errors import FunctransError, MissingRuleError
-from functrans.extension_calls import check_operator, decompose, lower, lowered, map_tensors, run_transformed, running_at, wrap
+from functrans.extension_calls import (
+    check_operator,
+    decompose,
+    lower,
+    lowered,
+    map_tensors,
+    run_transformed,
+    running_at,
+    wrap,
+)
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
 from functrans.operators import facts
 from functrans.rules import RuleTable

@@ -9,7 +9,6 @@ import optree
 from functrans.pytrees import NAMESPACE
 from functrans.wording import shown, what
 
-
 PLURALS = ("args", "primals")
 
 

@@ -178,7 +178,7 @@ def vjp_with_argnums(
 ) -> tuple[Any, Callable[..., Any], Any]:
     """vjp with respect to some of the primals (for ALL the pullback returns a tuple)."""
     if not primals and argnums is ALL:
-        raise CallError(call, "no primals", "at least one", "The primals follow the function: vjp(f, x, y).")
+        raise CallTypeError(call, "no primals", "at least one", "The primals follow the function: vjp(f, x, y).")
     interpreter = GradInterpreter(func)
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {})
 

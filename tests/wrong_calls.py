@@ -422,6 +422,11 @@ def outcome(case: Case, arguments: dict[str, Any]) -> BaseException | None:
     return None
 
 
+def meant(error: BaseException | None) -> bool:
+    """Whether a ``raise`` raised the error, as against a mistake on the way."""
+    return error is not None and str(traceback.extract_tb(error.__traceback__)[-1].line).startswith("raise")
+
+
 def is_deliberate(error: Exception, case: Case, arguments: dict[str, Any]) -> bool:
     """Whether the error is one that the library means to raise, or that the given function raises."""
     if isinstance(error, functrans.FunctransError | OwnError):
