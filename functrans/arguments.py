@@ -136,30 +136,38 @@ def argument_cure(x: Any) -> str:
     return ""
 
 
-def check_argnums(call: Call, argnums: Any, count: int) -> tuple[int, ...]:
-    """``argnums`` as non-negative positions."""
-    numbers: tuple[Any, ...] = argnums if isinstance(argnums, tuple) else (argnums,)
-    for n in numbers:
+def check_argnums_kind(call: Call, argnums: Any) -> None:
+    """``argnums`` is an int or a tuple of ints, whatever the arguments."""
+    if not isinstance(argnums, tuple | int) or isinstance(argnums, bool):
+        cure = ""
+        if isinstance(argnums, list) and argnums and all(type(n) is int for n in argnums):
+            cure = f"Write argnums={tuple(argnums)}."
+        elif isinstance(argnums, str):
+            cure = "Arguments are named by position, not by name."
+        elif isinstance(argnums, Tensor):
+            cure = f"Write {call.transform}(f)(x): the arguments of the function come in a call of their own."
+        raise CallError(call, f"{what(argnums)} as argnums", "an int or a tuple of ints", cure)
+    if argnums == ():
+        raise CallError(call, "argnums=()", "at least one position")
+    for n in argnums if isinstance(argnums, tuple) else ():
         if not isinstance(n, int) or isinstance(n, bool):
-            raise CallError(call, f"{what(n)} {'in' if numbers is argnums else 'as'} argnums", "an int or a tuple of ints", argnums_cure(argnums))
+            raise CallError(call, f"{what(n)} in argnums", "an int or a tuple of ints")
+
+
+def check_argnums(call: Call, argnums: Argnums, count: int) -> tuple[int, ...]:
+    """``argnums`` as non-negative positions."""
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    for n in numbers:
         if count == 0:
             raise CallError(call, "no positional arguments", "at least one", "Keyword arguments are not differentiated for.")
         if not -count <= n < count:
             takes = "position 0 or -1" if count == 1 else f"{-count} <= argnum < {count}"
             given = f"{count} positional argument{'s' * (count != 1)}"
             raise CallError(call, f"argnum {n} for {given}", takes, "Keyword arguments are not differentiated for.")
-    if not numbers:
-        raise CallError(call, "argnums=()", "at least one position")
     positions = tuple(n % count for n in numbers)
     if len(set(positions)) != len(positions):
         raise CallError(call, f"argnums={argnums}", "distinct positions")
     return positions
-
-
-def argnums_cure(argnums: Any) -> str:
-    if isinstance(argnums, list) and argnums and all(type(n) is int for n in argnums):
-        return f"Write argnums={tuple(argnums)}."
-    return "Arguments are named by position, not by name." if isinstance(argnums, str) else ""
 
 
 def pick(call: Call, args: tuple[Any, ...], argnums: Argnums) -> Any:

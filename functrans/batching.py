@@ -56,6 +56,9 @@ def vmap(
     """
     check_callable("vmap", func)
     call = Call("vmap", func, {"in_dims": in_dims, "out_dims": out_dims})
+    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
+        cure = "Write a tuple in place of the list." if isinstance(in_dims, list) else "Write vmap(f)(x)." if isinstance(in_dims, Tensor) else ""
+        raise CallValueError(call, f"{what(in_dims)} as in_dims", "an int or a tuple with one entry per positional argument", cure)
     check_randomness(call, randomness)
     check_chunk_size(call, chunk_size)
 
@@ -71,9 +74,6 @@ def vmap(
 
 def check_inputs(call: Call, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[int | None], Any, int]:
     """Flattened arguments with the dimension of each, non-negative; and the batch size."""
-    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
-        cure = "Write a tuple in place of the list." if isinstance(in_dims, list) else ""
-        raise CallValueError(call, f"{what(in_dims)} as in_dims", "an int or a tuple with one entry per positional argument", cure)
     if not args:
         raise CallValueError(call, "no positional arguments", "at least one", "Keyword arguments are never batched.")
     leaves, spec = tree_flatten(args)

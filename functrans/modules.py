@@ -74,7 +74,8 @@ def check_functional_call(module: Any, dicts: Any, kwargs: Any, strict: Any) -> 
             check_replacement(call, module, name, value)
             tensors[name] = value
     if kwargs is not None:
-        check_kind(call, "kwargs", kwargs, Mapping, "a dict of keyword arguments, or None")
+        cure = "Put several positional arguments in a tuple: functional_call(module, tensors, (x, y))." if isinstance(kwargs, Tensor) else ""
+        check_kind(call, "kwargs", kwargs, Mapping, "a dict of keyword arguments, or None", cure)
         for name in kwargs:
             check_kind(call, "key of kwargs", name, str, "the name of an argument")
     own = {name for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)) for name, _ in named}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functrans import stack
 from functrans.errors import (
+    CallTypeError,
     InsideTransformError,
     LayoutError,
     NoDataError,
@@ -57,6 +58,9 @@ class WrapperTensor(torch.Tensor):
     root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
     version: int = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
+        raise CallTypeError("WrapperTensor(...)", "a call of the class", "wrap(interpreter, value), or interpreter.carry(value, ...)")
 
     @property
     def value(self) -> Tensor:

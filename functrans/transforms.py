@@ -14,6 +14,7 @@ from functrans.arguments import (
     Argnums,
     Inputs,
     argument_cure,
+    check_argnums_kind,
     check_outputs,
     check_scalar,
     pick,
@@ -110,6 +111,7 @@ def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Ca
     """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
     check_callable(transform, func)
     call = Call(transform, func, {"argnums": argnums, **({} if has_aux is False else {"has_aux": has_aux})})
+    check_argnums_kind(call, argnums)
     check_flag(call, "has_aux", has_aux)
     return call
 

@@ -17,6 +17,7 @@ from torch import nn
 from wrong_calls import meant, thread_state
 
 import functrans
+from functrans import extend
 
 FILE = Path(__file__).with_name("api_errors.txt")
 
@@ -90,7 +91,7 @@ V = torch.tensor([1.0, 2.0, 3.0])
 I3 = torch.arange(3)
 C = torch.tensor([1j, 2.0, 3.0])
 #: what the calls are made of
-NAMES = {"functools": functools, "nn": nn, "np": np, **globals()}
+NAMES = {"extend": extend, "functools": functools, "nn": nn, "np": np, **globals()}
 
 
 def lines() -> list[str]:

@@ -88,3 +88,41 @@ def test_every_public_function_is_called() -> None:
         parameters = {p for p in inspect.signature(getattr(functrans, name)).parameters if not p.startswith("_")}
         given = {p for case in CASES if case.name == name for p in case.arguments}
         assert parameters - given - {"primals"} == set(), name
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad": lambda f, x: functrans.grad(f)(x),
+    "grad_and_value": lambda f, x: functrans.grad_and_value(f)(x),
+    "value_and_grad": lambda f, x: functrans.value_and_grad(f)(x),
+    "vjp": functrans.vjp,
+    "jvp": lambda f, x: functrans.jvp(f, (x,), (x,)),
+    "vmap": lambda f, x: functrans.vmap(f)(x),
+    "vmap in chunks": lambda f, x: functrans.vmap(f, chunk_size=1)(x),
+    "jacrev": lambda f, x: functrans.jacrev(f)(x),
+    "jacfwd": lambda f, x: functrans.jacfwd(f)(x),
+    "hessian": lambda f, x: functrans.hessian(f)(x),
+    "run_transformed": lambda f, x: extend.run_transformed(wrong_calls.Counting(f), lambda: f(x)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("kind", [ValueError, TypeError, AttributeError, KeyError, StopIteration, KeyboardInterrupt])
+def test_an_error_of_the_function_passes_as_it_is(kind: type[BaseException], transform: Any) -> None:
+    before, own = thread_state(), kind("own")
+
+    def f(x: Any) -> Any:
+        raise own
+
+    with pytest.raises(kind) as caught:
+        transform(f, torch.ones(2))
+    assert caught.value is own and thread_state() == before
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_wrong_call_within_the_function_is_its_own(transform: Any) -> None:
+    def inner(a: Any, b: Any) -> Any:
+        return a
+
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'b'") as caught:
+        transform(lambda x: inner(x), torch.ones(2))  # type: ignore[call-arg]
+    assert not isinstance(caught.value, functrans.FunctransError)
