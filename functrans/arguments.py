@@ -52,7 +52,8 @@ class Inputs:
         for i in positions:
             leaves, spec = tree_flatten(args[i])
             for place, leaf in enumerate(leaves):
-                check_argument(call, leaf, self.named, i, args, place)
+                if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+                    refuse_argument(call, leaf, self.named, i, args, place)
             wrappers = [self._enter(leaf, track) for leaf in leaves]
             self.tracked[i] = (leaves, wrappers, spec)
             entered[i] = tree_unflatten(spec, wrappers)
@@ -102,10 +103,8 @@ class Inputs:
                 origin.copy_(contents.value)
 
 
-def check_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
-    """``leaf``, number ``place`` of argument ``i``, is something to differentiate for; ``named``: by argnums."""
-    if isinstance(leaf, Tensor) and leaf.dtype in DIFFERENTIABLE:
-        return
+def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
+    """``leaf``, number ``place`` of argument ``i``, is nothing to differentiate for; ``named``: by argnums."""
     path = path_of(f"args[{i}]" if named else f"primals[{i}]", args[i], place)
     if not isinstance(leaf, Tensor):
         raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", argument_cure(leaf) or (NAMED_CURE if named else UNNAMED_CURE))
@@ -117,7 +116,8 @@ def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None
     """All that ``argnums`` names is something to differentiate for."""
     for i in check_argnums(call, argnums, len(args)):
         for place, leaf in enumerate(tree_flatten(args[i])[0]):
-            check_argument(call, leaf, True, i, args, place)
+            if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+                refuse_argument(call, leaf, True, i, args, place)
             check_layout(leaf)
 
 
@@ -207,15 +207,17 @@ def check_scalar(call: Call, out: Any) -> None:
         elif isinstance(out, tuple | list | dict):
             cure = "Add the losses up, or use functrans.vjp or functrans.jacrev for several."
         raise CallError(call, f"{what(out)} as output", "a tensor without dimensions", cure)
-    if out.is_nested or out.dim() != 0:
+    if out.dim() != 0:
         cure = "Reduce it with .sum() or .mean(), or use functrans.vjp or functrans.jacrev."
-        raise CallError(call, "a nested tensor as output" if out.is_nested else f"an output of shape {tuple(out.shape)}", "a scalar tensor, of shape ()", cure)
+        got = "a nested tensor as output" if out.is_nested else f"an output of shape {tuple(out.shape)}"
+        raise CallError(call, got, "a scalar tensor, of shape ()", cure)
+    if out.dtype in DIFFERENTIABLE and not out.dtype.is_complex:
+        return
     if out.dtype.is_complex:
         cure = "Return a real number of it, such as .abs() or .real, or use functrans.vjp."
         raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
-    if out.dtype not in DIFFERENTIABLE:
-        cure = "A count or a comparison has no gradient: return it as aux, with has_aux=True, beside a loss that has one."
-        raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+    cure = "A count or a comparison has no gradient: return it as aux, with has_aux=True, beside a loss that has one."
+    raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
 
 
 def output_cure(x: Any) -> str:

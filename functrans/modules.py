@@ -46,8 +46,9 @@ def functional_call(
         >>> grad(lambda w: functional_call(layer, {"weight": w}, torch.tensor([3.0, 4.0])).sum())(torch.zeros(1, 2))
         tensor([[3., 4.]])
     """
-    for flag, value in (("tie_weights", tie_weights), ("strict", strict)):
-        check_flag(f"functional_call({shown(module)}, ...)", flag, value)
+    if type(tie_weights) is not bool or type(strict) is not bool:
+        check_flag("functional_call(...)", "tie_weights", tie_weights)
+        check_flag("functional_call(...)", "strict", strict)
     try:
         return torch.func.functional_call(module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):

@@ -261,8 +261,9 @@ def jvp(
     """
     check_callable("jvp", func)
     call = Call("jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}")
-    check_flag(call, "strict", strict)
-    check_flag(call, "has_aux", has_aux)
+    if strict is not False or has_aux is not False:
+        check_flag(call, "strict", strict)
+        check_flag(call, "has_aux", has_aux)
     out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux)
     return (out, tangent, aux) if has_aux else (out, tangent)
 
