@@ -19,8 +19,9 @@ import functrans
 from functrans.door import ENTRANCES
 from functrans.programs.operators import operator_program
 from functrans.programs.running import lower_program
-from functrans.stack import DOOR, STATE, interpreter_stack
+from functrans.stack import interpreter_stack
 from functrans.tensor import WrapperTensor, wrap_like
+from functrans.thread_state import DOOR, STATE
 from functrans.torch_private import autocast_enabled, function_mode_enabled, mode_stack_size, pop_mode, push_mode
 
 aten = torch.ops.aten

@@ -11,20 +11,17 @@ from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.errors import FunctransError
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
-from functrans.interpreters.vmap import rules
+from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.jacobians import hessian, jacfwd, jacrev
 from functrans.modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
-from functrans.operators import facts
+from functrans.operators import STAND_INS
 from functrans.programs.admission import watch
 from functrans.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 
 derivatives.load()
-rules.load()
-TABLES = (DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES)
-for table in TABLES:
-    table.on_change(lambda op: facts(op).plans.clear())
-watch(*TABLES)
+load_batching_rules()
+watch(DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES, STAND_INS)
 
 __all__ = [
     "FunctransError",

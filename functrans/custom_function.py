@@ -30,11 +30,16 @@ from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.lowering import WITHOUT_TENSORS, highest, lift, map_tensors
 from functrans.native import TwinInterpreter
 from functrans.pytrees import broadcast_prefix, tree_flatten, tree_map, tree_unflatten
-from functrans.stack import STATE, Interpreter, lowered, run_transformed, running_at
+from functrans.stack import Interpreter, run_transformed
 from functrans.tensor import WrapperTensor
-from functrans.torch_private import is_forward_enabled
+from functrans.thread_state import STATE, lowered, running_at
+from functrans.torch_private import is_forward_enabled, no_setup_context
 
-_original_apply = Function.__dict__["apply"].__func__
+_original: Any = Function.__dict__["apply"]
+
+
+def _original_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+    return _original.__get__(None, cls)(*args, **kwargs)
 
 
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +92,7 @@ def unwrapped(interpreter: Interpreter, args: Sequence[Any]) -> tuple[list[bool]
 
 
 def is_setup_style(cls: type[Function]) -> bool:
-    return cls.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context
+    return cls.setup_context is not no_setup_context
 
 
 def overrides(cls: type[Function], name: str) -> bool:

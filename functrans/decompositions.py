@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from functrans.defaults import completed
 from functrans.rules import RuleTable
-from functrans.stack import Interpreter, running_at
+from functrans.stack import Interpreter
+from functrans.thread_state import running_at
 from functrans.torch_private import OpOverload
 
 #: Functions with the operator's signature, in plain ``torch``, that grad and jvp run in place of PyTorch's definition.
-DECOMPOSITIONS: RuleTable[Callable[..., Any]] = RuleTable("decompositions")
+DECOMPOSITIONS: RuleTable[Callable[..., Any]] = RuleTable("decompositions", cached=True)
 
 
 def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run the pieces of a composite ``op`` through ``interpreter``'s level again."""
     ours = DECOMPOSITIONS.get(op)
     with running_at(interpreter):
-        return op.decompose(*args, **kwargs) if ours is None else ours(*args, **kwargs)
+        return op.decompose(*args, **kwargs) if ours is None else completed(ours, op)(*args, **kwargs)

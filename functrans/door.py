@@ -15,23 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from functrans import mutation, stack
+from functrans import mutation, thread_state
 from functrans.errors import DeadWrapperError
 from functrans.lowering import base, highest, lift
 from functrans.native import TwinInterpreter
-from functrans.operators import PURE, Facts, facts, normalized
-from functrans.programs.admission import FORGET, REAL
-from functrans.programs.operators import operator_program, traced
+from functrans.operators import PURE, Facts, facts, kind_here, normalized
+from functrans.programs.admission import REAL
+from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
-from functrans.programs.tracing import Untraceable
+from functrans.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.spellings import BINARY, DIRECT, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
-from functrans.stack import STATE, Interpreter
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import STATE
 from functrans.torch_private import (
     CONJUGATE,
     NEGATIVE,
+    Mode,
     OpOverload,
     autocast_enabled,
     function_mode_enabled,
@@ -40,6 +41,7 @@ from functrans.torch_private import (
     pop_mode,
     push_mode,
     set_key_excluded,
+    tensor_torch_function,
     without_torch_function,
 )
 
@@ -47,13 +49,8 @@ aten = torch.ops.aten
 STRIDED = torch.strided
 
 
-class Door(TorchDispatchMode):
+class Door(Mode):
     """Brings in the operators that have no wrapper among their arguments: factories, random ones, captured tensors."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # The default wraps the handler against Dynamo, which costs more than the rest of the door.
-        return False
 
     def __torch_dispatch__(
         self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -83,12 +80,12 @@ class Door(TorchDispatchMode):
         return self.__torch_dispatch__(op, (), args, kwargs)
 
 
-stack.DOOR = DOOR = Door()
+thread_state.DOOR = DOOR = Door()
 
 
 def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``op``, whose arguments stand where its schema has them."""
-    if known.kind != PURE:
+    if (known.kind if not SCOPES else kind_here(known)) != PURE:
         return mutation.run(known, args, kwargs)
     top = STATE.top
     owner = top if known.random else highest(args, kwargs, known.tensor_lists)
@@ -132,7 +129,7 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
 
 def answers(kind: type) -> bool:
     protocol = getattr(kind, "__torch_function__", without_torch_function)
-    return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
+    return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not tensor_torch_function
 
 
 #: Letters for the kinds of arguments in ``spellings.DIRECT``.
@@ -147,11 +144,13 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
     top = STATE.top
-    pop_mode(None)  # as PyTorch does while a handler runs
     try:
+        pop_mode(None)  # as PyTorch does while a handler runs
         out = owner.process_program(program, args)  # type: ignore[misc]
-    finally:
-        push_mode(DOOR)
+    except BaseException:
+        reopen()
+        raise
+    push_mode(DOOR)
     if owner is not top:
         out = lift(out, owner, top)
     frame = sys._getframe(2)
@@ -161,15 +160,20 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     return out
 
 
+def reopen() -> None:
+    """Put the door back on PyTorch's mode stack, unless it is there."""
+    if mode_stack_size() < STATE.door_depth:
+        push_mode(DOOR)
+
+
 NOT_INPLACE = {"inplace": False}
 
 
 def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> Callable[..., Any]:
     """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
-    program: Program | None = None
+    found: dict[Any, Program | None] = {}
 
     def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
-        nonlocal program
         if kwargs and kwargs == NOT_INPLACE:  # as nn.ReLU says it
             kwargs = {}
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
@@ -180,18 +184,31 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
         owner = x.interpreter
         if not owner.alive:
             raise DeadWrapperError(x)
-        if program is None:
-            program = find()
+        try:
+            program = found[0] if not SCOPES else program_here(found, 0, find)
+        except KeyError:
+            program = program_here(found, 0, find)
         if program is None or owner.process_program is None:
             return otherwise(function, (), (x,), kwargs)
         return through(program, (x,), owner)
 
-    def forget() -> None:
-        nonlocal program
-        program = None
+    def forget(table: RuleTable[Any], op: OpOverload) -> None:
+        nonlocal found
+        found = {}
 
     FORGET.append(forget)
     return entrance
+
+
+def program_here(found: dict[Any, Program | None], key: Any, find: Callable[..., Program | None], *args: Any) -> Program | None:
+    """``find(*args)`` by the rules that hold in this context; ``found`` keeps those for outside of scopes."""
+    outside = scope_here() is None
+    if outside and key in found:
+        return found[key]
+    program = find(*args)
+    if outside:
+        found[key] = program
+    return program
 
 
 def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], *, reflected: bool = False) -> Callable[..., Any]:
@@ -223,20 +240,20 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             owner = y.interpreter
         if owner is not None and owner.alive and owner.process_program is not None:
             try:
-                program = found[number]
+                program = found[number] if not SCOPES else program_here(found, number, find, not number)
             except KeyError:
-                try:
-                    program = find(not number)
-                except Untraceable:
-                    program = None
-                found[number] = program
+                program = program_here(found, number, find, not number)
             if program is not None:
                 return through(program, (x, y), owner)
         if reflected and not number:
             x, y = y, x
         return otherwise(function, (), (x, y, *more), kwargs)
 
-    FORGET.append(found.clear)
+    def forget(table: RuleTable[Any], op: OpOverload) -> None:
+        nonlocal found
+        found = {}
+
+    FORGET.append(forget)
     return entrance
 
 
@@ -285,11 +302,13 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
                 op, given = sizes, (args[0], list(args[1:]))
             top = STATE.top
             if op is not None and args[0].layout is STRIDED and top is not None and type(top) is not TwinInterpreter:
-                pop_mode(None)
                 try:
+                    pop_mode(None)
                     out = handle(op, facts(op), given, {})
-                finally:
-                    push_mode(DOOR)
+                except BaseException:
+                    reopen()
+                    raise
+                push_mode(DOOR)
                 if type(out) is WrapperTensor:
                     frame = sys._getframe(1)
                     if frame.f_code is THE_FUNCTION:
@@ -313,10 +332,14 @@ def entrance_of(function: Callable[..., Any], name: str) -> Callable[..., Any] |
     return direct(function, DIRECT[name]) if name in DIRECT else None
 
 
+def reversed_div(x: Any, y: Any) -> Any:
+    return x.reciprocal() * y
+
+
 #: Python's reflected operators, whose program depends on what the other operand is.
 REFLECTED: dict[str, Callable[[bool], Program | None]] = {
     "__rsub__": lambda tensor: operator_program(aten.sub.Tensor if tensor else aten.rsub.Scalar),
-    "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced(lambda x, y: x.reciprocal() * y, 2),
+    "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced_program(reversed_div, 2),
 }
 
 

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
+import torch
+from torch._ops import OpOverloadPacket
+
+from functrans.versions import SUPPORTED
 from functrans.wording import callable_name, shown
 
 
 class FunctransError(RuntimeError):
     """Base of all errors that functrans raises on purpose."""
+
+
+class TorchMovedError(FunctransError, ImportError):
+    """The installed PyTorch has no longer, or not yet, a private name that functrans uses.
+
+    Cure: install a version of PyTorch that is supported, or a version of functrans that supports the installed one.
+    """
+
+    def __init__(self, name: str, purpose: str) -> None:
+        first, last = (".".join(map(str, version)) for version in SUPPORTED)
+        super().__init__(
+            f"PyTorch {torch.__version__} has no {name}, which functrans needs {purpose}. "
+            f"functrans supports PyTorch {first} to {last}: install one of these, or a functrans that supports "
+            f"{torch.__version__}. (functrans/torch_private.py is the place to mend.)"
+        )
 
 
 class DuplicateRuleError(FunctransError):
@@ -29,9 +50,40 @@ class NotAnOverloadError(FunctransError, TypeError):
 
     def __init__(self, title: str, op: Any) -> None:
         super().__init__(
-            f"{title}: expected an operator overload such as torch.ops.aten.sin.default, got {op!r}. "
-            "Name one of its overloads."
+            f"{title}: expected an operator overload such as torch.ops.aten.sin.default, got {what_was_named(op)}. {overloads_meant(op)}"
         )
+
+
+def what_was_named(op: Any) -> str:
+    """What was given for an operator overload, for a message."""
+    if isinstance(op, OpOverloadPacket):
+        return f"the packet torch.ops.{op}, which stands for all its overloads"
+    return f"the function {op.__qualname__}" if inspect.isfunction(op) else repr(op)
+
+
+def overloads_meant(op: Any) -> str:
+    """What to write instead of ``op``."""
+    if isinstance(op, OpOverloadPacket):
+        return f"Name one of its overloads: {', '.join(f'torch.ops.{op}.{name}' for name in op.overloads())}."
+    overload = getattr(op, "_opoverload", None)
+    if overload is not None:  # a torch.library.custom_op
+        return f"Write torch.ops.{overload} for this custom operator."
+    if isinstance(op, str):
+        name = op.removeprefix("torch.ops.").replace("::", ".")
+        return f"Write torch.ops.{name if name.count('.') > 1 else name + '.default'}, without quotes."
+    name = getattr(op, "__name__", "")
+    if isinstance(op, BuiltinFunctionType | MethodDescriptorType) and hasattr(torch.ops.aten, name):
+        return f"Its operator is one of {', '.join(f'torch.ops.aten.{name}.{o}' for o in getattr(torch.ops.aten, name).overloads())}."
+    if callable(op):
+        return "A decorator takes the operator in parentheses, and the rule stands below it: @batching_rule(torch.ops.aten.sin.default)."
+    return "Name one of its overloads."
+
+
+class RuleError(FunctransError):
+    """A rule that cannot be one: no function, for no operator, for one that no transform sees, or that does not take the arguments.
+
+    Cure: what the message says.
+    """
 
 
 class DerivativeEntryError(FunctransError, ValueError):
@@ -177,6 +229,32 @@ class MissingRuleError(FunctransError, NotImplementedError):
 
     def __init__(self, op: Any, interpreter: Any, why: str = "") -> None:
         super().__init__(f"{interpreter.name} at level {interpreter.level} has no rule for {op}. {why}".rstrip())
+
+
+class InterpreterError(FunctransError):
+    """An interpreter was run that has run before, or that was made at another level than it is run at.
+
+    Cure: make it where it is run, right before ``run_transformed``, and a new one for each run.
+    """
+
+    def __init__(self, interpreter: Any, what: str) -> None:
+        super().__init__(
+            f"run_transformed({interpreter.name}): {what}; expected one that was made here and has not run. "
+            "Make a new interpreter for each run, inside the function that runs it."
+        )
+
+
+class PayloadError(FunctransError, TypeError):
+    """A transform names its data like something that every wrapper has, which it would overwrite.
+
+    Cure: another name in ``payload``.
+    """
+
+    def __init__(self, cls: type, what: str) -> None:
+        super().__init__(
+            f"class {cls.__name__}: {what}; expected payload = a tuple of names, such as ('upper',), that are no attributes of tensors. "
+            "Take another name."
+        )
 
 
 class ModifiedError(FunctransError):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import keyword
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from functrans.checks import check_kind
+from functrans.defaults import completed
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
 from functrans.errors import FunctransError, MissingRuleError
 from functrans.extension_calls import (
@@ -29,8 +30,8 @@ from functrans.extension_calls import (
     wrap,
 )
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
-from functrans.operators import facts
-from functrans.rules import RuleTable
+from functrans.operators import facts, schema_default
+from functrans.rules import RuleTable, rules_in_scope
 from functrans.stack import Interpreter, interpreter_stack
 from functrans.tensor import WrapperTensor
 from functrans.torch_private import OpOverload
@@ -55,6 +56,7 @@ __all__ = [
     "missing_rule",
     "no_derivative",
     "overriding",
+    "rules_in_scope",
     "run_transformed",
     "running_at",
     "wrap",
@@ -143,7 +145,7 @@ class TableInterpreter(Interpreter):
 
         entered, entered_kwargs = [mine(a) for a in args], {k: mine(a) for k, a in kwargs.items()}
         with lowered(self):
-            return rule(self, *entered, **entered_kwargs)
+            return completed(rule, op, 1)(self, *entered, **entered_kwargs)
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
@@ -152,19 +154,41 @@ def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleEr
     check_kind(call, "interpreter", interpreter, TableInterpreter, "a TableInterpreter")
     check_operator(call, op)
     levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
-    names = [a.name + "_" * keyword.iskeyword(a.name) for a in op._schema.arguments if not a.kwarg_only]
-    if any(a.kwarg_only for a in op._schema.arguments):
-        names.append("**kwargs")
-    payload = "".join(f", {name}=..." for name in interpreter.payload)
     return MissingRuleError(
         op,
         interpreter,
         f"Levels: {levels}. Schema: {op._schema}\n"
-        f"The rules of {interpreter.kind} stand in {rules_file(interpreter)}. Add there:\n\n"
-        f"@{type(interpreter).__name__}.rules.register(torch.ops.{op})\n"
-        f"def {op._schema.name.split('::')[1]}({', '.join(['interpreter', *names])}):\n"
-        f"    return interpreter.carry(...{payload})",
+        f"The rules of {interpreter.kind} stand in {rules_file(interpreter)}. Add there:\n\n{rule_to_paste(type(interpreter), op)}",
     )
+
+
+def rule_to_paste(cls: type[TableInterpreter], op: OpOverload) -> str:
+    """A rule of ``op`` for the transform ``cls``, as Python with the body left out."""
+    packet, _, overload = str(op).rpartition(".")
+    named = f"getattr(torch.ops.{packet}, {overload!r})" if keyword.iskeyword(overload) else f"torch.ops.{op}"
+    name = packet.rpartition(".")[2]
+    payload = "".join(f", {name}=..." for name in cls.payload)
+    return (
+        f"@{cls.__name__}.rules.register({named})\n"
+        f"def {name + '_' * keyword.iskeyword(name)}({', '.join(['interpreter', *parameters(op)])}):\n"
+        f"    return interpreter.carry(...{payload})"
+    )
+
+
+def parameters(op: OpOverload) -> list[str]:
+    """The operator's arguments as Python has them, with their defaults."""
+    found, options = [], []
+    for a in op._schema.arguments:
+        reserved = keyword.iskeyword(a.name)
+        name = a.name + "_" * (reserved or a.name == "interpreter")
+        text = f"{name}={schema_default(a)!r}" if a.has_default_value() else name
+        if not a.kwarg_only:
+            found.append(text)
+        elif not reserved:
+            options.append(text)
+    if any(a.kwarg_only and keyword.iskeyword(a.name) for a in op._schema.arguments):
+        return [*found, *(["*", *options] if options else []), "**kwargs"]
+    return [*found, "*", *options] if options else found
 
 
 def rules_file(interpreter: TableInterpreter) -> str:
@@ -176,11 +200,11 @@ def rules_file(interpreter: TableInterpreter) -> str:
     return getattr(sys.modules.get(module), "__file__", None) or f"module {module}"
 
 
-@contextmanager
-def overriding(table: RuleTable[Rule], *ops: OpOverload) -> Iterator[RuleTable[Rule]]:
-    """Context: the table's rules for ``ops`` are taken out, so that others can be registered; afterwards they are put back.
+def overriding(table: RuleTable[Rule], *ops: OpOverload) -> AbstractContextManager[RuleTable[Rule]]:
+    """Context: the table's rules for ``ops`` are taken out, so that others can be registered; afterwards they are back.
 
-    Tables are shared by all threads. To replace a rule for good, change it where it stands: the error for a second rule names the place.
+    In this thread or task of asyncio only, as with ``rules_in_scope``. To replace a rule for good, change it where it stands: the error
+    for a second rule names the place.
 
     Example:
         >>> import torch, functrans
@@ -193,13 +217,6 @@ def overriding(table: RuleTable[Rule], *ops: OpOverload) -> Iterator[RuleTable[R
         >>> functrans.grad(torch.round)(torch.tensor(0.7))
         tensor(0.)
     """
-    before = {op: (table.get(op), table.place(op)) for op in ops if op in table}
     for op in ops:
-        table.remove(op)
-    try:
-        yield table
-    finally:
-        for op in ops:
-            table.remove(op)
-        for op, (rule, place) in before.items():
-            table.add(op, rule, place=place)  # type: ignore[arg-type]
+        table.check(op)
+    return rules_in_scope(table, dict.fromkeys(ops))

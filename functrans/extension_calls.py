@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans import decompositions, lowering, stack, tensor
+from functrans import decompositions, lowering, stack, tensor, thread_state
 from functrans.checks import call_function, check_callable, check_flag, check_kind
 from functrans.errors import CallError, CallTypeError
 from functrans.stack import Interpreter
@@ -99,14 +99,14 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     return stack.run_transformed(interpreter, lambda: call_function(call, body, (), {}), enable_grad=enable_grad)
 
 
-@functools.wraps(stack.lowered, updated=())
-def lowered(interpreter: Interpreter) -> stack.lowered:
+@functools.wraps(thread_state.lowered, updated=())
+def lowered(interpreter: Interpreter) -> thread_state.lowered:
     check_running("lowered(interpreter)", interpreter)
-    return stack.lowered(interpreter)
+    return thread_state.lowered(interpreter)
 
 
-@functools.wraps(stack.running_at, updated=())
-def running_at(level: Interpreter | None) -> stack.running_at:
+@functools.wraps(thread_state.running_at, updated=())
+def running_at(level: Interpreter | None) -> thread_state.running_at:
     if level is not None:
         check_running("running_at(level)", level)
-    return stack.running_at(level)
+    return thread_state.running_at(level)

@@ -14,7 +14,7 @@ from torch import Tensor
 from functrans.lowering import base, highest
 from functrans.operators import Facts
 from functrans.special import stands_in_for
-from functrans.stack import STATE, running_at
+from functrans.thread_state import STATE, running_at
 
 aten = torch.ops.aten
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functrans.stack import interpreter_stack, running_at
+from functrans.stack import interpreter_stack
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import running_at
 
 
 def with_history_of(old: Tensor, new: Tensor, *, everywhere: bool = False) -> Tensor:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans import stack
+from functrans import thread_state
 from functrans.errors import DeadWrapperError
 from functrans.operators import Facts, facts
-from functrans.stack import STATE, Interpreter
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import STATE, lowered, pack_as_outside, same_hooks
 from functrans.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
@@ -30,6 +31,7 @@ from functrans.torch_private import (
     function_mode_enabled,
     is_forward_enabled,
     is_key_excluded,
+    mode_stack_size,
     pop_mode,
     pop_packing,
     push_mode,
@@ -137,19 +139,19 @@ def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
 def base_recorded(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` as plain PyTorch with all that PyTorch itself records."""
     excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
+    hooks = top_packing(True)
     try:
         set_key_excluded(AUTOGRAD, False)
         set_key_excluded(VIEWS_AND_VERSIONS, False)
         set_key_excluded(ZERO_TENSOR, False)
-        if top_packing(True) is None or not stack.pack_as_outside():
-            return op(*args, **kwargs)
-        try:
-            return op(*args, **kwargs)
-        finally:
-            pop_packing()
+        if hooks is not None:
+            pack_as_outside()
+        return op(*args, **kwargs)
     finally:
         set_key_excluded(AUTOGRAD, excluded)
         set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
+        while hooks is not None and not same_hooks(top_packing(True), hooks):
+            pop_packing()
 
 
 def any_requires_grad(args: Any) -> bool:
@@ -206,11 +208,11 @@ def in_outer_modes(interpreter: Interpreter, lowering: Callable[..., Any], *args
 def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any], inputs: Any = None) -> Any:
     """Call ``function``, plain ``torch`` code, one level down, from a handler.
 
-    What ``stack.lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already, and
+    What ``lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already, and
     at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
     """
     if not interpreter.outer_modes_on or forward_ad._current_level >= 0:
-        with stack.lowered(interpreter):
+        with lowered(interpreter):
             return function(*args, **kwargs)
     top = STATE.top
     if interpreter.below is not None:
@@ -218,14 +220,15 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
         try:
             STATE.top = interpreter.below
             set_key_excluded(VIEWS_AND_VERSIONS, True)
-            push_mode(stack.DOOR)
+            push_mode(thread_state.DOOR)
             return function(*args, **kwargs)
         finally:
-            pop_mode(None)
+            if mode_stack_size() >= STATE.door_depth:
+                pop_mode(None)
             set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
             STATE.top = top
     if any_requires_grad(args if inputs is None else inputs):
-        with stack.lowered(interpreter):
+        with lowered(interpreter):
             return function(*args, **kwargs)
     try:
         STATE.top = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from functrans.checks import check_flag, check_kind
 from functrans.errors import CallError, CallTypeError, CallValueError
+from functrans.torch_private import BatchNormModule
 from functrans.wording import shown, what
 
 __all__ = ["functional_call", "replace_all_batch_norm_modules_", "stack_module_state"]
@@ -190,7 +191,7 @@ def replace_all_batch_norm_modules_(root: nn.Module) -> nn.Module:
     """
     check_kind("replace_all_batch_norm_modules_(root)", "root", root, nn.Module, "a torch.nn.Module")
     for module in root.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+        if isinstance(module, BatchNormModule) and module.track_running_stats:
             module.running_mean = None
             module.running_var = None
             module.num_batches_tracked = None

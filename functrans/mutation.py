@@ -21,10 +21,12 @@ from torch import Tensor
 from functrans.errors import CapturedOnceError, CapturedWriteError, NoPureFormError, WriteShapeError
 from functrans.history import with_history_of
 from functrans.lowering import base, dispatch, highest
-from functrans.operators import VIEW, WRITE, Facts
-from functrans.pure_forms import resolve_functional
-from functrans.stack import STATE, Interpreter, running_at
+from functrans.operators import STAND_INS, VIEW, WRITE, Facts, kind_here
+from functrans.pure_forms import Functional, pure_form
+from functrans.rules import SCOPES
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor, set_content
+from functrans.thread_state import STATE, running_at
 from functrans.torch_private import (
     VIEWS_AND_VERSIONS,
     OpOverload,
@@ -44,11 +46,13 @@ def run(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     excluded = is_key_excluded(VIEWS_AND_VERSIONS)
     set_key_excluded(VIEWS_AND_VERSIONS, False)
     try:
-        if known.kind == VIEW:
+        kind = known.kind if not SCOPES else kind_here(known)
+        if kind == VIEW:
             return run_view(known, args, kwargs)
-        if known.kind == WRITE:
+        if kind == WRITE:
             return run_write(known, args, kwargs)
-        return known.special(known, args, kwargs)
+        stand_in: Any = STAND_INS.get(known.op)
+        return stand_in(known, args, kwargs)
     finally:
         set_key_excluded(VIEWS_AND_VERSIONS, excluded)
 
@@ -61,16 +65,15 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     draws_inside = known.random and STATE.top is not None
     if owner is None and not draws_inside:
         return write_captured(known, targets, args, kwargs)
-    if known.functional is None:
-        resolve_functional(known)
-    if known.functional is NotImplemented:
+    functional = pure_form(known)
+    if functional is NotImplemented:
         if known.composite:
             with running_at(STATE.top):
                 return op.decompose(*args, **kwargs)
         raise NoPureFormError(op)
-    if len(targets) == 1 and known.metadata_write and op not in (aten.resize_.default,):
-        return write_metadata(known, targets[0], args, kwargs)
-    new = known.functional(args, kwargs)
+    if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
+        return write_metadata(known, functional.op, targets[0], args, kwargs)
+    new = functional(args, kwargs)
     news = list(new) if isinstance(new, tuple | list) else [new]
     if len(news) > len(targets):  # pure form returns the operator's own outputs first, then what is written
         outputs, news = news[: len(news) - len(targets)], news[len(news) - len(targets) :]
@@ -148,12 +151,11 @@ def write_through(view: WrapperTensor, new: Tensor) -> None:
     view.seen = root.version
 
 
-def write_metadata(known: Facts, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operator such as ``unsqueeze_`` that turns a tensor into a view of itself."""
+def write_metadata(known: Facts, op: OpOverload, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator such as ``unsqueeze_`` that turns a tensor into a view of itself, by ``op``."""
     if type(target) is not WrapperTensor:
         raise NoPureFormError(known.op)
     invalidate_saved(target)
-    op = known.functional.op
     if known.op is aten.detach_.default:
         set_content(target, dispatch(aten.detach.default, (target,), {}))
         return target

@@ -13,6 +13,7 @@ it would cut the derivative.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,21 +25,17 @@ from torch.autograd import forward_ad
 from functrans.errors import MissingRuleError, MixedTransformsError
 from functrans.lowering import base, dispatch, map_tensors
 from functrans.operators import facts
-from functrans.stack import Interpreter, running_at, unchanged
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor, strides_of, wrap_as
+from functrans.thread_state import Snapshot, running_at, unchanged
 from functrans.torch_private import (
     AUTOGRAD,
-    VIEWS_AND_VERSIONS,
     OpOverload,
-    is_forward_enabled,
-    is_key_excluded,
     is_torch_func_active,
-    pop_packing,
     push_packing,
     set_forward_enabled,
     set_grad_enabled,
     set_key_excluded,
-    top_packing,
 )
 
 aten = torch.ops.aten
@@ -103,52 +100,24 @@ def twin_of(twin: TwinInterpreter, value: Tensor, requires_grad: bool = False) -
     return wrap_as(twin, value, value.shape, strides_of(value), requires_grad)
 
 
-class _autograd_on:
+class _autograd_on(running_at):
     """Context: operators on twins are recorded by PyTorch's autograd."""
 
-    def __init__(self, twin: TwinInterpreter) -> None:
-        self.at = running_at(twin)
-        self.enabled = torch.is_grad_enabled()
+    __slots__ = ()
 
-    def __enter__(self) -> None:
-        self.at.__enter__()
+    def switch(self) -> None:
+        super().switch()
         # twins are for this operator only: hooks that recompute or move what is saved have no use for them
-        self.packing = top_packing(True) is not None
-        if self.packing:
+        if self.before.hooks is not None:
             push_packing(unchanged, unchanged)
         set_key_excluded(AUTOGRAD, False)
         set_grad_enabled(True)
-
-    def __exit__(self, *exc: object) -> None:
-        if self.packing:
-            pop_packing()
-        self.at.__exit__()
-        set_grad_enabled(self.enabled)
 
 
 def _tensors_in(out: Any) -> list[Tensor]:
     if isinstance(out, Tensor):
         return [out]
     return [o for o in out if isinstance(o, Tensor)] if isinstance(out, tuple | list) else []
-
-
-class _outside_inference:
-    """Context: inference mode, in which PyTorch records nothing at all, is off, and nothing else is changed."""
-
-    def __enter__(self) -> None:
-        keys, enabled, forward = [is_key_excluded(k) for k in _SWITCHED], torch.is_grad_enabled(), is_forward_enabled()
-        self.mode = torch.inference_mode(False)
-        self.mode.__enter__()
-        for key, excluded in zip(_SWITCHED, keys, strict=True):
-            set_key_excluded(key, excluded)
-        set_grad_enabled(enabled)
-        set_forward_enabled(forward)
-
-    def __exit__(self, *exc: object) -> None:
-        self.mode.__exit__(*exc)
-
-
-_SWITCHED = (AUTOGRAD, VIEWS_AND_VERSIONS)
 
 
 def recording(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,7 +127,9 @@ def recording(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not torch.is_inference_mode_enabled():
             return function(*args)
-        with _outside_inference():
+        before = Snapshot()
+        with torch.inference_mode(False):  # which switches more than that
+            before.restore()
             return function(*args)
 
     return run
@@ -249,7 +220,10 @@ def run_forward_mode(
             return type(a)(enter(v) for v in a)
         return a
 
-    with _autograd_on(twin), _dual_level(), forward_ad._set_fwd_grad_enabled(True):
+    # Twins of different transforms are different tensors, so one level of forward AD serves all.
+    level = forward_ad.dual_level() if forward_ad._current_level < 0 else contextlib.nullcontext()
+    with _autograd_on(twin), level:
+        set_forward_enabled(True)
         out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
         found = []
         if any(o.layout is not torch.strided for o in _tensors_in(out)):
@@ -259,16 +233,3 @@ def run_forward_mode(
             tangent = forward_ad.unpack_dual(o).tangent
             found.append(None if tangent is None else tangent.value if type(tangent) is WrapperTensor else tangent)
     return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), found
-
-
-class _dual_level:
-    """Context: a forward-AD level is entered. Twins of different transforms are different tensors, so one serves all."""
-
-    def __enter__(self) -> None:
-        self.entered = forward_ad._current_level < 0
-        if self.entered:
-            forward_ad.enter_dual_level()
-
-    def __exit__(self, *exc: object) -> None:
-        if self.entered:
-            forward_ad.exit_dual_level()

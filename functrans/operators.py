@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
-from functrans.torch_private import COMPOSITE
+from functrans.rules import FORGET, RuleTable, covering, scope_here
+from functrans.torch_private import COMPOSITE, OpOverload
 
 #: Pure at the door: its outputs are new tensors.
 PURE = 0
@@ -22,24 +22,29 @@ SPECIAL = 3
 #: In-place operators whose result does not depend on the old contents.
 REPLACING = frozenset(f"aten::{n}" for n in ("copy_", "fill_", "zero_", "detach_", "uniform_", "normal_", "bernoulli_"))
 
-#: Functions that stand in for operators whose schema hides what they do; see functrans.special.
-SPECIAL_OPERATORS: dict[OpOverload, Any] = {}
+#: Functions that stand in for operators whose schema hides what they do: (facts, args, kwargs) -> output. See functrans.special.
+STAND_INS: RuleTable[Any] = RuleTable("stand-ins", cached=True, writing=True)
+
+#: The namespaces whose operators are PyTorch's own. Of all others PyTorch may be told more at any time, and tells nobody.
+PYTORCH_NAMESPACES = frozenset(("aten", "prims", "prim"))
 
 
 class Facts:
     """Facts about one operator overload."""
 
     __slots__ = (
-        "arguments", "composite", "defaults", "functional", "kind", "metadata_write", "op", "plans", "quick", "random",
-        "reads_target", "returns_written", "single", "special", "tensor_lists", "written",
+        "arguments", "defaults", "defined_by_others", "kind", "kind_by_schema", "metadata_write", "op", "plans", "quick",
+        "random", "reads_target", "returns_written", "settled", "single", "tensor_lists", "written",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload) -> None:
         schema = op._schema
         self.op = op
         self.arguments: tuple[str, ...] = tuple(a.name for a in schema.arguments)
-        self.defaults: tuple[Any, ...] = tuple(a.default_value if a.has_default_value() else None for a in schema.arguments)
-        self.composite: bool = op._can_decompose()
+        self.defaults: tuple[Any, ...] = tuple(schema_default(a) if a.has_default_value() else None for a in schema.arguments)
+        #: whether all that PyTorch says of it is known for good
+        self.settled = op.namespace in PYTORCH_NAMESPACES
+        self.defined_by_others: bool = op._can_decompose()
         self.random = torch.Tag.nondeterministic_seeded in op.tags
         self.tensor_lists = any("List[" in str(a.type) and "Tensor" in str(a.type) for a in schema.arguments)
         self.single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
@@ -48,19 +53,45 @@ class Facts:
         self.returns_written = any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
         aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         self.metadata_write = torch.Tag.inplace_view in op.tags
-        #: function that stands in for the operator at the door: (facts, args, kwargs) -> output
-        self.special: Any = SPECIAL_OPERATORS.get(op)
-        self.kind = SPECIAL if self.special else WRITE if self.written else VIEW if aliases else PURE
+        self.kind_by_schema = WRITE if self.written else VIEW if aliases else PURE
+        #: what it is outside of scopes of rules; see ``kind_here``
+        self.kind = SPECIAL if op in STAND_INS else self.kind_by_schema
         #: a function that does the same as ``op`` on plain tensors in less time, or None
         self.quick: Any = quick_call(op)
-        #: rule of each interpreter class, resolved at first use
+        #: what each interpreter class makes of its rules, and the pure form, outside of scopes; see ``plans_here``
         self.plans: dict[type, Any] = {}
-        #: pure counterpart of a writing operator; resolved by functrans.mutation
-        self.functional: Any = None
         #: whether the new contents of what is written depend on the old ones
         self.reads_target = not (
             schema.name in REPLACING or any(schema.arguments[i].kwarg_only for i in self.written)
         )
+
+    @property
+    def composite(self) -> bool:
+        """Whether the operator is defined by others."""
+        return self.defined_by_others if self.settled else self.op._can_decompose()
+
+
+def plans_here(known: Facts) -> dict[type, Any]:
+    """Where plans for the rules that hold in this context are kept."""
+    scope = scope_here()
+    if scope is None or not any(known.op in s.entries for s in scope.chain() if s.table.cached):
+        return known.plans
+    return scope.kept.setdefault(known.op, {})
+
+
+def kind_here(known: Facts) -> int:
+    """The operator's kind by the stand-ins that hold in this context."""
+    return known.kind if covering(STAND_INS, known.op) is None else SPECIAL if known.op in STAND_INS else known.kind_by_schema
+
+
+def forget_facts(table: RuleTable[Any], op: OpOverload) -> None:
+    known: Facts | None = vars(op).get("_functrans")
+    if known is not None:
+        known.plans = {}
+        known.kind = SPECIAL if op in STAND_INS else known.kind_by_schema
+
+
+FORGET.append(forget_facts)
 
 
 def facts(op: OpOverload) -> Facts:
@@ -70,6 +101,25 @@ def facts(op: OpOverload) -> Facts:
     except AttributeError:
         op._functrans = found = Facts(op)  # type: ignore[attr-defined]
         return found
+
+
+def schema_default(argument: Any) -> Any:
+    """The default value of an operator's argument, as Python code would pass it."""
+    default = argument.default_value
+    if type(default) is not int or argument.real_type is argument.type:
+        return default
+    kind = str(argument.real_type)
+    return next((values[default] for name, values in NUMBERED.items() if name in kind and default < len(values)), default)
+
+
+#: What schemas write as numbers, in the order of c10/core/ScalarType.h and c10/core/MemoryFormat.h.
+NUMBERED = {
+    "ScalarType": (
+        torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
+        torch.complex32, torch.complex64, torch.complex128, torch.bool,
+    ),
+    "MemoryFormat": (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d),
+}  # fmt: skip
 
 
 def normalized(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -82,7 +132,7 @@ def normalized(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     last = max(i for i, a in enumerate(positional) if a.name in kwargs)
     rest = dict(kwargs)
     for a in positional[len(args) : last + 1]:
-        full.append(rest.pop(a.name) if a.name in rest else a.default_value)
+        full.append(rest.pop(a.name) if a.name in rest else schema_default(a))
     return tuple(full), rest
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from functrans import stack
-from functrans.operators import Facts
+from functrans import thread_state
+from functrans.operators import Facts, plans_here
+from functrans.rules import SCOPES, RuleTable
 from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -33,12 +34,12 @@ class Functional:
             kwargs = {k: v for k, v in kwargs.items() if k not in self.out_names}
         if len(args) < self.required and self.defaults:
             args = (*args, *[self.defaults[n] for n in self.names[len(args) : self.required] if n not in kwargs])
-        return stack.DOOR.enter(self.op, args, kwargs)
+        return thread_state.DOOR.enter(self.op, args, kwargs)
 
 
 def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``copy_``: the source, in the dtype, device and shape of what it is written to."""
-    target, source, enter = args[0], args[1], stack.DOOR.enter
+    target, source, enter = args[0], args[1], thread_state.DOOR.enter
     if source.dtype is not target.dtype or source.device != target.device:
         source = enter(aten._to_copy.default, (source,), {"dtype": target.dtype, "device": target.device})
     if source.shape != target.shape:
@@ -47,21 +48,31 @@ def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def pure_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return stack.DOOR.enter(aten.zeros_like.default, args, kwargs)
+    return thread_state.DOOR.enter(aten.zeros_like.default, args, kwargs)
 
 
 #: Pure forms that are not an operator of the same name: those exist without a derivative at the base.
-PURE_FORMS: dict[OpOverload, Callable[..., Any]] = {aten.copy_.default: pure_copy, aten.zero_.default: pure_zero}
+PURE_FORMS: RuleTable[Callable[..., Any]] = RuleTable("pure forms", cached=True, writing=True)
+PURE_FORMS.add(aten.copy_.default, pure_copy)
+PURE_FORMS.add(aten.zero_.default, pure_zero)
 
 
-def resolve_functional(known: Facts) -> None:
-    """Find the pure form of a writing operator by its name and schema; NotImplemented if there is none."""
+def pure_form(known: Facts) -> Any:
+    """The pure form of a writing operator; NotImplemented if there is none."""
+    plans = known.plans if not SCOPES else plans_here(known)
+    try:
+        return plans[Functional]
+    except KeyError:
+        found = PURE_FORMS.get(known.op) or by_name(known)
+        if known.settled or found is not NotImplemented:  # one may be defined yet
+            plans[Functional] = found
+        return found
+
+
+def by_name(known: Facts) -> Any:
+    """The operator that does the same without writing, by its name and schema; NotImplemented if there is none."""
     op = known.op
-    if op in PURE_FORMS:
-        known.functional = PURE_FORMS[op]
-        return
     schema = op._schema
-    known.functional = NotImplemented
     namespace, name = schema.name.split("::")
     library = getattr(torch.ops, namespace)
     out_form = any(schema.arguments[i].kwarg_only for i in known.written)
@@ -83,5 +94,5 @@ def resolve_functional(known: Facts) -> None:
             if any(a.alias_info is not None and a.alias_info.is_write for a in other_schema.arguments):
                 continue
             if [(a.name, str(a.type)) for a in other_schema.arguments] == wanted and other_schema.returns:
-                known.functional = Functional(other, known)
-                return
+                return Functional(other, known)
+    return NotImplemented

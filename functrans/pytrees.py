@@ -8,9 +8,9 @@ from typing import Any
 
 import optree
 import torch
-import torch.utils._cxx_pytree  # registers torch's own node types in the namespace
 from torch import Tensor
-from torch.utils import _pytree as torch_pytree
+
+from functrans.torch_private import TREE_NODES
 
 NAMESPACE = "torch"
 TreeSpec = optree.PyTreeSpec
@@ -29,7 +29,7 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
             return list(tree), TUPLES[len(tree)]
     leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     for leaf in leaves:
-        if type(leaf) in torch_pytree.SUPPORTED_NODES and not isinstance(leaf, Tensor) and _adopt(type(leaf)):
+        if type(leaf) in TREE_NODES and not isinstance(leaf, Tensor) and _adopt(type(leaf)):
             return tree_flatten(tree)
     return leaves, spec
 
@@ -113,7 +113,7 @@ def one_level(tree: Any) -> tuple[list[Any], TreeSpec]:
 
 def _adopt(kind: type) -> bool:
     """Make a type that only torch's Python pytree knows (a dataclass, say) known to optree as well."""
-    node = torch_pytree.SUPPORTED_NODES.get(kind)
+    node = TREE_NODES.get(kind)
     if node is None:
         return False
 

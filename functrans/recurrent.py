@@ -20,7 +20,7 @@ from functrans.decompositions import DECOMPOSITIONS
 from functrans.lowering import base, highest
 from functrans.operators import Facts
 from functrans.special import stands_in_for
-from functrans.stack import STATE, running_at
+from functrans.thread_state import STATE, running_at
 
 aten = torch.ops.aten
 

@@ -20,8 +20,8 @@ from functrans.lowering import dispatch, highest, lift
 from functrans.mutation import run_write, strip
 from functrans.operators import Facts
 from functrans.special import as_usual, enter, stands_in_for
-from functrans.stack import STATE
 from functrans.tensor import SCALAR_INDICES, WrapperTensor, concrete
+from functrans.thread_state import STATE
 from functrans.views import WRITE_BACK, Root, ViewLink, link_view
 
 aten = torch.ops.aten

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from functrans import stack
+from functrans import thread_state
 from functrans.errors import InsideTransformError
 from functrans.lowering import base, highest, lift
 from functrans.mutation import set_shape, write
 from functrans.native import TwinInterpreter
-from functrans.operators import SPECIAL_OPERATORS, Facts, facts
-from functrans.stack import STATE, running_at
+from functrans.operators import STAND_INS, Facts, facts
 from functrans.tensor import WrapperTensor, set_content
+from functrans.thread_state import STATE, running_at
 from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 
 
-def stands_in_for(*ops: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: at the door the function below runs in place of ``ops``, with (facts, args, kwargs)."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for op in ops:
-            SPECIAL_OPERATORS[op] = function
-        return function
-
-    return decorate
+#: Decorator: at the door the function below runs in place of the operators, with (facts, args, kwargs).
+stands_in_for = STAND_INS.register
 
 
 def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` from the door's beginning."""
-    return stack.DOOR.enter(op, args, kwargs)
+    return thread_state.DOOR.enter(op, args, kwargs)
 
 
 @stands_in_for(aten._embedding_bag_forward_only.default)

@@ -1,13 +1,7 @@
-"""The interpreter stack: what is on it, how it is entered, and how code runs one level down.
+"""The interpreter stack: what is on it, and how it is entered.
 
 The stack is a linked list: ``STATE.top`` is the innermost interpreter, ``interpreter.below`` the next one, None the base
-(plain PyTorch). It is thread-local, and so is all that is switched with it.
-
-NOTE [Three states of a thread]
-At the base nothing is switched: no mode of ours, autograd's key in place. While code runs at a level, the door is on PyTorch's
-mode stack and autograd's key is excluded, so that operators reach the door whole and unrecorded. While the door
-handles an operator, PyTorch has taken the mode off its stack; a rule that is plain ``torch`` code needs the state
-of the level it works at. ``running_at`` establishes a state from any other and puts back exactly what it found.
+(plain PyTorch). It is thread-local, and so is all that is switched with it: see thread_state.py.
 
 NOTE [Grad mode per level]
 PyTorch has one grad-mode flag per thread. A level's flag is that flag while the level is on top; entering the next
@@ -17,29 +11,23 @@ when the flags of that level and of every level above it are on. Forward mode ha
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from functrans.errors import MixedTransformsError
+from functrans import thread_state
+from functrans.errors import InterpreterError, MixedTransformsError, PayloadError
+from functrans.thread_state import STATE, Snapshot
 from functrans.torch_private import (
     AUTOGRAD,
     INDEX_BATCHED,
     VIEWS_AND_VERSIONS,
-    ZERO_TENSOR,
     OpOverload,
     is_forward_enabled,
-    is_key_excluded,
     is_torch_func_active,
-    mode_stack_size,
-    pop_mode,
-    pop_packing,
     push_mode,
-    push_packing,
-    set_forward_enabled,
     set_grad_enabled,
     set_key_excluded,
     top_packing,
@@ -48,22 +36,6 @@ from functrans.wording import callable_name
 
 if TYPE_CHECKING:
     from functrans.tensor import WrapperTensor
-
-
-class _State(threading.local):
-    top: Interpreter | None = None
-    #: size of PyTorch's mode stack while the door is on it; while the door handles an operator it is one less
-    door_depth: int = 0
-    #: the saved-tensor hooks around the outermost transform
-    packing: Any = None
-    #: whether INDEX_BATCHED is excluded in this thread
-    prepared: bool = False
-
-
-STATE = _State()
-
-#: The door, pushed on PyTorch's mode stack; set by ``functrans.tensor``.
-DOOR: Any = None
 
 
 class Interpreter:
@@ -84,7 +56,9 @@ class Interpreter:
     #: if ``pending``. None: its operators come one by one.
     process_program: Callable[..., Any] | None = None
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, slots: tuple[str, ...] = ()) -> None:
+        """``slots``: names in ``payload`` for which wrappers have a place of their own; the transforms of this package have one each."""
+        check_payload(cls, slots)
         if "process" in vars(cls) and "process_program" not in vars(cls):
             cls.process_program = None  # a new meaning for operators is one for programs, too
 
@@ -143,6 +117,38 @@ class Interpreter:
         return f"{self.kind}({callable_name(self.func)})"
 
 
+#: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.tensor``)
+RESERVED = {"self", *dir(Tensor)}
+
+
+def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
+    """Refuse names of a payload that would overwrite what a wrapper is made of."""
+    payload: Any = cls.payload
+    if not isinstance(payload, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in payload):
+        raise PayloadError(cls, f"payload is {payload!r}")
+    if len(set(payload)) < len(payload):
+        raise PayloadError(cls, f"payload {payload!r} has a name twice")
+    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "payload", ())}
+    taken = [name for name in payload if name in RESERVED and name not in inherited and name not in slots]
+    if taken:
+        raise PayloadError(cls, f"payload has {', '.join(map(repr, taken))}, which every wrapper tensor has already")
+
+
+def check_enterable(interpreter: Interpreter) -> None:
+    """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
+    if vars(interpreter).setdefault("run_by", entered := object()) is not entered:
+        raise InterpreterError(interpreter, "got an interpreter that has run already" if not interpreter.alive else "got one that is running")
+    if interpreter.below is not STATE.top:
+        made, here = interpreter.below, STATE.top
+        raise InterpreterError(
+            interpreter,
+            f"got an interpreter that was made {'outside of all transforms' if made is None else f'inside {made.name} at level {made.level}'}, "
+            f"and is run {'outside of all transforms' if here is None else f'inside {here.name} at level {here.level}'}",
+        )
+    if interpreter.outer_grad_mode is not torch.is_grad_enabled() or interpreter.outer_forward_mode is not is_forward_enabled():
+        raise InterpreterError(interpreter, "got an interpreter that was made where grad mode, or forward mode, was switched otherwise")
+
+
 def interpreter_stack() -> list[Interpreter]:
     """The interpreters of this thread, innermost first.
 
@@ -167,155 +173,35 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
 
     ``enable_grad`` switches the new level's grad mode on.
     """
+    check_enterable(interpreter)
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
-    top, depth, modes = STATE.top, STATE.door_depth, mode_stack_size()
-    outermost = top is None
-    if outermost:
-        excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
+    before = Snapshot()
     try:
-        if outermost:
-            set_key_excluded(AUTOGRAD, True)
-            set_key_excluded(VIEWS_AND_VERSIONS, True)
-            if not STATE.prepared:
-                set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
-                STATE.prepared = True
-            push_mode(DOOR)
-            STATE.door_depth = modes + 1
-            STATE.packing = top_packing(True)
-        STATE.top = interpreter
-        if enable_grad and not interpreter.outer_grad_mode:
-            set_grad_enabled(True)
-        return body()
-    finally:
-        # Autocast caches its casts of captured weights; those made here belong to this transform.
-        torch.clear_autocast_cache()
-        interpreter.alive = False
-        STATE.top = top
-        while mode_stack_size() > modes:
-            pop_mode(None)
-        if outermost:
-            STATE.door_depth = depth
-            set_key_excluded(AUTOGRAD, excluded)
-            set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
-        if torch.is_grad_enabled() is not interpreter.outer_grad_mode:
-            set_grad_enabled(interpreter.outer_grad_mode)
-        if is_forward_enabled() is not interpreter.outer_forward_mode:
-            set_forward_enabled(interpreter.outer_forward_mode)
+        try:
+            if before.top is None:
+                set_key_excluded(AUTOGRAD, True)
+                set_key_excluded(VIEWS_AND_VERSIONS, True)
+                if not STATE.prepared:
+                    set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
+                    STATE.prepared = True
+                STATE.packing = top_packing(True)
+                STATE.door_depth = len(before.modes) + 1
+                push_mode(thread_state.DOOR)
+            STATE.top = interpreter
+            if enable_grad and not before.grad:
+                set_grad_enabled(True)
+            return body()
+        finally:
+            leave(interpreter, before)
+    except BaseException:
+        leave(interpreter, before)  # once more: the exception may have come while the thread was put back
+        raise
 
 
-class running_at:
-    """Context: plain ``torch`` code runs at ``level`` (None: the base), whatever state the thread is in.
-
-    See NOTE [Three states of a thread].
-    """
-
-    __slots__ = ("excluded", "level", "packing", "removed", "top", "views_excluded")
-
-    def __init__(self, level: Interpreter | None) -> None:
-        self.level = level
-        self.top = STATE.top
-        self.removed: list[Any] | None = None
-        self.packing = False
-        self.excluded = is_key_excluded(AUTOGRAD)
-        self.views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
-
-    def __enter__(self) -> None:
-        level = STATE.top = self.level
-        set_key_excluded(AUTOGRAD, level is not None)
-        set_key_excluded(VIEWS_AND_VERSIONS, level is not None)
-        if level is None:
-            set_key_excluded(ZERO_TENSOR, False)
-            self.packing = pack_as_outside()
-        door_is_open = mode_stack_size() >= STATE.door_depth > 0
-        if level is not None and not door_is_open:
-            self.removed = []
-            push_mode(DOOR)
-        elif level is None and door_is_open:
-            self.removed = take_off_door()
-
-    def __exit__(self, *exc: object) -> None:
-        STATE.top = self.top
-        if self.packing:
-            pop_packing()
-        if self.removed is not None:
-            if self.removed:
-                put_back(self.removed)
-            else:
-                pop_mode(None)
-        set_key_excluded(AUTOGRAD, self.excluded)
-        set_key_excluded(VIEWS_AND_VERSIONS, self.views_excluded)
-
-
-def pack_as_outside() -> bool:
-    """Have autograd pack what the base saves by the hooks around the outermost transform; whether ``pop_packing`` must undo it.
-
-    Hooks from inside (checkpoint's, say) would recompute with wrappers whose transform has ended when the base is differentiated.
-    """
-    inside, outside = top_packing(True), STATE.packing
-    if inside is None or STATE.door_depth == 0 or (outside is not None and inside[0] is outside[0]):
-        return False
-    push_packing(*(outside if outside is not None else (unchanged, unchanged)))
-    return True
-
-
-def unchanged(x: Any) -> Any:
-    return x
-
-
-def take_off_door() -> list[Any]:
-    """Take the door off PyTorch's mode stack, from under modes that user code entered after it; returns what was taken."""
-    taken = []
-    while mode_stack_size() >= STATE.door_depth:
-        taken.append(pop_mode(None))
-    for mode in reversed(taken[:-1]):
-        push_mode(mode)
-    return taken
-
-
-def put_back(taken: list[Any]) -> None:
-    """Undo ``take_off_door``."""
-    for _ in taken[:-1]:
-        pop_mode(None)
-    for mode in reversed(taken):
-        push_mode(mode)
-
-
-class lowered:
-    """Context: code of ``interpreter``'s rules runs one level down, with that level's grad mode."""
-
-    __slots__ = ("at", "forward", "grad", "interpreter")
-
-    def __init__(self, interpreter: Interpreter) -> None:
-        self.interpreter = interpreter
-        self.at = running_at(interpreter.below)
-        self.grad = torch.is_grad_enabled()
-        self.forward = is_forward_enabled()
-
-    def __enter__(self) -> None:
-        self.at.__enter__()
-        if not self.interpreter.outer_grad_mode:
-            set_grad_enabled(False)
-        if not self.interpreter.outer_forward_mode:
-            set_forward_enabled(False)
-
-    def __exit__(self, *exc: object) -> None:
-        self.at.__exit__()
-        set_grad_enabled(self.grad)
-        set_forward_enabled(self.forward)
-
-
-class door_closed:
-    """Context: operators that interpreters send down by Python calls end at the base, wherever the calls start.
-
-    While the door handles an operator it is off PyTorch's mode stack, and this does nothing.
-    """
-
-    __slots__ = ("removed",)
-
-    def __enter__(self) -> None:
-        self.removed = take_off_door() if mode_stack_size() >= STATE.door_depth > 0 else None
-
-    def __exit__(self, *exc: object) -> None:
-        if self.removed is not None:
-            put_back(self.removed)
+def leave(interpreter: Interpreter, before: Snapshot) -> None:
+    """End ``interpreter``; see NOTE [Put back]."""
+    interpreter.alive = False
+    before.restore()
+    # Autocast caches its casts of captured weights; those made here belong to this transform.
+    torch.clear_autocast_cache()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans import stack
+from functrans import thread_state
 from functrans.errors import (
     CallTypeError,
     InsideTransformError,
@@ -18,10 +18,11 @@ from functrans.errors import (
     RequiresGradError,
 )
 from functrans.pytrees import TENSORS
-from functrans.stack import Interpreter
+from functrans.stack import RESERVED, Interpreter
 from functrans.torch_private import (
     INDEX_BATCHED_KEYS,
     PYTHON,
+    DisableTorchDispatch,
     is_key_excluded,
     make_wrapper,
 )
@@ -86,7 +87,7 @@ class WrapperTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return stack.DOOR.enter(func, args, kwargs)
+        return thread_state.DOOR.enter(func, args, kwargs)
 
     # __torch_function__, the short way in, is set by door.py.
 
@@ -207,6 +208,7 @@ class WrapperTensor(torch.Tensor):
 
 
 TENSORS.add(WrapperTensor)
+RESERVED.update(dir(WrapperTensor))
 
 
 class PendingWrapper:
@@ -358,7 +360,7 @@ def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
 def describe(x: Tensor, indent: int = 1) -> str:
     """The layers of a wrapper, outermost first: kind, level, what the transform keeps on it, inner value."""
     if type(x) is not WrapperTensor:
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             return repr(x)
     i = x.interpreter
     ended = "" if i.alive else ", ended"

@@ -28,9 +28,11 @@ from functrans.interpreters.grad.interpreter import GradInterpreter, check_versi
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
-from functrans.stack import door_closed, run_transformed
+from functrans.stack import run_transformed
 from functrans.structures import difference, path_of
 from functrans.tensor import WrapperTensor, check_layout
+from functrans.thread_state import door_closed
+from functrans.torch_private import set_forward_enabled
 from functrans.wording import shown, what
 
 
@@ -303,7 +305,7 @@ def jvp_with_argnums(
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
 
     def body() -> tuple[Any, Any, Any, Any]:
-        torch._C._set_fwd_grad_enabled(True)
+        set_forward_enabled(True)
         out = call_function(call, func, inputs.args, inputs.kwargs)
         aux = None
         if has_aux:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrans import stack
+from functrans import thread_state
 from functrans.errors import InsideTransformError
 from functrans.history import with_history_of
 from functrans.lowering import base, dispatch, highest, lift
 from functrans.memory import storage_offset_of
 from functrans.operators import Facts
-from functrans.stack import STATE, running_at
 from functrans.tensor import WrapperTensor, set_content
+from functrans.thread_state import STATE, running_at
 from functrans.torch_private import OpOverload, set_grad_enabled
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ class ViewLink:
     def refresh(self, view: WrapperTensor) -> None:
         """Bring ``view`` up to date with writes to its base or to other views of it."""
         if view.seen != self.root.version:
-            with stack.door_closed():
+            with thread_state.door_closed():
                 set_content(view, self.replay())
             view.seen = self.root.version
 

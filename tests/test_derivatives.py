@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from derivative_checker import Call, check_entry, recorded_calls
 
 import functrans
-from functrans.derivatives import activations, binary, pointwise, reductions, scans, selections, splits, views
+from functrans.derivatives import activations, binary, pointwise, reductions, scans, selections, splits, ties, views
 from functrans.derivatives.table import DERIVATIVES, Derivative
 
 aten = torch.ops.aten
-FAMILIES = {Path(m.__file__) for m in (activations, binary, pointwise, reductions, scans, selections, splits, views)}
+FAMILIES = {Path(m.__file__) for m in (activations, binary, pointwise, reductions, scans, selections, splits, ties, views)}
 ENTRIES = [op for op in DERIVATIVES if Path(DERIVATIVES.place(op).rsplit(":", 1)[0]) in FAMILIES]
 
 #: Where PyTorch's first derivative is NaN, or its forward formula loses digits, although the answer is finite and known.

@@ -210,7 +210,7 @@ error(norm) at level 2 has no rule for aten.addcmul.default. Levels: 1 grad(<lam
 The rules of error stand in <this file>. Add there:
 
 @ErrorInterpreter.rules.register(torch.ops.aten.addcmul.default)
-def addcmul(interpreter, self, tensor1, tensor2, **kwargs):
+def addcmul(interpreter, self, tensor1, tensor2, *, value=1):
     return interpreter.carry(..., error=...)""",
     )
 

@@ -66,7 +66,8 @@ pointwise(
 )
 pointwise(
     aten.ldexp.Tensor,
-    self=lambda grad, other: grad * conj(torch.pow(2, other)),
+    # 2.0: a power of 2 with a negative exponent of whole numbers would be a whole number, 0
+    self=lambda grad, other: grad * conj(torch.pow(2.0, other)),
     other=lambda grad, result: grad * conj(result) * LN2,
 )
 
@@ -255,33 +256,6 @@ derivative(
 # ------------------------------------------------------------------------------------------- choices
 
 
-def all_half_or_none(grad: Tensor, self: Tensor, other: Tensor, none: Tensor) -> Tensor:
-    """``grad``; half of it at ties; nothing where ``none`` holds (so at NaN all of it, to both operands)."""
-    return torch.where(self == other, grad / 2, grad).masked_fill(none, 0)
-
-
-pointwise(
-    aten.maximum.default,
-    self=lambda grad, self, other: all_half_or_none(grad, self, other, self < other),
-    other=lambda grad, self, other: all_half_or_none(grad, self, other, self > other),
-)
-pointwise(
-    aten.minimum.default,
-    self=lambda grad, self, other: all_half_or_none(grad, self, other, self > other),
-    other=lambda grad, self, other: all_half_or_none(grad, self, other, self < other),
-)
-pointwise(
-    aten.fmax.default,
-    self=lambda grad, self, other: where_or_zero((self >= other) | other.isnan(), grad),
-    other=lambda grad, self, other: grad.masked_fill((self >= other) | other.isnan(), 0),
-)
-pointwise(
-    aten.fmin.default,
-    self=lambda grad, self, other: where_or_zero((self <= other) | other.isnan(), grad),
-    other=lambda grad, self, other: grad.masked_fill((self <= other) | other.isnan(), 0),
-)
-
-
 def where_tangent(condition: Tensor, result: Tensor, self_t: Tensor | None, other_t: Tensor | None) -> Tensor:
     # one `where` for both tangents; a 0 in place of a missing one would not broadcast or promote as the operand does
     zero = torch.zeros_like(result)
@@ -297,46 +271,6 @@ derivative(
 )
 pointwise(aten.where.ScalarOther, self=lambda grad, condition: torch.where(condition, grad, 0))
 pointwise(aten.where.ScalarSelf, other=lambda grad, condition: torch.where(condition, 0, grad))
-
-# ------------------------------------------------------------------------------------------- clamps: all of it at the bound
-
-
-def clamp_self(grad: Tensor, self: Tensor, min: Any, max: Any) -> Tensor:
-    if min is None and max is None:
-        return grad
-    if min is None:
-        inside = self <= max
-    elif max is None:
-        inside = self >= min
-    else:
-        inside = (self >= min) & (self <= max)
-    return where_or_zero(inside, grad)
-
-
-def clamp_tensor_min(grad: Tensor, self: Tensor, min: Tensor, max: Tensor | None) -> Tensor:
-    below = self < min
-    return where_or_zero(below if max is None else below & (min < max), grad)
-
-
-def clamp_tensor_max(grad: Tensor, self: Tensor, min: Tensor | None, max: Tensor) -> Tensor:
-    above = self > max
-    return where_or_zero(above if min is None else above | (max < min), grad)
-
-
-pointwise(aten.clamp.default, self=clamp_self)
-pointwise(aten.clamp.Tensor, self=clamp_self, min=clamp_tensor_min, max=clamp_tensor_max)
-pointwise(aten.clamp_min.default, self=lambda grad, self, min: where_or_zero(self >= min, grad))
-pointwise(aten.clamp_max.default, self=lambda grad, self, max: where_or_zero(self <= max, grad))
-pointwise(
-    aten.clamp_min.Tensor,
-    self=lambda grad, self, min: where_or_zero(self >= min, grad),
-    min=lambda grad, self, min: where_or_zero(self < min, grad),
-)
-pointwise(
-    aten.clamp_max.Tensor,
-    self=lambda grad, self, max: where_or_zero(self <= max, grad),
-    max=lambda grad, self, max: where_or_zero(self > max, grad),
-)
 
 # ------------------------------------------------------------------------------------------- overwriting
 

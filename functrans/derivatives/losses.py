@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.nn.functional import logsigmoid
 
 from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2

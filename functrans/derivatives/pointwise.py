@@ -219,7 +219,7 @@ pointwise(aten.special_i1e.default, self=i1e_self)
 
 
 def logit_self(grad: Tensor, self: Tensor, eps: float | None) -> Tensor:
-    if eps is None:
+    if eps is None or eps < 0:
         return torch.where((self >= 0) & (self <= 1), grad / (self * (1 - self)), math.nan)
     inside = (self >= eps) & (self <= 1 - eps)
     x = torch.where(inside, self, 0.5)

@@ -39,10 +39,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch._ops import OpOverload
-
-from functrans.errors import DerivativeEntryError
+from functrans.errors import DerivativeEntryError, RuleError
 from functrans.rules import RuleTable, caller_place
+from functrans.torch_private import OpOverload
 
 Formula = Callable[..., Any]
 
@@ -74,7 +73,7 @@ class Derivative:
 #: The tangent of an operator that ``no_derivative`` declares constant.
 NO_TANGENT = "none"
 
-DERIVATIVES: RuleTable[Derivative] = RuleTable("derivative table")
+DERIVATIVES: RuleTable[Derivative] = RuleTable("derivative table", cached=True, kind=Derivative)
 
 
 def derivative(
@@ -99,7 +98,8 @@ def derivative(
         **formulas: reverse formulas, by argument name.
 
     Raises:
-        DerivativeEntryError: a formula names something that the operator does not have.
+        NotAnOverloadError: ``op`` is no operator overload.
+        DerivativeEntryError: there is no formula, or one names something that the operator does not have.
 
     Example:
         >>> import torch
@@ -107,8 +107,13 @@ def derivative(
         >>> DERIVATIVES.get(torch.ops.aten.sin.default).needs
         {'self': ('grad', 'self')}
     """
+    DERIVATIVES.check(op)
     schema = op._schema
     arguments = tuple(a.name for a in schema.arguments)
+    if not formulas and not callable(tangent):
+        raise DerivativeEntryError(
+            op, "has no formula; give one per differentiable argument, by its name. (no_derivative(op) says that there is no derivative.)"
+        )
     outputs = len(schema.returns)
     one_list = outputs == 1 and "List[" in str(schema.returns[0].type)
     known = set(arguments) | ({"grads", "results"} if outputs > 1 or one_list else {"grad", "result"})
@@ -116,6 +121,9 @@ def derivative(
     for name, formula in formulas.items():
         if name not in arguments:
             raise DerivativeEntryError(op, f"has no argument {name!r}; its arguments are {', '.join(arguments)}")
+        kind = str(schema.arguments[arguments.index(name)].type)
+        if "Tensor" not in kind:
+            raise DerivativeEntryError(op, f"has a formula for {name!r}, a {kind}; only tensors have cotangents")
         needs[name] = _parameters(op, formula, known)
     if joint is not None:
         needs["joint"] = _parameters(op, joint, known | {"wanted"})
@@ -129,7 +137,16 @@ def derivative(
 
 
 def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str, ...]:
-    names = tuple(inspect.signature(formula).parameters)
+    if not callable(formula):
+        raise DerivativeEntryError(op, f"has {formula!r} as a formula; expected a function")
+    try:
+        parameters = inspect.signature(formula).parameters.values()
+    except ValueError:
+        raise DerivativeEntryError(op, f"has {formula!r} as a formula, which does not say what it asks for; write a lambda around it") from None
+    odd = [str(p) for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if odd:
+        raise DerivativeEntryError(op, f"has a formula that takes {', '.join(odd)}; its parameters are given by position, each by a name")
+    names = tuple(p.name for p in parameters)
     unknown = [n for n in names if n not in known]
     if unknown:
         raise DerivativeEntryError(op, f"has a formula that asks for {unknown}; known names are {sorted(known)}")
@@ -138,6 +155,10 @@ def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str,
 
 def no_derivative(*ops: OpOverload) -> None:
     """Declare that no output of these operators depends differentiably on their arguments."""
+    if not ops:
+        raise RuleError("no_derivative(): expected at least one operator overload, such as torch.ops.aten.sign.default.")
+    for op in ops:
+        DERIVATIVES.check(op)
     for op in ops:
         arguments = tuple(a.name for a in op._schema.arguments)
         DERIVATIVES.add(op, Derivative(op, {}, NO_TANGENT, arguments, len(op._schema.returns)), place=caller_place())

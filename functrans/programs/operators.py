@@ -6,29 +6,32 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from functrans.programs.admission import FORGET
 from functrans.programs.deriving import pullback, slice_out, tangent
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable, tracing
+from functrans.rules import MISSING, SCOPES, RuleCache
 from functrans.torch_private import OpOverload
 
-_programs: dict[Any, Program | None] = {}
-FORGET.append(_programs.clear)
+PROGRAMS = RuleCache()
 
 
 def operator_program(op: OpOverload, *numbers: Any) -> Program | None:
     """The program of one operator whose last operands are ``numbers``; None if its derivatives cannot be written as programs."""
-    key = (op, numbers)
+    key = op, numbers
+    program = PROGRAMS.entries.get(key, MISSING) if not SCOPES else MISSING
+    return PROGRAMS.find(key, program_or_none, probe, op, numbers) if program is MISSING else program
+
+
+def traced_program(function: Callable[..., Any], inputs: int) -> Program | None:
+    """A pointwise function as a program; None if it cannot be written as one."""
+    return PROGRAMS.find(function, program_or_none, traced, function, inputs)
+
+
+def program_or_none(make: Callable[..., Program], *args: Any) -> Program | None:
     try:
-        return _programs[key]
-    except KeyError:
-        program: Program | None = None
-        try:
-            program = probe(op, numbers)
-        except Untraceable:
-            pass
-        _programs[key] = program
-        return program
+        return make(*args)
+    except Untraceable:
+        return None
 
 
 def traced(function: Callable[..., Any], inputs: int) -> Program:

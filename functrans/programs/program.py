@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from functrans.operators import quick_call
+from functrans.rules import SCOPES, scope_here
 from functrans.tensor import tensor_of
 from functrans.torch_private import OpOverload
 
@@ -34,13 +35,15 @@ class Program:
     ``run`` is the code as a Python function of plain tensors; with several outputs it returns a tuple.
     """
 
-    __slots__ = ("_sources", "inputs", "instructions", "outputs", "pullbacks", "records", "run", "single", "source", "tangents")
+    __slots__ = ("_sources", "inputs", "instructions", "outputs", "pullbacks", "records", "run", "scope", "single", "source", "tangents")
 
     def __init__(self, inputs: int, instructions: Sequence[Instruction], outputs: Sequence[Value]) -> None:
         self.inputs = inputs
         self.instructions = tuple(instructions)
         self.outputs = tuple(outputs)
         self.single = len(outputs) == 1
+        #: the scope of rules that the programs derived from it are made by; only there it may be interpreted as a program
+        self.scope = scope_here() if SCOPES else None
         #: derived programs, by the positions of the inputs that move or are tracked
         self.tangents: dict[tuple[int, ...], Any] = {}
         self.pullbacks: dict[tuple[int, ...], Any] = {}

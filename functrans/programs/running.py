@@ -11,13 +11,17 @@ from torch.autograd import forward_ad
 from functrans.errors import DeadWrapperError
 from functrans.lowering import base, dispatch, in_outer_modes, modes_differ
 from functrans.programs.program import Program
-from functrans.stack import STATE, Interpreter, door_closed
+from functrans.rules import SCOPES, scope_here
+from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, tensor_of
+from functrans.thread_state import STATE, door_closed
 from functrans.torch_private import DisableTorchFunction, function_mode_enabled, mode_stack_size, pop_mode, push_mode
 
 
 def run(program: Program, args: Sequence[Any]) -> Any:
     """Send ``program`` to the highest level among ``args``, or run it at the base; what lowering.dispatch does with an operator."""
+    if SCOPES and program.scope is not scope_here():  # recorded where other rules hold
+        return program.step_by_step(args, dispatch)
     owner: Interpreter | None = None
     plain = True
     for a in args:
@@ -64,11 +68,13 @@ def start(program: Program, args: Sequence[Any]) -> Any:
     if modes > depth:
         with door_closed():
             return run(program, args)
-    door = pop_mode(None)
+    door = None
     try:
+        door = pop_mode(None)
         return run(program, args)
     finally:
-        push_mode(door)
+        if door is not None:
+            push_mode(door)
 
 
 def lower_program(interpreter: Interpreter, program: Program, args: Sequence[Any]) -> Any:

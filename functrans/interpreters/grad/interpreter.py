@@ -11,16 +11,18 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.errors import ModifiedError
-from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method, matrix_of
+from functrans.interpreters.grad.recording import DIFFERENTIABLE, WITHOUT_RULE, ProgramPlan, choose_method, matrix_of
 from functrans.lowering import dispatch, lower, map_tensors
-from functrans.operators import Facts, facts
+from functrans.operators import Facts, facts, plans_here
 from functrans.programs.admission import REAL
 from functrans.programs.operators import operator_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program, start
 from functrans.programs.tracing import Untraceable
-from functrans.stack import Interpreter, door_closed
+from functrans.rules import SCOPES
+from functrans.stack import Interpreter
 from functrans.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.thread_state import door_closed
 from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
@@ -28,7 +30,7 @@ Record = tuple[Any, Any, Any, Any]
 SPENT: Record = (None, 0, (), None)
 
 
-class GradInterpreter(Interpreter):
+class GradInterpreter(Interpreter, slots=("slot",)):
     """Records what depends on the inputs; ``pull`` walks the tape backwards.
 
     A tracked wrapper has a *slot*, the number under which its cotangent is accumulated.
@@ -87,10 +89,13 @@ class GradInterpreter(Interpreter):
         if not places or not torch.is_grad_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         known: Facts = op._functrans  # type: ignore[attr-defined]
+        plans = known.plans if not SCOPES else plans_here(known)
         try:
-            method = known.plans[GradInterpreter]
+            method = plans[GradInterpreter]
         except KeyError:
-            method = known.plans[GradInterpreter] = choose_method(op, known)
+            method = choose_method(op, known)
+            if known.settled or method not in WITHOUT_RULE:
+                plans[GradInterpreter] = method
         return method(self, op, (args, kwargs), values, below_kwargs, places, slots)
 
     def process_program(self, program: Program, args: Sequence[Any], pending: bool = False) -> Any:

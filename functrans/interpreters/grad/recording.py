@@ -19,7 +19,7 @@ from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import Derived, pullback
 from functrans.programs.program import Program
 from functrans.programs.running import start
-from functrans.rules import RuleTable
+from functrans.rules import RuleTable, rules_of
 from functrans.tensor import WrapperTensor, tensor_of, wrap
 from functrans.torch_private import OpOverload
 
@@ -33,7 +33,7 @@ DIFFERENTIABLE = frozenset(
 )
 
 #: Operators that grad treats in a way of its own: rule(interpreter, op, values, kwargs) -> output of this level.
-GRAD_RULES: RuleTable[Callable[..., Any]] = RuleTable("grad rules")
+GRAD_RULES: RuleTable[Callable[..., Any]] = RuleTable("grad rules", cached=True)
 
 
 def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
@@ -209,6 +209,7 @@ class ProgramPlan(Plan):
         self.op = operators[0] if len(operators) == 1 else f"the program of {', '.join(map(str, operators))}"
         found = pullback(program, places)
         self.forward, self.saves, self.derive = found.forward, found.saves, found.pull
+        self.scope = program.scope
         self.single = program.single
         #: whether ``forward`` returns more than the program's outputs
         self.keeps = self.forward is not program
@@ -239,7 +240,8 @@ class ProgramPlan(Plan):
         else:
             given = tuple(i for i, g in enumerate(grad) if g is not None)
             if given not in self.derived:
-                self.derived[given] = self.derive(given)
+                with rules_of(self.scope):
+                    self.derived[given] = self.derive(given)
             found = self.derived[given].of([*(grad[i] for i in given), *kept], start)
         if kept is not saved:
             found = [g if g is None or g.shape == s else sum_to_shape(tensor_of(g), s) for g, s in zip(found, saved[count:], strict=True)]
@@ -345,6 +347,9 @@ class BorrowedPlan:
 
 
 BORROWED = BorrowedPlan()
+
+#: What there is without a rule of ours: which one it is, PyTorch may say otherwise tomorrow of operators that are not its own.
+WITHOUT_RULE = (take_apart, borrow)
 
 
 @GRAD_RULES.register(torch.ops.aten.detach.default)

@@ -11,15 +11,14 @@ from functrans.errors import MissingRuleError
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.lowering import map_tensors
 from functrans.native import run_forward_mode
-from functrans.operators import facts
-from functrans.stack import lowered, run_transformed
+from functrans.operators import PYTORCH_NAMESPACES, facts
+from functrans.stack import run_transformed
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import lowered
 from functrans.torch_private import OpOverload
 
 if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter
-
-PYTORCH_NAMESPACES = frozenset(("aten", "prims", "prim"))
 
 
 def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:

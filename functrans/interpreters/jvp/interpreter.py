@@ -13,12 +13,12 @@ from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.borrowed import borrow
 from functrans.lowering import call_below, dispatch, lower, map_tensors
-from functrans.operators import Facts, facts
+from functrans.operators import Facts, facts, plans_here
 from functrans.programs.deriving import tangent as tangent_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
 from functrans.programs.tracing import Untraceable
-from functrans.rules import RuleTable
+from functrans.rules import SCOPES, RuleTable
 from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, describe, pend, tensor_of, wrap, wrap_like
 from functrans.torch_private import OpOverload, is_forward_enabled
@@ -26,10 +26,10 @@ from functrans.torch_private import OpOverload, is_forward_enabled
 aten = torch.ops.aten
 
 #: Operators that jvp treats in a way of its own: rule(interpreter, op, values, tangents, kwargs) -> output of this level.
-JVP_RULES: RuleTable[Callable[..., Any]] = RuleTable("jvp rules")
+JVP_RULES: RuleTable[Callable[..., Any]] = RuleTable("jvp rules", cached=True)
 
 
-class JvpInterpreter(Interpreter):
+class JvpInterpreter(Interpreter, slots=("tangent",)):
     """Values with tangents; a tangent of None is a zero that is never computed with."""
 
     kind = "jvp"
@@ -74,10 +74,13 @@ class JvpInterpreter(Interpreter):
         if not tangents or not is_forward_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         known: Facts = op._functrans  # type: ignore[attr-defined]
+        plans = known.plans if not SCOPES else plans_here(known)
         try:
-            method = known.plans[JvpInterpreter]
+            method = plans[JvpInterpreter]
         except KeyError:
-            method = known.plans[JvpInterpreter] = choose_method(op, known)
+            method = choose_method(op, known)
+            if known.settled or method not in (decompose, borrow):  # PyTorch may say otherwise tomorrow
+                plans[JvpInterpreter] = method
         if method is decompose:
             return decompose(self, op, args, kwargs)
         return method(self, op, values, below_kwargs, tangents)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize, to_front, wrap_dim
+from functrans.operators import schema_default
 from functrans.rules import caller_place
+from functrans.torch_private import OpOverload
 
 
 class RuleDeclined(Exception):
@@ -36,6 +37,7 @@ def tensor_positions(op: OpOverload) -> tuple[int, ...]:
 @cache
 def positional_arguments(op: OpOverload) -> tuple[Any, ...]:
     """The schema's arguments without the keyword-only ones."""
+    BATCHING_RULES.check(op)
     return tuple(argument for argument in op._schema.arguments if not argument.kwarg_only)
 
 
@@ -55,7 +57,7 @@ def with_defaults(op: OpOverload, args: Sequence[Any]) -> list[Any]:
 @cache
 def default_values(op: OpOverload) -> tuple[Any, ...]:
     """The defaults of the positional arguments; None where there is none."""
-    return tuple(argument.default_value for argument in positional_arguments(op))
+    return tuple(schema_default(argument) for argument in positional_arguments(op))
 
 
 def pad_rank(x: Tensor, bdim: int, rank: int) -> Tensor:

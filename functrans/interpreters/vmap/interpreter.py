@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 
 from functrans.decompositions import decompose
+from functrans.defaults import completed
 from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined, align
-from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
+from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.lowering import call_below, lower, map_tensors
-from functrans.operators import Facts
+from functrans.operators import Facts, plans_here
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
-from functrans.stack import Interpreter, lowered, running_at
+from functrans.rules import SCOPES
+from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
-from functrans.torch_private import OpOverload, custom_operator
+from functrans.thread_state import lowered, running_at
+from functrans.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 
 aten = torch.ops.aten
 
@@ -40,7 +42,7 @@ DATA_DEPENDENT = {
 }  # fmt: skip
 
 
-class VmapInterpreter(Interpreter):
+class VmapInterpreter(Interpreter, slots=("bdim",)):
     """A wrapper holds all examples in one tensor, along its dimension ``bdim``; None: the same for every example."""
 
     kind = "vmap"
@@ -120,19 +122,18 @@ class VmapInterpreter(Interpreter):
         below_kwargs, kwargs_batched = self._enter_kwargs(kwargs) if kwargs else (kwargs, False)
         known: Facts = op._functrans  # type: ignore[attr-defined]
         if known.random:
-            out = self._run_random(op, known, values, dims, below_kwargs)
+            out = self._run_random(op, known, values, dims, below_kwargs, batched, kwargs_batched)
             if out is not NotImplemented:
                 return out
         elif not batched and not kwargs_batched:
             out = lower(self, op, values, below_kwargs)
             return map_tensors(self.constant, out)
+        plans = known.plans if not SCOPES else plans_here(known)
         try:
-            rule, direct = known.plans[VmapInterpreter]
+            rule, direct = plans[VmapInterpreter]
         except KeyError:
-            rule = BATCHING_RULES.get(op) or library_rule(op)
-            direct = getattr(rule, "direct", None)
-            known.plans[VmapInterpreter] = rule, direct
-        if rule is not None and not kwargs_batched:
+            rule, direct = choose_rule(op, known, plans)
+        if rule is not None and batched and not kwargs_batched:
             if direct is not None:
                 bdim = direct(dims, values)
                 if bdim is not None:
@@ -147,7 +148,7 @@ class VmapInterpreter(Interpreter):
             raise DataDependentError(op, self, cure)
         if known.composite:
             return decompose(self, op, args, kwargs)
-        decomposition = decomposition_table.get(op)
+        decomposition = DECOMPOSITION_TABLE.get(op)
         if decomposition is not None:
             with running_at(self):
                 out = decomposition(*args, **kwargs)
@@ -233,8 +234,29 @@ class VmapInterpreter(Interpreter):
                 found.append(self.constant(out))
         return found[0] if program.single else found
 
-    def _run_random(self, op: OpOverload, known: Facts, values: Any, dims: Any, kwargs: dict[str, Any]) -> Any:
-        """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator."""
+    def _run_random(
+        self, op: OpOverload, known: Facts, values: Any, dims: Any, kwargs: dict[str, Any], batched: bool, kwargs_batched: bool
+    ) -> Any:
+        """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator, or one by one."""
+        drawing = not draws_nothing(op, values)
+        if not drawing and not batched and not kwargs_batched:
+            return map_tensors(self.constant, lower(self, op, values, kwargs))
+        rule, _ = choose_rule(op, known, plans_here(known))
+        if drawing and (rule is not None or kwargs_batched):
+            if self.info.randomness == "error" or (kwargs_batched and self.info.randomness == "same"):
+                raise RandomnessError(op, values, self.info.randomness)
+            if kwargs_batched:
+                return NotImplemented
+            if not batched and self.info.randomness == "same":
+                return map_tensors(self.constant, lower(self, op, values, kwargs))
+        if kwargs_batched or (rule is not None and not drawing):
+            return NotImplemented
+        try:
+            with lowered(self):
+                if rule is not None:
+                    return self._leave(*rule(self.info, *for_each(self.info, dims, values), **kwargs))
+        except RuleDeclined:
+            pass
         if known.composite and op not in RANDOM_RULES:
             return NotImplemented
         try:
@@ -314,10 +336,28 @@ class VmapInterpreter(Interpreter):
         return first
 
 
-def library_rule(op: OpOverload) -> Callable[..., Any] | None:
-    """The rule that a ``torch.library.custom_op`` was given by ``register_vmap``, which has the signature of ours."""
-    definition = custom_operator(op)
-    return None if definition is None else definition._vmap_fn
+def choose_rule(op: OpOverload, known: Facts, plans: dict[type, Any]) -> tuple[Any, Any]:
+    """The rule of an operator, and its shortcut."""
+    ours = BATCHING_RULES.get(op)
+    rule = ours or vmap_rule_of_library(op)
+    found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None)
+    if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
+        plans[VmapInterpreter] = found
+    return found
+
+
+def for_each(info: BatchInfo, dims: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:
+    """``(dims, *values)`` with a batch, where no argument had one: each example draws for itself all the same."""
+    if any(d is not None for group in dims for d in (group if isinstance(group, list) else [group])):
+        return dims, *values
+
+    def batch(x: Any) -> Any:
+        return [batch(v) for v in x] if isinstance(x, list) else materialize(x, None, info.batch_size) if isinstance(x, Tensor) else x
+
+    def place(x: Any) -> Any:
+        return [place(v) for v in x] if isinstance(x, list) else 0 if isinstance(x, Tensor) else None
+
+    return [place(v) for v in values], *[batch(v) for v in values]
 
 
 _warned: set[OpOverload] = set()

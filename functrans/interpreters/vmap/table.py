@@ -31,7 +31,7 @@ class BatchInfo(NamedTuple):
     randomness: str
 
 
-BATCHING_RULES: RuleTable[BatchingRule] = RuleTable("vmap batching rules")
+BATCHING_RULES: RuleTable[BatchingRule] = RuleTable("vmap batching rules", cached=True)
 batching_rule = BATCHING_RULES.register
 
 

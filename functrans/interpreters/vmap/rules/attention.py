@@ -84,6 +84,8 @@ def flash_attention_for_cpu_rule(
     size = info.batch_size
     if size == 0:
         raise RuleDeclined("flash attention of no examples")
+    if dropout_p > 0 and info.randomness == "same":
+        raise RuleDeclined("the examples would not share the dropout in the attention")
     folded = [unit_stride(fold_n(x, bdim, size)) for x, bdim in zip((query, key, value), in_dims)]
     n = folded[0].shape[0] // size
     outputs = aten._scaled_dot_product_flash_attention_for_cpu.default(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.folding import (
@@ -23,6 +22,7 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_n,
 )
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

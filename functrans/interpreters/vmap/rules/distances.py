@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import (
@@ -19,6 +18,7 @@ from functrans.interpreters.vmap.table import (
     to_front,
 )
 from functrans.rules import caller_place
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, wrap_dim
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

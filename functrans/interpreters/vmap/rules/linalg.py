@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.table import (
@@ -19,6 +18,8 @@ from functrans.interpreters.vmap.table import (
     to_front,
 )
 from functrans.rules import caller_place
+from functrans.torch_private import OpOverload
+from functrans.versions import present
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ def leading_batch_rule(op: OpOverload, skippable: bool) -> Callable[..., tuple[A
 
 
 leading_batch(
-    aten.cholesky.default,
+    *present("cholesky"),
     aten.cholesky_inverse.default,
     aten.linalg_cholesky_ex.default,
     aten.linalg_eig.default,

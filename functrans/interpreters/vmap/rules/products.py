@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.nn.functional import bilinear as torch_bilinear
 from torch.nn.functional import linear as torch_linear
 
@@ -29,6 +28,7 @@ from functrans.interpreters.vmap.table import (
     wrap_dim,
 )
 from functrans.rules import caller_place
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from functrans.errors import FunctransError
 from functrans.interpreters.vmap.families import (
@@ -27,11 +25,16 @@ from functrans.interpreters.vmap.families import (
 )
 from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
+from functrans.operators import has_composite_kernel
+from functrans.pytrees import tree_flatten, tree_unflatten
+from functrans.rules import RuleTable
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 
 RandomRule = Callable[[BatchInfo, OpOverload, Sequence[Any], Sequence[Any], dict[str, Any]], tuple[Any, Any]]
-RANDOM_RULES: dict[OpOverload, RandomRule] = {}
+#: asked after a batching rule of the operator
+RANDOM_RULES: RuleTable[RandomRule] = RuleTable("random rules")
 
 
 class RandomnessError(FunctransError):
@@ -74,7 +77,7 @@ def random_rule(
         if rule is None:
             raise RuleDeclined(f"{op}: nothing is random in this call")
         return undrawn(info, op, in_dims, args, kwargs)
-    if rule is None and is_composite(op):
+    if rule is None and has_composite_kernel(op):
         raise RuleDeclined(f"{op}: its pieces draw")
     if info.randomness not in ("same", "different"):
         raise RandomnessError(op, args, info.randomness)
@@ -84,11 +87,6 @@ def random_rule(
 def all_unbatched(in_dims: Sequence[Any]) -> bool:
     """Whether no argument is batched, in lists neither."""
     return all(dim is None for dim in tree_flatten(list(in_dims))[0])
-
-
-def is_composite(op: OpOverload) -> bool:
-    """Whether the operator is made of others."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
 
 
 def draws_nothing(op: OpOverload, args: Sequence[Any]) -> bool:
@@ -131,19 +129,11 @@ def unknown(
     if batched or info.batch_size == 0:
         raise RuleDeclined(f"{op}: the loop over the examples draws for each")
     draws = [tree_flatten(op(*args, **kwargs)) for _ in range(info.batch_size)]
-    output = tree_unflatten([torch.stack(column) for column in zip(*(leaves for leaves, _ in draws))], draws[0][1])
+    output = tree_unflatten(draws[0][1], [torch.stack(column) for column in zip(*(leaves for leaves, _ in draws))])
     return output, same_dims(output, 0)
 
 
-def random_family(*ops: OpOverload) -> Callable[[RandomRule], RandomRule]:
-    """Register the rule below for ``ops``."""
-
-    def decorate(rule: RandomRule) -> RandomRule:
-        for op in ops:
-            RANDOM_RULES[op] = rule
-        return rule
-
-    return decorate
+random_family = RANDOM_RULES.register
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import random_rule
@@ -20,6 +19,7 @@ from functrans.interpreters.vmap.table import (
     to_front,
 )
 from functrans.recurrent import STEPS, run_layers, run_padded
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

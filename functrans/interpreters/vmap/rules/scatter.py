@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
 from functrans.interpreters.vmap.rules.views import product
@@ -26,6 +25,7 @@ from functrans.interpreters.vmap.table import (
     wrap_dim,
 )
 from functrans.rules import caller_place
+from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]
