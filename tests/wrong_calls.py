@@ -125,6 +125,16 @@ def body_of(action: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def registering(register: Callable[..., Any]) -> Callable[..., Any]:
+    """``register``, of which nothing stays."""
+
+    def call(op: Any, formula: Any = None, **rest: Any) -> Any:
+        with extend.overriding(extend.DERIVATIVES, aten.sin.default), extend.overriding(extend.BATCHING_RULES, aten.sin.default):
+            register(op, **rest, **({} if formula is None else {"self": formula}))
+
+    return call
+
+
 CASES = [
     of_grad("grad"),
     of_grad("grad_and_value"),
@@ -182,6 +192,30 @@ CASES = [
     ),
     Case("lowered", body_of(lambda i, interpreter: within(extend.lowered(i if interpreter is IT else interpreter))), {"interpreter": lambda: IT}, (), extends=True),
     Case("running_at", body_of(lambda i, level: within(extend.running_at(i if level is IT else level))), {"level": lambda: IT}, (), extends=True),
+    Case(
+        "derivative", registering(extend.derivative),
+        {
+            "op": lambda: aten.sin.default, "tangent": lambda: "elementwise", "broadcasts": lambda: False, "joint": lambda: None,
+            "formula": lambda: lambda grad, self: grad * self.cos(),
+        }, ("tangent", "joint", "formula"), extends=True,
+    ),
+    Case("no_derivative", registering(lambda op: extend.no_derivative(op)), {"op": lambda: aten.sin.default}, (), extends=True),
+    Case(
+        "batching_rule", registering(lambda op, rule: extend.batching_rule(op)(rule)),
+        {"op": lambda: aten.sin.default, "rule": lambda: lambda info, in_dims, x: (x.sin(), in_dims[0])}, ("rule",), extends=True,
+    ),
+    Case(
+        "overriding", lambda table, op: within(extend.overriding(table, op)),
+        {"table": lambda: extend.DERIVATIVES, "op": lambda: aten.sin.default}, (), extends=True,
+    ),
+    Case(
+        "rules_in_scope", lambda table, rules: within(extend.rules_in_scope(table, rules)),
+        {"table": lambda: extend.BATCHING_RULES, "rules": lambda: {aten.sin.default: lambda info, in_dims, x: (x.sin(), in_dims[0])}}, (), extends=True,
+    ),
+    Case("RuleTable.add", lambda op, rule: extend.RuleTable("table").add(op, rule), {"op": lambda: aten.sin.default, "rule": lambda: torch.sin}, ("rule",), extends=True),
+    Case("RuleTable.place", lambda op: extend.BATCHING_RULES.place(op), {"op": lambda: aten.sin.default}, (), extends=True),
+    Case("RuleTable.get", lambda op: extend.BATCHING_RULES.get(op), {"op": lambda: aten.sin.default}, (), extends=True),
+    Case("RuleTable.remove", lambda op: extend.RuleTable("table").remove(op), {"op": lambda: aten.sin.default}, (), extends=True),
 ]  # fmt: skip
 
 
