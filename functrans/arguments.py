@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import Call, CallError, CallValueError
+from functrans.errors import Call, CallError, CallValueError, DeadWrapperError
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.mutation import invalidate_saved
 from functrans.pytrees import tree_flatten, tree_unflatten
 from functrans.stack import Interpreter
-from functrans.tensor import WrapperTensor
+from functrans.structures import path_of
+from functrans.tensor import WrapperTensor, check_layout
+from functrans.wording import what
 
 Argnums = int | tuple[int, ...]
+#: In place of argnums: every argument, as in vjp and jvp, where they are called primals.
+ALL: Any = object()
 
 
 class Inputs:
@@ -27,7 +31,7 @@ class Inputs:
     def __init__(
         self,
         interpreter: Interpreter,
-        call: Call | str,
+        call: Call,
         argnums: Argnums,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -35,6 +39,9 @@ class Inputs:
     ) -> None:
         self.interpreter = interpreter
         self.call = call
+        self.named = argnums is not ALL
+        if argnums is ALL:
+            argnums = tuple(range(len(args)))
         self.wrapped: list[tuple[WrapperTensor, Tensor]] = []
         self.single = isinstance(argnums, int)
         positions = check_argnums(call, argnums, len(args))
@@ -44,6 +51,9 @@ class Inputs:
         entered = list(args)
         for i in positions:
             leaves, spec = tree_flatten(args[i])
+            for place, leaf in enumerate(leaves):
+                if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+                    refuse_argument(call, leaf, self.named, i, args, place)
             wrappers = [self._enter(leaf, track) for leaf in leaves]
             self.tracked[i] = (leaves, wrappers, spec)
             entered[i] = tree_unflatten(spec, wrappers)
@@ -54,15 +64,7 @@ class Inputs:
         self.kwargs = {k: self._constants(v) for k, v in kwargs.items()}
         self.leaf_slots = {i: [getattr(w, "slot", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
-    def _enter(self, leaf: Any, track: Callable[[Tensor], WrapperTensor]) -> Any:
-        if not isinstance(leaf, Tensor):
-            raise CallValueError(
-                self.call, f"an argument of type {type(leaf).__name__} to differentiate for", "tensors", "Name only tensor arguments in argnums."
-            )
-        if self.interpreter.kind == "grad" and leaf.dtype not in DIFFERENTIABLE:
-            raise CallError(
-                self.call, f"an argument of dtype {leaf.dtype} to differentiate for", "a floating-point or complex dtype", "Convert it, e.g. with .float()."
-            )
+    def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
         wrapper = track(leaf)
         self.wrapped.append((wrapper, leaf))
         return wrapper
@@ -101,47 +103,130 @@ class Inputs:
                 origin.copy_(contents.value)
 
 
-def check_argnums(call: Call | str, argnums: Any, count: int) -> tuple[int, ...]:
-    """``argnums`` as non-negative positions."""
-    if isinstance(argnums, int):
-        numbers: tuple[Any, ...] = (argnums,)
-    elif isinstance(argnums, tuple):
-        numbers = argnums
-    else:
-        raise CallError(call, f"argnums of type {type(argnums).__name__}", "an int or a tuple of ints")
-    if not numbers:
+def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
+    """``leaf``, number ``place`` of argument ``i``, is nothing to differentiate for; ``named``: by argnums."""
+    path = path_of(f"args[{i}]" if named else f"primals[{i}]", args[i], place)
+    if not isinstance(leaf, Tensor):
+        raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", argument_cure(leaf) or (NAMED_CURE if named else UNNAMED_CURE))
+    cure = "Convert it, e.g. with .float(), or " + ("pass it as an argument that argnums does not name." if named else UNNAMED_CURE[0].lower() + UNNAMED_CURE[1:])
+    raise CallValueError(call, f"a tensor of dtype {leaf.dtype} as {path}", "a floating-point or complex dtype to differentiate for", cure)
+
+
+def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None:
+    """All that ``argnums`` names is something to differentiate for."""
+    for i in check_argnums(call, argnums, len(args)):
+        for place, leaf in enumerate(tree_flatten(args[i])[0]):
+            if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+                refuse_argument(call, leaf, True, i, args, place)
+            check_layout(leaf)
+
+
+NAMED_CURE = "Name only tensors in argnums."
+UNNAMED_CURE = "Give it to the function in another way: lambda x: f(x, value)."
+
+
+def argument_cure(x: Any) -> str:
+    """The cure where ``x`` came in place of a tensor."""
+    if type(x) in (int, float):
+        return f"Pass torch.tensor({float(x)})."
+    if type(x) is complex:
+        return f"Pass torch.tensor({x})."
+    if hasattr(x, "__array__"):
+        return "Pass torch.as_tensor(...) of it."
+    return ""
+
+
+def check_argnums_kind(call: Call, argnums: Any) -> None:
+    """``argnums`` is an int or a tuple of ints, whatever the arguments."""
+    if not isinstance(argnums, tuple | int) or isinstance(argnums, bool):
+        cure = ""
+        if isinstance(argnums, list) and argnums and all(type(n) is int for n in argnums):
+            cure = f"Write argnums={tuple(argnums)}."
+        elif isinstance(argnums, str):
+            cure = "Arguments are named by position, not by name."
+        elif isinstance(argnums, Tensor):
+            cure = f"Write {call.transform}(f)(x): the arguments of the function come in a call of their own."
+        raise CallError(call, f"{what(argnums)} as argnums", "an int or a tuple of ints", cure)
+    if argnums == ():
         raise CallError(call, "argnums=()", "at least one position")
+    for n in argnums if isinstance(argnums, tuple) else ():
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise CallError(call, f"{what(n)} in argnums", "an int or a tuple of ints")
+
+
+def check_argnums(call: Call, argnums: Argnums, count: int) -> tuple[int, ...]:
+    """``argnums`` as non-negative positions."""
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     for n in numbers:
-        if not isinstance(n, int):
-            raise CallError(call, f"argnums with an element of type {type(n).__name__}", "an int or a tuple of ints")
+        if count == 0:
+            raise CallError(call, "no positional arguments", "at least one", "Keyword arguments are not differentiated for.")
         if not -count <= n < count:
-            raise CallError(call, f"argnum {n} for {count} positional argument(s)", f"-{count} <= argnum < {count}", "Keyword arguments are not differentiated for.")
+            takes = "position 0 or -1" if count == 1 else f"{-count} <= argnum < {count}"
+            given = f"{count} positional argument{'s' * (count != 1)}"
+            raise CallError(call, f"argnum {n} for {given}", takes, "Keyword arguments are not differentiated for.")
     positions = tuple(n % count for n in numbers)
     if len(set(positions)) != len(positions):
         raise CallError(call, f"argnums={argnums}", "distinct positions")
     return positions
 
 
-def pick(call: Call | str, args: tuple[Any, ...], argnums: Argnums) -> Any:
+def pick(call: Call, args: tuple[Any, ...], argnums: Argnums) -> Any:
     positions = check_argnums(call, argnums, len(args))
     return args[positions[0]] if isinstance(argnums, int) else tuple(args[i] for i in positions)
 
 
-def split_aux(call: Call | str, out: Any) -> tuple[Any, Any]:
+def split_aux(call: Call, out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise CallError(call, f"an output of type {type(out).__name__}", "a tuple (output, aux), as has_aux=True")
+        raise CallError(
+            call, f"{what(out)} from the function", "a pair (output, aux), since has_aux=True", "Return a tuple of both, or leave has_aux out."
+        )
     return out
 
 
-def check_outputs(call: Call | str, leaves: list[Any]) -> None:
+def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool = False) -> None:
+    """The function returned tensors and nothing else; ``differentiable``: with derivatives."""
     if not leaves:
-        raise CallError(call, "a function without outputs", "at least one tensor")
-    if not all(isinstance(o, Tensor) for o in leaves):
-        raise CallError(call, f"outputs {kinds(leaves)}", "only tensors", "Return other values as aux, with has_aux=True.")
+        raise CallError(call, f"{what(out)} from the function", "at least one tensor")
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            cure = output_cure(leaf) or "Return it as aux, with has_aux=True."
+            raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
+        if differentiable and leaf.dtype not in DIFFERENTIABLE:
+            raise CallError(
+                call, f"a tensor of dtype {leaf.dtype} as {path_of('output', out, place)}", "a floating-point or complex dtype",
+                "It has no derivative: return it as aux, with has_aux=True.",
+            )  # fmt: skip
 
 
-def kinds(leaves: list[Any]) -> str:
-    return "of types (" + ", ".join(type(x).__name__ for x in leaves) + ")"
+def check_scalar(call: Call, out: Any) -> None:
+    """The function returned what a gradient can be taken of."""
+    if not isinstance(out, Tensor):
+        cure = output_cure(out)
+        if isinstance(out, tuple) and len(out) == 2:
+            cure = "Pass has_aux=True if the second is no part of the loss; for several losses use functrans.vjp or functrans.jacrev."
+        elif isinstance(out, tuple | list | dict):
+            cure = "Add the losses up, or use functrans.vjp or functrans.jacrev for several."
+        raise CallError(call, f"{what(out)} as output", "a tensor without dimensions", cure)
+    if out.dim() != 0:
+        cure = "Reduce it with .sum() or .mean(), or use functrans.vjp or functrans.jacrev."
+        got = "a nested tensor as output" if out.is_nested else f"an output of shape {tuple(out.shape)}"
+        raise CallError(call, got, "a scalar tensor, of shape ()", cure)
+    if out.dtype in DIFFERENTIABLE and not out.dtype.is_complex:
+        return
+    if out.dtype.is_complex:
+        cure = "Return a real number of it, such as .abs() or .real, or use functrans.vjp."
+        raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+    cure = "A count or a comparison has no gradient: return it as aux, with has_aux=True, beside a loss that has one."
+    raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+
+
+def output_cure(x: Any) -> str:
+    """The cure where a function returned ``x`` in place of a tensor."""
+    if x is None:
+        return "Is a return statement missing?"
+    if isinstance(x, int | float | complex) or hasattr(x, "__array__"):
+        return "Return the tensor itself, without .item(), float() or NumPy on the way: they leave the derivative behind."
+    return ""
 
 
 def unwrap(interpreter: Interpreter, x: Any) -> Any:
@@ -151,6 +236,8 @@ def unwrap(interpreter: Interpreter, x: Any) -> Any:
             x.view_link.refresh(x)
         if x.interpreter is interpreter:
             return x.value
+        if not x.interpreter.alive:
+            raise DeadWrapperError(x)
     return x
 
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import Call, CallValueError
+from functrans.checks import call_function, check_callable, check_chunk_size, check_randomness
+from functrans.errors import Call, CallIndexError, CallValueError, DeadWrapperError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
-from functrans.pytrees import broadcast_prefix, tree_flatten, tree_unflatten
+from functrans.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
-from functrans.tensor import WrapperTensor
+from functrans.structures import difference, path_of, paths
+from functrans.tensor import WrapperTensor, check_layout
+from functrans.wording import what
 
 
 def vmap(
@@ -51,11 +54,13 @@ def vmap(
         >>> vmap(torch.dot, in_dims=(0, None))(x, y)
         tensor([21., 43.])
     """
+    check_callable("vmap", func)
     call = Call("vmap", func, {"in_dims": in_dims, "out_dims": out_dims})
-    if randomness not in ("error", "different", "same"):
-        raise CallValueError(call, f"randomness={randomness!r}", "'error', 'different' or 'same'")
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise CallValueError(call, f"chunk_size={chunk_size!r}", "a positive int or None")
+    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
+        cure = "Write a tuple in place of the list." if isinstance(in_dims, list) else "Write vmap(f)(x)." if isinstance(in_dims, Tensor) else ""
+        raise CallValueError(call, f"{what(in_dims)} as in_dims", "an int or a tuple with one entry per positional argument", cure)
+    check_randomness(call, randomness)
+    check_chunk_size(call, chunk_size)
 
     @functools.wraps(func, updated=())
     def batched(*args: Any, **kwargs: Any) -> Any:
@@ -67,43 +72,79 @@ def vmap(
     return batched
 
 
-def check_inputs(call: Call | str, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[int | None], Any, int]:
+def check_inputs(call: Call, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[int | None], Any, int]:
     """Flattened arguments with the dimension of each, non-negative; and the batch size."""
-    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
-        raise CallValueError(call, f"in_dims of type {type(in_dims).__name__}", "an int or a tuple with one entry per argument")
     if not args:
         raise CallValueError(call, "no positional arguments", "at least one", "Keyword arguments are never batched.")
     leaves, spec = tree_flatten(args)
     dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
     if dims is None:
-        raise CallValueError(call, f"arguments of structure {spec}", f"a structure that in_dims {in_dims} is a prefix of")
+        cure = "in_dims has one entry per positional argument." if not isinstance(in_dims, int) and len(in_dims) != len(args) else ""
+        raise CallValueError(call, *difference("in_dims", in_dims, "args", args, prefix=True), cure)
     found: list[int | None] = []
     size: int | None = None
-    for leaf, dim in zip(leaves, dims, strict=True):
+    for place, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is None:
             found.append(None)
             continue
-        if not isinstance(dim, int):
-            raise CallValueError(call, f"an in_dim {dim!r}", "an int or None")
+        if type(dim) is not int:
+            raise CallValueError(call, f"{what(dim)} as in_dim of {path_of('args', args, place)}", "an int or None")
         if not isinstance(leaf, Tensor):
-            raise CallValueError(call, f"in_dim {dim} for an argument of type {type(leaf).__name__}", "None for what is not a tensor")
+            cure = "Give it in_dim None if it is the same for every example." if not hasattr(leaf, "__array__") else "Pass torch.as_tensor(...) of it."
+            raise CallValueError(call, f"in_dim {dim} for {what(leaf)}, {path_of('args', args, place)}", "a tensor", cure)
+        check_layout(leaf)
         rank = leaf.dim()
         if not -rank <= dim < rank:
-            raise CallValueError(call, f"in_dim {dim} for a tensor of {rank} dimensions", f"-{rank} <= in_dim < {rank}")
+            refuse_in_dim(call, dim, rank, path_of("args", args, place))
         dim %= rank
         found.append(dim)
         if size is None:
             size = leaf.shape[dim]
         elif size != leaf.shape[dim]:
-            sizes = [x.shape[d] for x, d in zip(leaves, found, strict=False) if d is not None]
-            raise CallValueError(call, f"batch sizes {sizes}", "the same size along every batched dimension")
+            dims_known = [None if d is None or type(d) is not int or not isinstance(x, Tensor) else d for x, d in zip(leaves, dims, strict=True)]
+            refuse_sizes(call, paths("args", args), leaves, dims_known)
     if size is None:
-        raise CallValueError(call, "in_dims without any int", "at least one batched argument")
+        raise CallValueError(call, "no argument with a batch", "an int for at least one in in_dims")
     return leaves, found, spec, size
 
 
+def refuse_in_dim(call: Call, dim: int, rank: int, path: str) -> None:
+    got = f"in_dim {dim} for {path}, which has {rank} dimension{'s' * (rank != 1)}"
+    if rank == 0:
+        raise CallValueError(call, got, "a tensor with a dimension that counts the examples", "Give it in_dim None if it is the same for every example.")
+    raise CallValueError(call, got, f"{-rank} <= in_dim < {rank}")
+
+
+def refuse_sizes(call: Call, names: list[str], leaves: list[Any], dims: list[int | None]) -> None:
+    """Say which arguments have which batch size, and which is likely the odd one."""
+    sizes: dict[int, list[tuple[str, Tensor, int]]] = {}
+    for name, x, dim in zip(names, leaves, dims, strict=True):
+        if dim is not None and -x.dim() <= dim < x.dim():
+            sizes.setdefault(x.shape[dim], []).append((name, x, dim))
+    groups = sorted(sizes.items(), key=lambda group: -len(group[1]))
+    texts = []
+    for size, members in groups:
+        listed = ", ".join(f"{name} of shape {tuple(x.shape)} with in_dim {dim}" for name, x, dim in members[:3])
+        texts.append(f"size {size} ({listed}{f' and {len(members) - 3} more' if len(members) > 3 else ''})")
+    most = groups[0][0]
+    if len(groups[0][1]) > len(groups[1][1]):  # what is not of the size that most have is likely the mistake
+        odd = [member for _, members in groups[1:] for member in members]
+        cure = f"Likely {name_list([name for name, _, _ in odd])} should have in_dim None, which says that all examples share it"
+        fitting = [(name, i) for name, x, _ in odd for i, n in enumerate(x.shape) if n == most]
+        cure += f", or {fitting[0][0]} in_dim {fitting[0][1]}, where it has size {most}." if fitting else "."
+    else:
+        sizes_there = {size for size, _ in groups}
+        others = [(name, i, n) for _, members in groups for name, x, dim in members for i, n in enumerate(x.shape) if i != dim % x.dim() and n in sizes_there]
+        cure = "Give in_dim None to what all examples share" + "".join(f"; {name} has size {n} along dimension {i}" for name, i, n in others[:2]) + "."
+    raise CallValueError(call, "batches of " + name_list(texts), "one size along every batched dimension", cure)
+
+
+def name_list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 def run_batched(
-    call: Call | str,
+    call: Call,
     func: Callable[..., Any],
     leaves: list[Any],
     dims: list[int | None],
@@ -118,7 +159,7 @@ def run_batched(
     args = tree_unflatten(spec, entered)
 
     def body() -> tuple[list[Any], Any, Any]:
-        out = func(*args, **kwargs)
+        out = call_function(call, func, args, kwargs)
         out_leaves, out_spec = tree_flatten(out)
         for x in out_leaves:
             if type(x) is WrapperTensor and x.view_link is not None and x.interpreter.alive:
@@ -127,11 +168,11 @@ def run_batched(
 
     out_leaves, out_spec, out = run_transformed(interpreter, body)
     places = check_out_dims(call, out_dims, out, out_leaves, out_spec)
-    results = [leave(call, interpreter, x, d) for x, d in zip(out_leaves, places, strict=True)]
+    results = [leave(call, interpreter, x, d, out, i) for i, (x, d) in enumerate(zip(out_leaves, places, strict=True))]
     written: dict[int, tuple[Tensor, int | None]] = {}
     for i, wrapper in enumerate(entered):
         if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:
-            write_back(call, interpreter, wrapper, leaves[i], dims[i])
+            write_back(call, interpreter, wrapper, leaves[i], dims[i], path_of("args", args, i))
             written[id(wrapper)] = leaves[i], dims[i]
     if not written:
         return tree_unflatten(out_spec, results)
@@ -144,22 +185,22 @@ def run_batched(
     return tree_unflatten(out_spec, results)
 
 
-def write_back(call: Call | str, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None) -> None:
+def write_back(call: Call, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None, path: str) -> None:
     """Write an argument that was written inside for the caller."""
     if wrapper.root is not None and wrapper.root.content is not None:
         wrapper = wrapper.root.content
     value, bdim = wrapper.value, wrapper.bdim
     if dim is None and bdim is not None:
         raise CallValueError(
-            call, "an argument with in_dim None, written with values that differ between examples", "an argument that the batch can be written to",
-            "Give the argument an in_dim, or clone() it inside the function.",
+            call, f"a write to {path}, which has in_dim None, with values that differ between examples", "an argument that can hold the batch",
+            "Give it an in_dim, or clone() it inside the function.",
         )  # fmt: skip
     if dim is not None:
         value = value.unsqueeze(dim).expand(origin.shape) if bdim is None else value.movedim(bdim, dim)
     origin.copy_(value)
 
 
-def check_out_dims(call: Call | str, out_dims: Any, out: Any, leaves: list[Any], spec: Any) -> list[int | None]:
+def check_out_dims(call: Call, out_dims: Any, out: Any, leaves: list[Any], spec: Any) -> list[int | None]:
     if type(out_dims) is int or out_dims is None:
         return [out_dims] * len(leaves)
     if isinstance(out, Tensor) and isinstance(out_dims, tuple) and len(out_dims) == 1:
@@ -167,32 +208,38 @@ def check_out_dims(call: Call | str, out_dims: Any, out: Any, leaves: list[Any],
     else:
         places = broadcast_prefix(out_dims, out)
     if places is None:
-        raise CallValueError(call, f"outputs of structure {spec}", f"a structure that out_dims {out_dims} is a prefix of")
-    for d in places:
-        if d is not None and not isinstance(d, int):
-            raise CallValueError(call, f"an out_dim {d!r}", "an int or None")
+        raise CallValueError(call, *difference("out_dims", out_dims, "output", out, prefix=True))
+    for i, d in enumerate(places):
+        if d is not None and type(d) is not int:
+            raise CallValueError(call, f"{what(d)} as out_dim of {path_of('output', out, i)}", "an int or None")
     return places
 
 
-def leave(call: Call | str, interpreter: VmapInterpreter, x: Any, place: int | None) -> Any:
-    """An output with its batch dimension at ``place``; what is no tensor is the same for every example and stays."""
+def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, out: Any, index: int) -> Any:
+    """Leaf ``index`` of ``out`` with its batch dimension at ``place``; what is no tensor is the same for every example and stays."""
     bdim = None
     if type(x) is WrapperTensor:
         if x.interpreter is interpreter:
             x, bdim = x.value, x.bdim
             if bdim == place:
                 return x
+        elif not x.interpreter.alive:
+            raise DeadWrapperError(x)
     elif not isinstance(x, Tensor):
         return x
     if place is None:
         if bdim is not None:
-            raise CallValueError(call, "a batched output where out_dims is None", "an output that is the same for every example", "Give it an out_dim.")
+            got = f"{path_of('output', out, index)}, which differs between examples, with out_dim None"
+            raise CallValueError(call, got, "an output that is the same for every example", "Give it an out_dim, such as 0.")
         return x
     rank = x.dim() + (bdim is None)
     if not -rank <= place < rank:
-        raise CallValueError(call, f"out_dim {place} for an output that has {rank} dimensions with the batch", f"-{rank} <= out_dim < {rank}")
+        got = f"out_dim {place} for {path_of('output', out, index)}, which has {rank} dimension{'s' * (rank != 1)} with the batch"
+        raise CallIndexError(call, got, f"{-rank} <= out_dim < {rank}")
     place %= rank
     if bdim is None:
+        if x.layout is not torch.strided:
+            return torch.stack([x] * interpreter.batch_size, place)
         shape = list(x.shape)
         shape.insert(place, interpreter.batch_size)
         return x.unsqueeze(place).expand(shape)
@@ -200,7 +247,7 @@ def leave(call: Call | str, interpreter: VmapInterpreter, x: Any, place: int | N
 
 
 def run_chunks(
-    call: Call | str,
+    call: Call,
     func: Callable[..., Any],
     leaves: list[Any],
     dims: list[int | None],
@@ -220,8 +267,11 @@ def run_chunks(
         if state is not None:
             torch.set_rng_state(state)
         outs.append(run_batched(call, func, part, dims, spec, length, out_dims, randomness, kwargs))
-    flat = [tree_flatten(o) for o in outs]
-    out_spec = flat[0][1]
+    out_spec = tree_flatten(outs[0])[1]
+    flat = [leaves_like(o, out_spec) for o in outs]
+    for out, (_, own) in zip(outs, flat, strict=True):
+        if own != out_spec:
+            raise CallValueError(call, *difference("output", out, "the first chunk's", outs[0]))
     places = check_out_dims(call, out_dims, outs[0], flat[0][0], out_spec)
     joined = []
     for i, place in enumerate(places):

@@ -65,9 +65,9 @@ def send(owner: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
     if owner is None:
         with running_at(None):
             return _original_apply(cls, *args)
-    for kind, rule in FUNCTION_RULES.items():
-        if isinstance(owner, kind):
-            return rule(owner, cls, args)
+    for kind in type(owner).__mro__:
+        if kind in FUNCTION_RULES:
+            return FUNCTION_RULES[kind](owner, cls, args)
     raise CustomFunctionError(
         cls, f"was applied inside {owner.name}, which has no rule for it", "Add one to functrans.custom_function.FUNCTION_RULES."
     )

@@ -10,6 +10,7 @@ import torch
 
 from functrans.call_sites import definition, place
 from functrans.versions import SUPPORTED
+from functrans.wording import callable_name, shown
 
 
 class FunctransError(RuntimeError):
@@ -328,15 +329,17 @@ class DataDependentError(FunctransError):
 
 
 class LayoutError(FunctransError):
-    """A tensor of a compressed sparse layout came up inside a transform; PyTorch cannot wrap those.
+    """A nested tensor, or one of a compressed sparse layout, came up inside a transform; PyTorch cannot wrap those.
 
-    Cure: ``to_dense()`` or ``to_sparse()`` (the COO layout) before the transform, or in place of the conversion inside it.
+    Cure: ``to_dense()`` or ``to_sparse()`` (the COO layout), or ``to_padded_tensor()``, before the transform or in place of the conversion
+    inside it.
     """
 
     def __init__(self, x: Any) -> None:
+        came = "a nested tensor" if x.is_nested else f"a tensor of shape {tuple(x.shape)} and layout {x.layout}"
+        cure = "Use its to_padded_tensor(0.0), with a mask" if x.is_nested else "Use its to_dense(), or to_sparse() for the COO layout"
         super().__init__(
-            f"a tensor of shape {tuple(x.shape)} and layout {x.layout} came up inside a transform; expected torch.strided or "
-            "torch.sparse_coo. Use its to_dense(), or to_sparse() for the COO layout: before the transform if it comes from "
+            f"{came} came up inside a transform; expected torch.strided or torch.sparse_coo. {cure}: before the transform if it comes from "
             "outside, in place of the conversion if it is made inside."
         )
 
@@ -350,6 +353,14 @@ class CallError(FunctransError):
 
 class CallValueError(CallError, ValueError):
     """A CallError that torch.func raises as a ValueError."""
+
+
+class CallTypeError(CallError, TypeError):
+    """A CallError that Python or torch.func raises as a TypeError."""
+
+
+class CallIndexError(CallError, IndexError):
+    """A CallError that torch.func raises as an IndexError."""
 
 
 class Call:
@@ -366,17 +377,8 @@ class Call:
     def __str__(self) -> str:
         rest = self.arguments
         if not isinstance(rest, str):
-            rest = ", ".join(f"{name}={value}" for name, value in rest.items())
+            rest = ", ".join(f"{name}={shown(value)}" for name, value in rest.items())
         return f"{self.transform}({callable_name(self.func)}, {rest})"
-
-
-def callable_name(func: Any) -> str:
-    """A function's name for messages."""
-    name = getattr(func, "__name__", None)
-    if name is not None:
-        return str(name)
-    inner = getattr(func, "func", None)
-    return f"partial({callable_name(inner)}, ...)" if inner is not None else type(func).__name__
 
 
 class CustomFunctionError(FunctransError):

@@ -15,12 +15,21 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.decompositions import decompose
+from functrans.checks import check_kind
 from functrans.defaults import completed
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
 from functrans.errors import CarriedValueError, FunctransError, MissingRuleError
+from functrans.extension_calls import (
+    check_operator,
+    decompose,
+    lower,
+    lowered,
+    map_tensors,
+    run_transformed,
+    running_at,
+    wrap,
+)
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
-from functrans.lowering import lower, map_tensors
 from functrans.operators import facts, schema_default
 from functrans.rule_results import check_below, check_carried, checked_result
 from functrans.rules import RuleTable, place_in, rules_in_scope
@@ -162,6 +171,9 @@ class TableInterpreter(Interpreter):
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
     """The error for an operator without a rule: names operator, transform, levels and file, and shows the lines to paste."""
+    call = "missing_rule(interpreter, op)"
+    check_kind(call, "interpreter", interpreter, TableInterpreter, "a TableInterpreter")
+    check_operator(call, op)
     levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
     return MissingRuleError(
         op,

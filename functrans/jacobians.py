@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.arguments import Argnums, pick
+from functrans.arguments import Argnums, check_arguments, pick
 from functrans.batching import vmap
-from functrans.errors import Call, CallError, CallValueError
+from functrans.checks import check_chunk_size, check_randomness
+from functrans.errors import Call, CallError
 from functrans.pytrees import tree_flatten, tree_unflatten
-from functrans.transforms import jvp_with_argnums, unit, vjp_with_argnums
+from functrans.structures import path_of
+from functrans.transforms import differentiating, jvp_with_argnums, unit, vjp_with_argnums
+from functrans.wording import callable_name, what
 
 
 def jacrev(
@@ -39,16 +42,18 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    call = Call("jacrev", func, {"argnums": argnums})
-    if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise CallValueError(call, f"chunk_size={chunk_size!r}", "a positive int or None")
+    call = differentiating("jacrev", func, argnums, has_aux)
+    check_chunk_size(call, chunk_size)
+    return jacobian_by_rows(call, func, argnums, has_aux, chunk_size)
 
+
+def jacobian_by_rows(call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None) -> Callable[..., Any]:
     @functools.wraps(func, updated=())
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        refuse_complex(call, args, "an argument")
-        out, pullback, aux = vjp_with_argnums("jacrev", func, args, argnums, has_aux, kwargs)
+        refuse_complex(call, "args", args)
+        out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs)
         leaves, spec = tree_flatten(out)
-        refuse_complex(call, leaves, "an output")
+        refuse_complex(call, "output", out)
         numels = [o.numel() for o in leaves]
 
         def pull(basis: list[Tensor]) -> Any:
@@ -105,22 +110,32 @@ def jacfwd(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    call = Call("jacfwd", func, {"argnums": argnums})
+    call = differentiating("jacfwd", func, argnums, has_aux)
+    check_chunk_size(call, chunk_size)
+    check_randomness(call, randomness)
+    return jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size)
 
+
+def jacobian_by_columns(
+    call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, randomness: str, chunk_size: int | None
+) -> Callable[..., Any]:
     @functools.wraps(func, updated=())
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        refuse_complex(call, args, "an argument")
+        refuse_complex(call, "args", args)
         moving = pick(call, args, argnums)
         leaves, spec = tree_flatten(moving)
-        if not leaves or not all(isinstance(x, Tensor) for x in leaves):
-            raise CallError(call, "arguments to differentiate for that are not tensors", "tensors")
+        check_arguments(call, args, argnums)
+        if not leaves:
+            raise CallError(call, f"{what(moving)} to differentiate for", "at least one tensor")
         numels = [x.numel() for x in leaves]
 
         def push(basis: list[Tensor]) -> Any:
             tangents = tree_unflatten(spec, [shaped(b, x.shape) for b, x in zip(basis, leaves, strict=True)])
-            out, tangent, aux = jvp_with_argnums("jacfwd", func, args, tangents, argnums, False, has_aux, kwargs)
-            refuse_complex(call, tree_flatten(out)[0], "an output")
+            out, tangent, aux = jvp_with_argnums(call, func, args, tangents, argnums, False, has_aux, kwargs)
+            refuse_complex(call, "output", out)
             return tangent, aux
+
+        push.__name__ = f"jvp({callable_name(func)})"
 
         columns, aux = vmap(push, out_dims=(0, None), randomness=randomness, chunk_size=chunk_size)(standard_basis(leaves, numels))
         column_leaves, out_spec = tree_flatten(columns)
@@ -160,15 +175,17 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    return jacfwd(jacrev(func, argnums, has_aux=has_aux), argnums, has_aux=has_aux, chunk_size=chunk_size)
+    call = differentiating("hessian", func, argnums, has_aux)
+    check_chunk_size(call, chunk_size)
+    rows = jacobian_by_rows(call, func, argnums, has_aux, None)
+    return jacobian_by_columns(call, rows, argnums, has_aux, "error", chunk_size)
 
 
-def refuse_complex(call: Call | str, values: Any, what: str) -> None:
-    for x in tree_flatten(values)[0]:
+def refuse_complex(call: Call, root: str, values: Any) -> None:
+    for place, x in enumerate(tree_flatten(values)[0]):
         if isinstance(x, Tensor) and x.is_complex():
-            raise CallError(
-                call, f"{what} of dtype {x.dtype}", "real tensors", "Differentiate for torch.view_as_real(x), and view outputs as real."
-            )
+            cure = "Differentiate for torch.view_as_real(x)." if root == "args" else "Return torch.view_as_real(output)."
+            raise CallError(call, f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}", "real tensors", cure)
 
 
 def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -55,7 +55,7 @@ class Facts:
         self.metadata_write = torch.Tag.inplace_view in op.tags
         self.kind_by_schema = WRITE if self.written else VIEW if aliases else PURE
         #: what it is outside of scopes of rules; see ``kind_here``
-        self.kind = SPECIAL if op in STAND_INS else self.kind_by_schema
+        self.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else self.kind_by_schema
         #: a function that does the same as ``op`` on plain tensors in less time, or None
         self.quick: Any = quick_call(op)
         #: what each interpreter class makes of its rules, and the pure form, outside of scopes; see ``plans_here``
@@ -91,7 +91,7 @@ def forget_facts(table: RuleTable[Any], op: OpOverload) -> None:
     known: Facts | None = vars(op).get("_functrans")
     if known is not None:
         known.plans = {}
-        known.kind = SPECIAL if op in STAND_INS else known.kind_by_schema
+        known.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else known.kind_by_schema
 
 
 FORGET.append(forget_facts)

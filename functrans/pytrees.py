@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -64,9 +65,50 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
 def broadcast_prefix(prefix: Any, tree: Any) -> list[Any] | None:
     """``prefix``, a tree with the structure of ``tree``'s upper part, given once per leaf; None if it does not fit."""
     try:
-        return optree.broadcast_prefix(prefix, tree, none_is_leaf=True, namespace=NAMESPACE)
+        return optree.broadcast_prefix(in_order_of(prefix, tree), tree, none_is_leaf=True, namespace=NAMESPACE)
     except ValueError:
         return None
+
+
+def leaves_like(tree: Any, spec: TreeSpec) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of ``tree``, whose dicts are taken in the order of those in ``spec``."""
+    leaves, own = tree_flatten(tree)
+    if own == spec or own.num_leaves != spec.num_leaves:
+        return leaves, own
+    return tree_flatten(in_order_of(tree, tree_unflatten(spec, [None] * spec.num_leaves)))
+
+
+DICTS = (dict, OrderedDict, defaultdict)
+
+
+def in_order_of(tree: Any, like: Any) -> Any:
+    """``tree`` with its dicts in the order of those in ``like``, so that the leaves of both can be matched by position.
+
+    Where the two do not match, ``tree`` stays as it is; where ``tree`` or ``like`` ends, so does the other's order.
+    """
+    if type(tree) in DICTS and type(like) in DICTS:
+        if tree.keys() != like.keys():
+            return tree
+        ordered = tree.copy()
+        for key in like:
+            del ordered[key]
+            ordered[key] = in_order_of(tree[key], like[key])
+        return ordered
+    if type(tree) is not type(like) or type(tree) in TENSORS or type(tree) is int:
+        return tree
+    if type(tree) is tuple or type(tree) is list:
+        pairs = zip(tree, like, strict=False)
+        return type(tree)([in_order_of(a, b) for a, b in pairs]) if len(tree) == len(like) else tree
+    children, spec = one_level(tree)
+    others, _ = one_level(like)
+    if len(children) != len(others) or spec.num_nodes == 1:
+        return tree
+    return tree_unflatten(spec, [in_order_of(a, b) for a, b in zip(children, others, strict=True)])
+
+
+def one_level(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """The children of ``tree`` and how they stand in it."""
+    return optree.tree_flatten(tree, is_leaf=lambda x: x is not tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def _adopt(kind: type) -> bool:

@@ -33,6 +33,7 @@ from functrans.torch_private import (
     set_key_excluded,
     top_packing,
 )
+from functrans.wording import callable_name
 
 if TYPE_CHECKING:
     from functrans.tensor import WrapperTensor
@@ -133,8 +134,7 @@ class Interpreter:
 
     @property
     def name(self) -> str:
-        func = getattr(self.func, "__name__", None) or type(self.func).__name__
-        return f"{self.kind}({func})"
+        return f"{self.kind}({callable_name(self.func)})"
 
 
 #: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.tensor``)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functrans import thread_state
 from functrans.errors import (
+    CallTypeError,
     InsideTransformError,
     LayoutError,
     NoDataError,
@@ -58,6 +59,9 @@ class WrapperTensor(torch.Tensor):
     root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
     version: int = 0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
+        raise CallTypeError("WrapperTensor(...)", "a call of the class", "wrap(interpreter, value), or interpreter.carry(value, ...)")
 
     @property
     def value(self) -> Tensor:
@@ -269,7 +273,19 @@ def concrete(x: Tensor) -> Tensor | None:
 
 def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
     """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``; what the transform keeps on it is not set."""
-    return wrap_as(interpreter, value, value.shape, strides_of(value))
+    if type(value) not in TENSORS:
+        check_layout(value)
+    try:
+        shape = value.shape
+    except RuntimeError:  # a nested tensor has none
+        raise LayoutError(value) from None
+    return wrap_as(interpreter, value, shape, strides_of(value))
+
+
+def check_layout(x: Any) -> None:
+    """Refuse a nested tensor, which has no shape that code at a level could see."""
+    if type(x) is not WrapperTensor and isinstance(x, Tensor) and x.is_nested:
+        raise LayoutError(x)
 
 
 def wrap_as(

@@ -10,24 +10,30 @@ import torch
 from torch import Tensor
 
 from functrans.arguments import (
+    ALL,
     Argnums,
     Inputs,
+    argument_cure,
+    check_argnums_kind,
     check_outputs,
-    kinds,
+    check_scalar,
     pick,
     slot_of,
     split_aux,
     unwrap,
 )
-from functrans.errors import Call, CallError, CallValueError
+from functrans.checks import call_function, check_callable, check_flag
+from functrans.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
-from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.stack import run_transformed
-from functrans.tensor import WrapperTensor
+from functrans.structures import difference, path_of
+from functrans.tensor import WrapperTensor, check_layout
 from functrans.thread_state import door_closed
 from functrans.torch_private import set_forward_enabled
+from functrans.wording import shown, what
 
 
 def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
@@ -56,10 +62,11 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         >>> torch.allclose(grad(grad(torch.sin))(x), -x.sin())
         True
     """
+    call = differentiating("grad", func, argnums, has_aux)
 
     @functools.wraps(func, updated=())
     def gradient(*args: Any, **kwargs: Any) -> Any:
-        grads, value = _grad_and_value("grad", func, argnums, has_aux, args, kwargs)
+        grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return gradient
@@ -74,10 +81,11 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         >>> grad_and_value(lambda x: x**2)(torch.tensor(3.0))
         (tensor(6.), tensor(9.))
     """
+    call = differentiating("grad_and_value", func, argnums, has_aux)
 
     @functools.wraps(func, updated=())
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
-        return _grad_and_value("grad_and_value", func, argnums, has_aux, args, kwargs)
+        return _grad_and_value(call, func, argnums, has_aux, args, kwargs)
 
     return gradient_and_value
 
@@ -91,46 +99,38 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         >>> value_and_grad(lambda x: x**2)(torch.tensor(3.0))
         (tensor(9.), tensor(6.))
     """
+    call = differentiating("value_and_grad", func, argnums, has_aux)
 
     @functools.wraps(func, updated=())
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
-        grads, value = _grad_and_value("value_and_grad", func, argnums, has_aux, args, kwargs)
+        grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
         return value, grads
 
     return value_and_gradient
 
 
+def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Call:
+    """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
+    check_callable(transform, func)
+    call = Call(transform, func, {"argnums": argnums, **({} if has_aux is False else {"has_aux": has_aux})})
+    check_argnums_kind(call, argnums)
+    check_flag(call, "has_aux", has_aux)
+    return call
+
+
 def _grad_and_value(
-    transform: str, func: Callable[..., Any], argnums: Argnums, has_aux: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any]:
-    call = Call(transform, func, {"argnums": argnums})
     interpreter = GradInterpreter(func)
     inputs = Inputs(interpreter, call, argnums, args, kwargs)
 
     def body() -> tuple[Any, Any, Any]:
-        out = func(*inputs.args, **inputs.kwargs)
+        out = call_function(call, func, inputs.args, inputs.kwargs)
         aux = None
         if has_aux:
             out, aux = split_aux(call, out)
             aux = tree_map(functools.partial(unwrap, interpreter), aux)
-        if not isinstance(out, Tensor):
-            raise CallError(
-                call,
-                f"an output of type {type(out).__name__}",
-                "a tensor",
-                "Return (output, aux) and pass has_aux=True for more than one value.",
-            )
-        if out.dim() != 0:
-            raise CallError(
-                call,
-                f"an output of shape {tuple(out.shape)}",
-                "a scalar tensor, of shape ()",
-                "Reduce it with .sum() or .mean(), or use functrans.vjp or functrans.jacrev.",
-            )
-        if out.dtype not in DIFFERENTIABLE or out.dtype.is_complex:
-            raise CallError(
-                call, f"an output of dtype {out.dtype}", "a real floating-point output", "Other outputs have no gradient."
-            )
+        check_scalar(call, out)
         return unwrap(interpreter, out), slot_of(interpreter, out), aux
 
     value, slot, aux = run_transformed(interpreter, body, enable_grad=True)
@@ -170,49 +170,47 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         >>> pullback(torch.tensor([1.0, 2.0]))
         (tensor([1., 2.]),)
     """
-    out, pullback, aux = vjp_with_argnums("vjp", func, primals, None, has_aux)
+    check_callable("vjp", func)
+    call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
+    check_flag(call, "has_aux", has_aux)
+    out, pullback, aux = vjp_with_argnums(call, func, primals, ALL, has_aux)
     return (out, pullback, aux) if has_aux else (out, pullback)
 
 
 def vjp_with_argnums(
-    transform: str, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums | None, has_aux: bool, kwargs: Any = None
+    call: Call, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums, has_aux: bool, kwargs: Any = None
 ) -> tuple[Any, Callable[..., Any], Any]:
-    """vjp with respect to some of the primals (None: all, the pullback then returns a tuple)."""
-    call = Call(transform, func, "...")
+    """vjp with respect to some of the primals (for ALL the pullback returns a tuple)."""
+    if not primals and argnums is ALL:
+        raise CallTypeError(call, "no primals", "at least one", "The primals follow the function: vjp(f, x, y).")
     interpreter = GradInterpreter(func)
-    inputs = Inputs(interpreter, call, tuple(range(len(primals))) if argnums is None else argnums, primals, kwargs or {})
+    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {})
 
     def body() -> tuple[Any, Any, Any, Any]:
-        out = func(*inputs.args, **inputs.kwargs)
+        out = call_function(call, func, inputs.args, inputs.kwargs)
         aux = None
         if has_aux:
             out, aux = split_aux(call, out)
             aux = tree_map(functools.partial(unwrap, interpreter), aux)
         leaves, spec = tree_flatten(out)
-        check_outputs(call, leaves)
-        for leaf in leaves:
-            if leaf.dtype not in DIFFERENTIABLE:
-                raise CallError(
-                    call, f"an output of dtype {leaf.dtype}", "floating-point or complex outputs", "Return others as aux, with has_aux=True."
-                )
+        check_outputs(call, out, leaves, differentiable=True)
         return [unwrap(interpreter, o) for o in leaves], [slot_of(interpreter, o) for o in leaves], spec, aux
 
     values, slots, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
     versions = interpreter.saved_versions()
-    shapes = [(v.shape, v.dtype) for v in values]
+    shapes = [(v.shape, v.dtype, v.device) for v in values]
 
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Cotangents of the primals, given cotangents of the output. (The other arguments are torch.func's and have no effect.)"""
-        leaves, given = tree_flatten(cotangents)
+        leaves, given = leaves_like(cotangents, spec)
         if given != spec:
-            raise CallError(f"pullback of {call}", f"cotangents of structure {given}", f"the output's structure {spec}")
+            raise CallError(f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values)))
         seeds: dict[int, Tensor] = {}
-        for slot, c, (shape, dtype) in zip(slots, leaves, shapes, strict=True):
-            if not isinstance(c, Tensor):
-                raise CallError(f"pullback of {call}", f"a cotangent of type {type(c).__name__}", "a tensor")
-            if c.shape != shape:
-                raise CallError(f"pullback of {call}", f"a cotangent of shape {tuple(c.shape)}", f"the output's shape {tuple(shape)}")
+        for place, (slot, c, (shape, dtype, device)) in enumerate(zip(slots, leaves, shapes, strict=True)):
+            check_layout(c)
+            if not isinstance(c, Tensor) or c.shape != shape or (c.dtype is not dtype and not convertible(c, dtype)) or c.device != device:
+                refuse_cotangent(f"pullback of {call}", c, path_of("cotangents", tree_unflatten(spec, values), place), values[place])
             if slot is not None:
                 c = c if c.dtype is dtype else c.to(dtype)
                 seeds[slot] = seeds[slot] + c if slot in seeds else c
@@ -263,61 +261,95 @@ def jvp(
         >>> jvp(torch.exp, (torch.zeros(2),), (torch.tensor([1.0, 2.0]),))
         (tensor([1., 1.]), tensor([1., 2.]))
     """
-    out, tangent, aux = jvp_with_argnums("jvp", func, primals, tangents, None, strict, has_aux)
+    check_callable("jvp", func)
+    call = Call("jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}")
+    if strict is not False or has_aux is not False:
+        check_flag(call, "strict", strict)
+        check_flag(call, "has_aux", has_aux)
+    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux)
     return (out, tangent, aux) if has_aux else (out, tangent)
 
 
 def jvp_with_argnums(
-    transform: str,
+    call: Call,
     func: Callable[..., Any],
     primals: tuple[Any, ...],
     tangents: Any,
-    argnums: Argnums | None,
+    argnums: Argnums,
     strict: bool,
     has_aux: bool,
     kwargs: Any = None,
 ) -> tuple[Any, Any, Any]:
     """jvp with respect to some of the primals; ``tangents`` belongs to these."""
-    call = Call(transform, func, "primals, tangents")
     if not isinstance(primals, tuple):
-        raise CallError(call, f"primals of type {type(primals).__name__}", "a tuple, so that f(*primals) is a valid call", "Write (x,) for one primal.")
-    moving = primals if argnums is None else pick(call, primals, argnums)
+        cure = "Write tuple(primals)." if isinstance(primals, list) else "Write (x,) for one primal."
+        raise CallError(call, f"{what(primals)} as primals", "a tuple, so that f(*primals) is a valid call", cure)
+    moving = primals if argnums is ALL else pick(call, primals, argnums)
     leaves, spec = tree_flatten(moving)
-    tangent_leaves, tangent_spec = tree_flatten(tangents)
+    tangent_leaves, tangent_spec = leaves_like(tangents, spec)
     if spec != tangent_spec:
-        raise CallError(call, f"tangents of structure {tangent_spec}", f"the primals' structure {spec}")
-    if not leaves or not all(isinstance(p, Tensor) for p in leaves):
-        raise CallError(call, f"primals {kinds(leaves)}", "at least one tensor, and only tensors")
-    if not all(isinstance(t, Tensor) for t in tangent_leaves):
-        raise CallError(call, f"tangents {kinds(tangent_leaves)}", "only tensors")
-    for p, t in zip(leaves, tangent_leaves, strict=True):
-        if p.shape != t.shape:
-            raise CallError(call, f"a tangent of shape {tuple(t.shape)}", f"the primal's shape {tuple(p.shape)}")
+        raise CallError(call, *difference("tangents", tangents, "primals", moving))
+    if not leaves:
+        raise CallError(call, f"{what(primals)} as primals", "at least one tensor")
+    for place, (p, t) in enumerate(zip(leaves, tangent_leaves, strict=True)):
+        if not isinstance(p, Tensor):
+            cure = argument_cure(p)
+            raise CallError(call, f"{what(p)} as {path_of('primals', moving, place)}", "a tensor", cure)
         if p.dtype not in DIFFERENTIABLE:
-            raise CallValueError(call, f"a primal of dtype {p.dtype}", "a floating-point or complex dtype", "Convert it, e.g. with .float().")
-        if p.dtype != t.dtype:
-            raise CallError(call, f"a tangent of dtype {t.dtype}", f"the primal's dtype {p.dtype}", "Convert it with .to(primal.dtype).")
+            got = f"a tensor of dtype {p.dtype} as {path_of('primals', moving, place)}"
+            raise CallValueError(call, got, "a floating-point or complex dtype", "Convert it, e.g. with .float().")
+        if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype or p.device != t.device:
+            refuse_tangent(call, p, t, place, moving)
     interpreter = JvpInterpreter(func)
     pairs = iter(tangent_leaves)
-    inputs = Inputs(interpreter, call, tuple(range(len(primals))) if argnums is None else argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
+    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
 
     def body() -> tuple[Any, Any, Any, Any]:
         set_forward_enabled(True)
-        out = func(*inputs.args, **inputs.kwargs)
+        out = call_function(call, func, inputs.args, inputs.kwargs)
         aux = None
         if has_aux:
             out, aux = split_aux(call, out)
             aux = tree_map(functools.partial(unwrap, interpreter), aux)
         out_leaves, out_spec = tree_flatten(out)
-        check_outputs(call, out_leaves)
+        check_outputs(call, out, out_leaves)
         values = [unwrap(interpreter, o) for o in out_leaves]
         found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in out_leaves]
         if strict and any(t is None for t in found):
-            i = next(i for i, t in enumerate(found) if t is None)
-            raise CallError(call, f"output {i}, which does not depend on the primals", "dependent outputs, as strict=True", "Pass strict=False for zero tangents.")
+            independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
+            raise CallError(call, f"{independent}, which does not depend on the primals", "outputs that do, since strict=True", "Pass strict=False for zero tangents.")
         return values, found, out_spec, aux
 
     values, found, out_spec, aux = run_transformed(interpreter, body)
     inputs.write_back()
     out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
     return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
+
+
+def refuse_cotangent(call: str, c: Any, path: str, output: Tensor) -> None:
+    if not isinstance(c, Tensor):
+        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if output.dim() == 0 else ""
+        raise CallTypeError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(output.shape)}", cure)
+    if c.shape != output.shape:
+        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
+    if c.device != output.device:
+        raise CallError(call, f"a tensor on {c.device} as {path}", f"the output's device, {output.device}", f"Move it with .to({str(output.device)!r}).")
+    cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
+    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
+
+
+def convertible(c: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a cotangent can stand for one of ``dtype``, that of the output: all but a complex one for a real output."""
+    return not c.is_quantized and (dtype.is_complex or not c.is_complex())
+
+
+def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> None:
+    path, primal = path_of("tangents", primals, place), path_of("primals", primals, place)
+    if not isinstance(t, Tensor):
+        cure = f"Pass torch.zeros_like({primal})." if t is None or t == 0 else f"Pass torch.full_like({primal}, {t})." if isinstance(t, int | float) else ""
+        raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
+    if p.shape != t.shape:
+        raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
+    if p.device != t.device:
+        raise CallError(call, f"a tensor on {t.device} as {path}", f"the device of {primal}, {p.device}", f"Move it with .to({str(p.device)!r}).")
+    raise CallError(call, f"a tensor of dtype {t.dtype} as {path}", f"the dtype {p.dtype} of {primal}", f"Convert it with .to({p.dtype}).")
