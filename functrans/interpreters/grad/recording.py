@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS, decompose
+from functrans.decompositions import decompose, decomposition
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import ModifiedError
@@ -43,7 +43,7 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
     entry = DERIVATIVES.get(op)
     if entry is not None:
         return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
-    if known.composite or op in DECOMPOSITIONS:
+    if known.composite or decomposition(op) is not None:
         return take_apart
     return borrow
 
@@ -78,7 +78,7 @@ class TableMethod:
         except KeyError:
             plan = self.plans[key] = self.make_plan(places)
         if plan is None:  # the table says nothing of some tracked argument
-            fallback = take_apart if self.known.composite else borrow
+            fallback = take_apart if self.known.composite or decomposition(op) is not None else borrow
             return fallback(grad, op, given, values, kwargs, places, slots)
         out = lower(grad, op, values, kwargs)
         outs: Any

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS, decompose
+from functrans.decompositions import decompose, decomposition
+from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.borrowed import borrow
@@ -191,7 +192,7 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
         return run_constant
     if entry is not None and entry.tangent is not None:
         return TableMethod(entry, known)
-    return decompose if known.composite or op in DECOMPOSITIONS else borrow
+    return decompose if known.composite or decomposition(op) is not None else borrow
 
 
 def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
@@ -228,6 +229,21 @@ def unrecorded(found: Any, given: list[Any]) -> Any:
     return type(found)(unrecorded(f, given) for f in found) if isinstance(found, list | tuple) else found
 
 
+def fall_back(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
+    """Run an operator whose entry says nothing of some argument that has a tangent."""
+    if not facts(op).composite and decomposition(op) is None:
+        return borrow(self, op, values, kwargs, tangents)
+
+    def dual(value: Any, tangent: Any) -> Any:
+        if isinstance(value, list | tuple) and tangent is not None:
+            return [dual(v, t) for v, t in zip(value, tangent, strict=True)]
+        return value if tangent is None else self.dual(value, tangent)
+
+    names = facts(op).arguments
+    given = [dual(value, tangents.get(i)) for i, value in enumerate(values)]
+    return decompose(self, op, given, {name: dual(value, tangents.get(names.index(name))) for name, value in kwargs.items()})
+
+
 class TableMethod:
     """Runs an operator and its tangent by its entry in the derivative table."""
 
@@ -242,12 +258,16 @@ class TableMethod:
             known.arguments.index(name): (formula, [self.where(need) for need in entry.needs[name]])
             for name, formula in entry.formulas.items()
         }
+        #: argument positions whose tangents the entry speaks of
+        self.answered = frozenset(i for i, name in enumerate(known.arguments) if self.answers(name))
+
+    def answers(self, name: str) -> bool:
+        formula = self.entry.formulas.get(name)
+        return f"{name}_t" in self.entry.needs["tangent"] or formula is no_cotangent if callable(self.entry.tangent) else formula is not None
 
     def __call__(self, interpreter: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
-        if self.entry.tangent == "elementwise":
-            for position in tangents:
-                if position not in self.partial:
-                    return borrow(interpreter, op, values, kwargs, tangents)
+        if not self.answered.issuperset(tangents):
+            return fall_back(interpreter, op, values, kwargs, tangents)
         out = lower(interpreter, op, values, kwargs)
         if self.direct is not None:
             found = self.direct(interpreter, values, kwargs, tangents)
