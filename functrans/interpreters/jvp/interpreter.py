@@ -11,10 +11,13 @@ from torch import Tensor
 from functrans.decompositions import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.errors import DerivativeEntryError
+from functrans.fitting import described, expect_tangent, spec
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.borrowed import borrow
 from functrans.lowering import call_below, dispatch, lower, map_tensors
 from functrans.operators import Facts, facts
+from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import tangent as tangent_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
@@ -258,6 +261,8 @@ class TableMethod:
             known.arguments.index(name): (formula, [self.where(need) for need in entry.needs[name]])
             for name, formula in entry.formulas.items()
         }
+        #: whether the formulas are a user's: what they return is checked
+        self.foreign = not by_our_rules(known.op)
         #: argument positions whose tangents the entry speaks of
         self.answered = frozenset(i for i, name in enumerate(known.arguments) if self.answers(name))
 
@@ -275,7 +280,23 @@ class TableMethod:
             found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values()))
         if not torch.is_grad_enabled():
             found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
+        if self.foreign:
+            self.expect(out, found)
         return with_tangents(interpreter, out, found)
+
+    def expect(self, out: Any, found: Any) -> None:
+        """Refuse tangents that do not fit their outputs."""
+
+        def refusal(got: str, wanted: str) -> Exception:
+            return DerivativeEntryError(self.entry.op, f"registered at {DERIVATIVES.place(self.entry.op)} has a tangent formula that returned {got}; expected {wanted}")
+
+        if isinstance(out, Tensor):
+            expect_tangent(found, spec(out), refusal)
+        elif found is not None:
+            if type(found) not in (list, tuple) or len(found) != len(out):
+                raise refusal(described(found), f"a tuple of {len(out)}, one for each output")
+            for o, t in zip(out, found, strict=True):
+                expect_tangent(t, spec(o), refusal)
 
     def where(self, need: str) -> int:
         """The position of an argument, GIVEN for the tangent, or RESULT."""
