@@ -315,6 +315,17 @@ class ModifiedError(FunctransError):
         )
 
 
+class HookError(FunctransError):
+    """A hook of a tensor returned something that cannot take its gradient's place.
+
+    Cure: return a tensor of the gradient's shape and dtype, or None to leave it as it is.
+    """
+
+    def __init__(self, hook: Any, got: str, expected: str) -> None:
+        name = getattr(hook, "__name__", hook)
+        super().__init__(f"Tensor.register_hook({name}): the hook returned {got} for the gradient, {expected}. Return one like it, or None.")
+
+
 class DataDependentError(FunctransError):
     """Under vmap, an operator's result would depend on the numbers of each example.
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.derivatives.table import DERIVATIVES
-from functrans.errors import ModifiedError
+from functrans.errors import ModifiedError, HookError
 from functrans.failures import explain_pull
+from functrans.fitting import described, spec
+from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method, matrix_of
 from functrans.interpreters.grad.recording import (
     DIFFERENTIABLE,
     GRAD_RULES,
@@ -224,7 +226,10 @@ class GradInterpreter(Interpreter, slots=("slot",)):
         cotangent = tensor_of(cotangent)
         for hook in list(self.hooks.get(slot, {}).values()) if self.hooks else ():
             new = hook(cotangent)
-            cotangent = cotangent if new is None else new
+            if new is not None:
+                if not isinstance(new, Tensor) or spec(new) != spec(cotangent):
+                    raise HookError(hook, described(new), described(cotangent))
+                cotangent = new
         return cotangent
 
     def record(self, plan: Any, outs: Any, ins: Any, saved: Any) -> None:
