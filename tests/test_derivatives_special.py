@@ -147,6 +147,13 @@ def test_poles_and_what_lies_beyond(name: str, signs: tuple[int, int]) -> None:
             assert math.isnan(below), way
 
 
+@pytest.mark.parametrize(("name", "slope"), [("i0e", 0.0), ("i1e", 0.5)])
+def test_slopes_at_kinks(name: str, slope: float) -> None:
+    x = torch.zeros(2, dtype=torch.float64)
+    for way in (("grad",), ("jvp",), ("vmap",)):
+        assert derived(getattr(special, name), way)(x).tolist() == [slope, slope]
+
+
 def test_what_vanishes_at_infinity() -> None:
     x = torch.tensor([math.inf, 1e12], dtype=torch.float64)
     for name in ("scaled_modified_bessel_k0", "scaled_modified_bessel_k1", "i0e", "i1e", "spherical_bessel_j0", "modified_bessel_k0"):
