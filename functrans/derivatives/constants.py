@@ -13,8 +13,7 @@ NAMES = (
     "logical_and", "logical_or", "logical_xor", "logical_not", "any", "all", "argmax", "argmin",
     "count_nonzero", "nonzero", "nonzero_static", "bucketize", "searchsorted", "histc",
     "item", "_local_scalar_dense", "is_nonzero", "equal", "allclose", "is_same_size", "bernoulli", "multinomial",
-    "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "_assert_async", "is_set_to", "bincount",
-    "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "heaviside", "floor_divide",
+    "_assert_async", "is_set_to", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "floor_divide",
     "_is_zerotensor", "normal", "normal_functional", "uniform", "exponential",
     "geometric", "log_normal", "cauchy", "random", "zero",
 )  # fmt: skip
