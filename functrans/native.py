@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ class _refusals:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if type(error) in (RuntimeError, NotImplementedError) and REFUSAL.search(str(error)):
             raise NoFormulaError(self.op, self.borrower, str(error)) from error
 
@@ -197,7 +197,7 @@ class _refusals:
 _with_formulas: set[tuple[OpOverload, tuple[int, ...]]] = set()
 
 
-def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: dict[int, Tensor]) -> None:
+def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: Mapping[int, Tensor]) -> None:
     """Refuse ``op`` if PyTorch has no derivative of ``out``, which it computed of twins, by one of ``inputs`` (by place)."""
     outputs = [o for o in _tensors_in(out) if o.is_floating_point() or o.is_complex()]
     stack, nodes = [o.grad_fn for o in outputs], set()

@@ -251,6 +251,10 @@ SUBSTITUTES = [
         Call(aten.remainder.Scalar_Tensor, (5.3, X + 0.2)),
         lambda self, other: torch.remainder(torch.full_like(other, self), other),
     ),
+    (
+        Call(aten.heaviside.default, (torch.tensor([-1.0, 0.0, 0.0, 2.0]).double(), X[:4])),
+        lambda self, values: torch.where(self == 0, values, self.gt(0).double()) + 0 * self,
+    ),
 ]
 
 HAND_MADE = [

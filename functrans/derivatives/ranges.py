@@ -48,7 +48,7 @@ def push(v: dict[str, Any]) -> Tensor:
 
 def register(op: OpOverload, base: list[str]) -> None:
     ends = [a.name for a in op._schema.arguments[:2] if "Tensor" in str(a.type)]
-    formulas = {}
+    formulas: dict[str, Any] = {}
     for which, end in enumerate(("start", "end")):
         if end in ends:
             step = partial(pull, which, end)
