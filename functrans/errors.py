@@ -305,6 +305,36 @@ class PayloadError(FunctransError, TypeError):
         )
 
 
+class NoFormulaError(MissingRuleError):
+    """Nobody has a derivative of an operator by an argument that carries one; it is not passed off as zero.
+
+    Cure: give it an entry with ``functrans.extend.derivative``, or detach the argument if it is to count as a constant.
+    """
+
+    def __init__(self, op: Any, interpreter: Any, why: str) -> None:
+        super().__init__(
+            op,
+            interpreter,
+            f"PyTorch has no formula for this derivative ({why}), which is not taken for zero here. Register one with "
+            f"functrans.extend.derivative(torch.ops.{op}, ...), or call detach() on the argument if it is to count as a constant.",
+        )
+
+
+class NumberArgumentError(FunctransError):
+    """A function that takes a Python number was given a tensor that carries a derivative, which the number would not have.
+
+    Cure: an expression of tensors, such as ``x.expand(size)`` for ``torch.full(size, x)``; or ``x.detach()``.
+    """
+
+    def __init__(self, function: str, wrapper: Any) -> None:
+        i = wrapper.interpreter
+        super().__init__(
+            f"{function} takes a Python number where it was given a tensor of {i.name} at level {i.level}; expected a number, since its "
+            "derivative would be lost. Write it as an expression of tensors (x.expand(size) for torch.full(size, x), "
+            "x + torch.arange(n) for torch.arange(x, x + n)), or pass x.detach() if it is to count as a constant."
+        )
+
+
 class ModifiedError(FunctransError):
     """A value that a derivative needs was modified after the forward pass."""
 

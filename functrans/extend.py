@@ -33,9 +33,8 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batchin
 from functrans.operators import facts, schema_default
 from functrans.rule_results import check_below, check_carried, checked_result
 from functrans.rules import RuleTable, place_in, rules_in_scope
-from functrans.stack import Interpreter, interpreter_stack, run_transformed
-from functrans.tensor import WrapperTensor, wrap
-from functrans.thread_state import lowered, running_at
+from functrans.stack import Interpreter, interpreter_stack
+from functrans.tensor import WrapperTensor
 from functrans.torch_private import OpOverload
 
 __all__ = [

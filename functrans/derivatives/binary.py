@@ -272,6 +272,13 @@ derivative(
 pointwise(aten.where.ScalarOther, self=lambda grad, condition: torch.where(condition, grad, 0))
 pointwise(aten.where.ScalarSelf, other=lambda grad, condition: torch.where(condition, 0, grad))
 
+# PyTorch takes heaviside for a constant, but at 0 it is the second operand
+pointwise(
+    aten.heaviside.default,
+    self=lambda grad: torch.zeros_like(grad),
+    values=lambda grad, self: where_or_zero(self == 0, grad),
+)
+
 # ------------------------------------------------------------------------------------------- overwriting
 
 pointwise(aten.masked_fill.Scalar, self=lambda grad, mask: grad.masked_fill(mask, 0))

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.scans import product_of_others
 from functrans.derivatives.table import derivative
-from functrans.stack import door_closed
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import door_closed
 from functrans.torch_private import is_torch_func_active
 
 aten = torch.ops.aten

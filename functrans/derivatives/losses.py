@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, linear
-from functrans.torch_private import OpOverload
+from torch.nn.functional import linear, logsigmoid
 
 from functrans.decompositions import DECOMPOSITIONS, DEFINED_LATE
 from functrans.derivatives.helpers import cast, sum_to_shape

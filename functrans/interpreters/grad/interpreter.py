@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.derivatives.table import DERIVATIVES
-from functrans.errors import ModifiedError, HookError
+from functrans.errors import HookError, ModifiedError
 from functrans.failures import explain_pull
 from functrans.fitting import described, spec
-from functrans.interpreters.grad.recording import DIFFERENTIABLE, ProgramPlan, choose_method, matrix_of
 from functrans.interpreters.grad.recording import (
     DIFFERENTIABLE,
     GRAD_RULES,

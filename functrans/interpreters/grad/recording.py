@@ -11,7 +11,7 @@ from torch import Tensor
 from functrans.decompositions import decompose, decomposition
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
-from functrans.errors import ModifiedError, DerivativeEntryError
+from functrans.errors import DerivativeEntryError, ModifiedError
 from functrans.failures import shown
 from functrans.fitting import described, fitted, reduce_to, spec
 from functrans.lowering import lower, map_tensors
