@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 from functrans.decompositions import decompose
-from functrans.errors import DataDependentError
+from functrans.errors import BatchingRuleError, DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined, align
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
@@ -138,10 +138,11 @@ class VmapInterpreter(Interpreter):
                 if bdim is not None:
                     return self.batched(lower(self, op, values, below_kwargs), bdim)
             try:
-                out, out_dims = call_below(self, rule, (self.info, dims, *values), below_kwargs)
-                return self._leave(out, out_dims)
+                result = call_below(self, rule, (self.info, dims, *values), below_kwargs)
             except RuleDeclined:
                 pass
+            else:
+                return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
             raise DataDependentError(op, self, cure)
@@ -239,10 +240,10 @@ class VmapInterpreter(Interpreter):
             return NotImplemented
         try:
             with lowered(self):
-                out, out_dims = random_rule(self.info, op, tuple(dims), tuple(values), kwargs)
+                result = random_rule(self.info, op, tuple(dims), tuple(values), kwargs)
         except RuleDeclined:
             return NotImplemented
-        return self._leave(out, out_dims)
+        return self.leave(op, result)
 
     def _enter_list(self, items: Any) -> tuple[list[Any], list[Any], bool]:
         values: list[Any] = []
@@ -270,13 +271,35 @@ class VmapInterpreter(Interpreter):
             entered[name] = a
         return entered, batched
 
-    def _leave(self, out: Any, out_dims: Any) -> Any:
+    def leave(self, of: Any, result: Any) -> Any:
+        """What a batching rule of ``of`` returned, ``(output, out_dims)``, as values of this level.
+
+        Every rule passes here: ours, those of ``torch.library.register_vmap``, and ``autograd.Function.vmap``.
+        """
+        if type(result) is not tuple or len(result) != 2:
+            raise BatchingRuleError(rule_of(of), described(result), "a pair (output, out_dims)")
+        out, out_dims = result
+        return self._leave(of, out, out_dims)
+
+    def _leave(self, of: Any, out: Any, out_dims: Any) -> Any:
         if isinstance(out, Tensor):
+            if out_dims is None:
+                pass
+            elif type(out_dims) is not int:
+                raise BatchingRuleError(rule_of(of), f"out_dims {out_dims!r} for one tensor", "an int or None")
+            else:
+                shape = out.shape
+                if not -len(shape) <= out_dims < len(shape) or shape[out_dims] != self.batch_size:
+                    raise BatchingRuleError(rule_of(of), f"out_dim {out_dims} for an output of shape {tuple(shape)}", f"the dimension of size {self.batch_size}, the batch's")
+            if type(out) is WrapperTensor and out.interpreter.level >= self.level:
+                raise BatchingRuleError(rule_of(of), f"a value of level {out.interpreter.level}", f"one below level {self.level}, computed from its arguments")
             return self.batched(out, out_dims)
         if isinstance(out, tuple | list):
             if not isinstance(out_dims, tuple | list):
                 out_dims = [out_dims] * len(out)
-            left = [self._leave(o, d) for o, d in zip(out, out_dims, strict=True)]
+            elif len(out_dims) != len(out):
+                raise BatchingRuleError(rule_of(of), f"{len(out_dims)} out_dims for {len(out)} outputs", "one for each, or one for all")
+            left = [self._leave(of, o, d) for o, d in zip(out, out_dims, strict=True)]
             return left if type(out) is list else tuple(left)
         return out
 
@@ -312,6 +335,21 @@ class VmapInterpreter(Interpreter):
         if any(o != first for o in outs):
             raise DataDependentError(op, self, "its result is a Python number that differs between examples")
         return first
+
+
+def rule_of(of: Any) -> str:
+    """An operator's or autograd.Function's batching rule, and where it stands, for a message."""
+    if isinstance(of, type):
+        code = getattr(of.vmap, "__code__", None)  # type: ignore[attr-defined]
+        return f"{of.__name__}.vmap" + (f", at {code.co_filename}:{code.co_firstlineno}," if code else "")
+    if of in BATCHING_RULES:
+        return f"The batching rule of {of}, registered at {BATCHING_RULES.place(of)},"
+    return f"The batching rule that {of} was given by register_vmap"
+
+
+def described(x: Any) -> str:
+    """A value, for a message: its type, and a tensor's shape."""
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
 def library_rule(op: OpOverload) -> Callable[..., Any] | None:
