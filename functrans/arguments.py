@@ -14,6 +14,7 @@ from functrans.mutation import invalidate_saved
 from functrans.pytrees import tree_flatten, tree_unflatten
 from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor
+from functrans.views import contents_of
 
 Argnums = int | tuple[int, ...]
 
@@ -95,10 +96,9 @@ class Inputs:
         """Write the arguments that were written inside for the caller, as a call without the transform would have."""
         for wrapper, origin in self.wrapped:
             if wrapper.version:
-                contents = wrapper if wrapper.root is None or wrapper.root.content is None else wrapper.root.content
                 self.interpreter.before_write(origin)
                 invalidate_saved(origin)
-                origin.copy_(contents.value)
+                origin.copy_(contents_of(wrapper).value)
 
 
 def check_argnums(call: Call | str, argnums: Any, count: int) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytrees import broadcast_prefix, keys_apart, leaves_like, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
 from functrans.tensor import WrapperTensor
+from functrans.views import contents_of
 
 
 def vmap(
@@ -147,8 +148,7 @@ def run_batched(
 
 def write_back(call: Call | str, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None) -> None:
     """Write an argument that was written inside for the caller."""
-    if wrapper.root is not None and wrapper.root.content is not None:
-        wrapper = wrapper.root.content
+    wrapper = contents_of(wrapper)
     value, bdim = wrapper.value, wrapper.bdim
     if dim is None and bdim is not None:
         raise CallValueError(

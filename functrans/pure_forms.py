@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from functrans import stack
+from functrans.layouts import copied_like
 from functrans.operators import Facts
 from functrans.torch_private import OpOverload
 
@@ -37,21 +38,29 @@ class Functional:
 
 
 def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``copy_``: the source, in the dtype, device and shape of what it is written to."""
+    """``copy_``: the source, in the dtype, device, shape and strides of what it is written to."""
     target, source, enter = args[0], args[1], stack.DOOR.enter
     if source.dtype is not target.dtype or source.device != target.device:
         source = enter(aten._to_copy.default, (source,), {"dtype": target.dtype, "device": target.device})
     if source.shape != target.shape:
         source = enter(aten.expand.default, (source, list(target.shape)), {})
-    return enter(aten.clone.default, (source,), {})
+    return copied_like(target, source)
 
 
 def pure_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return stack.DOOR.enter(aten.zeros_like.default, args, kwargs)
 
 
+def pure_polygamma(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return stack.DOOR.enter(aten.polygamma.default, (args[1], args[0]), kwargs)
+
+
 #: Pure forms that are not an operator of the same name: those exist without a derivative at the base.
-PURE_FORMS: dict[OpOverload, Callable[..., Any]] = {aten.copy_.default: pure_copy, aten.zero_.default: pure_zero}
+PURE_FORMS: dict[OpOverload, Callable[..., Any]] = {
+    aten.copy_.default: pure_copy,
+    aten.zero_.default: pure_zero,
+    aten.polygamma_.default: pure_polygamma,
+}
 
 
 def resolve_functional(known: Facts) -> None:

@@ -13,6 +13,7 @@ from torch._decomp import decomposition_table
 from functrans.decompositions import decompose
 from functrans.errors import BatchingRuleError, DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined, align
+from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.lowering import call_below, lower, map_tensors
@@ -127,16 +128,22 @@ class VmapInterpreter(Interpreter):
             out = lower(self, op, values, below_kwargs)
             return map_tensors(self.constant, out)
         try:
-            rule, direct = known.plans[VmapInterpreter]
+            rule, direct, accepted = known.plans[VmapInterpreter]
         except KeyError:
             rule = BATCHING_RULES.get(op) or library_rule(op)
             direct = getattr(rule, "direct", None)
-            known.plans[VmapInterpreter] = rule, direct
+            #: ranks and dtypes that the operator takes; None: not asked for
+            accepted = None if op.namespace != "aten" or hasattr(rule, "any_rank") or rule is None and known.composite else set()
+            known.plans[VmapInterpreter] = rule, direct, accepted
         if rule is not None and not kwargs_batched:
             if direct is not None:
                 bdim = direct(dims, values)
                 if bdim is not None:
                     return self.batched(lower(self, op, values, below_kwargs), bdim)
+        if accepted is not None and (kinds := kinds_of(args)) not in accepted:
+            self.check_example(op, args, kwargs)
+            accepted.add(kinds)
+        if rule is not None and not kwargs_batched:
             try:
                 result = call_below(self, rule, (self.info, dims, *values), below_kwargs)
             except RuleDeclined:
@@ -244,6 +251,15 @@ class VmapInterpreter(Interpreter):
         except RuleDeclined:
             return NotImplemented
         return self.leave(op, result)
+
+    def check_example(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise what ``op`` raises for one example, where it does; see NOTE [Operators refuse examples, not batches]."""
+
+        def run() -> None:
+            with lowered(self):
+                op(*self._example(args, 0), **{k: self._example(v, 0) for k, v in kwargs.items()})
+
+        check(op, args, kwargs, self.batch_size, run)
 
     def _enter_list(self, items: Any) -> tuple[list[Any], list[Any], bool]:
         values: list[Any] = []
