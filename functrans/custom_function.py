@@ -30,7 +30,7 @@ from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.lowering import WITHOUT_TENSORS, highest, lift, map_tensors
 from functrans.native import TwinInterpreter
-from functrans.pytrees import broadcast_prefix, tree_flatten, tree_map, tree_unflatten
+from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.stack import Interpreter, run_transformed
 from functrans.tensor import WrapperTensor
 from functrans.thread_state import STATE, lowered, running_at
@@ -319,15 +319,7 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
             raise CustomFunctionError(cls, "has both generate_vmap_rule=True and a vmap staticmethod", "Keep one of them.")
         with lowered(interpreter):
             result = cls.vmap(interpreter.info, in_dims, *values)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise CustomFunctionError(cls, f"returned a {type(result).__name__} from vmap", "Return (output, out_dims).")
-        out, out_dims = result
-        if broadcast_prefix(out_dims, out) is None:
-            raise CustomFunctionError(
-                cls, f"returned out_dims {out_dims} from vmap for outputs of structure {tree_flatten(out)[1]}",
-                "Return an int or None for every output, or one for all.",
-            )  # fmt: skip
-        return interpreter._leave(out, out_dims)
+        return interpreter.leave(cls, result)
     batched = batched_function(cls, interpreter, in_dims)
     with lowered(interpreter):
         out = batched.apply(*values)

@@ -369,6 +369,16 @@ class DataDependentError(FunctransError):
         )
 
 
+class BatchingRuleError(FunctransError):
+    """A batching rule returned something else than the physical output and where its batch dimension is.
+
+    Cure: return ``(output, out_dims)``; ``output.shape[out_dims]`` is the batch's size, None says that all examples have one output.
+    """
+
+    def __init__(self, rule: str, got: str, expected: str) -> None:
+        super().__init__(f"{rule} returned {got}; expected {expected}. Correct the rule's out_dims, or its output.")
+
+
 class LayoutError(FunctransError):
     """A nested tensor, or one of a compressed sparse layout, came up inside a transform; PyTorch cannot wrap those.
 

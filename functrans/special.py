@@ -10,13 +10,15 @@ import torch
 
 from functrans import thread_state
 from functrans.errors import InsideTransformError, NumberArgumentError
+from functrans.layouts import check_places, dense_strides, memory_order, set_shape
 from functrans.lowering import base, highest, lift
-from functrans.mutation import set_shape, write
+from functrans.mutation import write
 from functrans.native import TwinInterpreter
 from functrans.operators import STAND_INS, Facts, facts
 from functrans.tensor import WrapperTensor, set_content
 from functrans.thread_state import STATE, running_at
 from functrans.torch_private import OpOverload
+from functrans.views import run_view
 
 aten = torch.ops.aten
 
@@ -127,6 +129,13 @@ def by_its_views(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return known.op.decompose(*args, **kwargs)
 
 
+@stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+def as_strided(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """These name places in memory, which must be where the tensor shows them; see NOTE [Strides of what is written]."""
+    check_places(args[0])
+    return run_view(known, args, kwargs) if known.op is aten.as_strided.default else as_usual(known, args, kwargs)
+
+
 @stands_in_for(aten.batch_norm.default)
 def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Training mode writes the running statistics, which the schema does not say."""
@@ -187,16 +196,26 @@ def rrelu(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @stands_in_for(aten.resize_.default)
 def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first elements stay, in the order of the flattened tensor."""
+    """The first elements stay, in their order in memory."""
     target, size = args[0], list(args[1])
     if type(target) is not WrapperTensor:
         return base(known.op, args, kwargs)
+    if kwargs.get("memory_format") not in (None, torch.contiguous_format):
+        raise InsideTransformError("resize_ to a memory format", target.interpreter.name, "a new tensor of the wanted size")
+    if size == list(target.shape):
+        return target
     if target.view_link is not None or target.root is not None:
         raise InsideTransformError("resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size")
     count = math.prod(size)
     if count > target.numel():
         raise InsideTransformError("resize_ to more elements", target.interpreter.name, "torch.cat or a new tensor of the wanted size")
-    flat = enter(aten.reshape.default, target, [-1])
+    if target.strides is None:
+        in_memory = target
+    else:
+        if dense_strides(target.shape, target.strides) != target.strides:
+            raise InsideTransformError("resize_ of a tensor with gaps in memory", target.interpreter.name, "a new tensor of the wanted size")
+        in_memory = enter(aten.permute.default, target, memory_order(target.shape, target.strides))
+    flat = enter(aten.reshape.default, in_memory, [-1])
     new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
     target.root = None
     set_shape(target, new)

@@ -59,6 +59,8 @@ class WrapperTensor(torch.Tensor):
     root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
     version: int = 0
+    moved: bool = False  # a write left the contents elsewhere in memory than the wrapper shows; see layouts.py
+    shown_offset: int | None = None  # where the contents began before that
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
         raise CallTypeError("WrapperTensor(...)", "a call of the class", "wrap(interpreter, value), or interpreter.carry(value, ...)")
@@ -157,7 +159,7 @@ class WrapperTensor(torch.Tensor):
         raise NoDataError("data_ptr()", self.interpreter.name)
 
     def storage_offset(self) -> int:
-        return int(self.value.storage_offset())
+        return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         raise InsideTransformError("Tensor.backward()", self.interpreter.name, "functrans.grad or functrans.vjp")
