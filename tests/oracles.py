@@ -101,15 +101,26 @@ def twice_identity(x: Tensor) -> Tensor:
     return torch.eye(x.shape[-2], x.shape[-1], dtype=x.dtype).mul(2).expand(x.shape).clone()
 
 
+def all_the_same(index: Tensor) -> Tensor:
+    return index[(slice(0, 1),) * index.dim()].expand(index.shape).clone()
+
+
 VARIANTS = {"ties": rounded, "zeros": with_zeros, "zero": all_zero, "identity": twice_identity}
+#: of index arguments
+INDEX_VARIANTS = {"repeated": all_the_same}
 
 
 def varied(sample: Sample, name: str) -> Sample | None:
-    """The sample with other values in its differentiable arguments; None where the operator has no finite value there."""
+    """The sample with other values in its differentiable (or index) arguments; None where the operator has no finite value there."""
     leaves = list(sample.leaves)
-    for j in set(sample.diff) & set(sample.floats):
-        leaves[j] = VARIANTS[name](leaves[j])
-    if all(torch.equal(leaves[j], sample.leaves[j]) for j in sample.floats):
+    if name in INDEX_VARIANTS:
+        for j, x in enumerate(leaves):
+            if not (x.is_floating_point() or x.is_complex()) and x.dtype != torch.bool and x.layout == torch.strided and x.numel():
+                leaves[j] = INDEX_VARIANTS[name](x)
+    else:
+        for j in set(sample.diff) & set(sample.floats):
+            leaves[j] = VARIANTS[name](leaves[j])
+    if all(a is b or b.layout == torch.strided and torch.equal(a, b) for a, b in zip(leaves, sample.leaves)):
         return None
     try:
         out = sample.eager(leaves)
@@ -413,7 +424,8 @@ def samples(op: Any, dtype: torch.dtype, cap: int | None, seed: int = 0) -> Iter
     found = list(enumerate(op.sample_inputs("cpu", dtype, requires_grad=True, set_seed=False)))
     if cap is not None and len(found) > cap:
         found = [found[round(k * (len(found) - 1) / max(1, cap - 1))] for k in range(cap)]
-    for place, (index, sample) in enumerate(found):
+    done: Counter[str] = Counter()
+    for index, sample in found:
         try:
             made = Sample(op, sample, index)
         except (RuntimeError, ValueError):  # a few samples only work on the storage that they came with
@@ -421,11 +433,11 @@ def samples(op: Any, dtype: torch.dtype, cap: int | None, seed: int = 0) -> Iter
         if sum(made.leaves[j].numel() for j in made.floats) > 20000:
             continue
         yield made
-        if place < 2:
-            for name in VARIANTS:
-                other = varied(made, name)
-                if other is not None:
-                    yield other
+        for name in (*VARIANTS, *INDEX_VARIANTS):
+            other = varied(made, name) if done[name] < 2 else None
+            if other is not None:
+                done[name] += 1
+                yield other
 
 
 @dataclass
