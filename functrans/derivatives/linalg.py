@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.helpers import conj, sum_to_shape
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.table import derivative
@@ -91,21 +90,6 @@ derivative(
 
 
 # ---------------------------------------------------------------------------------------------- triangular solvers
-
-
-def triangular_solve(
-    self: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
-) -> tuple[Tensor, Tensor]:
-    """By its successor: of PyTorch's formula for this one, forward mode of the gradient is wrong."""
-    batch = torch.broadcast_shapes(self.shape[:-2], A.shape[:-2])
-    coefficient = A.expand(*batch, *A.shape[-2:])
-    solution = aten.linalg_solve_triangular(
-        coefficient.mT if transpose else coefficient, self, upper=upper != transpose, unitriangular=unitriangular
-    )
-    return solution, coefficient.clone()
-
-
-DECOMPOSITIONS.add(aten.triangular_solve.default, triangular_solve)
 
 
 def triangle(x: Tensor, upper: bool, unitriangular: bool) -> Tensor:

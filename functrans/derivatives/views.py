@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.helpers import cast, conj, sum_to_shape
 from functrans.derivatives.table import derivative
 
@@ -193,9 +192,6 @@ linear(aten.view_as_real.default, self=lambda grad: torch.view_as_complex(grad.c
 linear(aten.view_as_complex.default, self=lambda grad: torch.view_as_real(grad.resolve_conj()))
 linear(aten.real.default, self=lambda grad, self: grad.to(self.dtype))
 linear(aten.imag.default, self=lambda grad: grad * 1j)
-
-# not by its value's direction, which is lost where ``abs`` is 0
-DECOMPOSITIONS.add(aten.polar.default, lambda abs, angle: torch.complex(abs * angle.cos(), abs * angle.sin()))
 
 # ------------------------------------------------------------------------------------------- dtypes and devices
 
