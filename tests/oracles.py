@@ -74,6 +74,7 @@ class Sample(Problem):
     def __init__(self, op: Any, sample: Any, index: int, variant: str = "") -> None:
         self.variant = variant
         super().__init__(op, sample, index)
+        self.float_outputs = [i for i in self.float_outputs if self.out[i].layout == torch.strided]
         self.floats = [
             j for j, x in enumerate(self.leaves)
             if (x.is_floating_point() or x.is_complex()) and x.layout == torch.strided and x.numel()
@@ -126,7 +127,7 @@ def varied(sample: Sample, name: str) -> Sample | None:
         out = sample.eager(leaves)
     except (RuntimeError, ValueError, IndexError):
         return None
-    if not all(bool(o.isfinite().all()) for o in out if o.is_floating_point() or o.is_complex()):
+    if not all(bool(out[i].isfinite().all()) for i in sample.float_outputs):
         return None
     new = Sample.__new__(Sample)
     new.__dict__.update(sample.__dict__, leaves=leaves, out=out, variant=name)
@@ -385,19 +386,20 @@ class Borrowed:
 
 
 def choices(s: Sample, thorough: bool) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Which arguments are tracked, and which batched (none: no vmap). Bounded: all, and each of the first three alone."""
-    every = tuple(j for j in s.diff if j in s.floats)[:5]
+    """Which arguments are tracked, and which batched (none: no vmap). Bounded: all, and each of the first few alone."""
     if not s.floats or not s.float_outputs:
         return
+    every = tuple(j for j in s.diff if j in s.floats)[:5]
     alone = [(j,) for j in s.floats[:4]] if thorough else [(s.floats[s.index % len(s.floats)],)]
     tracked = list(dict.fromkeys([*([every] if every else []), *alone]))
     for t in tracked:
         yield t, ()
     if s.variant or s.index % 4 and thorough:
         return
+    for t in tracked if thorough else tracked[:1]:
+        yield t, t
     for t in tracked:
         rest = tuple(j for j in every if j not in t)
-        yield t, t
         if rest:
             yield t, rest
 
@@ -416,7 +418,7 @@ def operators() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def samples(op: Any, dtype: torch.dtype, cap: int | None, seed: int = 0) -> Iterator[Sample]:
+def samples(op: Any, dtype: torch.dtype, cap: int | None, seed: int = 0, variants: bool = True) -> Iterator[Sample]:
     """The samples of an operator, spread out if there are more than ``cap``; the first ones at ties and zeros, too."""
     if dtype not in op.supported_dtypes("cpu"):
         return
@@ -433,7 +435,7 @@ def samples(op: Any, dtype: torch.dtype, cap: int | None, seed: int = 0) -> Iter
         if sum(made.leaves[j].numel() for j in made.floats) > 20000:
             continue
         yield made
-        for name in (*VARIANTS, *INDEX_VARIANTS):
+        for name in (*VARIANTS, *INDEX_VARIANTS) if variants else ():
             other = varied(made, name) if done[name] < 2 else None
             if other is not None:
                 done[name] += 1
@@ -450,7 +452,7 @@ class Tally:
 
 def check_operator(
     op: Any, backend: Any, dtypes: Any = tuple(DTYPES), cap: int | None = None, seed: int = 0, thorough: bool = True,
-    limit: float = math.inf,
+    limit: float = math.inf, variants: bool = True,
 ) -> tuple[list[Finding], Tally]:
     """Everything that is wrong or refused of one operator, without what ``CONVENTIONS`` sets aside."""
     torch.set_num_threads(1)
@@ -460,7 +462,7 @@ def check_operator(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for dtype in dtypes:
-            for sample in samples(op, DTYPES[dtype], cap, seed):
+            for sample in samples(op, DTYPES[dtype], cap, seed, variants):
                 if time.perf_counter() > end:
                     tally.cut = True
                     break
