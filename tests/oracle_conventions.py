@@ -63,4 +63,6 @@ for _names, _convention in _CONVENTIONS:
         CONVENTIONS[_name] = (*CONVENTIONS.get(_name, ()), _convention)
 
 #: Operators whose result is amplified rounding error: the tolerances are multiplied by this.
-LOOSE: dict[str, float] = {}
+LOOSE: dict[str, float] = {
+    "cov": 100.0,  # weights of both signs are divided by their sum
+}
