@@ -69,6 +69,8 @@ class TwinInterpreter(Interpreter):
             return True
         args = [self._value(a) for a in args]
         kwargs = {k: self._value(v) for k, v in kwargs.items()}
+        if op is aten.view_as_real.default:  # of ``real``: a twin does not show that its value is a lazy conjugate
+            args[0] = _below(self, aten.resolve_conj.default, args, {})
         enabled = torch.is_grad_enabled()
         set_grad_enabled(self.grad_mode)
         try:
