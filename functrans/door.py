@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from functrans import mutation, thread_state
-from functrans.call_sites import FILES, site_from
+from functrans.call_sites import FILES, LIBRARY, USER, site_from
 from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.failures import explain
 from functrans.lowering import base, highest, lift
@@ -85,10 +85,11 @@ class Door(Mode):
             if code is OTHERWISE:
                 frame = sys._getframe(3)
                 code = frame.f_code
-            if FILES[code.co_filename]:
-                note_site((out,), frame)
-            else:
+            called_from = FILES[code.co_filename]
+            if called_from == USER:
                 out.made_at = (code, frame.f_lasti)
+            elif called_from == LIBRARY:
+                note_site((out,), frame)
         elif kind is tuple or kind is list:
             note_site(out, sys._getframe(1))
         return out
@@ -201,10 +202,11 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     if code is THE_FUNCTION:
         frame = frame.f_back  # type: ignore[assignment]
         code = frame.f_code
-    if FILES[code.co_filename]:
-        note_site((out,), frame)
-    else:
+    called_from = FILES[code.co_filename]
+    if called_from == USER:
         out.made_at = (code, frame.f_lasti)
+    elif called_from == LIBRARY:
+        note_site((out,), frame)
     return out
 
 
@@ -366,10 +368,11 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
                     if code is THE_FUNCTION:
                         frame = frame.f_back  # type: ignore[assignment]
                         code = frame.f_code
-                    if FILES[code.co_filename]:
-                        note_site((out,), frame)
-                    else:
+                    called_from = FILES[code.co_filename]
+                    if called_from == USER:
                         out.made_at = (code, frame.f_lasti)
+                    elif called_from == LIBRARY:
+                        note_site((out,), frame)
                 elif kind is tuple or kind is list:
                     note_site(out, sys._getframe(1))
                 return out

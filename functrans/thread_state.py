@@ -59,12 +59,15 @@ DOOR: Any = None
 
 def modes_on() -> list[Any]:
     """PyTorch's mode stack, innermost last."""
-    return [mode_at(i) for i in range(mode_stack_size())]
+    size = mode_stack_size()
+    return [] if not size else [mode_at(0)] if size == 1 else [mode_at(i) for i in range(size)]
 
 
 def set_modes(wanted: list[Any]) -> None:
     """Let PyTorch's mode stack be ``wanted``, by as few steps as it takes."""
     present = modes_on()
+    if present == wanted:
+        return
     same = 0
     while same < len(wanted) and same < len(present) and wanted[same] is present[same]:
         same += 1
@@ -104,42 +107,19 @@ class Snapshot:
             set_grad_enabled(self.grad)
         if is_forward_enabled() is not self.forward:
             set_forward_enabled(self.forward)
-        while not same_hooks(top_packing(True), self.hooks):
+        hooks = top_packing(True)
+        while hooks is not None and not same_hooks(hooks, self.hooks):
             pop_packing()
+            hooks = top_packing(True)
 
 
-class _Switched:
-    """Base of the contexts below: ``switch`` changes what the snapshot has recorded."""
-
-    __slots__ = ("before",)
-    before: Snapshot
-
-    def switch(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> None:
-        self.before = Snapshot()
-        try:
-            self.switch()
-        except BaseException:
-            self.before.restore()
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        try:
-            self.before.restore()
-        except BaseException:
-            self.before.restore()
-            raise
-
-
-class running_at(_Switched):
+class running_at:
     """Context: plain ``torch`` code runs at ``level`` (None: the base), whatever state the thread is in.
 
     See NOTE [Three states of a thread].
     """
 
-    __slots__ = ("level",)
+    __slots__ = ("before", "level")
 
     def __init__(self, level: Interpreter | None) -> None:
         self.level = level
@@ -159,6 +139,21 @@ class running_at(_Switched):
             if DOOR in modes:  # it may be under modes that the user entered after it
                 set_modes([m for m in modes if m is not DOOR])
 
+    def __enter__(self) -> None:
+        self.before = Snapshot()
+        try:
+            self.switch()
+        except BaseException:
+            self.before.restore()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self.before.restore()
+        except BaseException:
+            self.before.restore()
+            raise
+
 
 class lowered(running_at):
     """Context: code of ``interpreter``'s rules runs one level down, with that level's grad mode."""
@@ -177,17 +172,25 @@ class lowered(running_at):
             set_forward_enabled(False)
 
 
-class door_closed(_Switched):
+class door_closed:
     """Context: operators that interpreters send down by Python calls end at the base, wherever the calls start.
 
     While the door handles an operator it is off PyTorch's mode stack, and this does nothing.
     """
 
-    __slots__ = ()
+    __slots__ = ("modes",)
 
-    def switch(self) -> None:
-        if DOOR in self.before.modes:
-            set_modes([m for m in self.before.modes if m is not DOOR])
+    def __enter__(self) -> None:
+        self.modes = modes_on()
+        if DOOR in self.modes:
+            try:
+                set_modes([m for m in self.modes if m is not DOOR])
+            except BaseException:
+                set_modes(self.modes)
+                raise
+
+    def __exit__(self, *exc: object) -> None:
+        set_modes(self.modes)
 
 
 def unchanged(x: Any) -> Any:

@@ -321,8 +321,10 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         """
         if type(result) is not tuple or len(result) != 2:
             raise BatchingRuleError(rule_of(of), described(result), "a pair (output, out_dims)")
-        out, out_dims = result
-        return self._leave(of, out, out_dims)
+        out, bdim = result
+        if type(out) is Tensor and type(bdim) is int and 0 <= bdim < out.dim() and out.shape[bdim] == self.batch_size:
+            return self.batched(out, bdim)
+        return self._leave(of, out, bdim)
 
     def _leave(self, of: Any, out: Any, out_dims: Any) -> Any:
         if isinstance(out, Tensor):
