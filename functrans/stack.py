@@ -164,17 +164,20 @@ def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
 
 def check_enterable(interpreter: Interpreter) -> None:
     """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
-    if vars(interpreter).setdefault("run_by", entered := object()) is not entered:
-        raise InterpreterError(interpreter, "got an interpreter that has run already" if not interpreter.alive else "got one that is running")
-    if interpreter.below is not STATE.top:
+    state = vars(interpreter)
+    if "run_by" not in state:
         made, here = interpreter.below, STATE.top
-        raise InterpreterError(
-            interpreter,
-            f"got an interpreter that was made {'outside of all transforms' if made is None else f'inside {made.name} at level {made.level}'}, "
-            f"and is run {'outside of all transforms' if here is None else f'inside {here.name} at level {here.level}'}",
-        )
-    if interpreter.outer_grad_mode is not torch.is_grad_enabled() or interpreter.outer_forward_mode is not is_forward_enabled():
-        raise InterpreterError(interpreter, "got an interpreter that was made where grad mode, or forward mode, was switched otherwise")
+        if made is not here:
+            raise InterpreterError(interpreter, f"got one that was made {place_of(made)}, and is run {place_of(here)}")
+        if interpreter.outer_grad_mode is not torch.is_grad_enabled() or interpreter.outer_forward_mode is not is_forward_enabled():
+            raise InterpreterError(interpreter, "got one that was made where grad mode, or forward mode, was switched otherwise")
+    if state.setdefault("run_by", mine := object()) is not mine:  # atomic: threads that try at once get one run between them
+        raise InterpreterError(interpreter, "got one that is running" if interpreter.alive else "got one that has run already")
+
+
+def place_of(interpreter: Interpreter | None) -> str:
+    """Where code at a level is, for a message."""
+    return "outside of all transforms" if interpreter is None else f"inside {interpreter.name} at level {interpreter.level}"
 
 
 def interpreter_stack() -> list[Interpreter]:
