@@ -86,10 +86,9 @@ def kind_here(known: Facts) -> int:
 
 
 def forget_facts(table: RuleTable[Any], op: OpOverload) -> None:
-    known: Facts | None = vars(op).get("_functrans")
-    if known is not None:
-        known.plans = {}
-        known.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else known.kind_by_schema
+    known = facts(op)
+    known.plans = {}
+    known.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else known.kind_by_schema
 
 
 FORGET.append(forget_facts)

@@ -148,7 +148,7 @@ class RuleTable(Generic[Rule]):
                 self._changed(op)
 
     def _changed(self, op: OpOverload) -> None:
-        if not self.cached:
+        if not self.cached or not hasattr(op, "_functrans"):  # nothing is made of an operator's rules before its facts (operators.py)
             return
         for scope in SCOPES:
             scope.kept = {}
