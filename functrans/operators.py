@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from functrans.rules import FORGET, RuleTable, covering, scope_here
+from functrans.rules import FORGET, SCOPES, RuleTable, covering, scope_here
 from functrans.torch_private import COMPOSITE
 
 #: Pure at the door: its outputs are new tensors.
@@ -74,7 +74,7 @@ class Facts:
 
 def plans_here(known: Facts) -> dict[type, Any]:
     """Where plans for the rules that hold in this context are kept."""
-    scope = scope_here()
+    scope = scope_here() if SCOPES else None
     if scope is None or not any(known.op in s.entries for s in scope.chain() if s.table.cached):
         return known.plans
     return scope.kept.setdefault(known.op, {})
