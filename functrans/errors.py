@@ -7,7 +7,8 @@ from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
-from torch._ops import OpOverloadPacket
+
+OpOverloadPacket = type(torch.ops.aten.sin)
 
 
 class FunctransError(RuntimeError):

@@ -171,7 +171,8 @@ def check_enterable(interpreter: Interpreter) -> None:
             raise InterpreterError(interpreter, f"got one that was made {place_of(made)}, and is run {place_of(here)}")
         if interpreter.outer_grad_mode is not torch.is_grad_enabled() or interpreter.outer_forward_mode is not is_forward_enabled():
             raise InterpreterError(interpreter, "got one that was made where grad mode, or forward mode, was switched otherwise")
-    if state.setdefault("run", mine := []) is not mine:  # atomic: threads that try at once get one run between them
+    mine: list[Any] = []
+    if state.setdefault("run", mine) is not mine:  # atomic: threads that try at once get one run between them
         raise InterpreterError(interpreter, "got one that is running" if interpreter.alive else "got one that has run already")
 
 
@@ -202,7 +203,7 @@ def interpreter_stack() -> list[Interpreter]:
 def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable_grad: bool = False) -> Any:
     """Run ``body`` with ``interpreter`` on top of the stack; whatever happens, leave the thread as it was.
 
-    ``enable_grad`` switches the new level's grad mode on.
+    ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the new level's grad mode on.
     """
     check_enterable(interpreter)
     if is_torch_func_active():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from typing import Any
@@ -407,3 +408,15 @@ def test_register_vmap_of_a_random_operator() -> None:
     assert vmap(noise, randomness="different")(zeros).tolist() == [100.0] * 4
     with pytest.raises(RandomnessError):
         vmap(noise)(zeros)
+
+
+def test_a_rule_may_be_an_object() -> None:
+    @dataclasses.dataclass  # with an equality, so that it has no hash
+    class Times:
+        k: float
+
+        def __call__(self, info: Any, in_dims: Any, x: Tensor, factor: float, shift: int) -> Any:
+            return x * self.k * factor + shift, in_dims[0]
+
+    with functrans.extend.rules_in_scope(BATCHING_RULES, {torch.ops.registration.scale.default: Times(10.0)}):
+        assert torch.equal(vmap(scale)(X), X * 10.0 * 3.0 + 1)
