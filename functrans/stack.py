@@ -164,16 +164,18 @@ def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
 
 def check_enterable(interpreter: Interpreter) -> None:
     """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
-    state = interpreter.__dict__
-    if "run" not in state:
-        made, here = interpreter.below, STATE.top
-        if made is not here:
-            raise InterpreterError(interpreter, f"got one that was made {place_of(made)}, and is run {place_of(here)}")
-        if interpreter.outer_grad_mode is not torch.is_grad_enabled() or interpreter.outer_forward_mode is not is_forward_enabled():
-            raise InterpreterError(interpreter, "got one that was made where grad mode, or forward mode, was switched otherwise")
-    mine: list[Any] = []
-    if state.setdefault("run", mine) is not mine:  # atomic: threads that try at once get one run between them
-        raise InterpreterError(interpreter, "got one that is running" if interpreter.alive else "got one that has run already")
+    here, grad, forward = STATE.top, torch.is_grad_enabled(), is_forward_enabled()
+    if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
+        mine: list[Any] = []
+        if interpreter.__dict__.setdefault("run", mine) is mine:  # atomic: threads that try at once get one run between them
+            return
+    if "run" in interpreter.__dict__:
+        what = "got one that is running" if interpreter.alive else "got one that has run already"
+    elif interpreter.below is not here:
+        what = f"got one that was made {place_of(interpreter.below)}, and is run {place_of(here)}"
+    else:
+        what = "got one that was made where grad mode, or forward mode, was switched otherwise"
+    raise InterpreterError(interpreter, what)
 
 
 def place_of(interpreter: Interpreter | None) -> str:

@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.operators import facts
-from functrans.rules import RuleTable
+from functrans.rules import RuleCache, RuleTable
 
 aten = torch.ops.aten
 
@@ -37,8 +37,15 @@ def by_our_rules(op: Any) -> bool:
     return all(table.get(op) is rules.get(op) for table, rules in _tables)
 
 
+ADMITTED = RuleCache()
+
+
 def admitted(op: OpOverload) -> bool:
     """Whether ``op`` may be an instruction: pointwise, with one output, and by the rules that programs stand for."""
+    return ADMITTED.find(op, decide, op)
+
+
+def decide(op: OpOverload) -> bool:
     known = facts(op)
     entry = DERIVATIVES.get(op)
     if entry is None or not by_our_rules(op) or entry.outputs != 1 or known.random:
