@@ -21,7 +21,6 @@ BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 BY_NAME = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
-@functools.lru_cache(maxsize=4096)
 def completed(rule: Callable[..., Any], op: OpOverload, before: int = 0, listed: bool = False) -> Callable[..., Any]:
     """``rule`` as a function that is called with the arguments that came.
 
@@ -32,6 +31,12 @@ def completed(rule: Callable[..., Any], op: OpOverload, before: int = 0, listed:
     Raises:
         RegistrationError: the rule cannot be called with the operator's arguments.
     """
+    find = completing if type(rule).__hash__ is not None else completing.__wrapped__
+    return find(rule, op, before, listed)
+
+
+@functools.lru_cache(maxsize=4096)
+def completing(rule: Callable[..., Any], op: OpOverload, before: int, listed: bool) -> Callable[..., Any]:
     try:
         parameters = list(inspect.signature(rule).parameters.values())
     except ValueError:  # a function in C that does not say

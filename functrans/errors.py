@@ -12,6 +12,8 @@ from functrans.call_sites import definition, place
 from functrans.versions import SUPPORTED
 from functrans.wording import callable_name, shown
 
+OpOverloadPacket = type(torch.ops.aten.sin)
+
 
 class FunctransError(RuntimeError):
     """Base of all errors that functrans raises on purpose."""
@@ -50,20 +52,20 @@ class NotAnOverloadError(FunctransError, TypeError):
 
     def __init__(self, title: str, op: Any) -> None:
         super().__init__(
-            f"{title}: expected an operator overload such as torch.ops.aten.sin.default, got {what_was_named(op)}. {overloads_meant(op)}"
+            f"{title}: expected an operator overload such as torch.ops.aten.sin.default, got {what_was_named(op)}. {overloads_meant(op, title)}"
         )
 
 
 def what_was_named(op: Any) -> str:
     """What was given for an operator overload, for a message."""
-    if isinstance(op, type(torch.ops.aten.sin)):
+    if isinstance(op, OpOverloadPacket):
         return f"the packet torch.ops.{op}, which stands for all its overloads"
     return f"the function {op.__qualname__}" if inspect.isfunction(op) else repr(op)
 
 
-def overloads_meant(op: Any) -> str:
+def overloads_meant(op: Any, title: str) -> str:
     """What to write instead of ``op``."""
-    if isinstance(op, type(torch.ops.aten.sin)):
+    if isinstance(op, OpOverloadPacket):
         return f"Name one of its overloads: {', '.join(f'torch.ops.{op}.{name}' for name in op.overloads())}."
     overload = getattr(op, "_opoverload", None)
     if overload is not None:  # a torch.library.custom_op
@@ -74,6 +76,8 @@ def overloads_meant(op: Any) -> str:
     name = getattr(op, "__name__", "")
     if isinstance(op, BuiltinFunctionType | MethodDescriptorType) and hasattr(torch.ops.aten, name):
         return f"Its operator is one of {', '.join(f'torch.ops.aten.{name}.{o}' for o in getattr(torch.ops.aten, name).overloads())}."
+    if callable(op) and title == "derivative table":
+        return "The operator comes first: derivative(torch.ops.aten.sin.default, self=lambda grad, self: grad * self.cos()). It is no decorator."
     if callable(op):
         return "A decorator takes the operator in parentheses, and the rule stands below it: @batching_rule(torch.ops.aten.sin.default)."
     return "Name one of its overloads."

@@ -71,7 +71,10 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     draws_inside = known.random and STATE.top is not None
     if owner is None and not draws_inside:
         return write_captured(known, targets, args, kwargs)
-    functional = pure_form(known)
+    try:
+        functional = known.plans[Functional] if not SCOPES else pure_form(known)
+    except KeyError:
+        functional = pure_form(known)
     if functional is NotImplemented:
         if known.composite:
             with running_at(STATE.top):

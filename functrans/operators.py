@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from functrans.rules import FORGET, RuleTable, covering, scope_here
+from functrans.rules import FORGET, SCOPES, RuleTable, covering, scope_here
 from functrans.torch_private import COMPOSITE, OpOverload
 
 #: Pure at the door: its outputs are new tensors.
@@ -76,7 +76,7 @@ class Facts:
 
 def plans_here(known: Facts) -> dict[type, Any]:
     """Where plans for the rules that hold in this context are kept."""
-    scope = scope_here()
+    scope = scope_here() if SCOPES else None
     if scope is None or not any(known.op in s.entries for s in scope.chain() if s.table.cached):
         return known.plans
     return scope.kept.setdefault(known.op, {})
@@ -88,10 +88,9 @@ def kind_here(known: Facts) -> int:
 
 
 def forget_facts(table: RuleTable[Any], op: OpOverload) -> None:
-    known: Facts | None = vars(op).get("_functrans")
-    if known is not None:
-        known.plans = {}
-        known.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else known.kind_by_schema
+    known = facts(op)
+    known.plans = {}
+    known.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else known.kind_by_schema
 
 
 FORGET.append(forget_facts)

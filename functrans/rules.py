@@ -44,28 +44,32 @@ class Scope:
         #: what is made of rules here, by who keeps it
         self.kept: dict[Any, dict[Any, Any]] = {}
 
-    def chain(self) -> Iterator[Scope]:
-        """The open scopes from this one outwards. One that a task was started in may have been closed meanwhile."""
+    def outwards(self) -> Iterator[Scope]:
+        """This scope and those that it was opened in."""
         scope: Scope | None = self
         while scope is not None:
-            if scope.open:
-                yield scope
+            yield scope
             scope = scope.outer
+
+    def chain(self) -> Iterator[Scope]:
+        """Those of them that are open: one that a task was started in may have been closed meanwhile."""
+        return (scope for scope in self.outwards() if scope.open)
 
     def forget(self) -> None:
         """Give up what was made by this scope's rules, here and in the scopes inside."""
         for scope in SCOPES:
-            if self in scope.chain() or scope is self:
+            if self in scope.outwards():
                 scope.kept = {}
 
     def close(self) -> None:
-        with _LOCK:
-            self.forget()
-            self.open = False
-            if self in SCOPES:
-                SCOPES.remove(self)
-        if _innermost.get() is self:
-            _innermost.set(self.outer)
+        self.open = False
+        try:
+            with _LOCK:
+                self.forget()
+                SCOPES[:] = [scope for scope in SCOPES if scope.open]
+        finally:
+            if _innermost.get() is self:
+                _innermost.set(self.outer)
 
 
 def scope_here() -> Scope | None:
@@ -147,7 +151,7 @@ class RuleTable(Generic[Rule]):
                 self._changed(op)
 
     def _changed(self, op: OpOverload) -> None:
-        if not self.cached:
+        if not self.cached or not hasattr(op, "_functrans"):  # nothing is made of an operator's rules before its facts (operators.py)
             return
         for scope in SCOPES:
             scope.kept = {}

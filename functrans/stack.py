@@ -156,17 +156,23 @@ def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
 
 def check_enterable(interpreter: Interpreter) -> None:
     """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
-    if vars(interpreter).setdefault("run_by", entered := object()) is not entered:
-        raise InterpreterError(interpreter, "got an interpreter that has run already" if not interpreter.alive else "got one that is running")
-    if interpreter.below is not STATE.top:
-        made, here = interpreter.below, STATE.top
-        raise InterpreterError(
-            interpreter,
-            f"got an interpreter that was made {'outside of all transforms' if made is None else f'inside {made.name} at level {made.level}'}, "
-            f"and is run {'outside of all transforms' if here is None else f'inside {here.name} at level {here.level}'}",
-        )
-    if interpreter.outer_grad_mode is not torch.is_grad_enabled() or interpreter.outer_forward_mode is not is_forward_enabled():
-        raise InterpreterError(interpreter, "got an interpreter that was made where grad mode, or forward mode, was switched otherwise")
+    here, grad, forward = STATE.top, torch.is_grad_enabled(), is_forward_enabled()
+    if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
+        mine: list[Any] = []
+        if interpreter.__dict__.setdefault("run", mine) is mine:  # atomic: threads that try at once get one run between them
+            return
+    if "run" in interpreter.__dict__:
+        what = "got one that is running" if interpreter.alive else "got one that has run already"
+    elif interpreter.below is not here:
+        what = f"got one that was made {place_of(interpreter.below)}, and is run {place_of(here)}"
+    else:
+        what = "got one that was made where grad mode, or forward mode, was switched otherwise"
+    raise InterpreterError(interpreter, what)
+
+
+def place_of(interpreter: Interpreter | None) -> str:
+    """Where code at a level is, for a message."""
+    return "outside of all transforms" if interpreter is None else f"inside {interpreter.name} at level {interpreter.level}"
 
 
 def interpreter_stack() -> list[Interpreter]:
@@ -191,7 +197,7 @@ def interpreter_stack() -> list[Interpreter]:
 def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable_grad: bool = False) -> Any:
     """Run ``body`` with ``interpreter`` on top of the stack; whatever happens, leave the thread as it was.
 
-    ``enable_grad`` switches the new level's grad mode on.
+    ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the new level's grad mode on.
     """
     check_enterable(interpreter)
     if is_torch_func_active():

@@ -8,7 +8,7 @@ import torch
 
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.operators import facts
-from functrans.rules import FORGET, SCOPES, RuleTable, scope_here
+from functrans.rules import RuleCache, RuleTable
 from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -24,39 +24,30 @@ POINTWISE = frozenset(
 )  # fmt: skip
 
 #: the tables whose rules programs stand for, with the rules that the library itself registered
-_tables: dict[RuleTable[Any], dict[OpOverload, Any]] = {}
-#: the operators whose rules, outside of scopes, are others
-_replaced: set[OpOverload] = set()
+_tables: list[tuple[RuleTable[Any], dict[OpOverload, Any]]] = []
 
 
 def watch(*tables: RuleTable[Any]) -> None:
-    """Take the rules that are now in ``tables`` for those that programs stand for; an operator one of whose rules changes has no program."""
-    for table in tables:
-        _tables[table] = {op: table.get(op) for op in table}
-    FORGET.insert(0, rules_changed)  # before those who ask whether an operator may be in a program
-
-
-def rules_changed(table: RuleTable[Any], op: OpOverload) -> None:
-    if has_our_rules(op, [table.rule_outside(op) for table in _tables]):
-        _replaced.discard(op)
-    else:
-        _replaced.add(op)
-
-
-def has_our_rules(op: OpOverload, found: list[Any]) -> bool:
-    return all(rule is rules.get(op) for rule, rules in zip(found, _tables.values(), strict=True))
+    """Take the rules that are now in ``tables`` for those that programs stand for; an operator one of whose rules is another has no program."""
+    _tables.extend((table, {op: table.get(op) for op in table}) for table in tables)
 
 
 def by_our_rules(op: Any) -> bool:
     """Whether all rules of ``op`` are those of the library."""
-    if SCOPES and scope_here() is not None:
-        return has_our_rules(op, [table.get(op) for table in _tables])
-    return op not in _replaced
+    return all(table.get(op) is rules.get(op) for table, rules in _tables)
+
+
+ADMITTED = RuleCache()
 
 
 def admitted(op: OpOverload) -> bool:
     """Whether ``op`` may be an instruction: pointwise, with one output, and by the rules that programs stand for."""
+    return ADMITTED.find(op, decide, op)
+
+
+def decide(op: OpOverload) -> bool:
+    known = facts(op)
     entry = DERIVATIVES.get(op)
-    if entry is None or not by_our_rules(op) or entry.outputs != 1 or facts(op).random:
+    if entry is None or not by_our_rules(op) or entry.outputs != 1 or known.random:
         return False
     return entry.tangent in ("elementwise", NO_TANGENT) or op in POINTWISE

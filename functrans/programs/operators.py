@@ -9,7 +9,7 @@ from typing import Any
 from functrans.programs.deriving import pullback, slice_out, tangent
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable, tracing
-from functrans.rules import MISSING, SCOPES, RuleCache
+from functrans.rules import SCOPES, RuleCache
 from functrans.torch_private import OpOverload
 
 PROGRAMS = RuleCache()
@@ -18,8 +18,12 @@ PROGRAMS = RuleCache()
 def operator_program(op: OpOverload, *numbers: Any) -> Program | None:
     """The program of one operator whose last operands are ``numbers``; None if its derivatives cannot be written as programs."""
     key = op, numbers
-    program = PROGRAMS.entries.get(key, MISSING) if not SCOPES else MISSING
-    return PROGRAMS.find(key, program_or_none, probe, op, numbers) if program is MISSING else program
+    if not SCOPES:
+        try:
+            return PROGRAMS.entries[key]
+        except KeyError:
+            pass
+    return PROGRAMS.find(key, program_or_none, probe, op, numbers)
 
 
 def traced_program(function: Callable[..., Any], inputs: int) -> Program | None:

@@ -137,11 +137,10 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         elif not batched and not kwargs_batched:
             out = lower(self, op, values, below_kwargs)
             return map_tensors(self.constant, out)
-        plans = known.plans if not SCOPES else plans_here(known)
         try:
-            rule, direct, accepted = plans[VmapInterpreter]
+            rule, direct, accepted = known.plans[VmapInterpreter] if not SCOPES else rule_here(op, known)
         except KeyError:
-            rule, direct, accepted = choose_rule(op, known, plans)
+            rule, direct, accepted = rule_here(op, known)
         if direct is not None and batched and not kwargs_batched:
             bdim = direct(dims, values)
             if bdim is not None:
@@ -252,24 +251,23 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
     ) -> Any:
         """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator, or one by one."""
         drawing = not draws_nothing(op, values)
-        if not drawing and not batched and not kwargs_batched:
+        rule, *_ = rule_here(op, known)
+        randomness = self.info.randomness
+        if not (batched or kwargs_batched) and (not drawing or (rule is not None and randomness == "same")):
             return map_tensors(self.constant, lower(self, op, values, kwargs))
-        rule, *_ = choose_rule(op, known, plans_here(known))
+        if not drawing and (rule is not None or kwargs_batched):
+            return NotImplemented
         if drawing and (rule is not None or kwargs_batched):
-            if self.info.randomness == "error" or (kwargs_batched and self.info.randomness == "same"):
-                raise RandomnessError(op, values, self.info.randomness)
+            if randomness == "error" or (kwargs_batched and randomness == "same"):
+                raise RandomnessError(op, values, randomness)
             if kwargs_batched:
                 return NotImplemented
-            if not batched and self.info.randomness == "same":
-                return map_tensors(self.constant, lower(self, op, values, kwargs))
-        if kwargs_batched or (rule is not None and not drawing):
-            return NotImplemented
-        try:
-            with lowered(self):
-                if rule is not None:
-                    return self.leave(op, rule(self.info, *for_each(self.info, dims, values), **kwargs))
-        except RuleDeclined:
-            pass
+            try:
+                with lowered(self):
+                    result = rule(self.info, *for_each(self.info, dims, values), **kwargs)
+                return self.leave(op, result)
+            except RuleDeclined:
+                pass
         if known.composite and op not in RANDOM_RULES:
             return NotImplemented
         try:
@@ -382,15 +380,19 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         return first
 
 
-def choose_rule(op: OpOverload, known: Facts, plans: dict[type, Any]) -> tuple[Any, Any, set[Any] | None]:
-    """The rule of an operator, its shortcut, and the kinds of arguments that the operator is known to take (None: not asked for)."""
-    ours = BATCHING_RULES.get(op)
-    rule = ours or vmap_rule_of_library(op)
-    asked = op.namespace == "aten" and not hasattr(rule, "any_rank") and not (rule is None and known.composite)
-    accepted: set[Any] | None = set() if asked else None
-    found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None), accepted
-    if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
-        plans[VmapInterpreter] = found
+def rule_here(op: OpOverload, known: Facts) -> tuple[Any, Any, set[Any] | None]:
+    """The rule of an operator in this context (None: there is none), its shortcut, and the kinds of arguments that the operator is known
+    to take (None: not asked for)."""
+    plans = plans_here(known)
+    found = plans.get(VmapInterpreter)
+    if found is None:
+        ours = BATCHING_RULES.get(op)
+        rule = ours or vmap_rule_of_library(op)
+        asked = op.namespace == "aten" and not hasattr(rule, "any_rank") and not (rule is None and known.composite)
+        accepted: set[Any] | None = set() if asked else None
+        found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None), accepted
+        if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
+            plans[VmapInterpreter] = found
     return found
 
 
