@@ -31,7 +31,7 @@ from functrans.extension_calls import (
 )
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
 from functrans.operators import facts, schema_default
-from functrans.rules import RuleTable, rules_in_scope
+from functrans.rules import RuleTable, check_table, rules_in_scope
 from functrans.stack import Interpreter, interpreter_stack
 from functrans.tensor import WrapperTensor
 from functrans.torch_private import OpOverload
@@ -217,6 +217,7 @@ def overriding(table: RuleTable[Rule], *ops: OpOverload) -> AbstractContextManag
         >>> functrans.grad(torch.round)(torch.tensor(0.7))
         tensor(0.)
     """
+    check_table("overriding(table, *ops)", table)
     for op in ops:
         table.check(op)
     return rules_in_scope(table, dict.fromkeys(ops))
