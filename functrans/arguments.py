@@ -105,11 +105,11 @@ class Inputs:
 
 def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
     """``leaf``, number ``place`` of argument ``i``, is nothing to differentiate for; ``named``: by argnums."""
+    other_way = "as an argument that argnums does not name" if named else "in another way: lambda x: f(x, value)"
     path = path_of(f"args[{i}]" if named else f"primals[{i}]", args[i], place)
     if not isinstance(leaf, Tensor):
-        cure = argument_cure(leaf) or ("Name only tensors in argnums." if named else "Give it to the function in another way: lambda x: f(x, value).")
+        cure = argument_cure(leaf) or f"Pass it {other_way}."
         raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", cure)
-    other_way = "as an argument that argnums does not name" if named else "in another way: lambda x: f(x, value)"
     cure = f"Convert it, e.g. with .float(), or pass it {other_way}."
     raise CallValueError(call, f"a tensor of dtype {leaf.dtype} as {path}", "a floating-point or complex dtype to differentiate for", cure)
 

@@ -5,11 +5,12 @@ The calls and their texts stand in ``api_errors.txt``; ``python tests/test_api_e
 
 from __future__ import annotations
 
+import collections
 import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -79,6 +80,11 @@ def random(x: Any) -> Any:
     return x + torch.randn(())
 
 
+class Pair(NamedTuple):
+    a: Any
+    b: Any
+
+
 class Model:
     def loss(self, x: Any) -> Any:
         return x
@@ -92,7 +98,7 @@ V = torch.tensor([1.0, 2.0, 3.0])
 I3 = torch.arange(3)
 C = torch.tensor([1j, 2.0, 3.0])
 #: what the calls are made of
-NAMES = {"extend": extend, "functools": functools, "nn": nn, "np": np, **globals()}
+NAMES = {"collections": collections, "extend": extend, "functools": functools, "nn": nn, "np": np, **globals()}
 
 
 def lines() -> list[str]:
