@@ -18,7 +18,7 @@ from torch import Tensor
 from functrans.checks import check_kind
 from functrans.defaults import completed
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.errors import FunctransError, MissingRuleError
+from functrans.errors import CallTypeError, FunctransError, MissingRuleError
 from functrans.extension_calls import (
     check_operator,
     decompose,
@@ -98,7 +98,7 @@ class TableInterpreter(Interpreter):
         for name in self.payload:
             setattr(wrapper, name, payload.pop(name, None))
         if payload:
-            raise TypeError(f"{self.kind} carries {self.payload}, not {sorted(payload)}")
+            raise CallTypeError(f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}")
         return wrapper
 
     def own(self, x: Tensor) -> WrapperTensor:
