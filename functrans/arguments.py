@@ -15,6 +15,7 @@ from functrans.pytrees import tree_flatten, tree_unflatten
 from functrans.stack import Interpreter
 from functrans.structures import path_of
 from functrans.tensor import WrapperTensor, check_layout
+from functrans.views import contents_of
 from functrans.wording import what
 
 Argnums = int | tuple[int, ...]
@@ -97,10 +98,9 @@ class Inputs:
         """Write the arguments that were written inside for the caller, as a call without the transform would have."""
         for wrapper, origin in self.wrapped:
             if wrapper.version:
-                contents = wrapper if wrapper.root is None or wrapper.root.content is None else wrapper.root.content
                 self.interpreter.before_write(origin)
                 invalidate_saved(origin)
-                origin.copy_(contents.value)
+                origin.copy_(contents_of(wrapper).value)
 
 
 def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:

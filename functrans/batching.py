@@ -17,6 +17,7 @@ from functrans.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_
 from functrans.stack import run_transformed
 from functrans.structures import difference, path_of
 from functrans.tensor import WrapperTensor
+from functrans.views import contents_of
 from functrans.wording import what
 
 
@@ -115,8 +116,7 @@ def run_batched(
 
 def write_back(call: Call, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None, path: str) -> None:
     """Write an argument that was written inside for the caller."""
-    if wrapper.root is not None and wrapper.root.content is not None:
-        wrapper = wrapper.root.content
+    wrapper = contents_of(wrapper)
     value, bdim = wrapper.value, wrapper.bdim
     if dim is None and bdim is not None:
         raise CallValueError(

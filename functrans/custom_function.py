@@ -23,13 +23,14 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.errors import CustomFunctionError
+from functrans.fitting import expect_tangent, fitted, spec
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.recording import DIFFERENTIABLE, reduce_to, snapshot, tensors_in
+from functrans.interpreters.grad.recording import DIFFERENTIABLE, snapshot, tensors_in
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.lowering import WITHOUT_TENSORS, highest, lift, map_tensors
 from functrans.native import TwinInterpreter
-from functrans.pytrees import broadcast_prefix, tree_flatten, tree_map, tree_unflatten
+from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.stack import Interpreter, run_transformed
 from functrans.tensor import WrapperTensor
 from functrans.thread_state import STATE, lowered, running_at
@@ -148,6 +149,11 @@ class Context:
         return any(out is t for t in self._non_differentiable)
 
 
+def shape_of(x: Any) -> Any:
+    """Shape and dtype of a tensor; None for anything else, lists included, which are constants to a Function."""
+    return spec(x) if isinstance(x, Tensor) else None
+
+
 def as_tuple(out: Any) -> tuple[Any, ...]:
     return out if isinstance(out, tuple) else (out,)
 
@@ -183,7 +189,7 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
         o if not isinstance(o, Tensor) else interpreter.constant(o) if ctx.is_non_differentiable(o) else interpreter.output(o)
         for o in outs
     )
-    saved = FunctionRecord(cls, ctx, outs, [(v.shape, v.dtype) if isinstance(v, Tensor) else None for v in values])
+    saved = FunctionRecord(cls, ctx, outs, [shape_of(v) for v in values])
     interpreter.record(FUNCTION_PLAN, [getattr(w, "slot", None) for w in wrapped], [s for s in slots if s is not None], saved)
     return wrapped if isinstance(out, tuple) else wrapped[0]
 
@@ -197,9 +203,18 @@ class FunctionRecord:
         self.outs = outs
         self.inputs = inputs
 
+    def __repr__(self) -> str:
+        return f"<call of {self.cls.__name__}>"
+
 
 class FunctionPlan:
     op: Any = "an autograd.Function"
+
+    def operator(self, saved: FunctionRecord) -> str:
+        return f"{saved.cls.__name__}.apply"
+
+    def __repr__(self) -> str:
+        return f"<FunctionPlan of {self.op}>"
 
     def pull(self, saved: FunctionRecord, grad: list[Tensor | None]) -> list[Any]:
         ctx = saved.ctx
@@ -207,19 +222,8 @@ class FunctionPlan:
             grad = [
                 torch.zeros_like(o) if g is None and isinstance(o, Tensor) else g for g, o in zip(grad, saved.outs, strict=True)
             ]
-        found = as_tuple(saved.cls.backward(ctx, *grad))
-        count = len(saved.inputs)
-        if len(found) > count and all(f is None for f in found[count:]):
-            found = found[:count]
-        if len(found) != count:
-            raise CustomFunctionError(
-                saved.cls, f"returned {len(found)} gradients from backward for {count} inputs", "Return one per input, None where there is none."
-            )
-        cotangents = []
-        for f, spec, needed in zip(found, saved.inputs, ctx.needs_input_grad, strict=True):
-            if needed:
-                cotangents.append(None if f is None else reduce_to(f, *spec))
-        return cotangents
+        found = gradients(saved.cls, ctx, grad, saved.inputs)
+        return [f for f, needed in zip(found, ctx.needs_input_grad, strict=True) if needed]
 
     def protect(self, saved: FunctionRecord, target: Tensor) -> FunctionRecord:
         saved.ctx._saved = tuple(snapshot(x, target) for x in saved.ctx._saved)
@@ -230,6 +234,44 @@ class FunctionPlan:
 
 
 FUNCTION_PLAN = FunctionPlan()
+
+
+class Refusal:
+    """The error for something that a method returned."""
+
+    def __init__(self, cls: type[Function], where: str) -> None:
+        self.cls = cls
+        self.where = where
+
+    def __call__(self, got: str, wanted: str) -> CustomFunctionError:
+        return CustomFunctionError(self.cls, f"returned {got} {self.where}", f"Return {wanted}.")
+
+
+def gradients(cls: type[Function], ctx: Context, grad: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """What ``backward`` returns, fitted to the shapes and dtypes of the inputs."""
+    found = as_tuple(cls.backward(ctx, *grad))
+    count = len(inputs)
+    if len(found) > count and all(f is None for f in found[count:]):
+        found = found[:count]
+    if len(found) != count:
+        raise CustomFunctionError(
+            cls, f"returned {len(found)} gradients from backward for {count} inputs", "Return one per input, None where there is none."
+        )
+
+    return [
+        fitted(f, given, Refusal(cls, f"from backward as gradient of input {i}")) if f is not None and given is not None else None
+        for i, (f, given) in enumerate(zip(found, inputs, strict=True))
+    ]
+
+
+def tangents_of(cls: type[Function], ctx: Context, tangents: Sequence[Any], outs: Sequence[Any]) -> tuple[Any, ...]:
+    """What ``jvp`` returns, of the shapes and dtypes ``outs``."""
+    found = as_tuple(cls.jvp(ctx, *tangents))
+    if len(found) != len(outs):
+        raise CustomFunctionError(cls, f"returned {len(found)} tangents from jvp for {len(outs)} outputs", "Return one per output, None where there is none.")
+    for i, (t, o) in enumerate(zip(found, outs, strict=True)):
+        expect_tangent(t, o, Refusal(cls, f"from jvp as tangent of output {i}"))
+    return found
 
 
 # --- jvp ------------------------------------------------------------------------------------------------------------
@@ -252,10 +294,8 @@ def jvp_rule(interpreter: JvpInterpreter, cls: type[Function], args: Sequence[An
                 torch.zeros_like(v) if t is None and isinstance(v, Tensor) and v.dtype in DIFFERENTIABLE else t
                 for t, v in zip(tangents, values, strict=True)
             ]
-        found = as_tuple(cls.jvp(ctx, *tangents))
-    outs = as_tuple(out)
-    if len(found) != len(outs):
-        raise CustomFunctionError(cls, f"returned {len(found)} tangents from jvp for {len(outs)} outputs", "Return one per output, None where there is none.")
+        outs = as_tuple(out)
+        found = tangents_of(cls, ctx, tangents, [shape_of(o) for o in outs])
     wrapped = tuple(interpreter.dual(o, t) if isinstance(o, Tensor) else o for o, t in zip(outs, found, strict=True))
     return wrapped if isinstance(out, tuple) else wrapped[0]
 
@@ -279,15 +319,7 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
             raise CustomFunctionError(cls, "has both generate_vmap_rule=True and a vmap staticmethod", "Keep one of them.")
         with lowered(interpreter):
             result = cls.vmap(interpreter.info, in_dims, *values)
-        if not (isinstance(result, tuple) and len(result) == 2):
-            raise CustomFunctionError(cls, f"returned a {type(result).__name__} from vmap", "Return (output, out_dims).")
-        out, out_dims = result
-        if broadcast_prefix(out_dims, out) is None:
-            raise CustomFunctionError(
-                cls, f"returned out_dims {out_dims} from vmap for outputs of structure {tree_flatten(out)[1]}",
-                "Return an int or None for every output, or one for all.",
-            )  # fmt: skip
-        return interpreter._leave(out, out_dims)
+        return interpreter.leave(cls, result)
     batched = batched_function(cls, interpreter, in_dims)
     with lowered(interpreter):
         out = batched.apply(*values)
@@ -335,6 +367,8 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                     out = cls.forward(inner, *args)
                 outs = [physical(interpreter, o) for o in as_tuple(out)]
                 differentiable = [not inner.is_non_differentiable(o) for o in as_tuple(out)]
+                ctx.inputs = [shape_of(a) for a in args]
+                ctx.outputs = [shape_of(o) for o in as_tuple(out)]
                 return outs, differentiable, isinstance(out, tuple), [physical(interpreter, s) for s in inner._saved], [
                     physical(interpreter, s) for s in inner._saved_forward
                 ]
@@ -357,7 +391,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                 ctx.inner._forward_mode = False
                 ctx.inner._saved = rewrapped(interpreter, ctx.saved_tensors, ctx.dims)
                 given = [interpreter.batched(g, 0) if isinstance(g, Tensor) else g for g in grads]
-                return [physical(interpreter, f) for f in as_tuple(cls.backward(ctx.inner, *given))]
+                return [physical(interpreter, f) for f in gradients(cls, ctx.inner, given, ctx.inputs)]
 
             found = inside(body)
             return tuple(
@@ -375,12 +409,9 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                 else:
                     ctx.inner._saved = wrapped
                 given = [interpreter.batched(t, d) if isinstance(t, Tensor) else t for t, d in zip(tangents, in_dims, strict=True)]
-                found = cls.jvp(ctx.inner, *given)
-                return [physical(interpreter, f) for f in as_tuple(found)], isinstance(found, tuple)
+                return [physical(interpreter, f) for f in tangents_of(cls, ctx.inner, given, ctx.outputs)]
 
-            found, many = inside(body)
-            results = tuple(to_dim(f, d, 0) for f, d in found)
-            return results if many else results[0]
+            return tuple(to_dim(f, d, 0) for f, d in inside(body))
 
     if not overrides(cls, "jvp"):
         Batched.jvp = Function.jvp  # type: ignore[method-assign]

@@ -14,9 +14,17 @@ from functrans.torch_private import OpOverload
 #: Functions with the operator's signature, in plain ``torch``, that grad and jvp run in place of PyTorch's definition.
 DECOMPOSITIONS: RuleTable[Callable[..., Any]] = RuleTable("decompositions", cached=True)
 
+#: The same for operators that PyTorch defines no earlier than a program needs them, by the name in their schema.
+DEFINED_LATE: dict[str, Callable[..., Any]] = {}
+
+
+def decomposition(op: OpOverload) -> Callable[..., Any] | None:
+    """Our definition of ``op``, or None."""
+    return DECOMPOSITIONS.get(op) or DEFINED_LATE.get(op._schema.name)
+
 
 def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run the pieces of a composite ``op`` through ``interpreter``'s level again."""
-    ours = DECOMPOSITIONS.get(op)
+    ours = decomposition(op)
     with running_at(interpreter):
         return op.decompose(*args, **kwargs) if ours is None else completed(ours, op)(*args, **kwargs)

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from functrans.errors import RuleError
+from functrans.errors import RegistrationError
 from functrans.operators import schema_default
 from functrans.torch_private import OpOverload
 
@@ -30,7 +30,7 @@ def completed(rule: Callable[..., Any], op: OpOverload, before: int = 0, listed:
         listed: whether the last of the ``before`` is a list with one item for every argument by position, None for what was left out.
 
     Raises:
-        RuleError: the rule cannot be called with the operator's arguments.
+        RegistrationError: the rule cannot be called with the operator's arguments.
     """
     try:
         parameters = list(inspect.signature(rule).parameters.values())
@@ -99,7 +99,7 @@ class Fit:
     def refuse(self, what: str) -> None:
         code = getattr(inspect.unwrap(self.rule), "__code__", None)
         place = "" if code is None else f" at {code.co_filename}:{code.co_firstlineno}"
-        raise RuleError(
+        raise RegistrationError(
             f"The rule {getattr(self.rule, '__name__', self.rule)}{place} {what}. Expected: {self.before} parameters of the transform's own, then "
             f"the arguments of {self.op}. Schema: {self.op._schema}"
         )

@@ -10,17 +10,21 @@ are; everything else goes back to PyTorch's parser and comes the first way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functrans import mutation, thread_state
-from functrans.errors import DeadWrapperError
+from functrans.call_sites import FILES, site_from
+from functrans.errors import DeadWrapperError, OtherThreadError
+from functrans.failures import explain
 from functrans.lowering import base, highest, lift
 from functrans.native import TwinInterpreter
-from functrans.operators import PURE, Facts, facts, kind_here, normalized
+from functrans.operators import PURE, WRITE, Facts, facts, kind_here, normalized
 from functrans.programs.admission import REAL
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
@@ -69,10 +73,24 @@ class Door(Mode):
             known = facts(op)
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
-        out = handle(op, known, args, kwargs or {})
-        if type(out) is WrapperTensor:
+        try:
+            out = handle(op, known, args, kwargs or {})
+        except Exception as error:
+            explain(error)
+            raise
+        kind = type(out)
+        if kind is WrapperTensor and known.kind != WRITE:
             frame = sys._getframe(1)
-            out.made_at = (frame.f_code, frame.f_lasti)
+            code = frame.f_code
+            if code is OTHERWISE:
+                frame = sys._getframe(3)
+                code = frame.f_code
+            if FILES[code.co_filename]:
+                note_site((out,), frame)
+            else:
+                out.made_at = (code, frame.f_lasti)
+        elif kind is tuple or kind is list:
+            note_site(out, sys._getframe(1))
         return out
 
     def enter(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
@@ -89,8 +107,27 @@ def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str
         return mutation.run(known, args, kwargs)
     top = STATE.top
     owner = top if known.random else highest(args, kwargs, known.tensor_lists)
-    out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
+    if owner is top or owner is None:
+        out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
+    else:
+        check_thread(owner)
+        out = owner.process(op, args, kwargs)
     return out if owner is top else lift(out, owner, top)
+
+
+def check_thread(owner: Interpreter) -> None:
+    """Refuse a wrapper of another thread's transform. (What the autograd engine calls on twins comes from threads of its own.)"""
+    if owner.thread is not None and owner.thread != threading.get_ident():
+        raise OtherThreadError(owner)
+
+
+def note_site(made: Sequence[Any], frame: FrameType) -> None:
+    """Note on wrappers which line of the user's made them, seen from library code at ``frame``."""
+    site = site_from(frame)
+    if site is not None:
+        for out in made:
+            if type(out) is WrapperTensor:
+                out.made_at = site
 
 
 # ---------------------------------------------------------------------------------------------------- the short way
@@ -127,6 +164,9 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     return without_torch_function(function, types, args, kwargs)
 
 
+OTHERWISE = otherwise.__code__
+
+
 def answers(kind: type) -> bool:
     protocol = getattr(kind, "__torch_function__", without_torch_function)
     return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not tensor_torch_function
@@ -144,19 +184,27 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
     top = STATE.top
+    if owner is not top:
+        check_thread(owner)
     try:
         pop_mode(None)  # as PyTorch does while a handler runs
         out = owner.process_program(program, args)  # type: ignore[misc]
-    except BaseException:
+    except BaseException as error:
         reopen()
+        explain(error)
         raise
     push_mode(DOOR)
     if owner is not top:
         out = lift(out, owner, top)
     frame = sys._getframe(2)
-    if frame.f_code is THE_FUNCTION:
+    code = frame.f_code
+    if code is THE_FUNCTION:
         frame = frame.f_back  # type: ignore[assignment]
-    out.made_at = (frame.f_code, frame.f_lasti)
+        code = frame.f_code
+    if FILES[code.co_filename]:
+        note_site((out,), frame)
+    else:
+        out.made_at = (code, frame.f_lasti)
     return out
 
 
@@ -302,18 +350,28 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
                 op, given = sizes, (args[0], list(args[1:]))
             top = STATE.top
             if op is not None and args[0].layout is STRIDED and top is not None and type(top) is not TwinInterpreter:
+                known = facts(op)
                 try:
                     pop_mode(None)
-                    out = handle(op, facts(op), given, {})
-                except BaseException:
+                    out = handle(op, known, given, {})
+                except BaseException as error:
                     reopen()
+                    explain(error)
                     raise
                 push_mode(DOOR)
-                if type(out) is WrapperTensor:
+                kind = type(out)
+                if kind is WrapperTensor and known.kind != WRITE:
                     frame = sys._getframe(1)
-                    if frame.f_code is THE_FUNCTION:
+                    code = frame.f_code
+                    if code is THE_FUNCTION:
                         frame = frame.f_back  # type: ignore[assignment]
-                    out.made_at = (frame.f_code, frame.f_lasti)
+                        code = frame.f_code
+                    if FILES[code.co_filename]:
+                        note_site((out,), frame)
+                    else:
+                        out.made_at = (code, frame.f_lasti)
+                elif kind is tuple or kind is list:
+                    note_site(out, sys._getframe(1))
                 return out
         return otherwise(function, (), args, kwargs)
 

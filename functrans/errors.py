@@ -7,8 +7,8 @@ from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
-from torch._ops import OpOverloadPacket
 
+from functrans.call_sites import definition, place
 from functrans.versions import SUPPORTED
 from functrans.wording import callable_name, shown, what
 
@@ -56,14 +56,14 @@ class NotAnOverloadError(FunctransError, TypeError):
 
 def what_was_named(op: Any) -> str:
     """What was given for an operator overload, for a message."""
-    if isinstance(op, OpOverloadPacket):
+    if isinstance(op, type(torch.ops.aten.sin)):
         return f"the packet torch.ops.{op}, which stands for all its overloads"
     return f"the function {op.__qualname__}" if inspect.isfunction(op) else what(op)
 
 
 def overloads_meant(op: Any) -> str:
     """What to write instead of ``op``."""
-    if isinstance(op, OpOverloadPacket):
+    if isinstance(op, type(torch.ops.aten.sin)):
         return f"Name one of its overloads: {', '.join(f'torch.ops.{op}.{name}' for name in op.overloads())}."
     overload = getattr(op, "_opoverload", None)
     if overload is not None:  # a torch.library.custom_op
@@ -79,7 +79,7 @@ def overloads_meant(op: Any) -> str:
     return "Name one of its overloads."
 
 
-class RuleError(FunctransError):
+class RegistrationError(FunctransError):
     """A rule that cannot be one: no function, for no operator, for one that no transform sees, or that does not take the arguments.
 
     Cure: what the message says.
@@ -112,16 +112,64 @@ class DeadWrapperError(FunctransError):
 
 
 def made_where(wrapper: Any) -> str:
-    """``at file:line`` of the user code that made a wrapper, or what is known instead."""
+    """``at file:line`` of the user code that made a wrapper; what has none is what the transform called its function with."""
     made_at = getattr(wrapper, "made_at", None)
-    if made_at is None:
-        return "when the transform wrapped its arguments"
-    code, lasti = made_at
-    line = code.co_firstlineno
-    for start, end, number in code.co_lines():
-        if start <= lasti < end and number is not None:
-            line = number
-    return f"at {code.co_filename}:{line}, in {code.co_name}"
+    if made_at is not None:
+        return f"at {place(made_at)}"
+    where = definition(wrapper.interpreter.func)
+    return "when the transform wrapped the arguments of its function" + (f", which is defined at {where}" if where else "")
+
+
+class OtherThreadError(FunctransError):
+    """A tensor was used in another thread than the one in which its transform runs.
+
+    Cure: pass the thread plain tensors, before the transform or as its results, or run the whole transform in the thread.
+    """
+
+    def __init__(self, interpreter: Any) -> None:
+        super().__init__(
+            f"A tensor that belongs to {interpreter.name} at level {interpreter.level} was used in another thread than the one in which that "
+            "transform runs. Each thread has a stack of transforms of its own: run the whole transform in the thread, or hand it plain tensors."
+        )
+
+
+class RuleError(FunctransError):
+    """A rule of a transform, or a formula of the derivative table, failed. The original error is its ``__cause__``.
+
+    Cure: mend the rule; the message names it, what it was called with, and the line that called the operator.
+    """
+
+    def __init__(self, call: Any, error: BaseException, failed: str, line: str | None) -> None:
+        text = str(error)
+        super().__init__(
+            f"{call.what} of {call.interpreter.name} at level {call.interpreter.level} raised {type(error).__name__}{': ' if text else ''}{text}\n"
+            f"  called with: {call.given}\n"
+            + (f"  registered at: {call.registered}\n" if call.registered else "")
+            + f"  failed at: {failed}"
+            + (f"\n  operator called at: {line}" if line else "")
+        )
+
+
+class RuleResultError(FunctransError):
+    """A rule returned something that is not a result of its operator at the level of its transform.
+
+    Cure: return ``interpreter.carry(value, ...)`` for every tensor of the operator's outputs.
+    """
+
+    def __init__(self, op: Any, interpreter: Any, place: str, got: str, expected: str, cure: str) -> None:
+        super().__init__(
+            f"the rule for {op} of {interpreter.name} at level {interpreter.level}, registered at {place}: got {got}; expected {expected}. {cure}"
+        )
+
+
+class CarriedValueError(FunctransError, ValueError):
+    """``carry`` was given something that a wrapper of the interpreter cannot hold: it holds values of the levels below.
+
+    Cure: compute what is carried one level down, in a rule or inside ``with lowered(interpreter):``, from ``x.value``.
+    """
+
+    def __init__(self, interpreter: Any, name: str, got: str, expected: str, cure: str) -> None:
+        super().__init__(f"carry of {interpreter.name} at level {interpreter.level}, {name}: got {got}; expected {expected}. {cure}")
 
 
 class RequiresGradError(FunctransError):
@@ -257,6 +305,36 @@ class PayloadError(FunctransError, TypeError):
         )
 
 
+class NoFormulaError(MissingRuleError):
+    """Nobody has a derivative of an operator by an argument that carries one; it is not passed off as zero.
+
+    Cure: give it an entry with ``functrans.extend.derivative``, or detach the argument if it is to count as a constant.
+    """
+
+    def __init__(self, op: Any, interpreter: Any, why: str) -> None:
+        super().__init__(
+            op,
+            interpreter,
+            f"PyTorch has no formula for this derivative ({why}), which is not taken for zero here. Register one with "
+            f"functrans.extend.derivative(torch.ops.{op}, ...), or call detach() on the argument if it is to count as a constant.",
+        )
+
+
+class NumberArgumentError(FunctransError):
+    """A function that takes a Python number was given a tensor that carries a derivative, which the number would not have.
+
+    Cure: an expression of tensors, such as ``x.expand(size)`` for ``torch.full(size, x)``; or ``x.detach()``.
+    """
+
+    def __init__(self, function: str, wrapper: Any) -> None:
+        i = wrapper.interpreter
+        super().__init__(
+            f"{function} takes a Python number where it was given a tensor of {i.name} at level {i.level}; expected a number, since its "
+            "derivative would be lost. Write it as an expression of tensors (x.expand(size) for torch.full(size, x), "
+            "x + torch.arange(n) for torch.arange(x, x + n)), or pass x.detach() if it is to count as a constant."
+        )
+
+
 class ModifiedError(FunctransError):
     """A value that a derivative needs was modified after the forward pass."""
 
@@ -265,6 +343,17 @@ class ModifiedError(FunctransError):
             f"A tensor that the derivative of {op} needs was modified in place after it was used. "
             "Modify a clone() of it, or call the pullback before the modification."
         )
+
+
+class HookError(FunctransError):
+    """A hook of a tensor returned something that cannot take its gradient's place.
+
+    Cure: return a tensor of the gradient's shape and dtype, or None to leave it as it is.
+    """
+
+    def __init__(self, hook: Any, got: str, expected: str) -> None:
+        name = getattr(hook, "__name__", hook)
+        super().__init__(f"Tensor.register_hook({name}): the hook returned {got} for the gradient, {expected}. Return one like it, or None.")
 
 
 class DataDependentError(FunctransError):
@@ -278,6 +367,16 @@ class DataDependentError(FunctransError):
             f"{op} was called on a batched tensor inside {interpreter.name} at level {interpreter.level}; its result depends on the "
             f"numbers of each of the {interpreter.batch_size} examples. Cure: {cure}."
         )
+
+
+class BatchingRuleError(FunctransError):
+    """A batching rule returned something else than the physical output and where its batch dimension is.
+
+    Cure: return ``(output, out_dims)``; ``output.shape[out_dims]`` is the batch's size, None says that all examples have one output.
+    """
+
+    def __init__(self, rule: str, got: str, expected: str) -> None:
+        super().__init__(f"{rule} returned {got}; expected {expected}. Correct the rule's out_dims, or its output.")
 
 
 class LayoutError(FunctransError):

@@ -18,7 +18,7 @@ from torch import Tensor
 from functrans.checks import check_kind
 from functrans.defaults import completed
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.errors import CallTypeError, FunctransError, MissingRuleError
+from functrans.errors import CallTypeError, CarriedValueError, FunctransError, MissingRuleError
 from functrans.extension_calls import (
     check_operator,
     decompose,
@@ -31,7 +31,8 @@ from functrans.extension_calls import (
 )
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
 from functrans.operators import facts, schema_default
-from functrans.rules import RuleTable, check_table, rules_in_scope
+from functrans.rule_results import check_below, check_carried, checked_result
+from functrans.rules import RuleTable, check_table, place_in, rules_in_scope
 from functrans.stack import Interpreter, interpreter_stack
 from functrans.tensor import WrapperTensor
 from functrans.torch_private import OpOverload
@@ -86,14 +87,26 @@ class TableInterpreter(Interpreter):
 
     A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a wrapper of this
     interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None on a constant. It
-    runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)`` makes.
+    runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)`` makes, for each output of the
+    operator and of its shape; anything else is a RuleResultError.
     """
 
     #: The transform's rules; one table per transform.
     rules: ClassVar[RuleTable[Callable[..., Any]]]
 
     def carry(self, value: Tensor, **payload: Any) -> WrapperTensor:
-        """A wrapper of this level around ``value``, with its payload; names left out are None."""
+        """A wrapper of this level around ``value``, with its payload; names left out are None.
+
+        The value is a tensor of a level below, and so is every tensor in the payload, which may be any Python value.
+
+        Raises:
+            CarriedValueError: one of them belongs to this level, or to one further in.
+        """
+        if not isinstance(value, Tensor):
+            raise CarriedValueError(self, "value", f"a {type(value).__name__}", "a tensor", "Numbers and the like are payload.")
+        check_below(self, "value", value)
+        for name, carried in payload.items():
+            check_carried(self, name, carried)
         wrapper = wrap(self, value)
         for name in self.payload:
             setattr(wrapper, name, payload.pop(name, None))
@@ -117,7 +130,13 @@ class TableInterpreter(Interpreter):
         return all(getattr(wrapper, name) is None for name in self.payload)
 
     def describe(self, wrapper: WrapperTensor) -> str:
-        return "constant" if self.is_constant(wrapper) else ", ".join(f"{name}=..." for name in self.payload)
+        return "constant" if self.is_constant(wrapper) else ""
+
+    def parts(self, wrapper: WrapperTensor) -> dict[str, Any]:
+        return {} if self.is_constant(wrapper) else {name: getattr(wrapper, name) for name in self.payload}
+
+    def rule_place(self, op: Any) -> str | None:
+        return place_in(op, self.rules)
 
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         carrying = False
@@ -145,7 +164,8 @@ class TableInterpreter(Interpreter):
 
         entered, entered_kwargs = [mine(a) for a in args], {k: mine(a) for k, a in kwargs.items()}
         with lowered(self):
-            return completed(rule, op, 1)(self, *entered, **entered_kwargs)
+            out = completed(rule, op, 1)(self, *entered, **entered_kwargs)
+        return checked_result(self, op, out, entered, entered_kwargs)
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:

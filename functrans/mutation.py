@@ -18,22 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import CapturedOnceError, CapturedWriteError, NoPureFormError, WriteShapeError
+from functrans.errors import (
+    CapturedOnceError,
+    CapturedWriteError,
+    InsideTransformError,
+    NoPureFormError,
+    WriteShapeError,
+)
 from functrans.history import with_history_of
+from functrans.layouts import laid_out_like, note_moved, set_shape
 from functrans.lowering import base, dispatch, highest
+from functrans.memory import storage_offset_of
 from functrans.operators import STAND_INS, VIEW, WRITE, Facts, kind_here
 from functrans.pure_forms import Functional, pure_form
 from functrans.rules import SCOPES
 from functrans.stack import Interpreter
-from functrans.tensor import WrapperTensor, set_content
+from functrans.tensor import WrapperTensor, set_content, strides_of
 from functrans.thread_state import STATE, running_at
 from functrans.torch_private import (
     VIEWS_AND_VERSIONS,
     OpOverload,
     is_key_excluded,
-    no_dispatch,
     set_key_excluded,
-    without_torch_function,
 )
 from functrans.views import Root, ViewLink, link_view, run_view, write_back
 
@@ -112,11 +118,22 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
     check_written_once(target.interpreter.level, op, reads)
     invalidate_saved(target)
     if target.view_link is None:
-        set_content(target, with_history_of(target, new))
+        replace(target, new)
         if target.root is not None:
             target.root.version += 1
     else:
-        write_through(target, new)
+        write_through(target, new, filled=op in FILLS)
+
+
+#: Writes of one value to all elements, which may share their places.
+FILLS = frozenset((aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor))
+
+
+def replace(target: WrapperTensor, new: Tensor) -> None:
+    """Let ``target``, which is no view, have the contents ``new``, where it has its own in memory."""
+    offset = storage_offset_of(target)
+    set_content(target, with_history_of(target, laid_out_like(target, new)))
+    note_moved(target, offset)
 
 
 def strip(new: Tensor, level: Interpreter | None, op: OpOverload, target: Tensor) -> Tensor:
@@ -129,7 +146,7 @@ def strip(new: Tensor, level: Interpreter | None, op: OpOverload, target: Tensor
     return new
 
 
-def write_through(view: WrapperTensor, new: Tensor) -> None:
+def write_through(view: WrapperTensor, new: Tensor, filled: bool) -> None:
     """Write ``new`` to a view: carried back through its chain to the base."""
     link = view.view_link
     steps: list[ViewLink] = []
@@ -143,18 +160,23 @@ def write_through(view: WrapperTensor, new: Tensor) -> None:
         stages.append(step.apply(stages[-1]))
     changed = new
     for step, before in zip(reversed(steps), reversed(stages), strict=True):
-        changed = write_back(step, before, changed)
-    set_content(content, with_history_of(content, changed))
-    set_content(view, with_history_of(view, new))
+        changed = write_back(step, before, changed, filled)
+    replace(content, changed)
     root = steps[0].root
     root.version += 1
-    view.seen = root.version
+    if strides_of(new) == view.strides:
+        set_content(view, with_history_of(view, new))
+        view.seen = root.version  # else it is taken from the base again at its next use
 
 
 def write_metadata(known: Facts, op: OpOverload, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator such as ``unsqueeze_`` that turns a tensor into a view of itself, by ``op``."""
     if type(target) is not WrapperTensor:
         raise NoPureFormError(known.op)
+    if target.moved:
+        raise InsideTransformError(
+            f"{known.op} of a tensor that was written and leaves gaps in memory", target.interpreter.name, "the operator that returns a view"
+        )
     invalidate_saved(target)
     if known.op is aten.detach_.default:
         set_content(target, dispatch(aten.detach.default, (target,), {}))
@@ -171,20 +193,13 @@ def _hold(target: WrapperTensor) -> WrapperTensor:
     """A wrapper that takes over ``target``'s place as base or view, so that ``target`` can become a view of it."""
     held = target.interpreter.rewrap(target, target.value)
     held.view_link, held.root, held.seen = target.view_link, target.root, target.seen
+    held.strides, held.moved, held.shown_offset = target.strides, target.moved, target.shown_offset
     if held.view_link is None:
         if held.root is None:
             held.root = Root()
         held.root.content = held
     target.root = None
     return held
-
-
-def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
-    """Let ``wrapper``, whose contents are about to change, have the shape and strides of ``like``."""
-    shape, strides = like.shape, like.stride()
-    with no_dispatch():
-        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides), {})  # metadata only: a wrapper has no data
-    wrapper.shape, wrapper.strides = shape, strides
 
 
 def write_captured(known: Facts, targets: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans.errors import MissingRuleError, MixedTransformsError
+from functrans.errors import MissingRuleError, MixedTransformsError, NoFormulaError
 from functrans.lowering import base, dispatch, map_tensors
 from functrans.operators import facts
 from functrans.stack import Interpreter
@@ -68,6 +69,8 @@ class TwinInterpreter(Interpreter):
             return True
         args = [self._value(a) for a in args]
         kwargs = {k: self._value(v) for k, v in kwargs.items()}
+        if op is aten.view_as_real.default:  # of ``real``: a twin does not show that its value is a lazy conjugate
+            args[0] = _below(self, aten.resolve_conj.default, args, {})
         enabled = torch.is_grad_enabled()
         set_grad_enabled(self.grad_mode)
         try:
@@ -135,6 +138,54 @@ def recording(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+REFUSAL = re.compile("derivative for .* is not implemented|is not differentiable with respect to argument")
+
+
+def tensor_names(op: OpOverload, places: list[int]) -> str:
+    """The arguments that the tensors of these places, counted over all tensors of a call, stand for."""
+    tensors = [a for a in op._schema.arguments if "Tensor" in str(a.type)]
+    several = any("List[" in str(a.type) for a in tensors)
+    return ", ".join(f"tensor {p}" if several or p >= len(tensors) else repr(tensors[p].name) for p in places)
+
+
+class _refusals:
+    """Context: where PyTorch itself says that an argument has no derivative, the error is ours."""
+
+    def __init__(self, borrower: Interpreter, op: OpOverload) -> None:
+        self.borrower = borrower
+        self.op = op
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if type(error) in (RuntimeError, NotImplementedError) and REFUSAL.search(str(error)):
+            raise NoFormulaError(self.op, self.borrower, str(error)) from error
+
+
+# NOTE [Arguments without a formula]
+# PyTorch's table may have no formula for an argument, or none for the whole operator; then autograd takes the output for a constant of
+# it, in silence, however smoothly it depends on it. So a borrowed derivative is looked at when it is borrowed first: the graph must lead
+# from the outputs to every argument. What is constant for a reason is declared so (``functrans.derivatives.constants``).
+_with_formulas: set[tuple[OpOverload, tuple[int, ...]]] = set()
+
+
+def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: Mapping[int, Tensor]) -> None:
+    """Refuse ``op`` if PyTorch has no derivative of ``out``, which it computed of twins, by one of ``inputs`` (by place)."""
+    outputs = [o for o in _tensors_in(out) if o.is_floating_point() or o.is_complex()]
+    stack, nodes = [o.grad_fn for o in outputs], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            stack.extend(n for n, _ in node.next_functions)
+    reached = {id(n.variable) for n in nodes if hasattr(n, "variable")}
+    missing = [i for i, t in inputs.items() if id(t) not in reached]
+    if outputs and missing:
+        raise NoFormulaError(op, borrower, f"its output does not depend on {tensor_names(op, missing)} for PyTorch")
+    _with_formulas.add((op, tuple(inputs)))
+
+
 @recording
 def run_recorded(
     borrower: Interpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tracked: Callable[[Any], bool]
@@ -153,7 +204,7 @@ def run_recorded(
         cotangents of these tensors to cotangents of the tracked arguments, in order.
     """
     twin = TwinInterpreter(borrower)
-    inputs: list[WrapperTensor] = []
+    inputs: dict[int, WrapperTensor] = {}
     count = -1
 
     def enter(a: Any) -> Any:
@@ -163,7 +214,7 @@ def run_recorded(
             wanted = tracked(count)
             t = twin_of(twin, a, requires_grad=wanted)
             if wanted:
-                inputs.append(t)
+                inputs[count] = t
             return t
         if type(a) in (list, tuple):
             return type(a)(enter(v) for v in a)
@@ -171,13 +222,15 @@ def run_recorded(
 
     twin_args = [enter(a) for a in args]
     twin_kwargs = {k: enter(v) for k, v in kwargs.items()}
-    with _autograd_on(twin):
+    with _autograd_on(twin), _refusals(borrower, op):
         out = op(*twin_args, **twin_kwargs)
     outputs = _tensors_in(out)
     # some autograd kernels set a grad_fn on integer outputs too (_embedding_bag)
     linked = [o.grad_fn is not None and (o.is_floating_point() or o.is_complex()) for o in outputs]
     if any(on and "WarnNotImplemented" in o.grad_fn.name() for o, on in zip(outputs, linked, strict=True)):  # type: ignore[union-attr]
         raise MissingRuleError(op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd.")
+    if (op, tuple(inputs)) not in _with_formulas:
+        check_formulas(borrower, op, out, inputs)
 
     @recording
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
@@ -185,11 +238,11 @@ def run_recorded(
             raise MixedTransformsError(f"a pullback of {op}")
         twin.grad_mode = torch.is_grad_enabled()
         pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
-        with _autograd_on(twin):
+        with _autograd_on(twin), _refusals(borrower, op):
             # With create_graph PyTorch computes by differentiable formulas also where it has faster ones
             # (LU factors in det); the levels below differentiate what it computes.
             found = torch.autograd.grad(
-                [o for o, _ in pairs], inputs, [twin_of(twin, c) for _, c in pairs], allow_unused=True, create_graph=True
+                [o for o, _ in pairs], list(inputs.values()), [twin_of(twin, c) for _, c in pairs], allow_unused=True, create_graph=True
             )
         return [None if g is None else g.value if type(g) is WrapperTensor else g for g in found]
 
@@ -206,16 +259,18 @@ def run_forward_mode(
     tensor in it (None: it has none). Raises NotImplementedError where PyTorch has no formula.
     """
     twin = TwinInterpreter(borrower)
+    checking = (op, tuple(sorted(tangents))) not in _with_formulas
+    inputs: dict[int, Tensor] = {}
     count = -1
 
     def enter(a: Any) -> Any:
         nonlocal count
         if isinstance(a, Tensor):
             count += 1
-            t = twin_of(twin, a)
             if count in tangents:
+                t = inputs[count] = twin_of(twin, a, requires_grad=checking)
                 return forward_ad.make_dual(t, twin_of(twin, tangents[count]))
-            return t
+            return twin_of(twin, a)
         if type(a) in (list, tuple):
             return type(a)(enter(v) for v in a)
         return a
@@ -224,7 +279,10 @@ def run_forward_mode(
     level = forward_ad.dual_level() if forward_ad._current_level < 0 else contextlib.nullcontext()
     with _autograd_on(twin), level:
         set_forward_enabled(True)
-        out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
+        with _refusals(borrower, op):
+            out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
+        if checking:
+            check_formulas(borrower, op, out, inputs)
         found = []
         if any(o.layout is not torch.strided for o in _tensors_in(out)):
             # PyTorch keeps a tangent in its tensor's layout; for sparse ones that loses its numbers

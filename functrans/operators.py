@@ -65,6 +65,9 @@ class Facts:
             schema.name in REPLACING or any(schema.arguments[i].kwarg_only for i in self.written)
         )
 
+    def __repr__(self) -> str:
+        return f"<Facts of {self.op}>"
+
     @property
     def composite(self) -> bool:
         """Whether the operator is defined by others."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from functrans import thread_state
+from functrans.layouts import copied_like
 from functrans.operators import Facts, plans_here
 from functrans.rules import SCOPES, RuleTable
 from functrans.torch_private import OpOverload
@@ -38,23 +39,28 @@ class Functional:
 
 
 def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``copy_``: the source, in the dtype, device and shape of what it is written to."""
+    """``copy_``: the source, in the dtype, device, shape and strides of what it is written to."""
     target, source, enter = args[0], args[1], thread_state.DOOR.enter
     if source.dtype is not target.dtype or source.device != target.device:
         source = enter(aten._to_copy.default, (source,), {"dtype": target.dtype, "device": target.device})
     if source.shape != target.shape:
         source = enter(aten.expand.default, (source, list(target.shape)), {})
-    return enter(aten.clone.default, (source,), {})
+    return copied_like(target, source)
 
 
 def pure_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return thread_state.DOOR.enter(aten.zeros_like.default, args, kwargs)
 
 
+def pure_polygamma(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return thread_state.DOOR.enter(aten.polygamma.default, (args[1], args[0]), kwargs)
+
+
 #: Pure forms that are not an operator of the same name: those exist without a derivative at the base.
 PURE_FORMS: RuleTable[Callable[..., Any]] = RuleTable("pure forms", cached=True, writing=True)
 PURE_FORMS.add(aten.copy_.default, pure_copy)
 PURE_FORMS.add(aten.zero_.default, pure_zero)
+PURE_FORMS.add(aten.polygamma_.default, pure_polygamma)
 
 
 def pure_form(known: Facts) -> Any:

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from functrans.errors import CallTypeError, DuplicateRuleError, NotAnOverloadError, RuleError
+from functrans.errors import CallTypeError, DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.torch_private import OpOverload
 from functrans.wording import shown, what
 
@@ -108,7 +108,7 @@ class RuleTable(Generic[Rule]):
         if not isinstance(op, OpOverload):
             raise NotAnOverloadError(self.title, op)
         if not self.writing and any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments):
-            raise RuleError(
+            raise RegistrationError(
                 f"{self.title}: {op} writes to its arguments ({op._schema}); a transform never sees it, since it sees the form that returns "
                 "the new values instead. Register the rule for that operator."
             )
@@ -118,7 +118,7 @@ class RuleTable(Generic[Rule]):
         if callable(rule) if self.kind is None else isinstance(rule, self.kind):
             return
         expected = "a function" if self.kind is None else f"what {self.kind.__name__.lower()}(...) makes"
-        raise RuleError(f"{self.title}: got {shown(rule)} as the rule of {op}; expected {expected}.")
+        raise RegistrationError(f"{self.title}: got {shown(rule)} as the rule of {op}; expected {expected}.")
 
     def add(self, op: OpOverload, rule: Rule, *, place: str | None = None) -> None:
         """Register ``rule`` for ``op``; ``place`` is the ``file:line`` that messages show."""
@@ -159,7 +159,7 @@ class RuleTable(Generic[Rule]):
     def register(self, *ops: OpOverload) -> Callable[[Rule], Rule]:
         """Decorator: register the function below it for every operator in ``ops``."""
         if not ops:
-            raise RuleError(f"{self.title}: a rule was registered for no operator. Name at least one: torch.ops.aten.sin.default, for example.")
+            raise RegistrationError(f"{self.title}: a rule was registered for no operator. Name at least one: torch.ops.aten.sin.default, for example.")
         for op in ops:
             self.check(op)
         place = caller_place()
@@ -189,9 +189,12 @@ class RuleTable(Generic[Rule]):
         """``file:line`` of the registration of ``op``."""
         self.check(op)
         if op not in self:
-            raise RuleError(f"{self.title}: got {op}, which has no rule; expected one that has.")
+            raise RegistrationError(f"{self.title}: got {op}, which has no rule; expected one that has.")
         entry = scope.entries[op] if SCOPES and (scope := covering(self, op)) is not None else None
         return self._places[op] if entry is None else entry[1]
+
+    def __repr__(self) -> str:
+        return f"<RuleTable {self.title!r}, {len(self)} rules>"
 
     def __contains__(self, op: object) -> bool:
         return self.get(op) is not None  # type: ignore[arg-type]
@@ -255,7 +258,7 @@ def rules_in_scope(table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | Non
         cure = "Write overriding(table, op) to take rules out." if isinstance(rules, OpOverload) else ""
         raise CallTypeError("rules_in_scope(table, rules)", f"{what(rules)} as rules", "a dict from operators to rules", cure)
     if not rules:
-        raise RuleError(f"{table.title}: a scope of rules was opened for no operator. Name at least one.")
+        raise RegistrationError(f"{table.title}: a scope of rules was opened for no operator. Name at least one.")
     place = caller_place()
     for op, rule in rules.items():
         table.check(op)
@@ -294,6 +297,12 @@ def rules_of(scope: Scope | None) -> Iterator[None]:
         yield
     finally:
         _innermost.set(here)
+
+
+def place_in(op: Any, *tables: RuleTable[Any]) -> str | None:
+    """Where ``tables`` have a rule for ``op``, an operator or the program of several; None: nowhere."""
+    ops = [i.op for i in op.instructions] if hasattr(op, "instructions") else [op]
+    return ", ".join(dict.fromkeys(table.place(o) for o in ops for table in tables if o in table)) or None
 
 
 def caller_place(skip: int = 2) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 
 from functrans import thread_state
-from functrans.errors import InsideTransformError
+from functrans.errors import InsideTransformError, NumberArgumentError
+from functrans.layouts import check_places, dense_strides, memory_order, set_shape
 from functrans.lowering import base, highest, lift
-from functrans.mutation import set_shape, write
+from functrans.mutation import write
 from functrans.native import TwinInterpreter
 from functrans.operators import STAND_INS, Facts, facts
 from functrans.tensor import WrapperTensor, set_content
 from functrans.thread_state import STATE, running_at
 from functrans.torch_private import OpOverload
+from functrans.views import run_view
 
 aten = torch.ops.aten
 
@@ -55,6 +58,53 @@ def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return out if owner is top else lift(out, owner, top)
 
 
+#: What reads a tensor's number because that was asked for.
+READERS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__complex__", "__index__", "__format__", "__contains__", "__repr__")
+)
+
+
+@stands_in_for(aten.item.default, aten._local_scalar_dense.default)
+def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's parser reads the number of a tensor that stands in the place of a number (``torch.full(size, x)``).
+
+    It refuses one that requires grad; a wrapper never does, so what carries a derivative is refused here.
+    """
+    (x,) = args
+    if type(x) is WrapperTensor and (x.dtype.is_floating_point or x.dtype.is_complex) and carries_derivative(x):
+        reader = who_reads()
+        if reader is not None:
+            raise NumberArgumentError(reader, x)
+    return as_usual(known, args, kwargs)
+
+
+def who_reads() -> str | None:
+    """What came to read a number without being asked to; None: it was asked for, by a reader or by calling the operator."""
+    frame, asked = sys._getframe(2), False
+    while frame.f_globals["__name__"].startswith("functrans."):
+        if frame.f_code.co_name == "otherwise":
+            function = frame.f_locals["function"]
+            if function not in READERS:
+                return str(getattr(function, "__name__", function))
+            asked = True  # by the code around, or by a parser that reads the number as Python does, through __float__
+        assert frame.f_back is not None
+        frame = frame.f_back
+        if asked and frame.f_globals["__name__"] not in ("functrans.door", "functrans.tensor"):
+            return None
+    if frame.f_globals["__name__"] == "torch._ops":
+        return None
+    return f"A function called at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def carries_derivative(x: Any) -> bool:
+    while type(x) is WrapperTensor:
+        if x.interpreter.alive and x.interpreter.kind in ("grad", "jvp") and not x.interpreter.is_constant(x):
+            return True
+        x = x.value
+    return False
+
+
 @stands_in_for(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
 def dropout(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where nothing is dropped PyTorch returns its argument itself, and a write to the one is a write to the other."""
@@ -77,6 +127,13 @@ def by_its_views(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Composite operators that return views without their schema saying so: the door sees the views one by one."""
     with running_at(STATE.top):
         return known.op.decompose(*args, **kwargs)
+
+
+@stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+def as_strided(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """These name places in memory, which must be where the tensor shows them; see NOTE [Strides of what is written]."""
+    check_places(args[0])
+    return run_view(known, args, kwargs) if known.op is aten.as_strided.default else as_usual(known, args, kwargs)
 
 
 @stands_in_for(aten.batch_norm.default)
@@ -139,16 +196,26 @@ def rrelu(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @stands_in_for(aten.resize_.default)
 def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first elements stay, in the order of the flattened tensor."""
+    """The first elements stay, in their order in memory."""
     target, size = args[0], list(args[1])
     if type(target) is not WrapperTensor:
         return base(known.op, args, kwargs)
+    if kwargs.get("memory_format") not in (None, torch.contiguous_format):
+        raise InsideTransformError("resize_ to a memory format", target.interpreter.name, "a new tensor of the wanted size")
+    if size == list(target.shape):
+        return target
     if target.view_link is not None or target.root is not None:
         raise InsideTransformError("resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size")
     count = math.prod(size)
     if count > target.numel():
         raise InsideTransformError("resize_ to more elements", target.interpreter.name, "torch.cat or a new tensor of the wanted size")
-    flat = enter(aten.reshape.default, target, [-1])
+    if target.strides is None:
+        in_memory = target
+    else:
+        if dense_strides(target.shape, target.strides) != target.strides:
+            raise InsideTransformError("resize_ of a tensor with gaps in memory", target.interpreter.name, "a new tensor of the wanted size")
+        in_memory = enter(aten.permute.default, target, memory_order(target.shape, target.strides))
+    flat = enter(aten.reshape.default, in_memory, [-1])
     new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
     target.root = None
     set_shape(target, new)

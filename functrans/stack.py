@@ -11,6 +11,7 @@ when the flags of that level and of every level above it are on. Forward mode ha
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,6 +56,8 @@ class Interpreter:
     #: ``process`` for a whole program (see functrans.programs): (program, args, pending) -> outputs, which may be pending wrappers
     #: if ``pending``. None: its operators come one by one.
     process_program: Callable[..., Any] | None = None
+    #: The thread in which it runs; None: any.
+    thread: int | None = None
 
     def __init_subclass__(cls, *, slots: tuple[str, ...] = ()) -> None:
         """``slots``: names in ``payload`` for which wrappers have a place of their own; the transforms of this package have one each."""
@@ -66,6 +69,7 @@ class Interpreter:
         self.below: Interpreter | None = STATE.top
         self.level: int = 1 if self.below is None else self.below.level + 1
         self.alive = True
+        self.thread = threading.get_ident()
         self.func = func
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()
@@ -109,8 +113,24 @@ class Interpreter:
         """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""
 
     def describe(self, wrapper: WrapperTensor) -> str:
-        """What a repr shows of this transform's data on ``wrapper``."""
+        """What a repr of ``wrapper`` says of this transform's data on it, in a few words."""
         return ""
+
+    def parts(self, wrapper: WrapperTensor) -> dict[str, Any]:
+        """What a repr of ``wrapper`` shows below its value, by name."""
+        return {}
+
+    def __repr__(self) -> str:
+        about = "".join(f", {detail}" for detail in self.details())
+        return f"<{type(self).__name__} {self.name}, level {self.level}{about}{'' if self.alive else ', ended'}>"
+
+    def details(self) -> list[str]:
+        """What the interpreter's own repr says beside its name and level."""
+        return []
+
+    def rule_place(self, op: Any) -> str | None:
+        """``file:line`` of what this transform does with ``op``, for messages; None: not known."""
+        return None
 
     @property
     def name(self) -> str:

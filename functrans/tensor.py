@@ -22,9 +22,9 @@ from functrans.stack import RESERVED, Interpreter
 from functrans.torch_private import (
     INDEX_BATCHED_KEYS,
     PYTHON,
-    DisableTorchDispatch,
     is_key_excluded,
     make_wrapper,
+    no_dispatch,
 )
 
 
@@ -59,6 +59,8 @@ class WrapperTensor(torch.Tensor):
     root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
     version: int = 0
+    moved: bool = False  # a write left the contents elsewhere in memory than the wrapper shows; see layouts.py
+    shown_offset: int | None = None  # where the contents began before that
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
         raise CallTypeError("WrapperTensor(...)", "a call of the class", "wrap(interpreter, value), or interpreter.carry(value, ...)")
@@ -157,7 +159,7 @@ class WrapperTensor(torch.Tensor):
         raise NoDataError("data_ptr()", self.interpreter.name)
 
     def storage_offset(self) -> int:
-        return int(self.value.storage_offset())
+        return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         raise InsideTransformError("Tensor.backward()", self.interpreter.name, "functrans.grad or functrans.vjp")
@@ -231,6 +233,9 @@ class PendingWrapper:
     device: torch.device
 
     view_link = None
+
+    def __repr__(self) -> str:
+        return describe(self, "PendingWrapper")
 
 
 def pend(interpreter: Interpreter, value: Any, like: Any) -> PendingWrapper:
@@ -357,17 +362,22 @@ def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
     wrapper.version += 1
 
 
-def describe(x: Tensor, indent: int = 1) -> str:
-    """The layers of a wrapper, outermost first: kind, level, what the transform keeps on it, inner value."""
-    if type(x) is not WrapperTensor:
-        with DisableTorchDispatch():
+def describe(x: Any, name: str = "WrapperTensor") -> str:
+    """The layers of a wrapper, outermost first: kind, level, dtype and shape, what the transform keeps on it; then the value inside."""
+    if type(x) not in WRAPPERS:
+        with no_dispatch():
             return repr(x)
     i = x.interpreter
     ended = "" if i.alive else ", ended"
     if x.view_link is not None and i.alive:
         x.view_link.refresh(x)
-    pad = "  " * indent
-    fields = i.describe(x).split("\n")
-    head = ", ".join([f"{i.kind} level {i.level}{ended}", *[f for f in fields if f]])
-    return f"WrapperTensor({head}\n{pad}value={describe(x.value, indent + 1)})"
+    head = ", ".join(filter(None, (f"{i.kind} level {i.level}{ended}", f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}", i.describe(x))))
+    fields = {"value": x._value, **i.parts(x)}
+    return "\n".join([f"{name}({head}", *(line for name, part in fields.items() for line in field(name, part))]) + ")"
 
+
+def field(name: str, x: Any) -> list[str]:
+    """The lines that show one attribute of a wrapper."""
+    first, *rest = describe(x).split("\n")
+    pad = " " * (2 if type(x) in WRAPPERS else 3 + len(name))
+    return [f"  {name}={first}", *((pad + line).rstrip() for line in rest)]

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from functrans import thread_state
 from functrans.errors import InsideTransformError
+from functrans.failures import given
 from functrans.history import with_history_of
+from functrans.layouts import as_shown, check_places
 from functrans.lowering import base, dispatch, highest, lift
 from functrans.memory import storage_offset_of
 from functrans.operators import Facts
@@ -43,7 +45,7 @@ class Root:
 class ViewLink:
     """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
 
-    __slots__ = ("args", "grad_mode", "index", "kwargs", "layout", "op", "owner", "parent", "root")
+    __slots__ = ("args", "grad_mode", "index", "kwargs", "op", "owner", "parent", "root", "start")
 
     def __init__(
         self, owner: WrapperTensor, parent: ViewLink | None, root: Root, op: OpOverload, args: Any, kwargs: Any, index: Any
@@ -56,20 +58,27 @@ class ViewLink:
         self.kwargs = kwargs
         self.index = index
         self.grad_mode = torch.is_grad_enabled()
-        #: of a view by places in memory: how that from which it was taken lay there
-        self.layout: Any = None
+        #: of a view by places in memory: where that from which it was taken began
+        self.start: int | None = None
+
+    def __repr__(self) -> str:
+        before = "" if self.parent is None else f" after {self.parent!r}"
+        return f"<ViewLink {self.op}({given(('...', *self.args), self.kwargs)}){before}>".replace("'...'", "...")
 
     def base_content(self) -> WrapperTensor:
         return self.owner if self.root.content is None else self.root.content
 
     def apply(self, x: Tensor) -> Tensor:
         """This step's view of ``x``, recorded as the view was when it was made."""
-        if self.layout is not None and self.layout != layout_of(x):
-            raise InsideTransformError("as_strided of a tensor that is written", "a transform", "indices, or as_strided after the write")
+        args = self.args
+        if self.start is not None:
+            check_places(x)
+            size, stride, offset = (*args, None)[:3]
+            args = size, stride, None if offset is None else offset + storage_offset_of(x) - self.start
         enabled = torch.is_grad_enabled()
         try:
             set_grad_enabled(self.grad_mode)
-            out = dispatch(self.op, (x, *self.args), self.kwargs)
+            out = dispatch(self.op, (x, *args), self.kwargs)
         finally:
             set_grad_enabled(enabled)
         return out if self.index is None else out[self.index]
@@ -84,6 +93,13 @@ class ViewLink:
             with thread_state.door_closed():
                 set_content(view, self.replay())
             view.seen = self.root.version
+
+
+def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
+    """The wrapper that holds what was written to ``wrapper``, an argument, which may have become a view of itself (``t_``)."""
+    if wrapper.view_link is not None:
+        return wrapper.view_link.base_content()
+    return wrapper if wrapper.root is None or wrapper.root.content is None else wrapper.root.content
 
 
 def run_view(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,8 +118,12 @@ def run_view(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if out is viewed or (op in MAYBE_VIEWS and not is_view(viewed, op, args, kwargs)):
         return out
     if type(out) is WrapperTensor:
+        if viewed.moved:
+            out = as_shown(out, viewed, op, args, kwargs, None)
         link_view(out, viewed, op, args, kwargs, None)
     elif type(out) in (list, tuple):
+        if viewed.moved:
+            out = type(out)([as_shown(part, viewed, op, args, kwargs, index) for index, part in enumerate(out)])
         for index, part in enumerate(out):
             link_view(part, viewed, op, args, kwargs, index)
     return out
@@ -130,15 +150,8 @@ def link_view(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: 
             root = viewed.root = Root()
     view.view_link = ViewLink(owner, parent, root, op, args[1:], kwargs, index)
     if op is aten.as_strided.default:
-        view.view_link.layout = layout_of(viewed)
+        view.view_link.start = storage_offset_of(viewed)
     view.seen = root.version
-
-
-def layout_of(x: Tensor) -> tuple[Any, ...]:
-    """Strides and offset of the plain tensor under ``x``."""
-    while type(x) is WrapperTensor:
-        x = x.value
-    return x.stride(), x.storage_offset()
 
 
 #: Operators that copy where they cannot view; which of the two it is depends on the strides.
@@ -203,12 +216,13 @@ def _decided(op: OpOverload, shape: Any, strides: Any, dtype: torch.dtype, devic
 # --- writing back through one step ----------------------------------------------------------------------------------
 
 
-def write_back(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    """What ``before`` becomes when its view ``step`` becomes ``changed``."""
-    return WRITE_BACK.get(step.op, write_back_by_index)(step, before, changed)
+def write_back(step: ViewLink, before: Tensor, changed: Tensor, filled: bool) -> Tensor:
+    """What ``before`` becomes when its view ``step`` becomes ``changed``; ``filled``: everywhere the same."""
+    rule = WRITE_BACK.get(step.op)
+    return write_back_by_index(step, before, changed, filled) if rule is None else rule(step, before, changed)
 
 
-def write_back_by_index(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+def write_back_by_index(step: ViewLink, before: Tensor, changed: Tensor, filled: bool) -> Tensor:
     """Any view that moves elements without changing them: its own positions say where each one came from."""
     count = math.prod(before.shape)
     positions = torch.arange(count, device=before.device).reshape(before.shape)
@@ -218,7 +232,7 @@ def write_back_by_index(step: ViewLink, before: Tensor, changed: Tensor) -> Tens
     flat_positions = dispatch(aten.reshape.default, (seen, [-1]), {})
     flat = dispatch(aten.reshape.default, (before, [-1]), {})
     values = dispatch(aten.reshape.default, (changed, [-1]), {})
-    if len(torch.unique(seen)) != math.prod(seen.shape):
+    if not filled and len(torch.unique(seen)) != math.prod(seen.shape):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
             "Please clone() the tensor before performing the operation."

@@ -283,21 +283,21 @@ def autocast() -> Any:
 
 class Sign(TableInterpreter):
     kind = "sign"
-    payload = ("sign",)
+    payload = ("signum",)
     rules: RuleTable[Callable[..., Any]] = RuleTable("sign rules")
 
 
 @Sign.rules.register(torch.ops.aten.mul.Tensor)
 def multiplied(interpreter: Sign, x: Any, y: Any) -> Any:
-    return interpreter.carry(x.value * y.value, sign=None if x.sign is None or y.sign is None else x.sign * y.sign)
+    return interpreter.carry(x.value * y.value, signum=None if x.signum is None or y.signum is None else x.signum * y.signum)
 
 
 @program
 def own_transforms() -> Any:
     def sign(f: Callable[..., Any], x: Tensor) -> Any:
         interpreter = Sign(f)
-        out = run_transformed(interpreter, lambda: f(interpreter.carry(x, sign=torch.sign(x))))
-        return out.value, out.sign
+        out = run_transformed(interpreter, lambda: f(interpreter.carry(x, signum=torch.sign(x))))
+        return out.value, out.signum
 
     floor = torch.ops.aten.floor.default
     with overriding(DERIVATIVES, floor):

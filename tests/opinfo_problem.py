@@ -45,12 +45,15 @@ class Problem:
         torch.manual_seed(self.seed)
         return self.call(*(leaf.clone() for leaf in leaves))
 
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        return self.op(*args, **kwargs)
+
     def call(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         flat = list(self.flat)
         for place, leaf in zip(self.places, leaves):
             flat[place] = leaf
         first, args, kwargs = tree_unflatten(flat, self.spec)
-        out = self.sample.output_process_fn_grad(self.op(first, *args, **kwargs))
+        out = self.sample.output_process_fn_grad(self.apply(first, *args, **kwargs))
         leaves_out, self.structure = tree_flatten(out)
         return tuple(leaf for leaf in leaves_out if isinstance(leaf, Tensor))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from functrans import derivative, grad, jvp, vjp, vmap
 from functrans.derivatives.table import Derivative
-from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RuleError
+from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, batching_rule, overriding, rules_in_scope
 from functrans.operators import STAND_INS, facts
 from functrans.programs import deriving
@@ -151,12 +151,12 @@ def test_it_decorates_a_function() -> None:
     ("call", "error", "text"),
     [
         (lambda: overriding(DERIVATIVES, aten.sin), NotAnOverloadError, "torch.ops.aten.sin.default, torch.ops.aten.sin.out"),
-        (lambda: overriding(DERIVATIVES), RuleError, "for no operator"),
+        (lambda: overriding(DERIVATIVES), RegistrationError, "for no operator"),
         (lambda: overriding(sin), CallError, "expected a RuleTable"),
-        (lambda: rules_in_scope(DERIVATIVES, {}), RuleError, "for no operator"),
-        (lambda: rules_in_scope(DERIVATIVES, {sin: torch.sin}), RuleError, "what derivative"),
-        (lambda: rules_in_scope(BATCHING_RULES, {sin: 3}), RuleError, "got 3 as the rule of aten.sin.default; expected a function"),
-        (lambda: rules_in_scope(BATCHING_RULES, {aten.sin_.default: len}), RuleError, "writes to its arguments"),
+        (lambda: rules_in_scope(DERIVATIVES, {}), RegistrationError, "for no operator"),
+        (lambda: rules_in_scope(DERIVATIVES, {sin: torch.sin}), RegistrationError, "what derivative"),
+        (lambda: rules_in_scope(BATCHING_RULES, {sin: 3}), RegistrationError, "got 3 as the rule of aten.sin.default; expected a function"),
+        (lambda: rules_in_scope(BATCHING_RULES, {aten.sin_.default: len}), RegistrationError, "writes to its arguments"),
     ],
 )
 def test_what_is_refused(call: Any, error: type[Exception], text: str) -> None:

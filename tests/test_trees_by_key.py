@@ -119,7 +119,7 @@ def test_tangents_and_cotangents(kind: str, order: str) -> None:
     x, y = torch.randn(3), torch.randn(3)
     f = lambda t: tree(kind, "ab", a=named(t)["a"] ** 2, b=named(t)["b"] * named(t)["a"])
     primals = tree(kind, "ab", a=x, b=y)
-    _, tangent = jvp(f, (primals,), (tree(kind, order, a=x + 1, b=y - 1),))
+    _out, tangent = jvp(f, (primals,), (tree(kind, order, a=x + 1, b=y - 1),))
     torch.testing.assert_close(named(tangent)["a"], 2 * x * (x + 1))
     torch.testing.assert_close(named(tangent)["b"], (y - 1) * x + y * (x + 1))
     _, pull = vjp(f, primals)
@@ -137,7 +137,7 @@ def test_tangents_and_cotangents_with_other_keys() -> None:
 
 
 def test_aux_keeps_its_own_order() -> None:
-    _, _, aux = vjp(lambda x: (x, {"b": x, "a": 2 * x}), torch.ones(2), has_aux=True)
+    _out, _pull, aux = vjp(lambda x: (x, {"b": x, "a": 2 * x}), torch.ones(2), has_aux=True)
     assert list(aux) == ["b", "a"] and torch.equal(aux["a"], 2 * torch.ones(2))
     grads, aux = functrans.grad(lambda t: ((t["b"] * t["a"]).sum(), {"b": 1, "a": t}), has_aux=True)({"b": A, "a": A + 1})
     assert list(grads) == ["b", "a"] and torch.equal(grads["b"], A + 1) and list(aux["a"]) == ["b", "a"]

@@ -57,14 +57,21 @@ pointwise(
 # not by its kernel, which PyTorch cannot differentiate
 pointwise(aten.hardsigmoid.default, self=lambda grad, self: where_or_zero((self > -3) & (self < 3), grad / 6))
 
-pointwise(aten.softshrink.default, self=lambda grad, self, lambd: aten.softshrink_backward.default(grad, self, lambd))
+# With lambd 0 both are the identity, at 0 too, where their kernels have the slope 0.
+pointwise(
+    aten.softshrink.default,
+    self=lambda grad, self, lambd: grad if lambd == 0 else aten.softshrink_backward.default(grad, self, lambd),
+)
 pointwise(
     aten.softshrink_backward.default,
     grad_output=lambda grad, self, lambd: aten.softshrink_backward.default(grad, self, lambd),
     self=lambda grad: torch.zeros_like(grad),
 )
 
-pointwise(aten.hardshrink.default, self=lambda grad, self, lambd: aten.hardshrink_backward.default(grad, self, lambd))
+pointwise(
+    aten.hardshrink.default,
+    self=lambda grad, self, lambd: grad if lambd == 0 else aten.hardshrink_backward.default(grad, self, lambd),
+)
 pointwise(
     aten.hardshrink_backward.default,
     grad_out=lambda grad, self, lambd: aten.hardshrink_backward.default(grad, self, lambd),

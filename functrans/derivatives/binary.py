@@ -162,15 +162,21 @@ pointwise(aten.pow.Scalar, exponent=pow_exponent)
 
 # ------------------------------------------------------------------------------------------- logarithms
 
+
+def share(a: Tensor, b: Tensor, base: float = 1.0) -> Tensor:
+    """``exp(a) / (exp(a) + exp(b))``: a sigmoid, whose derivatives do not overflow; a half where both are the same infinity."""
+    return torch.sigmoid(times(torch.where((a == b) & (a.abs() == math.inf), 0, a - b), base))
+
+
 pointwise(
     aten.logaddexp.default,
-    self=lambda grad, self, other: grad / conj(1 + (other - self).exp()),
-    other=lambda grad, self, other: grad / conj(1 + (self - other).exp()),
+    self=lambda grad, self, other: grad * conj(share(self, other)),
+    other=lambda grad, self, other: grad * conj(share(other, self)),
 )
 pointwise(
     aten.logaddexp2.default,
-    self=lambda grad, self, other: grad / (1 + (other - self).exp2()),
-    other=lambda grad, self, other: grad / (1 + (self - other).exp2()),
+    self=lambda grad, self, other: grad * share(self, other, LN2),
+    other=lambda grad, self, other: grad * share(other, self, LN2),
 )
 
 
@@ -271,6 +277,13 @@ derivative(
 )
 pointwise(aten.where.ScalarOther, self=lambda grad, condition: torch.where(condition, grad, 0))
 pointwise(aten.where.ScalarSelf, other=lambda grad, condition: torch.where(condition, 0, grad))
+
+# PyTorch takes heaviside for a constant, but at 0 it is the second operand
+pointwise(
+    aten.heaviside.default,
+    self=lambda grad: torch.zeros_like(grad),
+    values=lambda grad, self: where_or_zero(self == 0, grad),
+)
 
 # ------------------------------------------------------------------------------------------- overwriting
 

@@ -1,4 +1,7 @@
-"""Operators whose outputs do not depend differentiably on their inputs: truth values, positions, and copies of a shape."""
+"""Operators whose outputs count as constants, one by one with the reason.
+
+Nothing else does: an operator without an entry that PyTorch has no derivative for is an error (NOTE [Arguments without a formula]).
+"""
 
 import torch
 
@@ -6,24 +9,33 @@ from functrans.derivatives.table import no_derivative
 
 aten = torch.ops.aten
 
-NAMES = (
-    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like",
-    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided",
-    "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isposinf", "isneginf", "signbit", "isin",
-    "logical_and", "logical_or", "logical_xor", "logical_not", "any", "all", "argmax", "argmin",
-    "count_nonzero", "nonzero", "nonzero_static", "bucketize", "searchsorted", "histc",
-    "item", "_local_scalar_dense", "is_nonzero", "equal", "allclose", "is_same_size", "bernoulli", "multinomial",
-    "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "_assert_async", "is_set_to", "bincount",
-    "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "heaviside", "floor_divide",
-    "_is_zerotensor", "normal", "normal_functional", "uniform", "exponential",
-    "geometric", "log_normal", "cauchy", "random", "zero",
-)  # fmt: skip
+#: names of operators, by the reason why a derivative of zero is right
+CONSTANT = {
+    "only the shape, dtype or memory of the arguments is used": (
+        "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "zero",
+        "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "is_same_size", "is_set_to",
+        "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_is_zerotensor",
+        # in these pure forms the numbers that are overwritten do not matter, and the parameters are Python numbers
+        "normal_functional", "uniform", "exponential", "geometric", "log_normal", "cauchy", "random",
+    ),
+    "truth values": (
+        "eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isposinf", "isneginf", "signbit", "isin",
+        "logical_and", "logical_or", "logical_xor", "logical_not", "any", "all", "is_nonzero", "equal", "allclose",
+        "_assert_async",
+    ),
+    "positions and counts, which are constant between the points where they jump": (
+        "argmax", "argmin", "count_nonzero", "nonzero", "nonzero_static", "bucketize", "searchsorted", "histc", "floor_divide",
+    ),
+    "a Python number: whoever asks for it has left what is differentiated": ("item", "_local_scalar_dense"),
+    "a draw from a discrete distribution": ("bernoulli", "multinomial"),
+    # a convention of PyTorch's, whose formulas are zeros: the derivative along the path of one draw is that of mean + std * randn_like(mean)
+    "a draw that PyTorch does not differentiate by its parameters": ("normal",),
+}  # fmt: skip
 
 
-for name in NAMES:
-    packet = getattr(aten, name, None)
-    for overload in packet.overloads() if packet is not None else ():
-        op = getattr(packet, overload)
-        writes = any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
-        if not writes:
-            no_derivative(op)
+for _name in (name for names in CONSTANT.values() for name in names):
+    _packet = getattr(aten, _name, None)
+    for _overload in _packet.overloads() if _packet is not None else ():
+        _op = getattr(_packet, _overload)
+        if not any(a.alias_info is not None and a.alias_info.is_write for a in _op._schema.arguments):
+            no_derivative(_op)

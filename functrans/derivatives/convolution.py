@@ -121,13 +121,13 @@ derivative(
 
 
 def plain_convolution(op: OpOverload) -> Callable[..., Tensor]:
-    """``conv1d`` and its kin on a batch of images, which is what they are made of; a single image is PyTorch's to unsqueeze."""
+    """``conv1d`` and its kin on a batch of images, which is what they are made of; the rest is left to PyTorch."""
 
     def convolve(
         input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = (1,), padding: Any = (0,), dilation: Any = (1,), groups: int = 1
     ) -> Tensor:
         dims = weight.dim() - 2
-        if input.dim() != weight.dim():
+        if input.dim() != weight.dim() or input.is_complex():  # complex kernels are made of real ones
             return op.decompose(input, weight, bias, stride, padding, dilation, groups)
         sizes = [list(s) * dims if len(s) == 1 else list(s) for s in (stride, padding, dilation)]
         return aten.convolution.default(input, weight, bias, *sizes, False, [0] * dims, groups)

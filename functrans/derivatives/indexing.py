@@ -5,6 +5,8 @@ Reading is undone by adding at the same places, writing by reading there. No for
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +21,33 @@ aten = torch.ops.aten
 
 Indices = list[Tensor | None]
 
+Write = Callable[[Tensor, Tensor], Tensor]
+Read = Callable[[Tensor], Tensor]
+
+
+def won(grad: Tensor, shape: Sequence[int], write: Write, read: Read) -> Tensor:
+    """Where what is written is there in the end: of several elements that are written to one place, one wins.
+
+    ``write(x, numbers)`` writes ``numbers``, of shape ``shape``, into ``x``, and ``read`` reads where they were written.
+    """
+    numbers = torch.arange(math.prod(shape), device=grad.device).reshape(shape)
+    return read(write(torch.zeros_like(grad, dtype=torch.int64), numbers)) == numbers
+
+
+def may_repeat(index: Tensor) -> bool:
+    return index.dtype != torch.bool and index.numel() > 1
+
 
 def index_put_self(grad: Tensor, indices: Indices, accumulate: bool) -> Tensor:
     return grad if accumulate else aten.index_put(grad, indices, grad.new_zeros(()))
 
 
-def index_put_values(grad: Tensor, indices: Indices, values: Tensor) -> Tensor:
-    return sum_to_shape(aten.index(grad, indices), values.shape)
+def index_put_values(grad: Tensor, indices: Indices, values: Tensor, accumulate: bool) -> Tensor:
+    read = aten.index(grad, indices)
+    if not accumulate and any(i is not None and may_repeat(i) for i in indices):
+        here = won(grad, read.shape, lambda x, n: aten.index_put(x, indices, n), lambda x: aten.index(x, indices))
+        read = torch.where(here, read, 0)
+    return sum_to_shape(read, values.shape)
 
 
 # The unsafe forms skip the check of the indices' range; they come from decompositions.
@@ -47,11 +69,14 @@ for _op in (aten.index_put.default, aten._unsafe_index_put.default):
 # ---------------------------------------------------------------------------------------------- along one dimension
 
 
-def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor, added: bool = False) -> Tensor:
     """The cotangent of what was scattered: ``source`` may be larger than ``index``, and its rest was not used."""
     if index.numel() == 0:
         return grad.new_zeros(source.shape)
     read = grad.gather(dim, index)
+    if not added and may_repeat(index):
+        here = won(grad, index.shape, lambda x, n: x.scatter(dim, index, n), lambda x: x.gather(dim, index))
+        read = torch.where(here, read, 0)
     if read.dim() != source.dim():
         return read.reshape(source.shape)
     if read.shape == source.shape:
@@ -85,7 +110,7 @@ derivative(
     aten.scatter_add.default,
     tangent="linear",
     self=lambda grad: grad,
-    src=lambda grad, dim, index, src: gathered(grad, dim, index, src),
+    src=lambda grad, dim, index, src: gathered(grad, dim, index, src, added=True),
 )
 derivative(
     aten.index_select.default,
@@ -99,11 +124,22 @@ def index_add_source(grad: Tensor, dim: int, index: Tensor, source: Tensor, alph
 
 
 derivative(aten.index_add.default, tangent="linear", self=lambda grad: grad, source=index_add_source)
+
+
+def index_copy_source(grad: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    if not may_repeat(index):
+        return selected(grad, dim, index, source)
+    line = grad.new_zeros(grad.shape[dim])  # slices win or lose as a whole
+    here = won(line, index.shape, lambda x, n: x.index_copy(0, index, n), lambda x: x.index_select(0, index))
+    read = grad.movedim(dim, -1).index_select(-1, index) * here
+    return read.movedim(-1, dim).reshape(source.shape)
+
+
 derivative(
     aten.index_copy.default,
     tangent="linear",
     self=lambda grad, dim, index: grad.index_fill(dim, index, 0),
-    source=lambda grad, dim, index, source: selected(grad, dim, index, source),
+    source=index_copy_source,
 )
 derivative(
     aten.index_fill.int_Scalar,
@@ -133,11 +169,20 @@ derivative(
     tangent="linear",
     self=lambda grad, self, index: grad.new_zeros(self.shape).put(index, grad, accumulate=True),
 )
+
+
+def put_source(grad: Tensor, index: Tensor, source: Tensor, accumulate: bool) -> Tensor:
+    read = grad.take(index)
+    if not accumulate and may_repeat(index):
+        read = torch.where(won(grad, index.shape, lambda x, n: x.put(index, n), lambda x: x.take(index)), read, 0)
+    return read.reshape(source.shape)
+
+
 derivative(
     aten.put.default,
     tangent="linear",
     self=lambda grad, index, accumulate: grad if accumulate else grad.put(index, grad.new_zeros(index.shape)),
-    source=lambda grad, index, source: grad.take(index).reshape(source.shape),
+    source=put_source,
 )
 
 

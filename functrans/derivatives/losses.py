@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid
 
-from functrans.decompositions import DECOMPOSITIONS
+from functrans.decompositions import DECOMPOSITIONS, DEFINED_LATE
 from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
@@ -180,6 +180,76 @@ nll_entries(aten.nll_loss_forward.default, aten.nll_loss_backward.default)
 nll_entries(aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default)
 
 
+# The same with class weights that are followed, for which PyTorch has no formula: in forward mode it drops their tangent (torch 2.13).
+
+
+def class_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The targets as an index along the classes of ``x``, and the weight of each, 0 where it is ignored."""
+    counted = target != ignore_index
+    index = torch.where(counted, target, 0)
+    chosen = x.new_ones(target.shape) if weight is None else weight.index_select(0, index.reshape(-1)).reshape(target.shape)
+    return index.unsqueeze(class_dim(x)), torch.where(counted, chosen, 0)
+
+
+def class_dim(x: Tensor) -> int:
+    return 0 if x.dim() == 1 else 1
+
+
+def nll(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    if self.dim() == 1:
+        target = target.reshape(())
+    index, weights = class_weights(self, target, weight, ignore_index)
+    picked = self.gather(class_dim(self), index).squeeze(class_dim(self))
+    losses = -weights * torch.where(target != ignore_index, picked, 0)
+    if reduction == NONE:
+        return losses, self.new_zeros(())
+    total = weights.sum()
+    return losses.sum() / total if reduction == MEAN else losses.sum(), total
+
+
+def nll_backward(
+    grad_output: Tensor,
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    total_weight: Tensor,
+) -> Tensor:
+    if self.dim() == 1:
+        target = target.reshape(())
+    index, weights = class_weights(self, target, weight, ignore_index)
+    given = -weights * (grad_output / total_weight if reduction == MEAN else grad_output)
+    return torch.zeros_like(self).scatter(class_dim(self), index, given.unsqueeze(class_dim(self)))
+
+
+for _forward, _backward in (
+    (aten.nll_loss_forward.default, aten.nll_loss_backward.default),
+    (aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default),
+):
+    DECOMPOSITIONS.add(_forward, nll)
+    DECOMPOSITIONS.add(_backward, nll_backward)
+
+
+# ---------------------------------------------------------------------------------------------- margins between classes
+
+
+def multi_margin_loss(
+    self: Tensor, target: Tensor, p: Any = 1, margin: Any = 1, weight: Tensor | None = None, reduction: int = MEAN
+) -> Tensor:
+    """PyTorch has its gradient by ``self`` alone, and none by the class weights."""
+    x, labels = self.reshape(-1, self.shape[-1]), target.reshape(-1, 1)
+    gaps = (margin - x.gather(1, labels) + x).relu().pow(p)
+    gaps = gaps.scatter(1, labels, 0)
+    if weight is not None:
+        gaps = gaps * weight.index_select(0, labels.reshape(-1)).unsqueeze(1)
+    losses = gaps.mean(1)
+    return losses.reshape(target.shape) if reduction == NONE else losses.mean() if reduction == MEAN else losses.sum()
+
+
+DECOMPOSITIONS.add(aten.multi_margin_loss.default, multi_margin_loss)
+
+
 # ---------------------------------------------------------------------------------------------- cross entropy
 
 
@@ -195,3 +265,40 @@ def cross_entropy(
 
 
 DECOMPOSITIONS.add(aten.cross_entropy_loss.default, cross_entropy)
+
+
+# The chunked forms of F.linear_cross_entropy compute gradients ahead, in their forward, as numbers without a derivative of their own.
+
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+
+def chunked_reduced(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    *chunking: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = linear(input, linear_weight, linear_bias)
+    out = aten.cross_entropy_loss(logits, target, weight, REDUCTIONS[reduction], ignore_index, label_smoothing)
+    return out, input.new_empty(0), input.new_empty(0), input.new_empty(0)
+
+
+def chunked_unreduced(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    *chunking: Any,
+) -> Tensor:
+    return aten.cross_entropy_loss(linear(input, linear_weight, linear_bias), target, weight, NONE, ignore_index)
+
+
+DEFINED_LATE["torch_nn::_linear_cross_entropy_batch_chunked"] = chunked_reduced
+DEFINED_LATE["torch_nn::_linear_cross_entropy_batch_chunked_no_reduction"] = chunked_unreduced

@@ -97,22 +97,6 @@ def acosh_self(grad: Tensor, self: Tensor) -> Tensor:
 
 pointwise(aten.acosh.default, self=acosh_self)
 
-
-def sinc_self(grad: Tensor, self: Tensor) -> Tensor:
-    """At 0 the Taylor series, so that higher derivatives are right there too."""
-    zero = self == 0
-    x = torch.where(zero, 1, self)
-    px = math.pi * x
-    outside = (px * px.cos() - px.sin()) / (px * x)
-    square = self * self
-    series = torch.zeros_like(self)
-    for k in range(6, 0, -1):
-        series = series * square + (-1) ** k * 2 * k * math.pi ** (2 * k) / math.factorial(2 * k + 1)
-    return grad * conj(torch.where(zero, series * self, outside))
-
-
-pointwise(aten.sinc.default, self=sinc_self)
-
 # ------------------------------------------------------------------------------------------- modulus and phase
 
 
@@ -186,11 +170,6 @@ pointwise(aten.special_entr.default, self=lambda grad, self: grad * (-1 - self.l
 pointwise(aten.lgamma.default, self=lambda grad, self: grad * torch.digamma(self))
 pointwise(aten.digamma.default, self=lambda grad, self: grad * torch.polygamma(1, self))
 pointwise(aten.polygamma.default, self=lambda grad, n, self: grad * torch.polygamma(n + 1, self))
-pointwise(aten.i0.default, self=lambda grad, self: grad * torch.special.i1(self))
-pointwise(
-    aten.special_i0e.default,
-    self=lambda grad, self, result: grad * (torch.special.i1e(self) - self.sgn() * result),
-)
 
 
 def mvlgamma_self(grad: Tensor, self: Tensor, p: int) -> Tensor:
@@ -199,23 +178,6 @@ def mvlgamma_self(grad: Tensor, self: Tensor, p: int) -> Tensor:
 
 
 pointwise(aten.mvlgamma.default, self=mvlgamma_self)
-
-
-def i1_self(grad: Tensor, self: Tensor, result: Tensor) -> Tensor:
-    """``i0(x) - i1(x) / x``, whose limit at 0 is 1/2."""
-    away = self.abs() > torch.finfo(self.dtype).eps
-    x = torch.where(away, self, torch.finfo(self.dtype).eps)
-    return grad * torch.where(away, torch.special.i0(x) - result / x, 0.5)
-
-
-def i1e_self(grad: Tensor, self: Tensor, result: Tensor) -> Tensor:
-    away = self.abs() > torch.finfo(self.dtype).eps
-    x = torch.where(away, self, torch.finfo(self.dtype).eps)
-    return grad * torch.where(away, torch.special.i0e(x) - result * (self.sgn() + x.reciprocal()), 0.5)
-
-
-pointwise(aten.special_i1.default, self=i1_self)
-pointwise(aten.special_i1e.default, self=i1e_self)
 
 
 def logit_self(grad: Tensor, self: Tensor, eps: float | None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.derivatives.indexing import gathered
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
 from functrans.torch_private import OpOverload
@@ -158,7 +159,11 @@ def read_maxima(x: Tensor, indices: Tensor, dimensions: int) -> Tensor:
 
 
 def max_unpool_self(dimensions: int) -> Callable[..., Any]:
-    return lambda grad, indices: read_maxima(grad, indices, dimensions)
+    def pull(grad: Tensor, indices: Tensor) -> Tensor:
+        planes, places = grad.flatten(-dimensions), indices.flatten(-dimensions)
+        return gathered(planes, planes.dim() - 1, places, places).reshape(indices.shape)
+
+    return pull
 
 
 def max_pool(forward: OpOverload, backward: OpOverload, dimensions: int) -> None:

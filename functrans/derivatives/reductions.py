@@ -174,7 +174,7 @@ def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Ten
     if p == 1:
         return self.sgn()
     if p == 2:
-        return (self / norm).masked_fill(norm == 0, 0)
+        return self / norm.masked_fill(norm == 0, math.inf)
     modulus = self.abs()
     if math.isinf(p):  # ties share evenly
         extreme = (modulus == norm) | (modulus.isnan() & norm.isnan())
@@ -183,7 +183,13 @@ def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Ten
         return (self.sgn() * modulus.pow(p - 1)).masked_fill(self == 0, 0) * norm.pow(1 - p)
     if p < 2:
         return self.sgn() * modulus.pow(p - 1) / norm.pow(p - 1).masked_fill(norm == 0, math.inf)
-    return self * (modulus.pow(p - 2) / norm.pow(p - 1)).masked_fill(norm == 0, 0)
+    scale = norm.pow(p - 1).masked_fill(norm == 0, math.inf)
+    if p % 2 == 0:  # a polynomial, in the real and imaginary parts too
+        return self * cast(self * conj(self), norm.dtype).pow(p // 2 - 1) / scale
+    if p < 3:  # the slope of the power is infinite at 0, where that of the whole is 0
+        zero = self == 0
+        return self.masked_fill(zero, 0) * modulus.masked_fill(zero, 1).pow(p - 2) / scale
+    return self * modulus.pow(p - 2) / scale
 
 
 def norm_self(grad: Tensor, self: Tensor, p: Any, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from functrans.errors import DerivativeEntryError, RuleError
+from functrans.errors import DerivativeEntryError, RegistrationError
 from functrans.rules import RuleTable, caller_place
 from functrans.torch_private import OpOverload
 from functrans.wording import shown
@@ -47,7 +47,7 @@ from functrans.wording import shown
 Formula = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Derivative:
     """One entry of the table."""
 
@@ -69,6 +69,11 @@ class Derivative:
     broadcasts: bool = False
     #: cotangents of several arguments at once, where that takes less than one formula after the other
     joint: Formula | None = None
+
+    def __repr__(self) -> str:
+        formulas = [f"{name}({', '.join(self.needs[name])})" for name in self.formulas]
+        tangent = "by a formula" if callable(self.tangent) else self.tangent
+        return f"<Derivative of {self.op}: {', '.join([*formulas, f'tangent {tangent}'])}>"
 
 
 #: The tangent of an operator that ``no_derivative`` declares constant.
@@ -157,7 +162,7 @@ def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str,
 def no_derivative(*ops: OpOverload) -> None:
     """Declare that no output of these operators depends differentiably on their arguments."""
     if not ops:
-        raise RuleError("no_derivative(): expected at least one operator overload, such as torch.ops.aten.sign.default.")
+        raise RegistrationError("no_derivative(): expected at least one operator overload, such as torch.ops.aten.sign.default.")
     for op in ops:
         DERIVATIVES.check(op)
     for op in ops:

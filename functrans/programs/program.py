@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from functrans.call_sites import PROGRAM_FILE
 from functrans.operators import quick_call
 from functrans.rules import SCOPES, scope_here
 from functrans.tensor import tensor_of
@@ -101,5 +102,5 @@ def write_python(program: Program) -> tuple[str, Callable[..., Any]]:
     source = "\n".join(lines)
     if len(program.instructions) == 1 and key_of(*program.instructions[0])[1] == tuple((Value, i) for i in range(n)):
         return source, call  # the function itself
-    exec(source, scope)  # noqa: S102 - the source was written a few lines above
+    exec(compile(source, PROGRAM_FILE, "exec"), scope)  # noqa: S102 - the source was written a few lines above
     return source, scope["program"]

@@ -10,8 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from functrans.errors import ModifiedError
-from functrans.interpreters.grad.recording import DIFFERENTIABLE, WITHOUT_RULE, ProgramPlan, choose_method, matrix_of
+from functrans.derivatives.table import DERIVATIVES
+from functrans.errors import HookError, ModifiedError
+from functrans.failures import explain_pull
+from functrans.fitting import described, spec
+from functrans.interpreters.grad.recording import (
+    DIFFERENTIABLE,
+    GRAD_RULES,
+    WITHOUT_RULE,
+    Plan,
+    ProgramPlan,
+    choose_method,
+    matrix_of,
+)
 from functrans.lowering import dispatch, lower, map_tensors
 from functrans.operators import Facts, facts, plans_here
 from functrans.programs.admission import REAL
@@ -19,7 +30,7 @@ from functrans.programs.operators import operator_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program, start
 from functrans.programs.tracing import Untraceable
-from functrans.rules import SCOPES
+from functrans.rules import SCOPES, place_in
 from functrans.stack import Interpreter
 from functrans.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.thread_state import door_closed
@@ -65,7 +76,13 @@ class GradInterpreter(Interpreter, slots=("slot",)):
         return everywhere or not recording
 
     def describe(self, wrapper: WrapperTensor) -> str:
-        return "constant" if wrapper.slot is None else "tracked"
+        return "constant" if wrapper.slot is None else f"tracked, slot={wrapper.slot}"
+
+    def details(self) -> list[str]:
+        return [f"a tape of {len(self.tape)}"]
+
+    def rule_place(self, op: Any) -> str | None:
+        return place_in(op, GRAD_RULES, DERIVATIVES)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         values: list[Any] = []
@@ -208,7 +225,10 @@ class GradInterpreter(Interpreter, slots=("slot",)):
         cotangent = tensor_of(cotangent)
         for hook in list(self.hooks.get(slot, {}).values()) if self.hooks else ():
             new = hook(cotangent)
-            cotangent = cotangent if new is None else new
+            if new is not None:
+                if not isinstance(new, Tensor) or spec(new) != spec(cotangent):
+                    raise HookError(hook, described(new), described(cotangent))
+                cotangent = new
         return cotangent
 
     def record(self, plan: Any, outs: Any, ins: Any, saved: Any) -> None:
@@ -278,7 +298,12 @@ class GradInterpreter(Interpreter, slots=("slot",)):
                 grad = tensor_of(grad) if type(outs) is int else [tensor_of(g) for g in grad]
             if consume:
                 tape[i] = SPENT
-            for slot, cotangent in zip(ins, plan.pull(saved, grad), strict=True):
+            try:
+                found = plan.pull(saved, grad)
+            except Exception as error:
+                explain_pull(error, self, plan.operator(saved), grad, isinstance(plan, Plan))
+                raise
+            for slot, cotangent in zip(ins, found, strict=True):
                 if cotangent is None:
                     continue
                 if type(slot) is int:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS, decompose
+from functrans.decompositions import decompose, decomposition
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
-from functrans.errors import ModifiedError
+from functrans.errors import DerivativeEntryError, ModifiedError
+from functrans.failures import shown
+from functrans.fitting import described, fitted, reduce_to, spec
 from functrans.lowering import lower, map_tensors
 from functrans.native import run_recorded
 from functrans.operators import Facts
@@ -43,7 +45,7 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
     entry = DERIVATIVES.get(op)
     if entry is not None:
         return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
-    if known.composite or op in DECOMPOSITIONS:
+    if known.composite or decomposition(op) is not None:
         return take_apart
     return borrow
 
@@ -64,7 +66,9 @@ class TableMethod:
     def __init__(self, entry: Derivative, known: Facts) -> None:
         self.entry = entry
         self.known = known
-        self.plans: dict[Any, TablePlan | None] = {}
+        self.plans: dict[Any, Any] = {}
+        #: whether the formulas are a user's: what they return is checked
+        self.foreign = not by_our_rules(known.op)
         #: whether arguments can be broadcast or promoted: not with one tensor and no number
         operands = [a for a in known.op._schema.arguments if "Tensor" in str(a.type) or "number" in str(a.type)]
         self.fixes = entry.broadcasts or (entry.pointwise and len(operands) > 1)
@@ -78,7 +82,7 @@ class TableMethod:
         except KeyError:
             plan = self.plans[key] = self.make_plan(places)
         if plan is None:  # the table says nothing of some tracked argument
-            fallback = take_apart if self.known.composite else borrow
+            fallback = take_apart if self.known.composite or decomposition(op) is not None else borrow
             return fallback(grad, op, given, values, kwargs, places, slots)
         out = lower(grad, op, values, kwargs)
         outs: Any
@@ -98,7 +102,9 @@ class TableMethod:
             saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in plan.saves]
         if plan.saves_result:
             saved.append(out)
-        if self.fixes:
+        if self.foreign:
+            saved += [spec(values[p] if p < len(values) else self.default(p, kwargs)) for p in places]
+        elif self.fixes:
             shape, dtype = out.shape, out.dtype
             for p in places:
                 v = values[p]
@@ -109,10 +115,12 @@ class TableMethod:
     def default(self, i: int, kwargs: dict[str, Any]) -> Any:
         return kwargs.get(self.known.arguments[i], self.known.defaults[i])
 
-    def make_plan(self, places: list[int]) -> TablePlan | None:
+    def make_plan(self, places: list[int]) -> TablePlan | CheckedPlan | None:
         names = [self.known.arguments[p] for p in places]
         if any(n not in self.entry.formulas for n in names):
             return None
+        if self.foreign:
+            return CheckedPlan(TablePlan(self.entry, self.known, names, fixes=False))
         return TablePlan(self.entry, self.known, names, self.fixes)
 
 
@@ -120,6 +128,13 @@ class Plan:
     """What pulls back through a record of the tape, and looks after what it saved: a list of values."""
 
     op: Any
+
+    def operator(self, saved: Any) -> Any:
+        """The operator of a record, for messages."""
+        return self.op
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.op}>"
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         """The cotangents of the record's inputs, given that of its output (or a list of them, one per output)."""
@@ -161,6 +176,9 @@ class TablePlan(Plan):
         #: where in what is saved the shapes and dtypes of arguments that were broadcast or promoted begin
         self.first_fix = len(needed) + self.saves_result if fixes else None
 
+    def __repr__(self) -> str:
+        return f"<TablePlan of {self.op} for {', '.join(self.names)}>"
+
     def joint_pull(self, entry: Derivative, names: list[str], place: dict[str, int]) -> Callable[[list[Any], Any], list[Any]]:
         """``pull`` by one formula for all tracked arguments."""
         formula, wanted = entry.joint, tuple(names)
@@ -179,6 +197,30 @@ class TablePlan(Plan):
                 if fix is not None and found[i] is not None:
                     found[i] = reduce_to(found[i], *fix)
         return found
+
+
+class CheckedPlan(Plan):
+    """The formulas of a user's entry: each cotangent fits its argument, whose shape and dtype are saved at the end, or is refused."""
+
+    def __init__(self, plan: TablePlan) -> None:
+        self.op = plan.op
+        self.plan = plan
+        self.saves, self.last_save, self.saves_result = plan.saves, plan.last_save, plan.saves_result
+
+    def pull(self, saved: list[Any], grad: Any) -> list[Any]:
+        count = len(saved) - len(self.plan.names)
+        found = self.plan.pull(saved[:count], grad)
+        return [self.fit(name, f, given) for name, f, given in zip(self.plan.names, found, saved[count:], strict=True)]
+
+    def fit(self, name: str, found: Any, given: Any) -> Any:
+        if type(given) is list and type(found) in (list, tuple) and len(found) == len(given):
+            return [self.fit(name, f, g) for f, g in zip(found, given, strict=True)]
+        if given is None or found is None:
+            return None
+        what = f"registered at {DERIVATIVES.place(self.op)} has a formula for {name!r} that returned"
+        if type(given) is list:
+            raise DerivativeEntryError(self.op, f"{what} {described(found)} for a list of {len(given)} tensors; expected a list of as many")
+        return fitted(found, given, lambda got, wanted: DerivativeEntryError(self.op, f"{what} {got}; expected {wanted}"))
 
 
 #: Products of a matrix and the vector that is tracked: the matrix, and whether the vector stands in front of it.
@@ -207,6 +249,7 @@ class ProgramPlan(Plan):
     def __init__(self, program: Program, places: tuple[int, ...]) -> None:
         operators = [instruction.op for instruction in program.instructions]
         self.op = operators[0] if len(operators) == 1 else f"the program of {', '.join(map(str, operators))}"
+        self.places = places
         found = pullback(program, places)
         self.forward, self.saves, self.derive = found.forward, found.saves, found.pull
         self.scope = program.scope
@@ -219,6 +262,9 @@ class ProgramPlan(Plan):
             self.pull_one = self.derive((0,))
             #: what computes the cotangents of a single output, where they are just a program's outputs
             self.pull_program = self.pull_one.program if self.pull_one.plain and self.pull_one.uses is None else None
+
+    def __repr__(self) -> str:
+        return f"<ProgramPlan of {self.op} for {', '.join(f'input {p}' for p in self.places)}>"
 
     def save(self, values: list[Any], outs: Any) -> list[Any]:
         if self.forward.single:
@@ -256,17 +302,6 @@ def bind(formula: Callable[..., Any], picks: tuple[int, ...]) -> Callable[[Any, 
         one = picks[1]
         return lambda grad, saved: formula(grad, saved[one])
     return lambda grad, saved: formula(*[grad if p < 0 else saved[p] for p in picks])
-
-
-def reduce_to(cotangent: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Undo broadcasting and type promotion of a pointwise operator's argument."""
-    if cotangent.shape != shape:
-        cotangent = sum_to_shape(cotangent, shape)
-    if cotangent.dtype is not dtype:
-        if cotangent.dtype.is_complex and not dtype.is_complex:
-            cotangent = torch.real(cotangent)
-        cotangent = cotangent.to(dtype)
-    return cotangent
 
 
 def snapshot(x: Any, target: Tensor) -> Any:
@@ -326,15 +361,24 @@ class BorrowedPullback:
         self.inputs = inputs
         self.modified = modified
 
+    def __repr__(self) -> str:
+        return f"<PyTorch's pullback, of inputs {shown(self.inputs)}>"
+
 
 class BorrowedPlan:
     op = "an operator by PyTorch's derivative"
+
+    def operator(self, saved: tuple[OpOverload, BorrowedPullback]) -> OpOverload:
+        return saved[0]
 
     def pull(self, saved: tuple[OpOverload, BorrowedPullback], grad: Any) -> list[Any]:
         op, kept = saved
         if kept.modified[0]:
             raise ModifiedError(op)
         return kept.pullback(grad)
+
+    def __repr__(self) -> str:
+        return f"<BorrowedPlan of {self.op}>"
 
     def protect(self, saved: tuple[OpOverload, BorrowedPullback], target: Tensor) -> Any:
         kept = saved[1]

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS, decompose
+from functrans.decompositions import decompose, decomposition
+from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.errors import DerivativeEntryError
+from functrans.fitting import described, expect_tangent, spec
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.borrowed import borrow
 from functrans.lowering import call_below, dispatch, lower, map_tensors
 from functrans.operators import Facts, facts, plans_here
+from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import tangent as tangent_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
 from functrans.programs.tracing import Untraceable
-from functrans.rules import SCOPES, RuleTable
+from functrans.rules import SCOPES, RuleTable, place_in
 from functrans.stack import Interpreter
-from functrans.tensor import PendingWrapper, WrapperTensor, describe, pend, tensor_of, wrap, wrap_like
+from functrans.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
@@ -56,7 +60,13 @@ class JvpInterpreter(Interpreter, slots=("tangent",)):
             merged.tangent = merge(old.tangent, new)
 
     def describe(self, wrapper: WrapperTensor) -> str:
-        return "tangent=None" if wrapper.tangent is None else f"tangent={describe(wrapper.tangent, 2)}"
+        return "constant" if wrapper._tangent is None else ""
+
+    def parts(self, wrapper: WrapperTensor) -> dict[str, Any]:
+        return {} if wrapper._tangent is None else {"tangent": wrapper._tangent}
+
+    def rule_place(self, op: Any) -> str | None:
+        return place_in(op, JVP_RULES, DERIVATIVES)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         tangents: dict[Any, Any] = {}
@@ -194,7 +204,7 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
         return run_constant
     if entry is not None and entry.tangent is not None:
         return TableMethod(entry, known)
-    return decompose if known.composite or op in DECOMPOSITIONS else borrow
+    return decompose if known.composite or decomposition(op) is not None else borrow
 
 
 def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
@@ -231,6 +241,21 @@ def unrecorded(found: Any, given: list[Any]) -> Any:
     return type(found)(unrecorded(f, given) for f in found) if isinstance(found, list | tuple) else found
 
 
+def fall_back(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
+    """Run an operator whose entry says nothing of some argument that has a tangent."""
+    if not facts(op).composite and decomposition(op) is None:
+        return borrow(self, op, values, kwargs, tangents)
+
+    def dual(value: Any, tangent: Any) -> Any:
+        if isinstance(value, list | tuple) and tangent is not None:
+            return [dual(v, t) for v, t in zip(value, tangent, strict=True)]
+        return value if tangent is None else self.dual(value, tangent)
+
+    names = facts(op).arguments
+    given = [dual(value, tangents.get(i)) for i, value in enumerate(values)]
+    return decompose(self, op, given, {name: dual(value, tangents.get(names.index(name))) for name, value in kwargs.items()})
+
+
 class TableMethod:
     """Runs an operator and its tangent by its entry in the derivative table."""
 
@@ -245,12 +270,18 @@ class TableMethod:
             known.arguments.index(name): (formula, [self.where(need) for need in entry.needs[name]])
             for name, formula in entry.formulas.items()
         }
+        #: whether the formulas are a user's: what they return is checked
+        self.foreign = not by_our_rules(known.op)
+        #: argument positions whose tangents the entry speaks of
+        self.answered = frozenset(i for i, name in enumerate(known.arguments) if self.answers(name))
+
+    def answers(self, name: str) -> bool:
+        formula = self.entry.formulas.get(name)
+        return f"{name}_t" in self.entry.needs["tangent"] or formula is no_cotangent if callable(self.entry.tangent) else formula is not None
 
     def __call__(self, interpreter: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
-        if self.entry.tangent == "elementwise":
-            for position in tangents:
-                if position not in self.partial:
-                    return borrow(interpreter, op, values, kwargs, tangents)
+        if not self.answered.issuperset(tangents):
+            return fall_back(interpreter, op, values, kwargs, tangents)
         out = lower(interpreter, op, values, kwargs)
         if self.direct is not None:
             found = self.direct(interpreter, values, kwargs, tangents)
@@ -258,7 +289,23 @@ class TableMethod:
             found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values()))
         if not torch.is_grad_enabled():
             found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
+        if self.foreign:
+            self.expect(out, found)
         return with_tangents(interpreter, out, found)
+
+    def expect(self, out: Any, found: Any) -> None:
+        """Refuse tangents that do not fit their outputs."""
+
+        def refusal(got: str, wanted: str) -> Exception:
+            return DerivativeEntryError(self.entry.op, f"registered at {DERIVATIVES.place(self.entry.op)} has a tangent formula that returned {got}; expected {wanted}")
+
+        if isinstance(out, Tensor):
+            expect_tangent(found, spec(out), refusal)
+        elif found is not None:
+            if type(found) not in (list, tuple) or len(found) != len(out):
+                raise refusal(described(found), f"a tuple of {len(out)}, one for each output")
+            for o, t in zip(out, found, strict=True):
+                expect_tangent(t, spec(o), refusal)
 
     def where(self, need: str) -> int:
         """The position of an argument, GIVEN for the tangent, or RESULT."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical
 from functrans.operators import schema_default
 from functrans.rules import caller_place
 from functrans.torch_private import OpOverload
+
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 class RuleDeclined(Exception):
@@ -114,6 +116,12 @@ def logical_result_type(operands: Sequence[tuple[Any, int | None]]) -> torch.dty
     result = combined_dtype(combined_dtype(dimensioned, zero_dim), number)
     assert result is not None
     return result
+
+
+def any_rank(rule: Rule) -> Rule:
+    """Mark a frequent rule that counts an example's dimensions itself; see NOTE [Operators refuse examples, not batches]."""
+    rule.any_rank = True  # type: ignore[attr-defined]
+    return rule
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -321,7 +329,7 @@ def reduction_rule(op: OpOverload, dim_place: int, empty_means_all: bool) -> Cal
             bdim -= sum(dim < bdim for dim in dims)
         return output, same_dims(output, bdim) if several else bdim
 
-    return reduce
+    return any_rank(reduce)
 
 
 def unwrapped_type(argument: Any) -> Any:

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.call_sites import definition, frames_to_user
 from functrans.decompositions import decompose
 from functrans.defaults import completed
-from functrans.errors import DataDependentError
+from functrans.errors import BatchingRuleError, DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined, align
+from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.lowering import call_below, lower, map_tensors
 from functrans.operators import Facts, plans_here
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
-from functrans.rules import SCOPES
+from functrans.rules import SCOPES, place_in
 from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
 from functrans.thread_state import lowered, running_at
@@ -100,6 +102,13 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
     def describe(self, wrapper: WrapperTensor) -> str:
         return f"bdim={wrapper.bdim}"
 
+    def details(self) -> list[str]:
+        return [f"batch_size={self.batch_size}", f"randomness={self.info.randomness!r}"]
+
+    def rule_place(self, op: Any) -> str | None:
+        found = place_in(op, BATCHING_RULES)
+        return found or (definition(vmap_rule_of_library(op)) if isinstance(op, OpOverload) else None)
+
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         values: list[Any] = []
         dims: list[Any] = []
@@ -130,19 +139,23 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
             return map_tensors(self.constant, out)
         plans = known.plans if not SCOPES else plans_here(known)
         try:
-            rule, direct = plans[VmapInterpreter]
+            rule, direct, accepted = plans[VmapInterpreter]
         except KeyError:
-            rule, direct = choose_rule(op, known, plans)
+            rule, direct, accepted = choose_rule(op, known, plans)
+        if direct is not None and batched and not kwargs_batched:
+            bdim = direct(dims, values)
+            if bdim is not None:
+                return self.batched(lower(self, op, values, below_kwargs), bdim)
+        if accepted is not None and (kinds := kinds_of(args)) not in accepted:
+            self.check_example(op, args, kwargs)
+            accepted.add(kinds)
         if rule is not None and batched and not kwargs_batched:
-            if direct is not None:
-                bdim = direct(dims, values)
-                if bdim is not None:
-                    return self.batched(lower(self, op, values, below_kwargs), bdim)
             try:
-                out, out_dims = call_below(self, rule, (self.info, dims, *values), below_kwargs)
-                return self._leave(out, out_dims)
+                result = call_below(self, rule, (self.info, dims, *values), below_kwargs)
             except RuleDeclined:
                 pass
+            else:
+                return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
             raise DataDependentError(op, self, cure)
@@ -241,7 +254,7 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         drawing = not draws_nothing(op, values)
         if not drawing and not batched and not kwargs_batched:
             return map_tensors(self.constant, lower(self, op, values, kwargs))
-        rule, _ = choose_rule(op, known, plans_here(known))
+        rule, *_ = choose_rule(op, known, plans_here(known))
         if drawing and (rule is not None or kwargs_batched):
             if self.info.randomness == "error" or (kwargs_batched and self.info.randomness == "same"):
                 raise RandomnessError(op, values, self.info.randomness)
@@ -254,17 +267,26 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         try:
             with lowered(self):
                 if rule is not None:
-                    return self._leave(*rule(self.info, *for_each(self.info, dims, values), **kwargs))
+                    return self.leave(op, rule(self.info, *for_each(self.info, dims, values), **kwargs))
         except RuleDeclined:
             pass
         if known.composite and op not in RANDOM_RULES:
             return NotImplemented
         try:
             with lowered(self):
-                out, out_dims = random_rule(self.info, op, tuple(dims), tuple(values), kwargs)
+                result = random_rule(self.info, op, tuple(dims), tuple(values), kwargs)
         except RuleDeclined:
             return NotImplemented
-        return self._leave(out, out_dims)
+        return self.leave(op, result)
+
+    def check_example(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raise what ``op`` raises for one example, where it does; see NOTE [Operators refuse examples, not batches]."""
+
+        def run() -> None:
+            with lowered(self):
+                op(*self._example(args, 0), **{k: self._example(v, 0) for k, v in kwargs.items()})
+
+        check(op, args, kwargs, self.batch_size, run)
 
     def _enter_list(self, items: Any) -> tuple[list[Any], list[Any], bool]:
         values: list[Any] = []
@@ -292,13 +314,35 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
             entered[name] = a
         return entered, batched
 
-    def _leave(self, out: Any, out_dims: Any) -> Any:
+    def leave(self, of: Any, result: Any) -> Any:
+        """What a batching rule of ``of`` returned, ``(output, out_dims)``, as values of this level.
+
+        Every rule passes here: ours, those of ``torch.library.register_vmap``, and ``autograd.Function.vmap``.
+        """
+        if type(result) is not tuple or len(result) != 2:
+            raise BatchingRuleError(rule_of(of), described(result), "a pair (output, out_dims)")
+        out, out_dims = result
+        return self._leave(of, out, out_dims)
+
+    def _leave(self, of: Any, out: Any, out_dims: Any) -> Any:
         if isinstance(out, Tensor):
+            if out_dims is None:
+                pass
+            elif type(out_dims) is not int:
+                raise BatchingRuleError(rule_of(of), f"out_dims {out_dims!r} for one tensor", "an int or None")
+            else:
+                shape = out.shape
+                if not -len(shape) <= out_dims < len(shape) or shape[out_dims] != self.batch_size:
+                    raise BatchingRuleError(rule_of(of), f"out_dim {out_dims} for an output of shape {tuple(shape)}", f"the dimension of size {self.batch_size}, the batch's")
+            if type(out) is WrapperTensor and out.interpreter.level >= self.level:
+                raise BatchingRuleError(rule_of(of), f"a value of level {out.interpreter.level}", f"one below level {self.level}, computed from its arguments")
             return self.batched(out, out_dims)
         if isinstance(out, tuple | list):
             if not isinstance(out_dims, tuple | list):
                 out_dims = [out_dims] * len(out)
-            left = [self._leave(o, d) for o, d in zip(out, out_dims, strict=True)]
+            elif len(out_dims) != len(out):
+                raise BatchingRuleError(rule_of(of), f"{len(out_dims)} out_dims for {len(out)} outputs", "one for each, or one for all")
+            left = [self._leave(of, o, d) for o, d in zip(out, out_dims, strict=True)]
             return left if type(out) is list else tuple(left)
         return out
 
@@ -336,11 +380,13 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         return first
 
 
-def choose_rule(op: OpOverload, known: Facts, plans: dict[type, Any]) -> tuple[Any, Any]:
-    """The rule of an operator, and its shortcut."""
+def choose_rule(op: OpOverload, known: Facts, plans: dict[type, Any]) -> tuple[Any, Any, set[Any] | None]:
+    """The rule of an operator, its shortcut, and the kinds of arguments that the operator is known to take (None: not asked for)."""
     ours = BATCHING_RULES.get(op)
     rule = ours or vmap_rule_of_library(op)
-    found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None)
+    asked = op.namespace == "aten" and not hasattr(rule, "any_rank") and not (rule is None and known.composite)
+    accepted: set[Any] | None = set() if asked else None
+    found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None), accepted
     if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
         plans[VmapInterpreter] = found
     return found
@@ -360,6 +406,21 @@ def for_each(info: BatchInfo, dims: Sequence[Any], values: Sequence[Any]) -> tup
     return [place(v) for v in values], *[batch(v) for v in values]
 
 
+def rule_of(of: Any) -> str:
+    """An operator's or autograd.Function's batching rule, and where it stands, for a message."""
+    if isinstance(of, type):
+        code = getattr(of.vmap, "__code__", None)  # type: ignore[attr-defined]
+        return f"{of.__name__}.vmap" + (f", at {code.co_filename}:{code.co_firstlineno}," if code else "")
+    if of in BATCHING_RULES:
+        return f"The batching rule of {of}, registered at {BATCHING_RULES.place(of)},"
+    return f"The batching rule that {of} was given by register_vmap"
+
+
+def described(x: Any) -> str:
+    """A value, for a message: its type, and a tensor's shape."""
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
 _warned: set[OpOverload] = set()
 
 
@@ -369,5 +430,5 @@ def warn_slow(op: OpOverload) -> None:
         warnings.warn(
             f"vmap has no batching rule for {op} and runs it once per example, which is slow. "
             "Register a rule with functrans.batching_rule to speed it up.",
-            stacklevel=2,
+            stacklevel=frames_to_user(),
         )

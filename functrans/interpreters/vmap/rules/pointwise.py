@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.derivatives.airy import airy_ai_slope
+from functrans.derivatives.orthogonal import gegenbauer, laguerre
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
     align,
@@ -317,6 +319,9 @@ elementwise(
     aten.clip.Tensor,
     aten.lerp.Tensor,
 )
+
+# What derivatives of ours are made of.
+elementwise(airy_ai_slope, gegenbauer, laguerre)
 
 # The condition or mask takes no part in type promotion.
 elementwise(aten.where.self, promoting=(1, 2))

@@ -1,7 +1,6 @@
 """Batching rules of ``as_strided`` and its like, which name places in memory.
 
-An example's places are those between its first and its last element, so these must be its own: dense, no other example's
-between them. ``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
+An example's places are those between its first and its last element, so these must be its own: no other example's between them. ``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
 """
 
 from __future__ import annotations
@@ -26,20 +25,17 @@ def region(x: Tensor, bdim: int, size: Sequence[int], stride: Sequence[int], off
     batch, step = shape.pop(bdim), strides.pop(bdim)
     start = storage_offset_of(x)
     offset = start if offset is None else offset
-    expected = 1
-    for length, stretch in sorted(zip(strides, shape)):
-        if stretch > 1:
-            if length != expected:
-                raise InsideTransformError(
-                    "as_strided of a tensor whose examples have gaps in memory", "vmap", "as_strided on its .contiguous()"
-                )
-            expected *= stretch
-    first, numel = offset - start, expected if 0 not in shape else 0
+    span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides))
+    if batch > 1 and 0 < step < span:
+        raise InsideTransformError(
+            "as_strided of a tensor whose examples lie between each other in memory", "vmap", "as_strided on its .contiguous()"
+        )
+    first = offset - start
     last = first + sum((n - 1) * s for n, s in zip(size, stride))
-    if 0 not in size and not 0 <= first <= last < numel:
+    if 0 not in size and not 0 <= first <= last < span:
         raise RuntimeError(
             f"as_strided(size={list(size)}, stride={list(stride)}, storage_offset={offset}) inside vmap: got places {first} to "
-            f"{last} of an example; expected places between 0 and {numel - 1}. Other places belong to other examples."
+            f"{last} of an example; expected places between 0 and {span - 1}. Other places belong to other examples."
         )
     return [batch, *size], [step, *stride], offset
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
+    any_rank,
     elementwise,
     flat_examples,
     pad_rank,
@@ -58,6 +59,7 @@ elementwise(
 @batching_rule(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.view_copy.default
 )
+@any_rank
 def reshape(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, stride: Any = None) -> Output:
     """``reshape`` for all of them: an example that is contiguous may be a strided part of its batch."""
     x = to_front(x, in_dims[0])
@@ -97,6 +99,7 @@ def example_shape(x: Tensor, bdim: int | None) -> Any:
 
 
 @batching_rule(aten.expand.default, aten.broadcast_to.default)
+@any_rank
 def expand(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, *, implicit: bool = False) -> Output:
     """New dimensions go behind the batch dimension."""
     x = to_front(x, in_dims[0])
@@ -114,6 +117,7 @@ def expand_as(info: BatchInfo, in_dims: Dims, x: Tensor, other: Tensor) -> Outpu
 
 
 @batching_rule(aten.flatten.using_ints)
+@any_rank
 def flatten(info: BatchInfo, in_dims: Dims, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Output:
     """The product is computed: -1 says nothing for an empty batch."""
     x = to_front(x, in_dims[0])
@@ -173,6 +177,7 @@ def view_as_complex(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
 
 
 @batching_rule(aten.unsqueeze.default)
+@any_rank
 def unsqueeze(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
     """One dimension more to count."""
     bdim = in_dims[0]
@@ -181,6 +186,7 @@ def unsqueeze(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
 
 
 @batching_rule(aten.squeeze.dim)
+@any_rank
 def squeeze_dim(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
     """The batch dimension is never one to squeeze, even where its size is 1."""
     bdim = in_dims[0]
@@ -191,6 +197,7 @@ def squeeze_dim(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
 
 
 @batching_rule(aten.squeeze.default, aten.squeeze.dims)
+@any_rank
 def squeeze(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Any = None) -> Output:
     """As above, for several dimensions."""
     bdim = in_dims[0]
@@ -200,6 +207,7 @@ def squeeze(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Any = None) -> Outp
 
 
 @batching_rule(aten.select.int)
+@any_rank
 def select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Any) -> Output:
     """One dimension less to count."""
     bdim = in_dims[0]
@@ -252,6 +260,7 @@ def diag(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0) -> Output:
 
 
 @batching_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+@any_rank
 def transpose(info: BatchInfo, in_dims: Dims, x: Tensor, dim0: int, dim1: int) -> Output:
     """The batch dimension stays."""
     bdim, rank = in_dims[0], x.dim() - 1
@@ -298,6 +307,7 @@ def numpy_T(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
 
 
 @batching_rule(aten.permute.default)
+@any_rank
 def permute(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Sequence[int]) -> Output:
     """One view, wherever the batch dimension is."""
     bdim, rank = in_dims[0], x.dim() - 1
@@ -327,6 +337,7 @@ def movedim(info: BatchInfo, in_dims: Dims, x: Tensor, source: Any, destination:
 
 
 @batching_rule(aten.slice.Tensor)
+@any_rank
 def slice_(
     info: BatchInfo, in_dims: Dims, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
 ) -> Output:

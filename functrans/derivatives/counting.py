@@ -1,0 +1,57 @@
+"""Derivatives of ``bincount`` by its weights, and of the values that ``unique`` finds. PyTorch has no formulas for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.decompositions import DECOMPOSITIONS
+from functrans.derivatives.helpers import cast
+from functrans.derivatives.table import derivative
+
+aten = torch.ops.aten
+
+
+def bincount_tangent(self: Tensor, minlength: int, weights_t: Tensor) -> Tensor:
+    return torch.bincount(self, weights_t, minlength)
+
+
+derivative(
+    aten.bincount.default,
+    tangent=bincount_tangent,
+    weights=lambda grad, self, weights: cast(grad[self], weights.dtype),
+)
+
+# ------------------------------------------------------------------------------------------- unique: the first of equal values is taken
+
+
+def taken(found: Any, x: Tensor, dim: int | None, wanted: bool) -> Any:
+    """``found``, with its values taken from ``x``: each from the first place where its inverse index stands."""
+    values, inverse, counts = found
+    places = torch.arange(inverse.numel(), device=inverse.device)
+    size = values.shape[0 if dim is None else dim]
+    first = places.new_full((size,), inverse.numel()).scatter_reduce(0, inverse.flatten(), places, "amin")
+    values = x.flatten()[first] if dim is None else x.index_select(dim, first)
+    return values, inverse if wanted else inverse.new_empty(0), counts
+
+
+@DECOMPOSITIONS.register(aten._unique2.default)
+def unique2(x: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> Any:
+    return taken(aten._unique2.default(x.detach(), sorted, True, return_counts), x, None, return_inverse)
+
+
+@DECOMPOSITIONS.register(aten.unique_dim.default)
+def unique_dim(x: Tensor, dim: int, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> Any:
+    return taken(aten.unique_dim.default(x.detach(), dim, sorted, True, return_counts), x, dim, return_inverse)
+
+
+@DECOMPOSITIONS.register(aten.unique_consecutive.default)
+def unique_consecutive(x: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None) -> Any:
+    return taken(aten.unique_consecutive.default(x.detach(), True, return_counts, dim), x, dim, return_inverse)
+
+
+@DECOMPOSITIONS.register(aten.unique_dim_consecutive.default)
+def unique_dim_consecutive(x: Tensor, dim: int, return_inverse: bool = False, return_counts: bool = False) -> Any:
+    return taken(aten.unique_dim_consecutive.default(x.detach(), dim, True, return_counts), x, dim, return_inverse)

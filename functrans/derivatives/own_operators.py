@@ -1,0 +1,44 @@
+"""Operators of our own, for derivatives that PyTorch has no function for. Each has an entry in the table, so that every order follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+LIBRARY = torch.library.Library("functrans", "FRAGMENT")
+
+
+def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
+    """Decorator: a function of plain tensors as a pointwise operator ``functrans::...``.
+
+    ``slope``, called with the operator's arguments, is its derivative by the first of them where no transform is involved.
+    """
+    name = schema.partition("(")[0]
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        first, *rest = ctx.saved_tensors
+        return (grad * slope(first, *rest, *ctx.numbers)).sum_to_size(first.shape), *[None] * (len(rest) + len(ctx.numbers))
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])  # the tensors come first
+        ctx.numbers = [a for a in inputs if not isinstance(a, Tensor)]
+
+    def fake(*args: Any) -> Tensor:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        dtype = tensors[0].dtype
+        for t in tensors[1:]:
+            dtype = torch.promote_types(dtype, t.dtype)
+        return tensors[0].new_empty(torch.broadcast_shapes(*[t.shape for t in tensors]), dtype=dtype)
+
+    def define(function: Callable[..., Tensor]) -> OpOverload:
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"functrans::{name}", fake, lib=LIBRARY)
+        torch.library.register_autograd(f"functrans::{name}", backward, setup_context=setup, lib=LIBRARY)
+        return getattr(torch.ops.functrans, name).default  # type: ignore[no-any-return]
+
+    return define

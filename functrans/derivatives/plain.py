@@ -1,0 +1,57 @@
+"""Operators whose derivative in PyTorch is wrong or missing somewhere, and right if they are written in plain operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.decompositions import DECOMPOSITIONS
+from functrans.derivatives.losses import MEAN, SUM
+
+aten = torch.ops.aten
+
+
+def polar(abs: Tensor, angle: Tensor) -> Tensor:
+    """PyTorch's formula needs the direction of the result, which is lost where ``abs`` is 0."""
+    return torch.complex(abs * angle.cos(), abs * angle.sin())
+
+
+def triangular_solve(
+    self: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
+) -> tuple[Tensor, Tensor]:
+    """By its successor: of PyTorch's formula for this one, forward mode of the gradient is wrong."""
+    batch = torch.broadcast_shapes(self.shape[:-2], A.shape[:-2])
+    coefficient = A.expand(*batch, *A.shape[-2:])
+    solution = aten.linalg_solve_triangular(
+        coefficient.mT if transpose else coefficient, self, upper=upper != transpose, unitriangular=unitriangular
+    )
+    return solution, coefficient.clone()
+
+
+def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
+    """The norm is taken of those slices only that are too long: at 0 it has no second derivative, and is not needed."""
+    if self.dim() < 2 or p <= 0 or maxnorm < 0:
+        return aten.renorm.default(self.detach(), p, dim, maxnorm)  # it says what is wrong
+    dims = [d for d in range(self.dim()) if d != dim % self.dim()]
+    too_long = torch.linalg.vector_norm(self.detach(), p, dims, keepdim=True) > maxnorm
+    norm = torch.linalg.vector_norm(torch.where(too_long, self, 1), p, dims, keepdim=True)
+    return torch.where(too_long, self * (maxnorm / (norm + 1e-7)), self)
+
+
+def poisson_nll_loss(self: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: int) -> Tensor:
+    """Stirling's term is taken of targets above 1 only: the logarithm of the others has no derivative at 0."""
+    loss = self.exp() - target * self if log_input else self - target * (self + eps).log()
+    if full:
+        counts = target > 1
+        t = torch.where(counts, target, 2)
+        loss = loss + torch.where(counts, t * t.log() - t + 0.5 * (2 * math.pi * t).log(), 0)
+    return loss.mean() if reduction == MEAN else loss.sum() if reduction == SUM else loss
+
+
+DECOMPOSITIONS.add(aten.polar.default, polar)
+DECOMPOSITIONS.add(aten.triangular_solve.default, triangular_solve)
+DECOMPOSITIONS.add(aten.renorm.default, renorm)
+DECOMPOSITIONS.add(aten.poisson_nll_loss.default, poisson_nll_loss)

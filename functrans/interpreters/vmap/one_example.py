@@ -1,0 +1,87 @@
+"""Whether an operator takes one example at all.
+
+NOTE [Operators refuse examples, not batches]
+A rule runs an operator on physical tensors, which have a dimension more than the examples. An operator that wants matrices would
+take a batch of vectors for a matrix and answer, where a loop raises. So before a rule sees arguments of some ranks and dtypes for
+the first time, the operator is run on one example that has shapes and no data; PyTorch's own checks then say what they have to
+say. Where dtypes are mixed or unusual it is run on the first example. Later calls with the same ranks and dtypes cost a look-up, those of rules that count an example's dimensions themselves
+(``any_rank``) nothing. What is wrong with sizes, positions or numbers for other reasons
+the physical tensors show as well, or the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.lowering import WITHOUT_TENSORS
+from functrans.tensor import WrapperTensor
+from functrans.thread_state import running_at
+from functrans.torch_private import DisableTorchFunction, OpOverload, no_dispatch
+
+aten = torch.ops.aten
+
+#: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
+REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)
+
+
+def kinds_of(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Ranks and dtypes of the tensors among ``args``, as the code at this level sees them."""
+    kinds: list[Any] = []
+    for a in args:
+        kind = type(a)
+        if kind is WrapperTensor:
+            kinds.append(len(a.shape))
+            kinds.append(a.dtype)
+        elif kind in WITHOUT_TENSORS:
+            kinds.append(None)
+        elif isinstance(a, Tensor):
+            kinds.append(a.dim())
+            kinds.append(a.dtype)
+        elif kind is list or kind is tuple:
+            kinds.append(kinds_of(a) if a and isinstance(a[0], Tensor | NoneType) else None)
+    return tuple(kinds)
+
+
+def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int, run: Callable[[], Any]) -> None:
+    """Raise what ``op`` raises for one example; ``run()`` runs it on the first one.
+
+    See NOTE [Operators refuse examples, not batches].
+    """
+    found = dtypes(args)
+    if size and not (len(found) == 1 and found <= USUAL):
+        with torch.random.fork_rng():
+            run()  # what dtypes an operator takes together its kernel knows, not the checks
+        return
+    try:
+        with running_at(None), torch.no_grad(), no_dispatch(), DisableTorchFunction():
+            op(*without_data(args), **{k: without_data(v) for k, v in kwargs.items()})
+    except REFUSALS as error:
+        if size:
+            with torch.random.fork_rng():
+                run()  # PyTorch may refuse only what has no data
+        elif not isinstance(error, NotImplementedError):
+            raise
+
+
+USUAL = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
+
+def dtypes(a: Any) -> set[torch.dtype]:
+    """The dtypes of all tensors in ``a``."""
+    if isinstance(a, Tensor):
+        return {a.dtype}
+    return set().union(*map(dtypes, a)) if type(a) is list or type(a) is tuple else set()
+
+
+def without_data(a: Any) -> Any:
+    """``a`` with tensors of the same shapes and dtypes that take no memory."""
+    if isinstance(a, Tensor):
+        return aten.empty.memory_format(list(a.shape), dtype=a.dtype, device="meta")
+    if type(a) is list or type(a) is tuple:
+        return [without_data(x) for x in a]
+    return torch.device("meta") if isinstance(a, torch.device) else a

@@ -1,0 +1,219 @@
+"""Where PyTorch has no derivative: a formula, an error of ours, or a zero that is right; never a zero in silence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dependence import differences, made_up_calls, probe, verdict
+from derivative_checker import Call
+from torch import Tensor
+
+from functrans import errors, grad, hessian, jvp, vmap
+from functrans.derivatives.constants import CONSTANT
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
+from functrans.extend import derivative, overriding
+
+aten = torch.ops.aten
+
+
+def floats(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------- formulas of ours
+
+START, END = torch.tensor(0.3, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+WEIGHTS, X = floats(0.3, -1.2, 2.0, 0.7), floats(0.3, -1.2, 0.3001, 0.7)
+BINS = torch.tensor([0, 2, 2, 5])
+ROWS = torch.tensor([[2.0, 1.0], [0.5, 3.0], [1.0, 1.5]], dtype=torch.float64)
+MIX = torch.tensor([0.7, -1.1, 0.4, 2.0, -0.3, 1.3], dtype=torch.float64)
+
+#: functions of one tensor, and where
+FORMULAS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "linspace, start": (lambda a: torch.linspace(a, END, 5, dtype=torch.float64), START),
+    "linspace, end": (lambda a: torch.linspace(START, a, 5, dtype=torch.float64), END),
+    "linspace, start of a number": (lambda a: torch.linspace(a, 2.0, 5, dtype=torch.float64), START),
+    "linspace, end of a number": (lambda a: torch.linspace(0.3, a, 5, dtype=torch.float64), END),
+    "linspace, both": (lambda a: torch.linspace(a, a * a, 5, dtype=torch.float64), START),
+    "linspace, one step": (lambda a: torch.linspace(a, END, 1, dtype=torch.float64), START),
+    "linspace, no step": (lambda a: torch.linspace(a, END, 0, dtype=torch.float64), START),
+    "logspace, both": (lambda a: torch.logspace(a, a * a, 5, 3.0, dtype=torch.float64), START),
+    "logspace, start": (lambda a: torch.logspace(a, 2.0, 4, dtype=torch.float64), START),
+    "bincount": (lambda w: torch.bincount(BINS, w * w, 6), WEIGHTS),
+    "heaviside": (lambda v: torch.heaviside(floats(-1.0, 0.0, 0.0, 3.0), v * v), WEIGHTS),
+    "unique": (lambda x: torch.unique(x * x), X),
+    "unique, with more": (lambda x: torch.unique(x * x, return_inverse=True, return_counts=True)[0], X),
+    "unique, rows": (lambda x: torch.unique(x * x, dim=0), ROWS),
+    "unique, columns": (lambda x: torch.unique(x * x, dim=1, return_inverse=True)[0], ROWS),
+    "unique_consecutive": (lambda x: torch.unique_consecutive(x * x), X),
+    "unique_consecutive, rows": (lambda x: torch.unique_consecutive(x * x, dim=0), ROWS),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_of_ours(name: str) -> None:
+    """First order by differences of the function, second and third by differences of the order before."""
+    f, x = FORMULAS[name]
+    total = lambda x: (f(x).flatten() * MIX[: f(x).numel()]).sum()
+    v = torch.linspace(-1, 1.5, x.numel(), dtype=torch.float64).reshape(x.shape)
+    along = lambda g: lambda x: jvp(g, (x,), (v,))[1]
+    first, second, third = along(total), along(along(total)), along(along(along(total)))
+    for order, (lower, upper) in enumerate(((total, first), (first, second), (second, third)), 1):
+        (slope,) = differences(lambda x, g=lower: (g(x),), x, v, 1e-5)
+        torch.testing.assert_close(upper(x), slope, rtol=1e-6, atol=1e-6, msg=lambda m, order=order: f"order {order}: {m}")
+    torch.testing.assert_close((grad(total)(x) * v).sum(), first(x))
+    torch.testing.assert_close((grad(first)(x) * v).sum(), second(x))
+    torch.testing.assert_close((hessian(total)(x) * v).sum(), (grad(lambda x: grad(total)(x).sum())(x) * v).sum())
+    assert (along(grad(total))(x) * v).sum().allclose(second(x))
+
+
+def test_equal_values_of_unique_give_to_the_first() -> None:
+    x = floats(3.0, 1.0, 3.0, 1.0)
+    assert grad(lambda x: (torch.unique(x) * floats(2.0, 5.0)).sum())(x).tolist() == [5.0, 2.0, 0.0, 0.0]
+
+    def with_places(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, inverse = torch.unique(x, return_inverse=True)
+        return values.sum(), inverse
+
+    assert grad(with_places, has_aux=True)(x)[1].tolist() == [1, 0, 1, 0]
+
+
+def test_batches() -> None:
+    starts = floats(0.1, 0.5, 2.0)
+    f = lambda a: (torch.linspace(a, 2.0, 4, dtype=torch.float64) ** 2).sum()
+    torch.testing.assert_close(vmap(grad(f))(starts), torch.stack([grad(f)(a) for a in starts]))
+    weights = torch.stack([WEIGHTS, 2 * WEIGHTS, WEIGHTS.flip(0)])
+    g = lambda w: (torch.bincount(BINS, w) ** 2).sum()
+    torch.testing.assert_close(vmap(grad(g))(weights), torch.stack([grad(g)(w) for w in weights]))
+
+
+# ------------------------------------------------------------------------------------------- errors of ours
+
+POSITIVE = floats(0.3, 0.7, 1.2)
+#: functions of which nobody has a derivative by their argument
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
+    "igamma": (lambda a: torch.igamma(a, POSITIVE), POSITIVE),
+    "gammainc": (lambda a: torch.special.gammainc(a, POSITIVE), POSITIVE),
+    "gammaincc": (lambda a: torch.special.gammaincc(a, POSITIVE), POSITIVE),
+    "zeta": (lambda a: torch.special.zeta(a + 1, POSITIVE), POSITIVE),
+    "geqrf": (lambda a: torch.geqrf(torch.diag(a))[0], POSITIVE),
+    "ldl_factor": (lambda a: torch.linalg.ldl_factor(torch.diag(a) + 1)[0], POSITIVE),
+    "histogram": (lambda a: torch.histogram(POSITIVE, 2, weight=a)[0], POSITIVE),
+    "quantised with a scale": (
+        lambda a: torch.fake_quantize_per_channel_affine(torch.diag(POSITIVE), a, torch.zeros(3, dtype=torch.int32), 0, 0, 9), POSITIVE.float(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_nobody_has_it(name: str) -> None:
+    f, x = REFUSED[name]
+    for run in (lambda: grad(lambda x: f(x).sum())(x), lambda: jvp(f, (x,), (torch.ones_like(x),))):
+        with pytest.raises(errors.NoFormulaError, match="(?s)functrans.extend.derivative.*detach") as caught:
+            run()
+        assert isinstance(caught.value, NotImplementedError)
+
+
+def test_the_second_argument_is_not_lost_beside_the_first() -> None:
+    with pytest.raises(errors.NoFormulaError):
+        grad(lambda a, x: torch.igamma(a, x).sum(), argnums=(0, 1))(POSITIVE, POSITIVE)
+    slopes = grad(lambda x: torch.igamma(POSITIVE, x).sum())(POSITIVE)
+    truth = POSITIVE ** (POSITIVE - 1) * (-POSITIVE).exp() / torch.lgamma(POSITIVE).exp()
+    torch.testing.assert_close(slopes, truth)
+    assert grad(lambda x: torch.igamma(x.detach(), x).sum())(POSITIVE).equal(slopes)
+
+
+def test_the_cure_of_the_message() -> None:
+    op = aten.igamma.default
+    entry_before = DERIVATIVES.get(op)
+    with overriding(DERIVATIVES, op):
+        step = 1e-6
+        derivative(
+            op,
+            tangent="elementwise",
+            self=lambda grad, self, other: grad * (torch.igamma(self + step, other) - torch.igamma(self - step, other)) / (2 * step),
+            other=lambda grad, self, other: grad * ((self - 1) * other.log() - other - torch.lgamma(self)).exp(),
+        )
+        found = grad(lambda a: torch.igamma(a, POSITIVE).sum())(POSITIVE)
+        (slope,) = differences(lambda a: (torch.igamma(a, POSITIVE),), POSITIVE, torch.ones_like(POSITIVE), 1e-5)
+        torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-6)
+    assert DERIVATIVES.get(op) is entry_before
+
+
+Y = floats(0.2, 0.5, 0.9)
+#: functions that PyTorch's parser gives the number of a tensor
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "full": lambda a: torch.full((3,), a),
+    "new_full": lambda a: Y.new_full((3,), a),
+    "full_like": lambda a: torch.full_like(Y, a),
+    "arange": lambda a: torch.arange(a, 3.0),
+    "alpha": lambda a: torch.add(Y, Y, alpha=a),
+    "alpha, with a wrapper beside it": lambda a: torch.add(a * Y, Y, alpha=a),
+    "value": lambda a: torch.addcmul(Y, Y, Y, value=a),
+    "elu": lambda a: F.elu(-Y, a),
+    "huber": lambda a: F.huber_loss(Y, Y + 1, delta=a),
+    "norm": lambda a: Y.norm(a),
+    "trapezoid": lambda a: torch.trapezoid(Y, dx=a),
+    "spacing": lambda a: torch.gradient(Y, spacing=a)[0],
+    "cdist": lambda a: torch.cdist(Y[None], Y[None] + 1, p=a),
+    "dropout, with a wrapper beside it": lambda a: F.dropout(a * Y, a),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_tensor_in_the_place_of_a_number_is_refused(name: str) -> None:
+    f, x = NUMBERS[name], torch.tensor(0.5, dtype=torch.float64)
+    for run in (lambda: grad(lambda x: f(x).sum())(x), lambda: jvp(f, (x,), (x,)), lambda: vmap(grad(lambda y: f(x * y).sum()))(Y)):
+        with pytest.raises(errors.FunctransError) as caught:
+            run()
+        assert isinstance(caught.value, (errors.NumberArgumentError, errors.DataDependentError))
+    # without a derivative it is the number that it is
+    torch.manual_seed(0)
+    expected = f(x)
+    torch.manual_seed(0)
+    assert grad(lambda y: (y, f(x))[0])(x) == 1
+    assert torch.equal(grad(lambda y: (y, f(y.detach())), has_aux=True)(x)[1], expected) or "dropout" in name
+
+
+def test_asking_for_the_number_is_allowed() -> None:
+    x = torch.tensor(0.5, dtype=torch.float64)
+    read = (float, lambda x: x.item(), lambda x: math.sqrt(x) ** 2, lambda x: x.tolist(), lambda x: float(f"{x:.1f}"), complex, aten.item.default)
+    for ask in read:
+        f = lambda x, ask=ask: (x * ask(x)).real if isinstance(ask(x), complex) else x * ask(x)
+        torch.testing.assert_close(grad(f)(x), x)
+        torch.testing.assert_close(jvp(f, (x,), (torch.ones_like(x),))[1], x)
+    assert grad(lambda x: x if x > 0 else -x)(x) == 1
+
+
+# ------------------------------------------------------------------------------------------- zeros that are right
+
+CONSTANTS = sorted((str(op), op) for op in DERIVATIVES if DERIVATIVES.get(op).tangent == NO_TANGENT)
+#: zeros by convention; see functrans.derivatives.constants
+CONVENTIONS = {"aten.normal.Tensor_float", "aten.normal.float_Tensor", "aten.normal.Tensor_Tensor"}
+
+
+def test_the_constants_are_those_that_give_a_reason() -> None:
+    listed = {name for names in CONSTANT.values() for name in names}
+    assert {op._schema.name.removeprefix("aten::") for _, op in CONSTANTS} <= listed
+    assert len(listed) == sum(map(len, CONSTANT.values()))
+
+
+def test_constants_do_not_move() -> None:
+    """By differences, of arguments made up from the schema."""
+    moving = {v.op for _, op in CONSTANTS for call in made_up_calls(op, 3) for v in probe(call) if v.outcome != "still"}
+    assert moving == CONVENTIONS
+
+
+def test_a_lie_would_be_found() -> None:
+    sin = aten.sin.default
+    with overriding(DERIVATIVES, sin):
+        derivative(sin, tangent="elementwise", self=lambda grad: torch.zeros_like(grad))
+        assert {v.outcome for v in probe(Call(sin, (Y,)))} == {"zero"}
+    assert {v.outcome for v in probe(Call(sin, (Y,)))} == {"right"}
+    assert verdict("sign", 0, lambda x: (x.sign(),), Y).outcome == "still"
+    assert verdict("step", 0, lambda x: ((x - Y).sign(),), Y).outcome == "still"
