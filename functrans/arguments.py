@@ -105,10 +105,12 @@ class Inputs:
 
 def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
     """``leaf``, number ``place`` of argument ``i``, is nothing to differentiate for; ``named``: by argnums."""
+    other_way = "as an argument that argnums does not name" if named else "in another way: lambda x: f(x, value)"
     path = path_of(f"args[{i}]" if named else f"primals[{i}]", args[i], place)
     if not isinstance(leaf, Tensor):
-        raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", argument_cure(leaf) or (NAMED_CURE if named else UNNAMED_CURE))
-    cure = "Convert it, e.g. with .float(), or " + ("pass it as an argument that argnums does not name." if named else UNNAMED_CURE[0].lower() + UNNAMED_CURE[1:])
+        cure = argument_cure(leaf) or f"Pass it {other_way}."
+        raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", cure)
+    cure = f"Convert it, e.g. with .float(), or pass it {other_way}."
     raise CallValueError(call, f"a tensor of dtype {leaf.dtype} as {path}", "a floating-point or complex dtype to differentiate for", cure)
 
 
@@ -119,10 +121,6 @@ def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None
             if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
                 refuse_argument(call, leaf, True, i, args, place)
             check_layout(leaf)
-
-
-NAMED_CURE = "Name only tensors in argnums."
-UNNAMED_CURE = "Give it to the function in another way: lambda x: f(x, value)."
 
 
 def argument_cure(x: Any) -> str:
@@ -177,9 +175,8 @@ def pick(call: Call, args: tuple[Any, ...], argnums: Argnums) -> Any:
 
 def split_aux(call: Call, out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise CallError(
-            call, f"{what(out)} from the function", "a pair (output, aux), since has_aux=True", "Return a tuple of both, or leave has_aux out."
-        )
+        cure = "Return a tuple of both, or leave has_aux out."
+        raise CallError(call, f"{what(out)} from the function", "a pair (output, aux), since has_aux=True", cure)
     return out
 
 

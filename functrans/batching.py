@@ -11,11 +11,12 @@ from torch import Tensor
 
 from functrans.checks import call_function, check_callable, check_chunk_size, check_randomness
 from functrans.errors import Call, CallIndexError, CallValueError, DeadWrapperError
+from functrans.in_dims import check_in_dims, check_inputs
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
-from functrans.structures import difference, path_of, paths
-from functrans.tensor import WrapperTensor, check_layout
+from functrans.structures import difference, path_of
+from functrans.tensor import WrapperTensor
 from functrans.views import contents_of
 from functrans.wording import what
 
@@ -57,9 +58,7 @@ def vmap(
     """
     check_callable("vmap", func)
     call = Call("vmap", func, {"in_dims": in_dims, "out_dims": out_dims})
-    if not isinstance(in_dims, int | tuple) or isinstance(in_dims, bool):
-        cure = "Write a tuple in place of the list." if isinstance(in_dims, list) else "Write vmap(f)(x)." if isinstance(in_dims, Tensor) else ""
-        raise CallValueError(call, f"{what(in_dims)} as in_dims", "an int or a tuple with one entry per positional argument", cure)
+    check_in_dims(call, in_dims)
     check_randomness(call, randomness)
     check_chunk_size(call, chunk_size)
 
@@ -71,77 +70,6 @@ def vmap(
         return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size)
 
     return batched
-
-
-def check_inputs(call: Call, in_dims: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[int | None], Any, int]:
-    """Flattened arguments with the dimension of each, non-negative; and the batch size."""
-    if not args:
-        raise CallValueError(call, "no positional arguments", "at least one", "Keyword arguments are never batched.")
-    leaves, spec = tree_flatten(args)
-    dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
-    if dims is None:
-        cure = "in_dims has one entry per positional argument." if not isinstance(in_dims, int) and len(in_dims) != len(args) else ""
-        raise CallValueError(call, *difference("in_dims", in_dims, "args", args, prefix=True), cure)
-    found: list[int | None] = []
-    size: int | None = None
-    for place, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
-        if dim is None:
-            found.append(None)
-            continue
-        if type(dim) is not int:
-            raise CallValueError(call, f"{what(dim)} as in_dim of {path_of('args', args, place)}", "an int or None")
-        if not isinstance(leaf, Tensor):
-            cure = "Give it in_dim None if it is the same for every example." if not hasattr(leaf, "__array__") else "Pass torch.as_tensor(...) of it."
-            raise CallValueError(call, f"in_dim {dim} for {what(leaf)}, {path_of('args', args, place)}", "a tensor", cure)
-        check_layout(leaf)
-        rank = leaf.dim()
-        if not -rank <= dim < rank:
-            refuse_in_dim(call, dim, rank, path_of("args", args, place))
-        dim %= rank
-        found.append(dim)
-        if size is None:
-            size = leaf.shape[dim]
-        elif size != leaf.shape[dim]:
-            dims_known = [None if d is None or type(d) is not int or not isinstance(x, Tensor) else d for x, d in zip(leaves, dims, strict=True)]
-            refuse_sizes(call, paths("args", args), leaves, dims_known)
-    if size is None:
-        raise CallValueError(call, "no argument with a batch", "an int for at least one in in_dims")
-    return leaves, found, spec, size
-
-
-def refuse_in_dim(call: Call, dim: int, rank: int, path: str) -> None:
-    got = f"in_dim {dim} for {path}, which has {rank} dimension{'s' * (rank != 1)}"
-    if rank == 0:
-        raise CallValueError(call, got, "a tensor with a dimension that counts the examples", "Give it in_dim None if it is the same for every example.")
-    raise CallValueError(call, got, f"{-rank} <= in_dim < {rank}")
-
-
-def refuse_sizes(call: Call, names: list[str], leaves: list[Any], dims: list[int | None]) -> None:
-    """Say which arguments have which batch size, and which is likely the odd one."""
-    sizes: dict[int, list[tuple[str, Tensor, int]]] = {}
-    for name, x, dim in zip(names, leaves, dims, strict=True):
-        if dim is not None and -x.dim() <= dim < x.dim():
-            sizes.setdefault(x.shape[dim], []).append((name, x, dim))
-    groups = sorted(sizes.items(), key=lambda group: -len(group[1]))
-    texts = []
-    for size, members in groups:
-        listed = ", ".join(f"{name} of shape {tuple(x.shape)} with in_dim {dim}" for name, x, dim in members[:3])
-        texts.append(f"size {size} ({listed}{f' and {len(members) - 3} more' if len(members) > 3 else ''})")
-    most = groups[0][0]
-    if len(groups[0][1]) > len(groups[1][1]):  # what is not of the size that most have is likely the mistake
-        odd = [member for _, members in groups[1:] for member in members]
-        cure = f"Likely {name_list([name for name, _, _ in odd])} should have in_dim None, which says that all examples share it"
-        fitting = [(name, i) for name, x, _ in odd for i, n in enumerate(x.shape) if n == most]
-        cure += f", or {fitting[0][0]} in_dim {fitting[0][1]}, where it has size {most}." if fitting else "."
-    else:
-        sizes_there = {size for size, _ in groups}
-        others = [(name, i, n) for _, members in groups for name, x, dim in members for i, n in enumerate(x.shape) if i != dim % x.dim() and n in sizes_there]
-        cure = "Give in_dim None to what all examples share" + "".join(f"; {name} has size {n} along dimension {i}" for name, i, n in others[:2]) + "."
-    raise CallValueError(call, "batches of " + name_list(texts), "one size along every batched dimension", cure)
-
-
-def name_list(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def run_batched(

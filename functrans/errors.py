@@ -10,7 +10,7 @@ import torch
 
 from functrans.call_sites import definition, place
 from functrans.versions import SUPPORTED
-from functrans.wording import callable_name, shown
+from functrans.wording import callable_name, shown, what
 
 OpOverloadPacket = type(torch.ops.aten.sin)
 
@@ -60,7 +60,7 @@ def what_was_named(op: Any) -> str:
     """What was given for an operator overload, for a message."""
     if isinstance(op, OpOverloadPacket):
         return f"the packet torch.ops.{op}, which stands for all its overloads"
-    return f"the function {op.__qualname__}" if inspect.isfunction(op) else repr(op)
+    return f"the function {op.__qualname__}" if inspect.isfunction(op) else what(op)
 
 
 def overloads_meant(op: Any, title: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from functrans.checks import check_kind
 from functrans.defaults import completed
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.errors import CarriedValueError, FunctransError, MissingRuleError
+from functrans.errors import CallTypeError, CarriedValueError, FunctransError, MissingRuleError
 from functrans.extension_calls import (
     check_operator,
     decompose,
@@ -32,7 +32,7 @@ from functrans.extension_calls import (
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
 from functrans.operators import facts, schema_default
 from functrans.rule_results import check_below, check_carried, checked_result
-from functrans.rules import RuleTable, place_in, rules_in_scope
+from functrans.rules import RuleTable, check_table, place_in, rules_in_scope
 from functrans.stack import Interpreter, interpreter_stack
 from functrans.tensor import WrapperTensor
 from functrans.torch_private import OpOverload
@@ -111,7 +111,7 @@ class TableInterpreter(Interpreter):
         for name in self.payload:
             setattr(wrapper, name, payload.pop(name, None))
         if payload:
-            raise TypeError(f"{self.kind} carries {self.payload}, not {sorted(payload)}")
+            raise CallTypeError(f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}")
         return wrapper
 
     def own(self, x: Tensor) -> WrapperTensor:
@@ -237,6 +237,7 @@ def overriding(table: RuleTable[Rule], *ops: OpOverload) -> AbstractContextManag
         >>> functrans.grad(torch.round)(torch.tensor(0.7))
         tensor(0.)
     """
+    check_table("overriding(table, *ops)", table)
     for op in ops:
         table.check(op)
     return rules_in_scope(table, dict.fromkeys(ops))

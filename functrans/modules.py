@@ -94,7 +94,7 @@ def check_replacement(call: str, module: nn.Module, name: Any, value: Any) -> No
     owner: Any = module
     for part in path:
         owner = getattr(owner, part, None)
-    if not isinstance(owner, nn.Module) and owner is not None or not last or not isinstance(getattr(owner, last, None), Tensor | None):
+    if not isinstance(owner, nn.Module) or not last or not isinstance(getattr(owner, last, None), Tensor | None):
         raise CallTypeError(call, f"the name {shown(name)}, which is no parameter or buffer", "a name as in named_parameters()")
 
 
@@ -121,8 +121,9 @@ def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Any], dic
         torch.Size([4, 3])
     """
     call = "stack_module_state(models)"
-    if not isinstance(models, Sequence) or isinstance(models, nn.Module | str | bytes):  # nn.ModuleList is a sequence that does not say so
-        check_kind(call, "models", models, nn.ModuleList, "a list of modules", "Write [model] for a single one." if isinstance(models, nn.Module) else "")
+    if not isinstance(models, Sequence) or isinstance(models, str | bytes):
+        cure = "Write [model] for a single one." if isinstance(models, nn.Module) else ""
+        check_kind(call, "models", models, nn.ModuleList | nn.Sequential, "a list of modules", cure)
     if len(models) == 0:
         raise CallError(call, "no models", "at least one")
     for i, m in enumerate(models):
@@ -156,7 +157,7 @@ def mode(module: nn.Module) -> str:
 
 def check_alike(call: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
     """A tensor of one model can be stacked with its counterpart of the first."""
-    for attribute in ("shape", "dtype", "device", "requires_grad"):
+    for attribute in ("shape", "device", "requires_grad"):
         ours, theirs = getattr(x, attribute), getattr(first, attribute)
         if ours != theirs:
             ours, theirs = (tuple(ours), tuple(theirs)) if attribute == "shape" else (ours, theirs)

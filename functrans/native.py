@@ -163,10 +163,10 @@ class _refusals:
             raise NoFormulaError(self.op, self.borrower, str(error)) from error
 
 
-#: NOTE [Arguments without a formula]
-#: PyTorch's table may have no formula for an argument, or none for the whole operator; then autograd takes the output for a constant of
-#: it, in silence, however smoothly it depends on it. So a borrowed derivative is looked at when it is borrowed first: the graph must lead
-#: from the outputs to every argument. What is constant for a reason is declared so (``functrans.derivatives.constants``).
+# NOTE [Arguments without a formula]
+# PyTorch's table may have no formula for an argument, or none for the whole operator; then autograd takes the output for a constant of
+# it, in silence, however smoothly it depends on it. So a borrowed derivative is looked at when it is borrowed first: the graph must lead
+# from the outputs to every argument. What is constant for a reason is declared so (``functrans.derivatives.constants``).
 _with_formulas: set[tuple[OpOverload, tuple[int, ...]]] = set()
 
 

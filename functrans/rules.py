@@ -19,8 +19,9 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
+from functrans.errors import CallTypeError, DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.torch_private import OpOverload
+from functrans.wording import shown, what
 
 Rule = TypeVar("Rule")
 
@@ -121,7 +122,7 @@ class RuleTable(Generic[Rule]):
         if callable(rule) if self.kind is None else isinstance(rule, self.kind):
             return
         expected = "a function" if self.kind is None else f"what {self.kind.__name__.lower()}(...) makes"
-        raise RegistrationError(f"{self.title}: got {rule!r} as the rule of {op}; expected {expected}.")
+        raise RegistrationError(f"{self.title}: got {shown(rule)} as the rule of {op}; expected {expected}.")
 
     def add(self, op: OpOverload, rule: Rule, *, place: str | None = None) -> None:
         """Register ``rule`` for ``op``; ``place`` is the ``file:line`` that messages show."""
@@ -141,6 +142,7 @@ class RuleTable(Generic[Rule]):
 
     def remove(self, op: OpOverload) -> None:
         """Take out the rule of ``op``, if it has one, so that another can be registered."""
+        self.check(op)
         with _LOCK:
             scope = covering(self, op)
             if scope is not None:
@@ -178,7 +180,10 @@ class RuleTable(Generic[Rule]):
         if SCOPES and (scope := covering(self, op)) is not None:
             entry = scope.entries[op]
             return None if entry is None else entry[0]
-        return self._rules.get(op)
+        try:
+            return self._rules.get(op)
+        except TypeError:  # an unhashable thing
+            raise NotAnOverloadError(self.title, op) from None
 
     def rule_outside(self, op: OpOverload) -> Rule | None:
         """The rule for ``op`` outside of all scopes, or None."""
@@ -186,6 +191,9 @@ class RuleTable(Generic[Rule]):
 
     def place(self, op: OpOverload) -> str:
         """``file:line`` of the registration of ``op``."""
+        self.check(op)
+        if op not in self:
+            raise RegistrationError(f"{self.title}: got {op}, which has no rule; expected one that has.")
         entry = scope.entries[op] if SCOPES and (scope := covering(self, op)) is not None else None
         return self._places[op] if entry is None else entry[1]
 
@@ -249,11 +257,10 @@ def rules_in_scope(table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | Non
         tensor([[1, 2],
                 [5, 7]])
     """
-    if not isinstance(table, RuleTable):
-        raise CallError(
-            "a scope of rules", f"{table!r} as the table", "a RuleTable, such as functrans.extend.DERIVATIVES",
-            "Write overriding(table, op) or rules_in_scope(table, {op: rule}).",
-        )  # fmt: skip
+    check_table("rules_in_scope(table, rules)", table)
+    if not isinstance(rules, Mapping):
+        cure = "Write overriding(table, op) to take rules out." if isinstance(rules, OpOverload) else ""
+        raise CallTypeError("rules_in_scope(table, rules)", f"{what(rules)} as rules", "a dict from operators to rules", cure)
     if not rules:
         raise RegistrationError(f"{table.title}: a scope of rules was opened for no operator. Name at least one.")
     place = caller_place()
@@ -262,6 +269,12 @@ def rules_in_scope(table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | Non
         if rule is not None:
             table.check_rule(op, rule)
     return _scope(table, {op: None if rule is None else (rule, place) for op, rule in rules.items()})
+
+
+def check_table(call: str, table: Any) -> None:
+    if not isinstance(table, RuleTable):
+        cure = "The table comes first, then the operators." if isinstance(table, OpOverload) else ""
+        raise CallTypeError(call, f"{what(table)} as table", "a RuleTable, such as functrans.extend.DERIVATIVES", cure)
 
 
 @contextmanager

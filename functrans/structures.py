@@ -32,7 +32,7 @@ def difference(root: str, given: Any, of: str, expected: Any, *, prefix: bool = 
         return f"{what(given)} as {root}", f"the structure of {of}"
     path, g, e = found
     there = of + path if of.isidentifier() else of
-    if _dicts(g, e):
+    if _dicts(g, e) and g.keys() != e.keys():
         missing, extra = [shown(k) for k in e if k not in g], [shown(k) for k in g if k not in e]
         apart = [f"{word} {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for word, names in (("without", missing), ("with", extra)) if names]
         return f"{root}{path} {' and '.join(apart)}", f"the keys of {there}"
@@ -53,7 +53,7 @@ def _difference(path: str, given: Any, expected: Any, prefix: bool) -> tuple[str
         found = _difference(path + step, child, theirs[step], prefix)
         if found is not None:
             return found
-    return None
+    return None if type(given) is type(expected) else (path, given, expected)  # a dict and an OrderedDict
 
 
 def _is_leaf(tree: Any) -> bool:

@@ -238,7 +238,7 @@ def test_the_pasted_lines_are_python() -> None:
 
 
 def test_carry_refuses_what_is_not_in_the_payload() -> None:
-    with pytest.raises(TypeError, match=r"error carries \('error',\), not \['eror'\]"):
+    with pytest.raises(TypeError, match=r"got a payload \['eror'\]; expected names of its payload, \('error',\)"):
         ErrorInterpreter().carry(X, eror=E)
 
 

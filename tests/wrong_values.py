@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -100,6 +101,11 @@ VALUES: dict[str, Callable[[], Any]] = {
     "[Linear, no bias]": lambda: [nn.Linear(3, 2), nn.Linear(3, 2, bias=False)],
     "{'weight': text}": lambda: {"weight": "text"},
     "{'weight': X}": lambda: {"weight": X.T},
+    "{'': V}": lambda: {"": V},
+    "{'forward': V}": lambda: {"forward": V},
+    "{'bias.x': V}": lambda: {"bias.x": V},
+    "{'sub.weight': V}": lambda: {"sub.weight": V},
+    "OrderedDict": lambda: collections.OrderedDict(a=V),
     "{'other': X}": lambda: {"other": X},
     "array": lambda: np.ones(3),
     "array of ints": lambda: np.arange(2),

@@ -42,6 +42,7 @@ from typing import Any
 from functrans.errors import DerivativeEntryError, RegistrationError
 from functrans.rules import RuleTable, caller_place
 from functrans.torch_private import OpOverload
+from functrans.wording import shown
 
 Formula = Callable[..., Any]
 
@@ -135,19 +136,19 @@ def derivative(
     if callable(tangent):
         tangents = {f"{a}_t" for a in arguments}
         needs["tangent"] = _parameters(op, tangent, (known - {"grad", "grads"}) | tangents)
-    elif tangent not in ("elementwise", "linear", "multilinear", None):
-        raise DerivativeEntryError(op, f"has tangent={tangent!r}; expected elementwise, linear, multilinear, a function or None")
+    elif not isinstance(tangent, str | None) or tangent not in ("elementwise", "linear", "multilinear", None):
+        raise DerivativeEntryError(op, f"has tangent={shown(tangent)}; expected elementwise, linear, multilinear, a function or None")
     entry = Derivative(op, formulas, tangent, arguments, 2 if one_list else outputs, needs, broadcasts, joint)
     DERIVATIVES.add(op, entry, place=caller_place())
 
 
 def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str, ...]:
     if not callable(formula):
-        raise DerivativeEntryError(op, f"has {formula!r} as a formula; expected a function")
+        raise DerivativeEntryError(op, f"has {shown(formula)} as a formula; expected a function")
     try:
         parameters = inspect.signature(formula).parameters.values()
     except ValueError:
-        raise DerivativeEntryError(op, f"has {formula!r} as a formula, which does not say what it asks for; write a lambda around it") from None
+        raise DerivativeEntryError(op, f"has {shown(formula)} as a formula, which does not say what it asks for; write a lambda around it") from None
     odd = [str(p) for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if odd:
         raise DerivativeEntryError(op, f"has a formula that takes {', '.join(odd)}; its parameters are given by position, each by a name")
