@@ -12,6 +12,7 @@ from derivative_checker import Call, check_entry
 from plain_norms import EPS, PLAIN, batch_norm, group_norm, layer_norm, rms_norm
 from torch import Tensor
 
+import functrans
 from functrans.derivatives import norms
 from functrans.derivatives import rms_norm as rms_norms
 from functrans.derivatives.table import DERIVATIVES
@@ -235,3 +236,35 @@ def test_channels_last_group_norm():
     leaf = x.contiguous().requires_grad_()
     expected = torch.autograd.grad(group_norm(leaf, *args[1:])[0], leaf, grad)[0]
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("order", ["jvp", "vjp", "jvp of vjp", "vjp of jvp"])
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm", "instance_norm"])
+def test_autograd_through_transforms_of_a_normalization(name: str, order: str) -> None:
+    """Plain autograd records what a transform computes, and takes the statistics that the operators return for constants."""
+    weight = torch.tensor([0.7, -1.3, 0.4, 1.1], dtype=torch.float64)
+    f = {
+        "batch_norm": lambda x: torch.nn.functional.batch_norm(x, None, None, weight, None, True),
+        "layer_norm": lambda x: torch.nn.functional.layer_norm(x, (5,)),
+        "group_norm": lambda x: torch.nn.functional.group_norm(x, 2, weight),
+        "instance_norm": torch.nn.functional.instance_norm,
+    }[name]
+    generator = torch.Generator().manual_seed(3)
+    x, t, u, s, d = (torch.randn(3, 4, 5, dtype=torch.float64, generator=generator) for _ in range(5))
+
+    def pushed(x: torch.Tensor) -> torch.Tensor:
+        return (functrans.jvp(f, (x,), (t,))[1] * u).sum()
+
+    def pulled(x: torch.Tensor) -> torch.Tensor:
+        return (functrans.vjp(f, x)[1](u)[0] * t).sum()
+
+    total = {
+        "jvp": pushed,
+        "vjp": pulled,
+        "jvp of vjp": lambda x: functrans.jvp(pulled, (x,), (s,))[1],
+        "vjp of jvp": lambda x: (functrans.grad(pushed)(x) * s).sum(),
+    }[order]
+    leaf = x.clone().requires_grad_()
+    (got,) = torch.autograd.grad(total(leaf), leaf)
+    step = 1e-5 * d
+    torch.testing.assert_close((got * d).sum(), (total(x + step) - total(x - step)) / 2e-5, rtol=1e-5, atol=1e-6)

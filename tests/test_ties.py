@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 import functrans
 from functrans.derivatives.table import DERIVATIVES
-from functrans.versions import SPLITS_TIES
+from functrans.versions import INSTALLED, SPLITS_TIES
 
 aten = torch.ops.aten
 
@@ -243,6 +243,8 @@ SELECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max_pool1d": lambda x: torch.nn.functional.max_pool1d(x[None, None], 3, 2),
     "adaptive_max_pool1d": lambda x: torch.nn.functional.adaptive_max_pool1d(x[None, None], 2),
 }
+if INSTALLED < (2, 12):  # PyTorch has no derivative
+    del SELECTIONS["aminmax"]
 #: PyTorch's forward mode is missing, or is not the transpose of its reverse mode.
 REVERSE_ONLY = {"std", "dist", "cdist", "pdist", "cumprod", "prod", "vector_norm"}
 #: At NaN, PyTorch's tangent is NaN whatever was chosen, and a NaN factor is multiplied into its own derivative.

@@ -107,6 +107,12 @@ class State:
         self.learned = norm.learned(v)
         self.input = v["input"]
         self.mean, self.rstd = norm.statistics(v, self.layout)
+        if self.learned and torch.is_grad_enabled() and self.input.requires_grad:
+            # PyTorch's own autograd, which records at the base, takes the statistics that its operators return for constants
+            x, rstd = self.layout.x(self.input), self.rstd.detach()
+            self.mean = self.layout.mean(x)
+            var = self.layout.mean((x - self.mean).square())
+            self.rstd = cast((var - var.detach() + rstd.square().reciprocal()).rsqrt(), rstd.dtype)
         weight = v["weight"]
         self.weight = None if weight is None else shaped(weight, self.layout.affine)
 

@@ -43,6 +43,9 @@ DATA_DEPENDENT = {
     for overload in getattr(aten, name).overloads() if "out" not in overload
 }  # fmt: skip
 
+#: What PyTorch takes apart into something else: the second output would be the weights, not the logarithms of their sums.
+NOT_DECOMPOSED = frozenset((aten._scaled_dot_product_flash_attention_for_cpu.default,))
+
 
 class VmapInterpreter(Interpreter, slots=("bdim",)):
     """A wrapper holds all examples in one tensor, along its dimension ``bdim``; None: the same for every example."""
@@ -161,7 +164,7 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         if known.composite:
             return decompose(self, op, args, kwargs)
         decomposition = DECOMPOSITION_TABLE.get(op)
-        if decomposition is not None:
+        if decomposition is not None and op not in NOT_DECOMPOSED:
             with running_at(self):
                 out = decomposition(*args, **kwargs)
             if out is not NotImplemented:
