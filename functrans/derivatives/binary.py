@@ -161,15 +161,29 @@ pointwise(aten.pow.Scalar, exponent=pow_exponent)
 
 # ------------------------------------------------------------------------------------------- logarithms
 
+
+def sigmoid_of(difference: Tensor) -> Tensor:
+    """With higher derivatives that neither overflow nor lose a small result."""
+    positive = difference >= 0
+    right, left = (-torch.where(positive, difference, 0)).exp(), torch.where(positive, 0, difference).exp()
+    return torch.where(positive, 1 / (1 + right), left / (1 + left))
+
+
+def logaddexp_share(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    if x.dtype.is_complex or y.dtype.is_complex:
+        return grad / conj(1 + (y - x).exp())
+    return grad * sigmoid_of(x - y)
+
+
 pointwise(
     aten.logaddexp.default,
-    self=lambda grad, self, other: grad / conj(1 + (other - self).exp()),
-    other=lambda grad, self, other: grad / conj(1 + (self - other).exp()),
+    self=lambda grad, self, other: logaddexp_share(grad, self, other),
+    other=lambda grad, self, other: logaddexp_share(grad, other, self),
 )
 pointwise(
     aten.logaddexp2.default,
-    self=lambda grad, self, other: grad / (1 + (other - self).exp2()),
-    other=lambda grad, self, other: grad / (1 + (self - other).exp2()),
+    self=lambda grad, self, other: grad * sigmoid_of((self - other) * LN2),
+    other=lambda grad, self, other: grad * sigmoid_of((other - self) * LN2),
 )
 
 
