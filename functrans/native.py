@@ -130,7 +130,7 @@ class _autograd_on:
 def _tensors_in(out: Any) -> list[Tensor]:
     if isinstance(out, Tensor):
         return [out]
-    return [o for o in out if isinstance(o, Tensor)] if isinstance(out, tuple | list) else []
+    return [t for o in out for t in _tensors_in(o)] if isinstance(out, tuple | list) else []
 
 
 class _outside_inference:
