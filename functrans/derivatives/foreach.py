@@ -13,7 +13,7 @@ from functrans.decompositions import DECOMPOSITIONS
 aten = torch.ops.aten
 
 
-# of these four PyTorch's tangent is half of the right one, or of the wrong element
+# PyTorch takes every element for a tie in forward mode: half of the tangent
 @DECOMPOSITIONS.register(aten._foreach_maximum.Scalar)
 def foreach_maximum(self: Sequence[Tensor], scalar: Any) -> list[Tensor]:
     return [x.clamp_min(scalar) for x in self]
@@ -34,7 +34,7 @@ def foreach_clamp_max(self: Sequence[Tensor], scalar: Any) -> list[Tensor]:
     return [x.clamp_max(scalar) for x in self]
 
 
-# forward mode refuses these: a tangent of the wrong shape, and a list for a single tensor
+# PyTorch refuses these in one mode: a tangent of a wrong shape, one cotangent where a list is expected
 @DECOMPOSITIONS.register(aten._foreach_norm.Scalar)
 def foreach_norm(self: Sequence[Tensor], ord: Any = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
     return [torch.linalg.vector_norm(x, ord, dtype=dtype) for x in self]
