@@ -32,6 +32,8 @@ def by_recurrence(x: Tensor, n: Tensor, step: Callable[[int, Tensor, Tensor], Te
 
 def prepared(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the shape and precision of the result, and the order as an integer."""
+    if x.is_complex() or n.is_complex():
+        raise NotImplementedError("the polynomials of torch.special are of real numbers")
     x, n = torch.broadcast_tensors(x.to(torch.result_type(x, n)), n.trunc())
     return x, n
 
