@@ -120,7 +120,7 @@ class _autograd_on(running_at):
 def _tensors_in(out: Any) -> list[Tensor]:
     if isinstance(out, Tensor):
         return [out]
-    return [o for o in out if isinstance(o, Tensor)] if isinstance(out, tuple | list) else []
+    return [t for o in out for t in _tensors_in(o)] if isinstance(out, tuple | list) else []
 
 
 def recording(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dependence import differences, made_up_calls, probe, verdict
+from dependence import differences, made_up_calls, probe, pure_operators, sweep, verdict
 from derivative_checker import Call
 from torch import Tensor
 
@@ -217,3 +217,79 @@ def test_a_lie_would_be_found() -> None:
     assert {v.outcome for v in probe(Call(sin, (Y,)))} == {"right"}
     assert verdict("sign", 0, lambda x: (x.sign(),), Y).outcome == "still"
     assert verdict("step", 0, lambda x: ((x - Y).sign(),), Y).outcome == "still"
+
+
+# ------------------------------------------------------------------------------------------- every aten operator
+
+SAVED = "what the forward operator saved is taken for what it would have saved of the same input, not for an argument of its own"
+AUXILIARY = "an output for the operator's own backward, which no function of torch returns"
+DETACHED = "that is what it is for"
+#: operators that the sweep of dependence.py finds to be zero although they move, each with the reason
+ZEROS = {
+    **dict.fromkeys(CONVENTIONS, "the parameters of a draw: a convention of PyTorch's"),
+    "aten._batch_norm_impl_index_backward.default": SAVED,
+    "aten._cdist_backward.default": SAVED,
+    "aten.cumprod_backward.default": SAVED,
+    "aten.native_batch_norm_backward.default": SAVED,
+    "aten.native_group_norm_backward.default": SAVED,
+    "aten._linalg_det.default": AUXILIARY,
+    "aten._linalg_slogdet.default": AUXILIARY,
+    "aten._linalg_solve_ex.default": AUXILIARY,
+    "aten._scaled_dot_product_flash_attention_for_cpu.default": AUXILIARY,
+    "aten._weight_norm_interface.default": AUXILIARY,
+    "aten.log_sigmoid_forward.default": AUXILIARY,
+    "aten.rrelu_with_noise_functional.default": AUXILIARY,
+    "aten._fw_primal.default": DETACHED,
+    "aten.data.default": DETACHED,
+    "aten.detach.default": DETACHED,
+    "aten.linalg_lstsq.default": "its singular values, which PyTorch does not differentiate: linalg.svdvals(A) are the same numbers",
+}
+
+
+def test_no_operator_is_silently_zero_that_moves_among_those_listed() -> None:
+    """The list has no stale entry that made-up arguments reach, and every name in it exists."""
+    names = {str(op): op for op in pure_operators()}
+    assert set(ZEROS) <= set(names)
+    for name in ("aten.data.default", "aten.detach.default", "aten.log_sigmoid_forward.default"):
+        assert "zero" in {v.outcome for call in made_up_calls(names[name]) for v in probe(call)}
+
+
+@pytest.mark.slow
+def test_no_operator_is_silently_zero() -> None:
+    assert {v.op for v in sweep() if v.outcome == "zero"} == set(ZEROS)
+
+
+# ------------------------------------------------------------------------------------------- found by the sweep
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("unitriangular", [False, True])
+@pytest.mark.parametrize("upper", [False, True])
+def test_triangular_solve_reads_one_triangle(upper: bool, transpose: bool, unitriangular: bool) -> None:
+    matrix = torch.rand(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + torch.eye(3, dtype=torch.float64)
+    b = torch.rand(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    f = lambda a, b: torch.triangular_solve(b, a, upper, transpose, unitriangular)[0]
+    for found in (verdict("A", 0, lambda a: (f(a, b),), matrix), verdict("b", 1, lambda b: (f(matrix, b),), b)):
+        assert found.outcome == "right", found
+    assert torch.equal(torch.triangular_solve(b, matrix)[1], vmap(lambda a: torch.triangular_solve(b, a)[1])(matrix))
+
+
+FOREACH: dict[str, Callable[..., Any]] = {
+    "maximum": lambda x, s: torch._foreach_maximum([x, x * s], 0.5),
+    "minimum": lambda x, s: torch._foreach_minimum([x, x * s], 0.5),
+    "clamp_min": lambda x, s: torch._foreach_clamp_min([x, x * s], 0.5),
+    "clamp_max": lambda x, s: torch._foreach_clamp_max([x, x * s], 0.5),
+    "norm": lambda x, s: torch._foreach_norm([x, x * s], 3),
+    "add": lambda x, s: torch._foreach_add([x, x * s], s, alpha=2),
+    "mul": lambda x, s: torch._foreach_mul([x, x * s], s),
+    "div": lambda x, s: torch._foreach_div([x, x * s], s),
+    "exp": lambda x, s: torch._foreach_exp([x, x * s]),
+    "lerp": lambda x, s: torch._foreach_lerp([x, x * s], [x * s, x * x], 0.3),
+}
+
+
+@pytest.mark.parametrize("name", FOREACH)
+def test_foreach(name: str) -> None:
+    f, x, s = FOREACH[name], floats(0.3, 0.7, 0.9), torch.tensor(1.3, dtype=torch.float64)
+    assert verdict(name, 0, lambda x: tuple(f(x, s)), x).outcome == "right"
+    assert verdict(name, 1, lambda s: tuple(f(x, s)), s).outcome == "right"

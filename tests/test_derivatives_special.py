@@ -154,6 +154,55 @@ def test_slopes_at_kinks(name: str, slope: float) -> None:
         assert derived(getattr(special, name), way)(x).tolist() == [slope, slope]
 
 
+def normal(x: Any) -> Any:
+    return mpmath.erfc(-x / mpmath.sqrt(2)) / 2
+
+
+#: functions that PyTorch differentiates, where its formulas lose digits or overflow at the second or third order
+NEIGHBOURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any], tuple[float, ...]]] = {
+    "erfcx": (special.erfcx, lambda x: mpmath.exp(x * x) * mpmath.erfc(x), (-3.0, -0.5, 0.0, 0.5, 3.0, 9.0, 30.0, 1e3, 1e5)),
+    "log_ndtr": (special.log_ndtr, lambda x: mpmath.log(normal(x)), (-1e5, -1e3, -30.0, -19.0, -3.0, 0.0, 0.5, 3.0, 8.0)),
+    "ndtri": (special.ndtri, lambda p: mpmath.sqrt(2) * mpmath.erfinv(2 * p - 1), (1e-6, 0.1, 0.5, 0.9)),
+    "logaddexp": (
+        lambda x: torch.logaddexp(x, torch.zeros_like(x)), lambda x: mpmath.log(1 + mpmath.exp(x)), (-800.0, -40.0, -1.0, 0.0, 2.0, 40.0, 800.0),
+    ),
+    "logaddexp2": (
+        lambda x: torch.logaddexp2(torch.zeros_like(x), x), lambda x: mpmath.log(1 + 2**x, 2), (-1100.0, -40.0, -1.0, 0.0, 2.0, 40.0, 1100.0),
+    ),
+    "logit": (torch.logit, lambda x: mpmath.log(x / (1 - x)), (1e-6, 0.3, 0.9)),
+    "entr": (special.entr, lambda x: -x * mpmath.log(x), (1e-6, 0.3, 2.0, 100.0)),
+    "polygamma": (lambda x: torch.polygamma(2, x), lambda x: mpmath.polygamma(2, x), (0.01, 0.7, 3.0, 50.0)),
+    "mvlgamma": (lambda x: torch.mvlgamma(x, 2), lambda x: mpmath.loggamma(x) + mpmath.loggamma(x - 0.5), (0.7, 3.0, 50.0)),
+    "xlog1py": (lambda x: special.xlog1py(x, x), lambda x: x * mpmath.log(1 + x), (1e-6, 0.3, 5.0)),
+    "zeta": (lambda x: special.zeta(2.5, x), lambda x: mpmath.zeta(2.5, x), (0.1, 0.7, 3.0)),
+    "igamma": (
+        lambda x: torch.igamma(torch.full_like(x.detach(), 1.7), x), lambda x: mpmath.gammainc(1.7, 0, x, regularized=True), (0.1, 0.7, 3.0),
+    ),
+    "ldexp": (lambda x: torch.ldexp(x, x), lambda x: x * 2**x, (-3.0, 0.0, 0.2)),
+    "float_power": (lambda x: torch.float_power(x, x), lambda x: x**x, (0.1, 1.0, 2.5)),
+}  # fmt: skip
+
+
+SYMMETRIC = {"logaddexp": 1e-17, "logaddexp2": 1e-17}  # the third derivative is 0 at 0
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbours(name: str) -> None:
+    f, truth, points = NEIGHBOURS[name]
+    x = torch.tensor(points, dtype=torch.float64)
+    with mpmath.workdps(60):
+        expected = [torch.tensor([float(mpmath.diff(truth, mpmath.mpf(p), k)) for p in points], dtype=torch.float64) for k in range(4)]
+    for way in WAYS:
+        got = derived(f, way)(x)
+        torch.testing.assert_close(got, expected[len(way)], rtol=1e-7, atol=SYMMETRIC.get(name, 1e-25), msg=lambda m, way=way: f"{name}, {way}: {m}")
+
+
+def test_log_ndtr_far_out() -> None:
+    x = torch.tensor([-math.inf, -1e200, 40.0, math.inf], dtype=torch.float64)
+    assert by_grad(special.log_ndtr)(x).tolist()[:2] == [math.inf, 1e200]
+    assert by_grad(by_grad(special.log_ndtr))(x).tolist()[1:3] == [-1.0, 0.0]
+
+
 def test_what_vanishes_at_infinity() -> None:
     x = torch.tensor([math.inf, 1e12], dtype=torch.float64)
     for name in ("scaled_modified_bessel_k0", "scaled_modified_bessel_k1", "i0e", "i1e", "spherical_bessel_j0", "modified_bessel_k0"):

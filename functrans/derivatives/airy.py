@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from functrans.derivatives.bessel import power_series
 from functrans.derivatives.own_operators import own_operator
+from functrans.derivatives.series import power_series
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten

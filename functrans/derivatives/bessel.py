@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from functrans.derivatives.helpers import conj
+from functrans.derivatives.series import even_or, power_series
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -23,22 +24,6 @@ special = torch.special
 pointwise = partial(derivative, tangent="elementwise")
 
 TERMS = 16
-
-
-def power_series(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """The sum of ``coefficients[k] * x ** k``."""
-    *rest, second, last = coefficients
-    total = x * last + second
-    for c in reversed(rest):
-        total = total * x + c
-    return total
-
-
-def even_or(quotient: Callable[[Tensor], Tensor], x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """``quotient(x)``; for ``abs(x) < 1`` its series in ``x * x``."""
-    small = x.abs() < 1
-    near = torch.where(small, x, 0)
-    return torch.where(small, power_series(near * near, coefficients), quotient(torch.where(small, 1, x)))
 
 
 #: of J₁(x) / x, and, without the signs, of I₁(x) / x (DLMF 10.2.2, 10.25.2)

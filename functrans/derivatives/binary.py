@@ -163,9 +163,18 @@ pointwise(aten.pow.Scalar, exponent=pow_exponent)
 # ------------------------------------------------------------------------------------------- logarithms
 
 
+def sigmoid_of(x: Tensor) -> Tensor:
+    """With higher derivatives that neither overflow nor lose a small result."""
+    if x.dtype.is_complex:
+        return torch.sigmoid(x)
+    positive = x >= 0
+    right, left = (-torch.where(positive, x, 0)).exp(), torch.where(positive, 0, x).exp()
+    return torch.where(positive, 1 / (1 + right), left / (1 + left))
+
+
 def share(a: Tensor, b: Tensor, base: float = 1.0) -> Tensor:
-    """``exp(a) / (exp(a) + exp(b))``: a sigmoid, whose derivatives do not overflow; a half where both are the same infinity."""
-    return torch.sigmoid(times(torch.where((a == b) & (a.abs() == math.inf), 0, a - b), base))
+    """``exp(a) / (exp(a) + exp(b))``; a half where both are the same infinity."""
+    return sigmoid_of(times(torch.where((a == b) & (a.abs() == math.inf), 0, a - b), base))
 
 
 pointwise(

@@ -32,7 +32,9 @@ def by_recurrence(x: Tensor, n: Tensor, step: Callable[[int, Tensor, Tensor], Te
 
 def prepared(x: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the shape and precision of the result, and the order as an integer."""
-    x, n = torch.broadcast_tensors(x.to(torch.promote_types(x.dtype, n.dtype)), n.trunc())
+    if x.is_complex() or n.is_complex():
+        raise NotImplementedError("the polynomials of torch.special are of real numbers")
+    x, n = torch.broadcast_tensors(x.to(torch.result_type(x, n)), n.trunc())
     return x, n
 
 

@@ -29,9 +29,7 @@ def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callabl
 
     def fake(*args: Any) -> Tensor:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        dtype = tensors[0].dtype
-        for t in tensors[1:]:
-            dtype = torch.promote_types(dtype, t.dtype)
+        dtype = torch.result_type(*tensors) if len(tensors) == 2 else tensors[0].dtype
         return tensors[0].new_empty(torch.broadcast_shapes(*[t.shape for t in tensors]), dtype=dtype)
 
     def define(function: Callable[..., Tensor]) -> OpOverload:

@@ -157,15 +157,6 @@ pointwise(aten.nan_to_num.default, self=lambda grad, self: where_or_zero(self.is
 pointwise(aten.erf.default, self=lambda grad, self: TWO_OVER_SQRT_PI * (-self * self).exp() * grad)
 pointwise(aten.erfc.default, self=lambda grad, self: -TWO_OVER_SQRT_PI * (-self * self).exp() * grad)
 pointwise(aten.erfinv.default, self=lambda grad, result: (result * result).exp() * grad / TWO_OVER_SQRT_PI)
-pointwise(aten.special_erfcx.default, self=lambda grad, self, result: (2 * self * result - TWO_OVER_SQRT_PI) * grad)
-pointwise(
-    aten.special_ndtri.default,
-    self=lambda grad, result: grad * math.sqrt(2 * math.pi) * (result.square() / 2).exp(),
-)
-pointwise(
-    aten.special_log_ndtr.default,
-    self=lambda grad, self, result: grad / math.sqrt(2 * math.pi) * (-(result + self.square() / 2)).exp(),
-)
 pointwise(aten.special_entr.default, self=lambda grad, self: grad * (-1 - self.log()))
 pointwise(aten.lgamma.default, self=lambda grad, self: grad * torch.digamma(self))
 pointwise(aten.digamma.default, self=lambda grad, self: grad * torch.polygamma(1, self))

@@ -345,9 +345,8 @@ def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwarg
     out, linked, pullback = run_recorded(self, op, values, kwargs, lambda i: wanted[i] is not None)
     flags = iter(linked)
     wrapped = map_tensors(lambda o: self.track(o) if next(flags) else self.constant(o), out)
-    outputs = [wrapped] if isinstance(wrapped, Tensor) else wrapped
     if any(linked):
-        outs = [getattr(o, "slot", None) for o in outputs if isinstance(o, Tensor)]
+        outs = [getattr(o, "slot", None) for o in tensors_in([wrapped])]
         saved = BorrowedPullback(pullback, tensors_in(values), [False])
         self.record(BORROWED, outs, [w for w in wanted if w is not None], (op, saved))
     return wrapped
