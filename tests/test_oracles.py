@@ -18,8 +18,19 @@ aten = torch.ops.aten
 OPERATORS = operators()
 
 
-def wrong(findings: Any) -> str:
-    return "\n".join(str(f) for f in findings if f.outcome == "wrong")
+# Wrong for now, each with its reason; one that comes out right is an error.
+WRONG: dict[str, str] = {
+    "linalg.eig": "grad of jvp is NaN: a quotient by zero in the tangent of eigenvectors",
+    "linalg.eigh": "grad of jvp is NaN: a quotient by zero in the tangent of eigenvectors",
+    "nn.functional.linear_cross_entropy.chunked": "the gradients are computed in the forward pass, without a tangent",
+    "scatter_reduce.prod": "PyTorch's formula has no tangent",
+}
+
+
+def judged(name: str, findings: Any) -> None:
+    wrong = "\n".join(str(f) for f in findings if f.outcome == "wrong")
+    assert name in WRONG or not wrong, wrong
+    assert name not in WRONG or wrong, f"{name} is right now: delete it from WRONG"
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -28,7 +39,7 @@ def test_operator(name: str) -> None:
     op = OPERATORS[name]
     complex_too = torch.complex128 in op.supported_dtypes("cpu") and len(name) % 3 == 0
     findings, _ = check_operator(op, functrans, ["complex128" if complex_too else "float64"], cap=1, thorough=False, variants=False)
-    assert not wrong(findings), wrong(findings)
+    judged(name, findings)
 
 
 @pytest.mark.slow
@@ -36,11 +47,11 @@ def test_operator(name: str) -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_all_samples(name: str, dtype: str) -> None:
     findings, _ = check_operator(OPERATORS[name], functrans, [dtype])
-    assert not wrong(findings), wrong(findings)
+    judged(name, findings)
 
 
 def test_conventions_name_what_exists() -> None:
-    assert set(CONVENTIONS) | set(LOOSE) <= set(OPERATORS)
+    assert set(CONVENTIONS) | set(LOOSE) | set(WRONG) <= set(OPERATORS)
 
 
 # ---- the tester, tested

@@ -163,8 +163,8 @@ pointwise(aten.pow.Scalar, exponent=pow_exponent)
 
 
 def share(a: Tensor, b: Tensor, base: float = 1.0) -> Tensor:
-    """``exp(a) / (exp(a) + exp(b))``: a sigmoid, whose derivatives do not overflow; a half where both are the same infinity."""
-    return torch.sigmoid(times(torch.where((a == b) & (a.abs() == math.inf), 0, a - b), base))
+    """``exp(a) / (exp(a) + exp(b))``: a sigmoid, whose derivatives do not overflow."""
+    return torch.sigmoid(times(a - b, base))
 
 
 pointwise(
