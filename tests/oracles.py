@@ -334,7 +334,7 @@ class Judge:
             name = f"vmap of {' of '.join(modes)}"
             try:
                 expected = torch.stack([f(s) for s in rows])
-            except Exception:  # noqa: BLE001 - the other checks have found that
+            except Exception:  # noqa: BLE001, S112 - the other checks have found that
                 continue
             run = lambda f=f: self.backend.vmap(f, randomness="same")(rows)
             got = self.value(line, name, run)
@@ -359,7 +359,7 @@ class Judge:
 class Borrowed:
     """Context: which operators' derivatives are taken from PyTorch."""
 
-    def __enter__(self) -> Borrowed:
+    def __enter__(self) -> Borrowed:  # noqa: PYI034 - nothing inherits from it
         from functrans.interpreters.grad import recording
         from functrans.interpreters.jvp import borrowed
 

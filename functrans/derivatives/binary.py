@@ -161,21 +161,15 @@ pointwise(aten.pow.Scalar, exponent=pow_exponent)
 
 # ------------------------------------------------------------------------------------------- logarithms
 
-
-def share(a: Tensor, b: Tensor, base: float = 1.0) -> Tensor:
-    """``exp(a) / (exp(a) + exp(b))``: a sigmoid, whose derivatives do not overflow."""
-    return torch.sigmoid(times(a - b, base))
-
-
 pointwise(
     aten.logaddexp.default,
-    self=lambda grad, self, other: grad * conj(share(self, other)),
-    other=lambda grad, self, other: grad * conj(share(other, self)),
+    self=lambda grad, self, other: grad / conj(1 + (other - self).exp()),
+    other=lambda grad, self, other: grad / conj(1 + (self - other).exp()),
 )
 pointwise(
     aten.logaddexp2.default,
-    self=lambda grad, self, other: grad * share(self, other, LN2),
-    other=lambda grad, self, other: grad * share(other, self, LN2),
+    self=lambda grad, self, other: grad / (1 + (other - self).exp2()),
+    other=lambda grad, self, other: grad / (1 + (self - other).exp2()),
 )
 
 
