@@ -39,7 +39,7 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
         "a draw is a constant, as in PyTorch's table: torch.distributions has rsample for a draw that depends on its parameters",
         check="differences",
     )),
-    ("to_sparse", Convention("elements that are 0 are not stored, and have no derivative", variant="zero|identity", check="differences")),
+    ("to_sparse", Convention("elements that are 0 are not stored, and have no derivative", variant="ties|zero|identity", check="differences")),
     ("nn.functional.normalize", Convention(
         "at 0 the slope is 1 / eps = 1e12, on a length that no difference can resolve", variant="zero|identity", check="differences"
     )),
@@ -52,6 +52,12 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
         "PyTorch clamps the variance under no_grad: reverse mode keeps the derivative of what was clamped, forward mode follows the clamp",
         variant="zero|identity|ties",
     )),
+    ("nn.functional.rrelu", Convention("numbers are drawn for negative elements only, so that a batch draws others than a loop", check="loop")),
+    ("masked.logaddexp", Convention("masked elements are -inf in both arguments, whose derivative is NaN", check="grad", detail="^nan")),
+    ("norm.nuc linalg.norm linalg.norm.subgradients_at_zero linalg.matrix_norm", Convention(
+        "at repeated singular values the second derivative of their sum is NaN: it comes from those of the vectors, which have none",
+        variant="identity|ties|zero", detail="^nan",
+    )),
     ("svd_lowrank pca_lowrank", Convention(
         "at 0 and at repeated singular values the vectors are free to turn, and the values have a kink", variant="zero|identity|ties"
     )),
@@ -61,6 +67,11 @@ CONVENTIONS: dict[str, tuple[Convention, ...]] = {}
 for _names, _convention in _CONVENTIONS:
     for _name in _names.split():
         CONVENTIONS[_name] = (*CONVENTIONS.get(_name, ()), _convention)
+
+#: Outputs that are not looked at.
+CONSTANT_OUTPUTS: dict[str, tuple[int, str]] = {
+    "linalg.lstsq": (3, "the singular values that some drivers return are constants for PyTorch; linalg.svdvals has their derivative"),
+}
 
 #: Operators whose result is amplified rounding error: the tolerances are multiplied by this.
 LOOSE: dict[str, float] = {

@@ -28,6 +28,8 @@ pointwise(aten.add.Tensor, self=lambda grad: grad, other=lambda grad, alpha: tim
 pointwise(aten.add.Scalar, self=lambda grad: grad)
 pointwise(aten.sub.Tensor, self=lambda grad: grad, other=lambda grad, alpha: -times(grad, conj(alpha)))
 pointwise(aten.sub.Scalar, self=lambda grad: grad)
+# but for its last digit it is ``self``, also where both are equal
+pointwise(aten.nextafter.default, self=lambda grad: grad, other=lambda grad: torch.zeros_like(grad))
 pointwise(aten.rsub.Tensor, self=lambda grad, alpha: -times(grad, conj(alpha)), other=lambda grad: grad)
 pointwise(aten.rsub.Scalar, self=lambda grad, alpha: -times(grad, conj(alpha)))
 

@@ -19,18 +19,6 @@ def polar(abs: Tensor, angle: Tensor) -> Tensor:
     return torch.complex(abs * angle.cos(), abs * angle.sin())
 
 
-def triangular_solve(
-    self: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
-) -> tuple[Tensor, Tensor]:
-    """By its successor: of PyTorch's formula for this one, forward mode of the gradient is wrong."""
-    batch = torch.broadcast_shapes(self.shape[:-2], A.shape[:-2])
-    coefficient = A.expand(*batch, *A.shape[-2:])
-    solution = aten.linalg_solve_triangular(
-        coefficient.mT if transpose else coefficient, self, upper=upper != transpose, unitriangular=unitriangular
-    )
-    return solution, coefficient.clone()
-
-
 def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
     """The norm is taken of those slices only that are too long: at 0 it has no second derivative, and is not needed."""
     if self.dim() < 2 or p <= 0 or maxnorm < 0:
@@ -52,6 +40,5 @@ def poisson_nll_loss(self: Tensor, target: Tensor, log_input: bool, full: bool, 
 
 
 DECOMPOSITIONS.add(aten.polar.default, polar)
-DECOMPOSITIONS.add(aten.triangular_solve.default, triangular_solve)
 DECOMPOSITIONS.add(aten.renorm.default, renorm)
 DECOMPOSITIONS.add(aten.poisson_nll_loss.default, poisson_nll_loss)
