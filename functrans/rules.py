@@ -137,8 +137,7 @@ class RuleTable(Generic[Rule]):
                 scope.entries[op] = rule, place
                 scope.forget()
             else:
-                self._rules[op], self._places[op] = rule, place
-                self._changed(op)
+                self._set(op, rule, place)
 
     def remove(self, op: OpOverload) -> None:
         """Take out the rule of ``op``, if it has one, so that another can be registered."""
@@ -149,8 +148,18 @@ class RuleTable(Generic[Rule]):
                 scope.entries[op] = None
                 scope.forget()
             elif op in self._rules:
+                self._set(op, None, "")
+
+    def _set(self, op: OpOverload, rule: Rule | None, place: str) -> None:
+        try:
+            if rule is None:
                 del self._rules[op], self._places[op]
-                self._changed(op)
+            else:
+                self._rules[op], self._places[op] = rule, place
+            self._changed(op)
+        except BaseException:  # an interrupt must not leave what was made of the old rule
+            self._changed(op)
+            raise
 
     def _changed(self, op: OpOverload) -> None:
         if not self.cached or not hasattr(op, "_functrans"):  # nothing is made of an operator's rules before its facts (operators.py)
