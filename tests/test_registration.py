@@ -76,7 +76,7 @@ NO_OVERLOADS = {
     "text": ("aten::sin", "Write torch.ops.aten.sin.default, without quotes."),
     "text of an overload": ("aten.sin.out", "Write torch.ops.aten.sin.out, without quotes."),
     "no parentheses": (rule, "got the function rule. (A decorator takes the operator in parentheses, and the rule stands below|The operator comes first)"),
-    "a number": (3, "got 3. Name one of its overloads."),
+    "a number": (3, "got the int 3. Name one of its overloads."),
     "none": (None, "got None. Name one of its overloads."),
 }  # fmt: skip
 
@@ -225,8 +225,10 @@ def test_pasted_and_completed_the_rule_is_used(name: str) -> None:
     assert f"no rule for aten.{name}" in str(info.value)
     text = str(info.value).split("\n\n")[1]
     first = "tensors[0]" if name.startswith("cat") else "self"
-    result = f"tuple(interpreter.carry({first}.value, mark=7) for _ in range(2))" if "topk" in name else f"interpreter.carry({first}.value, mark=7)"
-    exec(text.replace("interpreter.carry(..., mark=...)", result), {"torch": torch, "Empty": Empty})  # noqa: S102
+    value = f"function({first}.value)"  # what the operator gives here
+    result = f"tuple(interpreter.carry(v, mark=7) for v in {first}.value.topk(2))" if "topk" in name else f"interpreter.carry({value}, mark=7)"
+    scope = {"torch": torch, "Empty": Empty, "function": MISSING[name]}
+    exec(text.replace("interpreter.carry(..., mark=...)", result), scope)  # noqa: S102
     assert run() == 7
 
 
