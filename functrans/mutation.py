@@ -152,12 +152,7 @@ def write_through(view: WrapperTensor, new: Tensor, filled: bool) -> None:
         link = link.parent
     steps.reverse()
     content = steps[0].base_content()
-    stages: list[Tensor] = [content]
-    for step in steps[:-1]:
-        stages.append(step.apply(stages[-1]))
-    changed = new
-    for step, before in zip(reversed(steps), reversed(stages), strict=True):
-        changed = write_back(step, before, changed, filled)
+    changed = write_back(steps, content, new, filled)
     replace(content, changed)
     root = steps[0].root
     root.version += 1

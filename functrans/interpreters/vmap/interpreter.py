@@ -133,13 +133,12 @@ class VmapInterpreter(Interpreter):
             rule = BATCHING_RULES.get(op) or library_rule(op)
             direct = getattr(rule, "direct", None)
             #: ranks and dtypes that the operator takes; None: not asked for
-            accepted = None if op.namespace != "aten" or hasattr(rule, "any_rank") or rule is None and known.composite else set()
+            accepted = set() if is_checked(op, known, rule) else None
             known.plans[VmapInterpreter] = rule, direct, accepted
-        if rule is not None and not kwargs_batched:
-            if direct is not None:
-                bdim = direct(dims, values)
-                if bdim is not None:
-                    return self.batched(lower(self, op, values, below_kwargs), bdim)
+        if direct is not None and not kwargs_batched:
+            bdim = direct(dims, values)
+            if bdim is not None:
+                return self.batched(lower(self, op, values, below_kwargs), bdim)
         if accepted is not None and (kinds := kinds_of(args)) not in accepted:
             self.check_example(op, args, kwargs)
             accepted.add(kinds)
@@ -366,6 +365,13 @@ def rule_of(of: Any) -> str:
 def described(x: Any) -> str:
     """A value, for a message: its type, and a tensor's shape."""
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def is_checked(op: OpOverload, known: Facts, rule: Callable[..., Any] | None) -> bool:
+    """Whether one example must show that ``op`` takes it: a rule, or a decomposition that may be more liberal, stands in for ``op``."""
+    if op.namespace != "aten" or op in DATA_DEPENDENT or hasattr(rule, "any_rank"):
+        return False
+    return rule is not None or not known.composite and op in decomposition_table
 
 
 def library_rule(op: OpOverload) -> Callable[..., Any] | None:
