@@ -347,6 +347,8 @@ def lstsq_rule(
     if info.batch_size == 0 or logical_rank(b, in_dims[1]) > rank:
         raise RuleDeclined("linalg.lstsq of no examples, or with leading dimensions of the right-hand side only")
     full_a, full_b, vector = matrix_sides(info, in_dims, a, b)
+    if not vector and logical_rank(b, in_dims[1]) != rank:
+        raise RuleDeclined("linalg.lstsq makes vectors of a right-hand side of lower rank, or refuses it")
     full_a = full_a.expand(info.batch_size, *full_a.shape[1:])
     full_b = full_b.expand(info.batch_size, *full_b.shape[1:])
     solution, *others = aten.linalg_lstsq.default(full_a, full_b, rcond, driver=driver)
