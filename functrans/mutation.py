@@ -40,6 +40,7 @@ from functrans.torch_private import (
     set_key_excluded,
 )
 from functrans.views import Root, ViewLink, link_view, run_view, write_back
+from functrans.without_data import run_without_data
 
 aten = torch.ops.aten
 
@@ -83,6 +84,8 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     else:
         outputs = None
     out_form = known.returns_written and bool(known.written) and known.op._schema.arguments[known.written[0]].kwarg_only
+    if not out_form and any(value.dtype is not target.dtype for target, value in zip(targets, news, strict=True)):
+        run_without_data(op, args, kwargs)  # some operators refuse to work in place on what would be converted
     for target, value in zip(targets, news, strict=True):
         write(target, value, op, resize=out_form, reads=known.reads_target)
     if outputs is not None:

@@ -145,3 +145,23 @@ def test_dimensions_out_of_range(op: Any, rank: int) -> None:
                 torch.testing.assert_close(got, looped, equal_nan=True)
             elif isinstance(error, IndexError):
                 assert isinstance(refusal, IndexError)
+
+
+@pytest.mark.parametrize("write", [
+    lambda x: x.to(torch.complex64).abs_(), lambda x: x.cumsum_(0, dtype=torch.float32), lambda x: x.cumprod_(0, dtype=torch.float32),
+    lambda x: x.to(torch.complex64).float_power_(2), lambda x: x.long().add_(1.5), lambda x: x.long().sqrt_(), lambda x: x.mul_(1j),
+    lambda x: x.eq_(0), lambda x: x.float().add_(x), lambda x: x.logical_and_(x), lambda x: x.bool().add_(1), lambda x: x.float().copy_(x),
+    lambda x: torch.add(x, x, out=x.clone().long()), lambda x: torch.add(x, x, out=x.float()),
+])  # fmt: skip
+def test_dtypes_of_writes(write: Any) -> None:
+    """What PyTorch does not convert in place is not converted here, under any transform."""
+    xs = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+    looped, error = oracle.attempt(lambda: torch.stack([write(x.clone()) for x in xs]))
+    for run in (lambda f: functrans.vmap(f)(xs), lambda f: functrans.jvp(f, (xs,), (xs,))[0], lambda f: functrans.vjp(f, xs)[0]):
+        got, refusal = oracle.attempt(lambda r=run: r(lambda x: write(x.clone())))
+        if error is not None:
+            assert refusal is not None, error
+        elif refusal is None:
+            assert got.dtype is looped.dtype
+        else:
+            assert not looped.dtype.is_floating_point and "dtype" in str(refusal)  # vjp wants floating-point outputs
