@@ -84,9 +84,9 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     else:
         outputs = None
     out_form = known.returns_written and bool(known.written) and known.op._schema.arguments[known.written[0]].kwarg_only
-    if not out_form and any(value.dtype is not target.dtype for target, value in zip(targets, news, strict=True)):
-        run_without_data(op, args, kwargs)  # some operators refuse to work in place on what would be converted
     for target, value in zip(targets, news, strict=True):
+        if value.dtype is not target.dtype and not out_form:
+            run_without_data(op, args, kwargs)  # some operators refuse to work in place on what would be converted
         write(target, value, op, resize=out_form, reads=known.reads_target)
     if outputs is not None:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -136,7 +136,7 @@ def test_vmap_in_dims_of_another_structure() -> None:
 def test_vmap_in_dims_of_another_nested_structure() -> None:
     refused(
         lambda F: F.vmap(square, in_dims=({"a": 0},))({"b": X}),
-        """vmap(square, in_dims=({'a': 0},), out_dims=0): got arguments of structure PyTreeSpec(({'b': *},), NoneIsLeaf, namespace='torch'); expected a structure that in_dims ({'a': 0},) is a prefix of.""",
+        """vmap(square, in_dims=({'a': 0},), out_dims=0): got arguments of structure PyTreeSpec(({'b': *},), NoneIsLeaf, namespace='torch'); expected a structure that in_dims ({'a': 0},) is a prefix of. in_dims has no entry for 'b' and an entry for 'a', which is not there.""",
     )
 
 

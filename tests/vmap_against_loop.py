@@ -51,7 +51,55 @@ UNCHECKED = {
 WRONG, ANSWERED, REFUSED = "wrong", "answered where the loop raises", "raised where the loop answers"
 
 #: Where the two differ and it is meant so, or it is not ours to mend: by operator and kind of finding, the reason.
-CONVENTIONS: dict[tuple[str, str], str] = {}
+CONVENTIONS: dict[tuple[str, str], str] = {
+    **dict.fromkeys(
+        ((name, REFUSED) for name in (
+            "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "nn.functional.batch_norm", "nn.functional.instance_norm",
+            "nn.functional.embedding", "nn.functional.embedding_bag",
+        )),
+        "writes to an argument that is the same for all examples (running statistics, max_norm): the loop's last example would win",
+    ),
+    **dict.fromkeys(
+        ((name, REFUSED) for name in ("sparse.sampled_addmm", "sparse.mm.reduce", "to_sparse")), "sparse layouts have no wrapper, or no second batch"
+    ),
+    **dict.fromkeys(
+        ((name, REFUSED) for name in ("cummax", "cummin", "kthvalue", "mode", "masked.cumsum", "masked.cumprod", "masked_fill")),
+        "of a number alone PyTorch takes dtypes that it takes in no other shape",
+    ),
+    **dict.fromkeys(((name, REFUSED) for name in ("roll", "cat")), "PyTorch does not look at dim where a tensor is empty"),
+    **dict.fromkeys(
+        ((name, REFUSED) for name in ("_unsafe_masked_index", "_unsafe_masked_index_put_accumulate")), "masks that are no masks: PyTorch casts them"
+    ),
+    **dict.fromkeys(
+        ((name, REFUSED) for name in ("as_strided", "as_strided.partial_views", "as_strided_copy", "as_strided_scatter", "unfold", "unfold_copy")),
+        "places that are not the example's own, which a copy made by the loop has",
+    ),
+    ("addbmm", REFUSED): "in place PyTorch resizes what it writes",
+    ("istft", REFUSED): "PyTorch's decomposition asserts more",
+    ("istft", ANSWERED): "a window of integers is promoted",
+    ("nn.functional.linear_cross_entropy", REFUSED): "one target in a vector for one example without a dimension",
+    ("nn.functional.multilabel_margin_loss", REFUSED): "one target in a vector for one example without a dimension",
+    ("nn.functional.nll_loss", REFUSED): "one target in a vector for one example without a dimension",
+    ("nn.functional.scaled_dot_product_attention", REFUSED): "a mask that is a vector",
+    ("nn.functional.scaled_dot_product_attention", ANSWERED): "a mask that is a vector broadcasts",
+    ("nn.functional.conv1d", REFUSED): "complex convolutions have no kernel; PyTorch takes them apart before they are seen",
+    ("nn.functional.conv2d", REFUSED): "complex convolutions have no kernel; PyTorch takes them apart before they are seen",
+    ("nn.functional.conv1d", ANSWERED): "a bias of another dtype is promoted",
+    ("nn.functional.conv2d", ANSWERED): "a bias of another dtype is promoted",
+    ("nn.functional.batch_norm", ANSWERED): "a bias of a wrong size beside no other batched argument",
+    ("nn.functional.soft_margin_loss", ANSWERED): "a target of more dimensions than the input broadcasts",
+    ("nn.functional.binary_cross_entropy_with_logits", ANSWERED): "weights of more dimensions than the input broadcast before the reduction",
+    ("masked_select", ANSWERED): "a mask of another dtype that selects as many of all examples",
+    ("native_dropout_backward", WRONG): "a complex mask for a real gradient loses its dtype",
+    ("float_power", ANSWERED): "in place of float32 the result is converted",
+    ("resize_", ANSWERED): "a negative size beside one of 0",
+    ("resize_", REFUSED): "to more elements there is no memory",
+    ("resize_as_", REFUSED): "to more elements there is no memory",
+    **dict.fromkeys(
+        ((f"index_{name}", ANSWERED) for name in ("fill", "copy", "select", "add", "reduce.mean", "reduce.prod", "reduce.amin", "reduce.amax")),
+        "positions of another integer or float dtype, or more positions than a number has elements",
+    ),
+}
 
 
 @dataclass

@@ -148,6 +148,10 @@ class VmapInterpreter(Interpreter):
             except RuleDeclined:
                 pass
             else:
+                if type(result) is tuple and len(result) == 2:
+                    out, bdim = result
+                    if type(out) is Tensor and type(bdim) is int and 0 <= bdim < out.dim() and out.shape[bdim] == self.batch_size:
+                        return self.batched(out, bdim)  # what ``leave`` does with the frequent kind of result
                 return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
