@@ -67,7 +67,9 @@ def note_moved(target: WrapperTensor, offset: int) -> None:
     """Note whether the new contents of ``target``, which began at ``offset``, lie elsewhere than it shows."""
     if offset and target.shown_offset is None and offset != storage_offset_of(target):
         target.shown_offset = offset
-    target.moved = target.shown_offset is not None or target.strides is not None and shown(target) != target.strides
+    moved = target.shown_offset is not None or target.strides is not None and shown(target) != target.strides
+    if moved is not target.moved:
+        target.moved = moved
 
 
 def shown(x: WrapperTensor) -> tuple[int, ...] | None:

@@ -42,6 +42,7 @@ from functrans.torch_private import (
     set_key_excluded,
 )
 from functrans.views import Root, ViewLink, link_view, run_view, write_back
+from functrans.without_data import run_without_data
 
 aten = torch.ops.aten
 
@@ -90,6 +91,8 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         outputs = None
     out_form = known.returns_written and bool(known.written) and known.op._schema.arguments[known.written[0]].kwarg_only
     for target, value in zip(targets, news, strict=True):
+        if value.dtype is not target.dtype and not out_form:
+            run_without_data(op, args, kwargs)  # some operators refuse to work in place on what would be converted
         write(target, value, op, resize=out_form, reads=known.reads_target)
     if outputs is not None:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -158,12 +161,7 @@ def write_through(view: WrapperTensor, new: Tensor, filled: bool) -> None:
         link = link.parent
     steps.reverse()
     content = steps[0].base_content()
-    stages: list[Tensor] = [content]
-    for step in steps[:-1]:
-        stages.append(step.apply(stages[-1]))
-    changed = new
-    for step, before in zip(reversed(steps), reversed(stages), strict=True):
-        changed = write_back(step, before, changed, filled)
+    changed = write_back(steps, content, new, filled)
     replace(content, changed)
     root = steps[0].root
     root.version += 1

@@ -116,6 +116,8 @@ def dropout(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def sum_to_size(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where there is nothing to sum the result is a view."""
     x, size = args
+    if not size:
+        return enter(aten.sum.default, x)  # which counts booleans
     return enter(aten.alias.default, x) if list(x.shape) == list(size) else as_usual(known, args, kwargs)
 
 
@@ -221,6 +223,12 @@ def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     set_shape(target, new)
     set_content(target, new)
     return target
+
+
+@stands_in_for(aten.resize_as_.default)
+def resize_as(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``resize_`` to another tensor's shape."""
+    return enter(aten.resize_.default, args[0], list(args[1].shape), **kwargs)
 
 
 @stands_in_for(aten._has_compatible_shallow_copy_type.default)

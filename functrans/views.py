@@ -216,22 +216,33 @@ def _decided(op: OpOverload, shape: Any, strides: Any, dtype: torch.dtype, devic
 # --- writing back through one step ----------------------------------------------------------------------------------
 
 
-def write_back(step: ViewLink, before: Tensor, changed: Tensor, filled: bool) -> Tensor:
-    """What ``before`` becomes when its view ``step`` becomes ``changed``; ``filled``: everywhere the same."""
-    rule = WRITE_BACK.get(step.op)
-    return write_back_by_index(step, before, changed, filled) if rule is None else rule(step, before, changed)
+def write_back(steps: list[ViewLink], content: Tensor, new: Tensor, filled: bool) -> Tensor:
+    """What ``content`` becomes when its view by ``steps`` becomes ``new``; ``filled``: with one value everywhere."""
+    # From a step without a way back of its own on, the elements of several steps may share a place: they are looked at as one.
+    first = next((i for i, step in enumerate(steps) if step.op not in WRITE_BACK), len(steps))
+    if not MOVES.issuperset(step.op for step in steps[first:] if step.op in WRITE_BACK):
+        first = len(steps)
+    stages: list[Tensor] = [content]
+    for step in steps[:first] if first < len(steps) else steps[:-1]:
+        stages.append(step.apply(stages[-1]))
+    if first < len(steps):
+        new = write_back_by_index(steps[first:], stages.pop(), new, filled)
+    for step, before in zip(reversed(steps[:first]), reversed(stages), strict=True):
+        rule = WRITE_BACK.get(step.op)
+        new = rule(step, before, new) if rule is not None else write_back_by_index([step], before, new, False)
+    return new
 
 
-def write_back_by_index(step: ViewLink, before: Tensor, changed: Tensor, filled: bool) -> Tensor:
-    """Any view that moves elements without changing them: its own positions say where each one came from."""
-    count = math.prod(before.shape)
-    positions = torch.arange(count, device=before.device).reshape(before.shape)
+def write_back_by_index(steps: list[ViewLink], before: Tensor, new: Tensor, filled: bool) -> Tensor:
+    """Views that move elements without changing them: their own positions say where each one came from."""
+    seen = torch.arange(math.prod(before.shape), device=before.device).reshape(before.shape)
     with running_at(None):
-        seen = step.op(positions, *step.args, **step.kwargs)
-    seen = seen if step.index is None else seen[step.index]
+        for step in steps:
+            seen = step.op(seen, *step.args, **step.kwargs)
+            seen = seen if step.index is None else seen[step.index]
     flat_positions = dispatch(aten.reshape.default, (seen, [-1]), {})
     flat = dispatch(aten.reshape.default, (before, [-1]), {})
-    values = dispatch(aten.reshape.default, (changed, [-1]), {})
+    values = dispatch(aten.reshape.default, (new, [-1]), {})
     if not filled and len(torch.unique(seen)) != math.prod(seen.shape):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
@@ -305,3 +316,10 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
         lambda step, before, changed: changed,
     ),
 }  # fmt: skip
+
+#: Those of them that move elements, and neither look into them nor ask for derivatives.
+MOVES = frozenset(
+    op for op, rule in WRITE_BACK.items()
+    if rule in (_back_permute, _back_shape) or op in (aten.select.int, aten.slice.Tensor, aten.diagonal.default, aten.unbind.int, aten.alias.default)
+    or (rule is _back_again and op not in (aten._conj.default, aten._neg_view.default))
+)  # fmt: skip

@@ -186,12 +186,21 @@ def test_nothing_to_sum_is_a_multiplication() -> None:
         (aten.bmm.default, (0, None), (values(3, 1, 2, 4), values(2, 4, 5))),
         (aten.dot.default, (0, 0), (values(3), values(3))),
         (aten.linear.default, (0, None, None), (values(4), values(5, 4), None)),
-        (aten.addmm.default, (None, 0, None), (values(2, 3, 5), values(3, 3, 4), values(4, 5))),
         (aten.baddbmm.default, (0, None, None), (values(3, 4, 5), values(1, 4, 2), values(1, 2, 1))),
     ],
 )
 def test_examples_that_pytorch_refuses_are_declined(op: OpOverload, in_dims: tuple, args: tuple) -> None:
     assert declines(op, in_dims, *args)
+
+
+def test_an_addend_of_more_dimensions_than_the_product() -> None:
+    for op, args in ((torch.addmm, (values(2, 3, 5), values(3, 4), values(4, 5))), (torch.addmv, (values(2, 3), values(3, 4), values(4)))):
+        with pytest.raises(RuntimeError):
+            op(*args)
+        for k in range(3):
+            batch = [x.expand(7, *x.shape) if i == k else x for i, x in enumerate(args)]
+            with pytest.raises(RuntimeError):
+                functrans.vmap(op, in_dims=tuple(0 if i == k else None for i in range(3)))(*batch)
 
 
 @pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, 0), (0, 0, 0), (0, None, 0), (None, 1, None)])

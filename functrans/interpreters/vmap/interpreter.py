@@ -157,6 +157,10 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
             except RuleDeclined:
                 pass
             else:
+                if type(result) is tuple and len(result) == 2:
+                    out, bdim = result
+                    if type(out) is Tensor and type(bdim) is int and 0 <= bdim < out.dim() and out.shape[bdim] == self.batch_size:
+                        return self.batched(out, bdim)  # what ``leave`` does with the frequent kind of result
                 return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
@@ -391,8 +395,7 @@ def rule_here(op: OpOverload, known: Facts) -> tuple[Any, Any, set[Any] | None]:
     if found is None:
         ours = BATCHING_RULES.get(op)
         rule = ours or vmap_rule_of_library(op)
-        asked = op.namespace == "aten" and not hasattr(rule, "any_rank") and not (rule is None and known.composite)
-        accepted: set[Any] | None = set() if asked else None
+        accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
         found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None), accepted
         if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
             plans[VmapInterpreter] = found
@@ -426,6 +429,13 @@ def rule_of(of: Any) -> str:
 def described(x: Any) -> str:
     """A value, for a message: its type, and a tensor's shape."""
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def is_checked(op: OpOverload, known: Facts, rule: Callable[..., Any] | None) -> bool:
+    """Whether one example must show that ``op`` takes it: a rule, or a decomposition that may be more liberal, stands in for ``op``."""
+    if op.namespace != "aten" or op in DATA_DEPENDENT or hasattr(rule, "any_rank"):
+        return False
+    return rule is not None or (not known.composite and op in DECOMPOSITION_TABLE)
 
 
 _warned: set[OpOverload] = set()

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from functrans.lowering import WITHOUT_TENSORS
 from functrans.tensor import WrapperTensor
-from functrans.thread_state import running_at
-from functrans.torch_private import DisableTorchFunction, OpOverload, no_dispatch
-
-aten = torch.ops.aten
+from functrans.torch_private import OpOverload
+from functrans.without_data import run_without_data
 
 #: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)
@@ -58,8 +56,7 @@ def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int
             run()  # what dtypes an operator takes together its kernel knows, not the checks
         return
     try:
-        with running_at(None), torch.no_grad(), no_dispatch(), DisableTorchFunction():
-            op(*without_data(args), **{k: without_data(v) for k, v in kwargs.items()})
+        run_without_data(op, args, kwargs)
     except REFUSALS as error:
         if size:
             with torch.random.fork_rng():
@@ -76,12 +73,3 @@ def dtypes(a: Any) -> set[torch.dtype]:
     if isinstance(a, Tensor):
         return {a.dtype}
     return set().union(*map(dtypes, a)) if type(a) is list or type(a) is tuple else set()
-
-
-def without_data(a: Any) -> Any:
-    """``a`` with tensors of the same shapes and dtypes that take no memory."""
-    if isinstance(a, Tensor):
-        return aten.empty.memory_format(list(a.shape), dtype=a.dtype, device="meta")
-    if type(a) is list or type(a) is tuple:
-        return [without_data(x) for x in a]
-    return torch.device("meta") if isinstance(a, torch.device) else a

@@ -21,7 +21,7 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_n,
 )
 from functrans.interpreters.vmap.rules.views import product
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
 
 aten = torch.ops.aten
 constant_pad = torch.ops.aten.constant_pad_nd.default
@@ -72,6 +72,8 @@ def convolution_rule(
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     x_dim, weight_dim, bias_dim = in_dims[:3]
+    if bias is not None and logical_rank(bias, bias_dim) != 1:
+        raise RuntimeError(f"expected bias to be 1-dimensional, but got bias of size {logical_shape(bias, bias_dim)}")
     if size == 0:
         # No channels and no groups can be made of no examples, but no images can.
         x, x_dim = materialize(x, x_dim, size), 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, pad_rank, physical_dim, tensor_positions
+from functrans.interpreters.vmap.families import RuleDeclined, any_rank, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
@@ -189,6 +189,11 @@ def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
         info: BatchInfo, in_dims: Sequence[Any], factors: Tensor, pivots: Tensor, b: Tensor, **kwargs: Any
     ) -> tuple[Tensor, int]:
         factors_dim, pivots_dim, b_dim = in_dims[:3]
+        shape = [n for k, n in enumerate(factors.shape) if k != factors_dim]
+        if len(shape) < 2 or logical_rank(b, b_dim) < 2:
+            raise RuntimeError(f"{op}: expected matrices, got tensors of {len(shape)} and {logical_rank(b, b_dim)} dimensions")
+        if [n for k, n in enumerate(pivots.shape) if k != pivots_dim] != shape[:-1]:
+            raise RuntimeError(f"{op}: expected pivots of the shape of the factors {shape} without the last dimension")
         if factors_dim is None and pivots_dim is None and info.batch_size:
             left = kwargs.get("left", True)
             sides = fold_sides(b, b_dim, left)
@@ -203,7 +208,7 @@ def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
             factors, pivots = expanded_factors(factors, pivots, b)
         return op(factors, pivots, b, **kwargs), 0
 
-    return solve
+    return any_rank(solve)  # one of the kernels must not be run on an example that is not expanded, see expanded_factors
 
 
 def expanded_factors(factors: Tensor, pivots: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -348,6 +353,8 @@ def lstsq_rule(
     if info.batch_size == 0 or logical_rank(b, in_dims[1]) > rank:
         raise RuleDeclined("linalg.lstsq of no examples, or with leading dimensions of the right-hand side only")
     full_a, full_b, vector = matrix_sides(info, in_dims, a, b)
+    if not vector and logical_rank(b, in_dims[1]) != rank:
+        raise RuleDeclined("linalg.lstsq makes vectors of a right-hand side of lower rank, or refuses it")
     full_a = full_a.expand(info.batch_size, *full_a.shape[1:])
     full_b = full_b.expand(info.batch_size, *full_b.shape[1:])
     solution, *others = aten.linalg_lstsq.default(full_a, full_b, rcond, driver=driver)

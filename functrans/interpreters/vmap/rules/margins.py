@@ -25,6 +25,16 @@ def rows(info: BatchInfo, x: Tensor, bdim: int | None, rank: int) -> Tensor:
     return x if x.dim() == rank else x.flatten(0, 1)
 
 
+def vector(x: Tensor, bdim: int | None) -> Tensor:
+    """The kernels take an example without dimensions for one of one class."""
+    return x if logical_rank(x, bdim) else x.unsqueeze(-1)
+
+
+def like(out: Tensor, x: Tensor, bdim: int | None) -> Tensor:
+    """The result of an example of which ``vector`` made one."""
+    return out if logical_rank(x, bdim) else out.squeeze(-1)
+
+
 def expect_fit(x: Tensor, x_dim: int | None, target: Tensor, target_dim: int | None, rank: int) -> None:
     """Decline targets that the kernel would take for those of other examples, or refuse."""
     shape, kinds = ([n for k, n in enumerate(v.shape) if k != d] for v, d in ((x, x_dim), (target, target_dim)))
@@ -67,6 +77,7 @@ def multi_margin_loss(
     """Class weights are shared."""
     if weight is not None and in_dims[4] is not None:
         raise RuleDeclined("class weights of each example's own")
+    x = vector(x, in_dims[0])
     expect_fit(x, in_dims[0], target, in_dims[1], 1)
     rank = logical_rank(x, in_dims[0])
     inputs = rows(info, x, in_dims[0], 2), rows(info, target, in_dims[1], 1)
@@ -88,22 +99,24 @@ def multi_margin_loss_backward(
     """As the loss."""
     if weight is not None and in_dims[5] is not None:
         raise RuleDeclined("class weights of each example's own")
+    given, x = x, vector(x, in_dims[1])
     expect_fit(x, in_dims[1], target, in_dims[2], 1)
     rank = logical_rank(x, in_dims[1])
     inputs = rows(info, x, in_dims[1], 2), rows(info, target, in_dims[2], 1)
     each = spread(info, grad, in_dims[0], inputs[0].shape[0] // info.batch_size, rank, reduction)
     out = aten.multi_margin_loss_backward.default(each, *inputs, p, margin, weight, NONE)
-    return unfolded(info, out, rank), 0
+    return like(unfolded(info, out, rank), given, in_dims[1]), 0
 
 
 @batching_rule(aten.multilabel_margin_loss_forward.default)
 def multilabel_margin_loss(info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor, reduction: int) -> Output:
     """Losses, and which classes are targets."""
+    x, given, target = vector(x, in_dims[0]), target, vector(target, in_dims[1])
     expect_fit(x, in_dims[0], target, in_dims[1], 2)
     rank = logical_rank(x, in_dims[0])
     inputs = rows(info, x, in_dims[0], 2), rows(info, target, in_dims[1], 2)
     losses, chosen = aten.multilabel_margin_loss_forward.default(*inputs, NONE)
-    return (reduced(info, losses, rank, reduction), unfolded(info, chosen, rank)), (0, 0)
+    return (reduced(info, losses, rank, reduction), like(unfolded(info, chosen, rank), given, in_dims[1])), (0, 0)
 
 
 @batching_rule(aten.multilabel_margin_loss_backward.default)
@@ -111,9 +124,10 @@ def multilabel_margin_loss_backward(
     info: BatchInfo, in_dims: Dims, grad: Tensor, x: Tensor, target: Tensor, reduction: int, chosen: Tensor
 ) -> Output:
     """As the loss."""
+    given, x, target, chosen = x, vector(x, in_dims[1]), vector(target, in_dims[2]), vector(chosen, in_dims[4])
     expect_fit(x, in_dims[1], target, in_dims[2], 2)
     rank = logical_rank(x, in_dims[1])
     inputs = [rows(info, v, d, 2) for v, d in ((x, in_dims[1]), (target, in_dims[2]), (chosen, in_dims[4]))]
     each = spread(info, grad, in_dims[0], inputs[0].shape[0] // info.batch_size, rank, reduction)
     out = aten.multilabel_margin_loss_backward.default(each, *inputs[:2], NONE, inputs[2])
-    return unfolded(info, out, rank), 0
+    return like(unfolded(info, out, rank), given, in_dims[1]), 0

@@ -39,6 +39,9 @@ def native_layer_norm_rule(
     if weight_dim is None and bias_dim is None:
         return aten.native_layer_norm.default(x, normalized_shape, weight, bias, eps), (0, stat_dim, stat_dim)
     rank = logical_rank(x, x_dim)
+    for value, dim in ((weight, weight_dim), (bias, bias_dim)):
+        if value is not None and [n for k, n in enumerate(value.shape) if k != dim] != list(normalized_shape):
+            raise RuntimeError(f"expected weight and bias of the shape normalized_shape = {list(normalized_shape)}")
     dtype, stat_dtype = x.dtype, layer_norm_stat_dtype(x, weight, bias)
     if dtype in LOW_PRECISION:
         x = x.float()  # one rounding at the end, as in the operator

@@ -198,6 +198,12 @@ def add_product(addend: Tensor, addend_dim: int | None, out: Tensor, out_dim: in
     return torch.add(addend if beta == 1 else addend * beta, out, alpha=alpha), 0
 
 
+def expect_addend(rank: int, expected: int) -> None:
+    """The addend broadcasts to the product, not the other way round."""
+    if rank > expected:
+        raise RuntimeError(f"expected an addend of at most {expected} dimensions, those of the product, but got {rank}")
+
+
 def adding(op: OpOverload, plain: Callable[[Tensor, Tensor], Tensor], multiply: Callable[..., Output]) -> None:
     """``op(addend, x, y, *, beta, alpha)``: ``multiply`` is the rule of the product, ``plain`` itself unbatched."""
 
@@ -208,6 +214,7 @@ def adding(op: OpOverload, plain: Callable[[Tensor, Tensor], Tensor], multiply: 
             out, out_dim = plain(x, y), None
         else:
             out, out_dim = multiply(info, in_dims[1:], x, y)
+        expect_addend(logical_rank(addend, in_dims[0]), logical_rank(out, out_dim))
         return add_product(addend, in_dims[0], out, out_dim, beta, alpha)
 
     BATCHING_RULES.add(op, add, place=caller_place())
@@ -243,6 +250,7 @@ def addmm(
     expect_ranks(in_dims[1:], x, y, ranks=(2, 2))
     addend_dim, x_dim, y_dim = in_dims
     rank = logical_rank(addend, addend_dim)
+    expect_addend(rank, 2)
     if x_dim is not None and y_dim is None and addend_dim is None and rank <= 1:
         x = to_front(x, x_dim)
         size, rows, inner = x.shape

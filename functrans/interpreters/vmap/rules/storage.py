@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functrans.errors import InsideTransformError
-from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.families import RuleDeclined, any_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize
 from functrans.memory import storage_offset_of
 
@@ -41,6 +41,7 @@ def region(x: Tensor, bdim: int, size: Sequence[int], stride: Sequence[int], off
 
 
 @batching_rule(aten.as_strided.default, aten.as_strided_copy.default)
+@any_rank
 def as_strided(
     info: BatchInfo, in_dims: Sequence[Any], x: Tensor, size: Any, stride: Any, storage_offset: int | None = None
 ) -> tuple[Any, Any]:
@@ -49,6 +50,7 @@ def as_strided(
 
 
 @batching_rule(aten.as_strided_scatter.default)
+@any_rank
 def as_strided_scatter(
     info: BatchInfo, in_dims: Sequence[Any], x: Tensor, src: Tensor, size: Any, stride: Any, storage_offset: int | None = None
 ) -> tuple[Any, Any]:
