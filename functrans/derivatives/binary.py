@@ -163,15 +163,30 @@ pointwise(aten.pow.Scalar, exponent=pow_exponent)
 
 # ------------------------------------------------------------------------------------------- logarithms
 
+
+def sigmoid_of(x: Tensor) -> Tensor:
+    """With higher derivatives that neither overflow nor lose a small result."""
+    if x.dtype.is_complex:
+        return torch.sigmoid(x)
+    positive = x >= 0
+    right, left = (-torch.where(positive, x, 0)).exp(), torch.where(positive, 0, x).exp()
+    return torch.where(positive, 1 / (1 + right), left / (1 + left))
+
+
+def share(a: Tensor, b: Tensor, base: float = 1.0) -> Tensor:
+    """``exp(a) / (exp(a) + exp(b))``; NaN where both are the same infinity, as in PyTorch."""
+    return sigmoid_of(times(a - b, base))
+
+
 pointwise(
     aten.logaddexp.default,
-    self=lambda grad, self, other: grad / conj(1 + (other - self).exp()),
-    other=lambda grad, self, other: grad / conj(1 + (self - other).exp()),
+    self=lambda grad, self, other: grad * conj(share(self, other)),
+    other=lambda grad, self, other: grad * conj(share(other, self)),
 )
 pointwise(
     aten.logaddexp2.default,
-    self=lambda grad, self, other: grad / (1 + (other - self).exp2()),
-    other=lambda grad, self, other: grad / (1 + (self - other).exp2()),
+    self=lambda grad, self, other: grad * share(self, other, LN2),
+    other=lambda grad, self, other: grad * share(other, self, LN2),
 )
 
 
