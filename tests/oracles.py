@@ -360,7 +360,7 @@ class Judge:
 class Borrowed:
     """Context: which operators' derivatives are taken from PyTorch."""
 
-    def __enter__(self) -> Borrowed:  # noqa: PYI034 - nothing inherits from it
+    def __enter__(self) -> Borrowed:  # noqa: PYI034 - not subclassed
         from functrans.interpreters.grad import recording
         from functrans.interpreters.jvp import borrowed
 

@@ -24,7 +24,6 @@ WRONG: dict[str, str] = {
     "linalg.eigh": "grad of jvp is NaN: a quotient by zero in the tangent of eigenvectors",
     "nn.functional.linear_cross_entropy.chunked": "the gradients are computed in the forward pass, without a tangent",
     "scatter_reduce.prod": "PyTorch's formula has no tangent",
-    "triangular_solve": "PyTorch's forward mode gives the part of the matrix that is not read a tangent",
 }
 
 

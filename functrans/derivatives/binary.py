@@ -175,8 +175,8 @@ def sigmoid_of(x: Tensor) -> Tensor:
 
 
 def share(a: Tensor, b: Tensor, base: float = 1.0) -> Tensor:
-    """``exp(a) / (exp(a) + exp(b))``; a half where both are the same infinity."""
-    return sigmoid_of(times(torch.where((a == b) & (a.abs() == math.inf), 0, a - b), base))
+    """``exp(a) / (exp(a) + exp(b))``; NaN where both are the same infinity, as in PyTorch."""
+    return sigmoid_of(times(a - b, base))
 
 
 pointwise(
