@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import mutation, stack
 from functrans.errors import DeadWrapperError
+from functrans.lost_arguments import LOST, recovered
 from functrans.lowering import base, highest, lift
 from functrans.native import TwinInterpreter
 from functrans.operators import PURE, Facts, facts, normalized
@@ -122,6 +123,8 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
 
     One that does not answer for itself only wants results of its type, which a wrapper cannot be.
     """
+    if function in LOST:
+        kwargs = recovered(function, kwargs)
     others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
     for t in others:
         out = t.__torch_function__(function, tuple(others), args, kwargs)

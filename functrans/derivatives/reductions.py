@@ -179,17 +179,16 @@ def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Ten
     if math.isinf(p):  # ties share evenly
         extreme = (modulus == norm) | (modulus.isnan() & norm.isnan())
         return self.sgn() * (extreme / extreme.sum(dims, keepdim=True))
+    empty = norm == 0  # 0 in every order of derivative
+    x, norm, modulus = self.masked_fill(empty, 0), norm.masked_fill(empty, 1), modulus.masked_fill(empty, 1)
     if p < 1:
-        return (self.sgn() * modulus.pow(p - 1)).masked_fill(self == 0, 0) * norm.pow(1 - p)
+        return (x.sgn() * modulus.pow(p - 1)).masked_fill(self == 0, 0) * norm.pow(1 - p)
     if p < 2:
-        return self.sgn() * modulus.pow(p - 1) / norm.pow(p - 1).masked_fill(norm == 0, math.inf)
-    scale = norm.pow(p - 1).masked_fill(norm == 0, math.inf)
+        return x.sgn() * modulus.pow(p - 1) / norm.pow(p - 1)
     if p % 2 == 0:  # a polynomial, in the real and imaginary parts too
-        return self * cast(self * conj(self), norm.dtype).pow(p // 2 - 1) / scale
-    if p < 3:  # the slope of the power is infinite at 0, where that of the whole is 0
-        zero = self == 0
-        return self.masked_fill(zero, 0) * modulus.masked_fill(zero, 1).pow(p - 2) / scale
-    return self * modulus.pow(p - 2) / scale
+        return x * cast(x * conj(x), norm.dtype).pow(p // 2 - 1) / norm.pow(p - 1)
+    zero = x == 0  # the slope of the power below may be infinite there; that of the whole is 0 in every order that there is
+    return x.masked_fill(zero, 0) * modulus.masked_fill(zero, 1).pow(p - 2) / norm.pow(p - 1)
 
 
 def norm_self(grad: Tensor, self: Tensor, p: Any, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:

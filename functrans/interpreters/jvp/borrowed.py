@@ -135,7 +135,7 @@ def double_reverse(
 
 LOST = (
     "The gradients that its backward returns cannot be followed back to the gradient that it is given (it computes them by numpy, "
-    "in place, under no_grad or by an operator without a derivative). Give it a tangent: functrans.derivative(op, tangent=...)."
+    "by Python numbers or by an operator without a derivative). Give it a tangent: functrans.derivative(op, tangent=...)."
 )
 
 
