@@ -130,7 +130,7 @@ SQUARE: dict[str, Callable[..., Any]] = {
     "eig": lambda a: projections(*linalg.eig(a)),
     "function of a matrix": lambda a: sine(*linalg.eig(a)),
     "svdvals": linalg.svdvals,
-    "svd": lambda a: projections(*linalg.svd(a)[1::-1]) + projections(*linalg.svd(a)[1:]),
+    "svd": lambda a: projections(*linalg.svd(a)[1::-1]) + projections(*linalg.svd(a.mH)[1::-1]),
     "qr": lambda a: projections(a, linalg.qr(a)[0]),
     "cond": linalg.cond,
 }  # fmt: skip
