@@ -208,6 +208,25 @@ def test_rows_that_do_not_vary(f: Callable[..., Any]) -> None:
     check_mixes(along(lambda x: f(x, -1)[1], (x,)))
 
 
+def test_sums_of_no_exponentials() -> None:
+    """A row, or a beginning, of -inf has no derivative to give, and leaves the others theirs."""
+    rows, t = torch.stack([vector(-float("inf"), -float("inf"), -float("inf")), vector(-float("inf"), 1, 0.5)]), vector(1, 2, 3)
+    for f in (lambda x: x.logsumexp(1)[1], lambda x: x.logcumsumexp(1)[1, 1:], lambda x: x.logcumsumexp(0)[1, 1:]):
+        check_mixes(along(lambda s, f=f: f(rows + t * s), (vector(0.2).reshape(()),)))
+
+
+def test_slices_of_zeros() -> None:
+    rows = torch.stack([vector(0, 0, 0), vector(0.7, -1.2, 2.1), vector(0.1, 0.1, -0.1)])
+    for f in (lambda x: x.renorm(2, 0, 0.5), F.normalize, lambda x: F.cosine_similarity(x, x.roll(1, 1))):
+        check_mixes(along(lambda s, f=f: f(rows * (1 + s)), (vector(0.2).reshape(()),)))
+
+
+@pytest.mark.parametrize("f", [torch.abs, torch.sgn, torch.angle], ids=["abs", "sgn", "angle"])
+def test_complex_zeros(f: Callable[..., Any]) -> None:
+    z = torch.complex(vector(0, 1.5), vector(0, -0.7))
+    check_mixes(along(lambda s: f(z * torch.complex(1 + s, s)), (vector(0.2).reshape(()),)))
+
+
 def test_running_sums_of_exponentials() -> None:
     for x in (randn(4), randn(4) * 100):
         check_mixes(along(lambda x: x.logcumsumexp(0), (x,)), rtol=1e-4)
