@@ -4,7 +4,7 @@
 wrapper tensors carry their level, and every operator walks down the stack.
 """
 
-from functrans import custom_function, derivatives, door, fused_layers, lost_arguments, recurrent, scalar_index, special  # noqa: F401  (importing them connects them)
+from functrans import custom_function, derivatives, door, fused_layers, recurrent, scalar_index, special  # noqa: F401  (importing them connects them)
 from functrans.batching import vmap
 from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative

@@ -22,6 +22,7 @@ from functrans import mutation, thread_state
 from functrans.call_sites import FILES, LIBRARY, USER, site_from
 from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.failures import explain
+from functrans.lost_arguments import LOST, recovered
 from functrans.lowering import base, highest, lift
 from functrans.native import TwinInterpreter
 from functrans.operators import PURE, WRITE, Facts, facts, kind_here, normalized
@@ -157,6 +158,8 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
 
     One that does not answer for itself only wants results of its type, which a wrapper cannot be.
     """
+    if function in LOST:
+        kwargs = recovered(function, kwargs)
     others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
     for t in others:
         out = t.__torch_function__(function, tuple(others), args, kwargs)

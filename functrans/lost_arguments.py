@@ -13,24 +13,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from functrans.door import ENTRANCES
-from functrans.torch_private import without_torch_function
+#: By function: the argument that is lost.
+LOST: dict[Callable[..., Any], str] = {functional.l1_loss: "weight", torch.chain_matmul: "out"}
 
 
-def recovering(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The entrance of ``function`` that finds the argument ``name`` again."""
-    code = function.__code__
-
-    def entrance(*args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code is not code:
-            frame = frame.f_back  # type: ignore[assignment]
-        if frame is not None and frame.f_locals[name] is not None:
-            kwargs[name] = frame.f_locals[name]
-        return without_torch_function(function, (), args, kwargs)
-
-    return entrance
-
-
-ENTRANCES[functional.l1_loss] = recovering(functional.l1_loss, "weight")
-ENTRANCES[torch.chain_matmul] = recovering(torch.chain_matmul, "out")
+def recovered(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of a call of ``function``, which is running and has handed itself over, with the argument that was lost."""
+    name, frame = LOST[function], sys._getframe(1)
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return kwargs if frame is None or frame.f_locals[name] is None else {**kwargs, name: frame.f_locals[name]}

@@ -14,6 +14,7 @@ CONSTANT = {
     "only the shape, dtype or memory of the arguments is used": (
         "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like", "zero",
         "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "is_same_size", "is_set_to",
+        "_new_zeros_with_same_feature_meta",
         "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "_is_zerotensor",
         # in these pure forms the numbers that are overwritten do not matter, and the parameters are Python numbers
         "normal_functional", "uniform", "exponential", "geometric", "log_normal", "cauchy", "random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,11 @@ def restore_dims(x: Tensor, dim: int | Sequence[int] | None, keepdim: bool, ndim
 def where_or_zero(condition: Tensor, x: Tensor) -> Tensor:
     """``x`` where ``condition`` holds and exactly 0 elsewhere, also where ``x`` is infinite or NaN."""
     return torch.where(condition, x, 0)
+
+
+def subtrahend(result: Tensor) -> Tensor:
+    """The logarithm of a sum of exponentials, to be subtracted from terms of it: where all are -inf, each counts as 0."""
+    return result.masked_fill(result == -math.inf, 0)
 
 
 def linear_recurrence(a: Tensor, b: Tensor, dim: int, *, reverse: bool = False) -> Tensor:

@@ -238,7 +238,7 @@ def multi_margin_loss(
     self: Tensor, target: Tensor, p: Any = 1, margin: Any = 1, weight: Tensor | None = None, reduction: int = MEAN
 ) -> Tensor:
     """PyTorch has its gradient by ``self`` alone, and none by the class weights."""
-    x, labels = self.reshape(-1, self.shape[-1]), target.reshape(-1, 1)
+    x, labels = self.reshape(target.numel(), -1), target.reshape(-1, 1)
     gaps = (margin - x.gather(1, labels) + x).relu().pow(p)
     gaps = gaps.scatter(1, labels, 0)
     if weight is not None:

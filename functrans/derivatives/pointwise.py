@@ -109,16 +109,21 @@ def abs_tangent(self: Tensor, self_t: Tensor) -> Tensor:
 derivative(aten.abs.default, tangent=abs_tangent, self=lambda grad, self: grad * self.sgn())
 
 
+def square_or_infinity(x: Tensor) -> Tensor:
+    """``|x| ** 2`` to divide by: at 0 the quotient is 0 in every order of derivative."""
+    return torch.real(x * conj(x)).masked_fill(x == 0, math.inf)
+
+
 def angle_self(grad: Tensor, self: Tensor) -> Tensor:
     if not self.dtype.is_complex:
         return torch.zeros_like(self)
-    return where_or_zero(self != 0, grad * self / self.abs().square() * 1j)
+    return grad * (self / square_or_infinity(self)) * 1j
 
 
 def angle_tangent(self: Tensor, self_t: Tensor) -> Tensor:
     if not self.dtype.is_complex:
         return torch.zeros_like(self)
-    return torch.imag(where_or_zero(self != 0, self_t * conj(self) / self.abs().square()))
+    return torch.imag(self_t * (conj(self) / square_or_infinity(self)))
 
 
 derivative(aten.angle.default, tangent=angle_tangent, self=angle_self)
@@ -130,7 +135,7 @@ def sgn_self(grad: Tensor, self: Tensor, result: Tensor) -> Tensor:
         return torch.zeros_like(grad)
     modulus = self.abs()
     across = grad - torch.real(grad * conj(result)) * result
-    return (across / modulus).masked_fill(modulus == 0, 0)
+    return across / modulus.masked_fill(modulus == 0, math.inf)
 
 
 derivative(

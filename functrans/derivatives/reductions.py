@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, where_or_zero
+from functrans.decompositions import DECOMPOSITIONS
+from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, subtrahend, where_or_zero
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -150,7 +151,7 @@ derivative(
 
 def logsumexp_weights(self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
     """The gradient of logsumexp: softmax."""
-    return (self - restore_dims(result, dim, keepdim, self.dim())).exp()
+    return (self - restore_dims(subtrahend(result), dim, keepdim, self.dim())).exp()
 
 
 def logsumexp_self(grad: Tensor, self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
@@ -167,6 +168,17 @@ derivative(aten.logsumexp.default, tangent=logsumexp_tangent, self=logsumexp_sel
 # ------------------------------------------------------------------------------------------- norms
 
 
+def renorm(self: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    """PyTorch's gradient of its gradient is NaN at slices of zeros (torch 2.13)."""
+    others = [d for d in range(self.dim()) if d != dim % self.dim()]
+    dtype = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else None
+    norms = torch.linalg.vector_norm(self, p, others, keepdim=True, dtype=dtype)
+    return self * torch.where(norms > maxnorm, maxnorm / (norms + 1e-7), 1).to(self.dtype)
+
+
+DECOMPOSITIONS.add(aten.renorm.default, renorm)
+
+
 def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Tensor:
     """The gradient of the p-norm: ``sgn(x) * (|x| / norm) ** (p - 1)``, and 0 where the norm is 0."""
     if p == 0:
@@ -179,17 +191,16 @@ def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Ten
     if math.isinf(p):  # ties share evenly
         extreme = (modulus == norm) | (modulus.isnan() & norm.isnan())
         return self.sgn() * (extreme / extreme.sum(dims, keepdim=True))
+    empty = norm == 0  # 0 in every order of derivative
+    x, norm, modulus = self.masked_fill(empty, 0), norm.masked_fill(empty, 1), modulus.masked_fill(empty, 1)
     if p < 1:
-        return (self.sgn() * modulus.pow(p - 1)).masked_fill(self == 0, 0) * norm.pow(1 - p)
+        return (x.sgn() * modulus.pow(p - 1)).masked_fill(self == 0, 0) * norm.pow(1 - p)
     if p < 2:
-        return self.sgn() * modulus.pow(p - 1) / norm.pow(p - 1).masked_fill(norm == 0, math.inf)
-    scale = norm.pow(p - 1).masked_fill(norm == 0, math.inf)
+        return x.sgn() * modulus.pow(p - 1) / norm.pow(p - 1)
     if p % 2 == 0:  # a polynomial, in the real and imaginary parts too
-        return self * cast(self * conj(self), norm.dtype).pow(p // 2 - 1) / scale
-    if p < 3:  # the slope of the power is infinite at 0, where that of the whole is 0
-        zero = self == 0
-        return self.masked_fill(zero, 0) * modulus.masked_fill(zero, 1).pow(p - 2) / scale
-    return self * modulus.pow(p - 2) / scale
+        return x * cast(x * conj(x), norm.dtype).pow(p // 2 - 1) / norm.pow(p - 1)
+    zero = x == 0  # the slope of the power below may be infinite there; that of the whole is 0 in every order that there is
+    return x.masked_fill(zero, 0) * modulus.masked_fill(zero, 1).pow(p - 2) / norm.pow(p - 1)
 
 
 def norm_self(grad: Tensor, self: Tensor, p: Any, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import cast, conj, linear_recurrence, restore_dims, shifted
+from functrans.derivatives.helpers import cast, conj, linear_recurrence, restore_dims, shifted, subtrahend
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -91,8 +91,8 @@ derivative(aten.prod.dim_int, tangent=prod_dim_tangent, self=prod_dim_self)
 def decay(result: Tensor, dim: int, *, reverse: bool) -> Tensor:
     """``exp(y[k - 1] - y[k])``, at most 1 in modulus; with ``reverse`` the same factors, one place earlier."""
     if reverse:
-        return (result - shifted(result, dim, math.inf, reverse=True)).exp()
-    return (shifted(result, dim, -math.inf) - result).exp()
+        return (result - shifted(subtrahend(result), dim, math.inf, reverse=True)).exp()
+    return (shifted(result, dim, -math.inf) - subtrahend(result)).exp()
 
 
 def logcumsumexp_self(grad: Tensor, self: Tensor, dim: int, result: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ def logcumsumexp_self(grad: Tensor, self: Tensor, dim: int, result: Tensor) -> T
     if self.dim() == 0:
         return grad
     later = linear_recurrence(conj(decay(result, dim, reverse=True)), grad, dim, reverse=True)
-    return later * conj((self - result).exp())
+    return later * conj((self - subtrahend(result)).exp())
 
 
 def logcumsumexp_tangent(self: Tensor, self_t: Tensor, dim: int, result: Tensor) -> Tensor:
     if self.dim() == 0:
         return self_t
-    return linear_recurrence(decay(result, dim, reverse=False), self_t * (self - result).exp(), dim)
+    return linear_recurrence(decay(result, dim, reverse=False), self_t * (self - subtrahend(result)).exp(), dim)
 
 
 derivative(aten.logcumsumexp.default, tangent=logcumsumexp_tangent, self=logcumsumexp_self)

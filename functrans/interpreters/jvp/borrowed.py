@@ -10,11 +10,11 @@ from torch import Tensor
 from functrans.errors import MissingRuleError
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.lowering import map_tensors
-from functrans.native import run_forward_mode
+from functrans.native import run_forward_mode, run_recorded
 from functrans.operators import PYTORCH_NAMESPACES, facts
 from functrans.stack import run_transformed
 from functrans.tensor import WrapperTensor
-from functrans.thread_state import lowered
+from functrans.thread_state import door_closed, lowered
 from functrans.torch_private import OpOverload
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
         if op.namespace not in PYTORCH_NAMESPACES:
             # torch.library operators have a reverse formula at most, and no forward one would be a silent zero.
             raise NotImplementedError("forward mode: a custom operator does not support it")
+        expect_followed(self, op, values, kwargs, tangents, flat)
         out, found = run_forward_mode(self, op, values, kwargs, flat)
     except (NotImplementedError, RuntimeError) as error:
         if not _lacks_forward(error):
@@ -51,6 +52,24 @@ def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
         out, found = double_reverse(self, op, values, kwargs, flat)
     it = iter(found)
     return map_tensors(lambda o: self.dual(o, next(it)), out)
+
+
+#: Operators and positions of arguments whose tangents PyTorch is known to follow.
+FOLLOWED: set[tuple[OpOverload, tuple[int, ...]]] = set()
+
+
+def expect_followed(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any, flat: dict[int, Tensor]) -> None:
+    """Refuse a tangent of an argument for which PyTorch has no formula: reverse mode says so, forward mode drops it without a word."""
+    key = op, tuple(sorted(tangents))
+    if key in FOLLOWED or facts(op).random:
+        return
+    try:
+        run_recorded(self, op, values, kwargs, lambda i: i in flat)
+    except RuntimeError as error:
+        if "is not differentiable with respect to argument" in str(error):
+            raise MissingRuleError(op, self, str(error)) from error
+        # of what else reverse mode lacks, forward mode may have its own
+    FOLLOWED.add(key)
 
 
 def _lacks_forward(error: Exception) -> bool:
@@ -89,7 +108,9 @@ def double_reverse(
             raise MissingRuleError(op, self, "Its result is sparse: use to_dense() before it.")
 
         outer = GradInterpreter(op)
-        seeds = {o.slot: outer.track(torch.zeros_like(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
+        foreign = op.namespace not in PYTORCH_NAMESPACES
+        fill = torch.ones_like if foreign else torch.zeros_like  # any u will do; ones tell a lost derivative from a zero one
+        seeds = {o.slot: outer.track(fill(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
         names: dict[int, int] = {slot: w.slot for slot, w in seeds.items() if w.slot is not None}
 
         def transpose() -> Any:
@@ -101,12 +122,28 @@ def double_reverse(
             back = None if w.slot is None else pulled.get(w.slot)
             if type(back) is WrapperTensor and back.interpreter is outer and back.slot is not None:
                 given[back.slot] = given[back.slot] + tangents[i] if back.slot in given else tangents[i]
+            elif foreign and back is not None and not is_zero(back):
+                raise MissingRuleError(op, self, LOST)
         found = outer.pull(given, consume=True)
         result = [
             found.get(names[o.slot]) if type(o) is WrapperTensor and o.slot is not None and o.slot in names else None
             for o in outputs
         ]
     return plain, result
+
+
+LOST = (
+    "The gradients that its backward returns cannot be followed back to the gradient that it is given (it computes them by numpy, "
+    "by Python numbers or by an operator without a derivative). Give it a tangent: functrans.derivative(op, tangent=...)."
+)
+
+
+def is_zero(x: Tensor) -> bool:
+    """Whether the numbers of ``x`` are zeros, for all examples."""
+    while type(x) is WrapperTensor:
+        x = x.value
+    with door_closed(), torch.no_grad():
+        return not bool(x.any())
 
 
 def _wrappers(values: Any) -> list[WrapperTensor]:
