@@ -11,8 +11,9 @@ from torch import Tensor
 
 from functrans.errors import Call, CallValueError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.made_at import note_results
 from functrans.pytrees import broadcast_prefix, tree_flatten, tree_unflatten
-from functrans.stack import run_transformed
+from functrans.stack import STATE, run_transformed
 from functrans.tensor import WrapperTensor
 
 
@@ -128,6 +129,8 @@ def run_batched(
     out_leaves, out_spec, out = run_transformed(interpreter, body)
     places = check_out_dims(call, out_dims, out, out_leaves, out_spec)
     results = [leave(call, interpreter, x, d) for x, d in zip(out_leaves, places, strict=True)]
+    if STATE.top is not None:
+        note_results(results)
     written: dict[int, tuple[Tensor, int | None]] = {}
     for i, wrapper in enumerate(entered):
         if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:

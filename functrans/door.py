@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import mutation, stack
-from functrans.call_sites import FILES, site_from
+from functrans.call_sites import USER_FILES
 from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.failures import explain
 from functrans.lowering import base, highest, lift
+from functrans.made_at import SENT_ON, note_site
 from functrans.native import TwinInterpreter
-from functrans.operators import PURE, WRITE, Facts, facts, normalized
+from functrans.operators import PURE, Facts, facts, normalized
 from functrans.programs.admission import FORGET, REAL
 from functrans.programs.operators import operator_program, traced
 from functrans.programs.program import Program
@@ -66,6 +67,22 @@ class Door(TorchDispatchMode):
 
         Writes and views become pure operators (mutation.py); what was made inside belongs to the innermost transform.
         """
+        out = self.enter(op, args, kwargs)
+        if not types:  # what has a wrapper among its arguments came through ``otherwise``, which notes the place
+            kind = type(out)
+            if kind is WrapperTensor:
+                frame = sys._getframe(1)
+                code = frame.f_code
+                if code.co_filename in USER_FILES:
+                    out.made_at = (code, frame.f_lasti)
+                else:
+                    note_site((out,), frame, 1)
+            elif isinstance(out, tuple | list):
+                note_site(out, sys._getframe(1), 1)
+        return out
+
+    def enter(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        """The door for operators that functrans itself starts."""
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
         # tensors what they are. (Autograd's comes back in lowering.base.)
         set_key_excluded(CONJUGATE, False)
@@ -77,28 +94,10 @@ class Door(TorchDispatchMode):
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:
-            out = handle(op, known, args, kwargs or {})
+            return handle(op, known, args, kwargs or {})
         except Exception as error:
             explain(error)
             raise
-        kind = type(out)
-        if kind is WrapperTensor and known.kind != WRITE:
-            frame = sys._getframe(1)
-            code = frame.f_code
-            if code is OTHERWISE:
-                frame = sys._getframe(3)
-                code = frame.f_code
-            if FILES[code.co_filename]:
-                note_site((out,), frame)
-            else:
-                out.made_at = (code, frame.f_lasti)
-        elif kind is tuple or kind is list:
-            note_site(out, sys._getframe(1))
-        return out
-
-    def enter(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-        """The door for operators that functrans itself starts."""
-        return self.__torch_dispatch__(op, (), args, kwargs)
 
 
 stack.DOOR = DOOR = Door()
@@ -124,16 +123,17 @@ def check_thread(owner: Interpreter) -> None:
         raise OtherThreadError(owner)
 
 
-def note_site(made: Sequence[Any], frame: FrameType) -> None:
-    """Note on wrappers which line of the user's made them, seen from library code at ``frame``."""
-    site = site_from(frame)
-    if site is not None:
-        for out in made:
-            if type(out) is WrapperTensor:
-                out.made_at = site
-
-
 # ---------------------------------------------------------------------------------------------------- the short way
+
+# What takes the place of a function, an *entrance*, is made twice: to be called by ``torch_function``, and as a method of the wrapper, where
+# the code that called it is one frame ``up``.
+BY_METHOD = 1
+
+
+def frames_above(function: Callable[..., Any]) -> int:
+    """How many frames above ``torch_function`` the code is that called ``function``; one of Python's own calls handle_torch_function first."""
+    return 3 if type(function) is FunctionType else 1
+
 
 #: By torch function or method: what takes its place on wrappers.
 ENTRANCES: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -146,28 +146,39 @@ def torch_function(
     """A torch function was called with a wrapper among its arguments."""
     entrance = ENTRANCES.get(func)
     if entrance is None or len(types) > 1:
-        return otherwise(func, types, args, kwargs or {})
+        return otherwise(func, types, args, kwargs or {}, 1 + frames_above(func))
     return entrance(*args, **kwargs) if kwargs else entrance(*args)
 
 
 WrapperTensor.__torch_function__ = torch_function  # type: ignore[method-assign, assignment]
-THE_FUNCTION = WrapperTensor.__torch_function__.__code__
 
 
-def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any], up: int) -> Any:
     """PyTorch's own way, on which other tensor subclasses among the arguments have their say first, as if wrappers had none.
 
-    One that does not answer for itself only wants results of its type, which a wrapper cannot be.
+    One that does not answer for itself only wants results of its type, which a wrapper cannot be. ``up``: how many frames up
+    ``function`` was called.
     """
-    others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
-    for t in others:
-        out = t.__torch_function__(function, tuple(others), args, kwargs)
-        if out is not NotImplemented:
+    if len(types) != 1 or types[0] is not WrapperTensor:
+        others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
+        for t in others:
+            out = t.__torch_function__(function, tuple(others), args, kwargs)
+            if out is not NotImplemented:
+                return out
+    out = without_torch_function(function, types, args, kwargs)
+    kind = type(out)
+    if kind is WrapperTensor:
+        if args and out is args[0]:  # written
             return out
-    return without_torch_function(function, types, args, kwargs)
-
-
-OTHERWISE = otherwise.__code__
+        frame = sys._getframe(up)
+        code = frame.f_code
+        if code.co_filename in USER_FILES:
+            out.made_at = (code, frame.f_lasti)
+        else:
+            note_site((out,), frame, up)
+    elif isinstance(out, tuple | list):
+        note_site(out, sys._getframe(up), up)
+    return out
 
 
 def answers(kind: type) -> bool:
@@ -184,8 +195,8 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 # condition is written out at each entrance, where a call of a function would cost as much as what it asks.
 
 
-def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
-    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
+def through(program: Program, args: tuple[Any, ...], owner: Interpreter, up: int) -> Any:
+    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``; ``up``: as for the entrance that calls this."""
     top = STATE.top
     if owner is not top:
         check_thread(owner)
@@ -199,22 +210,19 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
         push_mode(DOOR)
     if owner is not top:
         out = lift(out, owner, top)
-    frame = sys._getframe(2)
+    frame = sys._getframe(up + 1)
     code = frame.f_code
-    if code is THE_FUNCTION:
-        frame = frame.f_back  # type: ignore[assignment]
-        code = frame.f_code
-    if FILES[code.co_filename]:
-        note_site((out,), frame)
-    else:
+    if code.co_filename in USER_FILES:
         out.made_at = (code, frame.f_lasti)
+    elif code.co_filename not in SENT_ON:
+        note_site((out,), frame, up + 1)
     return out
 
 
 NOT_INPLACE = {"inplace": False}
 
 
-def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> Callable[..., Any]:
+def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
     program: Program | None = None
 
@@ -224,7 +232,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
             kwargs = {}
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
         if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
-            return otherwise(function, (), (x, *more), kwargs)
+            return otherwise(function, (), (x, *more), kwargs, up + 1)
         if x.view_link is not None:
             x.view_link.refresh(x)
         owner = x.interpreter
@@ -232,9 +240,9 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
             raise DeadWrapperError(x)
         if program is None:
             program = find()
-        if program is None or owner.process_program is None:
-            return otherwise(function, (), (x,), kwargs)
-        return through(program, (x,), owner)
+        if program is None or not owner.takes_programs:
+            return otherwise(function, (), (x,), kwargs, up + 1)
+        return through(program, (x,), owner, up)
 
     def forget() -> None:
         nonlocal program
@@ -244,7 +252,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
     return entrance
 
 
-def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], *, reflected: bool = False) -> Callable[..., Any]:
+def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], up: int, *, reflected: bool = False) -> Callable[..., Any]:
     """What takes the place of ``function``, of two operands; ``find(is_tensor)`` is its program, by what the second one is.
 
     ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to that.
@@ -271,7 +279,7 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             if y.view_link is not None:
                 y.view_link.refresh(y)
             owner = y.interpreter
-        if owner is not None and owner.alive and owner.process_program is not None:
+        if owner is not None and owner.alive and owner.takes_programs:
             try:
                 program = found[number]
             except KeyError:
@@ -281,10 +289,10 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
                     program = None
                 found[number] = program
             if program is not None:
-                return through(program, (x, y), owner)
+                return through(program, (x, y), owner, up)
         if reflected and not number:
             x, y = y, x
-        return otherwise(function, (), (x, y, *more), kwargs)
+        return otherwise(function, (), (x, y, *more), kwargs, up + 1)
 
     FORGET.append(found.clear)
     return entrance
@@ -301,26 +309,26 @@ def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
     return y.dtype is x.dtype and y.layout is STRIDED and (bool(x.shape) or y.device == x.device)
 
 
-def power(function: Callable[..., Any]) -> Callable[..., Any]:
+def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
     """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or half."""
 
     def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
         if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled() or more or kwargs:
-            return otherwise(function, (), (x, exponent, *more), kwargs)
+            return otherwise(function, (), (x, exponent, *more), kwargs, up + 1)
         small = (type(exponent) is int or type(exponent) is float) and -8 <= exponent <= 8 and 2 * exponent % 1 == 0
         if small and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
             program = operator_program(aten.pow.Tensor_Scalar, exponent)
             if x.view_link is not None:
                 x.view_link.refresh(x)
             owner = x.interpreter
-            if program is not None and owner.alive and owner.process_program is not None:
-                return through(program, (x,), owner)
-        return otherwise(function, (), (x, exponent, *more), kwargs)
+            if program is not None and owner.alive and owner.takes_programs:
+                return through(program, (x,), owner, up)
+        return otherwise(function, (), (x, exponent, *more), kwargs, up + 1)
 
     return entrance
 
 
-def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Callable[..., Any]:
+def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments."""
     sizes = patterns.get("T*")
 
@@ -345,34 +353,19 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
                 finally:
                     push_mode(DOOR)
                 kind = type(out)
-                if kind is WrapperTensor and known.kind != WRITE:
-                    frame = sys._getframe(1)
+                if kind is WrapperTensor:
+                    frame = sys._getframe(up)
                     code = frame.f_code
-                    if code is THE_FUNCTION:
-                        frame = frame.f_back  # type: ignore[assignment]
-                        code = frame.f_code
-                    if FILES[code.co_filename]:
-                        note_site((out,), frame)
-                    else:
+                    if code.co_filename in USER_FILES:
                         out.made_at = (code, frame.f_lasti)
-                elif kind is tuple or kind is list:
-                    note_site(out, sys._getframe(1))
+                    elif code.co_filename not in SENT_ON:
+                        note_site((out,), frame, up)
+                elif isinstance(out, tuple | list):
+                    note_site(out, sys._getframe(up), up)
                 return out
-        return otherwise(function, (), args, kwargs)
+        return otherwise(function, (), args, kwargs, up + 1)
 
     return entrance
-
-
-def entrance_of(function: Callable[..., Any], name: str) -> Callable[..., Any] | None:
-    """What takes the place of the torch function or method that ``name`` stands for in spellings.py."""
-    if name == "pow":
-        return power(function)
-    if name in BINARY:
-        operators = BINARY[name]
-        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]))
-    if name in UNARY:
-        return unary(function, lambda: operator_program(getattr(aten, name).default))
-    return direct(function, DIRECT[name]) if name in DIRECT else None
 
 
 #: Python's reflected operators, whose program depends on what the other operand is.
@@ -382,19 +375,32 @@ REFLECTED: dict[str, Callable[[bool], Program | None]] = {
 }
 
 
+def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..., Any] | None:
+    """What takes the place of the torch function or method that ``name`` stands for in spellings.py."""
+    if name == "pow":
+        return power(function, up)
+    if name in BINARY:
+        operators = BINARY[name]
+        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]), up)
+    if name in UNARY:
+        return unary(function, lambda: operator_program(getattr(aten, name).default), up)
+    if name in REFLECTED:
+        return binary(function, REFLECTED[name], up, reflected=True)
+    return direct(function, DIRECT[name], up) if name in DIRECT else None
+
+
 def set_up() -> None:
     """Fill ``ENTRANCES``, and give the wrapper methods of its own."""
-    for function, name in spellings().items():
-        entrance = entrance_of(function, name)
+    names = spellings()
+    names.update({getattr(Tensor, name): name for name in REFLECTED})
+    for function, name in names.items():
+        entrance = entrance_of(function, name, 1 + frames_above(function))
         if entrance is not None:
             ENTRANCES[function] = entrance
-    for name, find in REFLECTED.items():
-        function = getattr(Tensor, name)
-        ENTRANCES[function] = binary(function, find, reflected=True)
     for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
-        taken = ENTRANCES.get(getattr(Tensor, name, None))  # type: ignore[arg-type]
-        if taken is not None:
-            setattr(WrapperTensor, name, taken)
+        method: Any = getattr(Tensor, name, None)
+        if method in ENTRANCES:
+            setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
 
 
 set_up()

@@ -20,10 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from functrans import lowering
-from functrans.call_sites import FILES, TORCH, USER, place, user_site
+from functrans.call_sites import TORCH, is_users, place, user_site
 from functrans.errors import FunctransError, RuleError
 from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper
+from functrans.torch_private import OpOverload
 
 #: How the methods are called that give an operator or a program its meaning at a level.
 MEANINGS = ("process", "process_program")
@@ -64,7 +65,7 @@ def shown(a: Any) -> str:
         return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}"
     if isinstance(a, list | tuple):
         return f"[{', '.join(map(shown, a))}]"
-    return a.__name__ if callable(a) and hasattr(a, "__name__") else repr(a)
+    return str(a) if isinstance(a, OpOverload) else a.__name__ if callable(a) and hasattr(a, "__name__") else repr(a)
 
 
 def entries(traceback: TracebackType | None) -> list[TracebackType]:
@@ -108,7 +109,7 @@ def is_kernels(error: Exception, traceback: TracebackType) -> bool:
     raised_by_python = code.co_code[innermost.tb_lasti] == RAISE
     if not isinstance(error, DELIBERATE) or (raised_by_python and isinstance(error, NotImplementedError)):
         return False
-    if FILES[code.co_filename] != USER:
+    if not is_users(code.co_filename):
         return True
     if raised_by_python or isinstance(error, ValueError):
         return False

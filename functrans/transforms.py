@@ -23,8 +23,9 @@ from functrans.errors import Call, CallError, CallValueError
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.made_at import note_results
 from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
-from functrans.stack import door_closed, run_transformed
+from functrans.stack import STATE, door_closed, run_transformed
 from functrans.tensor import WrapperTensor
 
 
@@ -135,6 +136,8 @@ def _grad_and_value(
     cotangents = {} if slot is None else interpreter.pull({slot: unit(value)}, consume=True)
     grads = inputs.collect(cotangents)
     inputs.write_back()
+    if STATE.top is not None:
+        note_results([value, *tree_flatten(aux)[0]])
     return grads, (value, aux) if has_aux else value
 
 
@@ -197,6 +200,8 @@ def vjp_with_argnums(
 
     values, slots, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
+    if STATE.top is not None:
+        note_results([*values, *tree_flatten(aux)[0]])
     versions = interpreter.saved_versions()
     shapes = [(v.shape, v.dtype) for v in values]
 
@@ -318,4 +323,6 @@ def jvp_with_argnums(
     values, found, out_spec, aux = run_transformed(interpreter, body)
     inputs.write_back()
     out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
+    if STATE.top is not None:
+        note_results([*values, *out_tangents, *tree_flatten(aux)[0]])
     return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux

@@ -42,6 +42,10 @@ DATA_DEPENDENT = {
 }  # fmt: skip
 
 
+ITEM = (aten.item.default, aten._local_scalar_dense.default)
+READING_A_NUMBER = "tensor.item(), or a tensor where PyTorch takes a number,"
+
+
 class VmapInterpreter(Interpreter):
     """A wrapper holds all examples in one tensor, along its dimension ``bdim``; None: the same for every example."""
 
@@ -153,7 +157,7 @@ class VmapInterpreter(Interpreter):
                 pass
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
-            raise DataDependentError(op, self, cure)
+            raise DataDependentError(READING_A_NUMBER if op in ITEM else op, self, cure)
         if known.composite:
             return decompose(self, op, args, kwargs)
         decomposition = decomposition_table.get(op)
