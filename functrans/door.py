@@ -10,8 +10,8 @@ are; everything else goes back to PyTorch's parser and comes the first way.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
+from threading import get_ident
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +24,7 @@ from functrans.call_sites import USER_FILES
 from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.failures import explain
 from functrans.lowering import base, highest, lift
-from functrans.made_at import SENT_ON, note_site
+from functrans.made_at import SENT_ON, note_site, several
 from functrans.native import TwinInterpreter
 from functrans.operators import PURE, Facts, facts, normalized
 from functrans.programs.admission import FORGET, REAL
@@ -77,7 +77,7 @@ class Door(TorchDispatchMode):
                     out.made_at = (code, frame.f_lasti)
                 else:
                     note_site((out,), frame, 1)
-            elif isinstance(out, tuple | list):
+            elif several(out):
                 note_site(out, sys._getframe(1), 1)
         return out
 
@@ -119,7 +119,7 @@ def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str
 
 def check_thread(owner: Interpreter) -> None:
     """Refuse a wrapper of another thread's transform. (What the autograd engine calls on twins comes from threads of its own.)"""
-    if owner.thread is not None and owner.thread != threading.get_ident():
+    if owner.thread is not None and owner.thread != get_ident():
         raise OtherThreadError(owner)
 
 
@@ -176,7 +176,7 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
             out.made_at = (code, frame.f_lasti)
         else:
             note_site((out,), frame, up)
-    elif isinstance(out, tuple | list):
+    elif several(out):
         note_site(out, sys._getframe(up), up)
     return out
 
@@ -195,14 +195,17 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 # condition is written out at each entrance, where a call of a function would cost as much as what it asks.
 
 
-def through(program: Program, args: tuple[Any, ...], owner: Interpreter, up: int) -> Any:
-    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``; ``up``: as for the entrance that calls this."""
+def through(process: Callable[..., Any], program: Program, args: tuple[Any, ...], owner: Interpreter, up: int) -> Any:
+    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``.
+
+    ``process`` is its ``process_program``; ``up``: as for the entrance that calls this.
+    """
     top = STATE.top
-    if owner is not top:
+    if owner is not top and owner.thread != get_ident():
         check_thread(owner)
     pop_mode(None)  # as PyTorch does while a handler runs
     try:
-        out = owner.process_program(program, args)  # type: ignore[misc]
+        out = process(program, args)
     except Exception as error:
         explain(error)
         raise
@@ -240,9 +243,10 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
             raise DeadWrapperError(x)
         if program is None:
             program = find()
-        if program is None or not owner.takes_programs:
+        process = owner.process_program
+        if program is None or process is None:
             return otherwise(function, (), (x,), kwargs, up + 1)
-        return through(program, (x,), owner, up)
+        return through(process, program, (x,), owner, up)
 
     def forget() -> None:
         nonlocal program
@@ -279,7 +283,8 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             if y.view_link is not None:
                 y.view_link.refresh(y)
             owner = y.interpreter
-        if owner is not None and owner.alive and owner.takes_programs:
+        process = owner.process_program if owner is not None and owner.alive else None
+        if process is not None:
             try:
                 program = found[number]
             except KeyError:
@@ -289,7 +294,7 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
                     program = None
                 found[number] = program
             if program is not None:
-                return through(program, (x, y), owner, up)
+                return through(process, program, (x, y), owner, up)  # type: ignore[arg-type]
         if reflected and not number:
             x, y = y, x
         return otherwise(function, (), (x, y, *more), kwargs, up + 1)
@@ -321,8 +326,9 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
             if x.view_link is not None:
                 x.view_link.refresh(x)
             owner = x.interpreter
-            if program is not None and owner.alive and owner.takes_programs:
-                return through(program, (x,), owner, up)
+            process = owner.process_program
+            if program is not None and owner.alive and process is not None:
+                return through(process, program, (x,), owner, up)
         return otherwise(function, (), (x, exponent, *more), kwargs, up + 1)
 
     return entrance
@@ -360,7 +366,7 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: in
                         out.made_at = (code, frame.f_lasti)
                     elif code.co_filename not in SENT_ON:
                         note_site((out,), frame, up)
-                elif isinstance(out, tuple | list):
+                elif several(out):
                     note_site(out, sys._getframe(up), up)
                 return out
         return otherwise(function, (), args, kwargs, up + 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from functrans.decompositions import decompose
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.errors import CarriedValueError, FunctransError, MissingRuleError
+from functrans.errors import CarriedValueError, FunctransError, MissingRuleError, RuleError, RuleResultError
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
 from functrans.lowering import lower, map_tensors
 from functrans.operators import facts
@@ -31,9 +31,12 @@ __all__ = [
     "BATCHING_RULES",
     "DERIVATIVES",
     "BatchInfo",
+    "CarriedValueError",
     "FunctransError",
     "Interpreter",
     "MissingRuleError",
+    "RuleError",
+    "RuleResultError",
     "RuleTable",
     "TableInterpreter",
     "WrapperTensor",

@@ -17,6 +17,11 @@ MODULE_CALL = torch.nn.Module.__call__.__code__
 SENT_ON = frozenset(m.__file__ for m in (torch.functional, torch.nn.functional, torch._tensor))
 
 
+def several(out: Any) -> bool:
+    """Whether an operator's output is several wrappers."""
+    return isinstance(out, tuple | list) and len(out) > 0 and type(out[0]) is WrapperTensor
+
+
 def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
     """Note on wrappers which line of the user's made them, where ``frame``, ``up`` above the caller's, is no code known to be the user's.
 

@@ -83,21 +83,17 @@ class Interpreter:
     #: ``process`` for a whole program (see functrans.programs): (program, args, pending) -> outputs, which may be pending wrappers
     #: if ``pending``. None: its operators come one by one.
     process_program: Callable[..., Any] | None = None
-    #: Whether it has one.
-    takes_programs: ClassVar[bool] = False
-    #: The thread in which it runs; None: any.
+    #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
     def __init_subclass__(cls) -> None:
         if "process" in vars(cls) and "process_program" not in vars(cls):
             cls.process_program = None  # a new meaning for operators is one for programs, too
-        cls.takes_programs = cls.process_program is not None
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         self.below: Interpreter | None = STATE.top
         self.level: int = 1 if self.below is None else self.below.level + 1
         self.alive = True
-        self.thread = get_ident()
         self.func = func
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()
@@ -192,6 +188,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     """
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
+    interpreter.thread = get_ident()
     top, depth, modes = STATE.top, STATE.door_depth, mode_stack_size()
     outermost = top is None
     if outermost:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import FunctransError, functional_call, grad, jvp, vjp, vmap
 from functrans.errors import RuleError
@@ -299,6 +300,30 @@ def test_an_operators_own_code_keeps_its_errors() -> None:
             call()
     DERIVATIVES.remove(op)
     BATCHING_RULES.remove(op)
+
+
+class Refusing(TorchDispatchMode):
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise KeyError("listening")
+
+
+def test_what_a_mode_of_the_users_raises_is_the_users() -> None:
+    def inside(x: Tensor) -> Tensor:
+        with Refusing():
+            return x * x
+
+    def outside(transformed: Callable[..., Any]) -> Any:
+        with Refusing():
+            return transformed()
+
+    for call in (
+        lambda: grad(inside)(X),
+        lambda: outside(lambda: grad(lambda x: (x * x).sum())(X)),
+        lambda: outside(lambda: vmap(torch.cumsum, in_dims=(0, None))(A, 0)),
+        lambda: outside(lambda: jvp(torch.sigmoid, (X,), (X,))),
+    ):
+        with pytest.raises(KeyError, match="listening"):
+            call()
 
 
 def test_errors_of_custom_functions_are_the_users() -> None:
