@@ -10,10 +10,9 @@ from torch import Tensor
 
 from functrans.errors import Call, CallError, CallValueError
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
-from functrans.made_at import note_results
 from functrans.mutation import invalidate_saved
 from functrans.pytrees import tree_flatten, tree_unflatten
-from functrans.stack import STATE, Interpreter
+from functrans.stack import Interpreter
 from functrans.tensor import WrapperTensor
 
 Argnums = int | tuple[int, ...]
@@ -89,10 +88,7 @@ class Inputs:
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if slot is None else cotangents.get(slot) for slot in self.leaf_slots[i]]
-            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
-            if STATE.top is not None:
-                note_results(filled)
-            found.append(tree_unflatten(spec, filled))
+            found.append(tree_unflatten(spec, [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]))
         return found[0] if self.single else tuple(found)
 
     def write_back(self) -> None:

@@ -195,10 +195,10 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 # condition is written out at each entrance, where a call of a function would cost as much as what it asks.
 
 
-def through(process: Callable[..., Any], program: Program, args: tuple[Any, ...], owner: Interpreter, up: int) -> Any:
+def through(process: Callable[..., Any], program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
     """Send ``program`` in, to ``owner``, which is of the highest level among ``args``.
 
-    ``process`` is its ``process_program``; ``up``: as for the entrance that calls this.
+    ``process`` is its ``process_program``; ``above``: how many frames up the code is that called the function.
     """
     top = STATE.top
     if owner is not top and owner.thread != get_ident():
@@ -213,12 +213,12 @@ def through(process: Callable[..., Any], program: Program, args: tuple[Any, ...]
         push_mode(DOOR)
     if owner is not top:
         out = lift(out, owner, top)
-    frame = sys._getframe(up + 1)
+    frame = sys._getframe(above)
     code = frame.f_code
     if code.co_filename in USER_FILES:
         out.made_at = (code, frame.f_lasti)
     elif code.co_filename not in SENT_ON:
-        note_site((out,), frame, up + 1)
+        note_site((out,), frame, above)
     return out
 
 
@@ -228,6 +228,7 @@ NOT_INPLACE = {"inplace": False}
 def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
     program: Program | None = None
+    above = up + 1  # seen from what the entrance calls
 
     def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
         nonlocal program
@@ -235,7 +236,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
             kwargs = {}
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
         if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
-            return otherwise(function, (), (x, *more), kwargs, up + 1)
+            return otherwise(function, (), (x, *more), kwargs, above)
         if x.view_link is not None:
             x.view_link.refresh(x)
         owner = x.interpreter
@@ -245,8 +246,8 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
             program = find()
         process = owner.process_program
         if program is None or process is None:
-            return otherwise(function, (), (x,), kwargs, up + 1)
-        return through(process, program, (x,), owner, up)
+            return otherwise(function, (), (x,), kwargs, above)
+        return through(process, program, (x,), owner, above)
 
     def forget() -> None:
         nonlocal program
@@ -262,6 +263,7 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
     ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to that.
     """
     found: dict[bool, Program | None] = {}
+    above = up + 1
 
     def entrance(x: Any, y: Any, *more: Any, **kwargs: Any) -> Any:
         kind = type(y)
@@ -274,7 +276,8 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
         elif type(x) is WrapperTensor:
             if x.view_link is not None:
                 x.view_link.refresh(x)
-            if x.dtype in REAL and x.layout is STRIDED and (number or similar(x, y, kind)):
+            fit = number or (kind is WrapperTensor and y.view_link is None and y.dtype is x.dtype and y.layout is STRIDED and x.shape)
+            if x.dtype in REAL and x.layout is STRIDED and (fit or similar(x, y, kind)):  # (what is frequent without a call)
                 owner = x.interpreter
                 other = y.interpreter if kind is WrapperTensor else owner
                 if other is not owner and owner.alive and (not other.alive or other.level > owner.level):
@@ -294,10 +297,10 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
                     program = None
                 found[number] = program
             if program is not None:
-                return through(process, program, (x, y), owner, up)  # type: ignore[arg-type]
+                return through(process, program, (x, y), owner, above)  # type: ignore[arg-type]
         if reflected and not number:
             x, y = y, x
-        return otherwise(function, (), (x, y, *more), kwargs, up + 1)
+        return otherwise(function, (), (x, y, *more), kwargs, above)
 
     FORGET.append(found.clear)
     return entrance
@@ -316,10 +319,11 @@ def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
 
 def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
     """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or half."""
+    above = up + 1
 
     def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
         if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled() or more or kwargs:
-            return otherwise(function, (), (x, exponent, *more), kwargs, up + 1)
+            return otherwise(function, (), (x, exponent, *more), kwargs, above)
         small = (type(exponent) is int or type(exponent) is float) and -8 <= exponent <= 8 and 2 * exponent % 1 == 0
         if small and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
             program = operator_program(aten.pow.Tensor_Scalar, exponent)
@@ -328,8 +332,8 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
             owner = x.interpreter
             process = owner.process_program
             if program is not None and owner.alive and process is not None:
-                return through(process, program, (x,), owner, up)
-        return otherwise(function, (), (x, exponent, *more), kwargs, up + 1)
+                return through(process, program, (x,), owner, above)
+        return otherwise(function, (), (x, exponent, *more), kwargs, above)
 
     return entrance
 
@@ -337,6 +341,7 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
 def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments."""
     sizes = patterns.get("T*")
+    above = up + 1
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
@@ -369,7 +374,7 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: in
                 elif several(out):
                     note_site(out, sys._getframe(up), up)
                 return out
-        return otherwise(function, (), args, kwargs, up + 1)
+        return otherwise(function, (), args, kwargs, above)
 
     return entrance
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from functrans.call_sites import LIBRARY_FILES, USER_FILES, WITHIN_FILES, is_users
+from functrans.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
 from functrans.tensor import WrapperTensor
 
 MODULE_CALL = torch.nn.Module.__call__.__code__
@@ -55,8 +55,14 @@ def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
             out.made_at = site
 
 
-def note_results(values: Sequence[Any]) -> None:
-    """Note on what a transform returns inside of another where the user called it; ``values``: its tensors, and maybe other things."""
+def note_results(values: Sequence[Any], up: int) -> None:
+    """Note on what a transform returns inside of another where the user called it, ``up`` frames above the caller or further.
+
+    ``values``: its tensors, and maybe other things. What another transform called directly, as in ``vmap(grad(f))``, is seen by nobody else.
+    """
+    frame = sys._getframe(up + 1)
+    if frame.f_code.co_name == "body" and frame.f_code.co_filename.startswith(OURS):
+        return
     made = [v for v in values if type(v) is WrapperTensor and not hasattr(v, "made_at")]
     if made:
-        note_site(made, sys._getframe(1), 1)
+        note_site(made, frame, up + 1)
