@@ -130,7 +130,7 @@ def run_batched(
     places = check_out_dims(call, out_dims, out, out_leaves, out_spec)
     results = [leave(call, interpreter, x, d) for x, d in zip(out_leaves, places, strict=True)]
     if STATE.top is not None:
-        note_results(results, 2)
+        note_results(2, results)
     written: dict[int, tuple[Tensor, int | None]] = {}
     for i, wrapper in enumerate(entered):
         if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from functrans.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
+from functrans.pytrees import tree_flatten
 from functrans.tensor import WrapperTensor
 
 MODULE_CALL = torch.nn.Module.__call__.__code__
@@ -55,14 +56,14 @@ def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
             out.made_at = site
 
 
-def note_results(values: Sequence[Any], up: int) -> None:
+def note_results(up: int, *trees: Any) -> None:
     """Note on what a transform returns inside of another where the user called it, ``up`` frames above the caller or further.
 
-    ``values``: its tensors, and maybe other things. What another transform called directly, as in ``vmap(grad(f))``, is seen by nobody else.
+    What another transform called directly, as in ``vmap(grad(f))``, is seen by nobody else.
     """
     frame = sys._getframe(up + 1)
     if frame.f_code.co_name == "body" and frame.f_code.co_filename.startswith(OURS):
         return
-    made = [v for v in values if type(v) is WrapperTensor and not hasattr(v, "made_at")]
+    made = [v for v in tree_flatten(trees)[0] if type(v) is WrapperTensor and not hasattr(v, "made_at")]
     if made:
         note_site(made, frame, up + 1)

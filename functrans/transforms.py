@@ -137,7 +137,7 @@ def _grad_and_value(
     grads = inputs.collect(cotangents)
     inputs.write_back()
     if STATE.top is not None:
-        note_results([value, *tree_flatten(grads if aux is None else (grads, aux))[0]], 2)
+        note_results(2, grads, value, aux)
     return grads, (value, aux) if has_aux else value
 
 
@@ -201,7 +201,7 @@ def vjp_with_argnums(
     values, slots, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
     if STATE.top is not None:
-        note_results(values if aux is None else [*values, *tree_flatten(aux)[0]], 2)
+        note_results(2, values, aux)
     versions = interpreter.saved_versions()
     shapes = [(v.shape, v.dtype) for v in values]
 
@@ -222,7 +222,7 @@ def vjp_with_argnums(
         check_versions(versions)
         found = inputs.collect(interpreter.pull(seeds, consume=False))
         if STATE.top is not None:
-            note_results(tree_flatten(found)[0], 1)
+            note_results(1, found)
         return found
 
     def rows() -> tuple[Tensor, Callable[[Tensor], Any]] | None:
@@ -327,5 +327,5 @@ def jvp_with_argnums(
     inputs.write_back()
     out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
     if STATE.top is not None:
-        note_results([*values, *out_tangents, *([] if aux is None else tree_flatten(aux)[0])], 2)
+        note_results(2, values, out_tangents, aux)
     return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
