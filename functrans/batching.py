@@ -13,10 +13,12 @@ from functrans.checks import call_function, check_callable, check_chunk_size, ch
 from functrans.errors import Call, CallIndexError, CallValueError, DeadWrapperError
 from functrans.in_dims import check_in_dims, check_inputs
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.made_at import note_results
 from functrans.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.stack import run_transformed
 from functrans.structures import difference, path_of
 from functrans.tensor import WrapperTensor
+from functrans.thread_state import STATE
 from functrans.views import contents_of
 from functrans.wording import what
 
@@ -98,6 +100,8 @@ def run_batched(
     out_leaves, out_spec, out = run_transformed(interpreter, body)
     places = check_out_dims(call, out_dims, out, out_leaves, out_spec)
     results = [leave(call, interpreter, x, d, out, i) for i, (x, d) in enumerate(zip(out_leaves, places, strict=True))]
+    if STATE.top is not None:
+        note_results(2, results)
     written: dict[int, tuple[Tensor, int | None]] = {}
     for i, wrapper in enumerate(entered):
         if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:

@@ -18,10 +18,6 @@ import torch
 #: A place in code: the code object and the offset of the instruction.
 Site = tuple[CodeType, int]
 
-#: What a file is to us: user code; library code that user code calls; library code that runs while an operator is handled, whose
-#: results get the operator's place.
-USER, LIBRARY, WITHIN = 0, 1, 2
-
 #: The file name that the code of programs has.
 PROGRAM_FILE = "<functrans program>"
 
@@ -31,51 +27,40 @@ STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 PACKAGES = tuple(STANDARD + name + os.sep for name in ("site-packages", "dist-packages"))
 OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
-CALLED = ("batching", "custom_function", "door", "extend", "jacobians", "modules", "stack", "tensor", "transforms")
+CALLED = ("arguments", "batching", "custom_function", "door", "extend", "jacobians", "made_at", "modules", "stack", "tensor", "transforms")
 
 
-class Files(dict[str, int]):
-    """By file name, what the file is to us."""
+#: File names met so far: of user code; of library code that user code calls; of library code that runs while an operator is
+#: handled, whose results get the operator's place.
+USER_FILES: set[str] = set()
+LIBRARY_FILES: set[str] = set()
+WITHIN_FILES: set[str] = set()
 
-    def __missing__(self, name: str) -> int:
-        kind = self[name] = kind_of(os.path.abspath(name) if os.path.exists(name) else name)
-        return kind
+
+def is_users(name: str) -> bool:
+    """Whether the code of the file ``name`` is the user's."""
+    if name not in USER_FILES and name not in LIBRARY_FILES and name not in WITHIN_FILES:
+        kind_of(os.path.abspath(name) if os.path.exists(name) else name).add(name)
+    return name in USER_FILES
 
 
-def kind_of(path: str) -> int:
+def kind_of(path: str) -> set[str]:
     if path.startswith(OURS):
         rest = path[len(OURS) :]
         if rest.startswith("tour" + os.sep):
-            return USER
-        return LIBRARY if rest.removesuffix(".py") in CALLED else WITHIN
+            return USER_FILES
+        return LIBRARY_FILES if rest.removesuffix(".py") in CALLED else WITHIN_FILES
     if path == PROGRAM_FILE or path.startswith(tuple(TORCH + part for part in ("_decomp", "_refs", "_prims"))):
-        return WITHIN
+        return WITHIN_FILES
     if path.startswith((TORCH, OPTREE, "<frozen ")):
-        return LIBRARY
-    return LIBRARY if path.startswith(STANDARD) and not path.startswith(PACKAGES) else USER
-
-
-FILES = Files()
-
-
-def site_from(frame: FrameType) -> Site | None:
-    """The user's line behind ``frame``; None if it was called while an operator was handled."""
-    at: FrameType | None = frame
-    while at is not None:
-        code = at.f_code
-        kind = FILES[code.co_filename]
-        if kind == USER:
-            return code, at.f_lasti
-        if kind == WITHIN:
-            return None
-        at = at.f_back
-    return None
+        return LIBRARY_FILES
+    return LIBRARY_FILES if path.startswith(STANDARD) and not path.startswith(PACKAGES) else USER_FILES
 
 
 def user_site(frame: FrameType | None) -> Site | None:
     """The user's line behind ``frame``, whatever is between."""
     while frame is not None:
-        if FILES[frame.f_code.co_filename] == USER:
+        if is_users(frame.f_code.co_filename):
             return frame.f_code, frame.f_lasti
         frame = frame.f_back
     return None
@@ -84,7 +69,7 @@ def user_site(frame: FrameType | None) -> Site | None:
 def frames_to_user() -> int:
     """The ``stacklevel`` with which a warning, given by the caller of this function, names the user's line."""
     level, frame = 1, sys._getframe(1)
-    while FILES[frame.f_code.co_filename] != USER and frame.f_back is not None:
+    while not is_users(frame.f_code.co_filename) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     return level
 
@@ -103,8 +88,9 @@ def place(site: Site) -> str:
 
 
 def source_line(site: Site) -> str:
-    """The text of the line, where it can be read."""
-    return linecache.getline(site[0].co_filename, line_of(site)).strip()
+    """The text of the line, where it can be read, and its beginning where it is long."""
+    text = linecache.getline(site[0].co_filename, line_of(site)).strip()
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def definition(function: Any) -> str | None:

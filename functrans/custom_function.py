@@ -14,6 +14,7 @@ applying the Function one level down; outputs that were saved are replaced by th
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from functrans.interpreters.grad.recording import DIFFERENTIABLE, snapshot, tens
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.lowering import WITHOUT_TENSORS, highest, lift, map_tensors
+from functrans.made_at import note_site
 from functrans.native import TwinInterpreter
 from functrans.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.stack import Interpreter, run_transformed
@@ -58,7 +60,10 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         raise CustomFunctionError(cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False).")
     owner = highest([leaf for a in args for leaf in within(a)], {}, False)
     out = send(owner, cls, args)
-    return lift(out, owner, top) if owner is not top else out
+    if owner is not top:
+        out = lift(out, owner, top)
+    note_site(as_tuple(out), sys._getframe(0), 0)
+    return out
 
 
 def send(owner: Interpreter | None, cls: type[Function], args: Sequence[Any]) -> Any:

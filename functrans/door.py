@@ -10,22 +10,23 @@ are; everything else goes back to PyTorch's parser and comes the first way.
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Callable
+from threading import get_ident
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functrans import mutation, thread_state
-from functrans.call_sites import FILES, LIBRARY, USER, site_from
+from functrans.call_sites import USER_FILES
 from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.failures import explain
 from functrans.lost_arguments import LOST, recovered
 from functrans.lowering import base, highest, lift
+from functrans.made_at import SENT_ON, note_site, several
 from functrans.native import TwinInterpreter
-from functrans.operators import PURE, WRITE, Facts, facts, kind_here, normalized
+from functrans.operators import PURE, Facts, facts, kind_here, normalized
 from functrans.programs.admission import REAL
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
@@ -64,6 +65,22 @@ class Door(Mode):
 
         Writes and views become pure operators (mutation.py); what was made inside belongs to the innermost transform.
         """
+        out = self.enter(op, args, kwargs)
+        if not types:  # what has a wrapper among its arguments came through ``otherwise``, which notes the place
+            kind = type(out)
+            if kind is WrapperTensor:
+                frame = sys._getframe(1)
+                code = frame.f_code
+                if code.co_filename in USER_FILES:
+                    out.made_at = (code, frame.f_lasti)
+                else:
+                    note_site((out,), frame, 1)
+            elif several(out):
+                note_site(out, sys._getframe(1), 1)
+        return out
+
+    def enter(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        """The door for operators that functrans itself starts."""
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
         # tensors what they are. (Autograd's comes back in lowering.base.)
         set_key_excluded(CONJUGATE, False)
@@ -75,29 +92,10 @@ class Door(Mode):
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:
-            out = handle(op, known, args, kwargs or {})
+            return handle(op, known, args, kwargs or {})
         except Exception as error:
             explain(error)
             raise
-        kind = type(out)
-        if kind is WrapperTensor and known.kind != WRITE:
-            frame = sys._getframe(1)
-            code = frame.f_code
-            if code is OTHERWISE:
-                frame = sys._getframe(3)
-                code = frame.f_code
-            called_from = FILES[code.co_filename]
-            if called_from == USER:
-                out.made_at = (code, frame.f_lasti)
-            elif called_from == LIBRARY:
-                note_site((out,), frame)
-        elif kind is tuple or kind is list:
-            note_site(out, sys._getframe(1))
-        return out
-
-    def enter(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-        """The door for operators that functrans itself starts."""
-        return self.__torch_dispatch__(op, (), args, kwargs)
 
 
 thread_state.DOOR = DOOR = Door()
@@ -119,20 +117,21 @@ def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str
 
 def check_thread(owner: Interpreter) -> None:
     """Refuse a wrapper of another thread's transform. (What the autograd engine calls on twins comes from threads of its own.)"""
-    if owner.thread is not None and owner.thread != threading.get_ident():
+    if owner.thread is not None and owner.thread != get_ident():
         raise OtherThreadError(owner)
 
 
-def note_site(made: Sequence[Any], frame: FrameType) -> None:
-    """Note on wrappers which line of the user's made them, seen from library code at ``frame``."""
-    site = site_from(frame)
-    if site is not None:
-        for out in made:
-            if type(out) is WrapperTensor:
-                out.made_at = site
-
-
 # ---------------------------------------------------------------------------------------------------- the short way
+
+# What takes the place of a function, an *entrance*, is made twice: to be called by ``torch_function``, and as a method of the wrapper, where
+# the code that called it is one frame ``up``.
+BY_METHOD = 1
+
+
+def frames_above(function: Callable[..., Any]) -> int:
+    """How many frames above ``torch_function`` the code is that called ``function``; one of Python's own calls handle_torch_function first."""
+    return 3 if type(function) is FunctionType else 1
+
 
 #: By torch function or method: what takes its place on wrappers.
 ENTRANCES: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -145,30 +144,41 @@ def torch_function(
     """A torch function was called with a wrapper among its arguments."""
     entrance = ENTRANCES.get(func)
     if entrance is None or len(types) > 1:
-        return otherwise(func, types, args, kwargs or {})
+        return otherwise(func, types, args, kwargs or {}, 1 + frames_above(func))
     return entrance(*args, **kwargs) if kwargs else entrance(*args)
 
 
 WrapperTensor.__torch_function__ = torch_function  # type: ignore[method-assign, assignment]
-THE_FUNCTION = WrapperTensor.__torch_function__.__code__
 
 
-def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any], up: int) -> Any:
     """PyTorch's own way, on which other tensor subclasses among the arguments have their say first, as if wrappers had none.
 
-    One that does not answer for itself only wants results of its type, which a wrapper cannot be.
+    One that does not answer for itself only wants results of its type, which a wrapper cannot be. ``up``: how many frames up
+    ``function`` was called.
     """
     if function in LOST:
         kwargs = recovered(function, kwargs)
-    others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
-    for t in others:
-        out = t.__torch_function__(function, tuple(others), args, kwargs)
-        if out is not NotImplemented:
+    if len(types) != 1 or types[0] is not WrapperTensor:
+        others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
+        for t in others:
+            out = t.__torch_function__(function, tuple(others), args, kwargs)
+            if out is not NotImplemented:
+                return out
+    out = without_torch_function(function, types, args, kwargs)
+    kind = type(out)
+    if kind is WrapperTensor:
+        if args and out is args[0]:  # written
             return out
-    return without_torch_function(function, types, args, kwargs)
-
-
-OTHERWISE = otherwise.__code__
+        frame = sys._getframe(up)
+        code = frame.f_code
+        if code.co_filename in USER_FILES:
+            out.made_at = (code, frame.f_lasti)
+        else:
+            note_site((out,), frame, up)
+    elif several(out):
+        note_site(out, sys._getframe(up), up)
+    return out
 
 
 def answers(kind: type) -> bool:
@@ -185,14 +195,17 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 # condition is written out at each entrance, where a call of a function would cost as much as what it asks.
 
 
-def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
-    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``."""
+def through(process: Callable[..., Any], program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
+    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``.
+
+    ``process`` is its ``process_program``; ``above``: how many frames up the code is that called the function.
+    """
     top = STATE.top
-    if owner is not top:
+    if owner is not top and owner.thread != get_ident():
         check_thread(owner)
     try:
         pop_mode(None)  # as PyTorch does while a handler runs
-        out = owner.process_program(program, args)  # type: ignore[misc]
+        out = process(program, args)
     except BaseException as error:
         reopen()
         explain(error)
@@ -200,16 +213,12 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter) -> Any:
     push_mode(DOOR)
     if owner is not top:
         out = lift(out, owner, top)
-    frame = sys._getframe(2)
+    frame = sys._getframe(above)
     code = frame.f_code
-    if code is THE_FUNCTION:
-        frame = frame.f_back  # type: ignore[assignment]
-        code = frame.f_code
-    called_from = FILES[code.co_filename]
-    if called_from == USER:
+    if code.co_filename in USER_FILES:
         out.made_at = (code, frame.f_lasti)
-    elif called_from == LIBRARY:
-        note_site((out,), frame)
+    elif code.co_filename not in SENT_ON:
+        note_site((out,), frame, above)
     return out
 
 
@@ -222,16 +231,17 @@ def reopen() -> None:
 NOT_INPLACE = {"inplace": False}
 
 
-def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> Callable[..., Any]:
+def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
     found: dict[Any, Program | None] = {}
+    above = up + 1  # seen from what the entrance calls
 
     def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
         if kwargs and kwargs == NOT_INPLACE:  # as nn.ReLU says it
             kwargs = {}
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
         if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
-            return otherwise(function, (), (x, *more), kwargs)
+            return otherwise(function, (), (x, *more), kwargs, above)
         if x.view_link is not None:
             x.view_link.refresh(x)
         owner = x.interpreter
@@ -241,9 +251,10 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None]) -> C
             program = found[0] if not SCOPES else program_here(found, 0, find)
         except KeyError:
             program = program_here(found, 0, find)
-        if program is None or owner.process_program is None:
-            return otherwise(function, (), (x,), kwargs)
-        return through(program, (x,), owner)
+        process = owner.process_program
+        if program is None or process is None:
+            return otherwise(function, (), (x,), kwargs, above)
+        return through(process, program, (x,), owner, above)
 
     def forget(table: RuleTable[Any], op: OpOverload) -> None:
         nonlocal found
@@ -264,12 +275,13 @@ def program_here(found: dict[Any, Program | None], key: Any, find: Callable[...,
     return program
 
 
-def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], *, reflected: bool = False) -> Callable[..., Any]:
+def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], up: int, *, reflected: bool = False) -> Callable[..., Any]:
     """What takes the place of ``function``, of two operands; ``find(is_tensor)`` is its program, by what the second one is.
 
     ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to that.
     """
     found: dict[bool, Program | None] = {}
+    above = up + 1
 
     def entrance(x: Any, y: Any, *more: Any, **kwargs: Any) -> Any:
         kind = type(y)
@@ -282,7 +294,8 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
         elif type(x) is WrapperTensor:
             if x.view_link is not None:
                 x.view_link.refresh(x)
-            if x.dtype in REAL and x.layout is STRIDED and (number or similar(x, y, kind)):
+            fit = number or (kind is WrapperTensor and y.view_link is None and y.dtype is x.dtype and y.layout is STRIDED and x.shape)
+            if x.dtype in REAL and x.layout is STRIDED and (fit or similar(x, y, kind)):  # (what is frequent without a call)
                 owner = x.interpreter
                 other = y.interpreter if kind is WrapperTensor else owner
                 if other is not owner and owner.alive and (not other.alive or other.level > owner.level):
@@ -291,16 +304,17 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             if y.view_link is not None:
                 y.view_link.refresh(y)
             owner = y.interpreter
-        if owner is not None and owner.alive and owner.process_program is not None:
+        process = owner.process_program if owner is not None and owner.alive else None
+        if process is not None:
             try:
                 program = found[number] if not SCOPES else program_here(found, number, find, not number)
             except KeyError:
                 program = program_here(found, number, find, not number)
             if program is not None:
-                return through(program, (x, y), owner)
+                return through(process, program, (x, y), owner, above)  # type: ignore[arg-type]
         if reflected and not number:
             x, y = y, x
-        return otherwise(function, (), (x, y, *more), kwargs)
+        return otherwise(function, (), (x, y, *more), kwargs, above)
 
     def forget(table: RuleTable[Any], op: OpOverload) -> None:
         nonlocal found
@@ -321,28 +335,31 @@ def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
     return y.dtype is x.dtype and y.layout is STRIDED and (bool(x.shape) or y.device == x.device)
 
 
-def power(function: Callable[..., Any]) -> Callable[..., Any]:
+def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
     """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or half."""
+    above = up + 1
 
     def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
         if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled() or more or kwargs:
-            return otherwise(function, (), (x, exponent, *more), kwargs)
+            return otherwise(function, (), (x, exponent, *more), kwargs, above)
         small = (type(exponent) is int or type(exponent) is float) and -8 <= exponent <= 8 and 2 * exponent % 1 == 0
         if small and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
             program = operator_program(aten.pow.Tensor_Scalar, exponent)
             if x.view_link is not None:
                 x.view_link.refresh(x)
             owner = x.interpreter
-            if program is not None and owner.alive and owner.process_program is not None:
-                return through(program, (x,), owner)
-        return otherwise(function, (), (x, exponent, *more), kwargs)
+            process = owner.process_program
+            if program is not None and owner.alive and process is not None:
+                return through(process, program, (x,), owner, above)
+        return otherwise(function, (), (x, exponent, *more), kwargs, above)
 
     return entrance
 
 
-def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Callable[..., Any]:
+def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments."""
     sizes = patterns.get("T*")
+    above = up + 1
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
@@ -365,35 +382,19 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload]) -> Cal
                     raise
                 push_mode(DOOR)
                 kind = type(out)
-                if kind is WrapperTensor and known.kind != WRITE:
-                    frame = sys._getframe(1)
+                if kind is WrapperTensor:
+                    frame = sys._getframe(up)
                     code = frame.f_code
-                    if code is THE_FUNCTION:
-                        frame = frame.f_back  # type: ignore[assignment]
-                        code = frame.f_code
-                    called_from = FILES[code.co_filename]
-                    if called_from == USER:
+                    if code.co_filename in USER_FILES:
                         out.made_at = (code, frame.f_lasti)
-                    elif called_from == LIBRARY:
-                        note_site((out,), frame)
-                elif kind is tuple or kind is list:
-                    note_site(out, sys._getframe(1))
+                    elif code.co_filename not in SENT_ON:
+                        note_site((out,), frame, up)
+                elif several(out):
+                    note_site(out, sys._getframe(up), up)
                 return out
-        return otherwise(function, (), args, kwargs)
+        return otherwise(function, (), args, kwargs, above)
 
     return entrance
-
-
-def entrance_of(function: Callable[..., Any], name: str) -> Callable[..., Any] | None:
-    """What takes the place of the torch function or method that ``name`` stands for in spellings.py."""
-    if name == "pow":
-        return power(function)
-    if name in BINARY:
-        operators = BINARY[name]
-        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]))
-    if name in UNARY:
-        return unary(function, lambda: operator_program(getattr(aten, name).default))
-    return direct(function, DIRECT[name]) if name in DIRECT else None
 
 
 def reversed_div(x: Any, y: Any) -> Any:
@@ -407,19 +408,32 @@ REFLECTED: dict[str, Callable[[bool], Program | None]] = {
 }
 
 
+def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..., Any] | None:
+    """What takes the place of the torch function or method that ``name`` stands for in spellings.py."""
+    if name == "pow":
+        return power(function, up)
+    if name in BINARY:
+        operators = BINARY[name]
+        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]), up)
+    if name in UNARY:
+        return unary(function, lambda: operator_program(getattr(aten, name).default), up)
+    if name in REFLECTED:
+        return binary(function, REFLECTED[name], up, reflected=True)
+    return direct(function, DIRECT[name], up) if name in DIRECT else None
+
+
 def set_up() -> None:
     """Fill ``ENTRANCES``, and give the wrapper methods of its own."""
-    for function, name in spellings().items():
-        entrance = entrance_of(function, name)
+    names = spellings()
+    names.update({getattr(Tensor, name): name for name in REFLECTED})
+    for function, name in names.items():
+        entrance = entrance_of(function, name, 1 + frames_above(function))
         if entrance is not None:
             ENTRANCES[function] = entrance
-    for name, find in REFLECTED.items():
-        function = getattr(Tensor, name)
-        ENTRANCES[function] = binary(function, find, reflected=True)
     for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
-        taken = ENTRANCES.get(getattr(Tensor, name, None))  # type: ignore[arg-type]
-        if taken is not None:
-            setattr(WrapperTensor, name, taken)
+        method: Any = getattr(Tensor, name, None)
+        if method in ENTRANCES:
+            setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
 
 
 set_up()

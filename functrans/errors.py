@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
 
-from functrans.call_sites import definition, place
+from functrans.call_sites import definition, place, source_line, user_site
 from functrans.versions import SUPPORTED
 from functrans.wording import callable_name, shown, what
 
@@ -210,12 +211,19 @@ class MixedTransformsError(FunctransError):
 
 
 class NoDataError(FunctransError):
-    """The numbers of a tensor were asked for that are batched, tracked or carry a tangent."""
+    """The numbers of a tensor were asked for that are batched, tracked or carry a tangent.
 
-    def __init__(self, what: str, transform: str) -> None:
+    Cure: ``detach()`` it under grad and jvp; under vmap return the tensor and convert the result.
+    """
+
+    def __init__(self, what: str, wrapper: Any) -> None:
+        i = wrapper.interpreter
+        while i.is_constant(wrapper) and hasattr(wrapper.value, "interpreter"):
+            wrapper = wrapper.value
+            i = wrapper.interpreter
+        cure = "Return the tensor from the function, and convert the result." if i.repeats_writes else "Call .detach() first."
         super().__init__(
-            f"{what} was called on a tensor inside {transform}, where it stands for more than its numbers. "
-            "Under grad and jvp call .detach() first; under vmap return the tensor and convert the result."
+            f"{what} was called on a tensor inside {i.name} at level {i.level}, where it stands for more than its numbers.{at_line()} {cure}"
         )
 
 
@@ -366,11 +374,21 @@ class DataDependentError(FunctransError):
     Cure: an expression whose shape and type are the same for every example, such as torch.where.
     """
 
-    def __init__(self, op: Any, interpreter: Any, cure: str) -> None:
+    def __init__(self, what: Any, interpreter: Any, cure: str) -> None:
+        self.interpreter = interpreter
         super().__init__(
-            f"{op} was called on a batched tensor inside {interpreter.name} at level {interpreter.level}; its result depends on the "
-            f"numbers of each of the {interpreter.batch_size} examples. Cure: {cure}."
+            f"{what} was called on a batched tensor inside {interpreter.name} at level {interpreter.level}; its result depends on the "
+            f"numbers of each of the {interpreter.batch_size} examples, for all of which the function runs once.{at_line()} Cure: {cure}."
         )
+
+
+def at_line() -> str:
+    """Where the user's code is that called what raises an error, with the text of the line."""
+    site = user_site(sys._getframe(2))
+    if site is None:
+        return ""
+    text = source_line(site)
+    return f" At {place(site)}: `{text}`." if text else f" At {place(site)}."
 
 
 class BatchingRuleError(FunctransError):

@@ -18,7 +18,14 @@ from torch import Tensor
 from functrans.checks import check_kind
 from functrans.defaults import completed
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.errors import CallTypeError, CarriedValueError, FunctransError, MissingRuleError
+from functrans.errors import (
+    CallTypeError,
+    CarriedValueError,
+    FunctransError,
+    MissingRuleError,
+    RuleError,
+    RuleResultError,
+)
 from functrans.extension_calls import (
     check_operator,
     decompose,
@@ -41,9 +48,12 @@ __all__ = [
     "BATCHING_RULES",
     "DERIVATIVES",
     "BatchInfo",
+    "CarriedValueError",
     "FunctransError",
     "Interpreter",
     "MissingRuleError",
+    "RuleError",
+    "RuleResultError",
     "RuleTable",
     "TableInterpreter",
     "WrapperTensor",

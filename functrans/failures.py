@@ -20,16 +20,20 @@ from typing import Any
 from torch import Tensor
 
 from functrans import lowering
-from functrans.call_sites import FILES, TORCH, USER, place, user_site
+from functrans.call_sites import TORCH, is_users, place, user_site
 from functrans.errors import FunctransError, RuleError
+from functrans.programs.running import lower_program
 from functrans.stack import Interpreter
 from functrans.tensor import PendingWrapper
+from functrans.torch_private import OpOverload
 
 #: How the methods are called that give an operator or a program its meaning at a level.
 MEANINGS = ("process", "process_program")
 #: Code under which a kernel runs.
-KERNELS = (lowering.base.__code__, lowering.base_recorded.__code__)
+KERNELS = (lowering.base.__code__, lowering.base_recorded.__code__, lower_program.__code__)
 OPERATORS = TORCH + "_ops.py"
+#: Methods of the user's modes and tensor subclasses, which see what rules run.
+LISTENERS = ("__torch_dispatch__", "__torch_function__")
 #: Errors that PyTorch raises on purpose.
 DELIBERATE = (RuntimeError, IndexError, ValueError)
 RAISE = opcode.opmap["RAISE_VARARGS"]
@@ -63,8 +67,9 @@ def shown(a: Any) -> str:
     if isinstance(a, Tensor | PendingWrapper):
         return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}"
     if isinstance(a, list | tuple):
-        return f"[{', '.join(map(shown, a))}]"
-    return a.__name__ if callable(a) and hasattr(a, "__name__") else repr(a)
+        rest = [f"{len(a) - 8} more"] if len(a) > 9 else []
+        return f"[{', '.join([*map(shown, a[: 8 if rest else 9]), *rest])}]"
+    return str(a) if isinstance(a, OpOverload) else a.__name__ if callable(a) and hasattr(a, "__name__") else repr(a)
 
 
 def entries(traceback: TracebackType | None) -> list[TracebackType]:
@@ -101,14 +106,17 @@ def calls_in(traceback: TracebackType | None) -> list[FailedCall]:
 def is_kernels(error: Exception, traceback: TracebackType) -> bool:
     """Whether what was raised below the call at ``traceback`` comes from a kernel, and not from a mistake in a rule."""
     below = entries(traceback)
-    if any(e.tb_frame.f_code in KERNELS or e.tb_frame.f_code.co_filename == OPERATORS for e in below):
+    if type(error).__module__ != "builtins":  # one of PyTorch's classes
+        return True
+    codes = [e.tb_frame.f_code for e in below]
+    if any(c in KERNELS or c.co_filename == OPERATORS or (c.co_name in LISTENERS and is_users(c.co_filename)) for c in codes):
         return True
     innermost = below[-1]
     code = innermost.tb_frame.f_code
     raised_by_python = code.co_code[innermost.tb_lasti] == RAISE
     if not isinstance(error, DELIBERATE) or (raised_by_python and isinstance(error, NotImplementedError)):
         return False
-    if FILES[code.co_filename] != USER:
+    if not is_users(code.co_filename):
         return True
     if raised_by_python or isinstance(error, ValueError):
         return False
@@ -117,8 +125,9 @@ def is_kernels(error: Exception, traceback: TracebackType) -> bool:
 
 def passes(error: Exception) -> bool:
     """Whether an exception is left as it is; see NOTE [What becomes of an exception]."""
-    ours = isinstance(error, FunctransError) and not isinstance(error, RuleError)
-    return ours or isinstance(error, Warning) or not (type(error).__module__ in ("builtins", "torch", "torch._C") or isinstance(error, RuleError))
+    if isinstance(error, FunctransError):
+        return not isinstance(error, RuleError)
+    return isinstance(error, Warning) or type(error).__module__.split(".")[0] not in ("builtins", "torch")
 
 
 def explain(error: BaseException) -> None:

@@ -11,8 +11,8 @@ when the flags of that level and of every level above it are on. Forward mode ha
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -56,7 +56,7 @@ class Interpreter:
     #: ``process`` for a whole program (see functrans.programs): (program, args, pending) -> outputs, which may be pending wrappers
     #: if ``pending``. None: its operators come one by one.
     process_program: Callable[..., Any] | None = None
-    #: The thread in which it runs; None: any.
+    #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
     def __init_subclass__(cls, *, slots: tuple[str, ...] = ()) -> None:
@@ -69,7 +69,6 @@ class Interpreter:
         self.below: Interpreter | None = STATE.top
         self.level: int = 1 if self.below is None else self.below.level + 1
         self.alive = True
-        self.thread = threading.get_ident()
         self.func = func
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()
@@ -202,6 +201,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     check_enterable(interpreter)
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
+    interpreter.thread = get_ident()
     before = Snapshot()
     try:
         try:

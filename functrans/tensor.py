@@ -12,6 +12,7 @@ from torch import Tensor
 from functrans import thread_state
 from functrans.errors import (
     CallTypeError,
+    DataDependentError,
     InsideTransformError,
     LayoutError,
     NoDataError,
@@ -89,7 +90,7 @@ class WrapperTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return thread_state.DOOR.enter(func, args, kwargs)
+        return thread_state.DOOR.__torch_dispatch__(func, (), args, kwargs)
 
     # __torch_function__, the short way in, is set by door.py.
 
@@ -98,7 +99,7 @@ class WrapperTensor(torch.Tensor):
 
     def __format__(self, spec: str) -> str:
         if self.dim() == 0 and spec:
-            return format(self.item(), spec)
+            return format(self._asked("format"), spec)
         return describe(self)
 
     # Metadata, without the way through PyTorch's parser.
@@ -156,7 +157,7 @@ class WrapperTensor(torch.Tensor):
         raise InsideTransformError("Tensor.register_post_accumulate_grad_hook()", self.interpreter.name, "Tensor.register_hook()")
 
     def data_ptr(self) -> int:
-        raise NoDataError("data_ptr()", self.interpreter.name)
+        raise NoDataError("data_ptr()", self)
 
     def storage_offset(self) -> int:
         return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
@@ -166,39 +167,51 @@ class WrapperTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         if self.dim() == 0:
-            return self.item()
+            return self._asked("tolist")
         return [row.tolist() for row in self.unbind(0)]
 
     def numpy(self, *, force: bool = False) -> Any:
         value = concrete(self)
         if value is None:
-            raise NoDataError("numpy()", self.interpreter.name)
+            raise NoDataError("numpy()", self)
         return value.numpy(force=force)
 
     def __array__(self, dtype: Any = None) -> Any:
         array = self.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)
 
-    def _number(self) -> Any:
+    # Each conversion says in its error what the user wrote, instead of the operator that reads the number.
+
+    def item(self) -> Any:  # type: ignore[override]
+        return self._asked("item")
+
+    def _asked(self, how: str) -> Any:
+        try:
+            return super().item()
+        except DataDependentError as error:
+            what, cure = NUMBERS[how]
+            raise DataDependentError(what, error.interpreter, cure) from None
+
+    def _number(self, how: str) -> Any:
         if is_key_excluded(PYTHON):
             # Only the constructors of tensors read numbers with dispatch off; the result would have no derivative, or no batch.
             raise InsideTransformError("making a tensor of other tensors' numbers, as torch.tensor([x]) does,", self.interpreter.name, "torch.stack([x])")
-        return self.item()
+        return self._asked(how)
 
     def __bool__(self) -> bool:
-        return bool(self._number())
+        return bool(self._number("bool"))
 
     def __int__(self) -> int:
-        return int(self._number())
+        return int(self._number("int"))
 
     def __float__(self) -> float:
-        return float(self._number())
+        return float(self._number("float"))
 
     def __complex__(self) -> complex:
-        return complex(self._number())
+        return complex(self._number("complex"))
 
     def __index__(self) -> int:
-        return operator.index(self._number())  # type: ignore[arg-type]
+        return operator.index(self._number("index"))  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         copied = self.clone()
@@ -211,6 +224,27 @@ class WrapperTensor(torch.Tensor):
 
 TENSORS.add(WrapperTensor)
 RESERVED.update(dir(WrapperTensor))
+
+_KEEP = (
+    "keep it a tensor, which arithmetic takes as it takes a number; what is the same for every example can be passed as a number, "
+    "or as a tensor with in_dims=None"
+)
+_AFTER = "return the tensor from the function, and convert the result outside of vmap"
+#: What asks for a tensor's number: how a message calls it, and what to write instead under vmap.
+NUMBERS = {
+    "bool": (
+        "bool(tensor), which `if`, `while`, `assert`, `and`, `or` and `not` call,",
+        "torch.where(condition, a, b) computes both and chooses for each example; `&`, `|` and `~` take the place of `and`, `or` and `not`",
+    ),
+    "index": (
+        "a tensor as a Python integer, which range(n), list[i] and sizes ask for,",
+        "index a tensor with it, x[i]; a length or size has to be the same for every example: pass it as an int",
+    ),
+    "item": ("tensor.item()", _KEEP),
+    "tolist": ("tensor.tolist()", _AFTER),
+    "format": ("format(tensor, spec), as in an f-string with a format,", f"leave the format out, f'{{x}}', to see all examples; or {_AFTER}"),
+    **{name: (f"{name}(tensor)", _KEEP) for name in ("int", "float", "complex")},
+}
 
 
 class PendingWrapper:

@@ -27,11 +27,12 @@ from functrans.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.made_at import note_results
 from functrans.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.stack import run_transformed
 from functrans.structures import difference, path_of
 from functrans.tensor import WrapperTensor, check_layout
-from functrans.thread_state import door_closed
+from functrans.thread_state import STATE, door_closed
 from functrans.torch_private import set_forward_enabled
 from functrans.wording import shown, what
 
@@ -137,6 +138,8 @@ def _grad_and_value(
     cotangents = {} if slot is None else interpreter.pull({slot: unit(value)}, consume=True)
     grads = inputs.collect(cotangents)
     inputs.write_back()
+    if STATE.top is not None:
+        note_results(2, grads, value, aux)
     return grads, (value, aux) if has_aux else value
 
 
@@ -198,6 +201,8 @@ def vjp_with_argnums(
 
     values, slots, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
+    if STATE.top is not None:
+        note_results(2, values, aux)
     versions = interpreter.saved_versions()
     shapes = [(v.shape, v.dtype, v.device) for v in values]
 
@@ -215,7 +220,10 @@ def vjp_with_argnums(
                 c = c if c.dtype is dtype else c.to(dtype)
                 seeds[slot] = seeds[slot] + c if slot in seeds else c
         check_versions(versions)
-        return inputs.collect(interpreter.pull(seeds, consume=False))
+        found = inputs.collect(interpreter.pull(seeds, consume=False))
+        if STATE.top is not None:
+            note_results(1, found)
+        return found
 
     def rows() -> tuple[Tensor, Callable[[Tensor], Any]] | None:
         """For one output that is a vector: rows of cotangents behind its last steps, and the pullback of the rest for one of them."""
@@ -323,6 +331,8 @@ def jvp_with_argnums(
     values, found, out_spec, aux = run_transformed(interpreter, body)
     inputs.write_back()
     out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
+    if STATE.top is not None:
+        note_results(2, values, out_tangents, aux)
     return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
 
 

@@ -41,9 +41,10 @@ def run(program: Program, args: Sequence[Any]) -> Any:
         elif kind is not float and kind is not int:
             plain = False
     if owner is not None:
-        if owner.process_program is None:
+        process = owner.process_program
+        if process is None:
             return program.step_by_step(args, dispatch)
-        return owner.process_program(program, args, True)
+        return process(program, args, True)
     if not plain or forward_ad._current_level >= 0:
         return program.step_by_step(args, base)
     return program.run(*args)

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from functrans.derivatives.table import DERIVATIVES
 from functrans.errors import HookError, ModifiedError
-from functrans.failures import explain_pull
+from functrans.failures import explain_pull, given, shown
 from functrans.fitting import described, spec
 from functrans.interpreters.grad.recording import (
     DIFFERENTIABLE,
@@ -320,6 +320,25 @@ class GradInterpreter(Interpreter, slots=("slot",)):
         if consume:
             tape.clear()
         return cotangents
+
+    def describe_tape(self) -> str:
+        """The tape, a line for each record: the slots that it made, the operator, the slots that it took, and what it saved.
+
+        Example:
+            >>> import torch, functrans
+            >>> from functrans.stack import interpreter_stack
+            >>> def f(x):
+            ...     y = torch.sin(x).sum()
+            ...     print(interpreter_stack()[0].describe_tape())
+            ...     return y
+            >>> _ = functrans.grad(f)(torch.ones(3))
+            2 = aten.sin.default(1), saved [float32[3]]
+            3 = aten.sum.default(2), saved [float32[3]]
+        """
+        return "\n".join(
+            "used" if plan is None else f"{shown(outs)} = {plan.operator(saved)}({given(ins, {})}), saved {shown(saved)}"
+            for plan, outs, ins, saved in self.tape
+        )
 
     def before_write(self, target: Tensor) -> None:
         for i, (plan, outs, ins, saved) in enumerate(self.tape):

@@ -46,6 +46,9 @@ DATA_DEPENDENT = {
 #: What PyTorch takes apart into something else: the second output would be the weights, not the logarithms of their sums.
 NOT_DECOMPOSED = frozenset((aten._scaled_dot_product_flash_attention_for_cpu.default,))
 
+ITEM = (aten.item.default, aten._local_scalar_dense.default)
+READING_A_NUMBER = "tensor.item(), or a tensor where PyTorch takes a number,"
+
 
 class VmapInterpreter(Interpreter, slots=("bdim",)):
     """A wrapper holds all examples in one tensor, along its dimension ``bdim``; None: the same for every example."""
@@ -164,7 +167,7 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
                 return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
-            raise DataDependentError(op, self, cure)
+            raise DataDependentError(READING_A_NUMBER if op in ITEM else op, self, cure)
         if known.composite:
             return decompose(self, op, args, kwargs)
         decomposition = DECOMPOSITION_TABLE.get(op)
