@@ -24,9 +24,10 @@ def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
     if self.dim() < 2 or p <= 0 or maxnorm < 0:
         return aten.renorm.default(self.detach(), p, dim, maxnorm)  # it says what is wrong
     dims = [d for d in range(self.dim()) if d != dim % self.dim()]
-    too_long = torch.linalg.vector_norm(self.detach(), p, dims, keepdim=True) > maxnorm
-    norm = torch.linalg.vector_norm(torch.where(too_long, self, 1), p, dims, keepdim=True)
-    return torch.where(too_long, self * (maxnorm / (norm + 1e-7)), self)
+    dtype = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else None
+    too_long = torch.linalg.vector_norm(self.detach(), p, dims, keepdim=True, dtype=dtype) > maxnorm
+    norm = torch.linalg.vector_norm(torch.where(too_long, self, 1), p, dims, keepdim=True, dtype=dtype)
+    return torch.where(too_long, self * (maxnorm / (norm + 1e-7)).to(self.dtype), self)
 
 
 def poisson_nll_loss(self: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS
 from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, subtrahend, where_or_zero
 from functrans.derivatives.table import derivative
 
@@ -166,17 +165,6 @@ def logsumexp_tangent(self: Tensor, self_t: Tensor, dim: Dim, keepdim: bool, res
 derivative(aten.logsumexp.default, tangent=logsumexp_tangent, self=logsumexp_self)
 
 # ------------------------------------------------------------------------------------------- norms
-
-
-def renorm(self: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
-    """PyTorch's gradient of its gradient is NaN at slices of zeros (torch 2.13)."""
-    others = [d for d in range(self.dim()) if d != dim % self.dim()]
-    dtype = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else None
-    norms = torch.linalg.vector_norm(self, p, others, keepdim=True, dtype=dtype)
-    return self * torch.where(norms > maxnorm, maxnorm / (norms + 1e-7), 1).to(self.dtype)
-
-
-DECOMPOSITIONS.add(aten.renorm.default, renorm)
 
 
 def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Tensor:
