@@ -22,12 +22,15 @@ from functrans.thread_state import STATE
 from functrans.views import contents_of
 from functrans.wording import what
 
+#: how ``randomness`` is left out
+ERROR = "error"
+
 
 def vmap(
     func: Callable[..., Any],
     in_dims: Any = 0,
     out_dims: Any = 0,
-    randomness: str = "error",
+    randomness: str = ERROR,
     *,
     chunk_size: int | None = None,
 ) -> Callable[..., Any]:
@@ -58,11 +61,15 @@ def vmap(
         >>> vmap(torch.dot, in_dims=(0, None))(x, y)
         tensor([21., 43.])
     """
-    check_callable("vmap", func)
+    if not callable(func):
+        check_callable("vmap", func)
     call = Call("vmap", func, {"in_dims": in_dims, "out_dims": out_dims})
-    check_in_dims(call, in_dims)
-    check_randomness(call, randomness)
-    check_chunk_size(call, chunk_size)
+    if type(in_dims) is not int:
+        check_in_dims(call, in_dims)
+    if randomness is not ERROR:
+        check_randomness(call, randomness)
+    if chunk_size is not None:
+        check_chunk_size(call, chunk_size)
 
     @functools.wraps(func, updated=())
     def batched(*args: Any, **kwargs: Any) -> Any:

@@ -62,7 +62,7 @@ def note_results(up: int, *trees: Any) -> None:
     What another transform called directly, as in ``vmap(grad(f))``, is seen by nobody else.
     """
     frame = sys._getframe(up + 1)
-    if frame.f_code.co_name == "body" and frame.f_code.co_filename.startswith(OURS):
+    if frame.f_code.co_name == "call_function" and frame.f_code.co_filename.startswith(OURS):
         return
     made = [v for v in tree_flatten(trees)[0] if type(v) is WrapperTensor and not hasattr(v, "made_at")]
     if made:

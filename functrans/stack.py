@@ -31,7 +31,6 @@ from functrans.torch_private import (
     push_mode,
     set_grad_enabled,
     set_key_excluded,
-    top_packing,
 )
 from functrans.wording import callable_name
 
@@ -153,9 +152,9 @@ def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
         raise PayloadError(cls, f"payload has {', '.join(map(repr, taken))}, which every wrapper tensor has already")
 
 
-def check_enterable(interpreter: Interpreter) -> None:
+def check_enterable(interpreter: Interpreter, before: Snapshot) -> None:
     """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
-    here, grad, forward = STATE.top, torch.is_grad_enabled(), is_forward_enabled()
+    here, grad, forward = before.top, before.grad, before.forward
     if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
         mine: list[Any] = []
         if interpreter.__dict__.setdefault("run", mine) is mine:  # atomic: threads that try at once get one run between them
@@ -198,11 +197,11 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
 
     ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the new level's grad mode on.
     """
-    check_enterable(interpreter)
+    before = Snapshot()
+    check_enterable(interpreter, before)
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
     interpreter.thread = get_ident()
-    before = Snapshot()
     try:
         try:
             if before.top is None:
@@ -211,7 +210,7 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
                 if not STATE.prepared:
                     set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
                     STATE.prepared = True
-                STATE.packing = top_packing(True)
+                STATE.packing = before.hooks
                 STATE.door_depth = len(before.modes) + 1
                 push_mode(thread_state.DOOR)
             STATE.top = interpreter

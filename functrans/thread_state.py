@@ -87,7 +87,7 @@ class Snapshot:
         self.top = state.top
         self.door_depth = state.door_depth
         self.packing = state.packing
-        self.modes = modes_on()
+        self.modes = modes_on() if mode_stack_size() else []
         self.autograd = is_key_excluded(AUTOGRAD)
         self.views = is_key_excluded(VIEWS_AND_VERSIONS)
         self.grad = torch.is_grad_enabled()
@@ -96,7 +96,13 @@ class Snapshot:
 
     def restore(self) -> None:
         """Switch everything to what it was; see NOTE [Put back]."""
-        set_modes(self.modes)
+        modes = self.modes
+        size = mode_stack_size()
+        while size > len(modes):  # what was entered since
+            pop_mode(None)
+            size -= 1
+        if modes and (size < len(modes) or mode_at(size - 1) is not modes[-1]):
+            set_modes(modes)
         state = STATE
         state.top = self.top
         state.door_depth = self.door_depth
@@ -181,16 +187,22 @@ class door_closed:
     __slots__ = ("modes",)
 
     def __enter__(self) -> None:
-        self.modes = modes_on()
-        if DOOR in self.modes:
+        self.modes: list[Any] = []
+        modes = modes_on() if mode_stack_size() else self.modes
+        if modes and modes[-1] is DOOR:
+            self.modes = modes
+            pop_mode(None)
+        elif DOOR in modes:  # under modes that the user entered after it
+            self.modes = modes
             try:
-                set_modes([m for m in self.modes if m is not DOOR])
+                set_modes([m for m in modes if m is not DOOR])
             except BaseException:
-                set_modes(self.modes)
+                set_modes(modes)
                 raise
 
     def __exit__(self, *exc: object) -> None:
-        set_modes(self.modes)
+        if self.modes:
+            set_modes(self.modes)
 
 
 def unchanged(x: Any) -> Any:

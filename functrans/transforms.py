@@ -112,10 +112,13 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 
 def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Call:
     """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
-    check_callable(transform, func)
-    call = Call(transform, func, {"argnums": argnums, **({} if has_aux is False else {"has_aux": has_aux})})
-    check_argnums_kind(call, argnums)
-    check_flag(call, "has_aux", has_aux)
+    if not callable(func):
+        check_callable(transform, func)
+    call = Call(transform, func, {"argnums": argnums} if has_aux is False else {"argnums": argnums, "has_aux": has_aux})
+    if type(argnums) is not int:
+        check_argnums_kind(call, argnums)
+    if has_aux is not False:
+        check_flag(call, "has_aux", has_aux)
     return call
 
 

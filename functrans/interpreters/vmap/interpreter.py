@@ -116,26 +116,41 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         return found or (definition(vmap_rule_of_library(op)) if isinstance(op, OpOverload) else None)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        known: Facts = op._functrans  # type: ignore[attr-defined]
+        try:
+            rule, direct, accepted = known.plans[VmapInterpreter] if not SCOPES else rule_here(op, known)
+        except KeyError:
+            rule, direct, accepted = rule_here(op, known)
         values: list[Any] = []
         dims: list[Any] = []
+        kinds: list[Any] | None = None if accepted is None else []  # see NOTE [Operators refuse examples, not batches]
         batched = False
         for a in args:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                values.append(a.value)
-                d = a.bdim
-                dims.append(d)
-                if d is not None:
-                    batched = True
-            elif type(a) is list or type(a) is tuple:
+            kind = type(a)
+            if kind is WrapperTensor:
+                if kinds is not None:
+                    kinds.append(a.dtype)
+                    kinds.append(len(a.shape))
+                if a.interpreter is self:
+                    values.append(a.value)
+                    d = a.bdim
+                    dims.append(d)
+                    if d is not None:
+                        batched = True
+                    continue
+            elif kind is list or kind is tuple:
                 inner, inner_dims, any_batched = self._enter_list(a)
                 values.append(inner)
                 dims.append(inner_dims)
                 batched = batched or any_batched
-            else:
-                values.append(a)
-                dims.append(None)
+                if kinds is not None and a and type(a[0]) is not int:
+                    kinds.append(kinds_of(a))
+                continue
+            elif kinds is not None and kind is not int:
+                kinds.append((a.dtype, a.dim()) if isinstance(a, Tensor) else None)
+            values.append(a)
+            dims.append(None)
         below_kwargs, kwargs_batched = self._enter_kwargs(kwargs) if kwargs else (kwargs, False)
-        known: Facts = op._functrans  # type: ignore[attr-defined]
         if known.random:
             out = self._run_random(op, known, values, dims, below_kwargs, batched, kwargs_batched)
             if out is not NotImplemented:
@@ -143,17 +158,13 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         elif not batched and not kwargs_batched:
             out = lower(self, op, values, below_kwargs)
             return map_tensors(self.constant, out)
-        try:
-            rule, direct, accepted = known.plans[VmapInterpreter] if not SCOPES else rule_here(op, known)
-        except KeyError:
-            rule, direct, accepted = rule_here(op, known)
         if direct is not None and batched and not kwargs_batched:
             bdim = direct(dims, values)
             if bdim is not None:
                 return self.batched(lower(self, op, values, below_kwargs), bdim)
-        if accepted is not None and (kinds := kinds_of(args)) not in accepted:
+        if kinds is not None and (key := tuple(kinds)) not in accepted:
             self.check_example(op, args, kwargs)
-            accepted.add(kinds)
+            accepted.add(key)
         if rule is not None and batched and not kwargs_batched:
             try:
                 result = call_below(self, rule, (self.info, dims, *values), below_kwargs)

@@ -12,14 +12,11 @@ the physical tensors show as well, or the rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functrans.lowering import WITHOUT_TENSORS
-from functrans.tensor import WrapperTensor
 from functrans.torch_private import OpOverload
 from functrans.without_data import run_without_data
 
@@ -28,21 +25,8 @@ REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)
 
 
 def kinds_of(args: Sequence[Any]) -> tuple[Any, ...]:
-    """Ranks and dtypes of the tensors among ``args``, as the code at this level sees them."""
-    kinds: list[Any] = []
-    for a in args:
-        kind = type(a)
-        if kind is WrapperTensor:
-            kinds.append(len(a.shape))
-            kinds.append(a.dtype)
-        elif kind in WITHOUT_TENSORS:
-            kinds.append(None)
-        elif isinstance(a, Tensor):
-            kinds.append(a.dim())
-            kinds.append(a.dtype)
-        elif kind is list or kind is tuple:
-            kinds.append(kinds_of(a) if a and isinstance(a[0], Tensor | NoneType) else None)
-    return tuple(kinds)
+    """Dtypes and ranks of the tensors among ``args``, as the code at this level sees them."""
+    return tuple([(a.dtype, a.dim()) if isinstance(a, Tensor) else None for a in args])
 
 
 def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int, run: Callable[[], Any]) -> None:
