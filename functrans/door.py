@@ -65,7 +65,21 @@ class Door(Mode):
 
         Writes and views become pure operators (mutation.py); what was made inside belongs to the innermost transform.
         """
-        out = self.enter(op, args, kwargs)
+        # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
+        # tensors what they are. (Autograd's comes back in lowering.base.)
+        set_key_excluded(CONJUGATE, False)
+        set_key_excluded(NEGATIVE, False)
+        try:
+            known: Facts = op._functrans  # type: ignore[attr-defined]
+        except AttributeError:
+            known = facts(op)
+        if kwargs:
+            args, kwargs = normalized(op, args, kwargs)
+        try:
+            out = handle(op, known, args, kwargs or {})
+        except Exception as error:
+            explain(error)
+            raise
         if not types:  # what has a wrapper among its arguments came through ``otherwise``, which notes the place
             kind = type(out)
             if kind is WrapperTensor:
@@ -80,24 +94,12 @@ class Door(Mode):
         return out
 
     def enter(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-        """The door for operators that functrans itself starts."""
-        # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
-        # tensors what they are. (Autograd's comes back in lowering.base.)
-        set_key_excluded(CONJUGATE, False)
-        set_key_excluded(NEGATIVE, False)
-        try:
-            known: Facts = op._functrans  # type: ignore[attr-defined]
-        except AttributeError:
-            known = facts(op)
-        if kwargs:
-            args, kwargs = normalized(op, args, kwargs)
-        try:
-            return handle(op, known, args, kwargs or {})
-        except Exception as error:
-            explain(error)
-            raise
+        """The door for operators that functrans itself starts; what they make gets its place elsewhere."""
+        return self.__torch_dispatch__(op, OURS, args, kwargs)
 
 
+#: in place of the types among an operator's arguments: functrans started it
+OURS = (WrapperTensor,)
 thread_state.DOOR = DOOR = Door()
 
 
@@ -144,7 +146,7 @@ def torch_function(
     """A torch function was called with a wrapper among its arguments."""
     entrance = ENTRANCES.get(func)
     if entrance is None or len(types) > 1:
-        return otherwise(func, types, args, kwargs or {}, 1 + frames_above(func))
+        return otherwise(func, types, args, kwargs or {}, 4 if type(func) is FunctionType else 2)  # 1 + frames_above
     return entrance(*args, **kwargs) if kwargs else entrance(*args)
 
 

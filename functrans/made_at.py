@@ -34,6 +34,8 @@ def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
         while True:
             code = frame.f_code
             name = code.co_filename
+            if name in WITHIN_FILES:
+                return
             if name in USER_FILES or (name not in LIBRARY_FILES and is_users(name)):
                 break
             if name in WITHIN_FILES or code.co_name == "otherwise":

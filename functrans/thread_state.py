@@ -103,10 +103,10 @@ class Snapshot:
             size -= 1
         if modes and (size < len(modes) or mode_at(size - 1) is not modes[-1]):
             set_modes(modes)
-        state = STATE
-        state.top = self.top
-        state.door_depth = self.door_depth
-        state.packing = self.packing
+        STATE.top = self.top
+        if self.top is None:  # of these the outermost transform disposes
+            STATE.door_depth = self.door_depth
+            STATE.packing = self.packing
         set_key_excluded(AUTOGRAD, self.autograd)
         set_key_excluded(VIEWS_AND_VERSIONS, self.views)
         if torch.is_grad_enabled() is not self.grad:

@@ -70,13 +70,16 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         return wrapper.bdim is None
 
-    def batched(self, value: Tensor, bdim: int | None) -> WrapperTensor:
-        """A wrapper for the physical ``value``, batched along ``bdim``."""
+    def batched(self, value: Tensor, bdim: int | None, of: Any = None) -> WrapperTensor:
+        """A wrapper for the physical ``value``, batched along ``bdim``, which a rule for ``of`` may have got wrong."""
         if bdim is None:
             return self.constant(value)
         if bdim:
             value = tensor_of(value)
         shape, strides = value.shape, strides_of(value)
+        if of is not None and (not -len(shape) <= bdim < len(shape) or shape[bdim] != self.batch_size):
+            expected = f"the dimension of size {self.batch_size}, the batch's"
+            raise BatchingRuleError(rule_of(of), f"out_dim {bdim} for an output of shape {tuple(shape)}", expected)
         if bdim == 0:
             shape = shape[1:]  # type: ignore[assignment]
             if strides is not None:
@@ -123,30 +126,28 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
             rule, direct, accepted = rule_here(op, known)
         values: list[Any] = []
         dims: list[Any] = []
-        kinds: list[Any] | None = None if accepted is None else []  # see NOTE [Operators refuse examples, not batches]
+        kinds: list[Any] = []  # see NOTE [Operators refuse examples, not batches]
         batched = False
         for a in args:
             kind = type(a)
             if kind is WrapperTensor:
-                if kinds is not None:
-                    kinds.append(a.dtype)
-                    kinds.append(len(a.shape))
+                kinds += a.dtype, len(a.shape)
                 if a.interpreter is self:
-                    values.append(a.value)
                     d = a.bdim
-                    dims.append(d)
                     if d is not None:
                         batched = True
+                    values.append(a.value)
+                    dims.append(d)
                     continue
             elif kind is list or kind is tuple:
                 inner, inner_dims, any_batched = self._enter_list(a)
                 values.append(inner)
                 dims.append(inner_dims)
                 batched = batched or any_batched
-                if kinds is not None and a and type(a[0]) is not int:
+                if accepted is not None and a and type(a[0]) is not int:
                     kinds.append(kinds_of(a))
                 continue
-            elif kinds is not None and kind is not int:
+            elif kind is not int and accepted is not None:
                 kinds.append((a.dtype, a.dim()) if isinstance(a, Tensor) else None)
             values.append(a)
             dims.append(None)
@@ -162,7 +163,7 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
             bdim = direct(dims, values)
             if bdim is not None:
                 return self.batched(lower(self, op, values, below_kwargs), bdim)
-        if kinds is not None and (key := tuple(kinds)) not in accepted:
+        if accepted is not None and (key := tuple(kinds)) not in accepted:
             self.check_example(op, args, kwargs)
             accepted.add(key)
         if rule is not None and batched and not kwargs_batched:
@@ -171,10 +172,6 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
             except RuleDeclined:
                 pass
             else:
-                if type(result) is tuple and len(result) == 2:
-                    out, bdim = result
-                    if type(out) is Tensor and type(bdim) is int and 0 <= bdim < out.dim() and out.shape[bdim] == self.batch_size:
-                        return self.batched(out, bdim)  # what ``leave`` does with the frequent kind of result
                 return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
@@ -341,23 +338,15 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
         if type(result) is not tuple or len(result) != 2:
             raise BatchingRuleError(rule_of(of), described(result), "a pair (output, out_dims)")
         out, bdim = result
-        if type(out) is Tensor and type(bdim) is int and 0 <= bdim < out.dim() and out.shape[bdim] == self.batch_size:
-            return self.batched(out, bdim)
-        return self._leave(of, out, bdim)
+        return self.batched(out, bdim, of) if type(out) is Tensor and type(bdim) is int else self._leave(of, out, bdim)
 
     def _leave(self, of: Any, out: Any, out_dims: Any) -> Any:
         if isinstance(out, Tensor):
-            if out_dims is None:
-                pass
-            elif type(out_dims) is not int:
+            if out_dims is not None and type(out_dims) is not int:
                 raise BatchingRuleError(rule_of(of), f"out_dims {out_dims!r} for one tensor", "an int or None")
-            else:
-                shape = out.shape
-                if not -len(shape) <= out_dims < len(shape) or shape[out_dims] != self.batch_size:
-                    raise BatchingRuleError(rule_of(of), f"out_dim {out_dims} for an output of shape {tuple(shape)}", f"the dimension of size {self.batch_size}, the batch's")
             if type(out) is WrapperTensor and out.interpreter.level >= self.level:
                 raise BatchingRuleError(rule_of(of), f"a value of level {out.interpreter.level}", f"one below level {self.level}, computed from its arguments")
-            return self.batched(out, out_dims)
+            return self.batched(out, out_dims, of)
         if isinstance(out, tuple | list):
             if not isinstance(out_dims, tuple | list):
                 out_dims = [out_dims] * len(out)
