@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from functrans.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
 from functrans.pytrees import tree_flatten
@@ -66,6 +67,10 @@ def note_results(up: int, *trees: Any) -> None:
     frame = sys._getframe(up + 1)
     if frame.f_code.co_name == "call_function" and frame.f_code.co_filename.startswith(OURS):
         return
-    made = [v for v in tree_flatten(trees)[0] if type(v) is WrapperTensor and not hasattr(v, "made_at")]
+    made = []
+    for tree in trees:
+        for v in (tree,) if tree is None or isinstance(tree, Tensor) else tree_flatten(tree)[0]:
+            if type(v) is WrapperTensor and not hasattr(v, "made_at"):
+                made.append(v)
     if made:
         note_site(made, frame, up + 1)
