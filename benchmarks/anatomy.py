@@ -16,13 +16,13 @@ import torch
 from report import Part, Settings, Table, main
 
 import functrans
-from functrans.door import ENTRANCES
+from functrans.core.stack import interpreter_stack
+from functrans.core.tensor import WrapperTensor, wrap_like
+from functrans.core.thread_state import DOOR, STATE
+from functrans.core.torch_private import autocast_enabled, function_mode_enabled, mode_stack_size, pop_mode, push_mode
+from functrans.door.torch_function import ENTRANCES
 from functrans.programs.operators import operator_program
 from functrans.programs.running import lower_program
-from functrans.stack import interpreter_stack
-from functrans.tensor import WrapperTensor, wrap_like
-from functrans.thread_state import DOOR, STATE
-from functrans.torch_private import autocast_enabled, function_mode_enabled, mode_stack_size, pop_mode, push_mode
 
 aten = torch.ops.aten
 

@@ -4,20 +4,25 @@
 wrapper tensors carry their level, and every operator walks down the stack.
 """
 
-from functrans import custom_function, derivatives, door, fused_layers, recurrent, scalar_index, special  # noqa: F401  (importing them connects them)
-from functrans.batching import vmap
-from functrans.decompositions import DECOMPOSITIONS
+from functrans import derivatives
+from functrans.api.jacobians import hessian, jacfwd, jacrev
+from functrans.api.modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functrans.api.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
+from functrans.api.vmap import vmap
+from functrans.core.errors import FunctransError
+from functrans.core.operators import STAND_INS
+
+# importing these connects them
+from functrans.decompositions import recurrent, transformer  # noqa: F401
+from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
-from functrans.errors import FunctransError
+from functrans.door import autograd_function, torch_function  # noqa: F401
+from functrans.functionalize import hidden_effects, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
-from functrans.jacobians import hessian, jacfwd, jacrev
-from functrans.modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
-from functrans.operators import STAND_INS
 from functrans.programs.admission import watch
-from functrans.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 
 derivatives.load()
 load_batching_rules()

@@ -15,18 +15,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.checks import check_kind
-from functrans.defaults import completed
-from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.errors import (
-    CallTypeError,
-    CarriedValueError,
-    FunctransError,
-    MissingRuleError,
-    RuleError,
-    RuleResultError,
-)
-from functrans.extension_calls import (
+from functrans.api.checks import check_kind
+from functrans.api.extension_calls import (
     check_operator,
     decompose,
     lower,
@@ -36,13 +26,23 @@ from functrans.extension_calls import (
     running_at,
     wrap,
 )
+from functrans.core.defaults import completed
+from functrans.core.errors import (
+    CallTypeError,
+    CarriedValueError,
+    FunctransError,
+    MissingRuleError,
+    RuleError,
+    RuleResultError,
+)
+from functrans.core.operators import facts, schema_default
+from functrans.core.rules import RuleTable, check_table, place_in, rules_in_scope
+from functrans.core.stack import Interpreter, interpreter_stack
+from functrans.core.tensor import WrapperTensor
+from functrans.core.torch_private import OpOverload
+from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
+from functrans.interpreters.rule_results import check_below, check_carried, checked_result
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
-from functrans.operators import facts, schema_default
-from functrans.rule_results import check_below, check_carried, checked_result
-from functrans.rules import RuleTable, check_table, place_in, rules_in_scope
-from functrans.stack import Interpreter, interpreter_stack
-from functrans.tensor import WrapperTensor
-from functrans.torch_private import OpOverload
 
 __all__ = [
     "BATCHING_RULES",

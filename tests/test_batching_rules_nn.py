@@ -17,11 +17,11 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 import functrans
-from functrans.decompositions import DECOMPOSITIONS
+from functrans.decompositions.recurrent import STEPS
+from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import RandomnessError
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
-from functrans.recurrent import STEPS
 
 aten = torch.ops.aten
 

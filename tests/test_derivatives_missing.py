@@ -13,7 +13,8 @@ from dependence import differences, made_up_calls, probe, pure_operators, sweep,
 from derivative_checker import Call
 from torch import Tensor
 
-from functrans import errors, grad, hessian, jvp, vmap
+from functrans import grad, hessian, jvp, vmap
+from functrans.core import errors
 from functrans.derivatives.constants import CONSTANT
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extend import derivative, overriding

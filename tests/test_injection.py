@@ -9,12 +9,12 @@ from unittest import mock
 import pytest
 from injection import violations
 
-from functrans.thread_state import Snapshot
+from functrans.core.thread_state import Snapshot
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each exception is raised in a process of its own")
 
 #: Where state is switched and caches are filled.
-CORE = ("thread_state.py", "stack.py", "door.py", "lowering.py", "native.py", "pure_forms.py", "operators.py", "rules.py")
+CORE = ("core/thread_state.py", "core/stack.py", "door/torch_function.py", "core/dispatch.py", "interpreters/autograd_fallback.py", "functionalize/out_of_place.py", "core/operators.py", "core/rules.py")
 EVERY = 12
 
 
@@ -44,13 +44,13 @@ def test_a_thread_that_is_not_put_back_is_found() -> None:
 
 
 def test_a_cache_that_is_filled_too_early_is_found() -> None:
-    from functrans import mutation
+    from functrans.functionalize import writes
 
     def filled_too_early(known: Any) -> Any:
         known.functional = NotImplemented
         return original(known)
 
-    original = mutation.pure_form
-    with mock.patch.object(mutation, "pure_form", filled_too_early):
-        found = list(violations(lambda shown, number: shown.startswith("pure_forms.py"), ["writes"]))
+    original = writes.pure_form
+    with mock.patch.object(writes, "pure_form", filled_too_early):
+        found = list(violations(lambda shown, number: shown.startswith("functionalize/out_of_place.py"), ["writes"]))
     assert found and all("has no pure form" in text for text in found)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from functrans import grad, vmap
-from functrans.errors import InterpreterError, PayloadError
+from functrans.core.errors import InterpreterError, PayloadError
+from functrans.core.tensor import WrapperTensor
 from functrans.extend import Interpreter, RuleTable, TableInterpreter, interpreter_stack, lowered, run_transformed
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
-from functrans.tensor import WrapperTensor
 
 X = torch.tensor([0.3, 0.7, 1.1])
 

@@ -17,15 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from functrans.errors import DeadWrapperError
+from functrans.core.errors import DeadWrapperError
 from functrans.extend import BATCHING_RULES, DERIVATIVES, Interpreter, derivative, overriding, run_transformed
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.programs.deriving import pullback, tangent
 from functrans.programs.operators import operator_program, traced
+from functrans.programs.torch_functions import BINARY, OPERATORS, UNARY
 from functrans.programs.tracing import Untraceable
-from functrans.spellings import BINARY, OPERATORS, UNARY
 
 aten = torch.ops.aten
 DOUBLE = torch.float64

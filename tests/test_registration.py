@@ -13,9 +13,10 @@ from torch import Tensor
 
 import functrans
 from functrans import batching_rule, derivative, grad, jvp, vmap
-from functrans.decompositions import DECOMPOSITIONS
-from functrans.defaults import completed
-from functrans.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
+from functrans.core.defaults import completed
+from functrans.core.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
+from functrans.core.operators import facts, schema_default
+from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,
@@ -26,10 +27,9 @@ from functrans.extend import (
     rule_to_paste,
     run_transformed,
 )
+from functrans.functionalize.hidden_effects import stands_in_for
 from functrans.interpreters.vmap.families import along_dim, elementwise, reduction
 from functrans.interpreters.vmap.rules.random import RandomnessError, random_family
-from functrans.operators import facts, schema_default
-from functrans.special import stands_in_for
 
 aten = torch.ops.aten
 X = torch.tensor([0.3, 0.7, 1.1], dtype=torch.float64)

@@ -9,12 +9,12 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-import functrans.custom_function
+import functrans.door.autograd_function
 from functrans import grad, jvp, vmap
+from functrans.core.operators import facts
+from functrans.core.tensor import PendingWrapper
 from functrans.derivatives.table import DERIVATIVES
 from functrans.extend import RuleTable, TableInterpreter, interpreter_stack, run_transformed
-from functrans.operators import facts
-from functrans.tensor import PendingWrapper
 
 X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 
@@ -186,7 +186,7 @@ def test_the_tape_its_records_and_plans() -> None:
         seen.append(repr(z[0].view_link))
         return values
 
-    assert functrans.custom_function is not None
+    assert functrans.door.autograd_function is not None
     grad(look)(X)
     assert_expected_inline("\n".join(seen), """\
 2 = aten.sin.default(1), saved [float32[2, 2]]

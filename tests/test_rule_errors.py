@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import FunctransError, functional_call, grad, jvp, vjp, vmap
-from functrans.errors import RuleError
+from functrans.core.errors import RuleError
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,

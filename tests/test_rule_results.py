@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
-from functrans.errors import BatchingRuleError
+from functrans.core.errors import BatchingRuleError
+from functrans.core.stack import interpreter_stack
 from functrans.extend import overriding
 from functrans.interpreters.vmap.table import BATCHING_RULES
-from functrans.stack import interpreter_stack
 
 X = torch.arange(12.0).reshape(4, 3)
 

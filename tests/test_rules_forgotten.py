@@ -16,18 +16,18 @@ from torch import Tensor
 
 import functrans
 from functrans import grad, jvp, vmap
-from functrans.custom_function import FUNCTION_RULES
-from functrans.decompositions import DECOMPOSITIONS
+from functrans.core.errors import DataDependentError, NoPureFormError
+from functrans.core.operators import STAND_INS
+from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import Derivative
-from functrans.errors import DataDependentError, NoPureFormError
+from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, rules_in_scope
+from functrans.functionalize.hidden_effects import stands_in_for
+from functrans.functionalize.out_of_place import PURE_FORMS
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES
-from functrans.operators import STAND_INS
-from functrans.pure_forms import PURE_FORMS
-from functrans.special import stands_in_for
 
 aten = torch.ops.aten
 X = torch.tensor([0.3, 0.7, 1.1], dtype=torch.float64)
@@ -274,7 +274,7 @@ def test_the_rule_for_functions_of_the_nearest_class() -> None:
 
     def run() -> Any:
         interpreter = Mine(Double.apply)
-        return functrans.stack.run_transformed(interpreter, lambda: Double.apply(interpreter.track(X)))
+        return functrans.core.stack.run_transformed(interpreter, lambda: Double.apply(interpreter.track(X)))
 
     assert run().value.tolist() == (2 * X).tolist()
     FUNCTION_RULES[Mine] = lambda interpreter, cls, args: "asked"
@@ -361,5 +361,5 @@ def test_a_module_of_the_package_is_what_its_name_imports() -> None:
 
 
 def test_the_decorator_of_stand_ins_is_that_of_the_table() -> None:
-    with pytest.raises(functrans.errors.DuplicateRuleError, match="special.py"):
+    with pytest.raises(functrans.core.errors.DuplicateRuleError, match="functionalize/hidden_effects.py"):
         stands_in_for(aten.dropout.default)(len)

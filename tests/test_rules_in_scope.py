@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from functrans import derivative, grad, jvp, vjp, vmap
+from functrans.core.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
+from functrans.core.operators import STAND_INS, facts
+from functrans.core.rules import SCOPES
 from functrans.derivatives.table import Derivative
-from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, batching_rule, overriding, rules_in_scope
-from functrans.operators import STAND_INS, facts
+from functrans.functionalize.out_of_place import PURE_FORMS
 from functrans.programs import deriving
 from functrans.programs.operators import PROGRAMS, operator_program
-from functrans.pure_forms import PURE_FORMS
-from functrans.rules import SCOPES
 
 aten = torch.ops.aten
 sin, cos, round_, cumsum = aten.sin.default, aten.cos.default, aten.round.default, aten.cumsum.default

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import functrans
-from functrans.errors import DataDependentError, InsideTransformError
+from functrans.core.errors import DataDependentError, InsideTransformError
 
 SIZE = 3
 DTYPES = (torch.float64, torch.complex64, torch.int64, torch.bool)

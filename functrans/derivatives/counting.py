@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS
+from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.table import derivative
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import door_closed
+from functrans.core.torch_private import is_torch_func_active
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.scans import product_of_others
 from functrans.derivatives.table import derivative
-from functrans.tensor import WrapperTensor
-from functrans.thread_state import door_closed
-from functrans.torch_private import is_torch_func_active
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS
+from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten

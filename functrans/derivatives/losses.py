@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from functrans.decompositions import DECOMPOSITIONS, DEFINED_LATE
+from functrans.core.torch_private import OpOverload
+from functrans.decompositions.table import DECOMPOSITIONS, DEFINED_LATE
 from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS
+from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.losses import MEAN, SUM
 
 aten = torch.ops.aten

@@ -39,10 +39,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from functrans.errors import DerivativeEntryError, RegistrationError
-from functrans.rules import RuleTable, caller_place
-from functrans.torch_private import OpOverload
-from functrans.wording import shown
+from functrans.core.errors import DerivativeEntryError, RegistrationError
+from functrans.core.rules import RuleTable, caller_place
+from functrans.core.torch_private import OpOverload
+from functrans.core.wording import shown
 
 Formula = Callable[..., Any]
 

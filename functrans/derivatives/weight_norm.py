@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functrans.decompositions import DECOMPOSITIONS
+from functrans.decompositions.table import DECOMPOSITIONS
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from functrans.core.operators import facts
+from functrans.core.rules import RuleCache, RuleTable
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
-from functrans.operators import facts
-from functrans.rules import RuleCache, RuleTable
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

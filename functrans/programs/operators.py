@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from functrans.core.rules import SCOPES, RuleCache
+from functrans.core.torch_private import OpOverload
 from functrans.programs.deriving import pullback, slice_out, tangent
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable, tracing
-from functrans.rules import SCOPES, RuleCache
-from functrans.torch_private import OpOverload
 
 PROGRAMS = RuleCache()
 

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from functrans.call_sites import PROGRAM_FILE
-from functrans.operators import quick_call
-from functrans.rules import SCOPES, scope_here
-from functrans.tensor import tensor_of
-from functrans.torch_private import OpOverload
+from functrans.core.call_sites import PROGRAM_FILE
+from functrans.core.operators import quick_call
+from functrans.core.rules import SCOPES, scope_here
+from functrans.core.tensor import tensor_of
+from functrans.core.torch_private import OpOverload
 
 
 class Value(int):

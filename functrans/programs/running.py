@@ -1,4 +1,4 @@
-"""Programs on the interpreter stack: what lowering.py does with operators."""
+"""Programs on the interpreter stack: what core/dispatch.py does with operators."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans.errors import DeadWrapperError
-from functrans.lowering import base, dispatch, in_outer_modes, modes_differ
+from functrans.core.dispatch import base, dispatch, in_outer_modes, modes_differ
+from functrans.core.errors import DeadWrapperError
+from functrans.core.rules import SCOPES, scope_here
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
+from functrans.core.thread_state import STATE, door_closed
+from functrans.core.torch_private import (
+    DisableTorchFunction,
+    function_mode_enabled,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+)
 from functrans.programs.program import Program
-from functrans.rules import SCOPES, scope_here
-from functrans.stack import Interpreter
-from functrans.tensor import PendingWrapper, WrapperTensor, tensor_of
-from functrans.thread_state import STATE, door_closed
-from functrans.torch_private import DisableTorchFunction, function_mode_enabled, mode_stack_size, pop_mode, push_mode
 
 
 def run(program: Program, args: Sequence[Any]) -> Any:

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.programs.admission import admitted
-from functrans.programs.program import Instruction, Value, key_of
-from functrans.spellings import OPERATORS, operator_of, spellings
-from functrans.torch_private import (
+from functrans.core.torch_private import (
     EnableTorchFunction,
     OpOverload,
     function_mode_stack_size,
     pop_function_mode,
     push_function_mode,
 )
+from functrans.programs.admission import admitted
+from functrans.programs.program import Instruction, Value, key_of
+from functrans.programs.torch_functions import OPERATORS, operator_of, spellings
 
 
 class Untraceable(Exception):

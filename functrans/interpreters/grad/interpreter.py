@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from functrans.core.dispatch import dispatch, lower, map_tensors
+from functrans.core.errors import HookError, ModifiedError
+from functrans.core.failures import explain_pull, given, shown
+from functrans.core.operators import Facts, facts, plans_here
+from functrans.core.rules import SCOPES, place_in
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.thread_state import door_closed
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
-from functrans.errors import HookError, ModifiedError
-from functrans.failures import explain_pull, given, shown
-from functrans.fitting import described, spec
+from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.grad.recording import (
     DIFFERENTIABLE,
     GRAD_RULES,
@@ -23,18 +30,11 @@ from functrans.interpreters.grad.recording import (
     choose_method,
     matrix_of,
 )
-from functrans.lowering import dispatch, lower, map_tensors
-from functrans.operators import Facts, facts, plans_here
 from functrans.programs.admission import REAL
 from functrans.programs.operators import operator_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program, start
 from functrans.programs.tracing import Untraceable
-from functrans.rules import SCOPES, place_in
-from functrans.stack import Interpreter
-from functrans.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
-from functrans.thread_state import door_closed
-from functrans.torch_private import OpOverload
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
 Record = tuple[Any, Any, Any, Any]
@@ -326,7 +326,7 @@ class GradInterpreter(Interpreter, slots=("slot",)):
 
         Example:
             >>> import torch, functrans
-            >>> from functrans.stack import interpreter_stack
+            >>> from functrans.core.stack import interpreter_stack
             >>> def f(x):
             ...     y = torch.sin(x).sum()
             ...     print(interpreter_stack()[0].describe_tape())

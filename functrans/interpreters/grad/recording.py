@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import decompose, decomposition
+from functrans.core.dispatch import lower, map_tensors
+from functrans.core.errors import DerivativeEntryError, ModifiedError
+from functrans.core.failures import shown
+from functrans.core.operators import Facts
+from functrans.core.rules import RuleTable, rules_of
+from functrans.core.tensor import WrapperTensor, tensor_of, wrap
+from functrans.core.torch_private import OpOverload
+from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
-from functrans.errors import DerivativeEntryError, ModifiedError
-from functrans.failures import shown
-from functrans.fitting import described, fitted, reduce_to, spec
-from functrans.lowering import lower, map_tensors
-from functrans.native import run_recorded
-from functrans.operators import Facts
+from functrans.interpreters.autograd_fallback import run_recorded
+from functrans.interpreters.fitting import described, fitted, reduce_to, spec
 from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import Derived, pullback
 from functrans.programs.program import Program
 from functrans.programs.running import start
-from functrans.rules import RuleTable, rules_of
-from functrans.tensor import WrapperTensor, tensor_of, wrap
-from functrans.torch_private import OpOverload
 
 if TYPE_CHECKING:
     from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.decompositions import decompose, decomposition
+from functrans.core.dispatch import call_below, dispatch, lower, map_tensors
+from functrans.core.errors import DerivativeEntryError
+from functrans.core.operators import Facts, facts, plans_here
+from functrans.core.rules import SCOPES, RuleTable, place_in
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.torch_private import OpOverload, is_forward_enabled
+from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
-from functrans.errors import DerivativeEntryError
-from functrans.fitting import described, expect_tangent, spec
+from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
-from functrans.interpreters.jvp.borrowed import borrow
-from functrans.lowering import call_below, dispatch, lower, map_tensors
-from functrans.operators import Facts, facts, plans_here
+from functrans.interpreters.jvp.fallback import borrow
 from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import tangent as tangent_program
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
 from functrans.programs.tracing import Untraceable
-from functrans.rules import SCOPES, RuleTable, place_in
-from functrans.stack import Interpreter
-from functrans.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
-from functrans.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
 

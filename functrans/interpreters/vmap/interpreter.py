@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.call_sites import definition, frames_to_user
-from functrans.decompositions import decompose
-from functrans.defaults import completed
-from functrans.errors import BatchingRuleError, DataDependentError
+from functrans.core.call_sites import definition, frames_to_user
+from functrans.core.defaults import completed
+from functrans.core.dispatch import call_below, lower, map_tensors
+from functrans.core.errors import BatchingRuleError, DataDependentError
+from functrans.core.operators import Facts, plans_here
+from functrans.core.rules import SCOPES, place_in
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
+from functrans.core.thread_state import lowered, running_at
+from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
+from functrans.decompositions.table import decompose
 from functrans.interpreters.vmap.families import RuleDeclined, align
 from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
-from functrans.lowering import call_below, lower, map_tensors
-from functrans.operators import Facts, plans_here
 from functrans.programs.program import Program
 from functrans.programs.running import constants, lower_program
-from functrans.rules import SCOPES, place_in
-from functrans.stack import Interpreter
-from functrans.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
-from functrans.thread_state import lowered, running_at
-from functrans.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 
 aten = torch.ops.aten
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.torch_private import OpOverload
-from functrans.without_data import run_without_data
+from functrans.core.torch_private import OpOverload
+from functrans.core.without_data import run_without_data
 
 #: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)

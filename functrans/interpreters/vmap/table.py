@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrans.rules import RuleTable
+from functrans.core.rules import RuleTable
 
 BatchingRule = Callable[..., tuple[Any, Any]]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.folding import (
     empty_batch,
@@ -22,7 +23,6 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_n,
 )
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.rules import caller_place
+from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
@@ -17,8 +19,6 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.rules import caller_place
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

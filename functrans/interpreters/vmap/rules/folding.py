@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from functrans.core.rules import caller_place
+from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import argument_place, tensor_positions
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize
-from functrans.rules import caller_place
-from functrans.torch_private import OpOverload
 
 
 def fold_n(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:

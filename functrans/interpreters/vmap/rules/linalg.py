@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.rules import caller_place
+from functrans.core.torch_private import OpOverload
+from functrans.core.versions import present
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
@@ -17,9 +20,6 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.rules import caller_place
-from functrans.torch_private import OpOverload
-from functrans.versions import present
 
 aten = torch.ops.aten
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import bilinear as torch_bilinear
 from torch.nn.functional import linear as torch_linear
 
+from functrans.core.rules import caller_place
+from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
@@ -27,8 +29,6 @@ from functrans.interpreters.vmap.table import (
     to_front,
     wrap_dim,
 )
-from functrans.rules import caller_place
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

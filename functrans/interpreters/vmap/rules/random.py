@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import FunctransError
+from functrans.core.errors import FunctransError
+from functrans.core.operators import has_composite_kernel
+from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.core.rules import RuleTable
+from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
     align,
@@ -25,10 +29,6 @@ from functrans.interpreters.vmap.families import (
 )
 from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
-from functrans.operators import has_composite_kernel
-from functrans.pytrees import tree_flatten, tree_unflatten
-from functrans.rules import RuleTable
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.torch_private import OpOverload
+from functrans.decompositions.recurrent import STEPS, run_layers, run_padded
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import random_rule
 from functrans.interpreters.vmap.table import (
@@ -18,8 +20,6 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.recurrent import STEPS, run_layers, run_padded
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 

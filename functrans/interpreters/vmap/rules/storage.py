@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors import InsideTransformError
+from functrans.core.errors import InsideTransformError
+from functrans.functionalize.memory import storage_offset_of
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize
-from functrans.memory import storage_offset_of
 
 aten = torch.ops.aten
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.rules import caller_place
+from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
@@ -18,8 +20,6 @@ from functrans.interpreters.vmap.table import (
     to_front,
     wrap_dim,
 )
-from functrans.rules import caller_place
-from functrans.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

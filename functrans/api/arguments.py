@@ -1,0 +1,242 @@
+"""Arguments and outputs of the transforms: checked, wrapped on the way in, unwrapped on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.api.structures import path_of
+from functrans.core.errors import Call, CallError, CallValueError, DeadWrapperError
+from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import WrapperTensor, check_layout
+from functrans.core.wording import what
+from functrans.functionalize.views import contents_of
+from functrans.functionalize.writes import invalidate_saved
+from functrans.interpreters.grad.recording import DIFFERENTIABLE
+
+Argnums = int | tuple[int, ...]
+#: In place of argnums: every argument, as in vjp and jvp, where they are called primals.
+ALL: Any = object()
+
+
+class Inputs:
+    """A call's arguments as wrappers of ``interpreter``.
+
+    Every tensor is wrapped, so that it can be written inside; those that ``argnums`` names are tracked (or given a tangent).
+    """
+
+    def __init__(
+        self,
+        interpreter: Interpreter,
+        call: Call,
+        argnums: Argnums,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        enter: Callable[[Tensor], WrapperTensor] | None = None,
+    ) -> None:
+        self.interpreter = interpreter
+        self.call = call
+        self.named = argnums is not ALL
+        if argnums is ALL:
+            argnums = tuple(range(len(args)))
+        self.wrapped: list[tuple[WrapperTensor, Tensor]] = []
+        self.single = isinstance(argnums, int)
+        positions = check_argnums(call, argnums, len(args))
+        track = enter if enter is not None else interpreter.track  # type: ignore[attr-defined]
+        self.tracked: dict[int, tuple[list[Any], list[Any], Any]] = {}
+        self.order = positions
+        entered = list(args)
+        for i in positions:
+            leaves, spec = tree_flatten(args[i])
+            for place, leaf in enumerate(leaves):
+                if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+                    refuse_argument(call, leaf, self.named, i, args, place)
+            wrappers = [self._enter(leaf, track) for leaf in leaves]
+            self.tracked[i] = (leaves, wrappers, spec)
+            entered[i] = tree_unflatten(spec, wrappers)
+        for i, a in enumerate(args):
+            if i not in self.tracked:
+                entered[i] = self._constants(a)
+        self.args = tuple(entered)
+        self.kwargs = {k: self._constants(v) for k, v in kwargs.items()}
+        self.leaf_slots = {i: [getattr(w, "slot", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
+
+    def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
+        wrapper = track(leaf)
+        self.wrapped.append((wrapper, leaf))
+        return wrapper
+
+    def _constants(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return self._constant(tree)
+        if tree is None or isinstance(tree, int | float | str | bool):
+            return tree
+        leaves, spec = tree_flatten(tree)
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return tree
+        return tree_unflatten(spec, [self._constant(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+    def _constant(self, leaf: Tensor) -> WrapperTensor:
+        wrapper = self.interpreter.constant(leaf)
+        self.wrapped.append((wrapper, leaf))
+        return wrapper
+
+    def collect(self, cotangents: dict[int, Tensor]) -> Any:
+        """The cotangents of the tracked arguments, zeros where none arrived, in the arguments' structure."""
+        found = []
+        for i in self.order:
+            leaves, _, spec = self.tracked[i]
+            grads = [None if slot is None else cotangents.get(slot) for slot in self.leaf_slots[i]]
+            found.append(tree_unflatten(spec, [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]))
+        return found[0] if self.single else tuple(found)
+
+    def write_back(self) -> None:
+        """Write the arguments that were written inside for the caller, as a call without the transform would have."""
+        for wrapper, origin in self.wrapped:
+            if wrapper.version:
+                self.interpreter.before_write(origin)
+                invalidate_saved(origin)
+                origin.copy_(contents_of(wrapper).value)
+
+
+def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
+    """``leaf``, number ``place`` of argument ``i``, is nothing to differentiate for; ``named``: by argnums."""
+    other_way = "as an argument that argnums does not name" if named else "in another way: lambda x: f(x, value)"
+    path = path_of(f"args[{i}]" if named else f"primals[{i}]", args[i], place)
+    if not isinstance(leaf, Tensor):
+        cure = argument_cure(leaf) or f"Pass it {other_way}."
+        raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", cure)
+    cure = f"Convert it, e.g. with .float(), or pass it {other_way}."
+    raise CallValueError(call, f"a tensor of dtype {leaf.dtype} as {path}", "a floating-point or complex dtype to differentiate for", cure)
+
+
+def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None:
+    """All that ``argnums`` names is something to differentiate for."""
+    for i in check_argnums(call, argnums, len(args)):
+        for place, leaf in enumerate(tree_flatten(args[i])[0]):
+            if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+                refuse_argument(call, leaf, True, i, args, place)
+            check_layout(leaf)
+
+
+def argument_cure(x: Any) -> str:
+    """The cure where ``x`` came in place of a tensor."""
+    if type(x) in (int, float):
+        return f"Pass torch.tensor({float(x)})."
+    if type(x) is complex:
+        return f"Pass torch.tensor({x})."
+    if hasattr(x, "__array__"):
+        return "Pass torch.as_tensor(...) of it."
+    return ""
+
+
+def check_argnums_kind(call: Call, argnums: Any) -> None:
+    """``argnums`` is an int or a tuple of ints, whatever the arguments."""
+    if not isinstance(argnums, tuple | int) or isinstance(argnums, bool):
+        cure = ""
+        if isinstance(argnums, list) and argnums and all(type(n) is int for n in argnums):
+            cure = f"Write argnums={tuple(argnums)}."
+        elif isinstance(argnums, str):
+            cure = "Arguments are named by position, not by name."
+        elif isinstance(argnums, Tensor):
+            cure = f"Write {call.transform}(f)(x): the arguments of the function come in a call of their own."
+        raise CallError(call, f"{what(argnums)} as argnums", "an int or a tuple of ints", cure)
+    if argnums == ():
+        raise CallError(call, "argnums=()", "at least one position")
+    for n in argnums if isinstance(argnums, tuple) else ():
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise CallError(call, f"{what(n)} in argnums", "an int or a tuple of ints")
+
+
+def check_argnums(call: Call, argnums: Argnums, count: int) -> tuple[int, ...]:
+    """``argnums`` as non-negative positions."""
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    for n in numbers:
+        if count == 0:
+            raise CallError(call, "no positional arguments", "at least one", "Keyword arguments are not differentiated for.")
+        if not -count <= n < count:
+            takes = "position 0 or -1" if count == 1 else f"{-count} <= argnum < {count}"
+            given = f"{count} positional argument{'s' * (count != 1)}"
+            raise CallError(call, f"argnum {n} for {given}", takes, "Keyword arguments are not differentiated for.")
+    positions = tuple(n % count for n in numbers)
+    if len(set(positions)) != len(positions):
+        raise CallError(call, f"argnums={argnums}", "distinct positions")
+    return positions
+
+
+def pick(call: Call, args: tuple[Any, ...], argnums: Argnums) -> Any:
+    positions = check_argnums(call, argnums, len(args))
+    return args[positions[0]] if isinstance(argnums, int) else tuple(args[i] for i in positions)
+
+
+def split_aux(call: Call, out: Any) -> tuple[Any, Any]:
+    if not (isinstance(out, tuple) and len(out) == 2):
+        cure = "Return a tuple of both, or leave has_aux out."
+        raise CallError(call, f"{what(out)} from the function", "a pair (output, aux), since has_aux=True", cure)
+    return out
+
+
+def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool = False) -> None:
+    """The function returned tensors and nothing else; ``differentiable``: with derivatives."""
+    if not leaves:
+        raise CallError(call, f"{what(out)} from the function", "at least one tensor")
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            cure = output_cure(leaf) or "Return it as aux, with has_aux=True."
+            raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
+        if differentiable and leaf.dtype not in DIFFERENTIABLE:
+            raise CallError(
+                call, f"a tensor of dtype {leaf.dtype} as {path_of('output', out, place)}", "a floating-point or complex dtype",
+                "It has no derivative: return it as aux, with has_aux=True.",
+            )  # fmt: skip
+
+
+def check_scalar(call: Call, out: Any) -> None:
+    """The function returned what a gradient can be taken of."""
+    if not isinstance(out, Tensor):
+        cure = output_cure(out)
+        if isinstance(out, tuple) and len(out) == 2:
+            cure = "Pass has_aux=True if the second is no part of the loss; for several losses use functrans.vjp or functrans.jacrev."
+        elif isinstance(out, tuple | list | dict):
+            cure = "Add the losses up, or use functrans.vjp or functrans.jacrev for several."
+        raise CallError(call, f"{what(out)} as output", "a tensor without dimensions", cure)
+    if out.dim() != 0:
+        cure = "Reduce it with .sum() or .mean(), or use functrans.vjp or functrans.jacrev."
+        got = "a nested tensor as output" if out.is_nested else f"an output of shape {tuple(out.shape)}"
+        raise CallError(call, got, "a scalar tensor, of shape ()", cure)
+    if out.dtype in DIFFERENTIABLE and not out.dtype.is_complex:
+        return
+    if out.dtype.is_complex:
+        cure = "Return a real number of it, such as .abs() or .real, or use functrans.vjp."
+        raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+    cure = "A count or a comparison has no gradient: return it as aux, with has_aux=True, beside a loss that has one."
+    raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+
+
+def output_cure(x: Any) -> str:
+    """The cure where a function returned ``x`` in place of a tensor."""
+    if x is None:
+        return "Is a return statement missing?"
+    if isinstance(x, int | float | complex) or hasattr(x, "__array__"):
+        return "Return the tensor itself, without .item(), float() or NumPy on the way: they leave the derivative behind."
+    return ""
+
+
+def unwrap(interpreter: Interpreter, x: Any) -> Any:
+    """The value one level down of ``x`` if it belongs to ``interpreter``, else ``x``."""
+    if type(x) is WrapperTensor:
+        if x.view_link is not None and x.interpreter.alive:
+            x.view_link.refresh(x)
+        if x.interpreter is interpreter:
+            return x.value
+        if not x.interpreter.alive:
+            raise DeadWrapperError(x)
+    return x
+
+
+def slot_of(interpreter: Interpreter, x: Any) -> int | None:
+    return x.slot if type(x) is WrapperTensor and x.interpreter is interpreter else None

@@ -1,0 +1,69 @@
+"""Checks of what every public function is given; each raises a CallError that shows the call, what came, what was expected, the cure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from functrans.core.errors import Call, CallTypeError, CallValueError
+from functrans.core.wording import callable_name, shown, what
+
+
+def check_callable(transform: str, func: Any) -> None:
+    if callable(func):
+        return
+    cure = "Pass the function itself, not its result." if isinstance(func, Tensor | int | float | complex) else ""
+    raise CallTypeError(f"{transform}({shown(func)}, ...)", what(func), "a function as the first argument", cure)
+
+
+def check_flag(call: Call | str, name: str, value: Any) -> None:
+    """A flag is a bool; 0, 1 and None stand for one."""
+    if not isinstance(value, bool | int | None) or value not in (0, 1, None):
+        raise CallTypeError(call, f"{what(value)} as {name}", "True or False")
+
+
+def check_chunk_size(call: Call, chunk_size: Any) -> None:
+    if chunk_size is not None and not (isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0):
+        raise CallValueError(call, f"chunk_size={shown(chunk_size)}", "a positive int or None")
+
+
+def check_randomness(call: Call, randomness: Any) -> None:
+    if not (isinstance(randomness, str) and randomness in ("error", "different", "same")):
+        raise CallValueError(call, f"randomness={shown(randomness)}", "'error', 'different' or 'same'")
+
+
+def check_kind(call: Call | str, name: str, value: Any, kind: Any, expected: str, cure: str = "") -> None:
+    """``value``, the argument ``name``, is of ``kind``, which ``expected`` says in words."""
+    if not isinstance(value, kind):
+        raise CallTypeError(call, f"{what(value)} as {name}", expected, cure)
+
+
+def call_function(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the user's function. What it raises passes; a call that does not fit its signature is told apart from that."""
+    try:
+        return func(*args, **kwargs)
+    except TypeError as error:
+        entered = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+        if not entered:
+            check_signature(call, func, args, kwargs)
+        raise
+
+
+def check_signature(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        signature = inspect.signature(func)
+    except (TypeError, ValueError):  # a builtin without one
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        signature = inspect.Signature(parameters)
+        given = [f"{len(args)} positional argument{'s' * (len(args) != 1)}", *(f"{name}=" for name in kwargs)]
+        name = callable_name(func)
+        raise CallTypeError(
+            call, " and ".join([given[0], ", ".join(given[1:])] if kwargs else given), f"what {name}{signature} takes ({error})"
+        ) from None

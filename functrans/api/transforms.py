@@ -1,0 +1,368 @@
+"""The public transforms of reverse and forward mode: grad, grad_and_value, value_and_grad, vjp, jvp."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.api.arguments import (
+    ALL,
+    Argnums,
+    Inputs,
+    argument_cure,
+    check_argnums_kind,
+    check_outputs,
+    check_scalar,
+    pick,
+    slot_of,
+    split_aux,
+    unwrap,
+)
+from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.structures import difference, path_of
+from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
+from functrans.core.made_at import note_results
+from functrans.core.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.core.stack import run_transformed
+from functrans.core.tensor import WrapperTensor, check_layout
+from functrans.core.thread_state import STATE, door_closed
+from functrans.core.torch_private import set_forward_enabled
+from functrans.core.wording import shown, what
+from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
+from functrans.interpreters.grad.recording import DIFFERENTIABLE
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
+
+
+def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """The gradient of a scalar function.
+
+    Args:
+        func: takes tensors (or pytrees of them) and returns one tensor without dimensions, floating-point and real, or
+            ``(output, aux)`` with ``has_aux``.
+        argnums: position, or tuple of positions, of the arguments to differentiate for. Negative ones count from the end.
+        has_aux: ``func`` returns a second value of any kind, passed on beside the gradient.
+
+    Returns:
+        A function of the same arguments. It returns the gradient, of the structure, shapes and dtypes of the argument that
+        ``argnums`` names (a tuple of them if ``argnums`` is one), or ``(gradient, aux)``.
+
+    Raises:
+        CallError: the output is not a scalar tensor, ``argnums`` does not fit the arguments, or an argument to
+            differentiate for is not floating-point or complex.
+
+    Example:
+        >>> import torch
+        >>> from functrans import grad
+        >>> x = torch.tensor(0.5)
+        >>> torch.allclose(grad(torch.sin)(x), x.cos())
+        True
+        >>> torch.allclose(grad(grad(torch.sin))(x), -x.sin())
+        True
+    """
+    call = differentiating("grad", func, argnums, has_aux)
+
+    @functools.wraps(func, updated=())
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return gradient
+
+
+def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """Like ``grad``, and the function's value: returns ``(gradient, value)``, or ``(gradient, (value, aux))``.
+
+    Example:
+        >>> import torch
+        >>> from functrans import grad_and_value
+        >>> grad_and_value(lambda x: x**2)(torch.tensor(3.0))
+        (tensor(6.), tensor(9.))
+    """
+    call = differentiating("grad_and_value", func, argnums, has_aux)
+
+    @functools.wraps(func, updated=())
+    def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
+        return _grad_and_value(call, func, argnums, has_aux, args, kwargs)
+
+    return gradient_and_value
+
+
+def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+    """Like ``grad_and_value``, in JAX's order: returns ``(value, gradient)``, or ``((value, aux), gradient)``.
+
+    Example:
+        >>> import torch
+        >>> from functrans import value_and_grad
+        >>> value_and_grad(lambda x: x**2)(torch.tensor(3.0))
+        (tensor(9.), tensor(6.))
+    """
+    call = differentiating("value_and_grad", func, argnums, has_aux)
+
+    @functools.wraps(func, updated=())
+    def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+        grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
+        return value, grads
+
+    return value_and_gradient
+
+
+def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Call:
+    """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
+    if not callable(func):
+        check_callable(transform, func)
+    call = Call(transform, func, {"argnums": argnums} if has_aux is False else {"argnums": argnums, "has_aux": has_aux})
+    if type(argnums) is not int:
+        check_argnums_kind(call, argnums)
+    if has_aux is not False:
+        check_flag(call, "has_aux", has_aux)
+    return call
+
+
+def _grad_and_value(
+    call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any]:
+    interpreter = GradInterpreter(func)
+    inputs = Inputs(interpreter, call, argnums, args, kwargs)
+
+    def body() -> tuple[Any, Any, Any]:
+        out = call_function(call, func, inputs.args, inputs.kwargs)
+        aux = None
+        if has_aux:
+            out, aux = split_aux(call, out)
+            aux = tree_map(functools.partial(unwrap, interpreter), aux)
+        check_scalar(call, out)
+        return unwrap(interpreter, out), slot_of(interpreter, out), aux
+
+    value, slot, aux = run_transformed(interpreter, body, enable_grad=True)
+    cotangents = {} if slot is None else interpreter.pull({slot: unit(value)}, consume=True)
+    grads = inputs.collect(cotangents)
+    inputs.write_back()
+    if STATE.top is not None:
+        note_results(2, grads, value, aux)
+    return grads, (value, aux) if has_aux else value
+
+
+def unit(value: Tensor) -> Tensor:
+    """The cotangent that a scalar's gradient starts from: a plain 1, whatever levels and batches ``value`` belongs to."""
+    with door_closed():
+        return torch.ones((), dtype=value.dtype, device=value.device)
+
+
+def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
+    """The value of ``func`` and its pullback: the vector-Jacobian product, as a function of the cotangent.
+
+    Args:
+        func: takes ``*primals``, returns a pytree of floating-point or complex tensors (with ``has_aux``, a pair of that and
+            anything).
+        *primals: pytrees of floating-point or complex tensors.
+        has_aux: ``func`` returns ``(output, aux)``.
+
+    Returns:
+        ``(output, pullback)``, with ``has_aux`` ``(output, pullback, aux)``. ``pullback(cotangents)`` takes cotangents of the structure and
+        shapes of ``output`` and returns a tuple with one cotangent per primal; it may be called repeatedly.
+
+    Raises:
+        CallError: an output or a cotangent is not what is described above.
+        ModifiedError: a value that the pullback needs was modified in place before it was called.
+
+    Example:
+        >>> import torch
+        >>> from functrans import vjp
+        >>> out, pullback = vjp(torch.exp, torch.zeros(2))
+        >>> pullback(torch.tensor([1.0, 2.0]))
+        (tensor([1., 2.]),)
+    """
+    check_callable("vjp", func)
+    call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
+    check_flag(call, "has_aux", has_aux)
+    out, pullback, aux = vjp_with_argnums(call, func, primals, ALL, has_aux)
+    return (out, pullback, aux) if has_aux else (out, pullback)
+
+
+def vjp_with_argnums(
+    call: Call, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums, has_aux: bool, kwargs: Any = None
+) -> tuple[Any, Callable[..., Any], Any]:
+    """vjp with respect to some of the primals (for ALL the pullback returns a tuple)."""
+    if not primals and argnums is ALL:
+        raise CallTypeError(call, "no primals", "at least one", "The primals follow the function: vjp(f, x, y).")
+    interpreter = GradInterpreter(func)
+    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {})
+
+    def body() -> tuple[Any, Any, Any, Any]:
+        out = call_function(call, func, inputs.args, inputs.kwargs)
+        aux = None
+        if has_aux:
+            out, aux = split_aux(call, out)
+            aux = tree_map(functools.partial(unwrap, interpreter), aux)
+        leaves, spec = tree_flatten(out)
+        check_outputs(call, out, leaves, differentiable=True)
+        return [unwrap(interpreter, o) for o in leaves], [slot_of(interpreter, o) for o in leaves], spec, aux
+
+    values, slots, spec, aux = run_transformed(interpreter, body, enable_grad=True)
+    inputs.write_back()
+    if STATE.top is not None:
+        note_results(2, values, aux)
+    versions = interpreter.saved_versions()
+    shapes = [(v.shape, v.dtype, v.device) for v in values]
+
+    def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
+        """Cotangents of the primals, given cotangents of the output. (The other arguments are torch.func's and have no effect.)"""
+        leaves, given = leaves_like(cotangents, spec)
+        if given != spec:
+            raise CallError(f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values)))
+        seeds: dict[int, Tensor] = {}
+        for place, (slot, c, (shape, dtype, device)) in enumerate(zip(slots, leaves, shapes, strict=True)):
+            check_layout(c)
+            if not isinstance(c, Tensor) or c.shape != shape or (c.dtype is not dtype and not convertible(c, dtype)) or c.device != device:
+                refuse_cotangent(f"pullback of {call}", c, path_of("cotangents", tree_unflatten(spec, values), place), values[place])
+            if slot is not None:
+                c = c if c.dtype is dtype else c.to(dtype)
+                seeds[slot] = seeds[slot] + c if slot in seeds else c
+        check_versions(versions)
+        found = inputs.collect(interpreter.pull(seeds, consume=False))
+        if STATE.top is not None:
+            note_results(1, found)
+        return found
+
+    def rows() -> tuple[Tensor, Callable[[Tensor], Any]] | None:
+        """For one output that is a vector: rows of cotangents behind its last steps, and the pullback of the rest for one of them."""
+        if len(values) != 1 or slots[0] is None or values[0].dim() != 1 or values[0].dtype.is_complex:
+            return None
+        check_versions(versions)
+        behind = interpreter.rows_behind(slots[0], values[0].shape[0], values[0])
+        if behind is None:
+            return None
+        cotangents, slot, end = behind
+        return cotangents, lambda row: inputs.collect(interpreter.pull({slot: row}, consume=False, end=end))
+
+    pullback.rows = rows  # type: ignore[attr-defined]
+    return tree_unflatten(spec, values), pullback, aux
+
+
+def jvp(
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+) -> Any:
+    """The value of ``func`` and its directional derivative: the Jacobian-vector product.
+
+    Args:
+        func: takes ``*primals``, returns a pytree of tensors (with ``has_aux``, a pair of that and anything).
+        primals: a tuple of pytrees of tensors.
+        tangents: of the structure, shapes and dtypes of ``primals``.
+        strict: refuse outputs that do not depend on the primals, instead of giving them a zero tangent.
+        has_aux: ``func`` returns ``(output, aux)``.
+
+    Returns:
+        ``(output, tangent)``, with ``has_aux`` ``(output, tangent, aux)``.
+
+    Raises:
+        CallError: primals and tangents do not match, or an output is not a tensor.
+
+    Example:
+        >>> import torch
+        >>> from functrans import jvp
+        >>> jvp(torch.exp, (torch.zeros(2),), (torch.tensor([1.0, 2.0]),))
+        (tensor([1., 1.]), tensor([1., 2.]))
+    """
+    check_callable("jvp", func)
+    call = Call("jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}")
+    if strict is not False or has_aux is not False:
+        check_flag(call, "strict", strict)
+        check_flag(call, "has_aux", has_aux)
+    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux)
+    return (out, tangent, aux) if has_aux else (out, tangent)
+
+
+def jvp_with_argnums(
+    call: Call,
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: Any,
+    argnums: Argnums,
+    strict: bool,
+    has_aux: bool,
+    kwargs: Any = None,
+) -> tuple[Any, Any, Any]:
+    """jvp with respect to some of the primals; ``tangents`` belongs to these."""
+    if not isinstance(primals, tuple):
+        cure = "Write tuple(primals)." if isinstance(primals, list) else "Write (x,) for one primal."
+        raise CallError(call, f"{what(primals)} as primals", "a tuple, so that f(*primals) is a valid call", cure)
+    moving = primals if argnums is ALL else pick(call, primals, argnums)
+    leaves, spec = tree_flatten(moving)
+    tangent_leaves, tangent_spec = leaves_like(tangents, spec)
+    if spec != tangent_spec:
+        raise CallError(call, *difference("tangents", tangents, "primals", moving))
+    if not leaves:
+        raise CallError(call, f"{what(primals)} as primals", "at least one tensor")
+    for place, (p, t) in enumerate(zip(leaves, tangent_leaves, strict=True)):
+        if not isinstance(p, Tensor):
+            cure = argument_cure(p)
+            raise CallError(call, f"{what(p)} as {path_of('primals', moving, place)}", "a tensor", cure)
+        if p.dtype not in DIFFERENTIABLE:
+            got = f"a tensor of dtype {p.dtype} as {path_of('primals', moving, place)}"
+            raise CallValueError(call, got, "a floating-point or complex dtype", "Convert it, e.g. with .float().")
+        if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype or p.device != t.device:
+            refuse_tangent(call, p, t, place, moving)
+    interpreter = JvpInterpreter(func)
+    pairs = iter(tangent_leaves)
+    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
+
+    def body() -> tuple[Any, Any, Any, Any]:
+        set_forward_enabled(True)
+        out = call_function(call, func, inputs.args, inputs.kwargs)
+        aux = None
+        if has_aux:
+            out, aux = split_aux(call, out)
+            aux = tree_map(functools.partial(unwrap, interpreter), aux)
+        out_leaves, out_spec = tree_flatten(out)
+        check_outputs(call, out, out_leaves)
+        values = [unwrap(interpreter, o) for o in out_leaves]
+        found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in out_leaves]
+        if strict and any(t is None for t in found):
+            independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
+            raise CallError(call, f"{independent}, which does not depend on the primals", "outputs that do, since strict=True", "Pass strict=False for zero tangents.")
+        return values, found, out_spec, aux
+
+    values, found, out_spec, aux = run_transformed(interpreter, body)
+    inputs.write_back()
+    out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
+    if STATE.top is not None:
+        note_results(2, values, out_tangents, aux)
+    return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
+
+
+def refuse_cotangent(call: str, c: Any, path: str, output: Tensor) -> None:
+    if not isinstance(c, Tensor):
+        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if output.dim() == 0 else ""
+        raise CallTypeError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(output.shape)}", cure)
+    if c.shape != output.shape:
+        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
+    if c.device != output.device:
+        raise CallError(call, f"a tensor on {c.device} as {path}", f"the output's device, {output.device}", f"Move it with .to({str(output.device)!r}).")
+    cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
+    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
+
+
+def convertible(c: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a cotangent can stand for one of ``dtype``, that of the output: all but a complex one for a real output."""
+    return not c.is_quantized and (dtype.is_complex or not c.is_complex())
+
+
+def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> None:
+    path, primal = path_of("tangents", primals, place), path_of("primals", primals, place)
+    if not isinstance(t, Tensor):
+        cure = f"Pass torch.zeros_like({primal})." if t is None or t == 0 else f"Pass torch.full_like({primal}, {t})." if isinstance(t, int | float) else ""
+        raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
+    if p.shape != t.shape:
+        raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
+    if p.device != t.device:
+        raise CallError(call, f"a tensor on {t.device} as {path}", f"the device of {primal}, {p.device}", f"Move it with .to({str(p.device)!r}).")
+    raise CallError(call, f"a tensor of dtype {t.dtype} as {path}", f"the dtype {p.dtype} of {primal}", f"Convert it with .to({p.dtype}).")

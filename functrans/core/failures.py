@@ -1,0 +1,193 @@
+"""What an exception is told on its way out: which operator failed at which level, on what, and where the user called it.
+
+NOTE [What becomes of an exception]
+All of this is read off the traceback, when an exception passes the door: code that runs without one pays nothing. A deliberate error of
+functrans, an exception of a class of the user's and a warning pass as they are. What a *kernel* raises (PyTorch, on the
+shapes or numbers that the user gave it, or a custom operator's own code) keeps its type and message, and gets a note for each level, since
+the message shows the shapes of the level at the bottom. What a *rule* raises, or a formula, is a mistake there and becomes a RuleError.
+It has to: Python takes a TypeError out of ``x + y`` for "this operand is not for me" and reports something else.
+(Notes are the ``__notes__`` of Python 3.11; Python 3.10 keeps them without showing them.)
+"""
+
+from __future__ import annotations
+
+import opcode
+import sys
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from functrans.core import dispatch
+from functrans.core.call_sites import TORCH, is_users, place, user_site
+from functrans.core.errors import FunctransError, RuleError
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import PendingWrapper
+from functrans.core.torch_private import OpOverload
+from functrans.programs.running import lower_program
+
+#: How the methods are called that give an operator or a program its meaning at a level.
+MEANINGS = ("process", "process_program")
+#: Code under which a kernel runs.
+KERNELS = (dispatch.base.__code__, dispatch.base_recorded.__code__, lower_program.__code__)
+OPERATORS = TORCH + "_ops.py"
+#: Methods of the user's modes and tensor subclasses, which see what rules run.
+LISTENERS = ("__torch_dispatch__", "__torch_function__")
+#: Errors that PyTorch raises on purpose.
+DELIBERATE = (RuntimeError, IndexError, ValueError)
+RAISE = opcode.opmap["RAISE_VARARGS"]
+
+
+class FailedCall:
+    """One call of an interpreter's ``process``, for messages."""
+
+    def __init__(self, interpreter: Interpreter, op: Any, args: Any, kwargs: Any, what: str, traceback: TracebackType) -> None:
+        self.interpreter = interpreter
+        self.op = op
+        self.what = what
+        self.given = given(args, kwargs)
+        self.registered = interpreter.rule_place(op)
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.interpreter.name} at level {self.interpreter.level}: {name_of(self.op)} of {self.given}"
+
+
+def name_of(op: Any) -> str:
+    return ", ".join(str(i.op) for i in op.instructions) if hasattr(op, "instructions") else str(op)
+
+
+def given(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """Arguments as a message shows them: tensors by dtype and shape, as the code at their level sees them."""
+    return ", ".join([*map(shown, args), *(f"{name}={shown(a)}" for name, a in kwargs.items())])
+
+
+def shown(a: Any) -> str:
+    if isinstance(a, Tensor | PendingWrapper):
+        return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}"
+    if isinstance(a, list | tuple):
+        rest = [f"{len(a) - 8} more"] if len(a) > 9 else []
+        return f"[{', '.join([*map(shown, a[: 8 if rest else 9]), *rest])}]"
+    return str(a) if isinstance(a, OpOverload) else a.__name__ if callable(a) and hasattr(a, "__name__") else repr(a)
+
+
+def entries(traceback: TracebackType | None) -> list[TracebackType]:
+    found = []
+    while traceback is not None:
+        found.append(traceback)
+        traceback = traceback.tb_next
+    return found
+
+
+def meaning_at(frame: FrameType) -> Interpreter | None:
+    """The interpreter whose ``process`` or ``process_program`` ``frame`` is, or None."""
+    code = frame.f_code
+    if code.co_name not in MEANINGS or code.co_argcount < 3:
+        return None
+    found = frame.f_locals.get(code.co_varnames[0])
+    return found if isinstance(found, Interpreter) and found.kind != "native derivative" else None
+
+
+def calls_in(traceback: TracebackType | None) -> list[FailedCall]:
+    """The operators that were being interpreted, outermost first; of a composite operator and its pieces at one level the former."""
+    found: list[FailedCall] = []
+    for entry in entries(traceback):
+        interpreter = meaning_at(entry.tb_frame)
+        if interpreter is None:
+            continue
+        values, names = entry.tb_frame.f_locals, entry.tb_frame.f_code.co_varnames
+        op, args = values[names[1]], values[names[2]]
+        kwargs = values[names[3]] if entry.tb_frame.f_code.co_name == "process" else {}
+        found.append(FailedCall(interpreter, op, args, kwargs, f"the rule for {name_of(op)}", entry))
+    return found
+
+
+def is_kernels(error: Exception, traceback: TracebackType) -> bool:
+    """Whether what was raised below the call at ``traceback`` comes from a kernel, and not from a mistake in a rule."""
+    below = entries(traceback)
+    if type(error).__module__ != "builtins":  # one of PyTorch's classes
+        return True
+    codes = [e.tb_frame.f_code for e in below]
+    if any(c in KERNELS or c.co_filename == OPERATORS or (c.co_name in LISTENERS and is_users(c.co_filename)) for c in codes):
+        return True
+    innermost = below[-1]
+    code = innermost.tb_frame.f_code
+    raised_by_python = code.co_code[innermost.tb_lasti] == RAISE
+    if not isinstance(error, DELIBERATE) or (raised_by_python and isinstance(error, NotImplementedError)):
+        return False
+    if not is_users(code.co_filename):
+        return True
+    if raised_by_python or isinstance(error, ValueError):
+        return False
+    return not (isinstance(error, IndexError) and str(error).endswith("index out of range"))  # of a list or tuple
+
+
+def passes(error: Exception) -> bool:
+    """Whether an exception is left as it is; see NOTE [What becomes of an exception]."""
+    if isinstance(error, FunctransError):
+        return not isinstance(error, RuleError)
+    return isinstance(error, Warning) or type(error).__module__.split(".")[0] not in ("builtins", "torch")
+
+
+def explain(error: BaseException) -> None:
+    """Called where an exception passes the door: raises a RuleError in its place, or adds notes to it."""
+    if not isinstance(error, Exception) or passes(error):
+        return
+    calls = calls_in(error.__traceback__)
+    if not calls:
+        return
+    outside = sys._getframe(2)
+    if not isinstance(error, RuleError) and not is_kernels(error, calls[-1].traceback):
+        site = user_site(outside)
+        new = RuleError(calls[-1], error, last_place(error), None if site is None else place(site))
+        add_notes(new, calls[:-1], outside)
+        raise new from error
+    add_notes(error, calls, outside)
+
+
+def explain_pull(error: Exception, interpreter: Interpreter, op: Any, grad: Any, formula: bool) -> None:
+    """Called where an exception leaves the derivative of ``op`` on the way back: as ``explain``.
+
+    ``formula``: the derivative is an entry of the table, and not PyTorch's or that of an autograd.Function.
+    """
+    if passes(error) or error.__traceback__ is None:
+        return
+    call = FailedCall(interpreter, op, grad if isinstance(grad, list) else [grad], {}, f"the derivative of {name_of(op)}", error.__traceback__)
+    call.given = f"cotangent {call.given}"
+    if formula and not isinstance(error, RuleError) and not is_kernels(error, error.__traceback__):
+        raise RuleError(call, error, last_place(error), None) from error
+    calls = calls_in(error.__traceback__)
+    for each in calls:
+        add_note(error, f"in {each}")
+    add_note(error, f"in the derivative of {name_of(op)} of {interpreter.name} at level {interpreter.level}, on {call.given}")
+
+
+def last_place(error: Exception) -> str:
+    innermost = entries(error.__traceback__)[-1]
+    return place((innermost.tb_frame.f_code, innermost.tb_lasti))
+
+
+def add_notes(error: Exception, calls: list[FailedCall], outside: FrameType) -> None:
+    """A note per level, the innermost level first; the last one says where the user called the operator."""
+    frame: FrameType | None = outside
+    while frame is not None:
+        if meaning_at(frame) is not None:
+            return  # a rule called this operator: the call of the rule's operator passes the door too
+        frame = frame.f_back
+    by_level: dict[Interpreter, FailedCall] = {}
+    for call in calls:
+        by_level.setdefault(call.interpreter, call)
+    site = user_site(outside)
+    for call in reversed(by_level.values()):
+        add_note(error, f"in {call}")
+    if by_level and site is not None:
+        add_note(error, f"called at {place(site)}")
+
+
+def add_note(error: Exception, note: str) -> None:
+    notes = getattr(error, "__notes__", None)
+    if notes is None:
+        notes = error.__notes__ = []  # type: ignore[attr-defined]
+    if note not in notes:
+        notes.append(note)

@@ -1,0 +1,324 @@
+"""Rule tables: one per transform, mapping an operator to what the transform does with it.
+
+NOTE [What is made of rules]
+Rules are looked up once; what is made of them (an operator's plans, programs, the short ways in) is kept. There is one way in which all of
+that is given up: a table that changes calls every function in ``FORGET`` with itself and the operator, and those drop the
+container that they keep things in. They drop it rather than empty it: whoever is just making something by the old rule took the
+container before it looked, and puts what it made where nobody looks any more. So no thread keeps what no longer holds, without a lock.
+
+Rules of a scope (``rules_in_scope``) hold in one context: a thread, or a task of asyncio, and the tasks started from it. What is made by
+them is kept by the scope; outside, nothing is given up. While no scope is open anywhere, all of this costs the look at an empty list.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+from functrans.core.errors import CallTypeError, DuplicateRuleError, NotAnOverloadError, RegistrationError
+from functrans.core.torch_private import OpOverload
+from functrans.core.wording import shown, what
+
+Rule = TypeVar("Rule")
+
+#: called with (table, operator) when a rule changes: every cache of what is made of rules has a function here
+FORGET: list[Callable[[RuleTable[Any], OpOverload], None]] = []
+#: the scopes that are open in any context
+SCOPES: list[Scope] = []
+_LOCK = threading.RLock()
+_innermost: ContextVar[Scope | None] = ContextVar("functrans.core.rules", default=None)
+
+
+class Scope:
+    """Rules that hold in one context for the length of a block."""
+
+    def __init__(self, table: RuleTable[Any], entries: Mapping[OpOverload, tuple[Any, str] | None]) -> None:
+        self.table = table
+        #: by operator its rule and the place of that; None: no rule
+        self.entries = dict(entries)
+        self.outer = _innermost.get()
+        self.open = True
+        #: what is made of rules here, by who keeps it
+        self.kept: dict[Any, dict[Any, Any]] = {}
+
+    def outwards(self) -> Iterator[Scope]:
+        """This scope and those that it was opened in."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.outer
+
+    def chain(self) -> Iterator[Scope]:
+        """Those of them that are open: one that a task was started in may have been closed meanwhile."""
+        return (scope for scope in self.outwards() if scope.open)
+
+    def forget(self) -> None:
+        """Give up what was made by this scope's rules, here and in the scopes inside."""
+        for scope in SCOPES:
+            if self in scope.outwards():
+                scope.kept = {}
+
+    def close(self) -> None:
+        self.open = False
+        try:
+            with _LOCK:
+                self.forget()
+                SCOPES[:] = [scope for scope in SCOPES if scope.open]
+        finally:
+            if _innermost.get() is self:
+                _innermost.set(self.outer)
+
+
+def scope_here() -> Scope | None:
+    """The innermost open scope of this context that changes a rule of which something is kept."""
+    innermost = _innermost.get()
+    return None if innermost is None else next((s for s in innermost.chain() if s.table.cached), None)
+
+
+def covering(table: RuleTable[Any], op: OpOverload) -> Scope | None:
+    """The innermost open scope of this context that has a say about ``op`` in ``table``."""
+    innermost = _innermost.get()
+    return None if innermost is None else next((s for s in innermost.chain() if s.table is table and op in s.entries), None)
+
+
+class RuleTable(Generic[Rule]):
+    """The rules of one transform.
+
+    A table knows where each rule was registered, refuses a second rule for the same operator and says
+    where the first one stands. Operators are overloads (``torch.ops.aten.sin.default``): a packet
+    (``torch.ops.aten.sin``) would silently cover the in-place and ``out=`` forms, which never reach a rule.
+
+    Args:
+        title: what messages call it.
+        cached: whether something is kept of what is made of its rules; see NOTE [What is made of rules].
+        writing: whether it is asked about operators that write to their arguments. (Interpreters never see those.)
+        kind: the class of its rules; None: anything that can be called.
+    """
+
+    def __init__(self, title: str, *, cached: bool = False, writing: bool = False, kind: type | None = None) -> None:
+        self.title = title
+        self.cached = cached
+        self.writing = writing
+        self.kind = kind
+        self._rules: dict[OpOverload, Rule] = {}
+        self._places: dict[OpOverload, str] = {}
+
+    def check(self, op: Any) -> None:
+        """Refuse what is no operator overload, or one that is never looked up here."""
+        if not isinstance(op, OpOverload):
+            raise NotAnOverloadError(self.title, op)
+        if not self.writing and any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments):
+            raise RegistrationError(
+                f"{self.title}: {op} writes to its arguments ({op._schema}); a transform never sees it, since it sees the form that returns "
+                "the new values instead. Register the rule for that operator."
+            )
+
+    def check_rule(self, op: OpOverload, rule: Any) -> None:
+        """Refuse what cannot be a rule."""
+        if callable(rule) if self.kind is None else isinstance(rule, self.kind):
+            return
+        expected = "a function" if self.kind is None else f"what {self.kind.__name__.lower()}(...) makes"
+        raise RegistrationError(f"{self.title}: got {shown(rule)} as the rule of {op}; expected {expected}.")
+
+    def add(self, op: OpOverload, rule: Rule, *, place: str | None = None) -> None:
+        """Register ``rule`` for ``op``; ``place`` is the ``file:line`` that messages show."""
+        self.check(op)
+        self.check_rule(op, rule)
+        place = place or caller_place()
+        with _LOCK:
+            if op in self:
+                raise DuplicateRuleError(self.title, op, self.place(op))
+            scope = covering(self, op)
+            if scope is not None:
+                scope.entries[op] = rule, place
+                scope.forget()
+            else:
+                self._set(op, rule, place)
+
+    def remove(self, op: OpOverload) -> None:
+        """Take out the rule of ``op``, if it has one, so that another can be registered."""
+        self.check(op)
+        with _LOCK:
+            scope = covering(self, op)
+            if scope is not None:
+                scope.entries[op] = None
+                scope.forget()
+            elif op in self._rules:
+                self._set(op, None, "")
+
+    def _set(self, op: OpOverload, rule: Rule | None, place: str) -> None:
+        try:
+            if rule is None:
+                del self._rules[op], self._places[op]
+            else:
+                self._rules[op], self._places[op] = rule, place
+            self._changed(op)
+        except BaseException:  # an interrupt must not leave what was made of the old rule
+            self._changed(op)
+            raise
+
+    def _changed(self, op: OpOverload) -> None:
+        if not self.cached or not hasattr(op, "_functrans"):  # nothing is made of an operator's rules before its facts (core/operators.py)
+            return
+        for scope in SCOPES:
+            scope.kept = {}
+        for forget in FORGET:
+            forget(self, op)
+
+    def register(self, *ops: OpOverload) -> Callable[[Rule], Rule]:
+        """Decorator: register the function below it for every operator in ``ops``."""
+        if not ops:
+            raise RegistrationError(f"{self.title}: a rule was registered for no operator. Name at least one: torch.ops.aten.sin.default, for example.")
+        for op in ops:
+            self.check(op)
+        place = caller_place()
+
+        def decorate(rule: Rule) -> Rule:
+            for op in ops:
+                self.add(op, rule, place=place)
+            return rule
+
+        return decorate
+
+    def get(self, op: OpOverload) -> Rule | None:
+        """The rule for ``op``, or None."""
+        if SCOPES and (scope := covering(self, op)) is not None:
+            entry = scope.entries[op]
+            return None if entry is None else entry[0]
+        try:
+            return self._rules.get(op)
+        except TypeError:  # an unhashable thing
+            raise NotAnOverloadError(self.title, op) from None
+
+    def rule_outside(self, op: OpOverload) -> Rule | None:
+        """The rule for ``op`` outside of all scopes, or None."""
+        return self._rules.get(op)
+
+    def place(self, op: OpOverload) -> str:
+        """``file:line`` of the registration of ``op``."""
+        self.check(op)
+        if op not in self:
+            raise RegistrationError(f"{self.title}: got {op}, which has no rule; expected one that has.")
+        entry = scope.entries[op] if SCOPES and (scope := covering(self, op)) is not None else None
+        return self._places[op] if entry is None else entry[1]
+
+    def __repr__(self) -> str:
+        return f"<RuleTable {self.title!r}, {len(self)} rules>"
+
+    def __contains__(self, op: object) -> bool:
+        return self.get(op) is not None  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[OpOverload]:
+        innermost = _innermost.get() if SCOPES else None
+        if innermost is None:
+            return iter(self._rules)
+        more = [op for scope in innermost.chain() if scope.table is self for op in scope.entries]
+        return iter([op for op in dict.fromkeys([*self._rules, *more]) if op in self])
+
+    def __len__(self) -> int:
+        return len(self._rules) if not SCOPES else len(list(iter(self)))
+
+
+#: stands for what a cache does not have, where None is a value
+MISSING: Any = object()
+
+
+class RuleCache:
+    """What is made of rules, by key; outside of scopes it is in ``entries``. See NOTE [What is made of rules]."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Any, Any] = {}
+        FORGET.append(self.forget)
+
+    def forget(self, table: RuleTable[Any], op: OpOverload) -> None:
+        self.entries = {}
+
+    def find(self, key: Any, make: Callable[..., Any], *args: Any) -> Any:
+        """What is kept under ``key`` for the rules that hold here; if nothing is, what ``make(*args)`` makes."""
+        scope = scope_here() if SCOPES else None
+        entries = self.entries if scope is None else scope.kept.setdefault(self, {})
+        found = entries.get(key, MISSING)
+        if found is MISSING:
+            found = entries[key] = make(*args)
+        return found
+
+
+def rules_in_scope(table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | None]) -> AbstractContextManager[RuleTable[Rule]]:
+    """Context: ``table`` has these rules; None takes out the rule of an operator. Rules registered inside for these operators end with it.
+
+    They hold for the code in this context (see ``contextvars``): in this thread or task of asyncio, and in tasks that are started inside and
+    as long as the block lasts. Other threads do not see them. Scopes nest; an exception ends them like anything else.
+
+    Example:
+        >>> import torch, functrans
+        >>> from functrans.extend import BATCHING_RULES, rules_in_scope
+        >>> sort = torch.ops.aten.sort.default
+        >>> def rule(info, in_dims, x, dim=-1, descending=False):
+        ...     print("sorting", info.batch_size, "examples")
+        ...     return torch.sort(x.movedim(in_dims[0], 0), dim % (x.dim() - 1) + 1, descending), (0, 0)
+        >>> with rules_in_scope(BATCHING_RULES, {sort: rule}):
+        ...     functrans.vmap(lambda x: x.sort().values)(torch.tensor([[2, 1], [5, 7]]))
+        sorting 2 examples
+        tensor([[1, 2],
+                [5, 7]])
+    """
+    check_table("rules_in_scope(table, rules)", table)
+    if not isinstance(rules, Mapping):
+        cure = "Write overriding(table, op) to take rules out." if isinstance(rules, OpOverload) else ""
+        raise CallTypeError("rules_in_scope(table, rules)", f"{what(rules)} as rules", "a dict from operators to rules", cure)
+    if not rules:
+        raise RegistrationError(f"{table.title}: a scope of rules was opened for no operator. Name at least one.")
+    place = caller_place()
+    for op, rule in rules.items():
+        table.check(op)
+        if rule is not None:
+            table.check_rule(op, rule)
+    return _scope(table, {op: None if rule is None else (rule, place) for op, rule in rules.items()})
+
+
+def check_table(call: str, table: Any) -> None:
+    if not isinstance(table, RuleTable):
+        cure = "The table comes first, then the operators." if isinstance(table, OpOverload) else ""
+        raise CallTypeError(call, f"{what(table)} as table", "a RuleTable, such as functrans.extend.DERIVATIVES", cure)
+
+
+@contextmanager
+def _scope(table: RuleTable[Any], entries: Mapping[OpOverload, tuple[Any, str] | None]) -> Iterator[RuleTable[Any]]:
+    scope = Scope(table, entries)
+    try:
+        with _LOCK:
+            SCOPES.append(scope)
+        _innermost.set(scope)
+        yield table
+    finally:
+        scope.close()
+
+
+@contextmanager
+def rules_of(scope: Scope | None) -> Iterator[None]:
+    """Context: the rules of ``scope`` hold (None: those outside of all scopes), whatever else does."""
+    if not SCOPES:
+        yield
+        return
+    here = _innermost.get()
+    _innermost.set(scope)
+    try:
+        yield
+    finally:
+        _innermost.set(here)
+
+
+def place_in(op: Any, *tables: RuleTable[Any]) -> str | None:
+    """Where ``tables`` have a rule for ``op``, an operator or the program of several; None: nowhere."""
+    ops = [i.op for i in op.instructions] if hasattr(op, "instructions") else [op]
+    return ", ".join(dict.fromkeys(table.place(o) for o in ops for table in tables if o in table)) or None
+
+
+def caller_place(skip: int = 2) -> str:
+    """``file:line`` of the code that called the function that calls this one."""
+    frame = sys._getframe(skip)
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,232 @@
+"""The interpreter stack: what is on it, and how it is entered.
+
+The stack is a linked list: ``STATE.top`` is the innermost interpreter, ``interpreter.below`` the next one, None the base
+(plain PyTorch). It is thread-local, and so is all that is switched with it: see core/thread_state.py.
+
+NOTE [Grad mode per level]
+PyTorch has one grad-mode flag per thread. A level's flag is that flag while the level is on top; entering the next
+level stores it there (``outer_grad_mode``), and lowering applies it. An operator is thus recorded at a level
+when the flags of that level and of every level above it are on. Forward mode has a switch of its own, treated alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from functrans.core import thread_state
+from functrans.core.errors import InterpreterError, MixedTransformsError, PayloadError
+from functrans.core.thread_state import STATE, Snapshot
+from functrans.core.torch_private import (
+    AUTOGRAD,
+    INDEX_BATCHED,
+    VIEWS_AND_VERSIONS,
+    OpOverload,
+    is_forward_enabled,
+    is_torch_func_active,
+    push_mode,
+    set_grad_enabled,
+    set_key_excluded,
+)
+from functrans.core.wording import callable_name
+
+if TYPE_CHECKING:
+    from functrans.core.tensor import WrapperTensor
+
+
+class Interpreter:
+    """One running transform: it gives every operator on its wrappers a meaning.
+
+    A transform subclasses it with ``process``. ``lower`` sends an operator to the level below.
+    """
+
+    #: The word used in messages and reprs.
+    kind: ClassVar[str] = "interpreter"
+    #: Names of the wrapper attributes that carry this transform's data, beside ``value``.
+    payload: ClassVar[tuple[str, ...]] = ()
+    #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
+    repeats_writes: ClassVar[bool] = False
+    #: Whether lowering an operator is running it at the base, in the grad mode that is on.
+    on_base: bool = False
+    #: ``process`` for a whole program (see functrans.programs): (program, args, pending) -> outputs, which may be pending wrappers
+    #: if ``pending``. None: its operators come one by one.
+    process_program: Callable[..., Any] | None = None
+    #: The thread in which it runs; None: it does not run yet, or in any.
+    thread: int | None = None
+
+    def __init_subclass__(cls, *, slots: tuple[str, ...] = ()) -> None:
+        """``slots``: names in ``payload`` for which wrappers have a place of their own; the transforms of this package have one each."""
+        check_payload(cls, slots)
+        if "process" in vars(cls) and "process_program" not in vars(cls):
+            cls.process_program = None  # a new meaning for operators is one for programs, too
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        self.below: Interpreter | None = STATE.top
+        self.level: int = 1 if self.below is None else self.below.level + 1
+        self.alive = True
+        self.func = func
+        self.outer_grad_mode: bool = torch.is_grad_enabled()
+        self.outer_forward_mode: bool = is_forward_enabled()
+        self.outer_modes_on: bool = self.outer_grad_mode and self.outer_forward_mode
+        self.on_base = self.below is None and self.outer_modes_on
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""
+        raise NotImplementedError
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        """A wrapper of this level for a value of the level below that does not depend on what is transformed."""
+        raise NotImplementedError
+
+    def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
+        """A new wrapper around ``value`` with the data that this transform keeps on ``source``."""
+        wrapper = self.constant(value)
+        for name in self.payload:
+            setattr(wrapper, name, getattr(source, name))
+        return wrapper
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        """Whether ``wrapper`` could as well be its value: not batched, not tracked, without tangent."""
+        raise NotImplementedError
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        """Whether a write at this moment leaves this level's derivative of what is written as it was.
+
+        ``recording``: the level's grad mode; ``everywhere``: the write goes through ``detach()``.
+        """
+        return everywhere
+
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> tuple[Tensor, WrapperTensor]:
+        """``old``'s value and ``new``, brought to one layout one level down."""
+        return old.value, new
+
+    def merge_payload(self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Let tensors that the transform keeps on ``merged`` have the history that ``merge`` gives them of ``old``'s."""
+
+    def before_write(self, target: Tensor) -> None:
+        """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        """What a repr of ``wrapper`` says of this transform's data on it, in a few words."""
+        return ""
+
+    def parts(self, wrapper: WrapperTensor) -> dict[str, Any]:
+        """What a repr of ``wrapper`` shows below its value, by name."""
+        return {}
+
+    def __repr__(self) -> str:
+        about = "".join(f", {detail}" for detail in self.details())
+        return f"<{type(self).__name__} {self.name}, level {self.level}{about}{'' if self.alive else ', ended'}>"
+
+    def details(self) -> list[str]:
+        """What the interpreter's own repr says beside its name and level."""
+        return []
+
+    def rule_place(self, op: Any) -> str | None:
+        """``file:line`` of what this transform does with ``op``, for messages; None: not known."""
+        return None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}({callable_name(self.func)})"
+
+
+#: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.core.tensor``)
+RESERVED = {"self", *dir(Tensor)}
+
+
+def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
+    """Refuse names of a payload that would overwrite what a wrapper is made of."""
+    payload: Any = cls.payload
+    if not isinstance(payload, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in payload):
+        raise PayloadError(cls, f"payload is {payload!r}")
+    if len(set(payload)) < len(payload):
+        raise PayloadError(cls, f"payload {payload!r} has a name twice")
+    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "payload", ())}
+    taken = [name for name in payload if name in RESERVED and name not in inherited and name not in slots]
+    if taken:
+        raise PayloadError(cls, f"payload has {', '.join(map(repr, taken))}, which every wrapper tensor has already")
+
+
+def check_enterable(interpreter: Interpreter, before: Snapshot) -> None:
+    """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
+    here, grad, forward = before.top, before.grad, before.forward
+    if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
+        mine: list[Any] = []
+        if interpreter.__dict__.setdefault("run", mine) is mine:  # atomic: threads that try at once get one run between them
+            return
+    if "run" in interpreter.__dict__:
+        what = "got one that is running" if interpreter.alive else "got one that has run already"
+    elif interpreter.below is not here:
+        what = f"got one that was made {place_of(interpreter.below)}, and is run {place_of(here)}"
+    else:
+        what = "got one that was made where grad mode, or forward mode, was switched otherwise"
+    raise InterpreterError(interpreter, what)
+
+
+def place_of(interpreter: Interpreter | None) -> str:
+    """Where code at a level is, for a message."""
+    return "outside of all transforms" if interpreter is None else f"inside {interpreter.name} at level {interpreter.level}"
+
+
+def interpreter_stack() -> list[Interpreter]:
+    """The interpreters of this thread, innermost first.
+
+    Example:
+        >>> import torch, functrans
+        >>> from functrans.core.stack import interpreter_stack
+        >>> def f(x):
+        ...     print([(i.level, i.kind) for i in interpreter_stack()])
+        ...     return x.sin()
+        >>> _ = functrans.vmap(functrans.grad(f))(torch.zeros(2))
+        [(2, 'grad'), (1, 'vmap')]
+    """
+    found, interpreter = [], STATE.top
+    while interpreter is not None:
+        found.append(interpreter)
+        interpreter = interpreter.below
+    return found
+
+
+def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable_grad: bool = False) -> Any:
+    """Run ``body`` with ``interpreter`` on top of the stack; whatever happens, leave the thread as it was.
+
+    ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the new level's grad mode on.
+    """
+    before = Snapshot()
+    check_enterable(interpreter, before)
+    if is_torch_func_active():
+        raise MixedTransformsError(interpreter.name)
+    interpreter.thread = get_ident()
+    try:
+        try:
+            if before.top is None:
+                set_key_excluded(AUTOGRAD, True)
+                set_key_excluded(VIEWS_AND_VERSIONS, True)
+                if not STATE.prepared:
+                    set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
+                    STATE.prepared = True
+                STATE.packing = before.hooks
+                STATE.door_depth = len(before.modes) + 1
+                push_mode(thread_state.DOOR)
+            STATE.top = interpreter
+            if enable_grad and not before.grad:
+                set_grad_enabled(True)
+            return body()
+        finally:
+            leave(interpreter, before)
+    except BaseException:
+        leave(interpreter, before)  # once more: the exception may have come while the thread was put back
+        raise
+
+
+def leave(interpreter: Interpreter, before: Snapshot) -> None:
+    """End ``interpreter``; see NOTE [Put back]."""
+    interpreter.alive = False
+    before.restore()
+    # Autocast caches its casts of captured weights; those made here belong to this transform.
+    torch.clear_autocast_cache()

@@ -1,0 +1,417 @@
+"""The wrapper tensor: a value of one level, as that level's code and PyTorch see it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core import thread_state
+from functrans.core.errors import (
+    CallTypeError,
+    DataDependentError,
+    InsideTransformError,
+    LayoutError,
+    NoDataError,
+    RequiresGradError,
+)
+from functrans.core.pytrees import TENSORS
+from functrans.core.stack import RESERVED, Interpreter
+from functrans.core.torch_private import (
+    INDEX_BATCHED_KEYS,
+    PYTHON,
+    is_key_excluded,
+    make_wrapper,
+    no_dispatch,
+)
+
+
+class WrapperTensor(torch.Tensor):
+    """A value of one level, as the level's code sees it.
+
+    Attributes:
+        interpreter: the running transform it belongs to.
+        value: the tensor one level down.
+        slot, bdim, tangent: what grad, vmap and jvp keep; other transforms set their own.
+        view_link: how it was made from what it is a view of, or None (see functionalize/views.py).
+        version: counts the writes it has seen.
+    """
+
+    # Slots, because these are read and written for every operator; what is rare is an ordinary attribute. Metadata stands in slots
+    # beside where PyTorch keeps it, because PyTorch's own getters ask __torch_function__ first.
+    __slots__ = (
+        "_tangent", "_value", "bdim", "device", "dtype", "interpreter", "layout", "made_at", "shape", "slot", "strides", "view_link",
+    )  # fmt: skip
+
+    interpreter: Interpreter
+    slot: int | None
+    bdim: int | None
+    # The value and the tangent, which may be pending.
+    _value: Tensor | PendingWrapper
+    _tangent: Tensor | PendingWrapper | None
+    view_link: Any  # a views.ViewLink or None
+    made_at: tuple[Any, int]
+    shape: torch.Size  # type: ignore[assignment]
+    strides: tuple[int, ...] | None  # None: contiguous
+
+    root: Any = None  # a views.Root, once a view was taken
+    seen: int = 0
+    version: int = 0
+    moved: bool = False  # a write left the contents elsewhere in memory than the wrapper shows; see functionalize/layouts.py
+    shown_offset: int | None = None  # where the contents began before that
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
+        raise CallTypeError("WrapperTensor(...)", "a call of the class", "wrap(interpreter, value), or interpreter.carry(value, ...)")
+
+    @property
+    def value(self) -> Tensor:
+        value = self._value
+        if type(value) is PendingWrapper:
+            value = self._value = tensor_of(value)
+        return value  # type: ignore[return-value]
+
+    @value.setter
+    def value(self, value: Tensor) -> None:
+        self._value = value
+
+    @property
+    def tangent(self) -> Tensor | None:
+        tangent = self._tangent
+        if type(tangent) is PendingWrapper:
+            tangent = self._tangent = tensor_of(tangent)
+        return tangent  # type: ignore[return-value]
+
+    @tangent.setter
+    def tangent(self, tangent: Tensor | None) -> None:
+        self._tangent = tangent
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return thread_state.DOOR.__torch_dispatch__(func, (), args, kwargs)
+
+    # __torch_function__, the short way in, is set by door/torch_function.py.
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return describe(self)
+
+    def __format__(self, spec: str) -> str:
+        if self.dim() == 0 and spec:
+            return format(self._asked("format"), spec)
+        return describe(self)
+
+    # Metadata, without the way through PyTorch's parser.
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    ndim = property(dim)  # type: ignore[assignment]
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        if dim is None:
+            return self.shape
+        return super().size(dim) if type(dim) is not int or not -len(self.shape) <= dim < len(self.shape) else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else super().__len__()
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    # What follows would read autograd state or data that a wrapper does not have.
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return not self.interpreter.is_constant(self) and self.interpreter.kind == "grad" or self.value.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and module
+        # constructors do it.
+        origin = self if self.view_link is None else self.view_link.base_content()
+        if requires_grad and (concrete(self) is None or concrete(origin) is None):
+            raise RequiresGradError(self.interpreter.name)
+        return self
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        if not self.requires_grad:
+            raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
+        if self.interpreter.is_constant(self) or not hasattr(self.interpreter, "add_hook"):
+            raise InsideTransformError(
+                "Tensor.register_hook()", self.interpreter.name, "an autograd.Function whose backward does what the hook does"
+            )
+        return self.interpreter.add_hook(self.slot, hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        raise InsideTransformError("Tensor.register_post_accumulate_grad_hook()", self.interpreter.name, "Tensor.register_hook()")
+
+    def data_ptr(self) -> int:
+        raise NoDataError("data_ptr()", self)
+
+    def storage_offset(self) -> int:
+        return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        raise InsideTransformError("Tensor.backward()", self.interpreter.name, "functrans.grad or functrans.vjp")
+
+    def tolist(self) -> Any:
+        if self.dim() == 0:
+            return self._asked("tolist")
+        return [row.tolist() for row in self.unbind(0)]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        value = concrete(self)
+        if value is None:
+            raise NoDataError("numpy()", self)
+        return value.numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    # Each conversion says in its error what the user wrote, instead of the operator that reads the number.
+
+    def item(self) -> Any:  # type: ignore[override]
+        return self._asked("item")
+
+    def _asked(self, how: str) -> Any:
+        try:
+            return super().item()
+        except DataDependentError as error:
+            what, cure = NUMBERS[how]
+            raise DataDependentError(what, error.interpreter, cure) from None
+
+    def _number(self, how: str) -> Any:
+        if is_key_excluded(PYTHON):
+            # Only the constructors of tensors read numbers with dispatch off; the result would have no derivative, or no batch.
+            raise InsideTransformError("making a tensor of other tensors' numbers, as torch.tensor([x]) does,", self.interpreter.name, "torch.stack([x])")
+        return self._asked(how)
+
+    def __bool__(self) -> bool:
+        return bool(self._number("bool"))
+
+    def __int__(self) -> int:
+        return int(self._number("int"))
+
+    def __float__(self) -> float:
+        return float(self._number("float"))
+
+    def __complex__(self) -> complex:
+        return complex(self._number("complex"))
+
+    def __index__(self) -> int:
+        return operator.index(self._number("index"))  # type: ignore[arg-type]
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InsideTransformError("pickling a tensor", self.interpreter.name, "the transform's outputs, after it returned")
+
+
+TENSORS.add(WrapperTensor)
+RESERVED.update(dir(WrapperTensor))
+
+_KEEP = (
+    "keep it a tensor, which arithmetic takes as it takes a number; what is the same for every example can be passed as a number, "
+    "or as a tensor with in_dims=None"
+)
+_AFTER = "return the tensor from the function, and convert the result outside of vmap"
+#: What asks for a tensor's number: how a message calls it, and what to write instead under vmap.
+NUMBERS = {
+    "bool": (
+        "bool(tensor), which `if`, `while`, `assert`, `and`, `or` and `not` call,",
+        "torch.where(condition, a, b) computes both and chooses for each example; `&`, `|` and `~` take the place of `and`, `or` and `not`",
+    ),
+    "index": (
+        "a tensor as a Python integer, which range(n), list[i] and sizes ask for,",
+        "index a tensor with it, x[i]; a length or size has to be the same for every example: pass it as an int",
+    ),
+    "item": ("tensor.item()", _KEEP),
+    "tolist": ("tensor.tolist()", _AFTER),
+    "format": ("format(tensor, spec), as in an f-string with a format,", f"leave the format out, f'{{x}}', to see all examples; or {_AFTER}"),
+    **{name: (f"{name}(tensor)", _KEEP) for name in ("int", "float", "complex")},
+}
+
+
+class PendingWrapper:
+    """A wrapper that PyTorch does not know yet.
+
+    Results of programs at levels below the top are seen by nothing but other programs, mostly, and making a tensor takes longer than all
+    else about a wrapper. ``tensor_of`` makes it when something asks for it, which reading ``WrapperTensor.value`` does. Its
+    contents never change: a write changes the tensor that was made of it.
+    """
+
+    __slots__ = ("_tangent", "_value", "bdim", "device", "dtype", "interpreter", "layout", "made", "shape", "slot", "strides")
+
+    interpreter: Interpreter
+    _value: Any
+    made: WrapperTensor | None
+    shape: torch.Size
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
+    layout: torch.layout
+    device: torch.device
+
+    view_link = None
+
+    def __repr__(self) -> str:
+        return describe(self, "PendingWrapper")
+
+
+def pend(interpreter: Interpreter, value: Any, like: Any) -> PendingWrapper:
+    """What ``wrap_like`` makes, pending."""
+    wrapper = PendingWrapper()
+    wrapper.interpreter = interpreter
+    wrapper._value = value
+    wrapper.made = None
+    wrapper.shape = like.shape
+    wrapper.strides = like.strides
+    wrapper.dtype = like.dtype
+    wrapper.layout = like.layout
+    wrapper.device = like.device
+    return wrapper
+
+
+def tensor_of(x: Any) -> Any:
+    """``x``, or the tensor that a pending wrapper is."""
+    if type(x) is not PendingWrapper:
+        return x
+    if x.made is None:
+        x.made = wrap_like(x.interpreter, x._value, x)
+        for name in x.interpreter.payload:
+            name = "_tangent" if name == "tangent" else name
+            setattr(x.made, name, getattr(x, name))
+    return x.made
+
+
+def concrete(x: Tensor) -> Tensor | None:
+    """The plain tensor under constants of any number of levels, or None if some level depends on ``x``."""
+    while type(x) is WrapperTensor:
+        if not x.interpreter.is_constant(x):
+            return None
+        x = x.value
+    return x
+
+
+def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
+    """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``; what the transform keeps on it is not set."""
+    if type(value) not in TENSORS:
+        check_layout(value)
+    try:
+        shape = value.shape
+    except RuntimeError:  # a nested tensor has none
+        raise LayoutError(value) from None
+    return wrap_as(interpreter, value, shape, strides_of(value))
+
+
+def check_layout(x: Any) -> None:
+    """Refuse a nested tensor, which has no shape that code at a level could see."""
+    if type(x) is not WrapperTensor and isinstance(x, Tensor) and x.is_nested:
+        raise LayoutError(x)
+
+
+def wrap_as(
+    interpreter: Interpreter, value: Tensor, shape: torch.Size, strides: tuple[int, ...] | None, requires_grad: bool = False
+) -> WrapperTensor:
+    """A wrapper around ``value`` that shows a shape of its own; ``strides`` None: contiguous."""
+    dtype, layout, device = value.dtype, value.layout, value.device
+    if shape or dtype not in SCALAR_INDICES:
+        wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device, False, requires_grad)
+    else:
+        wrapper = scalar_index(value)
+    wrapper.interpreter = interpreter
+    wrapper._value = value
+    wrapper.view_link = None
+    wrapper.shape = shape
+    wrapper.strides = strides
+    wrapper.dtype = dtype
+    wrapper.layout = layout
+    wrapper.device = device
+    return wrapper
+
+
+def wrap_like(interpreter: Interpreter, value: Any, like: Any) -> WrapperTensor:
+    """A wrapper around ``value`` that shows the metadata that ``like`` shows."""
+    shape, strides, dtype, layout, device = like.shape, like.strides, like.dtype, like.layout, like.device
+    wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device)
+    wrapper.interpreter = interpreter
+    wrapper._value = value
+    wrapper.view_link = None
+    wrapper.shape = shape
+    wrapper.strides = strides
+    wrapper.dtype = dtype
+    wrapper.layout = layout
+    wrapper.device = device
+    return wrapper
+
+
+#: The dtypes of which a tensor without dimensions selects one row when it is an index.
+SCALAR_INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
+
+
+def scalar_index(value: Tensor) -> WrapperTensor:
+    """A wrapper of an integer for each example; see NOTE [Scalar indices]."""
+    return make_wrapper(
+        WrapperTensor, (), (), None, None, value.dtype, value.layout, value.device, False, False, None, False, False, INDEX_BATCHED_KEYS
+    )
+
+
+WRAPPERS = (WrapperTensor, PendingWrapper)
+
+
+def strides_of(value: Tensor) -> tuple[int, ...] | None:
+    """The strides of ``value``; None if it is contiguous, or sparse."""
+    if type(value) in WRAPPERS:
+        return value.strides  # type: ignore[attr-defined]
+    try:
+        return None if value.is_contiguous() else value.stride()
+    except RuntimeError:
+        if value.layout is not torch.sparse_coo:
+            raise LayoutError(value) from None  # making a wrapper of it would end the process
+        return None
+
+
+def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
+    """Let ``wrapper`` hold what ``new``, of the same level or below, holds."""
+    interpreter = wrapper.interpreter
+    if type(new) is not WrapperTensor or new.interpreter is not interpreter:
+        new = interpreter.constant(new)
+    wrapper.value = new.value
+    for name in interpreter.payload:
+        setattr(wrapper, name, getattr(new, name))
+    wrapper.version += 1
+
+
+def describe(x: Any, name: str = "WrapperTensor") -> str:
+    """The layers of a wrapper, outermost first: kind, level, dtype and shape, what the transform keeps on it; then the value inside."""
+    if type(x) not in WRAPPERS:
+        with no_dispatch():
+            return repr(x)
+    i = x.interpreter
+    ended = "" if i.alive else ", ended"
+    if x.view_link is not None and i.alive:
+        x.view_link.refresh(x)
+    head = ", ".join(filter(None, (f"{i.kind} level {i.level}{ended}", f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}", i.describe(x))))
+    fields = {"value": x._value, **i.parts(x)}
+    return "\n".join([f"{name}({head}", *(line for name, part in fields.items() for line in field(name, part))]) + ")"
+
+
+def field(name: str, x: Any) -> list[str]:
+    """The lines that show one attribute of a wrapper."""
+    first, *rest = describe(x).split("\n")
+    pad = " " * (2 if type(x) in WRAPPERS else 3 + len(name))
+    return [f"  {name}={first}", *((pad + line).rstrip() for line in rest)]

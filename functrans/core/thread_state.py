@@ -1,0 +1,224 @@
+"""What is switched in a thread while a transform runs, and the one way to switch it and to put it back.
+
+NOTE [Three states of a thread]
+At the base nothing is switched: no mode of ours, autograd's key in place. While code runs at a level, the door is on PyTorch's
+mode stack and autograd's key is excluded, so that operators reach the door whole and unrecorded. While the door
+handles an operator, PyTorch has taken the mode off its stack; a rule that is plain ``torch`` code needs the state
+of the level it works at. ``running_at`` establishes a state from any other and puts back exactly what it found.
+
+NOTE [Put back]
+An exception can come at any line, and a KeyboardInterrupt does. So a ``Snapshot`` is taken before anything is switched, all switching is
+done inside of a ``try``, and ``Snapshot.restore`` compares with what is there instead of undoing steps: it may be interrupted and run
+again. What an exception in the first line of a context's exit leaves is put right where the transform ends, by ``run_transformed``.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from functrans.core.torch_private import (
+    AUTOGRAD,
+    VIEWS_AND_VERSIONS,
+    ZERO_TENSOR,
+    is_forward_enabled,
+    is_key_excluded,
+    mode_at,
+    mode_stack_size,
+    pop_mode,
+    pop_packing,
+    push_mode,
+    push_packing,
+    set_forward_enabled,
+    set_grad_enabled,
+    set_key_excluded,
+    top_packing,
+)
+
+if TYPE_CHECKING:
+    from functrans.core.stack import Interpreter
+
+
+class _State(threading.local):
+    top: Interpreter | None = None
+    #: size of PyTorch's mode stack while the door is on it; while the door handles an operator it is one less
+    door_depth: int = 0
+    #: the saved-tensor hooks around the outermost transform
+    packing: Any = None
+    #: whether INDEX_BATCHED is excluded in this thread
+    prepared: bool = False
+
+
+STATE = _State()
+
+#: The door, pushed on PyTorch's mode stack; ``functrans.door.torch_function`` hands it over.
+DOOR: Any = None
+
+
+def modes_on() -> list[Any]:
+    """PyTorch's mode stack, innermost last."""
+    size = mode_stack_size()
+    return [] if not size else [mode_at(0)] if size == 1 else [mode_at(i) for i in range(size)]
+
+
+def set_modes(wanted: list[Any]) -> None:
+    """Let PyTorch's mode stack be ``wanted``, by as few steps as it takes."""
+    present = modes_on()
+    if present == wanted:
+        return
+    same = 0
+    while same < len(wanted) and same < len(present) and wanted[same] is present[same]:
+        same += 1
+    for _ in present[same:]:
+        pop_mode(None)
+    for mode in wanted[same:]:
+        push_mode(mode)
+
+
+class Snapshot:
+    """What is switched in this thread now."""
+
+    __slots__ = ("autograd", "door_depth", "forward", "grad", "hooks", "modes", "packing", "top", "views")
+
+    def __init__(self) -> None:
+        state = STATE
+        self.top = state.top
+        self.door_depth = state.door_depth
+        self.packing = state.packing
+        self.modes = modes_on() if mode_stack_size() else []
+        self.autograd = is_key_excluded(AUTOGRAD)
+        self.views = is_key_excluded(VIEWS_AND_VERSIONS)
+        self.grad = torch.is_grad_enabled()
+        self.forward = is_forward_enabled()
+        self.hooks = top_packing(True)
+
+    def restore(self) -> None:
+        """Switch everything to what it was; see NOTE [Put back]."""
+        modes = self.modes
+        size = mode_stack_size()
+        while size > len(modes):  # what was entered since
+            pop_mode(None)
+            size -= 1
+        if modes and (size < len(modes) or mode_at(size - 1) is not modes[-1]):
+            set_modes(modes)
+        STATE.top = self.top
+        if self.top is None:  # of these the outermost transform disposes
+            STATE.door_depth = self.door_depth
+            STATE.packing = self.packing
+        set_key_excluded(AUTOGRAD, self.autograd)
+        set_key_excluded(VIEWS_AND_VERSIONS, self.views)
+        if torch.is_grad_enabled() is not self.grad:
+            set_grad_enabled(self.grad)
+        if is_forward_enabled() is not self.forward:
+            set_forward_enabled(self.forward)
+        hooks = top_packing(True)
+        while hooks is not None and not same_hooks(hooks, self.hooks):
+            pop_packing()
+            hooks = top_packing(True)
+
+
+class running_at:
+    """Context: plain ``torch`` code runs at ``level`` (None: the base), whatever state the thread is in.
+
+    See NOTE [Three states of a thread].
+    """
+
+    __slots__ = ("before", "level")
+
+    def __init__(self, level: Interpreter | None) -> None:
+        self.level = level
+
+    def switch(self) -> None:
+        level = STATE.top = self.level
+        inside = level is not None
+        set_key_excluded(AUTOGRAD, inside)
+        set_key_excluded(VIEWS_AND_VERSIONS, inside)
+        modes = self.before.modes
+        if inside:
+            if DOOR not in modes:
+                push_mode(DOOR)
+        else:
+            set_key_excluded(ZERO_TENSOR, False)
+            pack_as_outside()
+            if DOOR in modes:  # it may be under modes that the user entered after it
+                set_modes([m for m in modes if m is not DOOR])
+
+    def __enter__(self) -> None:
+        self.before = Snapshot()
+        try:
+            self.switch()
+        except BaseException:
+            self.before.restore()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self.before.restore()
+        except BaseException:
+            self.before.restore()
+            raise
+
+
+class lowered(running_at):
+    """Context: code of ``interpreter``'s rules runs one level down, with that level's grad mode."""
+
+    __slots__ = ("interpreter",)
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        self.interpreter = interpreter
+        self.level = interpreter.below
+
+    def switch(self) -> None:
+        super().switch()
+        if not self.interpreter.outer_grad_mode:
+            set_grad_enabled(False)
+        if not self.interpreter.outer_forward_mode:
+            set_forward_enabled(False)
+
+
+class door_closed:
+    """Context: operators that interpreters send down by Python calls end at the base, wherever the calls start.
+
+    While the door handles an operator it is off PyTorch's mode stack, and this does nothing.
+    """
+
+    __slots__ = ("modes",)
+
+    def __enter__(self) -> None:
+        self.modes: list[Any] = []
+        modes = modes_on() if mode_stack_size() else self.modes
+        if modes and modes[-1] is DOOR:
+            self.modes = modes
+            pop_mode(None)
+        elif DOOR in modes:  # under modes that the user entered after it
+            self.modes = modes
+            try:
+                set_modes([m for m in modes if m is not DOOR])
+            except BaseException:
+                set_modes(modes)
+                raise
+
+    def __exit__(self, *exc: object) -> None:
+        if self.modes:
+            set_modes(self.modes)
+
+
+def unchanged(x: Any) -> Any:
+    return x
+
+
+def same_hooks(a: Any, b: Any) -> bool:
+    return a is b or (a is not None and b is not None and a[0] is b[0])
+
+
+def pack_as_outside() -> None:
+    """Have autograd pack what the base saves by the hooks around the outermost transform, until a snapshot is restored.
+
+    Hooks from inside (checkpoint's, say) would recompute with wrappers whose transform has ended when the base is differentiated.
+    """
+    inside, outside = top_packing(True), STATE.packing
+    if inside is None or STATE.door_depth == 0 or same_hooks(inside, outside):
+        return
+    push_packing(*(outside if outside is not None else (unchanged, unchanged)))

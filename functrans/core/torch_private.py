@@ -1,0 +1,208 @@
+"""Every private name of PyTorch that functrans uses, each with what it is for.
+
+Another PyTorch may have moved one: ``private`` then says which, at import. Nothing else in the package names one
+(tests/test_torch_private.py), except for the attributes below that are read off objects where they are used.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from functrans.core.errors import TorchMovedError
+
+__all__ = [
+    "ATTRIBUTES",
+    "AUTOGRAD",
+    "COMPOSITE",
+    "CONJUGATE",
+    "DECOMPOSITION_TABLE",
+    "INDEX_BATCHED",
+    "INDEX_BATCHED_KEYS",
+    "NEGATIVE",
+    "PYTHON",
+    "TREE_NODES",
+    "VIEWS_AND_VERSIONS",
+    "ZERO_TENSOR",
+    "BatchNormModule",
+    "DisableTorchDispatch",
+    "DisableTorchFunction",
+    "EnableTorchFunction",
+    "Mode",
+    "OpOverload",
+    "autocast_enabled",
+    "function_mode_enabled",
+    "function_mode_stack_size",
+    "is_forward_enabled",
+    "is_key_excluded",
+    "is_torch_func_active",
+    "make_wrapper",
+    "mode_at",
+    "mode_stack_size",
+    "no_dispatch",
+    "no_setup_context",
+    "pop_function_mode",
+    "pop_mode",
+    "pop_packing",
+    "push_function_mode",
+    "push_mode",
+    "push_packing",
+    "set_forward_enabled",
+    "set_grad_enabled",
+    "set_key_excluded",
+    "tensor_torch_function",
+    "top_packing",
+    "vmap_rule_of_library",
+    "without_torch_function",
+]
+
+
+def private(name: str, purpose: str) -> Any:
+    """What stands in PyTorch under the dotted ``name``.
+
+    Args:
+        name: such as ``"torch._C._set_grad_enabled"``.
+        purpose: what functrans needs it for, as it would end the sentence "functrans needs it ...".
+
+    Raises:
+        TorchMovedError: the installed PyTorch has no such name.
+    """
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise TorchMovedError(name, purpose) from error
+
+
+# Types, and the modules that are imported for what they do.
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    OpOverload = private("torch._ops.OpOverload", "to know operators, which are the keys of all rules")
+    TorchDispatchMode = private(
+        "torch.utils._python_dispatch.TorchDispatchMode", "to see operators that have no wrapper among their arguments"
+    )
+private("torch.utils._cxx_pytree", "to have PyTorch's node types known to optree")
+
+is_key_excluded = private(
+    "torch._C._dispatch_tls_is_dispatch_key_excluded",
+    "to find whether a thread skips a dispatch key, which may be put back",
+)
+set_key_excluded = private(
+    "torch._C._dispatch_tls_set_dispatch_key_excluded", "to stand in front of autograd, whose dispatch key it excludes"
+)
+_KEY = "torch._C.DispatchKey."
+AUTOGRAD = private(_KEY + "AutogradFunctionality", "to switch autograd off and on as a whole")
+VIEWS_AND_VERSIONS = private(
+    _KEY + "ADInplaceOrView", "to switch view tracking and version counters together with autograd"
+)
+CONJUGATE = private(_KEY + "Conjugate", "to have a lazy conj() of base tensors computed while a handler runs")
+NEGATIVE = private(_KEY + "Negative", "to have a lazy .imag of base tensors computed while a handler runs")
+ZERO_TENSOR = private(_KEY + "ZeroTensor", "to have forward AD of base tensors in order")
+PYTHON = private(_KEY + "Python", "to see that PyTorch is reading the elements of torch.tensor([...])")
+COMPOSITE = private(_KEY + "CompositeImplicitAutograd", "to know which operators are made of others")
+# NOTE [Scalar indices] says how.
+INDEX_BATCHED = private("torch._C._dispatch_key_parse", "to make a dispatch key of its name")("BatchedNestedTensor")
+INDEX_BATCHED_KEYS = private("torch._C.DispatchKeySet", "to tell PyTorch's indexing not to read a number")(
+    INDEX_BATCHED
+)
+
+# Entering a TorchDispatchMode through its context manager costs several microseconds.
+mode_stack_size = private("torch._C._len_torch_dispatch_stack", "to know whether a mode was entered after its own")
+mode_at = private("torch._C._get_dispatch_stack_at", "to put the modes back as they were")
+push_mode = private("torch._C._push_on_torch_dispatch_stack", "to enter its mode")
+pop_mode = private("torch._C._pop_torch_dispatch_stack", "to leave its mode")
+
+set_grad_enabled = private("torch._C._set_grad_enabled", "to set the grad mode without the cost of a context manager")
+is_forward_enabled = private("torch._C._is_fwd_grad_enabled", "to let forward mode follow forward AD's own switch")
+set_forward_enabled = private("torch._C._set_fwd_grad_enabled", "to give every level a forward-mode switch of its own")
+
+# Formulas are traced by objects with a __torch_function__, whatever the caller's state.
+EnableTorchFunction = private(
+    "torch._C._EnableTorchFunction", "to trace formulas where the caller has switched __torch_function__ off"
+)
+function_mode_stack_size = private(
+    "torch._C._len_torch_function_stack", "to take function modes off while it traces formulas"
+)
+push_function_mode = private(
+    "torch._C._push_on_torch_function_stack", "to put function modes back after it traced formulas"
+)
+pop_function_mode = private("torch._C._pop_torch_function_stack", "to take function modes off while it traces formulas")
+DisableTorchFunction = private(
+    "torch._C.DisableTorchFunction", "to hide wrappers' __torch_function__ and function modes from its own code"
+)
+function_mode_enabled = private(
+    "torch._C._is_torch_function_mode_enabled", "to leave a call to the user's function modes"
+)
+autocast_enabled = private(
+    "torch._C._is_any_autocast_enabled", "to leave a call to autocast, which stands in front of it"
+)
+without_torch_function = private(
+    "torch._C._disabled_torch_function_impl", "to hand a call to PyTorch's own argument parser"
+)
+tensor_torch_function = private(
+    "torch.Tensor.__torch_function__.__func__", "to tell tensor subclasses that have one of their own"
+)
+
+_HOOKS = "torch._C._autograd."
+top_packing = private(
+    _HOOKS + "_top_saved_tensors_default_hooks",
+    "to find the hooks that pack what autograd saves (checkpoint, save_on_cpu)",
+)
+push_packing = private(
+    _HOOKS + "_push_saved_tensors_default_hooks", "to set aside the hooks that pack what autograd saves"
+)
+pop_packing = private(
+    _HOOKS + "_pop_saved_tensors_default_hooks", "to put back the hooks that pack what autograd saves"
+)
+
+is_torch_func_active = private(
+    "torch._C._are_functorch_transforms_active", "to refuse to run inside a transform of torch.func"
+)
+make_wrapper = private("torch.Tensor._make_wrapper_subclass", "to make tensors that have metadata and no data")
+no_dispatch = private("torch.utils._mode_utils.no_dispatch", "to make tensors past all modes")
+DisableTorchDispatch = private("torch._C._DisableTorchDispatch", "to print tensors past all modes")
+DECOMPOSITION_TABLE: dict[Any, Any] = private(
+    "torch._decomp.decomposition_table", "to batch an operator that has no rule by its pieces"
+)
+TREE_NODES: dict[type, Any] = private(
+    "torch.utils._pytree.SUPPORTED_NODES", "to know containers registered with PyTorch's pytrees"
+)
+BatchNormModule: Any = private("torch.nn.modules.batchnorm._BatchNorm", "to find batch norms among modules")
+no_setup_context = private(
+    "torch.autograd.function._SingleLevelFunction.setup_context", "to tell the two styles of autograd.Function"
+)
+_FOR_RULES = "to find the vmap rules of torch.library.custom_op"
+_custom_operators: dict[str, Any] = private("torch._library.custom_ops.OPDEFS", _FOR_RULES)
+
+
+def vmap_rule_of_library(op: OpOverload) -> Any:
+    """The rule that a ``torch.library.custom_op`` was given by ``register_vmap``, with our signature, or None."""
+    definition = None if op.namespace == "aten" else _custom_operators.get(op._schema.name)
+    try:
+        return None if definition is None else definition._vmap_fn
+    except AttributeError as error:
+        raise TorchMovedError("torch._library.custom_ops.CustomOpDef._vmap_fn", _FOR_RULES) from error
+
+
+class Mode(TorchDispatchMode):
+    """A dispatch mode that Dynamo's protection does not wrap, which would cost more than the rest of the door."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+#: Attributes that are read off objects where they are used, many for every operator: where each is found, and its use.
+ATTRIBUTES: dict[str, tuple[str, str]] = {
+    "_schema": ("torch.ops.aten.sin.default", "to know the arguments and results of an operator"),
+    "_overloadname": ("torch.ops.aten.sin.default", "to know the overload's name of an operator"),
+    "_op": ("torch.ops.aten.sin.default", "to call an operator without what an overload object adds"),
+    "_can_decompose": ("torch.ops.aten.sin.default", "to know whether an operator is made of others"),
+    "_is_view": ("torch.Tensor", "to know whether an operator viewed or copied"),
+    "_version": ("torch.Tensor", "to notice that a tensor that was saved has been written"),
+    "_cdata": ("torch.UntypedStorage", "to know whether two tensors share memory"),
+    "_current_level": ("torch.autograd.forward_ad", "to know whether forward AD of PyTorch itself is on"),
+}
+for _name, (_holder, _purpose) in ATTRIBUTES.items():
+    private(f"{_holder}.{_name}", _purpose)

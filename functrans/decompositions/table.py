@@ -1,0 +1,30 @@
+"""Composite operators taken apart: by PyTorch's own definition, or by one of ours where PyTorch's leads into a kernel without rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from functrans.core.defaults import completed
+from functrans.core.rules import RuleTable
+from functrans.core.stack import Interpreter
+from functrans.core.thread_state import running_at
+from functrans.core.torch_private import OpOverload
+
+#: Functions with the operator's signature, in plain ``torch``, that grad and jvp run in place of PyTorch's definition.
+DECOMPOSITIONS: RuleTable[Callable[..., Any]] = RuleTable("decompositions", cached=True)
+
+#: The same for operators that PyTorch defines no earlier than a program needs them, by the name in their schema.
+DEFINED_LATE: dict[str, Callable[..., Any]] = {}
+
+
+def decomposition(op: OpOverload) -> Callable[..., Any] | None:
+    """Our definition of ``op``, or None."""
+    return DECOMPOSITIONS.get(op) or DEFINED_LATE.get(op._schema.name)
+
+
+def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run the pieces of a composite ``op`` through ``interpreter``'s level again."""
+    ours = decomposition(op)
+    with running_at(interpreter):
+        return op.decompose(*args, **kwargs) if ours is None else completed(ours, op)(*args, **kwargs)

@@ -1,0 +1,278 @@
+"""Operators that the door replaces, because their schema does not say what they do."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+
+from functrans.core import thread_state
+from functrans.core.dispatch import base, highest, lift
+from functrans.core.errors import InsideTransformError, NumberArgumentError
+from functrans.core.operators import STAND_INS, Facts, facts
+from functrans.core.tensor import WrapperTensor, set_content
+from functrans.core.thread_state import STATE, running_at
+from functrans.core.torch_private import OpOverload
+from functrans.functionalize.layouts import check_places, dense_strides, memory_order, set_shape
+from functrans.functionalize.views import run_view
+from functrans.functionalize.writes import write
+from functrans.interpreters.autograd_fallback import TwinInterpreter
+
+aten = torch.ops.aten
+
+
+#: Decorator: at the door the function below runs in place of the operators, with (facts, args, kwargs).
+stands_in_for = STAND_INS.register
+
+
+def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Run ``op`` from the door's beginning."""
+    return thread_state.DOOR.enter(op, args, kwargs)
+
+
+@stands_in_for(aten._embedding_bag_forward_only.default)
+def embedding_bag(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch takes the form without a derivative wherever autograd sees none to record."""
+    return enter(aten._embedding_bag.default, *args, **kwargs)
+
+
+@stands_in_for(aten._efficientzerotensor.default)
+def real_zeros(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's stand-in for undefined tangents has no data, and most operators do not know it."""
+    return enter(aten.zeros.default, *args, **kwargs)
+
+
+@stands_in_for(aten.lift_fresh.default, aten.lift.default)
+def made_inside(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
+    return lift(args[0], highest(args, kwargs, False), STATE.top)
+
+
+def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the door does with an operator that nothing stands in for."""
+    top = STATE.top
+    owner = top if known.random else highest(args, kwargs, known.tensor_lists)
+    out = base(known.op, args, kwargs) if owner is None else owner.process(known.op, args, kwargs)
+    return out if owner is top else lift(out, owner, top)
+
+
+#: What reads a tensor's number because that was asked for.
+READERS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__complex__", "__index__", "__format__", "__contains__", "__repr__")
+)
+
+
+@stands_in_for(aten.item.default, aten._local_scalar_dense.default)
+def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's parser reads the number of a tensor that stands in the place of a number (``torch.full(size, x)``).
+
+    It refuses one that requires grad; a wrapper never does, so what carries a derivative is refused here.
+    """
+    (x,) = args
+    if type(x) is WrapperTensor and (x.dtype.is_floating_point or x.dtype.is_complex) and carries_derivative(x):
+        reader = who_reads()
+        if reader is not None:
+            raise NumberArgumentError(reader, x)
+    return as_usual(known, args, kwargs)
+
+
+def who_reads() -> str | None:
+    """What came to read a number without being asked to; None: it was asked for, by a reader or by calling the operator."""
+    frame, asked = sys._getframe(2), False
+    while frame.f_globals["__name__"].startswith("functrans."):
+        if frame.f_code.co_name == "otherwise":
+            function = frame.f_locals["function"]
+            if function not in READERS:
+                return str(getattr(function, "__name__", function))
+            asked = True  # by the code around, or by a parser that reads the number as Python does, through __float__
+        assert frame.f_back is not None
+        frame = frame.f_back
+        if asked and frame.f_globals["__name__"] not in ("functrans.door.torch_function", "functrans.core.tensor"):
+            return None
+    if frame.f_globals["__name__"] == "torch._ops":
+        return None
+    return f"A function called at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def carries_derivative(x: Any) -> bool:
+    while type(x) is WrapperTensor:
+        if x.interpreter.alive and x.interpreter.kind in ("grad", "jvp") and not x.interpreter.is_constant(x):
+            return True
+        x = x.value
+    return False
+
+
+@stands_in_for(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+def dropout(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where nothing is dropped PyTorch returns its argument itself, and a write to the one is a write to the other."""
+    x, p, train = args
+    return x if not train or p == 0 or x.numel() == 0 else as_usual(known, args, kwargs)
+
+
+@stands_in_for(aten.sum_to_size.default)
+def sum_to_size(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Where there is nothing to sum the result is a view."""
+    x, size = args
+    if not size:
+        return enter(aten.sum.default, x)  # which counts booleans
+    return enter(aten.alias.default, x) if list(x.shape) == list(size) else as_usual(known, args, kwargs)
+
+
+@stands_in_for(
+    *(getattr(getattr(aten, name), o) for name in ("atleast_1d", "atleast_2d", "atleast_3d") for o in ("default", "Sequence")),
+    aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default,
+)  # fmt: skip
+def by_its_views(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Composite operators that return views without their schema saying so: the door sees the views one by one."""
+    with running_at(STATE.top):
+        return known.op.decompose(*args, **kwargs)
+
+
+@stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+def as_strided(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """These name places in memory, which must be where the tensor shows them; see NOTE [Strides of what is written]."""
+    check_places(args[0])
+    return run_view(known, args, kwargs) if known.op is aten.as_strided.default else as_usual(known, args, kwargs)
+
+
+@stands_in_for(aten.batch_norm.default)
+def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Training mode writes the running statistics, which the schema does not say."""
+    x, weight, bias, mean, var, training, momentum, eps, *_ = args
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    if not training or mean is None or var is None or x.numel() == 0:
+        return owner.process(known.op, args, kwargs)
+    return updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)[0]
+
+
+@stands_in_for(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
+def native_batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As ``batch_norm``, with the statistics of the batch among the outputs."""
+    x, weight, bias, mean, var, training, momentum, eps = args
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    if not training or mean is None or var is None:
+        return owner.process(facts(aten.native_batch_norm.default).op, args, kwargs)
+    return updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)[:3]
+
+
+@stands_in_for(aten._batch_norm_with_update.default)
+def batch_norm_with_update(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As ``native_batch_norm`` in training mode; the fourth output is a backend's own memory, which is not used here."""
+    x, weight, bias, mean, var, momentum, eps = args
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    out = updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)
+    return (*out[:3], enter(aten.new_empty.default, x, [0], dtype=torch.uint8))
+
+
+def updating_norm(op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+    """Batch norm by the batch's statistics, and the running ones updated; these carry no derivative."""
+    old_mean, old_var = (enter(aten.clone.default, enter(aten.detach.default, t)) for t in (mean, var))
+    out = enter(aten._native_batch_norm_legit_functional.default, x, weight, bias, old_mean, old_var, True, momentum, eps)
+    for target, new in ((mean, out[3]), (var, out[4])):
+        # A loop over the examples would start each update from the last one: reads=True has vmap refuse it.
+        write(target, enter(aten.detach.default, new), op)
+    return out
+
+
+@stands_in_for(aten.rrelu_with_noise.default)
+def rrelu(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's derivative of the pure form reads the slopes from the argument that is not written."""
+    x, noise, lower, upper, training, generator = (*args, *known.defaults[len(args) :])
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    if not training:
+        return enter(aten.leaky_relu.default, x, (lower + upper) / 2)
+    detached = enter(aten.detach.default, x)
+    slopes = enter(aten.rrelu_with_noise_functional.default, detached, noise, lower, upper, training, generator)[1]
+    write(noise, slopes, known.op, reads=False)
+    return enter(aten.mul.Tensor, x, slopes)
+
+
+@stands_in_for(aten.resize_.default)
+def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first elements stay, in their order in memory."""
+    target, size = args[0], list(args[1])
+    if type(target) is not WrapperTensor:
+        return base(known.op, args, kwargs)
+    if kwargs.get("memory_format") not in (None, torch.contiguous_format):
+        raise InsideTransformError("resize_ to a memory format", target.interpreter.name, "a new tensor of the wanted size")
+    if size == list(target.shape):
+        return target
+    if target.view_link is not None or target.root is not None:
+        raise InsideTransformError("resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size")
+    count = math.prod(size)
+    if count > target.numel():
+        raise InsideTransformError("resize_ to more elements", target.interpreter.name, "torch.cat or a new tensor of the wanted size")
+    if target.strides is None:
+        in_memory = target
+    else:
+        if dense_strides(target.shape, target.strides) != target.strides:
+            raise InsideTransformError("resize_ of a tensor with gaps in memory", target.interpreter.name, "a new tensor of the wanted size")
+        in_memory = enter(aten.permute.default, target, memory_order(target.shape, target.strides))
+    flat = enter(aten.reshape.default, in_memory, [-1])
+    new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
+    target.root = None
+    set_shape(target, new)
+    set_content(target, new)
+    return target
+
+
+@stands_in_for(aten.resize_as_.default)
+def resize_as(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``resize_`` to another tensor's shape."""
+    return enter(aten.resize_.default, args[0], list(args[1].shape), **kwargs)
+
+
+@stands_in_for(aten._has_compatible_shallow_copy_type.default)
+def refuse_data_assignment(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch asks this when ``x.data = y`` is executed, which would put one tensor's insides into another."""
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    raise InsideTransformError("assigning Tensor.data", owner.name, "copy_() or the new tensor itself")
+
+
+@stands_in_for(aten._make_dual.default)
+def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward AD of PyTorch itself has no meaning for wrappers; only borrowed derivatives use it, on twins."""
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    if owner.kind == TwinInterpreter.kind:
+        return owner.process(known.op, args, kwargs)
+    raise InsideTransformError("forward_ad.make_dual()", owner.name, "functrans.jvp")
+
+
+@stands_in_for(*(getattr(aten.set_, o) for o in aten.set_.overloads()))
+def refuse_set(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sharing another tensor's storage has no pure counterpart."""
+    if highest(args, kwargs, False) is None:
+        return base(known.op, args, kwargs)
+    owner = highest(args, kwargs, False)
+    assert owner is not None
+    raise InsideTransformError("Tensor.set_()", owner.name, "copy_() or a new tensor")
+
+
+@stands_in_for(aten.to_mkldnn.default)
+def refuse_mkldnn(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Tensors of this layout hide their numbers: wrappers of them would lose derivatives in silence."""
+    owner = highest(args, kwargs, False)
+    if owner is None:
+        return base(known.op, args, kwargs)
+    raise InsideTransformError("Tensor.to_mkldnn()", owner.name, "the dense tensor as it is")
+
+
+@stands_in_for(aten.requires_grad_.default, aten.retain_grad.default)
+def leave_autograd_alone(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Autograd's own switches concern the base only."""
+    return base(known.op, args, kwargs)
+
+

@@ -1,0 +1,51 @@
+"""What a write leaves of the derivative of what is written.
+
+NOTE [Writes and grad mode]
+A write under no_grad changes the numbers and leaves the derivative of what is written as it was, as in eager PyTorch;
+level by level, ``with_history_of`` does the same for the pure result. A write through ``detach()`` does so at every level.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from functrans.core.stack import interpreter_stack
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import running_at
+
+
+def with_history_of(old: Tensor, new: Tensor, *, everywhere: bool = False) -> Tensor:
+    """``new``, but with ``old``'s derivative at each level where nothing is recorded now, or at every level.
+
+    See NOTE [Writes and grad mode].
+    """
+    recording = torch.is_grad_enabled()
+    level = old.interpreter.level if type(old) is WrapperTensor else 0
+    usual = recording and not everywhere
+    for interpreter in interpreter_stack():
+        usual = usual and interpreter.outer_grad_mode
+        if interpreter.level > level:
+            recording = recording and interpreter.outer_grad_mode
+    return new if usual else _merge(old, new, recording, everywhere)
+
+
+def _merge(old: Tensor, new: Tensor, recording: bool, everywhere: bool) -> Tensor:
+    if type(old) is not WrapperTensor and type(new) is not WrapperTensor:
+        if recording and not everywhere or not old.requires_grad:
+            return new
+        with running_at(None), torch.enable_grad():
+            merged = old.clone()
+            with torch.no_grad():
+                return merged.copy_(new)
+    interpreter = max((x.interpreter for x in (old, new) if type(x) is WrapperTensor), key=lambda i: i.level)
+    old, new = (
+        x if type(x) is WrapperTensor and x.interpreter is interpreter else interpreter.constant(x) for x in (old, new)
+    )
+    old_value, new = interpreter.aligned(old, new)
+    value = _merge(old_value, new.value, recording and interpreter.outer_grad_mode, everywhere)
+    if interpreter.keeps_history(recording, everywhere):
+        return interpreter.rewrap(old, value)
+    merged = interpreter.rewrap(new, value)
+    interpreter.merge_payload(merged, old, lambda of_old, of_new: _merge(of_old, of_new, recording, everywhere))
+    return merged

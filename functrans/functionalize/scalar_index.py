@@ -1,0 +1,109 @@
+"""Indexing by an integer tensor without dimensions, ``x[i]``, where each example has an ``i`` of its own.
+
+NOTE [Scalar indices]
+PyTorch's indexing reads such an index as a Python number, which a batch does not have. It makes an exception for tensors that carry
+a dispatch key of torch.func's batched nested tensors: those are passed on to ``aten.index`` and ``aten.index_put_``. So wrappers
+without dimensions and of an integer dtype carry that key, and every thread that has run a transform excludes it, so that
+nothing is ever dispatched to it. What arrives at the door is taken here for what it is outside of vmap: a selection,
+that comes before all indexing by tensors that have dimensions, and that is a view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import dispatch, highest, lift
+from functrans.core.errors import CapturedWriteError
+from functrans.core.operators import Facts
+from functrans.core.tensor import SCALAR_INDICES, WrapperTensor, concrete
+from functrans.core.thread_state import STATE
+from functrans.functionalize.hidden_effects import as_usual, enter, stands_in_for
+from functrans.functionalize.views import WRITE_BACK, Root, ViewLink, link_view
+from functrans.functionalize.writes import run_write, strip
+
+aten = torch.ops.aten
+
+
+class CapturedRoot(Root):
+    """Of views of a plain captured tensor, which must not be written."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+@stands_in_for(aten.index.Tensor)
+def index(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x[indices]``: scalars first, each of them a view."""
+    if not any(is_scalar(i) for i in args[1]):
+        return as_usual(known, args, kwargs)
+    highest(args, kwargs, True)
+    x, rest = select_scalars(*args)
+    return x if all(i is None for i in rest) else enter(known.op, x, rest)
+
+
+@stands_in_for(aten.index_put_.default)
+def index_put(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x[indices] = values``, written through the views that the scalars are."""
+    target, indices, values, *accumulate = args
+    if not any(is_scalar(i) for i in indices):
+        return run_write(known, args, kwargs)
+    highest(args, kwargs, True)
+    x, rest = select_scalars(target, indices)
+    if any(i is not None for i in rest):
+        enter(known.op, x, rest, values, *accumulate)
+    else:
+        enter(aten.add_.Tensor if accumulate and accumulate[0] else aten.copy_.default, x, values)
+    return target
+
+
+def is_scalar(i: Any) -> bool:
+    return type(i) is WrapperTensor and i.dtype in SCALAR_INDICES and i.dim() == 0
+
+
+def select_scalars(x: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:
+    """``x`` where its scalar indices say, and the other indices."""
+    rest, dim = [], 0
+    for i in indices:
+        if is_scalar(i):
+            x = select_at(x, dim, i)
+            continue
+        rest.append(i)
+        mask = i is not None and i.dtype in (torch.bool, torch.uint8)
+        dim += i.dim() if mask else 1
+    return x, rest
+
+
+def select_at(x: Tensor, dim: int, i: WrapperTensor) -> Tensor:
+    """``x.select(dim, i)``."""
+    number = concrete(i)
+    if number is not None:
+        return enter(aten.select.int, x, dim, int(number.item()))
+    places = enter(aten.add.Tensor, i, enter(aten.mul.Tensor, enter(aten.lt.Scalar, i, 0), x.shape[dim]))
+    places = enter(aten.reshape.default, enter(aten.to.dtype, places, torch.int64), [1])
+    rows = enter(aten.index_select.default, x, dim, places)
+    viewed = x
+    if type(viewed) is not WrapperTensor:
+        viewed = lift(x, None, STATE.top)
+        viewed.root = CapturedRoot(x)
+    link_view(rows, viewed, aten.index_select.default, (x, dim, places), {}, None)
+    return enter(aten.squeeze.dim, rows, dim)
+
+
+def write_rows(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    """What ``before`` becomes when the row that ``step`` selected becomes ``changed``."""
+    dim, places = step.args
+    new = dispatch(aten.index_copy.default, (before, dim, places, changed), {})
+    op = aten.index_put_.default
+    if isinstance(step.root, CapturedRoot):
+        raise CapturedWriteError(op, step.root.tensor, places.interpreter, 0)
+    assert type(before) is WrapperTensor
+    return strip(new, before.interpreter, op, before)
+
+
+WRITE_BACK[aten.index_select.default] = write_rows

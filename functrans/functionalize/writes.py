@@ -1,0 +1,249 @@
+"""Writes and views made pure, at the door: interpreters, rules and traces see neither.
+
+A write becomes its pure counterpart plus an update of the wrapper that the user holds. A view remembers how it was
+made (ViewLink); a write to a view is carried back through that chain to the base, and every other view of the base
+is replayed at its next use.
+
+NOTE [What may be written]
+A wrapper may be written with values of its own level and below: arguments of its transform, and all that was made
+inside it, since the door gives every new tensor to the innermost transform. A tensor of an outer level ("captured")
+cannot hold an inner level's value and is refused, unless the value is a constant of the inner level. Under vmap a
+captured tensor would also be written once instead of once per example; only writes that do not read the old contents are the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import base, dispatch, highest
+from functrans.core.errors import (
+    CapturedOnceError,
+    CapturedWriteError,
+    InsideTransformError,
+    NoPureFormError,
+    WriteShapeError,
+)
+from functrans.core.operators import STAND_INS, VIEW, WRITE, Facts, kind_here
+from functrans.core.rules import SCOPES
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import WrapperTensor, set_content, strides_of
+from functrans.core.thread_state import STATE, running_at
+from functrans.core.torch_private import (
+    VIEWS_AND_VERSIONS,
+    OpOverload,
+    is_key_excluded,
+    set_key_excluded,
+)
+from functrans.core.without_data import run_without_data
+from functrans.functionalize.history import with_history_of
+from functrans.functionalize.layouts import laid_out_like, note_moved, set_shape
+from functrans.functionalize.memory import storage_offset_of
+from functrans.functionalize.out_of_place import Functional, pure_form
+from functrans.functionalize.views import Root, ViewLink, link_view, run_view, write_back
+
+aten = torch.ops.aten
+
+
+def run(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator that writes or makes views."""
+    # Base tensors that are written or viewed tell PyTorch's version counters, which autograd outside checks.
+    excluded = is_key_excluded(VIEWS_AND_VERSIONS)
+    set_key_excluded(VIEWS_AND_VERSIONS, False)
+    try:
+        kind = known.kind if not SCOPES else kind_here(known)
+        if kind == VIEW:
+            return run_view(known, args, kwargs)
+        if kind == WRITE:
+            return run_write(known, args, kwargs)
+        stand_in: Any = STAND_INS.get(known.op)
+        return stand_in(known, args, kwargs)
+    finally:
+        set_key_excluded(VIEWS_AND_VERSIONS, excluded)
+
+
+def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an in-place or ``out=`` operator: its pure form, then the update of what it writes."""
+    op = known.op
+    owner = highest(args, kwargs, True)
+    targets = [_argument(known, i, args, kwargs) for i in known.written]
+    draws_inside = known.random and STATE.top is not None
+    if owner is None and not draws_inside:
+        return write_captured(known, targets, args, kwargs)
+    try:
+        functional = known.plans[Functional] if not SCOPES else pure_form(known)
+    except KeyError:
+        functional = pure_form(known)
+    if functional is NotImplemented:
+        if known.composite:
+            with running_at(STATE.top):
+                return op.decompose(*args, **kwargs)
+        raise NoPureFormError(op)
+    if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
+        return write_metadata(known, functional.op, targets[0], args, kwargs)
+    new = functional(args, kwargs)
+    news = list(new) if isinstance(new, tuple | list) else [new]
+    if len(news) > len(targets):  # pure form returns the operator's own outputs first, then what is written
+        outputs, news = news[: len(news) - len(targets)], news[len(news) - len(targets) :]
+    else:
+        outputs = None
+    out_form = known.returns_written and bool(known.written) and known.op._schema.arguments[known.written[0]].kwarg_only
+    for target, value in zip(targets, news, strict=True):
+        if value.dtype is not target.dtype and not out_form:
+            run_without_data(op, args, kwargs)  # some operators refuse to work in place on what would be converted
+        write(target, value, op, resize=out_form, reads=known.reads_target)
+    if outputs is not None:
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+    if not known.returns_written:
+        return None
+    return targets[0] if len(targets) == 1 else tuple(targets)
+
+
+def _argument(known: Facts, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if i < len(args):
+        return args[i]
+    return kwargs.get(known.arguments[i], known.defaults[i])
+
+
+def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, reads: bool = True) -> None:
+    """Let ``target``, the tensor that the user holds, have the contents of ``new``."""
+    if new.dtype != target.dtype:
+        if not torch.can_cast(new.dtype, target.dtype):
+            raise RuntimeError(f"result type {_short(new.dtype)} can't be cast to the desired output type {_short(target.dtype)}")
+        new = dispatch(aten.to.dtype, (new, target.dtype), {})
+    if type(target) is not WrapperTensor:
+        write_plain(target, new, op, resize, reads)
+        return
+    if new.shape != target.shape:
+        if not resize:
+            raise WriteShapeError(target.shape, new.shape)
+        set_shape(target, new)
+    new = strip(new, target.interpreter, op, target)
+    check_written_once(target.interpreter.level, op, reads)
+    invalidate_saved(target)
+    if target.view_link is None:
+        replace(target, new)
+        if target.root is not None:
+            target.root.version += 1
+    else:
+        write_through(target, new, filled=op in FILLS)
+
+
+#: Writes of one value to all elements, which may share their places.
+FILLS = frozenset((aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor))
+
+
+def replace(target: WrapperTensor, new: Tensor) -> None:
+    """Let ``target``, which is no view, have the contents ``new``, where it has its own in memory."""
+    offset = storage_offset_of(target)
+    set_content(target, with_history_of(target, laid_out_like(target, new)))
+    note_moved(target, offset)
+
+
+def strip(new: Tensor, level: Interpreter | None, op: OpOverload, target: Tensor) -> Tensor:
+    """``new`` without the constant layers above ``level``; see NOTE [What may be written]."""
+    limit = 0 if level is None else level.level
+    while type(new) is WrapperTensor and new.interpreter.level > limit:
+        if not new.interpreter.is_constant(new):
+            raise CapturedWriteError(op, target, new.interpreter, limit)
+        new = new.value
+    return new
+
+
+def write_through(view: WrapperTensor, new: Tensor, filled: bool) -> None:
+    """Write ``new`` to a view: carried back through its chain to the base."""
+    link = view.view_link
+    steps: list[ViewLink] = []
+    while link is not None:
+        steps.append(link)
+        link = link.parent
+    steps.reverse()
+    content = steps[0].base_content()
+    changed = write_back(steps, content, new, filled)
+    replace(content, changed)
+    root = steps[0].root
+    root.version += 1
+    if strides_of(new) == view.strides:
+        set_content(view, with_history_of(view, new))
+        view.seen = root.version  # else it is taken from the base again at its next use
+
+
+def write_metadata(known: Facts, op: OpOverload, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operator such as ``unsqueeze_`` that turns a tensor into a view of itself, by ``op``."""
+    if type(target) is not WrapperTensor:
+        raise NoPureFormError(known.op)
+    if target.moved:
+        raise InsideTransformError(
+            f"{known.op} of a tensor that was written and leaves gaps in memory", target.interpreter.name, "the operator that returns a view"
+        )
+    invalidate_saved(target)
+    if known.op is aten.detach_.default:
+        set_content(target, dispatch(aten.detach.default, (target,), {}))
+        return target
+    before = _hold(target)
+    new = dispatch(op, (before, *args[1:]), kwargs)
+    set_shape(target, new)
+    set_content(target, new)
+    link_view(target, before, op, args, kwargs, None)
+    return target
+
+
+def _hold(target: WrapperTensor) -> WrapperTensor:
+    """A wrapper that takes over ``target``'s place as base or view, so that ``target`` can become a view of it."""
+    held = target.interpreter.rewrap(target, target.value)
+    held.view_link, held.root, held.seen = target.view_link, target.root, target.seen
+    held.strides, held.moved, held.shown_offset = target.strides, target.moved, target.shown_offset
+    if held.view_link is None:
+        if held.root is None:
+            held.root = Root()
+        held.root.content = held
+    target.root = None
+    return held
+
+
+def write_captured(known: Facts, targets: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A write that no wrapper takes part in: eager PyTorch, on the captured tensor itself."""
+    check_written_once(0, known.op, known.reads_target)
+    for target in targets:
+        if isinstance(target, Tensor):
+            invalidate_saved(target)
+    return base(known.op, args, kwargs)
+
+
+def write_plain(target: Tensor, new: Tensor, op: OpOverload, resize: bool, reads: bool) -> None:
+    new = strip(new, None, op, target)
+    check_written_once(0, op, reads)
+    invalidate_saved(target)
+    if new.shape != target.shape:
+        if not resize:
+            raise WriteShapeError(target.shape, new.shape)
+        base(aten.resize_.default, (target, list(new.shape)), {})
+    base(aten.copy_.default, (target, new), {})
+
+
+def check_written_once(level: int, op: OpOverload, reads: bool) -> None:
+    """Refuse a write to a captured tensor that a loop over the examples would repeat."""
+    if not reads:
+        return
+    interpreter = STATE.top
+    while interpreter is not None and interpreter.level > level:
+        if interpreter.repeats_writes:
+            raise CapturedOnceError(op, interpreter)
+        interpreter = interpreter.below
+
+
+def invalidate_saved(target: Tensor) -> None:
+    """Tell the levels above ``target``'s that values they saved are about to change."""
+    level = target.interpreter.level if type(target) is WrapperTensor else 0
+    interpreter = STATE.top
+    while interpreter is not None and interpreter.level > level:
+        interpreter.before_write(target)
+        interpreter = interpreter.below
+
+
+def _short(dtype: torch.dtype) -> str:
+    names = {"float32": "Float", "float64": "Double", "int64": "Long", "int32": "Int", "bool": "bool", "float16": "Half"}
+    text = str(dtype).removeprefix("torch.")
+    return names.get(text, text)

@@ -1,0 +1,293 @@
+"""PyTorch's own derivative of one operator, borrowed at any level.
+
+The operator runs on *twins*: wrappers that do carry autograd state, and whose operators go to the level below. PyTorch's
+autograd kernels record the one-operator graph on the twins and compute on values of that level; the pullback runs
+``torch.autograd.grad`` on that graph, the tangent comes from forward AD in the same way. So an operator needs no entry in the
+derivative table to be differentiable at every level, and what PyTorch computes in its derivative is itself
+differentiated by the levels below.
+
+NOTE [Saved outputs of twins]
+PyTorch unpacks a saved output through ``aten.detach``; for a twin that is an alias and must not reach the level below, where
+it would cut the derivative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from functrans.core.dispatch import base, dispatch, map_tensors
+from functrans.core.errors import MissingRuleError, MixedTransformsError, NoFormulaError
+from functrans.core.operators import facts
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
+from functrans.core.thread_state import Snapshot, running_at, unchanged
+from functrans.core.torch_private import (
+    AUTOGRAD,
+    OpOverload,
+    is_torch_func_active,
+    push_packing,
+    set_forward_enabled,
+    set_grad_enabled,
+    set_key_excluded,
+)
+
+aten = torch.ops.aten
+
+
+#: What PyTorch's autograd itself calls on twins, to make and to unpack saved and dual tensors.
+ALIASES = frozenset((aten.detach.default, aten.alias.default, aten._make_dual.default, aten._fw_primal.default))
+
+
+class TwinInterpreter(Interpreter):
+    """Sends every operator to the level below the transform that borrows a derivative."""
+
+    kind = "native derivative"
+
+    def __init__(self, borrower: Interpreter) -> None:
+        self.below = borrower.below
+        self.level = borrower.level
+        self.alive = True
+        self.func = borrower.func
+        self.outer_grad_mode = True
+        self.outer_forward_mode = True
+        self.outer_modes_on = True
+        #: the grad mode of the level below, which the autograd engine overrides while it runs
+        self.grad_mode = torch.is_grad_enabled() and borrower.outer_grad_mode
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        if op in ALIASES:  # NOTE [Saved outputs of twins]
+            return twin_of(self, args[0].value)
+        if op is aten._has_same_storage_numel.default:
+            return True
+        args = [self._value(a) for a in args]
+        kwargs = {k: self._value(v) for k, v in kwargs.items()}
+        if op is aten.view_as_real.default:  # of ``real``: a twin does not show that its value is a lazy conjugate
+            args[0] = _below(self, aten.resolve_conj.default, args, {})
+        enabled = torch.is_grad_enabled()
+        set_grad_enabled(self.grad_mode)
+        try:
+            out = _below(self, op, args, kwargs)
+        finally:
+            set_grad_enabled(enabled)
+        return map_tensors(self.constant, out)
+
+    def _value(self, a: Any) -> Any:
+        if type(a) is WrapperTensor and a.interpreter is self:
+            return a.value
+        if type(a) in (list, tuple):
+            return [self._value(v) for v in a]
+        return a
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return twin_of(self, value)
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return False
+
+
+def _below(twin: TwinInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    if facts(op).random:
+        return base(op, args, kwargs) if twin.below is None else twin.below.process(op, args, kwargs)
+    return dispatch(op, args, kwargs)
+
+
+def twin_of(twin: TwinInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
+    return wrap_as(twin, value, value.shape, strides_of(value), requires_grad)
+
+
+class _autograd_on(running_at):
+    """Context: operators on twins are recorded by PyTorch's autograd."""
+
+    __slots__ = ()
+
+    def switch(self) -> None:
+        super().switch()
+        # twins are for this operator only: hooks that recompute or move what is saved have no use for them
+        if self.before.hooks is not None:
+            push_packing(unchanged, unchanged)
+        set_key_excluded(AUTOGRAD, False)
+        set_grad_enabled(True)
+
+
+def _tensors_in(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return [t for o in out for t in _tensors_in(o)] if isinstance(out, tuple | list) else []
+
+
+def recording(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: ``function`` runs outside of inference mode, the tensors that it makes included."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args)
+        before = Snapshot()
+        with torch.inference_mode(False):  # which switches more than that
+            before.restore()
+            return function(*args)
+
+    return run
+
+
+REFUSAL = re.compile("derivative for .* is not implemented|is not differentiable with respect to argument")
+
+
+def tensor_names(op: OpOverload, places: list[int]) -> str:
+    """The arguments that the tensors of these places, counted over all tensors of a call, stand for."""
+    tensors = [a for a in op._schema.arguments if "Tensor" in str(a.type)]
+    several = any("List[" in str(a.type) for a in tensors)
+    return ", ".join(f"tensor {p}" if several or p >= len(tensors) else repr(tensors[p].name) for p in places)
+
+
+class _refusals:
+    """Context: where PyTorch itself says that an argument has no derivative, the error is ours."""
+
+    def __init__(self, borrower: Interpreter, op: OpOverload) -> None:
+        self.borrower = borrower
+        self.op = op
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if type(error) in (RuntimeError, NotImplementedError) and REFUSAL.search(str(error)):
+            raise NoFormulaError(self.op, self.borrower, str(error)) from error
+
+
+# NOTE [Arguments without a formula]
+# PyTorch's table may have no formula for an argument, or none for the whole operator; then autograd takes the output for a constant of
+# it, in silence, however smoothly it depends on it. So a borrowed derivative is looked at when it is borrowed first: the graph must lead
+# from the outputs to every argument. What is constant for a reason is declared so (``functrans.derivatives.constants``).
+_with_formulas: set[tuple[OpOverload, tuple[int, ...]]] = set()
+
+
+def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: Mapping[int, Tensor]) -> None:
+    """Refuse ``op`` if PyTorch has no derivative of ``out``, which it computed of twins, by one of ``inputs`` (by place)."""
+    outputs = [o for o in _tensors_in(out) if o.is_floating_point() or o.is_complex()]
+    stack, nodes = [o.grad_fn for o in outputs], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            stack.extend(n for n, _ in node.next_functions)
+    reached = {id(n.variable) for n in nodes if hasattr(n, "variable")}
+    missing = [i for i, t in inputs.items() if id(t) not in reached]
+    if outputs and missing:
+        raise NoFormulaError(op, borrower, f"its output does not depend on {tensor_names(op, missing)} for PyTorch")
+    _with_formulas.add((op, tuple(inputs)))
+
+
+@recording
+def run_recorded(
+    borrower: Interpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tracked: Callable[[Any], bool]
+) -> tuple[Any, list[bool], Callable[[list[Tensor | None]], list[Tensor | None]]]:
+    """Run ``op`` and keep PyTorch's derivative of it.
+
+    Args:
+        borrower: the interpreter whose level ``args`` are lowered from.
+        op: an operator with an autograd formula.
+        args: arguments one level down.
+        kwargs: keyword arguments one level down.
+        tracked: called with the index of each tensor among the arguments, in order; whether to differentiate for it.
+
+    Returns:
+        the output one level down; for each tensor in it, whether it depends differentiably on the arguments; the pullback, from
+        cotangents of these tensors to cotangents of the tracked arguments, in order.
+    """
+    twin = TwinInterpreter(borrower)
+    inputs: dict[int, WrapperTensor] = {}
+    count = -1
+
+    def enter(a: Any) -> Any:
+        nonlocal count
+        if isinstance(a, Tensor):
+            count += 1
+            wanted = tracked(count)
+            t = twin_of(twin, a, requires_grad=wanted)
+            if wanted:
+                inputs[count] = t
+            return t
+        if type(a) in (list, tuple):
+            return type(a)(enter(v) for v in a)
+        return a
+
+    twin_args = [enter(a) for a in args]
+    twin_kwargs = {k: enter(v) for k, v in kwargs.items()}
+    with _autograd_on(twin), _refusals(borrower, op):
+        out = op(*twin_args, **twin_kwargs)
+    outputs = _tensors_in(out)
+    # some autograd kernels set a grad_fn on integer outputs too (_embedding_bag)
+    linked = [o.grad_fn is not None and (o.is_floating_point() or o.is_complex()) for o in outputs]
+    if any(on and "WarnNotImplemented" in o.grad_fn.name() for o, on in zip(outputs, linked, strict=True)):  # type: ignore[union-attr]
+        raise MissingRuleError(op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd.")
+    if (op, tuple(inputs)) not in _with_formulas:
+        check_formulas(borrower, op, out, inputs)
+
+    @recording
+    def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
+        if is_torch_func_active():
+            raise MixedTransformsError(f"a pullback of {op}")
+        twin.grad_mode = torch.is_grad_enabled()
+        pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
+        with _autograd_on(twin), _refusals(borrower, op):
+            # With create_graph PyTorch computes by differentiable formulas also where it has faster ones
+            # (LU factors in det); the levels below differentiate what it computes.
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], list(inputs.values()), [twin_of(twin, c) for _, c in pairs], allow_unused=True, create_graph=True
+            )
+        return [None if g is None else g.value if type(g) is WrapperTensor else g for g in found]
+
+    return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), linked, pullback
+
+
+@recording
+def run_forward_mode(
+    borrower: Interpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], tangents: dict[int, Tensor]
+) -> tuple[Any, list[Tensor | None]]:
+    """Run ``op`` with PyTorch's forward-mode formula.
+
+    ``tangents`` gives the tangent of the n-th tensor among the arguments. Returns the output one level down and the tangent of each
+    tensor in it (None: it has none). Raises NotImplementedError where PyTorch has no formula.
+    """
+    twin = TwinInterpreter(borrower)
+    checking = (op, tuple(sorted(tangents))) not in _with_formulas
+    inputs: dict[int, Tensor] = {}
+    count = -1
+
+    def enter(a: Any) -> Any:
+        nonlocal count
+        if isinstance(a, Tensor):
+            count += 1
+            if count in tangents:
+                t = inputs[count] = twin_of(twin, a, requires_grad=checking)
+                return forward_ad.make_dual(t, twin_of(twin, tangents[count]))
+            return twin_of(twin, a)
+        if type(a) in (list, tuple):
+            return type(a)(enter(v) for v in a)
+        return a
+
+    # Twins of different transforms are different tensors, so one level of forward AD serves all.
+    level = forward_ad.dual_level() if forward_ad._current_level < 0 else contextlib.nullcontext()
+    with _autograd_on(twin), level:
+        set_forward_enabled(True)
+        with _refusals(borrower, op):
+            out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
+        if checking:
+            check_formulas(borrower, op, out, inputs)
+        found = []
+        if any(o.layout is not torch.strided for o in _tensors_in(out)):
+            # PyTorch keeps a tangent in its tensor's layout; for sparse ones that loses its numbers
+            raise MissingRuleError(op, borrower, "Its result is sparse: use to_dense() before it.")
+        for o in _tensors_in(out):
+            tangent = forward_ad.unpack_dual(o).tangent
+            found.append(None if tangent is None else tangent.value if type(tangent) is WrapperTensor else tangent)
+    return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), found

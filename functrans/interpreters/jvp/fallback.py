@@ -1,0 +1,156 @@
+"""Forward mode of operators without a tangent in the table: by PyTorch's forward formula, or by its reverse one twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import map_tensors
+from functrans.core.errors import MissingRuleError
+from functrans.core.operators import PYTORCH_NAMESPACES, facts
+from functrans.core.stack import run_transformed
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import door_closed, lowered
+from functrans.core.torch_private import OpOverload
+from functrans.interpreters.autograd_fallback import run_forward_mode, run_recorded
+from functrans.interpreters.grad.interpreter import GradInterpreter
+
+if TYPE_CHECKING:
+    from functrans.interpreters.jvp.interpreter import JvpInterpreter
+
+
+def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
+    """Run ``op`` with PyTorch's forward-mode formula, or, where it has none, with its reverse formula twice."""
+    flat: dict[int, Tensor] = {}
+    count = 0
+
+    def number(a: Any, tangent: Any) -> None:
+        nonlocal count
+        if isinstance(a, Tensor):
+            if tangent is not None:
+                flat[count] = tangent
+            count += 1
+        elif type(a) in (list, tuple):
+            for i, v in enumerate(a):
+                number(v, None if tangent is None else tangent[i])
+
+    for i, a in enumerate(values):
+        number(a, tangents.get(i))
+    for name, a in kwargs.items():
+        number(a, tangents.get(facts(op).arguments.index(name)))
+    try:
+        if op.namespace not in PYTORCH_NAMESPACES:
+            # torch.library operators have a reverse formula at most, and no forward one would be a silent zero.
+            raise NotImplementedError("forward mode: a custom operator does not support it")
+        expect_followed(self, op, values, kwargs, tangents, flat)
+        out, found = run_forward_mode(self, op, values, kwargs, flat)
+    except (NotImplementedError, RuntimeError) as error:
+        if not _lacks_forward(error):
+            raise
+        out, found = double_reverse(self, op, values, kwargs, flat)
+    it = iter(found)
+    return map_tensors(lambda o: self.dual(o, next(it)), out)
+
+
+#: Operators and positions of arguments whose tangents PyTorch is known to follow.
+FOLLOWED: set[tuple[OpOverload, tuple[int, ...]]] = set()
+
+
+def expect_followed(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any, flat: dict[int, Tensor]) -> None:
+    """Refuse a tangent of an argument for which PyTorch has no formula: reverse mode says so, forward mode drops it without a word."""
+    key = op, tuple(sorted(tangents))
+    if key in FOLLOWED or facts(op).random:
+        return
+    try:
+        run_recorded(self, op, values, kwargs, lambda i: i in flat)
+    except RuntimeError as error:
+        if "is not differentiable with respect to argument" in str(error):
+            raise MissingRuleError(op, self, str(error)) from error
+        # of what else reverse mode lacks, forward mode may have its own
+    FOLLOWED.add(key)
+
+
+def _lacks_forward(error: Exception) -> bool:
+    text = str(error)
+    return "does not support it" in text and "forward" in text
+
+
+def double_reverse(
+    self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: dict[int, Tensor]
+) -> tuple[Any, list[Tensor | None]]:
+    """The tangent as the transpose of the transpose.
+
+    The pullback is linear in its cotangent u; its own pullback, at any u, maps tangents of the inputs to the tangent of
+    the output (J. Townsend, "A new trick for calculating Jacobian vector products", 2017).
+    """
+    with lowered(self):
+        inner = GradInterpreter(op)
+        order = sorted(tangents)
+        count = -1
+
+        def enter(a: Any) -> Any:
+            nonlocal count
+            if isinstance(a, Tensor):
+                count += 1
+                return inner.track(a) if count in tangents else a
+            return [enter(v) for v in a] if type(a) in (list, tuple) else a
+
+        tracked = [enter(a) for a in values]
+        tracked_kwargs = {k: enter(v) for k, v in kwargs.items()}
+        inputs = [w for w in _wrappers([*tracked, *tracked_kwargs.values()]) if w.interpreter is inner]
+        out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
+        plain = map_tensors(lambda o: o.value if type(o) is WrapperTensor and o.interpreter is inner else o, out)
+        outputs = [o for o in ([out] if isinstance(out, Tensor) else out) if isinstance(o, Tensor)]
+        if any(o.layout is not torch.strided for o in outputs):
+            # PyTorch's formulas for sparse tensors go through _values, where the second derivative is lost
+            raise MissingRuleError(op, self, "Its result is sparse: use to_dense() before it.")
+
+        outer = GradInterpreter(op)
+        foreign = op.namespace not in PYTORCH_NAMESPACES
+        fill = torch.ones_like if foreign else torch.zeros_like  # any u will do; ones tell a lost derivative from a zero one
+        seeds = {o.slot: outer.track(fill(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
+        names: dict[int, int] = {slot: w.slot for slot, w in seeds.items() if w.slot is not None}
+
+        def transpose() -> Any:
+            return inner.pull(dict(seeds), consume=False)
+
+        pulled = run_transformed(outer, transpose, enable_grad=True)
+        given: dict[int, Tensor] = {}
+        for w, i in zip(inputs, order, strict=True):
+            back = None if w.slot is None else pulled.get(w.slot)
+            if type(back) is WrapperTensor and back.interpreter is outer and back.slot is not None:
+                given[back.slot] = given[back.slot] + tangents[i] if back.slot in given else tangents[i]
+            elif foreign and back is not None and not is_zero(back):
+                raise MissingRuleError(op, self, LOST)
+        found = outer.pull(given, consume=True)
+        result = [
+            found.get(names[o.slot]) if type(o) is WrapperTensor and o.slot is not None and o.slot in names else None
+            for o in outputs
+        ]
+    return plain, result
+
+
+LOST = (
+    "The gradients that its backward returns cannot be followed back to the gradient that it is given (it computes them by numpy, "
+    "by Python numbers or by an operator without a derivative). Give it a tangent: functrans.derivative(op, tangent=...)."
+)
+
+
+def is_zero(x: Tensor) -> bool:
+    """Whether the numbers of ``x`` are zeros, for all examples."""
+    while type(x) is WrapperTensor:
+        x = x.value
+    with door_closed(), torch.no_grad():
+        return not bool(x.any())
+
+
+def _wrappers(values: Any) -> list[WrapperTensor]:
+    found: list[WrapperTensor] = []
+    for v in values:
+        if type(v) is WrapperTensor:
+            found.append(v)
+        elif type(v) in (list, tuple):
+            found.extend(_wrappers(v))
+    return found

@@ -1,0 +1,105 @@
+"""What torch functions and methods mean, in operators: ``torch.sin``, ``Tensor.sin`` and ``x * y`` before PyTorch has parsed them.
+
+Only frequent functions stand here, called with arguments by position; for all others PyTorch's own parser decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.torch_private import OpOverload
+
+aten = torch.ops.aten
+
+#: Functions of one tensor, whose operator is ``aten.<name>.default``.
+UNARY = (
+    "abs", "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "neg",
+    "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+)  # fmt: skip
+
+#: Functions of two, by which of them are tensors (T) and which numbers (n).
+BINARY: dict[str, dict[str, OpOverload]] = {
+    "add": {"TT": aten.add.Tensor, "Tn": aten.add.Tensor},
+    "sub": {"TT": aten.sub.Tensor, "Tn": aten.sub.Tensor},
+    "rsub": {"TT": aten.rsub.Tensor, "Tn": aten.rsub.Scalar},
+    "mul": {"TT": aten.mul.Tensor, "Tn": aten.mul.Tensor},
+    "div": {"TT": aten.div.Tensor, "Tn": aten.div.Tensor},
+    "pow": {"TT": aten.pow.Tensor_Tensor, "Tn": aten.pow.Tensor_Scalar},
+}
+
+#: Comparisons and choices: what derivatives' formulas are made of beside the above.
+CHOICES: dict[str, dict[str, OpOverload]] = {
+    **{
+        name: {"TT": getattr(aten, name).Tensor, "Tn": getattr(aten, name).Scalar} for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    },
+    "where": {"TTT": aten.where.self, "TTn": aten.where.ScalarOther, "TnT": aten.where.ScalarSelf},
+    "zeros_like": {"T": aten.zeros_like.default},
+}
+
+OPERATORS: dict[str, dict[str, OpOverload]] = {
+    **{name: {"T": getattr(aten, name).default} for name in UNARY},
+    **BINARY,
+    **CHOICES,
+}
+
+_BY_SIZES = {name: {"T*": getattr(aten, name).default} for name in ("view", "reshape", "expand", "permute")}
+
+#: Functions of other kinds whose operator takes their arguments as they are: T a tensor, i an int, N None; ``*`` a list of the ints
+#: that follow.
+DIRECT: dict[str, dict[str, OpOverload]] = {
+    **{name: {"TT": getattr(aten, name).default} for name in ("matmul", "mm", "bmm", "mv", "dot")},
+    **{name: {"T": getattr(aten, name).default} for name in ("t", "clone", "detach")},
+    **_BY_SIZES,
+    **{name: {kinds.replace("n", n): op for kinds, op in CHOICES[name].items() for n in "if"} for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "linear": {kinds: aten.linear.default for kinds in ("TT", "TTT", "TTN")},
+    "addmm": {"TTT": aten.addmm.default},
+    "transpose": {"Tii": aten.transpose.int},
+    "unsqueeze": {"Ti": aten.unsqueeze.default},
+    "squeeze": {"T": aten.squeeze.default, "Ti": aten.squeeze.dim},
+    "select": {"Tii": aten.select.int},
+    "flatten": {kinds: aten.flatten.using_ints for kinds in ("T", "Ti", "Tii")},
+    "sum": {"T": aten.sum.default, "T*": aten.sum.dim_IntList},
+    "mean": {"T": aten.mean.default, "T*": aten.mean.dim},
+    "softmax": {"Ti": aten.softmax.int},
+    "log_softmax": {"Ti": aten.log_softmax.int},
+    "where": {"TTT": aten.where.self},
+}
+
+#: Python's operators.
+DUNDERS = {
+    "__neg__": "neg", "__abs__": "abs", "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul",
+    "__rmul__": "mul", "__truediv__": "div", "__pow__": "pow", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt", "__le__": "le",
+    "__gt__": "gt", "__ge__": "ge", "__matmul__": "matmul",
+}  # fmt: skip
+
+OTHER_NAMES = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs"}
+
+
+def spellings() -> dict[Callable[..., Any], str]:
+    """The function's name in ``OPERATORS``, by every torch function and method that means it."""
+    found: dict[Callable[..., Any], str] = {}
+    for place in (torch, Tensor, torch.nn.functional):
+        for name in (*OPERATORS, *OTHER_NAMES, *DIRECT):
+            function = getattr(place, name, None)
+            if function is not None and function is not Tensor.where:  # which has its operands in another order
+                found[function] = OTHER_NAMES.get(name, name)
+    for dunder, name in DUNDERS.items():
+        found[getattr(Tensor, dunder)] = name
+    return found
+
+
+def operator_of(name: str, operands: Any, is_tensor: Callable[[Any], bool]) -> OpOverload | None:
+    """The operator that the function ``name`` is on these operands, or None if it takes PyTorch to say."""
+    kinds = ""
+    for a in operands:
+        if is_tensor(a):
+            kinds += "T"
+        elif type(a) is float or type(a) is int:
+            kinds += "n"
+        else:
+            return None
+    return OPERATORS[name].get(kinds)
