@@ -26,6 +26,7 @@ from functrans.api.extension_calls import (
     running_at,
     wrap,
 )
+from functrans.api.rule_results import check_below, check_carried, checked_result
 from functrans.core.defaults import completed
 from functrans.core.errors import (
     CallTypeError,
@@ -41,7 +42,6 @@ from functrans.core.stack import Interpreter, interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.interpreters.rule_results import check_below, check_carried, checked_result
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
 
 __all__ = [

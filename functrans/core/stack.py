@@ -50,6 +50,8 @@ class Interpreter:
     payload: ClassVar[tuple[str, ...]] = ()
     #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
     repeats_writes: ClassVar[bool] = False
+    #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed (interpreters/autograd_fallback.py).
+    carries_autograd: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
     #: ``process`` for a whole program (see functrans.programs): (program, args, pending) -> outputs, which may be pending wrappers

@@ -31,7 +31,6 @@ from functrans.core.stack import Interpreter, run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, lowered, running_at
 from functrans.core.torch_private import is_forward_enabled, no_setup_context
-from functrans.interpreters.autograd_fallback import TwinInterpreter
 from functrans.interpreters.fitting import expect_tangent, fitted, spec
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import DIFFERENTIABLE, snapshot, tensors_in
@@ -48,7 +47,7 @@ def _original_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """``Function.apply``: the Function goes down the interpreter stack as one operator."""
     top = STATE.top
-    if top is None or isinstance(top, TwinInterpreter):
+    if top is None or top.carries_autograd:
         return _original_apply(cls, *args, **kwargs)
     if is_setup_style(cls) or kwargs:
         signature = inspect.signature(cls.forward).bind(*(args if is_setup_style(cls) else (None, *args)), **kwargs)

@@ -1,11 +1,4 @@
-"""The door: the one place where operators enter, from user code to the interpreter stack.
-
-There are two ways to it. The whole of PyTorch comes through ``__torch_dispatch__``: PyTorch parses the call, walks its dispatcher,
-and hands over an operator. The short way is ``__torch_function__``: PyTorch hands over the function that was called (``torch.sin``)
-as soon as it sees a wrapper among the arguments, and Python's operators (``x * y``) are methods of the wrapper to begin
-with. Frequent functions (programs/torch_functions.py) enter there, as a pointwise program (see functrans.programs) or as the operator that they
-are; everything else goes back to PyTorch's parser and comes the first way.
-"""
+"""The short way in: frequent functions as programs or operators, before PyTorch has parsed the call."""
 
 from __future__ import annotations
 
@@ -18,21 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core import thread_state
 from functrans.core.call_sites import USER_FILES
-from functrans.core.dispatch import base, highest, lift
-from functrans.core.errors import DeadWrapperError, OtherThreadError
-from functrans.core.failures import explain
+from functrans.core.dispatch import lift
+from functrans.core.errors import DeadWrapperError
 from functrans.core.made_at import SENT_ON, note_site, several
-from functrans.core.operators import PURE, Facts, facts, kind_here, normalized
+from functrans.core.operators import facts
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
-    CONJUGATE,
-    NEGATIVE,
-    Mode,
     OpOverload,
     autocast_enabled,
     function_mode_enabled,
@@ -40,13 +28,12 @@ from functrans.core.torch_private import (
     mode_stack_size,
     pop_mode,
     push_mode,
-    set_key_excluded,
     tensor_torch_function,
     without_torch_function,
 )
 from functrans.door.lost_arguments import LOST, recovered
-from functrans.functionalize import writes
-from functrans.interpreters.autograd_fallback import TwinInterpreter
+from functrans.door.torch_dispatch import DOOR, check_thread, handle
+from functrans.interpreters.failures import explain
 from functrans.programs.admission import REAL
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
@@ -55,76 +42,6 @@ from functrans.programs.torch_functions import BINARY, DIRECT, DUNDERS, OPERATOR
 aten = torch.ops.aten
 STRIDED = torch.strided
 
-
-class Door(Mode):
-    """Brings in the operators that have no wrapper among their arguments: factories, random ones, captured tensors."""
-
-    def __torch_dispatch__(
-        self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Every operator that code runs inside a transform enters here, once.
-
-        Writes and views become pure operators (functionalize/writes.py); what was made inside belongs to the innermost transform.
-        """
-        # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
-        # tensors what they are. (Autograd's comes back in lowering.base.)
-        set_key_excluded(CONJUGATE, False)
-        set_key_excluded(NEGATIVE, False)
-        try:
-            known: Facts = op._functrans  # type: ignore[attr-defined]
-        except AttributeError:
-            known = facts(op)
-        if kwargs:
-            args, kwargs = normalized(op, args, kwargs)
-        try:
-            out = handle(op, known, args, kwargs or {})
-        except Exception as error:
-            explain(error)
-            raise
-        if not types:  # what has a wrapper among its arguments came through ``otherwise``, which notes the place
-            kind = type(out)
-            if kind is WrapperTensor:
-                frame = sys._getframe(1)
-                code = frame.f_code
-                if code.co_filename in USER_FILES:
-                    out.made_at = (code, frame.f_lasti)
-                else:
-                    note_site((out,), frame, 1)
-            elif several(out):
-                note_site(out, sys._getframe(1), 1)
-        return out
-
-    def enter(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-        """The door for operators that functrans itself starts; what they make gets its place elsewhere."""
-        return self.__torch_dispatch__(op, OURS, args, kwargs)
-
-
-#: in place of the types among an operator's arguments: functrans started it
-OURS = (WrapperTensor,)
-thread_state.DOOR = DOOR = Door()
-
-
-def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``op``, whose arguments stand where its schema has them."""
-    if (known.kind if not SCOPES else kind_here(known)) != PURE:
-        return writes.run(known, args, kwargs)
-    top = STATE.top
-    owner = top if known.random else highest(args, kwargs, known.tensor_lists)
-    if owner is top or owner is None:
-        out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
-    else:
-        check_thread(owner)
-        out = owner.process(op, args, kwargs)
-    return out if owner is top else lift(out, owner, top)
-
-
-def check_thread(owner: Interpreter) -> None:
-    """Refuse a wrapper of another thread's transform. (What the autograd engine calls on twins comes from threads of its own.)"""
-    if owner.thread is not None and owner.thread != get_ident():
-        raise OtherThreadError(owner)
-
-
-# ---------------------------------------------------------------------------------------------------- the short way
 
 # What takes the place of a function, an *entrance*, is made twice: to be called by ``torch_function``, and as a method of the wrapper, where
 # the code that called it is one frame ``up``.
@@ -374,7 +291,7 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: in
             if op is None and sizes is not None and len(kinds) > 1 and kinds == "T" + "i" * (len(kinds) - 1):
                 op, given = sizes, (args[0], list(args[1:]))
             top = STATE.top
-            if op is not None and args[0].layout is STRIDED and top is not None and type(top) is not TwinInterpreter:
+            if op is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
                 known = facts(op)
                 try:
                     pop_mode(None)

@@ -1,0 +1,1 @@
+"""Writes and views made pure, at the door: interpreters, rules and traces see neither."""

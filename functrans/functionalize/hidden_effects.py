@@ -18,7 +18,6 @@ from functrans.core.torch_private import OpOverload
 from functrans.functionalize.layouts import check_places, dense_strides, memory_order, set_shape
 from functrans.functionalize.views import run_view
 from functrans.functionalize.writes import write
-from functrans.interpreters.autograd_fallback import TwinInterpreter
 
 aten = torch.ops.aten
 
@@ -246,7 +245,7 @@ def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     owner = highest(args, kwargs, False)
     if owner is None:
         return base(known.op, args, kwargs)
-    if owner.kind == TwinInterpreter.kind:
+    if owner.carries_autograd:
         return owner.process(known.op, args, kwargs)
     raise InsideTransformError("forward_ad.make_dual()", owner.name, "functrans.jvp")
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from functrans.core import thread_state
+from functrans.core.described import given
 from functrans.core.dispatch import base, dispatch, highest, lift
 from functrans.core.errors import InsideTransformError
-from functrans.core.failures import given
 from functrans.core.operators import Facts
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at

@@ -50,6 +50,7 @@ class TwinInterpreter(Interpreter):
     """Sends every operator to the level below the transform that borrows a derivative."""
 
     kind = "native derivative"
+    carries_autograd = True
 
     def __init__(self, borrower: Interpreter) -> None:
         self.below = borrower.below

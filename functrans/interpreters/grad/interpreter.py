@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from functrans.core.described import given, shown
 from functrans.core.dispatch import dispatch, lower, map_tensors
 from functrans.core.errors import HookError, ModifiedError
-from functrans.core.failures import explain_pull, given, shown
 from functrans.core.operators import Facts, facts, plans_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
@@ -20,6 +20,7 @@ from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend,
 from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
+from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.grad.recording import (
     DIFFERENTIABLE,

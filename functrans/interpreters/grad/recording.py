@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from functrans.core.described import shown
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.errors import DerivativeEntryError, ModifiedError
-from functrans.core.failures import shown
 from functrans.core.operators import Facts
 from functrans.core.rules import RuleTable, rules_of
 from functrans.core.tensor import WrapperTensor, tensor_of, wrap

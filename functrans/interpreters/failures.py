@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import opcode
 import sys
-from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-from torch import Tensor
-
 from functrans.core import dispatch
 from functrans.core.call_sites import TORCH, is_users, place, user_site
+from functrans.core.described import given
 from functrans.core.errors import FunctransError, RuleError
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import PendingWrapper
-from functrans.core.torch_private import OpOverload
 from functrans.programs.running import lower_program
 
 #: How the methods are called that give an operator or a program its meaning at a level.
@@ -58,20 +54,6 @@ def name_of(op: Any) -> str:
     return ", ".join(str(i.op) for i in op.instructions) if hasattr(op, "instructions") else str(op)
 
 
-def given(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    """Arguments as a message shows them: tensors by dtype and shape, as the code at their level sees them."""
-    return ", ".join([*map(shown, args), *(f"{name}={shown(a)}" for name, a in kwargs.items())])
-
-
-def shown(a: Any) -> str:
-    if isinstance(a, Tensor | PendingWrapper):
-        return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}"
-    if isinstance(a, list | tuple):
-        rest = [f"{len(a) - 8} more"] if len(a) > 9 else []
-        return f"[{', '.join([*map(shown, a[: 8 if rest else 9]), *rest])}]"
-    return str(a) if isinstance(a, OpOverload) else a.__name__ if callable(a) and hasattr(a, "__name__") else repr(a)
-
-
 def entries(traceback: TracebackType | None) -> list[TracebackType]:
     found = []
     while traceback is not None:
@@ -86,7 +68,7 @@ def meaning_at(frame: FrameType) -> Interpreter | None:
     if code.co_name not in MEANINGS or code.co_argcount < 3:
         return None
     found = frame.f_locals.get(code.co_varnames[0])
-    return found if isinstance(found, Interpreter) and found.kind != "native derivative" else None
+    return found if isinstance(found, Interpreter) and not found.carries_autograd else None
 
 
 def calls_in(traceback: TracebackType | None) -> list[FailedCall]:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functrans.core.described import shown
 from functrans.core.dispatch import WITHOUT_TENSORS
 from functrans.core.errors import CarriedValueError, DeadWrapperError, RuleResultError
-from functrans.core.failures import shown
 from functrans.core.pytrees import tree_flatten
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import DisableTorchFunction, OpOverload, no_dispatch
 
 if TYPE_CHECKING:
-    from functrans.extend import TableInterpreter
+    from functrans.core.stack import Interpreter
 
 
 def check_carried(interpreter: Interpreter, name: str, value: Any) -> None:
@@ -60,7 +60,7 @@ def check_below(interpreter: Interpreter, name: str, x: Tensor) -> None:
     )
 
 
-def checked_result(interpreter: TableInterpreter, op: OpOverload, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def checked_result(interpreter: Interpreter, op: OpOverload, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What a rule returned for ``op``, if it is a result of this level for each of the operator's outputs; else an error.
 
     An argument that is returned as it is becomes a wrapper of its own, since a write to the one must not be a write to the other.
@@ -80,7 +80,7 @@ def checked_result(interpreter: TableInterpreter, op: OpOverload, out: Any, args
     )
 
 
-def checked_output(interpreter: TableInterpreter, op: OpOverload, which: str, kind: str, out: Any, shape: Any, args: Sequence[Any]) -> Any:
+def checked_output(interpreter: Interpreter, op: OpOverload, which: str, kind: str, out: Any, shape: Any, args: Sequence[Any]) -> Any:
     if kind.startswith("List[") and "Tensor" in kind:
         if type(out) not in (tuple, list):
             raise wrong(interpreter, op, kind_of(out) + which, "a list of tensors", "Return one for each part.")
@@ -105,8 +105,8 @@ def checked_output(interpreter: TableInterpreter, op: OpOverload, which: str, ki
     return out
 
 
-def wrong(interpreter: TableInterpreter, op: OpOverload, got: str, expected: str, cure: str) -> RuleResultError:
-    return RuleResultError(op, interpreter, interpreter.rules.place(op), got, expected, cure)
+def wrong(interpreter: Interpreter, op: OpOverload, got: str, expected: str, cure: str) -> RuleResultError:
+    return RuleResultError(op, interpreter, interpreter.rule_place(op) or "an unknown place", got, expected, cure)
 
 
 def kind_of(out: Any) -> str:

@@ -1,0 +1,118 @@
+"""Imports point down only: a room of the package uses what stands below it, and no module is part of a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import functrans
+
+HOME = Path(functrans.__file__).parent
+#: The rooms, the lowest first; those of one line do not use each other.
+FLOORS = [
+    {"core"},
+    {"functionalize"},
+    {"decompositions"},
+    {"derivatives"},
+    {"programs"},
+    {"interpreters"},
+    {"door", "api"},
+    {"extend"},
+    {"__init__"},
+    {"tour"},
+    {"cli"},
+]
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(HOME.rglob("*.py")):
+        name = ".".join(path.relative_to(HOME).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = ast.parse(path.read_text())
+    return found
+
+
+MODULES = modules()
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imported(node: ast.ImportFrom) -> Iterator[str]:
+    """The modules of the package that an import statement names."""
+    if node.module is None or node.module.split(".")[0] != "functrans":
+        return
+    base = node.module.split(".")[1:]
+    for alias in node.names:
+        full = ".".join([*base, alias.name])
+        yield full if full in MODULES else ".".join(base) or "__init__"
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """All modules of the package that are imported anywhere in ``tree``, for types too."""
+    return {name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in imported(node)}
+
+
+def arrows_up(graph: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in sorted(others)
+        if room(other) != room(module) and FLOOR[room(other)] >= FLOOR[room(module)]
+    ]
+
+
+def at_import(tree: ast.Module) -> set[str]:
+    """The modules that have to be imported before this one is: not those for types, nor those imported inside of functions."""
+    nodes: list[ast.AST] = [n for n in tree.body if not (isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test))]
+    return {name for node in nodes if isinstance(node, ast.ImportFrom) for name in imported(node)}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for other in sorted(graph.get(module, ())):
+            found = walk(other, [*path, module])
+            if found:
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in graph if (found := walk(module, []))), [])
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(m) for m in MODULES} == set(FLOOR)
+
+
+def test_no_arrow_points_up() -> None:
+    assert arrows_up({m: imports(tree) - {m} for m, tree in MODULES.items()}) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circle({m: at_import(tree) - {m} for m, tree in MODULES.items()}) == []
+
+
+@pytest.mark.parametrize(("module", "other"), [("core.stack", "interpreters.grad.interpreter"), ("api.vmap", "door.torch_dispatch")])
+def test_an_arrow_up_is_found(module: str, other: str) -> None:
+    graph = {m: imports(tree) - {m} for m, tree in MODULES.items()}
+    graph[module] = graph[module] | {other}
+    assert arrows_up(graph) == [f"{module} imports {other}"]
+
+
+def test_a_circle_is_found() -> None:
+    graph = {m: at_import(tree) - {m} for m, tree in MODULES.items()}
+    assert "core.dispatch" in graph["functionalize.views"]
+    graph["core.dispatch"] = graph["core.dispatch"] | {"functionalize.views"}
+    assert {"core.dispatch", "functionalize.views"} <= set(circle(graph))
