@@ -362,7 +362,7 @@ class Borrowed:
 
     def __enter__(self) -> Borrowed:  # noqa: PYI034 - not subclassed
         from functrans.interpreters.grad import recording
-        from functrans.interpreters.jvp import borrowed
+        from functrans.interpreters.jvp import fallback
 
         self.names: set[str] = set()
 
@@ -375,7 +375,7 @@ class Borrowed:
 
         self.patches = [
             patch.object(recording, "run_recorded", noting(recording.run_recorded)),
-            patch.object(borrowed, "run_forward_mode", noting(borrowed.run_forward_mode)),
+            patch.object(fallback, "run_forward_mode", noting(fallback.run_forward_mode)),
         ]
         for p in self.patches:
             p.start()

@@ -5,6 +5,7 @@ Nothing else does: an operator without an entry that PyTorch has no derivative f
 
 import torch
 
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import no_derivative
 
 aten = torch.ops.aten
@@ -32,6 +33,10 @@ CONSTANT = {
     # a convention of PyTorch's, whose formulas are zeros: the derivative along the path of one draw is that of mean + std * randn_like(mean)
     "a draw that PyTorch does not differentiate by its parameters": ("normal",),
 }  # fmt: skip
+
+
+#: arguments of which only the places of the elements are used
+PLACES: dict[OpOverload, tuple[str, ...]] = {aten.sparse_mask.default: ("mask",)}
 
 
 for _name in (name for names in CONSTANT.values() for name in names):

@@ -38,6 +38,7 @@ from functrans.core.torch_private import (
     set_grad_enabled,
     set_key_excluded,
 )
+from functrans.derivatives.constants import PLACES
 
 aten = torch.ops.aten
 
@@ -181,7 +182,8 @@ def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: Mapp
             nodes.add(node)
             stack.extend(n for n, _ in node.next_functions)
     reached = {id(n.variable) for n in nodes if hasattr(n, "variable")}
-    missing = [i for i, t in inputs.items() if id(t) not in reached]
+    places = PLACES.get(op, ())
+    missing = [i for i, t in inputs.items() if id(t) not in reached and tensor_names(op, [i]).strip("'") not in places]
     if outputs and missing:
         raise NoFormulaError(op, borrower, f"its output does not depend on {tensor_names(op, missing)} for PyTorch")
     _with_formulas.add((op, tuple(inputs)))
