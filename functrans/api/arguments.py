@@ -10,13 +10,13 @@ from torch import Tensor
 
 from functrans.api.structures import path_of
 from functrans.core.errors import Call, CallError, CallValueError, DeadWrapperError
+from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import tree_flatten, tree_unflatten
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.core.wording import what
 from functrans.functionalize.views import contents_of
 from functrans.functionalize.writes import invalidate_saved
-from functrans.interpreters.grad.recording import DIFFERENTIABLE
 
 Argnums = int | tuple[int, ...]
 #: In place of argnums: every argument, as in vjp and jvp, where they are called primals.

@@ -26,6 +26,7 @@ from functrans.api.checks import call_function, check_callable, check_flag
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.made_at import note_results
+from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
@@ -33,7 +34,6 @@ from functrans.core.thread_state import STATE, door_closed
 from functrans.core.torch_private import set_forward_enabled
 from functrans.core.wording import shown, what
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
-from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 

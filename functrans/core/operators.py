@@ -9,6 +9,12 @@ import torch
 from functrans.core.rules import FORGET, SCOPES, RuleTable, covering, scope_here
 from functrans.core.torch_private import COMPOSITE, OpOverload
 
+#: Dtypes whose numbers have derivatives.
+DIFFERENTIABLE = frozenset(
+    d for d in vars(torch).values() if isinstance(d, torch.dtype) and (d.is_floating_point or d.is_complex)
+)
+
+
 #: Pure at the door: its outputs are new tensors.
 PURE = 0
 #: Some output may share memory with the first argument.

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from functrans.core.described import given, shown
 from functrans.core.dispatch import dispatch, lower, map_tensors
 from functrans.core.errors import HookError, ModifiedError
-from functrans.core.operators import Facts, facts, plans_here
+from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
@@ -22,15 +22,8 @@ from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
-from functrans.interpreters.grad.recording import (
-    DIFFERENTIABLE,
-    GRAD_RULES,
-    WITHOUT_RULE,
-    Plan,
-    ProgramPlan,
-    choose_method,
-    matrix_of,
-)
+from functrans.interpreters.grad.plans import Plan, ProgramPlan, matrix_of
+from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, choose_method
 from functrans.programs.admission import REAL
 from functrans.programs.operators import operator_program
 from functrans.programs.program import Program

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import call_below, dispatch, lower, map_tensors
 from functrans.core.errors import DerivativeEntryError
-from functrans.core.operators import Facts, facts, plans_here
+from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
 from functrans.core.rules import SCOPES, RuleTable, place_in
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
@@ -19,7 +19,6 @@ from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.fitting import described, expect_tangent, spec
-from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.fallback import borrow
 from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import tangent as tangent_program

@@ -1,0 +1,155 @@
+"""What every level does alike with an ``autograd.Function``: contexts, arguments one level down, checks of what its methods return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from functrans.core.dispatch import WITHOUT_TENSORS
+from functrans.core.errors import CustomFunctionError
+from functrans.core.pytrees import tree_flatten, tree_map
+from functrans.core.stack import Interpreter
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import lowered
+from functrans.core.torch_private import no_setup_context
+from functrans.interpreters.fitting import expect_tangent, fitted, spec
+
+
+def within(a: Any) -> Sequence[Any]:
+    """The leaves of an argument: itself, or what a list, dict or other container holds."""
+    return (a,) if isinstance(a, Tensor) or type(a) in WITHOUT_TENSORS else tree_flatten(a)[0]
+
+
+def unwrapped(interpreter: Interpreter, args: Sequence[Any]) -> tuple[list[bool], list[Any]]:
+    """Which arguments are wrappers of ``interpreter``, and all of them one level down, in containers too.
+
+    As without transforms, what containers hold is a constant for backward and jvp; vmap batches it.
+    """
+
+    def below(x: Any) -> Any:
+        return x.value if type(x) is WrapperTensor and x.interpreter is interpreter else x
+
+    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in args]
+    return mine, [a if type(a) in WITHOUT_TENSORS else tree_map(below, a) for a in args]
+
+
+def is_setup_style(cls: type[Function]) -> bool:
+    return cls.setup_context is not no_setup_context
+
+
+def overrides(cls: type[Function], name: str) -> bool:
+    return getattr(cls, name) is not getattr(Function, name)
+
+
+class Context:
+    """What forward and setup_context save for backward and jvp: the methods of PyTorch's FunctionCtx."""
+
+    def __init__(self, cls: type[Function], needs_input_grad: tuple[bool, ...]) -> None:
+        self._cls = cls
+        self.needs_input_grad = needs_input_grad
+        self.materialize_grads = True
+        self._saved: tuple[Any, ...] = ()
+        self._saved_forward: tuple[Any, ...] = ()
+        self._forward_mode = False
+        self._non_differentiable: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self._saved = tensors
+
+    def save_for_forward(self, *tensors: Any) -> None:
+        self._saved_forward = tensors
+
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        return self._saved_forward if self._forward_mode and self._saved_forward else self._saved
+
+    def mark_dirty(self, *tensors: Tensor) -> None:
+        raise CustomFunctionError(self._cls, "writes to an input (ctx.mark_dirty)", "Return a new tensor instead.")
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        self._non_differentiable = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize_grads = value
+
+    def replace(self, olds: Sequence[Any], news: Sequence[Any]) -> None:
+        """Let saved outputs be the outputs proper; see NOTE [Contexts per level]."""
+        pairs = [(o, n) for o, n in zip(olds, news, strict=True) if isinstance(o, Tensor)]
+
+        def new(x: Any) -> Any:
+            return next((n for o, n in pairs if o is x), x)
+
+        self._saved = tuple(new(x) for x in self._saved)
+        self._saved_forward = tuple(new(x) for x in self._saved_forward)
+        self._non_differentiable = tuple(new(x) for x in self._non_differentiable)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, new(value))
+
+    def is_non_differentiable(self, out: Any) -> bool:
+        return any(out is t for t in self._non_differentiable)
+
+
+def shape_of(x: Any) -> Any:
+    """Shape and dtype of a tensor; None for anything else, lists included, which are constants to a Function."""
+    return spec(x) if isinstance(x, Tensor) else None
+
+
+def as_tuple(out: Any) -> tuple[Any, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def run_below(interpreter: Interpreter, cls: type[Function], values: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Any, Context]:
+    """The output one level down, and a context that holds values of that level."""
+    ctx = Context(cls, needs)
+    with lowered(interpreter):
+        out = cls.apply(*values)
+        if is_setup_style(cls):
+            cls.setup_context(ctx, tuple(values), out)
+        else:
+            with torch.no_grad():
+                trial = cls.forward(ctx, *values)
+            ctx.replace(as_tuple(trial), as_tuple(out))
+    return out, ctx
+
+
+class Refusal:
+    """The error for something that a method returned."""
+
+    def __init__(self, cls: type[Function], where: str) -> None:
+        self.cls = cls
+        self.where = where
+
+    def __call__(self, got: str, wanted: str) -> CustomFunctionError:
+        return CustomFunctionError(self.cls, f"returned {got} {self.where}", f"Return {wanted}.")
+
+
+def gradients(cls: type[Function], ctx: Context, grad: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """What ``backward`` returns, fitted to the shapes and dtypes of the inputs."""
+    found = as_tuple(cls.backward(ctx, *grad))
+    count = len(inputs)
+    if len(found) > count and all(f is None for f in found[count:]):
+        found = found[:count]
+    if len(found) != count:
+        raise CustomFunctionError(
+            cls, f"returned {len(found)} gradients from backward for {count} inputs", "Return one per input, None where there is none."
+        )
+
+    return [
+        fitted(f, given, Refusal(cls, f"from backward as gradient of input {i}")) if f is not None and given is not None else None
+        for i, (f, given) in enumerate(zip(found, inputs, strict=True))
+    ]
+
+
+def tangents_of(cls: type[Function], ctx: Context, tangents: Sequence[Any], outs: Sequence[Any]) -> tuple[Any, ...]:
+    """What ``jvp`` returns, of the shapes and dtypes ``outs``."""
+    found = as_tuple(cls.jvp(ctx, *tangents))
+    if len(found) != len(outs):
+        raise CustomFunctionError(cls, f"returned {len(found)} tangents from jvp for {len(outs)} outputs", "Return one per output, None where there is none.")
+    for i, (t, o) in enumerate(zip(found, outs, strict=True)):
+        expect_tangent(t, o, Refusal(cls, f"from jvp as tangent of output {i}"))
+    return found

@@ -1,0 +1,84 @@
+"""An ``autograd.Function`` on tracked values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from functrans.core.dispatch import map_tensors
+from functrans.core.thread_state import lowered
+from functrans.interpreters.function_context import (
+    Context,
+    as_tuple,
+    gradients,
+    run_below,
+    shape_of,
+    unwrapped,
+)
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.grad.plans import snapshot, tensors_in
+
+
+def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
+    mine, values = unwrapped(interpreter, args)
+    slots = [a.slot if m else None for a, m in zip(args, mine, strict=True)]
+    needs = tuple(s is not None for s in slots)
+    if not any(needs) or not torch.is_grad_enabled():
+        with lowered(interpreter):
+            out = cls.apply(*values)
+        return map_tensors(interpreter.constant, out)
+    out, ctx = run_below(interpreter, cls, values, needs)
+    outs = as_tuple(out)
+    wrapped = tuple(
+        o if not isinstance(o, Tensor) else interpreter.constant(o) if ctx.is_non_differentiable(o) else interpreter.output(o)
+        for o in outs
+    )
+    saved = FunctionRecord(cls, ctx, outs, [shape_of(v) for v in values])
+    interpreter.record(FUNCTION_PLAN, [getattr(w, "slot", None) for w in wrapped], [s for s in slots if s is not None], saved)
+    return wrapped if isinstance(out, tuple) else wrapped[0]
+
+
+class FunctionRecord:
+    """One tracked call of a Function."""
+
+    def __init__(self, cls: type[Function], ctx: Context, outs: tuple[Any, ...], inputs: list[Any]) -> None:
+        self.cls = cls
+        self.ctx = ctx
+        self.outs = outs
+        self.inputs = inputs
+
+    def __repr__(self) -> str:
+        return f"<call of {self.cls.__name__}>"
+
+
+class FunctionPlan:
+    op: Any = "an autograd.Function"
+
+    def operator(self, saved: FunctionRecord) -> str:
+        return f"{saved.cls.__name__}.apply"
+
+    def __repr__(self) -> str:
+        return f"<FunctionPlan of {self.op}>"
+
+    def pull(self, saved: FunctionRecord, grad: list[Tensor | None]) -> list[Any]:
+        ctx = saved.ctx
+        if ctx.materialize_grads:
+            grad = [
+                torch.zeros_like(o) if g is None and isinstance(o, Tensor) else g for g, o in zip(grad, saved.outs, strict=True)
+            ]
+        found = gradients(saved.cls, ctx, grad, saved.inputs)
+        return [f for f, needed in zip(found, ctx.needs_input_grad, strict=True) if needed]
+
+    def protect(self, saved: FunctionRecord, target: Tensor) -> FunctionRecord:
+        saved.ctx._saved = tuple(snapshot(x, target) for x in saved.ctx._saved)
+        return saved
+
+    def saved_tensors(self, saved: FunctionRecord) -> list[Tensor]:
+        return tensors_in(saved.ctx._saved)
+
+
+FUNCTION_PLAN = FunctionPlan()

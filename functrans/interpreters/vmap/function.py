@@ -1,0 +1,147 @@
+"""An ``autograd.Function`` on batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import Function
+
+from functrans.core.dispatch import WITHOUT_TENSORS, map_tensors
+from functrans.core.errors import CustomFunctionError
+from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.core.stack import run_transformed
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import lowered
+from functrans.interpreters.function_context import (
+    Context,
+    as_tuple,
+    gradients,
+    is_setup_style,
+    overrides,
+    shape_of,
+    tangents_of,
+    unwrapped,
+)
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
+
+
+def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
+
+    def bdim(x: Any) -> int | None:
+        return x.bdim if type(x) is WrapperTensor and x.interpreter is interpreter else None
+
+    _, values = unwrapped(interpreter, args)
+    in_dims = tuple(None if type(a) in WITHOUT_TENSORS else tree_map(bdim, a) for a in args)
+    if all(d is None for d in tree_flatten(in_dims)[0]):
+        with lowered(interpreter):
+            out = cls.apply(*values)
+        return map_tensors(interpreter.constant, out)
+    if overrides(cls, "vmap"):
+        if cls.generate_vmap_rule:
+            raise CustomFunctionError(cls, "has both generate_vmap_rule=True and a vmap staticmethod", "Keep one of them.")
+        with lowered(interpreter):
+            result = cls.vmap(interpreter.info, in_dims, *values)
+        return interpreter.leave(cls, result)
+    batched = batched_function(cls, interpreter, in_dims)
+    with lowered(interpreter):
+        out = batched.apply(*values)
+    wrapped = tuple(interpreter.batched(o, 0) if isinstance(o, Tensor) else o for o in as_tuple(out))
+    return wrapped if isinstance(out, tuple) else wrapped[0]
+
+
+def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple[int | None, ...]) -> type[Function]:
+    """The Function on physical values: each of its methods, run once under vmap."""
+
+    def inside(body: Callable[[VmapInterpreter], Any]) -> Any:
+        interpreter = VmapInterpreter(outer.batch_size, outer.info.randomness, cls)
+        return run_transformed(interpreter, lambda: body(interpreter))
+
+    def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:
+        if type(x) is WrapperTensor and x.interpreter is interpreter:
+            return x.value, x.bdim
+        return x, None
+
+    def entered(interpreter: VmapInterpreter, value: Any, dim: Any) -> Any:
+        if isinstance(value, Tensor):
+            return interpreter.batched(value, dim)
+        if type(value) in WITHOUT_TENSORS:
+            return value
+        leaves, spec = tree_flatten(value)
+        dims = tree_flatten(dim)[0]
+        return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in zip(leaves, dims, strict=True)])
+
+    def to_dim(x: Any, bdim: int | None, dim: int) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.unsqueeze(dim).expand(*x.shape[:dim], outer.batch_size, *x.shape[dim:]) if bdim is None else x.movedim(bdim, dim)
+
+    class Batched(Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> Any:
+            inner = Context(cls, ctx.needs_input_grad)
+
+            def body(interpreter: VmapInterpreter) -> Any:
+                args = [entered(interpreter, v, d) for v, d in zip(values, in_dims, strict=True)]
+                if is_setup_style(cls):
+                    out = cls.forward(*args)
+                    cls.setup_context(inner, tuple(args), out)
+                else:
+                    out = cls.forward(inner, *args)
+                outs = [physical(interpreter, o) for o in as_tuple(out)]
+                differentiable = [not inner.is_non_differentiable(o) for o in as_tuple(out)]
+                ctx.inputs = [shape_of(a) for a in args]
+                ctx.outputs = [shape_of(o) for o in as_tuple(out)]
+                return outs, differentiable, isinstance(out, tuple), [physical(interpreter, s) for s in inner._saved], [
+                    physical(interpreter, s) for s in inner._saved_forward
+                ]
+
+            outs, differentiable, many, saved, saved_forward = inside(body)
+            results = [to_dim(o, d, 0) for o, d in outs]
+            by_value = {id(o): r for (o, _), r in zip(outs, results, strict=True)}
+            ctx.dims = [d if id(s) not in by_value else 0 for s, d in saved]
+            ctx.forward_dims = [d if id(s) not in by_value else 0 for s, d in saved_forward]
+            ctx.save_for_backward(*[by_value.get(id(s), s) for s, _ in saved])
+            ctx.save_for_forward(*[by_value.get(id(s), s) for s, _ in saved_forward])
+            ctx.mark_non_differentiable(*[r for r, d in zip(results, differentiable, strict=True) if not d and isinstance(r, Tensor)])
+            ctx.set_materialize_grads(inner.materialize_grads)
+            ctx.inner = inner
+            return tuple(results) if many else results[0]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            def body(interpreter: VmapInterpreter) -> Any:
+                ctx.inner._forward_mode = False
+                ctx.inner._saved = rewrapped(interpreter, ctx.saved_tensors, ctx.dims)
+                given = [interpreter.batched(g, 0) if isinstance(g, Tensor) else g for g in grads]
+                return [physical(interpreter, f) for f in gradients(cls, ctx.inner, given, ctx.inputs)]
+
+            found = inside(body)
+            return tuple(
+                f if not isinstance(f, Tensor) else (to_dim(f, d, 0).sum(0) if in_dim is None else to_dim(f, d, in_dim))
+                for (f, d), in_dim in zip(found, in_dims, strict=True)
+            )
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            def body(interpreter: VmapInterpreter) -> Any:
+                ctx.inner._forward_mode = True
+                wrapped = rewrapped(interpreter, ctx.saved_tensors, ctx.forward_dims or ctx.dims)
+                if ctx.inner._saved_forward:
+                    ctx.inner._saved_forward = wrapped
+                else:
+                    ctx.inner._saved = wrapped
+                given = [interpreter.batched(t, d) if isinstance(t, Tensor) else t for t, d in zip(tangents, in_dims, strict=True)]
+                return [physical(interpreter, f) for f in tangents_of(cls, ctx.inner, given, ctx.outputs)]
+
+            return tuple(to_dim(f, d, 0) for f, d in inside(body))
+
+    if not overrides(cls, "jvp"):
+        Batched.jvp = Function.jvp  # type: ignore[method-assign]
+    Batched.__name__ = f"Batched{cls.__name__}"
+    return Batched
+
+
+def rewrapped(interpreter: VmapInterpreter, saved: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, ...]:
+    return tuple(interpreter.batched(s, d) if isinstance(s, Tensor) else s for s, d in zip(saved, dims, strict=True))
