@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans.errors import MissingRuleError, MixedTransformsError, NoFormulaError
+from functrans.errors import MissingRuleError, NoFormulaError
 from functrans.lowering import base, dispatch, map_tensors
 from functrans.operators import facts
 from functrans.stack import Interpreter
@@ -32,7 +32,6 @@ from functrans.thread_state import Snapshot, running_at, unchanged
 from functrans.torch_private import (
     AUTOGRAD,
     OpOverload,
-    is_torch_func_active,
     push_packing,
     set_forward_enabled,
     set_grad_enabled,
@@ -234,8 +233,6 @@ def run_recorded(
 
     @recording
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
-        if is_torch_func_active():
-            raise MixedTransformsError(f"a pullback of {op}")
         twin.grad_mode = torch.is_grad_enabled()
         pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
         with _autograd_on(twin), _refusals(borrower, op):

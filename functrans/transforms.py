@@ -23,7 +23,7 @@ from functrans.arguments import (
     unwrap,
 )
 from functrans.checks import call_function, check_callable, check_flag
-from functrans.errors import Call, CallError, CallTypeError, CallValueError
+from functrans.errors import Call, CallError, CallTypeError, CallValueError, MixedTransformsError
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.grad.recording import DIFFERENTIABLE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -33,7 +33,7 @@ from functrans.stack import run_transformed
 from functrans.structures import difference, path_of
 from functrans.tensor import WrapperTensor, check_layout
 from functrans.thread_state import STATE, door_closed
-from functrans.torch_private import set_forward_enabled
+from functrans.torch_private import is_torch_func_active, set_forward_enabled
 from functrans.wording import shown, what
 
 
@@ -208,6 +208,8 @@ def vjp_with_argnums(
 
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Cotangents of the primals, given cotangents of the output. (The other arguments are torch.func's and have no effect.)"""
+        if is_torch_func_active():
+            raise MixedTransformsError(f"pullback of {call}")
         leaves, given = leaves_like(cotangents, spec)
         if given != spec:
             raise CallError(f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values)))
