@@ -68,7 +68,7 @@ def rule_of(op: Any, rule: Callable[..., Any]) -> Iterator[None]:
 
 
 def text(error: BaseException) -> str:
-    return re.sub(r"\S*(test_rule_results.py):\d+", r"\1:N", str(error))
+    return re.sub(r"\S*(test_carried_values.py):\d+", r"\1:N", str(error))
 
 
 @pytest.fixture(autouse=True)
@@ -258,8 +258,8 @@ def test_texts_of_results() -> None:
         slope(lambda x: x.max(0), X)
     found.append(text(info.value))
     assert_expected_inline("\n".join(found), """\
-the rule for aten.sin.default of slope(sin) at level 2, registered at test_rule_results.py:N: got float64[3] of vmap(<lambda>) at level 1; expected a tensor of slope(sin) at level 2. Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
-the rule for aten.sin.default of slope(sin) at level 2, registered at test_rule_results.py:N: got None; expected a tensor of slope(sin) at level 2. Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
-the rule for aten.sin.default of slope(sin) at level 2, registered at test_rule_results.py:N: got float64[]; expected shape [3], the operator's for these arguments. Mend the rule.
-the rule for aten.sin.default of slope(sin) at level 2, registered at test_rule_results.py:N: got a tensor without u; expected one made by carry of slope(sin). Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
-the rule for aten.max.dim of slope(<lambda>) at level 1, registered at test_rule_results.py:N: got float64[3] of slope(<lambda>) at level 1; expected a tuple of 2, one for each output of aten::max.dim(Tensor self, int dim, bool keepdim=False) -> (Tensor values, Tensor indices). Return them all.""")
+the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got float64[3] of vmap(<lambda>) at level 1; expected a tensor of slope(sin) at level 2. Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
+the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got None; expected a tensor of slope(sin) at level 2. Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
+the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got float64[]; expected shape [3], the operator's for these arguments. Mend the rule.
+the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got a tensor without u; expected one made by carry of slope(sin). Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
+the rule for aten.max.dim of slope(<lambda>) at level 1, registered at test_carried_values.py:N: got float64[3] of slope(<lambda>) at level 1; expected a tuple of 2, one for each output of aten::max.dim(Tensor self, int dim, bool keepdim=False) -> (Tensor values, Tensor indices). Return them all.""")
