@@ -207,5 +207,5 @@ lost.register_autograd(without_history, setup_context=lambda ctx, inputs, output
 def test_a_pullback_that_forgets_its_cotangent_has_no_transpose() -> None:
     """Forward mode of a custom operator is its reverse formula transposed; a formula that cuts the history would make it 0."""
     torch.testing.assert_close(grad(lambda x: lost(x).sum())(X), 2 * X)
-    with pytest.raises(FunctransError, match="functrans_tests.lost.*cannot be followed"):
+    with pytest.raises(FunctransError, match="takes a Python number .* of native derivative.lost.default. .* its derivative would be lost"):
         jvp(lost, (X,), (X,))

@@ -264,7 +264,7 @@ def test_texts_of_kernels() -> None:
             call()
         found.append(text(info.value))
     assert_expected_inline("\n\n".join(found), """\
-RuntimeError: Expected size for first two dimensions of batch2 tensor to be: [5, 3] but got: [5, 2].
+RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)
 in vmap(<lambda>) at level 1: aten.matmul.default of float32[2, 3], float32[2, 3]
 in grad(<lambda>) at level 2: aten.matmul.default of float32[2, 3], float32[2, 3]
 called at test_rule_errors.py:N, in <lambda>
@@ -274,11 +274,11 @@ in vmap(<lambda>) at level 1: aten.add.Tensor of float32[2], float32[3]
 in grad(<lambda>) at level 2: aten.add.Tensor of float32[2], float32[3]
 called at test_rule_errors.py:N, in <lambda>
 
-RuntimeError: mat1 and mat2 shapes cannot be multiplied (10x3 and 4x4)
+RuntimeError: mat1 and mat2 shapes cannot be multiplied (5x3 and 4x4)
 in vmap(Linear) at level 1: aten.linear.default of float32[5, 3], float32[4, 4], float32[4]
 called at test_rule_errors.py:N, in <lambda>
 
-RuntimeError: Number of dimensions of tensors must match.  Expected 2-D tensors, but got 1-D for tensor number 1 in the list
+RuntimeError: Tensors must have same number of dimensions: got 2 and 1
 in vmap(<lambda>) at level 1: aten.cat.default of [float32[2, 3], float32[3]], 1
 called at test_rule_errors.py:N, in <lambda>""")
 

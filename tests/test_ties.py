@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +51,8 @@ NAN = "PyTorch has NaN, zero times infinity, where the derivative is finite"
 DIFFERS: dict[tuple[Any, str], str] = {
     (aten.copy.default, "reverse"): NO_FORMULA,
     (aten.remainder.Scalar_Tensor, "reverse"): NO_FORMULA,
+    (aten.nextafter.default, "reverse"): NO_FORMULA,
+    (aten.heaviside.default, "reverse"): NO_FORMULA,
     (aten.special_zeta.self_scalar, "forward"): NO_FORMULA,
     (aten.hardsigmoid.default, "second"): NO_FORMULA,
     (aten._prelu_kernel.default, "forward"): FORWARD_IS_NO_TRANSPOSE,
@@ -63,6 +66,10 @@ DIFFERS: dict[tuple[Any, str], str] = {
     (aten.logit.default, "forward"): "a negative eps is none; PyTorch's forward mode takes it for bounds",
     (aten.pow.Tensor_Tensor, "second"): "PyTorch drops the mixed derivative 1 / x where the exponent is 0",
 }
+#: What PyTorch calls non-differentiable: derivatives/{airy,bessel,orthogonal}.py has the derivatives, and
+#: test_derivatives_special.py their oracle.
+WITHOUT_DERIVATIVE = re.compile(r"aten::special_(airy_ai|bessel|modified_bessel|scaled_modified|spherical|.*_polynomial)_")
+DIFFERS |= {(op, "reverse"): NO_FORMULA for op in DERIVATIVES if WITHOUT_DERIVATIVE.match(op.name() + "_")}
 if not SPLITS_TIES:
     DIFFERS[aten.fmax.default, "forward"] = FORWARD_IS_NO_TRANSPOSE
     DIFFERS[aten.clamp.Tensor, "forward"] = FORWARD_IS_NO_TRANSPOSE

@@ -24,14 +24,14 @@ from functrans.api.arguments import (
 )
 from functrans.api.checks import call_function, check_callable, check_flag
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
+from functrans.core.errors import Call, CallError, CallTypeError, CallValueError, MixedTransformsError
 from functrans.core.made_at import note_results
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.core.thread_state import STATE, door_closed
-from functrans.core.torch_private import set_forward_enabled
+from functrans.core.torch_private import is_torch_func_active, set_forward_enabled
 from functrans.core.wording import shown, what
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -211,6 +211,8 @@ def vjp_with_argnums(
 
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Cotangents of the primals, given cotangents of the output. (The other arguments are torch.func's and have no effect.)"""
+        if is_torch_func_active():
+            raise MixedTransformsError(f"pullback of {call}")
         leaves, given = leaves_like(cotangents, spec)
         if given != spec:
             raise CallError(f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values)))

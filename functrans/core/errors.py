@@ -51,9 +51,9 @@ class NotAnOverloadError(FunctransError, TypeError):
     Cure: name the overload, e.g. ``torch.ops.aten.sin.default`` instead of ``torch.ops.aten.sin``.
     """
 
-    def __init__(self, title: str, op: Any) -> None:
+    def __init__(self, title: str, op: Any, overload: Any = None) -> None:
         super().__init__(
-            f"{title}: expected an operator overload such as torch.ops.aten.sin.default, got {what_was_named(op)}. {overloads_meant(op, title)}"
+            f"{title}: expected an operator overload such as torch.ops.aten.sin.default, got {what_was_named(op)}. {overloads_meant(op, title, overload)}"
         )
 
 
@@ -64,12 +64,11 @@ def what_was_named(op: Any) -> str:
     return f"the function {op.__qualname__}" if inspect.isfunction(op) else what(op)
 
 
-def overloads_meant(op: Any, title: str) -> str:
-    """What to write instead of ``op``."""
+def overloads_meant(op: Any, title: str, overload: Any) -> str:
+    """What to write instead of ``op``, which may be a custom operator with an ``overload``."""
     if isinstance(op, OpOverloadPacket):
         return f"Name one of its overloads: {', '.join(f'torch.ops.{op}.{name}' for name in op.overloads())}."
-    overload = getattr(op, "_opoverload", None)
-    if overload is not None:  # a torch.library.custom_op
+    if overload is not None:
         return f"Write torch.ops.{overload} for this custom operator."
     if isinstance(op, str):
         name = op.removeprefix("torch.ops.").replace("::", ".")

@@ -13,10 +13,11 @@ from torch import Tensor
 from functrans.core.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
 from functrans.core.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
+from functrans.core.torch_private import TENSOR_MODULE
 
 MODULE_CALL = torch.nn.Module.__call__.__code__
 #: PyTorch's code that hands on what it was called with to ``otherwise``, which notes the place.
-SENT_ON = frozenset(m.__file__ for m in (torch.functional, torch.nn.functional, torch._tensor))
+SENT_ON = frozenset(m.__file__ for m in (torch.functional, torch.nn.functional, TENSOR_MODULE))
 
 
 def several(out: Any) -> bool:
@@ -30,7 +31,6 @@ def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
     To look at a frame takes longer than to pass it by, so those that come together are jumped over.
     """
     up += 1
-    jumped = False
     try:
         while True:
             code = frame.f_code
@@ -41,15 +41,10 @@ def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
                 break
             if name in WITHIN_FILES or code.co_name == "otherwise":
                 return  # the operator being handled, or the door's ``otherwise``, notes its place
-            if jumped and code is MODULE_CALL:  # another forward called the one that was taken for the module's
-                up -= 2
-                jumped = False
-            elif code.co_name == "forward":
+            if code.co_name == "forward" and sys._getframe(up + 2).f_code is MODULE_CALL:
                 up += 3  # two functions of Module, and their caller
-                jumped = True
             else:
                 up += 1
-                jumped = False
             frame = sys._getframe(up)
     except ValueError:  # no more frames: a thread that starts in library code
         return

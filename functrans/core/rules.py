@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 from functrans.core.errors import CallTypeError, DuplicateRuleError, NotAnOverloadError, RegistrationError
-from functrans.core.torch_private import OpOverload
+from functrans.core.torch_private import OpOverload, overload_of_library
 from functrans.core.wording import shown, what
 
 Rule = TypeVar("Rule")
@@ -110,7 +110,7 @@ class RuleTable(Generic[Rule]):
     def check(self, op: Any) -> None:
         """Refuse what is no operator overload, or one that is never looked up here."""
         if not isinstance(op, OpOverload):
-            raise NotAnOverloadError(self.title, op)
+            raise NotAnOverloadError(self.title, op, overload_of_library(op))
         if not self.writing and any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments):
             raise RegistrationError(
                 f"{self.title}: {op} writes to its arguments ({op._schema}); a transform never sees it, since it sees the form that returns "
@@ -192,7 +192,7 @@ class RuleTable(Generic[Rule]):
         try:
             return self._rules.get(op)
         except TypeError:  # an unhashable thing
-            raise NotAnOverloadError(self.title, op) from None
+            raise NotAnOverloadError(self.title, op, overload_of_library(op)) from None
 
     def rule_outside(self, op: OpOverload) -> Rule | None:
         """The rule for ``op`` outside of all scopes, or None."""

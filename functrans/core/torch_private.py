@@ -9,6 +9,8 @@ from __future__ import annotations
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from functrans.core.errors import TorchMovedError
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "INDEX_BATCHED_KEYS",
     "NEGATIVE",
     "PYTHON",
+    "TENSOR_MODULE",
     "TREE_NODES",
     "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR",
@@ -41,6 +44,7 @@ __all__ = [
     "mode_stack_size",
     "no_dispatch",
     "no_setup_context",
+    "overload_of_library",
     "pop_function_mode",
     "pop_mode",
     "pop_packing",
@@ -160,6 +164,7 @@ is_torch_func_active = private(
     "torch._C._are_functorch_transforms_active", "to refuse to run inside a transform of torch.func"
 )
 make_wrapper = private("torch.Tensor._make_wrapper_subclass", "to make tensors that have metadata and no data")
+TENSOR_MODULE: Any = private("torch._tensor", "to tell the code of Tensor's methods, which hands calls on")
 no_dispatch = private("torch.utils._mode_utils.no_dispatch", "to make tensors past all modes")
 DisableTorchDispatch = private("torch._C._DisableTorchDispatch", "to print tensors past all modes")
 DECOMPOSITION_TABLE: dict[Any, Any] = private(
@@ -183,6 +188,11 @@ def vmap_rule_of_library(op: OpOverload) -> Any:
         return None if definition is None else definition._vmap_fn
     except AttributeError as error:
         raise TorchMovedError("torch._library.custom_ops.CustomOpDef._vmap_fn", _FOR_RULES) from error
+
+
+def overload_of_library(op: Any) -> Any:
+    """The operator overload that a ``torch.library.custom_op`` stands for, or None."""
+    return getattr(op, "_opoverload", None) if isinstance(op, torch.library.CustomOpDef) else None
 
 
 class Mode(TorchDispatchMode):

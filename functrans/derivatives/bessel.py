@@ -13,8 +13,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.helpers import conj
 from functrans.derivatives.series import even_or, power_series
 from functrans.derivatives.table import derivative
@@ -101,7 +101,8 @@ def far_or(near: Callable[[Tensor], Tensor], x: Tensor, coefficients: Sequence[f
 
 
 def i0e_self(grad: Tensor, self: Tensor) -> Tensor:
-    return grad * self.sgn() * far_or(lambda x: special.i1e(x) - special.i0e(x), self.abs(), I_SLOPES[0])
+    slope = self.sgn() * far_or(lambda x: special.i1e(x) - special.i0e(x), self.abs(), I_SLOPES[0])
+    return grad * torch.where(self == 0, special.i1e(self), slope)  # the choice of PyTorch at the kink, of every order
 
 
 def i1e_near(x: Tensor) -> Tensor:

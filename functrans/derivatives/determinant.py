@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from functrans.core import thread_state
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import is_torch_func_active
@@ -38,13 +39,15 @@ def may_be_differentiated(x: Tensor) -> bool:
 
 
 def is_regular(LU: Tensor, limit: float) -> bool:
-    """Whether no pivot, in all of the batch, is below this part of the largest. False where the numbers cannot be looked at.
+    """Whether no pivot, in all of the batch, is below this part of the largest. False where the numbers cannot be looked at,
+    or where what is computed is recorded, for other numbers.
 
     Both answers lead to the same derivative: what is asked is whether the faster way is exact enough.
     """
     while type(LU) is WrapperTensor:
         LU = LU.value
-    if type(LU) is not Tensor or LU.device.type == "meta" or is_torch_func_active():
+    recorded = torch.jit.is_tracing() or any(mode is not thread_state.DOOR for mode in thread_state.modes_on())
+    if recorded or type(LU) is not Tensor or LU.device.type == "meta" or is_torch_func_active():
         return False
     with door_closed(), torch.no_grad():
         pivots = LU.diagonal(0, -2, -1).abs()

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+
+from functrans.core.torch_private import OpOverload
 
 LIBRARY = torch.library.Library("functrans", "FRAGMENT")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.helpers import add, cast, conj
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans.core.dispatch import base, dispatch, map_tensors
-from functrans.core.errors import MissingRuleError, MixedTransformsError, NoFormulaError
+from functrans.core.errors import MissingRuleError, NoFormulaError
 from functrans.core.operators import facts
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
@@ -32,7 +32,6 @@ from functrans.core.thread_state import Snapshot, running_at, unchanged
 from functrans.core.torch_private import (
     AUTOGRAD,
     OpOverload,
-    is_torch_func_active,
     push_packing,
     set_forward_enabled,
     set_grad_enabled,
@@ -237,8 +236,6 @@ def run_recorded(
 
     @recording
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
-        if is_torch_func_active():
-            raise MixedTransformsError(f"a pullback of {op}")
         twin.grad_mode = torch.is_grad_enabled()
         pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
         with _autograd_on(twin), _refusals(borrower, op):
