@@ -177,7 +177,7 @@ def test_the_tape_its_records_and_plans() -> None:
 
     def look(x: Tensor) -> Tensor:
         y = Twice.apply(x.sin() @ x)
-        z = torch.renorm(y, 2, 0, 1.0)
+        z = torch.linalg.householder_product(y, torch.ones(2))
         values, _ = z[0].max(0)
         (tape,) = interpreter_stack()
         seen.append(tape.describe_tape())
@@ -192,7 +192,7 @@ def test_the_tape_its_records_and_plans() -> None:
 2 = aten.sin.default(1), saved [float32[2, 2]]
 3 = aten.matmul.default(2, 1), saved [float32[2, 2], float32[2, 2], None, None]
 [4] = Twice.apply(3), saved <call of Twice>
-[5] = aten.renorm.default(4), saved [aten.renorm.default, <PyTorch's pullback, of inputs [float32[2, 2]]>]
+[5] = aten.linalg_householder_product.default(4), saved [aten.linalg_householder_product.default, <PyTorch's pullback, of inputs [float32[2, 2], float32[2]]>]
 6 = aten.select.int(5), saved [float32[2, 2], 0, 0]
 [7, None] = aten.max.dim(6), saved [float32[2], 0, False, [float32[], int64[]]]
 <ProgramPlan of aten.sin.default for input 0>
