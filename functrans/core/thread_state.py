@@ -53,7 +53,7 @@ class _State(threading.local):
 
 STATE = _State()
 
-#: The door, pushed on PyTorch's mode stack; ``functrans.door.torch_function`` hands it over.
+#: The door, pushed on PyTorch's mode stack; ``functrans.door.torch_dispatch`` hands it over.
 DOOR: Any = None
 
 

@@ -89,7 +89,7 @@ def who_reads() -> str | None:
             asked = True  # by the code around, or by a parser that reads the number as Python does, through __float__
         assert frame.f_back is not None
         frame = frame.f_back
-        if asked and frame.f_globals["__name__"] not in ("functrans.door.torch_function", "functrans.core.tensor"):
+        if asked and frame.f_globals["__name__"] not in ("functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.core.tensor"):
             return None
     if frame.f_globals["__name__"] == "torch._ops":
         return None
