@@ -62,6 +62,9 @@ WRONG_AT_THE_BASE = {
     "nn.functional.max_unpool1d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d",
 }  # fmt: skip
 
+# Numbers are drawn for negative elements only: examples of other signs draw others, so that no draw is the same for all.
+DRAWS_BY_SIGN = {"nn.functional.rrelu"}
+
 # One sample takes seconds.
 HEAVY = {"grid_sampler_3d": 1}
 
@@ -226,6 +229,8 @@ def run_operator(
         warnings.simplefilter("ignore")
         for problem in problems(op, cap):
             for composition in compositions:
+                if problem.random and op.full_name in DRAWS_BY_SIGN and "vmap" in composition:
+                    continue
                 variants = (False, True) if composition == "vmap" else (problem.index % 2 == 1,)
                 for mixed in (False,) if op.full_name in STORAGE else variants:
                     result = judge(problem, composition, mixed, backend)

@@ -255,6 +255,10 @@ SUBSTITUTES = [
         Call(aten.heaviside.default, (torch.tensor([-1.0, 0.0, 0.0, 2.0]).double(), X[:4])),
         lambda self, values: torch.where(self == 0, values, self.gt(0).double()) + 0 * self,
     ),
+    (
+        Call(aten.nextafter.default, (X, X + 1)),
+        lambda self, other: torch.nextafter(self.detach(), other.detach()) + (self - self.detach()) + 0 * other,
+    ),
 ]
 
 HAND_MADE = [
