@@ -196,6 +196,8 @@ def test_asking_for_the_number_is_allowed() -> None:
 CONSTANTS = sorted((str(op), op) for op in DERIVATIVES if DERIVATIVES.get(op).tangent == NO_TANGENT)
 #: zeros by convention; see functrans.derivatives.constants
 CONVENTIONS = {"aten.normal.Tensor_float", "aten.normal.float_Tensor", "aten.normal.Tensor_Tensor"}
+#: their numbers are those that the memory had before, another time others
+UNINITIALIZED = {"aten.empty_like.default", "aten.new_empty.default", "aten.new_empty_strided.default"}
 
 
 def test_the_constants_are_those_that_give_a_reason() -> None:
@@ -207,7 +209,7 @@ def test_the_constants_are_those_that_give_a_reason() -> None:
 def test_constants_do_not_move() -> None:
     """By differences, of arguments made up from the schema."""
     moving = {v.op for _, op in CONSTANTS for call in made_up_calls(op, 3) for v in probe(call) if v.outcome != "still"}
-    assert moving == CONVENTIONS
+    assert moving - UNINITIALIZED == CONVENTIONS
 
 
 def test_a_lie_would_be_found() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
-from functrans.core.errors import MissingRuleError
+from functrans.core.errors import MissingRuleError, NoFormulaError
 from functrans.core.operators import PYTORCH_NAMESPACES, facts
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
@@ -65,10 +65,10 @@ def expect_followed(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: A
         return
     try:
         run_recorded(self, op, values, kwargs, lambda i: i in flat)
-    except RuntimeError as error:
-        if "is not differentiable with respect to argument" in str(error):
-            raise MissingRuleError(op, self, str(error)) from error
-        # of what else reverse mode lacks, forward mode may have its own
+    except NoFormulaError:
+        raise
+    except RuntimeError:
+        pass  # of what else reverse mode lacks, forward mode may have its own
     FOLLOWED.add(key)
 
 
