@@ -41,16 +41,3 @@ def test_a_thread_that_is_not_put_back_is_found() -> None:
     with mock.patch.object(Snapshot, "restore", restore_but_the_keys):
         found = list(violations(lambda shown, number: shown.startswith("interpreters/jvp/interpreter.py"), ["pullbacks", "depth"]))
     assert found and all("keys" in text or "numbers" in text for text in found)
-
-
-def test_a_cache_that_is_filled_too_early_is_found() -> None:
-    from functrans.functionalize import writes
-
-    def filled_too_early(known: Any) -> Any:
-        known.functional = NotImplemented
-        return original(known)
-
-    original = writes.pure_form
-    with mock.patch.object(writes, "pure_form", filled_too_early):
-        found = list(violations(lambda shown, number: shown.startswith("functionalize/out_of_place.py"), ["writes"]))
-    assert found and all("has no pure form" in text for text in found)
