@@ -51,7 +51,7 @@ NAN = "PyTorch has NaN, zero times infinity, where the derivative is finite"
 DIFFERS: dict[tuple[Any, str], str] = {
     (aten.copy.default, "reverse"): NO_FORMULA,
     (aten.remainder.Scalar_Tensor, "reverse"): NO_FORMULA,
-    (aten.nextafter.default, "reverse"): NO_FORMULA,
+    (aten.nextafter.default, "reverse"): "PyTorch has 0 at equal arguments, and none before 2.13; it moves with the first",
     (aten.heaviside.default, "reverse"): NO_FORMULA,
     (aten.special_zeta.self_scalar, "forward"): NO_FORMULA,
     (aten.hardsigmoid.default, "second"): NO_FORMULA,
