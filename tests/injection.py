@@ -295,8 +295,9 @@ def multiplied(interpreter: Sign, x: Any, y: Any) -> Any:
 @program
 def own_transforms() -> Any:
     def sign(f: Callable[..., Any], x: Tensor) -> Any:
+        signum = torch.sign(x)  # a value of the level that x is of
         interpreter = Sign(f)
-        out = run_transformed(interpreter, lambda: f(interpreter.carry(x, signum=torch.sign(x))))
+        out = run_transformed(interpreter, lambda: f(interpreter.carry(x, signum=signum)))
         return out.value, out.signum
 
     floor = torch.ops.aten.floor.default
