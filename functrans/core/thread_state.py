@@ -23,6 +23,7 @@ from functrans.core.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
     ZERO_TENSOR,
+    function_state,
     is_forward_enabled,
     is_key_excluded,
     mode_at,
@@ -32,6 +33,7 @@ from functrans.core.torch_private import (
     push_mode,
     push_packing,
     set_forward_enabled,
+    set_function_state,
     set_grad_enabled,
     set_key_excluded,
     top_packing,
@@ -80,7 +82,7 @@ def set_modes(wanted: list[Any]) -> None:
 class Snapshot:
     """What is switched in this thread now."""
 
-    __slots__ = ("autograd", "door_depth", "forward", "grad", "hooks", "modes", "packing", "top", "views")
+    __slots__ = ("autograd", "door_depth", "forward", "function", "grad", "hooks", "modes", "packing", "top", "views")
 
     def __init__(self) -> None:
         state = STATE
@@ -92,6 +94,7 @@ class Snapshot:
         self.views = is_key_excluded(VIEWS_AND_VERSIONS)
         self.grad = torch.is_grad_enabled()
         self.forward = is_forward_enabled()
+        self.function = function_state()
         self.hooks = top_packing(True)
 
     def restore(self) -> None:
@@ -113,6 +116,8 @@ class Snapshot:
             set_grad_enabled(self.grad)
         if is_forward_enabled() is not self.forward:
             set_forward_enabled(self.forward)
+        if function_state() != self.function:
+            set_function_state(self.function)
         hooks = top_packing(True)
         while hooks is not None and not same_hooks(hooks, self.hooks):
             pop_packing()

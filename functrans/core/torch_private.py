@@ -36,6 +36,7 @@ __all__ = [
     "autocast_enabled",
     "function_mode_enabled",
     "function_mode_stack_size",
+    "function_state",
     "is_forward_enabled",
     "is_key_excluded",
     "is_torch_func_active",
@@ -52,6 +53,7 @@ __all__ = [
     "push_mode",
     "push_packing",
     "set_forward_enabled",
+    "set_function_state",
     "set_grad_enabled",
     "set_key_excluded",
     "tensor_torch_function",
@@ -134,6 +136,10 @@ push_function_mode = private(
 pop_function_mode = private("torch._C._pop_torch_function_stack", "to take function modes off while it traces formulas")
 DisableTorchFunction = private(
     "torch._C.DisableTorchFunction", "to hide wrappers' __torch_function__ and function modes from its own code"
+)
+function_state = private("torch._C._get_torch_function_state", "to know whether __torch_function__ is switched off")
+set_function_state = private(
+    "torch._C._set_torch_function_state", "to switch __torch_function__ back on where an exception came in between"
 )
 function_mode_enabled = private(
     "torch._C._is_torch_function_mode_enabled", "to leave a call to the user's function modes"
