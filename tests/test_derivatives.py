@@ -263,6 +263,7 @@ SUBSTITUTES = [
         Call(aten.nextafter.default, (X, X + 1)),
         lambda self, other: torch.nextafter(self.detach(), other.detach()) + (self - self.detach()) + 0 * other,
     ),
+    (Call(aten.aminmax.default, (TIES,), {"dim": 0}), lambda self, *, dim, **_: (self.amin(dim), self.amax(dim))),
 ]
 
 HAND_MADE = [
