@@ -16,13 +16,13 @@ import torch
 from report import Part, Settings, Table, main
 
 import functrans
+from functrans.core.dispatch import lower
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor, wrap_like
 from functrans.core.thread_state import DOOR, STATE
 from functrans.core.torch_private import autocast_enabled, function_mode_enabled, mode_stack_size, pop_mode, push_mode
 from functrans.door.torch_function import ENTRANCES
 from functrans.programs.operators import operator_program
-from functrans.programs.running import lower_program
 
 aten = torch.ops.aten
 
@@ -72,7 +72,7 @@ def shared_parts(x: WrapperTensor) -> Rows:
     pop_mode(None)  # as while the door handles an operator
     try:
         base = microseconds(lambda: torch.sin(value))
-        lowering = microseconds(lambda: lower_program(interpreter, sin, [value])) - base
+        lowering = microseconds(lambda: lower(interpreter, sin, [value], {})) - base
         wrapper = microseconds(lambda: wrap_like(interpreter, value, x))
     finally:
         push_mode(DOOR)

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,16 @@ from torch.autograd import forward_ad
 
 from functrans.core import thread_state
 from functrans.core.errors import DeadWrapperError
-from functrans.core.operators import Facts, facts
-from functrans.core.stack import Interpreter
-from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, lowered, pack_as_outside, same_hooks
+from functrans.core.operators import Facts, Operator, facts
+from functrans.core.rules import SCOPES, scope_here
+from functrans.core.stack import WHOLE, Interpreter
+from functrans.core.tensor import PendingWrapper, WrapperTensor
+from functrans.core.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
 from functrans.core.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
     ZERO_TENSOR,
-    OpOverload,
+    DisableTorchFunction,
     function_mode_enabled,
     is_forward_enabled,
     is_key_excluded,
@@ -42,8 +43,8 @@ from functrans.core.torch_private import (
 )
 
 
-def dispatch(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Send a pure ``op`` to the interpreter that has to interpret it.
+def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Send a pure ``op``, which may be a program, to the interpreter that has to interpret it.
 
     The order of look-up: a wrapper of a transform that ended is an error; without wrappers the base runs ``op``; else the
     highest-level interpreter among the arguments' wrappers processes it, by (1) its rule for ``op``, (2) the decomposition
@@ -54,11 +55,11 @@ def dispatch(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     known: Facts = op._functrans if hasattr(op, "_functrans") else facts(op)
     owner: Interpreter | None = None
     recorded = False
-    for a in args:
+    for a in args:  # what ``scan`` finds, where there is nothing but tensors and numbers
         kind = type(a)
         if kind is Tensor:
             recorded = recorded or a.requires_grad
-        elif kind is WrapperTensor:
+        elif kind is WrapperTensor or kind is PendingWrapper:
             if a.view_link is not None:
                 a.view_link.refresh(a)
             i = a.interpreter
@@ -68,75 +69,77 @@ def dispatch(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
                 if owner is None or i.level > owner.level:
                     owner = i
         elif kind not in WITHOUT_TENSORS and (known.tensor_lists or not isinstance(a, list | tuple)):
-            return _dispatch_slowly(op, args, kwargs)
-    if kwargs and any(type(a) not in WITHOUT_TENSORS for a in kwargs.values()):
-        return _dispatch_slowly(op, args, kwargs)
-    if owner is not None:
-        return owner.process(op, args, kwargs)
-    if recorded or forward_ad._current_level >= 0:
-        return base_recorded(op, args, kwargs)
-    if known.quick is not None and type(args[0]) is Tensor and not function_mode_enabled():
-        return known.quick(*args, **kwargs)
-    return op._op(*args, **kwargs)
+            owner, recorded = scan(args, kwargs)
+            break
+    else:
+        if kwargs and any(type(a) not in WITHOUT_TENSORS for a in kwargs.values()):
+            owner, recorded = scan(args, kwargs)
+    if owner is None:
+        return run_plain(op, args, kwargs, recorded)
+    if known.program and not takes(owner, op):
+        return op.decompose(*args, send=dispatch)
+    return owner.process(op, args, kwargs)
 
 
 #: Types of arguments that are no tensors and hold none.
 WITHOUT_TENSORS = frozenset((int, float, bool, complex, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
-def _dispatch_slowly(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    owner = highest(args, kwargs, True)
-    return base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
-
-
-def highest(args: Any, kwargs: dict[str, Any], lists: bool) -> Interpreter | None:
-    """The interpreter of highest level among the wrappers in ``args``; brings views up to date on the way."""
-    found: Interpreter | None = None
-    for a in args:
-        if type(a) is WrapperTensor:
-            if a.view_link is not None:
-                a.view_link.refresh(a)
-            owner = a.interpreter
-            if owner is not found:
-                if not owner.alive:
-                    raise DeadWrapperError(a)
-                if found is None or owner.level > found.level:
-                    found = owner
-        elif lists and type(a) in (list, tuple):
-            owner_in_list = highest(a, NO_KWARGS, False)
-            if owner_in_list is not None and (found is None or owner_in_list.level > found.level):
-                found = owner_in_list
-    if kwargs:
-        owner_in_list = highest(kwargs.values(), NO_KWARGS, True)
-        if owner_in_list is not None and (found is None or owner_in_list.level > found.level):
-            found = owner_in_list
-    return found
-
-
 NO_KWARGS: dict[str, Any] = {}
 
 
-def base(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run ``op`` as plain PyTorch. Autograd's key comes back only where autograd has something to record."""
-    for a in args:
+def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Interpreter | None, bool]:
+    """The interpreter of highest level among the wrappers in ``args``, and whether PyTorch's autograd follows one of the other tensors.
+
+    Brings views up to date on the way, and refuses what a transform that has ended left behind.
+    """
+    owner: Interpreter | None = None
+    recorded = False
+    for a in (*args, *kwargs.values()) if kwargs else args:
         kind = type(a)
-        if kind is Tensor:
-            if a.requires_grad:
-                return base_recorded(op, args, kwargs)
-        elif kind not in WITHOUT_TENSORS and any_requires_grad((a,)):
-            return base_recorded(op, args, kwargs)
-    if forward_ad._current_level >= 0 or (kwargs and any_requires_grad(kwargs.values())):
+        if kind in WITHOUT_TENSORS:
+            continue
+        i: Interpreter | None = None
+        if kind is WrapperTensor or kind is PendingWrapper:
+            if a.view_link is not None:
+                a.view_link.refresh(a)
+            i = a.interpreter
+            if not i.alive:
+                raise DeadWrapperError(a)
+        elif isinstance(a, Tensor):
+            recorded = recorded or a.requires_grad
+        elif kind is list or kind is tuple or kind is dict:
+            i, inside = scan(a.values() if kind is dict else a)
+            recorded = recorded or inside
+        if i is not None and (owner is None or i.level > owner.level):
+            owner = i
+    return owner, recorded
+
+
+def takes(owner: Interpreter, program: Any) -> bool:
+    """Whether ``owner`` interprets ``program`` as a whole: it has rules for programs, and those of the operators are what they were."""
+    return type(owner) in WHOLE and not (SCOPES and program.scope is not scope_here())
+
+
+def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run ``op`` as plain PyTorch."""
+    return run_plain(op, args, kwargs, scan(args, kwargs)[1])
+
+
+def run_plain(op: Operator, args: Any, kwargs: dict[str, Any], recorded: bool) -> Any:
+    """Run ``op`` as plain PyTorch; autograd's key comes back only where autograd has something to record."""
+    if recorded or forward_ad._current_level >= 0:
         return base_recorded(op, args, kwargs)
     try:
-        quick = op._functrans.quick  # type: ignore[attr-defined]
+        direct = op._functrans.direct
     except AttributeError:
-        quick = facts(op).quick
-    if quick is not None and type(args[0]) is Tensor and not function_mode_enabled():
-        return quick(*args, **kwargs)
+        direct = facts(op).direct
+    if direct is not None and type(args[0]) is Tensor and not function_mode_enabled():
+        return direct(*args, **kwargs)
     return op._op(*args, **kwargs)
 
 
-def base_recorded(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+def base_recorded(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` as plain PyTorch with all that PyTorch itself records."""
     excluded, views_excluded = is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS)
     hooks = top_packing(True)
@@ -154,38 +157,46 @@ def base_recorded(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
             pop_packing()
 
 
-def any_requires_grad(args: Any) -> bool:
-    for a in args:
-        kind = type(a)
-        if kind in WITHOUT_TENSORS:
-            continue
-        if kind is Tensor or isinstance(a, Tensor):
-            if a.requires_grad:
-                return True
-        elif kind is list or kind is tuple:
-            if any_requires_grad(a):
-                return True
-        elif kind is dict and any_requires_grad(a.values()):
-            return True
-    return False
-
-
-def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
     if interpreter.on_base:
-        return base(op, args, kwargs)
+        recorded = False
+        for a in args:  # what ``scan`` finds, where there is nothing but tensors and numbers
+            kind = type(a)
+            if kind is Tensor:
+                recorded = recorded or a.requires_grad
+            elif kind not in WITHOUT_TENSORS:
+                recorded = scan(args)[1]
+                break
+        if kwargs and not recorded:
+            recorded = scan(kwargs.values())[1]
+        return run_plain(op, args, kwargs, recorded)
     if not interpreter.outer_modes_on and modes_differ(interpreter):
         return in_outer_modes(interpreter, lower, op, args, kwargs)
-    try:
-        random = op._functrans.random  # type: ignore[attr-defined]
-    except AttributeError:
-        random = facts(op).random
     below = interpreter.below
-    if below is None:
-        return base(op, args, kwargs)
-    if random:  # every level decides whether its examples draw for themselves
-        return below.process(op, args, kwargs)
+    if below is not None and (op._functrans if hasattr(op, "_functrans") else facts(op)).random:
+        return below.process(op, args, kwargs)  # every level decides whether its examples draw for themselves
     return dispatch(op, args, kwargs)
+
+
+def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Dispatch ``op`` from code that runs at a level, where the door is open."""
+    depth, modes = STATE.door_depth, mode_stack_size()
+    if function_mode_enabled():
+        with DisableTorchFunction():
+            return start(op, args, kwargs)
+    if modes < depth or depth == 0:
+        return dispatch(op, args, kwargs)
+    if modes > depth:
+        with door_closed():
+            return dispatch(op, args, kwargs)
+    door = None
+    try:
+        door = pop_mode(None)
+        return dispatch(op, args, kwargs)
+    finally:
+        if door is not None:
+            push_mode(door)
 
 
 def modes_differ(interpreter: Interpreter) -> bool:
@@ -227,7 +238,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
                 pop_mode(None)
             set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
             STATE.top = top
-    if any_requires_grad(args if inputs is None else inputs):
+    if scan(args if inputs is None else inputs)[1]:
         with lowered(interpreter):
             return function(*args, **kwargs)
     try:
@@ -239,7 +250,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
 
 def map_tensors(function: Any, out: Any) -> Any:
     """``function`` applied to every tensor of an operator's output; other values stay."""
-    if isinstance(out, Tensor):
+    if isinstance(out, Tensor | PendingWrapper):
         return function(out)
     if isinstance(out, tuple | list):
         mapped = [map_tensors(function, o) for o in out]

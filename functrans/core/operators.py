@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
 from functrans.core.rules import FORGET, SCOPES, RuleTable, covering, scope_here
 from functrans.core.torch_private import COMPOSITE, OpOverload
+
+#: What goes down the stack: an OpOverload, or a program (see functrans.programs), which has what is asked of one.
+Operator: TypeAlias = Any
 
 #: Dtypes whose numbers have derivatives.
 DIFFERENTIABLE = frozenset(
@@ -38,8 +41,11 @@ PYTORCH_NAMESPACES = frozenset(("aten", "prims", "prim"))
 class Facts:
     """Facts about one operator overload."""
 
+    #: whether it is an operator that the library wrote itself: see functrans.programs
+    program: ClassVar[bool] = False
+
     __slots__ = (
-        "arguments", "defaults", "defined_by_others", "kind", "kind_by_schema", "metadata_write", "op", "plans", "quick",
+        "arguments", "defaults", "defined_by_others", "direct", "kind", "kind_by_schema", "metadata_write", "op", "plans",
         "random", "reads_target", "returns_written", "settled", "single", "tensor_lists", "written",
     )  # fmt: skip
 
@@ -63,7 +69,7 @@ class Facts:
         #: what it is outside of scopes of rules; see ``kind_here``
         self.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else self.kind_by_schema
         #: a function that does the same as ``op`` on plain tensors in less time, or None
-        self.quick: Any = quick_call(op)
+        self.direct: Any = direct_call(op)
         #: what each interpreter class makes of its rules, and the pure form, outside of scopes; see ``plans_here``
         self.plans: dict[type, Any] = {}
         #: whether the new contents of what is written depend on the old ones
@@ -151,7 +157,7 @@ def has_composite_kernel(op: OpOverload) -> bool:
 
 #: Names in ``torch`` whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for the overloads
 #: that take the same arguments.
-QUICK = {
+DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign mm bmm "
     "addmm mv dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos addcmul relu abs",
     "Tensor": "add sub mul div eq ne lt le gt ge",
@@ -162,8 +168,8 @@ QUICK = {
     "dim_IntList": "sum",
     "self": "where",
 }
-_QUICK = {(name, overload): getattr(torch, name) for overload, names in QUICK.items() for name in names.split()}
+_DIRECT = {(name, overload): getattr(torch, name) for overload, names in DIRECT.items() for name in names.split()}
 
 
-def quick_call(op: OpOverload) -> Any:
-    return _QUICK.get((op._schema.name[6:], op._overloadname)) if op.namespace == "aten" else None
+def direct_call(op: OpOverload) -> Any:
+    return _DIRECT.get((op._schema.name[6:], op._overloadname)) if op.namespace == "aten" else None

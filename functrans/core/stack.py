@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from functrans.core.tensor import WrapperTensor
 
 
+#: The classes whose ``process`` takes programs as they are; for others they are taken apart. See functrans.programs.
+WHOLE: set[type] = set()
+
+
 class Interpreter:
     """One running transform: it gives every operator on its wrappers a meaning.
 
@@ -54,17 +58,18 @@ class Interpreter:
     carries_autograd: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
-    #: ``process`` for a whole program (see functrans.programs): (program, args, pending) -> outputs, which may be pending wrappers
-    #: if ``pending``. None: its operators come one by one.
-    process_program: Callable[..., Any] | None = None
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
-    def __init_subclass__(cls, *, slots: tuple[str, ...] = ()) -> None:
-        """``slots``: names in ``payload`` for which wrappers have a place of their own; the transforms of this package have one each."""
+    def __init_subclass__(cls, *, slots: tuple[str, ...] = (), whole: bool = False) -> None:
+        """Class arguments.
+
+        ``slots``: names in ``payload`` for which wrappers have a place of their own; the transforms of this package have one each.
+        ``whole``: ``process`` knows programs, and gets them as they are. Not inherited: a subclass may mean something else by an operator.
+        """
         check_payload(cls, slots)
-        if "process" in vars(cls) and "process_program" not in vars(cls):
-            cls.process_program = None  # a new meaning for operators is one for programs, too
+        if whole:
+            WHOLE.add(cls)
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         self.below: Interpreter | None = STATE.top

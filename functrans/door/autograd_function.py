@@ -21,7 +21,7 @@ from typing import Any
 from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from functrans.core.dispatch import highest, lift
+from functrans.core.dispatch import lift, scan
 from functrans.core.errors import CustomFunctionError
 from functrans.core.made_at import note_site
 from functrans.core.stack import Interpreter
@@ -54,7 +54,7 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             raise CustomFunctionError(cls, f"was called with keyword-only arguments {sorted(signature.kwargs)}", "Make them positional.")
     if cls is CheckpointFunction:
         raise CustomFunctionError(cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False).")
-    owner = highest([leaf for a in args for leaf in within(a)], {}, False)
+    owner = scan([leaf for a in args for leaf in within(a)])[0]
     out = send(owner, cls, args)
     if owner is not top:
         out = lift(out, owner, top)

@@ -17,7 +17,7 @@ from functrans.core.errors import DeadWrapperError
 from functrans.core.made_at import SENT_ON, note_site, several
 from functrans.core.operators import facts
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
-from functrans.core.stack import Interpreter
+from functrans.core.stack import WHOLE, Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
@@ -115,17 +115,17 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 # condition is written out at each entrance, where a call of a function would cost as much as what it asks.
 
 
-def through(process: Callable[..., Any], program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
+def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
     """Send ``program`` in, to ``owner``, which is of the highest level among ``args``.
 
-    ``process`` is its ``process_program``; ``above``: how many frames up the code is that called the function.
+    ``above``: how many frames up the code is that called the function.
     """
     top = STATE.top
     if owner is not top and owner.thread != get_ident():
         check_thread(owner)
     try:
         pop_mode(None)  # as PyTorch does while a handler runs
-        out = process(program, args)
+        out = owner.process(program, args, {})  # type: ignore[arg-type]
     except BaseException as error:
         reopen()
         explain(error)
@@ -171,10 +171,9 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
             program = found[0] if not SCOPES else program_here(found, 0, find)
         except KeyError:
             program = program_here(found, 0, find)
-        process = owner.process_program
-        if program is None or process is None:
+        if program is None or type(owner) not in WHOLE:
             return otherwise(function, (), (x,), kwargs, above)
-        return through(process, program, (x,), owner, above)
+        return through(program, (x,), owner, above)
 
     def forget(table: RuleTable[Any], op: OpOverload) -> None:
         nonlocal found
@@ -224,14 +223,13 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             if y.view_link is not None:
                 y.view_link.refresh(y)
             owner = y.interpreter
-        process = owner.process_program if owner is not None and owner.alive else None
-        if process is not None:
+        if owner is not None and owner.alive and type(owner) in WHOLE:
             try:
                 program = found[number] if not SCOPES else program_here(found, number, find, not number)
             except KeyError:
                 program = program_here(found, number, find, not number)
             if program is not None:
-                return through(process, program, (x, y), owner, above)  # type: ignore[arg-type]
+                return through(program, (x, y), owner, above)
         if reflected and not number:
             x, y = y, x
         return otherwise(function, (), (x, y, *more), kwargs, above)
@@ -268,9 +266,8 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
             if x.view_link is not None:
                 x.view_link.refresh(x)
             owner = x.interpreter
-            process = owner.process_program
-            if program is not None and owner.alive and process is not None:
-                return through(process, program, (x,), owner, above)
+            if program is not None and owner.alive and type(owner) in WHOLE:
+                return through(program, (x,), owner, above)
         return otherwise(function, (), (x, exponent, *more), kwargs, above)
 
     return entrance

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from functrans.core import thread_state
-from functrans.core.dispatch import base, highest, lift
+from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import InsideTransformError, NumberArgumentError
 from functrans.core.operators import STAND_INS, Facts, facts
 from functrans.core.tensor import WrapperTensor, set_content
@@ -46,13 +46,13 @@ def real_zeros(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 @stands_in_for(aten.lift_fresh.default, aten.lift.default)
 def made_inside(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
-    return lift(args[0], highest(args, kwargs, False), STATE.top)
+    return lift(args[0], scan(args, kwargs)[0], STATE.top)
 
 
 def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the door does with an operator that nothing stands in for."""
     top = STATE.top
-    owner = top if known.random else highest(args, kwargs, known.tensor_lists)
+    owner = top if known.random else scan(args, kwargs)[0]
     out = base(known.op, args, kwargs) if owner is None else owner.process(known.op, args, kwargs)
     return out if owner is top else lift(out, owner, top)
 
@@ -141,7 +141,7 @@ def as_strided(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Training mode writes the running statistics, which the schema does not say."""
     x, weight, bias, mean, var, training, momentum, eps, *_ = args
-    owner = highest(args, kwargs, False)
+    owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
     if not training or mean is None or var is None or x.numel() == 0:
@@ -153,7 +153,7 @@ def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 def native_batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As ``batch_norm``, with the statistics of the batch among the outputs."""
     x, weight, bias, mean, var, training, momentum, eps = args
-    owner = highest(args, kwargs, False)
+    owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
     if not training or mean is None or var is None:
@@ -165,7 +165,7 @@ def native_batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any
 def batch_norm_with_update(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As ``native_batch_norm`` in training mode; the fourth output is a backend's own memory, which is not used here."""
     x, weight, bias, mean, var, momentum, eps = args
-    if highest(args, kwargs, False) is None:
+    if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)
     out = updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)
     return (*out[:3], enter(aten.new_empty.default, x, [0], dtype=torch.uint8))
@@ -185,7 +185,7 @@ def updating_norm(op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var
 def rrelu(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch's derivative of the pure form reads the slopes from the argument that is not written."""
     x, noise, lower, upper, training, generator = (*args, *known.defaults[len(args) :])
-    if highest(args, kwargs, False) is None:
+    if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)
     if not training:
         return enter(aten.leaky_relu.default, x, (lower + upper) / 2)
@@ -233,7 +233,7 @@ def resize_as(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 @stands_in_for(aten._has_compatible_shallow_copy_type.default)
 def refuse_data_assignment(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch asks this when ``x.data = y`` is executed, which would put one tensor's insides into another."""
-    owner = highest(args, kwargs, False)
+    owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
     raise InsideTransformError("assigning Tensor.data", owner.name, "copy_() or the new tensor itself")
@@ -242,7 +242,7 @@ def refuse_data_assignment(known: Facts, args: tuple[Any, ...], kwargs: dict[str
 @stands_in_for(aten._make_dual.default)
 def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward AD of PyTorch itself has no meaning for wrappers; only borrowed derivatives use it, on twins."""
-    owner = highest(args, kwargs, False)
+    owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
     if owner.carries_autograd:
@@ -253,9 +253,9 @@ def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @stands_in_for(*(getattr(aten.set_, o) for o in aten.set_.overloads()))
 def refuse_set(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Sharing another tensor's storage has no pure counterpart."""
-    if highest(args, kwargs, False) is None:
+    if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)
-    owner = highest(args, kwargs, False)
+    owner = scan(args, kwargs)[0]
     assert owner is not None
     raise InsideTransformError("Tensor.set_()", owner.name, "copy_() or a new tensor")
 
@@ -263,7 +263,7 @@ def refuse_set(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 @stands_in_for(aten.to_mkldnn.default)
 def refuse_mkldnn(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tensors of this layout hide their numbers: wrappers of them would lose derivatives in silence."""
-    owner = highest(args, kwargs, False)
+    owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
     raise InsideTransformError("Tensor.to_mkldnn()", owner.name, "the dense tensor as it is")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import dispatch, highest, lift
+from functrans.core.dispatch import dispatch, lift, scan
 from functrans.core.errors import CapturedWriteError
 from functrans.core.operators import Facts
 from functrans.core.tensor import SCALAR_INDICES, WrapperTensor, concrete
@@ -42,7 +42,7 @@ def index(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x[indices]``: scalars first, each of them a view."""
     if not any(is_scalar(i) for i in args[1]):
         return as_usual(known, args, kwargs)
-    highest(args, kwargs, True)
+    scan(args, kwargs)
     x, rest = select_scalars(*args)
     return x if all(i is None for i in rest) else enter(known.op, x, rest)
 
@@ -53,7 +53,7 @@ def index_put(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     target, indices, values, *accumulate = args
     if not any(is_scalar(i) for i in indices):
         return run_write(known, args, kwargs)
-    highest(args, kwargs, True)
+    scan(args, kwargs)
     x, rest = select_scalars(target, indices)
     if any(i is not None for i in rest):
         enter(known.op, x, rest, values, *accumulate)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from functrans.core import thread_state
 from functrans.core.described import given
-from functrans.core.dispatch import base, dispatch, highest, lift
+from functrans.core.dispatch import base, dispatch, lift, scan
 from functrans.core.errors import InsideTransformError
 from functrans.core.operators import Facts
 from functrans.core.tensor import WrapperTensor, set_content
@@ -105,7 +105,7 @@ def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
 def run_view(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a view operator and link what it returns to what it was taken from."""
     op = known.op
-    owner = highest(args, kwargs, known.tensor_lists)
+    owner = scan(args, kwargs)[0]
     if owner is None:
         out = base(op, args, kwargs)
         if STATE.top is not None and not _shares_memory(out, args[0]):

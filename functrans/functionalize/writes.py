@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import base, dispatch, highest
+from functrans.core.dispatch import base, dispatch, scan
 from functrans.core.errors import (
     CapturedOnceError,
     CapturedWriteError,
@@ -67,7 +67,7 @@ def run(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an in-place or ``out=`` operator: its pure form, then the update of what it writes."""
     op = known.op
-    owner = highest(args, kwargs, True)
+    owner = scan(args, kwargs)[0]
     targets = [_argument(known, i, args, kwargs) for i in known.written]
     draws_inside = known.random and STATE.top is not None
     if owner is None and not draws_inside:

@@ -21,12 +21,9 @@ from functrans.core.call_sites import TORCH, is_users, place, user_site
 from functrans.core.described import given
 from functrans.core.errors import FunctransError, RuleError
 from functrans.core.stack import Interpreter
-from functrans.programs.running import lower_program
 
-#: How the methods are called that give an operator or a program its meaning at a level.
-MEANINGS = ("process", "process_program")
 #: Code under which a kernel runs.
-KERNELS = (dispatch.base.__code__, dispatch.base_recorded.__code__, lower_program.__code__)
+KERNELS = (dispatch.run_plain.__code__, dispatch.base_recorded.__code__)
 OPERATORS = TORCH + "_ops.py"
 #: Methods of the user's modes and tensor subclasses, which see what rules run.
 LISTENERS = ("__torch_dispatch__", "__torch_function__")
@@ -63,9 +60,9 @@ def entries(traceback: TracebackType | None) -> list[TracebackType]:
 
 
 def meaning_at(frame: FrameType) -> Interpreter | None:
-    """The interpreter whose ``process`` or ``process_program`` ``frame`` is, or None."""
+    """The interpreter whose ``process`` ``frame`` is, or None."""
     code = frame.f_code
-    if code.co_name not in MEANINGS or code.co_argcount < 3:
+    if code.co_name != "process" or code.co_argcount < 4:
         return None
     found = frame.f_locals.get(code.co_varnames[0])
     return found if isinstance(found, Interpreter) and not found.carries_autograd else None
@@ -79,8 +76,7 @@ def calls_in(traceback: TracebackType | None) -> list[FailedCall]:
         if interpreter is None:
             continue
         values, names = entry.tb_frame.f_locals, entry.tb_frame.f_code.co_varnames
-        op, args = values[names[1]], values[names[2]]
-        kwargs = values[names[3]] if entry.tb_frame.f_code.co_name == "process" else {}
+        op, args, kwargs = (values[name] for name in names[1:4])
         found.append(FailedCall(interpreter, op, args, kwargs, f"the rule for {name_of(op)}", entry))
     return found
 

@@ -33,12 +33,12 @@ class Derived(NamedTuple):
     #: whether the results are the program's outputs, all of them in order
     plain: bool
 
-    def of(self, values: list[Any], send: Callable[[Program, list[Any]], Any]) -> Sequence[Any]:
-        """The results; ``send`` runs the program."""
+    def of(self, values: list[Any], send: Callable[[Any, list[Any], dict[str, Any]], Any]) -> Sequence[Any]:
+        """The results; ``send(program, args, kwargs)`` runs the program."""
         program = self.program
         outs: Any = ()
         if program.outputs:
-            outs = send(program, values if self.uses is None else [values[i] for i in self.uses])
+            outs = send(program, values if self.uses is None else [values[i] for i in self.uses], {})
             if program.single:
                 outs = (outs,)
         return outs if self.plain else [None if r is None else outs[r] if r >= 0 else values[-1 - r] for r in self.results]
@@ -94,7 +94,7 @@ def derived(builder: Builder, inputs: Sequence[Value], results: Sequence[Value |
     if uses is not None:
         program = slice_out(builder, [inputs[i] for i in uses], computed)
         tensors = [k for k, i in enumerate(uses) if i in tensors]
-    program = fused(program, tensors)
+    program = fused(program, tensors).inner
     return Derived(program, uses, places, places == tuple(range(len(computed))))
 
 
@@ -223,7 +223,7 @@ def pullback_of(program: Program, tracked: tuple[int, ...]) -> Pullback:
     shift = len(seeds)
     needed = kept_values(builder, program, shift, [r for r in results if r is not None])
     extras = [v - shift for v in needed if v >= shift + n and v - shift not in program.outputs]
-    forward = Program(n, program.instructions, [*program.outputs, *map(Value, extras)]) if extras else program
+    forward = Program(n, program.instructions, [*program.outputs, *map(Value, extras)]).inner if extras else program.inner
     saves = tuple(-1 - (v - shift) if v < shift + n else forward.outputs.index(v - shift) for v in needed)
     cache: dict[tuple[int, ...], Derived] = {}
 

@@ -6,10 +6,11 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 from functrans.core.call_sites import PROGRAM_FILE
-from functrans.core.operators import quick_call
+from functrans.core.operators import PURE, Facts, direct_call
 from functrans.core.rules import SCOPES, scope_here
 from functrans.core.tensor import tensor_of
 from functrans.core.torch_private import OpOverload
@@ -30,13 +31,20 @@ def key_of(op: OpOverload, operands: Sequence[Any]) -> Any:
     return op, tuple((type(o), o) for o in operands)
 
 
-class Program:
-    """Straight-line code of pointwise operators on ``inputs`` values.
+def call(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    return op(*args, **kwargs)
 
-    ``run`` is the code as a Python function of plain tensors; with several outputs it returns a tuple.
+
+class Program:
+    """Straight-line code of pointwise operators on ``inputs`` values: an operator that the library wrote itself.
+
+    It has what the stack asks of an operator: facts, and a way to be taken apart.
     """
 
-    __slots__ = ("_sources", "inputs", "instructions", "outputs", "pullbacks", "records", "run", "scope", "single", "source", "tangents")
+    __slots__ = (
+        "_functrans", "_sources", "inner", "inputs", "instructions", "outputs", "pending", "pullbacks", "records", "scope", "single",
+        "source", "tangents",
+    )  # fmt: skip
 
     def __init__(self, inputs: int, instructions: Sequence[Instruction], outputs: Sequence[Value]) -> None:
         self.inputs = inputs
@@ -50,17 +58,25 @@ class Program:
         self.pullbacks: dict[tuple[int, ...], Any] = {}
         self.records: dict[tuple[int, ...], Any] = {}
         self._sources: tuple[tuple[int, ...], ...] | None = None
-        self.source, self.run = write_python(self)
+        self.source, direct = write_python(self)
+        self._functrans = ProgramFacts(self, direct)
+        #: whether its results may be pending wrappers (see core/tensor.py), since nothing but programs sees them
+        self.pending = False
+        #: the same program for one level down, where that is so
+        self.inner: Program = copy(self)
+        self.inner.pending, self.inner.inner = True, self.inner
 
     def __repr__(self) -> str:
         return self.source
 
-    def step_by_step(self, args: Sequence[Any], send: Callable[[OpOverload, Any, dict[str, Any]], Any]) -> Any:
-        """Run the instructions one after the other by ``send(op, args, kwargs)``."""
+    def decompose(self, *args: Any, send: Callable[[OpOverload, Any, dict[str, Any]], Any] = call) -> Any:
+        """Run the operators one after the other, by ``send(op, args, kwargs)``."""
         values = [tensor_of(a) for a in args]
         for op, operands in self.instructions:
             values.append(send(op, tuple(values[o] if type(o) is Value else o for o in operands), {}))
         return values[self.outputs[0]] if self.single else tuple(values[o] for o in self.outputs)
+
+    __call__ = _op = decompose
 
     @property
     def sources(self) -> tuple[tuple[int, ...], ...]:
@@ -71,6 +87,20 @@ class Program:
                 found.append(frozenset().union(*(found[o] for o in operands if type(o) is Value)))
             self._sources = tuple(tuple(sorted(found[o])) for o in self.outputs)
         return self._sources
+
+
+class ProgramFacts(Facts):
+    """What the stack asks of a program, as of any operator; ``direct`` is the code as a function of plain tensors."""
+
+    __slots__ = ()
+    program = True
+    composite = True  # type: ignore[assignment]
+    random = tensor_lists = False
+    kind = PURE
+
+    def __init__(self, program: Program, direct: Callable[..., Any]) -> None:
+        self.op = program  # type: ignore[assignment]
+        self.direct = direct
 
 
 def names() -> Iterator[str]:
@@ -89,7 +119,7 @@ def write_python(program: Program) -> tuple[str, Callable[..., Any]]:
     lines = [f"def program({', '.join(texts)}):"]
     for k, (op, operands) in enumerate(program.instructions):
         function = op._schema.name.removeprefix("aten::")
-        call = quick_call(op) or op._op
+        call = direct_call(op) or op._op
         while scope.setdefault(function, call) is not call:  # two overloads of one name
             function += "_"
         text = f"{function}({', '.join(texts[o] if type(o) is Value else repr(o) for o in operands)})"

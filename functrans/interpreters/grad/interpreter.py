@@ -11,31 +11,29 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.core.described import given, shown
-from functrans.core.dispatch import dispatch, lower, map_tensors
+from functrans.core.dispatch import lower, map_tensors, start
 from functrans.core.errors import HookError, ModifiedError
 from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.tensor import WRAPPERS, WrapperTensor, tensor_of, wrap
 from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.grad.plans import Plan, ProgramPlan, matrix_of
+from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, choose_method
 from functrans.programs.admission import REAL
 from functrans.programs.operators import operator_program
-from functrans.programs.program import Program
-from functrans.programs.running import constants, lower_program, start
-from functrans.programs.tracing import Untraceable
 
 # A record of the tape: the plan that can pull back, the output slots, the input slots, what was saved.
 Record = tuple[Any, Any, Any, Any]
 SPENT: Record = (None, 0, (), None)
 
 
-class GradInterpreter(Interpreter, slots=("slot",)):
+class GradInterpreter(Interpreter, slots=("slot",), whole=True):
     """Records what depends on the inputs; ``pull`` walks the tape backwards.
 
     A tracked wrapper has a *slot*, the number under which its cotangent is accumulated.
@@ -79,6 +77,9 @@ class GradInterpreter(Interpreter, slots=("slot",)):
         return place_in(op, GRAD_RULES, DERIVATIVES)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        known: Facts = op._functrans  # type: ignore[attr-defined]
+        if known.program:
+            return record_program(self, op, args)  # type: ignore[arg-type]
         values: list[Any] = []
         places: list[int] = []
         slots: list[Any] = []
@@ -99,7 +100,6 @@ class GradInterpreter(Interpreter, slots=("slot",)):
         below_kwargs = self._enter_kwargs(op, kwargs, places, slots) if kwargs else kwargs
         if not places or not torch.is_grad_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
-        known: Facts = op._functrans  # type: ignore[attr-defined]
         plans = known.plans if not SCOPES else plans_here(known)
         try:
             method = plans[GradInterpreter]
@@ -108,74 +108,6 @@ class GradInterpreter(Interpreter, slots=("slot",)):
             if known.settled or method not in WITHOUT_RULE:
                 plans[GradInterpreter] = method
         return method(self, op, (args, kwargs), values, below_kwargs, places, slots)
-
-    def process_program(self, program: Program, args: Sequence[Any], pending: bool = False) -> Any:
-        """Run the program one level down and record it as one."""
-        make: Callable[..., Any] = pend if pending else wrap_like
-        if program.inputs == 1 and program.single:  # the frequent case, in a few steps
-            (x,) = args
-            known = program.records.get((0,))
-            if known is not None and not known.keeps and x.strides is None and x.slot is not None and torch.is_grad_enabled():
-                value = x._value
-                out = lower_program(self, program, (value,))
-                wrapper = make(self, out, x)
-                self.slots = wrapper.slot = slot = self.slots + 1
-                self.tape.append((known, slot, [x.slot], [value if i < 0 else out for i in known.saves]))
-                return wrapper
-        values: list[Any] = []
-        places: tuple[int, ...] = ()
-        slots: list[Any] = []
-        first: Any = None
-        alike = same = True  # the results have the shape of ``first`` and are contiguous; all arguments have one shape
-        for a in args:
-            kind = type(a)
-            if kind is WrapperTensor or kind is PendingWrapper:
-                if first is None:
-                    first = a
-                elif a.shape != first.shape:
-                    alike = same = False
-                if a.strides is not None:
-                    alike = False
-                if a.interpreter is self:
-                    slot = a.slot
-                    if slot is not None:
-                        places += (len(values),)
-                        slots.append(slot)
-                    a = a._value
-            elif isinstance(a, Tensor):
-                alike = False
-                same = same and first is not None and a.shape == first.shape
-            values.append(a)
-        if not places or not torch.is_grad_enabled():
-            return constants(self, program, lower_program(self, program, values))
-        plan = program.records.get(places)
-        if plan is None:
-            try:
-                plan = program.records[places] = ProgramPlan(program, places)
-            except Untraceable:
-                return program.step_by_step(args, dispatch)
-        outs = lower_program(self, plan.forward, values)
-        if not same and not plan.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
-            # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
-            return program.step_by_step(args, dispatch)
-        saved = plan.save(values, outs)
-        if not same:
-            saved.extend(values[p].shape for p in places)
-        if plan.single:
-            out = outs[0] if plan.keeps else outs
-            wrapper = make(self, out, first) if alike else wrap(self, out)
-            self.slots = wrapper.slot = slot = self.slots + 1
-            self.tape.append((plan, slot, slots, saved))
-            return wrapper
-        wrapped = []
-        for out, reached in zip(outs, plan.reached, strict=False):
-            wrapper = make(self, out, first) if alike else wrap(self, out)
-            if reached:
-                self.slots += 1
-            wrapper.slot = self.slots if reached else None
-            wrapped.append(wrapper)
-        self.tape.append((plan, [w.slot for w in wrapped], slots, saved))
-        return wrapped
 
     def _enter_list(self, items: Sequence[Any]) -> tuple[Any, list[int | None] | None]:
         """A list argument's values, and the slots of its tensors if one of them is tracked."""
@@ -355,7 +287,7 @@ def total(a: Any, b: Any) -> Any:
     if type(a) in WRAPPERS and type(b) in WRAPPERS and a.dtype is b.dtype and a.dtype in REAL and a.layout is b.layout is torch.strided:
         program = operator_program(torch.ops.aten.add.Tensor)
         if program is not None:
-            return start(program, (a, b))
+            return start(program.inner, (a, b), {})
     return tensor_of(a) + tensor_of(b)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.described import shown
+from functrans.core.dispatch import start
 from functrans.core.errors import DerivativeEntryError, ModifiedError
 from functrans.core.operators import Facts
 from functrans.core.rules import rules_of
@@ -20,7 +21,6 @@ from functrans.interpreters.fitting import described, fitted, reduce_to
 from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import Derived, pullback
 from functrans.programs.program import Program
-from functrans.programs.running import start
 
 aten = torch.ops.aten
 
@@ -156,7 +156,7 @@ class ProgramPlan(Plan):
         self.scope = program.scope
         self.single = program.single
         #: whether ``forward`` returns more than the program's outputs
-        self.keeps = self.forward is not program
+        self.keeps = len(self.forward.outputs) > len(program.outputs)
         self.reached = [any(i in places for i in sources) for sources in program.sources]
         self.derived: dict[tuple[int, ...], Derived] = {}
         if self.single:
@@ -179,7 +179,7 @@ class ProgramPlan(Plan):
         kept = saved if len(saved) == count else saved[:count]
         found: Any
         if self.single and self.pull_program is not None:
-            found = start(self.pull_program, [grad, *kept])
+            found = start(self.pull_program, [grad, *kept], {})
             if self.pull_program.single:
                 found = (found,)
         elif self.single:

@@ -8,23 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import call_below, dispatch, lower, map_tensors
+from functrans.core.dispatch import call_below, lower, map_tensors
 from functrans.core.errors import DerivativeEntryError
 from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
 from functrans.core.rules import SCOPES, RuleTable, place_in
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.tensor import WrapperTensor, wrap
 from functrans.core.torch_private import OpOverload, is_forward_enabled
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.jvp.fallback import borrow
+from functrans.interpreters.jvp.programs import run_program
 from functrans.programs.admission import by_our_rules
-from functrans.programs.deriving import tangent as tangent_program
-from functrans.programs.program import Program
-from functrans.programs.running import constants, lower_program
-from functrans.programs.tracing import Untraceable
 
 aten = torch.ops.aten
 
@@ -32,7 +29,7 @@ aten = torch.ops.aten
 JVP_RULES: RuleTable[Callable[..., Any]] = RuleTable("jvp rules", cached=True)
 
 
-class JvpInterpreter(Interpreter, slots=("tangent",)):
+class JvpInterpreter(Interpreter, slots=("tangent",), whole=True):
     """Values with tangents; a tangent of None is a zero that is never computed with."""
 
     kind = "jvp"
@@ -68,6 +65,9 @@ class JvpInterpreter(Interpreter, slots=("tangent",)):
         return place_in(op, JVP_RULES, DERIVATIVES)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        known: Facts = op._functrans  # type: ignore[attr-defined]
+        if known.program:
+            return run_program(self, op, args)  # type: ignore[arg-type]
         tangents: dict[Any, Any] = {}
         values: list[Any] = []
         for a in args:
@@ -82,7 +82,6 @@ class JvpInterpreter(Interpreter, slots=("tangent",)):
         below_kwargs = self._enter_kwargs(op, kwargs, tangents) if kwargs else kwargs
         if not tangents or not is_forward_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
-        known: Facts = op._functrans  # type: ignore[attr-defined]
         plans = known.plans if not SCOPES else plans_here(known)
         try:
             method = plans[JvpInterpreter]
@@ -93,71 +92,6 @@ class JvpInterpreter(Interpreter, slots=("tangent",)):
         if method is decompose:
             return decompose(self, op, args, kwargs)
         return method(self, op, values, below_kwargs, tangents)
-
-    def process_program(self, program: Program, args: Any, pending: bool = False) -> Any:
-        """Run the program and its tangent as one, one level down."""
-        make: Callable[..., Any] = pend if pending else wrap_like
-        if program.inputs == 1 and program.single:  # the frequent case, in a few steps
-            (x,) = args
-            known = program.tangents.get((0,))
-            if known is not None and known.plain and x.strides is None and x._tangent is not None and is_forward_enabled():
-                out, tangent = lower_program(self, known.program, (x._value, x._tangent))
-                wrapper = make(self, out, x)
-                wrapper._tangent = tangent
-                return wrapper
-        values: list[Any] = []
-        tangents: list[Any] = []
-        moving: tuple[int, ...] = ()
-        first: Any = None
-        alike = True  # every result has the shape of ``first``, and is contiguous
-        for a in args:
-            kind = type(a)
-            if kind is WrapperTensor or kind is PendingWrapper:
-                if first is None:
-                    first = a
-                elif a.shape != first.shape:
-                    alike = False
-                if a.strides is not None:
-                    alike = False
-                if a.interpreter is self:
-                    if a._tangent is not None:
-                        moving += (len(values),)
-                        tangents.append(a._tangent)
-                    a = a._value
-            elif isinstance(a, Tensor) and a.dim():
-                alike = False
-            values.append(a)
-        if not moving or not is_forward_enabled():
-            return constants(self, program, lower_program(self, program, values))
-        try:
-            derived = tangent_program(program, moving)
-        except Untraceable:
-            return program.step_by_step(args, dispatch)
-        values += tangents
-        if not derived.plain and not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
-            return program.step_by_step(args, dispatch)
-        outs = derived.of(values, self.lower_program)
-        found: list[Any] = []
-        count = len(program.outputs)
-        for i in range(count):
-            if alike:
-                wrapper = make(self, outs[i], first)
-                wrapper._tangent = outs[count + i]
-            else:
-                wrapper = self.dual_as_wide(outs[i], outs[count + i])
-            found.append(wrapper)
-        return found[0] if count == 1 else found
-
-    def lower_program(self, program: Program, values: list[Any]) -> Any:
-        return lower_program(self, program, values)
-
-    def dual_as_wide(self, value: Any, tangent: Any) -> WrapperTensor:
-        """A dual whose tangent is broadcast as the value was."""
-        wrapper = wrap(self, value)
-        if tangent is not None and tangent.shape != wrapper.shape:
-            tangent = lower(self, aten.expand.default, (tensor_of(tangent), wrapper.shape), {})
-        wrapper._tangent = tangent
-        return wrapper
 
     def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tangents: dict[Any, Any]) -> dict[str, Any]:
         entered = {}

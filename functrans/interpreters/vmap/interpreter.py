@@ -16,16 +16,15 @@ from functrans.core.errors import BatchingRuleError, DataDependentError
 from functrans.core.operators import Facts, plans_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, strides_of, tensor_of, wrap, wrap_as, wrap_like
+from functrans.core.tensor import WrapperTensor, strides_of, tensor_of, wrap, wrap_as
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
-from functrans.interpreters.vmap.families import RuleDeclined, align
+from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.one_example import check, kinds_of
+from functrans.interpreters.vmap.programs import run_program
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
-from functrans.programs.program import Program
-from functrans.programs.running import constants, lower_program
 
 aten = torch.ops.aten
 
@@ -50,7 +49,7 @@ ITEM = (aten.item.default, aten._local_scalar_dense.default)
 READING_A_NUMBER = "tensor.item(), or a tensor where PyTorch takes a number,"
 
 
-class VmapInterpreter(Interpreter, slots=("bdim",)):
+class VmapInterpreter(Interpreter, slots=("bdim",), whole=True):
     """A wrapper holds all examples in one tensor, along its dimension ``bdim``; None: the same for every example."""
 
     kind = "vmap"
@@ -120,6 +119,8 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         known: Facts = op._functrans  # type: ignore[attr-defined]
+        if known.program:
+            return run_program(self, op, args)  # type: ignore[arg-type]
         try:
             rule, direct, accepted = known.plans[VmapInterpreter] if not SCOPES else rule_here(op, known)
         except KeyError:
@@ -185,84 +186,6 @@ class VmapInterpreter(Interpreter, slots=("bdim",)):
             if out is not NotImplemented:
                 return out
         return self.loop(op, args, kwargs)
-
-    def process_program(self, program: Program, args: Sequence[Any], pending: bool = False) -> Any:
-        """Run the program as it is on the physical tensors, where they broadcast as the examples do."""
-        make: Callable[..., Any] = pend if pending else wrap_like
-        if program.inputs == 1 and program.single:
-            (x,) = args
-            if x.bdim == 0 and x.strides is None:
-                wrapper = make(self, lower_program(self, program, (x._value,)), x)
-                wrapper.bdim = 0
-                return wrapper
-        values: list[Any] = []
-        flags: list[bool] = []
-        first: Any = None
-        alike = True  # every result has the shape of ``first``, and is contiguous
-        loose = -1  # the highest rank of an unbatched tensor
-        for a in args:
-            kind = type(a)
-            if kind is WrapperTensor or kind is PendingWrapper:
-                if a.interpreter is self:
-                    if a.bdim is not None:
-                        if first is None:
-                            first = a
-                        elif a.bdim != first.bdim or len(a.shape) != len(first.shape):
-                            return self.aligned_program(program, args)
-                        elif a.shape != first.shape:
-                            alike = False
-                        if a.strides is not None:
-                            alike = False
-                        values.append(a._value)
-                        flags.append(True)
-                        continue
-                    a = a._value
-                loose = max(loose, len(a.shape))
-            elif isinstance(a, Tensor):
-                loose = max(loose, a.dim())
-            values.append(a)
-            flags.append(False)
-        if first is None:
-            return constants(self, program, lower_program(self, program, values))
-        bdim = first.bdim
-        if loose > len(first.shape) - bdim:
-            return self.aligned_program(program, args)
-        outs = lower_program(self, program, values)
-        if alike and not bdim and (loose < 0 or loose == 0 and program.single):
-            if program.single:
-                wrapper = make(self, outs, first)
-                wrapper.bdim = 0
-                return wrapper
-            found = []
-            for out in outs:
-                wrapper = make(self, out, first)
-                wrapper.bdim = 0
-                found.append(wrapper)
-            return found
-        found = []
-        for out, sources in zip((outs,) if program.single else outs, program.sources, strict=True):
-            found.append(self.batched(out, bdim if any(flags[i] for i in sources) else None))
-        return found[0] if program.single else found
-
-    def aligned_program(self, program: Program, args: Sequence[Any]) -> Any:
-        """Run the program on physical tensors brought to one rank with the batch in front."""
-        args = [tensor_of(a) for a in args]
-        values = [a.value if type(a) is WrapperTensor and a.interpreter is self else a for a in args]
-        dims = [a.bdim if type(a) is WrapperTensor and a.interpreter is self else None for a in args]
-        tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
-        outs = lower_program(self, program, call_below(self, align, (values, dims, tensors), {}, values))
-        found = []
-        for out, sources in zip((outs,) if program.single else outs, program.sources, strict=True):
-            if any(dims[i] is not None for i in sources):
-                # What does not depend on the argument of the highest rank was aligned with it all the same.
-                rank = max(len(args[i].shape) for i in sources if isinstance(args[i], Tensor))
-                extra = len(out.shape) - 1 - rank
-                if extra:
-                    out = lower(self, aten.view.default, (tensor_of(out), out.shape[:1] + out.shape[1 + extra :]), {})
-                found.append(self.batched(out, 0))
-            else:
-                found.append(self.constant(out))
-        return found[0] if program.single else found
 
     def _run_random(
         self, op: OpOverload, known: Facts, values: Any, dims: Any, kwargs: dict[str, Any], batched: bool, kwargs_batched: bool

@@ -1,0 +1,87 @@
+"""How grad records a program: whole, with a pullback that is a program, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import dispatch, lower, map_tensors
+from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, wrap, wrap_like
+from functrans.interpreters.grad.plans import ProgramPlan
+from functrans.programs.program import Program
+from functrans.programs.tracing import Untraceable
+
+if TYPE_CHECKING:
+    from functrans.interpreters.grad.interpreter import GradInterpreter
+
+
+def record_program(self: GradInterpreter, program: Program, args: Sequence[Any]) -> Any:
+    """Run the program one level down and record it as one."""
+    make: Callable[..., Any] = pend if program.pending else wrap_like
+    if program.inputs == 1 and program.single:  # the frequent case, in a few steps
+        (x,) = args
+        known = program.records.get((0,))
+        if known is not None and not known.keeps and x.strides is None and x.slot is not None and torch.is_grad_enabled():
+            value = x._value
+            out = lower(self, known.forward, (value,), {})
+            wrapper = make(self, out, x)
+            self.slots = wrapper.slot = slot = self.slots + 1
+            self.tape.append((known, slot, [x.slot], [value if i < 0 else out for i in known.saves]))
+            return wrapper
+    values: list[Any] = []
+    places: tuple[int, ...] = ()
+    slots: list[Any] = []
+    first: Any = None
+    alike = same = True  # the results have the shape of ``first`` and are contiguous; all arguments have one shape
+    for a in args:
+        kind = type(a)
+        if kind is WrapperTensor or kind is PendingWrapper:
+            if first is None:
+                first = a
+            elif a.shape != first.shape:
+                alike = same = False
+            if a.strides is not None:
+                alike = False
+            if a.interpreter is self:
+                slot = a.slot
+                if slot is not None:
+                    places += (len(values),)
+                    slots.append(slot)
+                a = a._value
+        elif isinstance(a, Tensor):
+            alike = False
+            same = same and first is not None and a.shape == first.shape
+        values.append(a)
+    if not places or not torch.is_grad_enabled():
+        return map_tensors(self.constant, lower(self, program.inner, values, {}))
+    plan = program.records.get(places)
+    if plan is None:
+        try:
+            plan = program.records[places] = ProgramPlan(program, places)
+        except Untraceable:
+            return program.decompose(*args, send=dispatch)
+    outs = lower(self, plan.forward, values, {})
+    if not same and not plan.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
+        # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
+        return program.decompose(*args, send=dispatch)
+    saved = plan.save(values, outs)
+    if not same:
+        saved.extend(values[p].shape for p in places)
+    if plan.single:
+        out = outs[0] if plan.keeps else outs
+        wrapper = make(self, out, first) if alike else wrap(self, out)
+        self.slots = wrapper.slot = slot = self.slots + 1
+        self.tape.append((plan, slot, slots, saved))
+        return wrapper
+    wrapped = []
+    for out, reached in zip(outs, plan.reached, strict=False):
+        wrapper = make(self, out, first) if alike else wrap(self, out)
+        if reached:
+            self.slots += 1
+        wrapper.slot = self.slots if reached else None
+        wrapped.append(wrapper)
+    self.tape.append((plan, [w.slot for w in wrapped], slots, saved))
+    return wrapped

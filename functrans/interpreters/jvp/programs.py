@@ -1,0 +1,85 @@
+"""How jvp runs a program: together with its tangent, which is a program, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import dispatch, lower, map_tensors
+from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.torch_private import is_forward_enabled
+from functrans.programs.deriving import tangent as tangent_of
+from functrans.programs.program import Program
+from functrans.programs.tracing import Untraceable
+
+if TYPE_CHECKING:
+    from functrans.interpreters.jvp.interpreter import JvpInterpreter
+
+aten = torch.ops.aten
+
+
+def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> Any:
+    """Run the program and its tangent as one, one level down."""
+    make: Callable[..., Any] = pend if program.pending else wrap_like
+    if program.inputs == 1 and program.single:  # the frequent case, in a few steps
+        (x,) = args
+        known = program.tangents.get((0,))
+        if known is not None and known.plain and x.strides is None and x._tangent is not None and is_forward_enabled():
+            out, tangent = lower(self, known.program, (x._value, x._tangent), {})
+            wrapper = make(self, out, x)
+            wrapper._tangent = tangent
+            return wrapper
+    values: list[Any] = []
+    tangents: list[Any] = []
+    moving: tuple[int, ...] = ()
+    first: Any = None
+    alike = True  # every result has the shape of ``first``, and is contiguous
+    for a in args:
+        kind = type(a)
+        if kind is WrapperTensor or kind is PendingWrapper:
+            if first is None:
+                first = a
+            elif a.shape != first.shape:
+                alike = False
+            if a.strides is not None:
+                alike = False
+            if a.interpreter is self:
+                if a._tangent is not None:
+                    moving += (len(values),)
+                    tangents.append(a._tangent)
+                a = a._value
+        elif isinstance(a, Tensor) and a.dim():
+            alike = False
+        values.append(a)
+    if not moving or not is_forward_enabled():
+        return map_tensors(self.constant, lower(self, program.inner, values, {}))
+    try:
+        derived = tangent_of(program, moving)
+    except Untraceable:
+        return program.decompose(*args, send=dispatch)
+    if not derived.plain and not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
+        return program.decompose(*args, send=dispatch)
+    outs = derived.of(values + tangents, partial(lower, self))
+    found: list[Any] = []
+    count = len(program.outputs)
+    for i in range(count):
+        if alike:
+            wrapper = make(self, outs[i], first)
+            wrapper._tangent = outs[count + i]
+        else:
+            wrapper = dual_as_wide(self, outs[i], outs[count + i])
+        found.append(wrapper)
+    return found[0] if count == 1 else found
+
+
+def dual_as_wide(self: JvpInterpreter, value: Any, tangent: Any) -> WrapperTensor:
+    """A dual whose tangent is broadcast as the value was."""
+    wrapper = wrap(self, value)
+    if tangent is not None and tangent.shape != wrapper.shape:
+        tangent = lower(self, aten.expand.default, (tensor_of(tangent), wrapper.shape), {})
+    wrapper._tangent = tangent
+    return wrapper
