@@ -21,7 +21,7 @@ from functrans.core import thread_state
 from functrans.core.errors import DeadWrapperError
 from functrans.core.operators import Facts, Operator, facts
 from functrans.core.rules import SCOPES, scope_here
-from functrans.core.stack import WHOLE, Interpreter
+from functrans.core.stack import Interpreter
 from functrans.core.tensor import PendingWrapper, WrapperTensor
 from functrans.core.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
 from functrans.core.torch_private import (
@@ -54,12 +54,9 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     """
     known: Facts = op._functrans if hasattr(op, "_functrans") else facts(op)
     owner: Interpreter | None = None
-    recorded = False
     for a in args:  # what ``scan`` finds, where there is nothing but tensors and numbers
         kind = type(a)
-        if kind is Tensor:
-            recorded = recorded or a.requires_grad
-        elif kind is WrapperTensor or kind is PendingWrapper:
+        if kind is WrapperTensor or kind is PendingWrapper:
             if a.view_link is not None:
                 a.view_link.refresh(a)
             i = a.interpreter
@@ -68,16 +65,16 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
                     raise DeadWrapperError(a)
                 if owner is None or i.level > owner.level:
                     owner = i
-        elif kind not in WITHOUT_TENSORS and (known.tensor_lists or not isinstance(a, list | tuple)):
-            owner, recorded = scan(args, kwargs)
+        elif kind is not Tensor and kind not in WITHOUT_TENSORS and (known.tensor_lists or not isinstance(a, list | tuple)):
+            owner = scan(args, kwargs)[0]
             break
     else:
         if kwargs and any(type(a) not in WITHOUT_TENSORS for a in kwargs.values()):
-            owner, recorded = scan(args, kwargs)
+            owner = scan(args, kwargs)[0]
     if owner is None:
-        return run_plain(op, args, kwargs, recorded)
-    if known.program and not takes(owner, op):
-        return op.decompose(*args, send=dispatch)
+        return base(op, args, kwargs)
+    if known.program and (not owner.whole or (SCOPES and op.scope is not scope_here())):
+        return op.decompose(*args, send=dispatch)  # it has rules for operators alone, or not those that the program stands for
     return owner.process(op, args, kwargs)
 
 
@@ -116,19 +113,16 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
     return owner, recorded
 
 
-def takes(owner: Interpreter, program: Any) -> bool:
-    """Whether ``owner`` interprets ``program`` as a whole: it has rules for programs, and those of the operators are what they were."""
-    return type(owner) in WHOLE and not (SCOPES and program.scope is not scope_here())
-
-
 def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run ``op`` as plain PyTorch."""
-    return run_plain(op, args, kwargs, scan(args, kwargs)[1])
-
-
-def run_plain(op: Operator, args: Any, kwargs: dict[str, Any], recorded: bool) -> Any:
-    """Run ``op`` as plain PyTorch; autograd's key comes back only where autograd has something to record."""
-    if recorded or forward_ad._current_level >= 0:
+    """Run ``op`` as plain PyTorch. Autograd's key comes back only where autograd has something to record."""
+    for a in args:
+        kind = type(a)
+        if kind is Tensor:
+            if a.requires_grad:
+                return base_recorded(op, args, kwargs)
+        elif kind not in WITHOUT_TENSORS and scan((a,))[1]:
+            return base_recorded(op, args, kwargs)
+    if forward_ad._current_level >= 0 or (kwargs and scan(kwargs.values())[1]):
         return base_recorded(op, args, kwargs)
     try:
         direct = op._functrans.direct
@@ -160,17 +154,7 @@ def base_recorded(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
 def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
     if interpreter.on_base:
-        recorded = False
-        for a in args:  # what ``scan`` finds, where there is nothing but tensors and numbers
-            kind = type(a)
-            if kind is Tensor:
-                recorded = recorded or a.requires_grad
-            elif kind not in WITHOUT_TENSORS:
-                recorded = scan(args)[1]
-                break
-        if kwargs and not recorded:
-            recorded = scan(kwargs.values())[1]
-        return run_plain(op, args, kwargs, recorded)
+        return base(op, args, kwargs)
     if not interpreter.outer_modes_on and modes_differ(interpreter):
         return in_outer_modes(interpreter, lower, op, args, kwargs)
     below = interpreter.below
@@ -185,7 +169,9 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if function_mode_enabled():
         with DisableTorchFunction():
             return start(op, args, kwargs)
-    if modes < depth or depth == 0:
+    if depth == 0:
+        return base(op, args, kwargs)
+    if modes < depth:
         return dispatch(op, args, kwargs)
     if modes > depth:
         with door_closed():

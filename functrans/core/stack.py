@@ -75,6 +75,7 @@ class Interpreter:
         self.below: Interpreter | None = STATE.top
         self.level: int = 1 if self.below is None else self.below.level + 1
         self.alive = True
+        self.whole = type(self) in WHOLE
         self.func = func
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()

@@ -8,7 +8,7 @@ from typing import Any
 
 from functrans.core import thread_state
 from functrans.core.call_sites import USER_FILES
-from functrans.core.dispatch import lift, run_plain, scan
+from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import OtherThreadError
 from functrans.core.made_at import note_site, several
 from functrans.core.operators import PURE, Facts, facts, kind_here, normalized
@@ -74,11 +74,9 @@ def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str
     if (known.kind if not SCOPES else kind_here(known)) != PURE:
         return writes.run(known, args, kwargs)
     top = STATE.top
-    owner, recorded = scan(args, kwargs)
-    if known.random:
-        owner = top
+    owner = top if known.random else scan(args, kwargs)[0]
     if owner is top or owner is None:
-        out = run_plain(op, args, kwargs, recorded) if owner is None else owner.process(op, args, kwargs)
+        out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
     else:
         check_thread(owner)
         out = owner.process(op, args, kwargs)

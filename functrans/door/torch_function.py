@@ -17,7 +17,7 @@ from functrans.core.errors import DeadWrapperError
 from functrans.core.made_at import SENT_ON, note_site, several
 from functrans.core.operators import facts
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
-from functrans.core.stack import WHOLE, Interpreter
+from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
@@ -171,7 +171,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
             program = found[0] if not SCOPES else program_here(found, 0, find)
         except KeyError:
             program = program_here(found, 0, find)
-        if program is None or type(owner) not in WHOLE:
+        if program is None or not owner.whole:
             return otherwise(function, (), (x,), kwargs, above)
         return through(program, (x,), owner, above)
 
@@ -223,7 +223,7 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
             if y.view_link is not None:
                 y.view_link.refresh(y)
             owner = y.interpreter
-        if owner is not None and owner.alive and type(owner) in WHOLE:
+        if owner is not None and owner.alive and owner.whole:
             try:
                 program = found[number] if not SCOPES else program_here(found, number, find, not number)
             except KeyError:
@@ -266,7 +266,7 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
             if x.view_link is not None:
                 x.view_link.refresh(x)
             owner = x.interpreter
-            if program is not None and owner.alive and type(owner) in WHOLE:
+            if program is not None and owner.alive and owner.whole:
                 return through(program, (x,), owner, above)
         return otherwise(function, (), (x, exponent, *more), kwargs, above)
 

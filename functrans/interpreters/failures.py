@@ -23,7 +23,7 @@ from functrans.core.errors import FunctransError, RuleError
 from functrans.core.stack import Interpreter
 
 #: Code under which a kernel runs.
-KERNELS = (dispatch.run_plain.__code__, dispatch.base_recorded.__code__)
+KERNELS = (dispatch.base.__code__, dispatch.base_recorded.__code__)
 OPERATORS = TORCH + "_ops.py"
 #: Methods of the user's modes and tensor subclasses, which see what rules run.
 LISTENERS = ("__torch_dispatch__", "__torch_function__")
