@@ -58,6 +58,8 @@ class Interpreter:
     carries_autograd: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
+    #: Whether ``process`` takes programs as they are.
+    whole: bool = False
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
