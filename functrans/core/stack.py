@@ -52,6 +52,8 @@ class Interpreter:
     kind: ClassVar[str] = "interpreter"
     #: Names of the wrapper attributes that carry this transform's data, beside ``value``.
     payload: ClassVar[tuple[str, ...]] = ()
+    #: Whether it differentiates: a value of its wrappers has a derivative that leaving the level would lose.
+    differentiates: ClassVar[bool] = False
     #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
     repeats_writes: ClassVar[bool] = False
     #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed (interpreters/autograd_fallback.py).
@@ -63,13 +65,9 @@ class Interpreter:
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
-    def __init_subclass__(cls, *, slots: tuple[str, ...] = (), whole: bool = False) -> None:
-        """Class arguments.
-
-        ``slots``: names in ``payload`` for which wrappers have a place of their own; the transforms of this package have one each.
-        ``whole``: ``process`` knows programs, and gets them as they are. Not inherited: a subclass may mean something else by an operator.
-        """
-        check_payload(cls, slots)
+    def __init_subclass__(cls, *, whole: bool = False) -> None:
+        """``whole``: ``process`` takes programs as they are. Not inherited: a subclass may mean something else by an operator."""
+        check_payload(cls)
         if whole:
             WHOLE.add(cls)
 
@@ -102,6 +100,10 @@ class Interpreter:
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         """Whether ``wrapper`` could as well be its value: not batched, not tracked, without tangent."""
         raise NotImplementedError
+
+    def records(self, wrapper: WrapperTensor) -> bool:
+        """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says of it."""
+        return False
 
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:
         """Whether a write at this moment leaves this level's derivative of what is written as it was.
@@ -149,7 +151,7 @@ class Interpreter:
 RESERVED = {"self", *dir(Tensor)}
 
 
-def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
+def check_payload(cls: type[Interpreter]) -> None:
     """Refuse names of a payload that would overwrite what a wrapper is made of."""
     payload: Any = cls.payload
     if not isinstance(payload, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in payload):
@@ -157,7 +159,7 @@ def check_payload(cls: type[Interpreter], slots: tuple[str, ...]) -> None:
     if len(set(payload)) < len(payload):
         raise PayloadError(cls, f"payload {payload!r} has a name twice")
     inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "payload", ())}
-    taken = [name for name in payload if name in RESERVED and name not in inherited and name not in slots]
+    taken = [name for name in payload if name in RESERVED and name not in inherited]
     if taken:
         raise PayloadError(cls, f"payload has {', '.join(map(repr, taken))}, which every wrapper tensor has already")
 

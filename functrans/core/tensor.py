@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class WrapperTensor(torch.Tensor):
     Attributes:
         interpreter: the running transform it belongs to.
         value: the tensor one level down.
-        slot, bdim, tangent: what grad, vmap and jvp keep; other transforms set their own.
+        what its transform keeps on it, under the names in ``interpreter.payload`` (see ``carried_as``).
         view_link: how it was made from what it is a view of, or None (see functionalize/views.py).
         version: counts the writes it has seen.
     """
@@ -43,15 +43,12 @@ class WrapperTensor(torch.Tensor):
     # Slots, because these are read and written for every operator; what is rare is an ordinary attribute. Metadata stands in slots
     # beside where PyTorch keeps it, because PyTorch's own getters ask __torch_function__ first.
     __slots__ = (
-        "_tangent", "_value", "bdim", "device", "dtype", "interpreter", "layout", "made_at", "shape", "slot", "strides", "view_link",
+        "_carried", "_value", "device", "dtype", "interpreter", "layout", "made_at", "shape", "strides", "view_link",
     )  # fmt: skip
 
     interpreter: Interpreter
-    slot: int | None
-    bdim: int | None
-    # The value and the tangent, which may be pending.
     _value: Tensor | PendingWrapper
-    _tangent: Tensor | PendingWrapper | None
+    _carried: Any
     view_link: Any  # a views.ViewLink or None
     made_at: tuple[Any, int]
     shape: torch.Size  # type: ignore[assignment]
@@ -77,16 +74,10 @@ class WrapperTensor(torch.Tensor):
     def value(self, value: Tensor) -> None:
         self._value = value
 
-    @property
-    def tangent(self) -> Tensor | None:
-        tangent = self._tangent
-        if type(tangent) is PendingWrapper:
-            tangent = self._tangent = tensor_of(tangent)
-        return tangent  # type: ignore[return-value]
+    if TYPE_CHECKING:
 
-    @tangent.setter
-    def tangent(self, tangent: Tensor | None) -> None:
-        self._tangent = tangent
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -130,7 +121,7 @@ class WrapperTensor(torch.Tensor):
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        return not self.interpreter.is_constant(self) and self.interpreter.kind == "grad" or self.value.requires_grad
+        return self.interpreter.records(self) or self.value.requires_grad
 
     @requires_grad.setter
     def requires_grad(self, flag: bool) -> None:
@@ -147,11 +138,11 @@ class WrapperTensor(torch.Tensor):
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         if not self.requires_grad:
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
-        if self.interpreter.is_constant(self) or not hasattr(self.interpreter, "add_hook"):
+        if not self.interpreter.records(self):
             raise InsideTransformError(
                 "Tensor.register_hook()", self.interpreter.name, "an autograd.Function whose backward does what the hook does"
             )
-        return self.interpreter.add_hook(self.slot, hook)
+        return self.interpreter.add_hook(self, hook)  # type: ignore[attr-defined]
 
     def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
         raise InsideTransformError("Tensor.register_post_accumulate_grad_hook()", self.interpreter.name, "Tensor.register_hook()")
@@ -255,10 +246,11 @@ class PendingWrapper:
     contents never change: a write changes the tensor that was made of it.
     """
 
-    __slots__ = ("_tangent", "_value", "bdim", "device", "dtype", "interpreter", "layout", "made", "shape", "slot", "strides")
+    __slots__ = ("_carried", "_value", "device", "dtype", "interpreter", "layout", "made", "shape", "strides")
 
     interpreter: Interpreter
     _value: Any
+    _carried: Any
     made: WrapperTensor | None
     shape: torch.Size
     strides: tuple[int, ...] | None
@@ -292,10 +284,32 @@ def tensor_of(x: Any) -> Any:
         return x
     if x.made is None:
         x.made = wrap_like(x.interpreter, x._value, x)
-        for name in x.interpreter.payload:
-            name = "_tangent" if name == "tangent" else name
-            setattr(x.made, name, getattr(x, name))
+        x.made._carried = x._carried
     return x.made
+
+
+def carried_as(name: str, *, pending: bool = False) -> None:
+    """Let wrappers show what a transform of this package keeps on them as ``name``: it has a slot, which is read quickly.
+
+    ``pending``: it may be a pending wrapper; then ``name`` is the tensor, and ``_name`` what there is.
+    """
+    raw = f"_{name}" if pending else name
+    for cls in WRAPPERS:
+        setattr(cls, raw, cls._carried)
+    if pending:
+        setattr(WrapperTensor, name, property(carried_tensor, set_carried))
+    RESERVED.update((raw, name))
+
+
+def carried_tensor(x: WrapperTensor) -> Tensor | None:
+    carried = x._carried
+    if type(carried) is PendingWrapper:
+        carried = x._carried = tensor_of(carried)
+    return carried
+
+
+def set_carried(x: WrapperTensor, carried: Tensor | None) -> None:
+    x._carried = carried
 
 
 def concrete(x: Tensor) -> Tensor | None:

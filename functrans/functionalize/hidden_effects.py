@@ -98,7 +98,7 @@ def who_reads() -> str | None:
 
 def carries_derivative(x: Any) -> bool:
     while type(x) is WrapperTensor:
-        if x.interpreter.alive and x.interpreter.kind in ("grad", "jvp") and not x.interpreter.is_constant(x):
+        if x.interpreter.alive and x.interpreter.differentiates and not x.interpreter.is_constant(x):
             return True
         x = x.value
     return False

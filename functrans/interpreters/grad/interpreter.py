@@ -16,7 +16,7 @@ from functrans.core.errors import HookError, ModifiedError
 from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import WRAPPERS, WrapperTensor, tensor_of, wrap
+from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
 from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
@@ -33,7 +33,7 @@ Record = tuple[Any, Any, Any, Any]
 SPENT: Record = (None, 0, (), None)
 
 
-class GradInterpreter(Interpreter, slots=("slot",), whole=True):
+class GradInterpreter(Interpreter, whole=True):
     """Records what depends on the inputs; ``pull`` walks the tape backwards.
 
     A tracked wrapper has a *slot*, the number under which its cotangent is accumulated.
@@ -41,6 +41,7 @@ class GradInterpreter(Interpreter, slots=("slot",), whole=True):
 
     kind = "grad"
     payload = ("slot",)
+    differentiates = True
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
@@ -138,11 +139,14 @@ class GradInterpreter(Interpreter, slots=("slot",), whole=True):
         """A tracked wrapper for an operator's output, or a constant if its dtype has no derivative."""
         return self.track(value) if value.dtype in DIFFERENTIABLE else self.constant(value)
 
-    def add_hook(self, slot: int, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-        """Run ``hook`` on the cotangent of ``slot``; what it returns, if not None, takes its place."""
+    def records(self, wrapper: WrapperTensor) -> bool:
+        return wrapper.slot is not None
+
+    def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Run ``hook`` on the cotangent of a tracked ``wrapper``; what it returns, if not None, takes its place."""
         if self.hooks is None:
             self.hooks = {}
-        hooks = self.hooks.setdefault(slot, OrderedDict())
+        hooks = self.hooks.setdefault(wrapper.slot, OrderedDict())
         handle = RemovableHandle(hooks)
         hooks[handle.id] = hook
         return handle
@@ -280,6 +284,9 @@ class GradInterpreter(Interpreter, slots=("slot",), whole=True):
                 elif not x.is_inference():
                     found.append((plan.op, x, x._version))
         return found
+
+
+carried_as("slot")
 
 
 def total(a: Any, b: Any) -> Any:

@@ -13,7 +13,7 @@ from functrans.core.errors import DerivativeEntryError
 from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
 from functrans.core.rules import SCOPES, RuleTable, place_in
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import WrapperTensor, wrap
+from functrans.core.tensor import WrapperTensor, carried_as, wrap
 from functrans.core.torch_private import OpOverload, is_forward_enabled
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
@@ -29,11 +29,12 @@ aten = torch.ops.aten
 JVP_RULES: RuleTable[Callable[..., Any]] = RuleTable("jvp rules", cached=True)
 
 
-class JvpInterpreter(Interpreter, slots=("tangent",), whole=True):
+class JvpInterpreter(Interpreter, whole=True):
     """Values with tangents; a tangent of None is a zero that is never computed with."""
 
     kind = "jvp"
     payload = ("tangent",)
+    differentiates = True
 
     def constant(self, value: Tensor) -> WrapperTensor:
         wrapper = wrap(self, value)
@@ -120,6 +121,9 @@ class JvpInterpreter(Interpreter, slots=("tangent",), whole=True):
         if any(t is not None for t in found):
             tangents[position] = found
         return values
+
+
+carried_as("tangent", pending=True)
 
 
 @JVP_RULES.register(aten.detach.default)

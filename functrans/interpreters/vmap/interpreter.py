@@ -16,7 +16,7 @@ from functrans.core.errors import BatchingRuleError, DataDependentError
 from functrans.core.operators import Facts, plans_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import WrapperTensor, strides_of, tensor_of, wrap, wrap_as
+from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap, wrap_as
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
@@ -49,7 +49,7 @@ ITEM = (aten.item.default, aten._local_scalar_dense.default)
 READING_A_NUMBER = "tensor.item(), or a tensor where PyTorch takes a number,"
 
 
-class VmapInterpreter(Interpreter, slots=("bdim",), whole=True):
+class VmapInterpreter(Interpreter, whole=True):
     """A wrapper holds all examples in one tensor, along its dimension ``bdim``; None: the same for every example."""
 
     kind = "vmap"
@@ -311,6 +311,9 @@ class VmapInterpreter(Interpreter, slots=("bdim",), whole=True):
         if any(o != first for o in outs):
             raise DataDependentError(op, self, "its result is a Python number that differs between examples")
         return first
+
+
+carried_as("bdim")
 
 
 def rule_here(op: OpOverload, known: Facts) -> tuple[Any, Any, set[Any] | None]:
