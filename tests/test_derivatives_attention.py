@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from functrans import grad, vmap
 from functrans.derivatives.attention import attention
 from functrans.derivatives.table import DERIVATIVES
 
@@ -109,3 +110,27 @@ def test_attention_has_a_forward_mode():
         attention(*(x + h * t for x, t in zip(points, directions, strict=True)), is_causal=True) for h in (step, -step)
     )
     torch.testing.assert_close(moved, (there - back) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("given", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": True}])
+def test_the_kernel_for_cpus_and_both_of_its_outputs(given):
+    """PyTorch's derivative takes the logarithm of the sum for a constant; the truth is by differences."""
+    torch.manual_seed(0)
+    op = aten._scaled_dot_product_flash_attention_for_cpu.default
+    given = {**given, "attn_mask": randn(4, 5)} if "attn_mask" in given else given
+    inputs = [randn(2, 2, 4, 8), randn(2, 2, 5, 8), randn(2, 2, 5, 8)]
+    weights = [randn(2, 2, 4, 8), randn(2, 2, 4)]
+
+    def f(*inputs):
+        return sum((w * out.sin()).sum() for w, out in zip(weights, op(*inputs, **given), strict=True))
+
+    directions = [torch.randn_like(x) for x in inputs]
+    along = [lambda t, x=x, d=d: x + t * d for x, d in zip(inputs, directions, strict=True)]
+    line, step = (lambda t: f(*(a(t) for a in along))), 1e-4
+    first = (line(step) - line(-step)) / (2 * step)
+    slope = grad(line)(torch.tensor(0.0, dtype=torch.float64))
+    torch.testing.assert_close(slope, first, rtol=1e-6, atol=1e-6)
+    second = (grad(line)(torch.tensor(step).double()) - grad(line)(torch.tensor(-step).double())) / (2 * step)
+    torch.testing.assert_close(grad(grad(line))(torch.tensor(0.0, dtype=torch.float64)), second, rtol=1e-5, atol=1e-5)
+    rows = torch.stack([inputs[0], inputs[0] * 0.5, -inputs[0]])
+    torch.testing.assert_close(vmap(lambda q: grad(f)(q, *inputs[1:]))(rows), torch.stack([grad(f)(q, *inputs[1:]) for q in rows]))

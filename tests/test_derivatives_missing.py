@@ -238,7 +238,6 @@ ZEROS = {
     "aten._linalg_det.default": AUXILIARY,
     "aten._linalg_slogdet.default": AUXILIARY,
     "aten._linalg_solve_ex.default": AUXILIARY,
-    "aten._scaled_dot_product_flash_attention_for_cpu.default": AUXILIARY,
     "aten._weight_norm_interface.default": AUXILIARY,
     "aten.log_sigmoid_forward.default": AUXILIARY,
     "aten.rrelu_with_noise_functional.default": AUXILIARY,

@@ -295,7 +295,7 @@ def carried_as(name: str, *, pending: bool = False) -> None:
     """
     raw = f"_{name}" if pending else name
     for cls in WRAPPERS:
-        setattr(cls, raw, cls._carried)
+        setattr(cls, raw, vars(cls)["_carried"])
     if pending:
         setattr(WrapperTensor, name, property(carried_tensor, set_carried))
     RESERVED.update((raw, name))

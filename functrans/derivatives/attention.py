@@ -42,20 +42,45 @@ def attention(
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = torch.matmul(query * factor, key.transpose(-2, -1))
-    if is_causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        weights = scores.masked_fill(above, -math.inf).softmax(-1)
-    elif attn_mask is None:
-        weights = scores.softmax(-1)
-    else:
-        masked = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        weights = aten._safe_softmax(masked, -1)
+    scores, masked = scores_of(query, key, attn_mask, is_causal, scale)
+    weights = aten._safe_softmax(scores, -1) if masked else scores.softmax(-1)
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
     out = torch.matmul(weights, value)
     return out if out.dtype == dtype else out.to(dtype)
+
+
+def scores_of(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> tuple[Tensor, bool]:
+    """What the softmax is taken of, and whether a row of it may be masked as a whole."""
+    scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(-2, -1))
+    if is_causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(above, -math.inf), False
+    if mask is None:
+        return scores, False
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask, True
+
+
+def flash_attention_for_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``aten._scaled_dot_product_flash_attention_for_cpu``: the attention, and the logarithm of the sum that the softmax divides by.
+
+    PyTorch's own derivative takes the second output for a constant.
+    """
+    if dropout_p > 0:
+        raise RuntimeError("_scaled_dot_product_flash_attention_for_cpu has no dropout: expected dropout_p=0.0.")
+    out = attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
+    if query.dtype in (torch.float16, torch.bfloat16):
+        query, key = query.float(), key.float()
+    return out, scores_of(query, key, attn_mask, is_causal, scale)[0].logsumexp(-1)
 
 
 # ---------------------------------------------------------------------------------------------- dropout
@@ -87,4 +112,5 @@ derivative(
 )
 
 
-DECOMPOSITIONS.add(torch.ops.aten.scaled_dot_product_attention.default, attention)
+DECOMPOSITIONS.add(aten.scaled_dot_product_attention.default, attention)
+DECOMPOSITIONS.add(aten._scaled_dot_product_flash_attention_for_cpu.default, flash_attention_for_cpu)
