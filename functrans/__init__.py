@@ -13,7 +13,7 @@ from functrans.core.errors import FunctransError
 from functrans.core.operators import STAND_INS
 
 # importing these connects them
-from functrans.decompositions import recurrent, transformer  # noqa: F401
+from functrans.decompositions import least_squares, recurrent, transformer  # noqa: F401
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.door import autograd_function, torch_function  # noqa: F401

@@ -68,11 +68,6 @@ for _names, _convention in _CONVENTIONS:
     for _name in _names.split():
         CONVENTIONS[_name] = (*CONVENTIONS.get(_name, ()), _convention)
 
-#: Outputs that are not looked at.
-CONSTANT_OUTPUTS: dict[str, tuple[int, str]] = {
-    "linalg.lstsq": (3, "the singular values that some drivers return are constants for PyTorch; linalg.svdvals has their derivative"),
-}
-
 #: Operators whose result is amplified rounding error: the tolerances are multiplied by this.
 LOOSE: dict[str, float] = {
     "cov": 100.0,  # weights of both signs are divided by their sum

@@ -52,6 +52,8 @@ FORMULAS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "unique, rows": (lambda x: torch.unique(x * x, dim=0), ROWS),
     "unique, columns": (lambda x: torch.unique(x * x, dim=1, return_inverse=True)[0], ROWS),
     "unique_consecutive": (lambda x: torch.unique_consecutive(x * x), X),
+    "lstsq, singular values": (lambda x: torch.linalg.lstsq(x * x, ROWS, driver="gelsd").singular_values, ROWS + 0.1),
+    "lstsq, all of it": (lambda x: torch.cat([o.flatten() for i, o in enumerate(torch.linalg.lstsq(x * x, ROWS[:, :1], driver="gelss")) if i != 2]), ROWS + 0.1),
     "unique_consecutive, rows": (lambda x: torch.unique_consecutive(x * x, dim=0), ROWS),
 }
 
@@ -245,7 +247,6 @@ ZEROS = {
     "aten._fw_primal.default": DETACHED,
     "aten.data.default": DETACHED,
     "aten.detach.default": DETACHED,
-    "aten.linalg_lstsq.default": "its singular values, which PyTorch does not differentiate: linalg.svdvals(A) are the same numbers",
 }
 
 

@@ -53,7 +53,7 @@ def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if type(x) is not WrapperTensor or not (x.dtype.is_floating_point or x.dtype.is_complex) or not carries_derivative(x):
         return as_usual(known, args, kwargs)
     by = who_reads()
-    if type(by) is str:
+    if isinstance(by, str):
         raise NumberArgumentError(by, x.interpreter)
     value = as_usual(known, args, kwargs)
     if by is not None:
@@ -81,7 +81,7 @@ def who_reads() -> str | FrameType | None:
     return f"A function called at {frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def check_number_read(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_number_read(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:
     """Refuse ``op`` if a number among its arguments was just read off a tensor, by the instruction that calls it."""
     read: NumberRead = STATE.number_read
     frame: FrameType | None = sys._getframe(2)
@@ -89,13 +89,13 @@ def check_number_read(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, A
         frame = frame.f_back
     if frame is None:  # that instruction is done
         STATE.number_read = None
-    elif any(type(a) is type(read.number) and (a == read.number or a != a and read.number != read.number) for a in leaves(args, kwargs)):
+    elif any(type(a) is type(read.number) and repr(a) == repr(read.number) for a in leaves(args, kwargs)):  # which finds NaN
         STATE.number_read = None
         raise NumberArgumentError(op.overloadpacket.__name__, read.interpreter)
 
 
-def leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    for a in (*args, *kwargs.values()):
+def leaves(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterator[Any]:
+    for a in (*args, *(kwargs or {}).values()):
         yield from a if type(a) is list or type(a) is tuple else (a,)
 
 
