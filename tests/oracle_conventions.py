@@ -54,10 +54,6 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
     )),
     ("nn.functional.rrelu", Convention("numbers are drawn for negative elements only, so that a batch draws others than a loop", check="loop")),
     ("masked.logaddexp", Convention("masked elements are -inf in both arguments, whose derivative is NaN", check="grad", detail="^nan")),
-    ("norm.nuc linalg.norm linalg.norm.subgradients_at_zero linalg.matrix_norm", Convention(
-        "at repeated singular values the second derivative of their sum is NaN: it comes from those of the vectors, which have none",
-        variant="identity|ties|zero", detail="^nan",
-    )),
     ("svd_lowrank pca_lowrank", Convention(
         "at 0 and at repeated singular values the vectors are free to turn, and the values have a kink", variant="zero|identity|ties"
     )),
