@@ -19,7 +19,6 @@ import torch
 
 from functrans.core.errors import NumberArgumentError
 from functrans.core.operators import Facts
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import OpOverload
@@ -37,10 +36,14 @@ ON_THE_WAY = ("functrans.door.torch_dispatch", "functrans.door.torch_function", 
 
 
 class NumberRead(NamedTuple):
-    """A number that some code asked a tensor for, and where that code stood; of the frame only its identity, or its locals would live on."""
+    """A number that some code asked a tensor for, and where that code stood.
+
+    Of the frame only its identity and of the interpreter only its name are kept, or what they hold would live on.
+    """
 
     number: Any
-    interpreter: Interpreter
+    transform: str
+    level: int
     frame: int
     code: CodeType
     instruction: int
@@ -54,10 +57,10 @@ def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return as_usual(known, args, kwargs)
     by = who_reads()
     if isinstance(by, str):
-        raise NumberArgumentError(by, x.interpreter)
+        raise NumberArgumentError(by, x.interpreter.name, x.interpreter.level)
     value = as_usual(known, args, kwargs)
     if by is not None:
-        STATE.number_read = NumberRead(value, x.interpreter, id(by), by.f_code, by.f_lasti)
+        STATE.number_read = NumberRead(value, x.interpreter.name, x.interpreter.level, id(by), by.f_code, by.f_lasti)
     return value
 
 
@@ -91,7 +94,7 @@ def check_number_read(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, A
         STATE.number_read = None
     elif any(type(a) is type(read.number) and repr(a) == repr(read.number) for a in leaves(args, kwargs)):  # which finds NaN
         STATE.number_read = None
-        raise NumberArgumentError(op.overloadpacket.__name__, read.interpreter)
+        raise NumberArgumentError(op.overloadpacket.__name__, read.transform, read.level)
 
 
 def leaves(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterator[Any]:
