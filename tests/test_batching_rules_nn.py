@@ -325,13 +325,17 @@ def test_complex_convolutions(dims: int, transposed: bool) -> None:
     for in_dims in ((0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (0, None, 0)):
         args = [a if d == 0 else a[0] for a, d in zip((x, weight, bias), in_dims, strict=True)]
         rows = [[a[i] if d == 0 else a for a, d in zip(args, in_dims, strict=True)] for i in range(3)]
-        torch.testing.assert_close(functrans.vmap(direct, in_dims)(*args), torch.stack([by_real_ones(*row) for row in rows]))
+        torch.testing.assert_close(
+            functrans.vmap(direct, in_dims)(*args), torch.stack([by_real_ones(*row) for row in rows])
+        )
         _, tangents = functrans.jvp(functrans.vmap(direct, in_dims), tuple(args), tuple(a.conj() for a in args))
         expected = []
         for i, row in enumerate(rows):
             moved = [a.conj() for a in row]
             step = [[a + e * t for a, t in zip(row, moved, strict=True)] for e in (1e-6, -1e-6)]
-            torch.testing.assert_close(tangents[i], (by_real_ones(*step[0]) - by_real_ones(*step[1])) / 2e-6, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(
+                tangents[i], (by_real_ones(*step[0]) - by_real_ones(*step[1])) / 2e-6, rtol=1e-7, atol=1e-7
+            )
             leaves = [a.clone().requires_grad_() for a in row]
             expected.append(torch.autograd.grad(total(by_real_ones)(*leaves), leaves))
         slopes = functrans.vmap(functrans.grad(total(direct), argnums=(0, 1, 2)), in_dims)(*args)

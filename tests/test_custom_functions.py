@@ -374,7 +374,7 @@ def test_custom_op_that_writes() -> None:
 
 
 def noting(dtypes: tuple[Any, ...], seen: list[Any], setup: bool) -> Any:
-    """A Function with a half-precision output, a double one and one without gradient, whose backward notes what it got."""
+    """A Function with a half-precision output, a double one and a text, whose backward notes what it got."""
 
     def remember(ctx: Any, x: Tensor) -> None:
         ctx.save_for_backward(x)
@@ -390,7 +390,10 @@ def noting(dtypes: tuple[Any, ...], seen: list[Any], setup: bool) -> Any:
 
     body: dict[str, Any] = {"backward": staticmethod(backward)}
     if setup:
-        body |= {"forward": staticmethod(compute), "setup_context": staticmethod(lambda ctx, inputs, output: remember(ctx, *inputs))}
+        body |= {
+            "forward": staticmethod(compute),
+            "setup_context": staticmethod(lambda ctx, inputs, output: remember(ctx, *inputs)),
+        }
     else:
         body["forward"] = staticmethod(lambda ctx, x: (remember(ctx, x), compute(x))[1])
     return type("Noting", (torch.autograd.Function,), body)
@@ -401,7 +404,9 @@ needs_declared_dtypes = pytest.mark.skipif(INSTALLED < (2, 14), reason="ctx.set_
 
 @needs_declared_dtypes
 @pytest.mark.parametrize("setup", [True, False])
-@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32, None), (None, None, None), (torch.float16, torch.float64, None)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64, torch.float32, None), (None, None, None), (torch.float16, torch.float64, None)], ids=str
+)
 def test_backward_gets_gradients_of_the_dtypes_it_declared(dtypes: tuple[Any, ...], setup: bool) -> None:
     seen: list[Any] = []
     function = noting(dtypes, seen, setup)
@@ -416,7 +421,9 @@ def test_backward_gets_gradients_of_the_dtypes_it_declared(dtypes: tuple[Any, ..
     expected = X.cos() / 2 - X.sin() / 4
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad(f)(X), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(grad(lambda x: vmap(f)(x).sum())(BATCH), BATCH.cos() / 2 - BATCH.sin() / 4, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        grad(lambda x: vmap(f)(x).sum())(BATCH), BATCH.cos() / 2 - BATCH.sin() / 4, rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(vmap(grad(f))(BATCH), BATCH.cos() / 2 - BATCH.sin() / 4, rtol=1e-6, atol=0)
     assert set(seen) == {plain} == {tuple(d or o for d, o in zip(dtypes, (torch.float16, torch.float64), strict=False))}
     torch.testing.assert_close(grad(lambda x: grad(f)(x).sum())(X), -X.sin() / 2 - X.cos() / 4, rtol=1e-6, atol=0)
@@ -425,7 +432,10 @@ def test_backward_gets_gradients_of_the_dtypes_it_declared(dtypes: tuple[Any, ..
 @needs_declared_dtypes
 @pytest.mark.parametrize(
     ("dtypes", "message"),
-    [((None,), "declared 1 dtypes for the gradients of 3 outputs"), ((None, None, torch.float32), "declared torch.float32 for the gradient of output 2")],
+    [
+        ((None,), "declared 1 dtypes for the gradients of 3 outputs"),
+        ((None, None, torch.float32), "declared torch.float32 for the gradient of output 2"),
+    ],
 )
 def test_declared_dtypes_that_do_not_fit(dtypes: tuple[Any, ...], message: str) -> None:
     """At the base it is PyTorch that says so."""

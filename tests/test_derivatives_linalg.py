@@ -57,7 +57,7 @@ def cholesky_calls(dtype: torch.dtype) -> list[Call]:
     return calls
 
 
-#: PyTorch's derivatives by a factor are not zero in the triangle that is not read (torch 2.14): here it is cut off before
+#: PyTorch's derivatives by a factor are not zero in the triangle that is not read (torch 2.14): cut off before
 OF_THE_TRIANGLE: dict[Any, Callable[..., Tensor]] = {
     aten.cholesky_inverse.default: lambda a, upper: torch.cholesky_inverse(a.triu() if upper else a.tril(), upper),
     aten.cholesky_solve.default: lambda b, a, upper: torch.cholesky_solve(b, a.triu() if upper else a.tril(), upper),
@@ -76,7 +76,8 @@ def test_linear_algebra(dtype: torch.dtype) -> None:
         # A factor is of the Hermitian part, or of the lower triangle; beyond the first order PyTorch mixes the two.
         order = 1 if call.op is aten.linalg_cholesky_ex.default else 2
         # PyTorch's tangent of cholesky_inverse is not the derivative (torch 2.13); see the test below.
-        check_entry(call, order=order, trust_forward=call.op is not aten.cholesky_inverse.default, native=OF_THE_TRIANGLE.get(call.op))
+        trusted = call.op is not aten.cholesky_inverse.default
+        check_entry(call, order=order, trust_forward=trusted, native=OF_THE_TRIANGLE.get(call.op))
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -99,7 +100,8 @@ for _upper in (False, True):
         f"cholesky_inverse, {_name}": (lambda a, b, u=_upper: torch.cholesky_inverse(a, u), _upper, 0),
         f"solve_triangular, {_name}": (lambda a, b, u=_upper: torch.linalg.solve_triangular(a, b, upper=u), _upper, 0),
         f"solve_triangular, {_name}, ones": (
-            lambda a, b, u=_upper: torch.linalg.solve_triangular(a, b, upper=u, unitriangular=True), _upper, 1 if _upper else -1,
+            lambda a, b, u=_upper: torch.linalg.solve_triangular(a, b, upper=u, unitriangular=True),
+            _upper, 1 if _upper else -1,
         ),
     }  # fmt: skip
 ONE_TRIANGLE["householder_product"] = (lambda a, b: torch.linalg.householder_product(a, b[:, 0]), False, -1)
@@ -123,7 +125,12 @@ def test_the_triangle_that_is_not_read_has_no_derivative(name: str, dtype: torch
 
     slope = functrans.grad(cosines)
     along = lambda g: lambda x: functrans.jvp(g, (x,), (v,))[1]
-    for lower, higher in ((lambda a: f(a, b), along(lambda a: f(a, b))), (cosines, along(cosines)), (slope, along(slope)), (along(cosines), along(along(cosines)))):
+    for lower, higher in (
+        (lambda a: f(a, b), along(lambda a: f(a, b))),
+        (cosines, along(cosines)),
+        (slope, along(slope)),
+        (along(cosines), along(along(cosines))),
+    ):
         differences = (lower(a + 1e-5 * v) - lower(a - 1e-5 * v)) / 2e-5
         torch.testing.assert_close(higher(a), differences, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(functrans.jvp(lower, (a,), (v - part(v),))[1], torch.zeros_like(differences))

@@ -98,7 +98,8 @@ SEGMENTS = {
 
 @pytest.mark.parametrize("initial", [None, 0.5])
 @pytest.mark.parametrize(
-    ("reduce", "factors"), [*(("prod", name) for name in FACTORS), *((reduce, "no zero") for reduce in ("sum", "mean", "max", "min"))]
+    ("reduce", "factors"),
+    [*(("prod", name) for name in FACTORS), *((reduce, "no zero") for reduce in ("sum", "mean", "max", "min"))],
 )
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_segment_reduce(name: str, reduce: str, factors: str, initial: float | None) -> None:
@@ -109,14 +110,19 @@ def test_segment_reduce(name: str, reduce: str, factors: str, initial: float | N
     elif reduce == "prod":
         data = data[:, None].expand(5, 2)
     run = lambda x: torch.segment_reduce(x, reduce, initial=initial, **segments).nan_to_num(0, 0, 0)
-    check_mixes(along(run, (data,)), order=3 if reduce == "prod" and name == "lengths" else 2, rtol=1e-4, atol=1e-6, radius=0.05)
+    check_mixes(
+        along(run, (data,)), order=3 if reduce == "prod" and name == "lengths" else 2, rtol=1e-4, atol=1e-6, radius=0.05
+    )
 
 
 @pytest.mark.filterwarnings("ignore:vmap has no batching rule")
 @pytest.mark.parametrize("reduce", ["sum", "mean", "prod", "max", "min"])
 def test_segments_of_a_batch(reduce: str) -> None:
     """Data alone, and lengths of each example."""
-    data, lengths = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.tensor([[2, 0, 3], [1, 1, 3], [5, 0, 0]])
+    data, lengths = (
+        torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[2, 0, 3], [1, 1, 3], [5, 0, 0]]),
+    )
     f = lambda x, lengths: torch.segment_reduce(x, reduce, lengths=lengths, initial=0.5).sin().sum()
     for in_dims in ((0, 0), (0, None)):
         rows = [(x, lengths[i] if in_dims[1] == 0 else lengths[0]) for i, x in enumerate(data)]
@@ -130,7 +136,9 @@ def test_segments_of_a_batch(reduce: str) -> None:
 def test_equal_elements_share_a_maximum_as_in_pytorch() -> None:
     x = vector(1.0, 3.0, 3.0, -1.0)
     for initial, expected in ((None, [0.0, 0.5, 0.5, 0.0]), (3.0, [0.0, 0.5, 0.5, 0.0]), (4.0, [0.0, 0.0, 0.0, 0.0])):
-        run = lambda x, initial=initial: torch.segment_reduce(x, "max", lengths=torch.tensor([4]), initial=initial).sum()
+        run = lambda x, initial=initial: torch.segment_reduce(
+            x, "max", lengths=torch.tensor([4]), initial=initial
+        ).sum()
         leaf = x.clone().requires_grad_()
         run(leaf).backward()
         assert grad(run)(x).tolist() == expected == leaf.grad.tolist()

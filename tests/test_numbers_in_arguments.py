@@ -1,4 +1,4 @@
-"""A tensor that carries a derivative in the place of a Python number, for every function that takes one: right, or refused, never zero."""
+"""A tensor that carries a derivative in the place of a Python number: right, or refused, and never zero."""
 
 from __future__ import annotations
 
@@ -81,7 +81,10 @@ def test_asked_for_it_is_a_number() -> None:
 
 
 def test_the_message_names_the_function() -> None:
-    with pytest.raises(NumberArgumentError, match=r"^kaiser_window takes a Python number where it was given a tensor of grad\(<lambda>\) at level 1"):
+    with pytest.raises(
+        NumberArgumentError,
+        match=r"^kaiser_window takes a Python number where it was given a tensor of grad\(<lambda>\) at level 1",
+    ):
         grad(lambda a: torch.kaiser_window(5, True, a).sum())(A)
 
 
@@ -95,11 +98,19 @@ def is_number(argument: Any) -> bool:
 
 def operators(prefixes: tuple[str, ...] = ("",)) -> list[OpOverload]:
     """Every aten overload that takes a float or a Scalar and returns a tensor; those that write, too."""
-    names = sorted({n.removeprefix("aten::").split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")})
+    names = sorted(
+        {
+            n.removeprefix("aten::").split(".")[0]
+            for n in torch._C._dispatch_get_all_op_names()
+            if n.startswith("aten::")
+        }
+    )
     packets = [getattr(torch.ops.aten, n, None) for n in names if n.startswith(prefixes)]
     found = [getattr(p, o) for p in packets if p is not None for o in p.overloads()]
     return [
-        op for op in found if any(map(is_number, op._schema.arguments)) and any("Tensor" in str(r.type) for r in op._schema.returns)
+        op
+        for op in found
+        if any(map(is_number, op._schema.arguments)) and any("Tensor" in str(r.type) for r in op._schema.returns)
     ]
 
 
@@ -108,7 +119,8 @@ def functions(op: OpOverload) -> Iterator[tuple[str, Callable[..., Any]]]:
     yield "aten", op
     name = op._schema.name.removeprefix("aten::")
     for holder, prefix in (
-        (torch, ""), (F, ""), (torch._C._nn, ""), (torch._C._VariableFunctions, ""), (Tensor, ""), (torch.linalg, "linalg_"), (torch.special, "special_"),
+        (torch, ""), (F, ""), (torch._C._nn, ""), (torch._C._VariableFunctions, ""), (Tensor, ""),
+        (torch.linalg, "linalg_"), (torch.special, "special_"),
     ):  # fmt: skip
         function = getattr(holder, name.removeprefix(prefix), None) if name.startswith(prefix) else None
         if callable(function):
@@ -116,11 +128,16 @@ def functions(op: OpOverload) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def verdicts(op: OpOverload) -> list[Verdict]:
-    return [v for call in made_up_calls(op, 1) for argument in filter(is_number, op._schema.arguments) for v in by_number(op, call, argument)]
+    return [
+        v
+        for call in made_up_calls(op, 1)
+        for argument in filter(is_number, op._schema.arguments)
+        for v in by_number(op, call, argument)
+    ]
 
 
 def by_number(op: OpOverload, call: Any, argument: Any) -> Iterator[Verdict]:
-    """What the derivative by one number among the arguments is, for every function that has the operator's arguments."""
+    """What the derivative by one number is, for every function that has the operator's arguments."""
     names = [a.name for a in op._schema.arguments]
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
     for spelling, function in functions(op):
@@ -147,7 +164,9 @@ def check(prefixes: tuple[str, ...]) -> dict[str, set[str]]:
         for v in apart(partial(verdicts, op), op):
             found.setdefault(v.outcome, set()).add(v.op)
     # torch.normal takes tensors as well: a convention of PyTorch's, see functrans.derivatives.constants
-    assert {name for outcome in ("zero", "wrong") for name in found.get(outcome, ()) if not name.startswith("aten.normal.")} == set()
+    assert {
+        name for outcome in ("zero", "wrong") for name in found.get(outcome, ()) if not name.startswith("aten.normal.")
+    } == set()
     return found
 
 

@@ -179,7 +179,10 @@ def test_matrix_norms(ord: Any, dtype: torch.dtype) -> None:
 
 def repeated(*shape: int, dtype: torch.dtype, values: tuple[float, ...]) -> Tensor:
     """A matrix with these singular values."""
-    left, right = linalg.qr(randn(shape[0], shape[0], dtype=dtype, seed=8))[0], linalg.qr(randn(shape[1], shape[1], dtype=dtype, seed=9))[0]
+    left, right = (
+        linalg.qr(randn(shape[0], shape[0], dtype=dtype, seed=8))[0],
+        linalg.qr(randn(shape[1], shape[1], dtype=dtype, seed=9))[0],
+    )
     n = len(values)
     return left[:, :n] @ torch.diag(torch.tensor(values, dtype=torch.float64)).to(dtype) @ right[:n]
 
@@ -187,14 +190,18 @@ def repeated(*shape: int, dtype: torch.dtype, values: tuple[float, ...]) -> Tens
 @pytest.mark.parametrize("values", [(2.0, 2.0, 2.0), (2.0, 2.0, 1.0), (2.0, 1 + 1e-13, 1.0), (1.5, 1.0, 0.5)], ids=str)
 @pytest.mark.parametrize("shape", [(3, 3), (5, 3), (3, 4)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nuclear_norm_of_repeated_singular_values(dtype: torch.dtype, shape: tuple[int, int], values: tuple[float, ...]) -> None:
+def test_nuclear_norm_of_repeated_singular_values(
+    dtype: torch.dtype, shape: tuple[int, int], values: tuple[float, ...]
+) -> None:
     """It is smooth wherever no singular value is 0, although the singular vectors are not."""
     a = repeated(*shape, dtype=dtype, values=values)
     for norm in (lambda a: linalg.matrix_norm(a, "nuc"), lambda a: torch.norm(a, "nuc")):
         check_mixes(along(norm, (a,)), radius=0.05, rtol=1e-4, atol=1e-6)
     batch, v = torch.stack([a, 2 * a]), randn(2, *shape, dtype=dtype, seed=3)
     product = lambda a, v: jvp(grad(lambda a: linalg.matrix_norm(a, "nuc")), (a,), (v,))[1]
-    torch.testing.assert_close(vmap(product)(batch, v), torch.stack([product(*row) for row in zip(batch, v, strict=True)]))
+    torch.testing.assert_close(
+        vmap(product)(batch, v), torch.stack([product(*row) for row in zip(batch, v, strict=True)])
+    )
 
 
 def test_nuclear_norm_as_pytorch_has_it() -> None:
@@ -215,7 +222,11 @@ def test_nuclear_norm_as_pytorch_has_it() -> None:
         torch.testing.assert_close(grad(lambda x, f=f: f(x).sin().sum())(x), leaf.grad)
         value, moved = jvp(f, (x,), (x,))
         torch.testing.assert_close((value, moved), (f(x), f(x)))  # homogeneous
-    for wrong in (lambda x: linalg.matrix_norm(x, "nuc", dim=(0, 0)), lambda x: linalg.matrix_norm(x[0, 0], "nuc"), lambda x: x.norm("nuc", dim=(0, 5))):
+    for wrong in (
+        lambda x: linalg.matrix_norm(x, "nuc", dim=(0, 0)),
+        lambda x: linalg.matrix_norm(x[0, 0], "nuc"),
+        lambda x: x.norm("nuc", dim=(0, 5)),
+    ):
         for run in (wrong, lambda x, f=wrong: grad(lambda x: f(x).sum())(x)):
             with pytest.raises((RuntimeError, IndexError)):
                 run(x)

@@ -244,10 +244,18 @@ CTC_LENGTHS = (6, 5, 2), (3, 2, 0)
 @pytest.mark.parametrize("padded", [False, True])
 def test_ctc_loss(padded: bool, tensors: bool, reduction: str) -> None:
     """Equal labels side by side, sequences that are shorter than the input, and one without labels."""
-    targets = CTC_TARGETS if padded else torch.cat([row[:n] for row, n in zip(CTC_TARGETS, CTC_LENGTHS[1], strict=True)])
+    targets = (
+        CTC_TARGETS if padded else torch.cat([row[:n] for row, n in zip(CTC_TARGETS, CTC_LENGTHS[1], strict=True)])
+    )
     lengths = [torch.tensor(n) if tensors else n for n in CTC_LENGTHS]
     f = lambda x: F.ctc_loss(x.log_softmax(2), targets, *lengths, reduction=reduction)
-    check_mixes(along(f, (randn(6, 3, 4),)), order=3 if padded and not tensors and reduction == "sum" else 2, radius=0.05, rtol=1e-4, atol=1e-6)
+    check_mixes(
+        along(f, (randn(6, 3, 4),)),
+        order=3 if padded and not tensors and reduction == "sum" else 2,
+        radius=0.05,
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_ctc_loss_where_no_path_leads() -> None:

@@ -1,7 +1,7 @@
 """``ctc_loss`` in pieces, and its derivatives.
 
-PyTorch's own definition makes a tensor of the lengths and reads it, which inside a transform has no numbers to be read; and its gradient, a
-kernel, has no derivative.
+PyTorch's own definition makes a tensor of the lengths and reads it, which inside a transform has no numbers to be read;
+and its gradient, a kernel, has no derivative.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ for _op, _lengths in ((aten._ctc_loss.default, aten.ctc_loss.IntList), (aten._ct
     )
 
 
-# ---------------------------------------------------------------------------------------------- second and higher orders
+# ------------------------------------------------------------------------------------- second and higher orders
 
 #: The logarithm of a probability of 0 that has a derivative, 0.
 NEVER = -1e30
@@ -106,7 +106,11 @@ class Paths:
 
 
 def counted(lengths: Any, like: Tensor) -> Tensor:
-    return lengths.to(like.device, torch.int64) if isinstance(lengths, Tensor) else torch.tensor(list(lengths), device=like.device)
+    return (
+        lengths.to(like.device, torch.int64)
+        if isinstance(lengths, Tensor)
+        else torch.tensor(list(lengths), device=like.device)
+    )
 
 
 def shifted(x: Tensor, by: int) -> Tensor:
@@ -116,7 +120,10 @@ def shifted(x: Tensor, by: int) -> Tensor:
 
 
 def frequencies(log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, blank: int) -> Tensor:
-    """``[T, N, C]``: how often each label is read at each time, over all paths; the derivative of ``log Z``, by forward and backward sums."""
+    """``[T, N, C]``: how often each label is read at each time, over all paths, by forward and backward sums.
+
+    That is the derivative of the logarithm of the sum over all paths.
+    """
     paths, ends = Paths(targets, target_lengths, blank), counted(input_lengths, targets).unsqueeze(1)
     times = log_probs.shape[0]
     labels = paths.labels.expand(times, *paths.labels.shape)
@@ -149,7 +156,8 @@ def ctc_loss_backward(
 ) -> Tensor:
     """The kernel's gradient in differentiable operators.
 
-    Like the kernel it is the gradient for log-probabilities that are normalized: ``exp(log_probs)`` is what ``log_softmax`` takes out.
+    Like the kernel it is the gradient for log-probabilities that are normalized: ``exp(log_probs)`` is what
+    ``log_softmax`` takes out.
     """
     slopes = log_probs.exp() - frequencies(log_probs, targets, input_lengths, target_lengths, blank)
     slopes = torch.where(neg_log_likelihood.unsqueeze(1) == math.inf, 0 if zero_infinity else math.nan, slopes)

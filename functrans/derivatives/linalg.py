@@ -194,7 +194,9 @@ def of_matrix(factor: Tensor, factor_t: Tensor, upper: bool) -> Tensor:
 
 
 def cholesky_solve_right(grad: Tensor, input2: Tensor, upper: bool) -> Tensor:
-    return torch.cholesky_solve(grad, triangle(input2, upper, False), upper)  # cut for PyTorch's own autograd, which may record at the base
+    return torch.cholesky_solve(
+        grad, triangle(input2, upper, False), upper
+    )  # cut for PyTorch's own autograd, which may record at the base
 
 
 def cholesky_solve_both(grad: Tensor, input2: Tensor, upper: bool, result: Tensor) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
 """The nuclear norm, with the derivatives that it has where singular values are repeated.
 
-``A = Q H`` with ``Q^H Q = I`` and ``H`` Hermitian, positive (for a tall A; a wide one is turned): the norm is ``tr H`` and its gradient is
-``Q``. PyTorch differentiates ``Q`` by the singular vectors, which have no derivative at repeated values, and one of little
-precision near them; ``Q`` itself is smooth as long as no singular value is 0. At 0 the norm has a kink, and its gradient counts
-as constant in what is not there, as that of ``abs`` does.
+``A = Q H`` with ``Q^H Q = I`` and ``H`` Hermitian, positive (for a tall A; a wide one is turned): the norm is ``tr H``
+and its gradient is ``Q``. PyTorch differentiates ``Q`` by the singular vectors, which have no derivative at repeated
+values, and one of little precision near them; ``Q`` itself is smooth as long as no singular value is 0. At 0 the norm
+has a kink, and its gradient counts as constant there, as that of ``abs`` does.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def nuclear_pull(grad: Tensor, A: Tensor, result: Tensor) -> Tensor:
     return grad[..., None, None] * slope(A)
 
 
-@own_matrix_operator("nuclear(Tensor A) -> Tensor", nuclear_pull, lambda A: A.new_empty(A.shape[:-2], dtype=A.dtype.to_real()))
+@own_matrix_operator(
+    "nuclear(Tensor A) -> Tensor", nuclear_pull, lambda A: A.new_empty(A.shape[:-2], dtype=A.dtype.to_real())
+)
 def nuclear(A: Tensor) -> Tensor:
     """The sum of the singular values."""
     return torch.linalg.svdvals(A).sum(-1)
@@ -116,7 +118,7 @@ derivative(
 
 
 def acceptable(x: Tensor, dim: Any) -> bool:
-    """Whether ``x`` has matrices along ``dim``; PyTorch says what is wrong with others, and what the norm of none is."""
+    """Whether ``x`` has matrices along ``dim``; PyTorch says what is wrong if not, and what the norm of none is."""
     n = x.dim()
     return len(dim) == 2 <= n and x.numel() > 0 and all(-n <= d < n for d in dim) and dim[0] % n != dim[1] % n
 
@@ -127,7 +129,9 @@ def nuclear_along(x: Tensor, dim: Any, keepdim: bool) -> Tensor:
 
 
 @DECOMPOSITIONS.register(aten.linalg_matrix_norm.str_ord)
-def matrix_norm(self: Tensor, ord: str = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+def matrix_norm(
+    self: Tensor, ord: str = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
     """The rest is left to PyTorch."""
     if ord != "nuc" or dtype is not None or not acceptable(self, dim):
         return aten.linalg_matrix_norm.str_ord.decompose(self, ord, dim, keepdim, dtype=dtype)
@@ -141,4 +145,8 @@ def nuclear_norm(self: Tensor, keepdim: bool = False) -> Tensor:
 
 @DECOMPOSITIONS.register(aten.nuclear_norm.dim)
 def nuclear_norm_of_dims(self: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    return nuclear_along(self, dim, keepdim) if acceptable(self, dim) else aten.nuclear_norm.dim.decompose(self, dim, keepdim)
+    return (
+        nuclear_along(self, dim, keepdim)
+        if acceptable(self, dim)
+        else aten.nuclear_norm.dim.decompose(self, dim, keepdim)
+    )

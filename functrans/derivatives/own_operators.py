@@ -35,10 +35,13 @@ def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callabl
     return lambda function: defined(schema, function, fake, backward, setup)
 
 
-def own_matrix_operator(schema: str, pull: Callable[..., Any], fake: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
+def own_matrix_operator(
+    schema: str, pull: Callable[..., Any], fake: Callable[..., Tensor]
+) -> Callable[[Callable[..., Tensor]], OpOverload]:
     """Decorator: a function of plain matrices as an operator ``functrans::...``.
 
-    ``pull(grad, *arguments, result)`` gives the cotangents of the arguments where no transform is involved; ``fake``: a result without numbers.
+    ``pull(grad, *arguments, result)`` gives the cotangents of the arguments where no transform is involved;
+    ``fake(*arguments)`` a result without numbers.
     """
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -47,7 +50,13 @@ def own_matrix_operator(schema: str, pull: Callable[..., Any], fake: Callable[..
     return lambda function: defined(schema, function, fake, lambda ctx, grad: pull(grad, *ctx.saved_tensors), setup)
 
 
-def defined(schema: str, function: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Callable[..., Any], setup: Callable[..., None]) -> OpOverload:
+def defined(
+    schema: str,
+    function: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    backward: Callable[..., Any],
+    setup: Callable[..., None],
+) -> OpOverload:
     """The operator, known to PyTorch."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)

@@ -44,9 +44,16 @@ def partials(v: Values, place: Tensor) -> Tensor:
     """The derivative of each segment's result by each of its elements."""
     axis, reduce, data = axis_of(v), v["reduce"], v["data"]
     result = with_ends(v["result"], axis, 1)
-    # Only for products it matters what they start from; a maximum shares among elements that are equal, not with its start.
+    # Only for products it matters what they start from; a maximum shares among equal elements, not with its start.
     start = torch.full_like(result, 1 if v["initial"] is None else v["initial"])
-    scattered = {"self": start, "dim": axis, "index": place, "src": data, "result": result, "include_self": reduce == "prod"}
+    scattered = {
+        "self": start,
+        "dim": axis,
+        "index": place,
+        "src": data,
+        "result": result,
+        "include_self": reduce == "prod",
+    }
     found = slopes(scattered | {"reduce": {"max": "amax", "min": "amin"}.get(reduce, reduce)}).src
     return found * ((place > 0) & (place < result.shape[axis] - 1))
 

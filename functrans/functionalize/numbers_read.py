@@ -1,11 +1,12 @@
-"""Reading the number of a tensor that carries a derivative: allowed where it is asked for, refused where a function does it by itself.
+"""Reading the number of a tensor that carries a derivative: allowed where it is asked for, refused where it is not.
 
 NOTE [Numbers that are read]
-``float(x)`` and ``x.item()`` leave what is differentiated, as in plain PyTorch. A function that takes a Python number and is given a
-tensor reads the number unasked (``torch.full(size, x)``). PyTorch's parsers refuse a tensor that requires grad; a wrapper never does in
-their eyes, so that it is refused here. Some read with ``item``, some as Python does, with ``__float__``: then the function and ``float(x)``
-look the same until the operator comes in. So it is noted which instruction of which frame has the number read, and an
-operator that comes in while that instruction still runs, with this number among its arguments, is what read it.
+``float(x)`` and ``x.item()`` leave what is differentiated, as in plain PyTorch. A function that takes a Python number
+and is given a tensor reads the number unasked (``torch.full(size, x)``). PyTorch's parsers refuse a tensor that requires
+grad; a wrapper never does in their eyes, so that it is refused here. Some read with ``item``, some as Python does, with
+``__float__``: then the function and ``float(x)`` look the same until the operator comes in. So it is noted which
+instruction of which frame has the number read, and an operator that comes in while that instruction still runs, with
+this number among its arguments, is what read it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,18 @@ aten = torch.ops.aten
 #: What reads a tensor's number because that was asked for.
 READERS = frozenset(
     getattr(torch.Tensor, name)
-    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__complex__", "__index__", "__format__", "__contains__", "__repr__")
+    for name in (
+        "item",
+        "tolist",
+        "__float__",
+        "__int__",
+        "__bool__",
+        "__complex__",
+        "__index__",
+        "__format__",
+        "__contains__",
+        "__repr__",
+    )
 )
 #: Where the frames between a reader and the code that asked are.
 ON_THE_WAY = ("functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.core.tensor")
@@ -53,7 +65,11 @@ class NumberRead(NamedTuple):
 def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Read it, unless its derivative would be lost without anyone having asked for the number."""
     (x,) = args
-    if type(x) is not WrapperTensor or not (x.dtype.is_floating_point or x.dtype.is_complex) or not carries_derivative(x):
+    if (
+        type(x) is not WrapperTensor
+        or not (x.dtype.is_floating_point or x.dtype.is_complex)
+        or not carries_derivative(x)
+    ):
         return as_usual(known, args, kwargs)
     by = who_reads()
     if isinstance(by, str):
@@ -65,7 +81,7 @@ def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def who_reads() -> str | FrameType | None:
-    """The function that came to read a number without being asked to, or the frame that asked a tensor; None: the operator was called."""
+    """The function that reads a number unasked, or the frame that asked a tensor; None: the operator was called."""
     frame, asked = sys._getframe(2), False
     while frame.f_globals["__name__"].startswith("functrans."):
         if frame.f_code.co_name == "otherwise":
@@ -88,11 +104,15 @@ def check_number_read(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, A
     """Refuse ``op`` if a number among its arguments was just read off a tensor, by the instruction that calls it."""
     read: NumberRead = STATE.number_read
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not (id(frame) == read.frame and frame.f_code is read.code and frame.f_lasti == read.instruction):
+    while frame is not None and not (
+        id(frame) == read.frame and frame.f_code is read.code and frame.f_lasti == read.instruction
+    ):
         frame = frame.f_back
     if frame is None:  # that instruction is done
         STATE.number_read = None
-    elif any(type(a) is type(read.number) and repr(a) == repr(read.number) for a in leaves(args, kwargs)):  # which finds NaN
+    elif any(
+        type(a) is type(read.number) and repr(a) == repr(read.number) for a in leaves(args, kwargs)
+    ):  # which finds NaN
         STATE.number_read = None
         raise NumberArgumentError(op.overloadpacket.__name__, read.transform, read.level)
 

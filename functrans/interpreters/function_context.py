@@ -80,11 +80,13 @@ class Context:
     def set_output_grad_dtype(self, *dtypes: torch.dtype | None) -> None:
         """The dtypes in which ``backward`` gets the gradients of the outputs; None: as they come. (Of torch 2.14.)"""
         if self.output_grad_dtypes is not None:
-            raise CustomFunctionError(self._cls, "called ctx.set_output_grad_dtype twice", "Give the dtypes of all outputs in one call.")
+            raise CustomFunctionError(
+                self._cls, "called ctx.set_output_grad_dtype twice", "Give the dtypes of all outputs in one call."
+            )
         self.output_grad_dtypes = dtypes
 
     def check_grad_dtypes(self, outs: Sequence[Any]) -> None:
-        """Refuse dtypes of gradients that do not fit the outputs, as PyTorch does where the Function itself arrives at the base."""
+        """Refuse dtypes of gradients that do not fit the outputs, as PyTorch does with a Function at the base."""
         dtypes = self.output_grad_dtypes
         if dtypes is None:
             return
