@@ -13,11 +13,11 @@ from functrans.core.errors import FunctransError
 from functrans.core.operators import STAND_INS
 
 # importing these connects them
-from functrans.decompositions import recurrent, transformer  # noqa: F401
+from functrans.decompositions import least_squares, recurrent, transformer  # noqa: F401
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.door import autograd_function, torch_function  # noqa: F401
-from functrans.functionalize import hidden_effects, scalar_index  # noqa: F401
+from functrans.functionalize import hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules

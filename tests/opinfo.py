@@ -56,10 +56,12 @@ class Result:
 STORAGE = {"as_strided", "as_strided.partial_views", "as_strided_copy", "as_strided_scatter"}
 
 # PyTorch's own backward is wrong at the base (finite differences say so): it drops the saved statistics' derivatives,
-# that of as_strided_scatter's source, and gives the cotangent of a place to all that max_unpool wrote there.
+# that of as_strided_scatter's source, gives the cotangent of a place to all that max_unpool wrote there, and that of a
+# factor to the triangle that is not read.
 WRONG_AT_THE_BASE = {
     "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "as_strided_scatter",
     "nn.functional.max_unpool1d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d",
+    "cholesky_inverse", "cholesky_solve",
 }  # fmt: skip
 
 # Numbers are drawn for negative elements only: examples of other signs draw others, so that no draw is the same for all.

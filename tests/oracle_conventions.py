@@ -54,10 +54,6 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
     )),
     ("nn.functional.rrelu", Convention("numbers are drawn for negative elements only, so that a batch draws others than a loop", check="loop")),
     ("masked.logaddexp", Convention("masked elements are -inf in both arguments, whose derivative is NaN", check="grad", detail="^nan")),
-    ("norm.nuc linalg.norm linalg.norm.subgradients_at_zero linalg.matrix_norm", Convention(
-        "at repeated singular values the second derivative of their sum is NaN: it comes from those of the vectors, which have none",
-        variant="identity|ties|zero", detail="^nan",
-    )),
     ("svd_lowrank pca_lowrank", Convention(
         "at 0 and at repeated singular values the vectors are free to turn, and the values have a kink", variant="zero|identity|ties"
     )),
@@ -67,11 +63,6 @@ CONVENTIONS: dict[str, tuple[Convention, ...]] = {}
 for _names, _convention in _CONVENTIONS:
     for _name in _names.split():
         CONVENTIONS[_name] = (*CONVENTIONS.get(_name, ()), _convention)
-
-#: Outputs that are not looked at.
-CONSTANT_OUTPUTS: dict[str, tuple[int, str]] = {
-    "linalg.lstsq": (3, "the singular values that some drivers return are constants for PyTorch; linalg.svdvals has their derivative"),
-}
 
 #: Operators whose result is amplified rounding error: the tolerances are multiplied by this.
 LOOSE: dict[str, float] = {

@@ -36,7 +36,7 @@ from unittest.mock import patch
 
 import torch
 from opinfo_problem import UNINITIALIZED, Problem
-from oracle_conventions import CONSTANT_OUTPUTS, CONVENTIONS, LOOSE
+from oracle_conventions import CONVENTIONS, LOOSE
 from torch import Tensor
 
 DTYPES = {"float64": torch.float64, "complex128": torch.complex128}
@@ -74,8 +74,7 @@ class Sample(Problem):
     def __init__(self, op: Any, sample: Any, index: int, variant: str = "") -> None:
         self.variant = variant
         super().__init__(op, sample, index)
-        skipped, _ = CONSTANT_OUTPUTS.get(op.full_name, (None, ""))
-        self.float_outputs = [i for i in self.float_outputs if self.out[i].layout == torch.strided and i != skipped]
+        self.float_outputs = [i for i in self.float_outputs if self.out[i].layout == torch.strided]
         self.floats = [
             j for j, x in enumerate(self.leaves)
             if (x.is_floating_point() or x.is_complex()) and x.layout == torch.strided and x.numel()

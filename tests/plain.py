@@ -182,7 +182,7 @@ class Numeric:
             return self.inner.vjp(f, *primals)
 
         def pullback(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            gradients = [torch.zeros_like(p) for p in primals]
+            gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in primals]
             for gradient in gradients:
                 for i in range(gradient.numel()):
                     tangents = [torch.zeros_like(g) for g in gradients]

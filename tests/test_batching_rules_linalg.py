@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 import functrans
+from functrans.derivatives.nuclear import lyapunov, nuclear, polar
 from functrans.interpreters.vmap.rules.linalg import example_is_contiguous
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 
@@ -112,6 +113,11 @@ def by_hand() -> dict[OpOverload, list[Call]]:
     add(aten.linalg_pinv.atol_rtol_tensor, rand(4, 3), rtol=tolerance)
     add(aten.linalg_pinv.atol_rtol_tensor, definite(2, 3, 3), atol=tolerance, rtol=tolerance, hermitian=True)
     add(aten.linalg_cross.default, rand(2, 3, 4), rand(1, 3, 4), dim=-2)
+    for dtype in (torch.float64, torch.complex128):
+        add(nuclear, rand(2, 4, 3, dtype=dtype))
+        add(polar, rand(4, 3, dtype=dtype))
+        for shape in ((3, 3), (2, 3, 3)):
+            add(lyapunov, definite(*shape, dtype=dtype), rand(*shape, dtype=dtype))
     return calls
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batching_checker import Call, check_rule, recorded_calls
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
@@ -303,3 +303,40 @@ def test_per_example_gradients(case: str) -> None:
         leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
         grads = torch.autograd.grad(loss(leaves, x[i]), list(leaves.values()))
         torch.testing.assert_close([got[name][i] for name in params], list(grads))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_complex_convolutions(dims: int, transposed: bool) -> None:
+    """Against four real ones for each example, and the derivatives of these by plain autograd."""
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(shape, dtype=torch.complex128, generator=generator)
+    convolve = getattr(F, f"conv{'_transpose' * transposed}{dims}d")
+    x, weight, bias = randn(3, 2, 4, *[4] * dims), randn(3, 4, 2, *[2] * dims), randn(3, 4)
+
+    def by_real_ones(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        f = lambda x, w: convolve(x, w, stride=2, groups=2)
+        real = f(x.real, weight.real) - f(x.imag, weight.imag)
+        imag = f(x.real, weight.imag) + f(x.imag, weight.real)
+        return torch.complex(real, imag) + bias.reshape(-1, *[1] * dims)
+
+    total = lambda f: lambda *args: torch.view_as_real(f(*args)).sin().sum()
+    direct = lambda x, weight, bias: convolve(x, weight, bias, stride=2, groups=2)
+    for in_dims in ((0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (0, None, 0)):
+        args = [a if d == 0 else a[0] for a, d in zip((x, weight, bias), in_dims, strict=True)]
+        rows = [[a[i] if d == 0 else a for a, d in zip(args, in_dims, strict=True)] for i in range(3)]
+        torch.testing.assert_close(
+            functrans.vmap(direct, in_dims)(*args), torch.stack([by_real_ones(*row) for row in rows])
+        )
+        _, tangents = functrans.jvp(functrans.vmap(direct, in_dims), tuple(args), tuple(a.conj() for a in args))
+        expected = []
+        for i, row in enumerate(rows):
+            moved = [a.conj() for a in row]
+            step = [[a + e * t for a, t in zip(row, moved, strict=True)] for e in (1e-6, -1e-6)]
+            torch.testing.assert_close(
+                tangents[i], (by_real_ones(*step[0]) - by_real_ones(*step[1])) / 2e-6, rtol=1e-7, atol=1e-7
+            )
+            leaves = [a.clone().requires_grad_() for a in row]
+            expected.append(torch.autograd.grad(total(by_real_ones)(*leaves), leaves))
+        slopes = functrans.vmap(functrans.grad(total(direct), argnums=(0, 1, 2)), in_dims)(*args)
+        torch.testing.assert_close(slopes, tuple(map(torch.stack, zip(*expected, strict=True))))

@@ -9,8 +9,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from plain import difference
+from torch import Tensor
 
 from functrans import grad, jacfwd, jacrev, jvp, vjp, vmap
+from functrans.core.errors import CustomFunctionError
+from functrans.core.versions import INSTALLED
+from functrans.interpreters.function_context import Context
 
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 Y = torch.tensor([1.3, 0.2, -0.4], dtype=torch.float64)
@@ -320,6 +324,23 @@ def cube_vmap(info, in_dims, x):
     return cube(x), in_dims[0]
 
 
+def test_custom_op_at_the_base_under_autograd() -> None:
+    """PyTorch differentiates it by an autograd.Function, which is no business of the transforms above."""
+    leaf = X.clone().requires_grad_()
+    calls = {
+        "grad": lambda x: grad(lambda a: (a * cube(x)).sum())(torch.ones(3, dtype=X.dtype)),
+        "vjp": lambda x: vjp(cube, x)[0],
+        "jvp": lambda x: jvp(lambda a: a * cube(x), (torch.ones(3, dtype=X.dtype),), (torch.ones(3, dtype=X.dtype),))[1],
+        "vmap": lambda x: vmap(lambda a: a * cube(x))(torch.ones(1, 1, dtype=X.dtype))[0],
+        "vjp by a rule of the table": lambda x: vjp(torch.special.airy_ai, x)[0],
+    }
+    for name, call in calls.items():
+        out = call(leaf)
+        assert type(out) is torch.Tensor, name
+        slope = torch.autograd.grad(out.sum(), leaf)[0]
+        torch.testing.assert_close(slope, grad(lambda x: torch.special.airy_ai(x).sum())(X) if "table" in name else 3 * X**2)
+
+
 @torch.library.custom_op("functrans_tests::bare", mutates_args=())
 def bare(x: torch.Tensor) -> torch.Tensor:
     return x.detach().clone() * 2
@@ -364,3 +385,85 @@ def test_custom_op_that_writes() -> None:
     right_or_error(lambda: vmap(f)(BATCH), BATCH * 5)
     right_or_error(lambda: grad(lambda x: f(x).sum())(X), torch.full_like(X, 5.0))
     right_or_error(lambda: jvp(f, (X,), (Y,))[1], Y * 5)
+
+
+# ------------------------------------------------------------------------------------------- dtypes of gradients
+
+
+def noting(dtypes: tuple[Any, ...], seen: list[Any], setup: bool) -> Any:
+    """A Function with a half-precision output, a double one and a text, whose backward notes what it got."""
+
+    def remember(ctx: Any, x: Tensor) -> None:
+        ctx.save_for_backward(x)
+        ctx.set_output_grad_dtype(*dtypes)
+
+    def compute(x: Tensor) -> Any:
+        return x.sin().to(torch.float16), x.cos(), "text"
+
+    def backward(ctx: Any, half: Tensor, double: Tensor, _: None) -> Tensor:
+        seen.append((half.dtype, double.dtype))
+        (x,) = ctx.saved_tensors
+        return half.double() * x.cos() - double.double() * x.sin()
+
+    body: dict[str, Any] = {"backward": staticmethod(backward)}
+    if setup:
+        body |= {
+            "forward": staticmethod(compute),
+            "setup_context": staticmethod(lambda ctx, inputs, output: remember(ctx, *inputs)),
+        }
+    else:
+        body["forward"] = staticmethod(lambda ctx, x: (remember(ctx, x), compute(x))[1])
+    return type("Noting", (torch.autograd.Function,), body)
+
+
+needs_declared_dtypes = pytest.mark.skipif(INSTALLED < (2, 14), reason="ctx.set_output_grad_dtype is new in torch 2.14")
+
+
+@needs_declared_dtypes
+@pytest.mark.parametrize("setup", [True, False])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64, torch.float32, None), (None, None, None), (torch.float16, torch.float64, None)], ids=str
+)
+def test_backward_gets_gradients_of_the_dtypes_it_declared(dtypes: tuple[Any, ...], setup: bool) -> None:
+    seen: list[Any] = []
+    function = noting(dtypes, seen, setup)
+
+    def f(x: Tensor) -> Tensor:
+        half, double, _ = function.apply(x)
+        return half.double().sum() * 0.5 + double.sum() * 0.25
+
+    leaf = X.clone().requires_grad_()
+    f(leaf).backward()
+    plain = seen.pop()
+    expected = X.cos() / 2 - X.sin() / 4
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad(f)(X), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        grad(lambda x: vmap(f)(x).sum())(BATCH), BATCH.cos() / 2 - BATCH.sin() / 4, rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(vmap(grad(f))(BATCH), BATCH.cos() / 2 - BATCH.sin() / 4, rtol=1e-6, atol=0)
+    assert set(seen) == {plain} == {tuple(d or o for d, o in zip(dtypes, (torch.float16, torch.float64), strict=False))}
+    torch.testing.assert_close(grad(lambda x: grad(f)(x).sum())(X), -X.sin() / 2 - X.cos() / 4, rtol=1e-6, atol=0)
+
+
+@needs_declared_dtypes
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ((None,), "declared 1 dtypes for the gradients of 3 outputs"),
+        ((None, None, torch.float32), "declared torch.float32 for the gradient of output 2"),
+    ],
+)
+def test_declared_dtypes_that_do_not_fit(dtypes: tuple[Any, ...], message: str) -> None:
+    """At the base it is PyTorch that says so."""
+    with pytest.raises(RuntimeError, match=r"^set_output_grad_dtype"):
+        grad(lambda x: noting(dtypes, [], True).apply(x)[1].sum())(X)
+    for run in (lambda f: vmap(grad(f))(BATCH), lambda f: grad(lambda x: vmap(f)(x).sum())(BATCH)):
+        with pytest.raises(CustomFunctionError, match=message):
+            run(lambda x: noting(dtypes, [], True).apply(x)[1].sum())
+
+
+def test_contexts_have_every_method_of_pytorchs() -> None:
+    obsolete = {"mark_shared_storage"}  # does nothing but warn
+    theirs = {n for n in dir(torch.autograd.function.FunctionCtx) if not n.startswith("_")}
+    assert theirs - obsolete <= set(dir(Context))

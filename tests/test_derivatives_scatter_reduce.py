@@ -7,7 +7,7 @@ import torch
 from four_mixes import along, check_mixes
 from torch import Tensor
 
-from functrans import jvp, vmap
+from functrans import grad, jvp, vmap
 
 INDEX = torch.tensor([0, 2, 0, 2, 0])
 REDUCTIONS = ("prod", "sum", "mean", "amax", "amin")
@@ -82,3 +82,63 @@ def test_ties_share_evenly() -> None:
         # what is excluded does not share
         f = lambda a, b, reduce=reduce: a.scatter_reduce(0, torch.tensor([0, 0]), b, reduce, include_self=False)
         assert jvp(f, (a, b), (vector(3, 7), vector(6, 9)))[1].tolist() == [7.5, 7]
+
+
+# ------------------------------------------------------------------------------------------- segments
+
+SEGMENTS = {
+    "lengths": {"lengths": torch.tensor([2, 0, 3])},
+    "lengths that leave some out": {"lengths": torch.tensor([2, 0, 1]), "unsafe": True},
+    "offsets": {"offsets": torch.tensor([0, 2, 2, 5])},
+    "offsets that leave some out": {"offsets": torch.tensor([1, 2, 2, 4])},
+    "of each row": {"lengths": torch.tensor([[1, 0, 4], [2, 2, 1]]), "axis": 1},
+    "of each row, from the end": {"offsets": torch.tensor([[0, 1, 1, 5], [0, 2, 4, 5]]), "axis": -1},
+}
+
+
+@pytest.mark.parametrize("initial", [None, 0.5])
+@pytest.mark.parametrize(
+    ("reduce", "factors"),
+    [*(("prod", name) for name in FACTORS), *((reduce, "no zero") for reduce in ("sum", "mean", "max", "min"))],
+)
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segment_reduce(name: str, reduce: str, factors: str, initial: float | None) -> None:
+    """Empty segments are left out of what is compared: their mean is NaN."""
+    data, segments = FACTORS[factors], SEGMENTS[name]
+    if "axis" in segments:
+        data = torch.stack([data, data.flip(0)])
+    elif reduce == "prod":
+        data = data[:, None].expand(5, 2)
+    run = lambda x: torch.segment_reduce(x, reduce, initial=initial, **segments).nan_to_num(0, 0, 0)
+    check_mixes(
+        along(run, (data,)), order=3 if reduce == "prod" and name == "lengths" else 2, rtol=1e-4, atol=1e-6, radius=0.05
+    )
+
+
+@pytest.mark.filterwarnings("ignore:vmap has no batching rule")
+@pytest.mark.parametrize("reduce", ["sum", "mean", "prod", "max", "min"])
+def test_segments_of_a_batch(reduce: str) -> None:
+    """Data alone, and lengths of each example."""
+    data, lengths = (
+        torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([[2, 0, 3], [1, 1, 3], [5, 0, 0]]),
+    )
+    f = lambda x, lengths: torch.segment_reduce(x, reduce, lengths=lengths, initial=0.5).sin().sum()
+    for in_dims in ((0, 0), (0, None)):
+        rows = [(x, lengths[i] if in_dims[1] == 0 else lengths[0]) for i, x in enumerate(data)]
+        got = vmap(grad(f), in_dims)(data, lengths if in_dims[1] == 0 else lengths[0])
+        leaves = [x.clone().requires_grad_() for x, _ in rows]
+        for leaf, (_, n) in zip(leaves, rows, strict=True):
+            f(leaf, n).backward()
+        torch.testing.assert_close(got, torch.stack([leaf.grad for leaf in leaves]))
+
+
+def test_equal_elements_share_a_maximum_as_in_pytorch() -> None:
+    x = vector(1.0, 3.0, 3.0, -1.0)
+    for initial, expected in ((None, [0.0, 0.5, 0.5, 0.0]), (3.0, [0.0, 0.5, 0.5, 0.0]), (4.0, [0.0, 0.0, 0.0, 0.0])):
+        run = lambda x, initial=initial: torch.segment_reduce(
+            x, "max", lengths=torch.tensor([4]), initial=initial
+        ).sum()
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward()
+        assert grad(run)(x).tolist() == expected == leaf.grad.tolist()

@@ -175,3 +175,58 @@ def test_solvers(name: str, dtype: torch.dtype, moving: tuple[int, ...]) -> None
 def test_matrix_norms(ord: Any, dtype: torch.dtype) -> None:
     for shape in ((3, 3), (2, 4), (4, 2)):
         check_mixes(along(lambda a: linalg.matrix_norm(a, ord), (randn(*shape, dtype=dtype, seed=7),)), radius=0.004, rtol=1e-4, atol=1e-6)
+
+
+def repeated(*shape: int, dtype: torch.dtype, values: tuple[float, ...]) -> Tensor:
+    """A matrix with these singular values."""
+    left, right = (
+        linalg.qr(randn(shape[0], shape[0], dtype=dtype, seed=8))[0],
+        linalg.qr(randn(shape[1], shape[1], dtype=dtype, seed=9))[0],
+    )
+    n = len(values)
+    return left[:, :n] @ torch.diag(torch.tensor(values, dtype=torch.float64)).to(dtype) @ right[:n]
+
+
+@pytest.mark.parametrize("values", [(2.0, 2.0, 2.0), (2.0, 2.0, 1.0), (2.0, 1 + 1e-13, 1.0), (1.5, 1.0, 0.5)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3), (5, 3), (3, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nuclear_norm_of_repeated_singular_values(
+    dtype: torch.dtype, shape: tuple[int, int], values: tuple[float, ...]
+) -> None:
+    """It is smooth wherever no singular value is 0, although the singular vectors are not."""
+    a = repeated(*shape, dtype=dtype, values=values)
+    for norm in (lambda a: linalg.matrix_norm(a, "nuc"), lambda a: torch.norm(a, "nuc")):
+        check_mixes(along(norm, (a,)), radius=0.05, rtol=1e-4, atol=1e-6)
+    batch, v = torch.stack([a, 2 * a]), randn(2, *shape, dtype=dtype, seed=3)
+    product = lambda a, v: jvp(grad(lambda a: linalg.matrix_norm(a, "nuc")), (a,), (v,))[1]
+    torch.testing.assert_close(
+        vmap(product)(batch, v), torch.stack([product(*row) for row in zip(batch, v, strict=True)])
+    )
+
+
+def test_nuclear_norm_as_pytorch_has_it() -> None:
+    """Its spellings, dimensions and errors; the subgradient at a singular matrix is PyTorch's."""
+    x = randn(2, 4, 3, dtype=torch.float64, seed=5)
+    for f in (
+        lambda x: linalg.matrix_norm(x, "nuc", dim=(2, 0), keepdim=True),
+        lambda x: linalg.matrix_norm(x, "nuc", dim=(0, -1)),
+        lambda x: linalg.matrix_norm(x.float(), "nuc", dtype=torch.float64),
+        lambda x: x.norm("nuc", dim=(1, 2)),
+        lambda x: linalg.norm(x[1], "nuc", keepdim=True),
+        lambda x: linalg.matrix_norm(x[:, :0], "nuc"),
+        lambda x: linalg.matrix_norm(x[..., :1].expand(2, 4, 3), "nuc"),
+    ):
+        leaf = x.clone().requires_grad_()
+        out = f(leaf).sin().sum()
+        out.backward()
+        torch.testing.assert_close(grad(lambda x, f=f: f(x).sin().sum())(x), leaf.grad)
+        value, moved = jvp(f, (x,), (x,))
+        torch.testing.assert_close((value, moved), (f(x), f(x)))  # homogeneous
+    for wrong in (
+        lambda x: linalg.matrix_norm(x, "nuc", dim=(0, 0)),
+        lambda x: linalg.matrix_norm(x[0, 0], "nuc"),
+        lambda x: x.norm("nuc", dim=(0, 5)),
+    ):
+        for run in (wrong, lambda x, f=wrong: grad(lambda x: f(x).sum())(x)):
+            with pytest.raises((RuntimeError, IndexError)):
+                run(x)

@@ -231,3 +231,53 @@ def test_running_sums_of_exponentials() -> None:
     for x in (randn(4), randn(4) * 100):
         check_mixes(along(lambda x: x.logcumsumexp(0), (x,)), rtol=1e-4)
         check_mixes(along(lambda x: x.logsumexp(0), (x,)), rtol=1e-4)
+
+
+# ---- connectionist temporal classification
+
+CTC_TARGETS = torch.tensor([[1, 2, 2], [3, 1, 0], [2, 0, 0]])
+CTC_LENGTHS = (6, 5, 2), (3, 2, 0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_ctc_loss(padded: bool, tensors: bool, reduction: str) -> None:
+    """Equal labels side by side, sequences that are shorter than the input, and one without labels."""
+    targets = (
+        CTC_TARGETS if padded else torch.cat([row[:n] for row, n in zip(CTC_TARGETS, CTC_LENGTHS[1], strict=True)])
+    )
+    lengths = [torch.tensor(n) if tensors else n for n in CTC_LENGTHS]
+    f = lambda x: F.ctc_loss(x.log_softmax(2), targets, *lengths, reduction=reduction)
+    check_mixes(
+        along(f, (randn(6, 3, 4),)),
+        order=3 if padded and not tensors and reduction == "sum" else 2,
+        radius=0.05,
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_ctc_loss_where_no_path_leads() -> None:
+    """With zero_infinity it counts for nothing at any order; without, the gradient is PyTorch's NaN."""
+    targets, lengths, x = torch.tensor([[1, 1, 1], [1, 2, 0]]), ((4, 4), (3, 2)), randn(4, 2, 3)
+
+    def f(x: Tensor, zero_infinity: bool) -> Tensor:
+        return F.ctc_loss(x.log_softmax(2), targets, *lengths, reduction="sum", zero_infinity=zero_infinity)
+
+    check_mixes(along(lambda x: f(x, True), (x,)), order=2, radius=0.05, rtol=1e-4, atol=1e-6)
+    assert grad(lambda x: grad(lambda x: f(x, True))(x).sin().sum())(x)[:, 0].eq(0).all()
+    assert grad(lambda x: grad(lambda x: f(x, False))(x).sin().sum())(x)[:, 0].isnan().all()
+
+
+def test_ctc_loss_of_a_batch() -> None:
+    """The product of the Hessian and a vector, with targets and lengths of each example."""
+    x, v = randn(2, 6, 3, 4), randn(2, 6, 3, 4, seed=1)
+    targets = torch.stack([CTC_TARGETS, CTC_TARGETS.flip(1).clamp(min=1)])
+    ends, counts = torch.tensor([[6, 5, 2], [6, 6, 3]]), torch.tensor([[3, 2, 0], [2, 2, 1]])
+
+    def product(x: Tensor, v: Tensor, targets: Tensor, ends: Tensor, counts: Tensor) -> Tensor:
+        return jvp(grad(lambda x: F.ctc_loss(x.log_softmax(2), targets, ends, counts)), (x,), (v,))[1]
+
+    rows = [product(*row) for row in zip(x, v, targets, ends, counts, strict=True)]
+    torch.testing.assert_close(vmap(product)(x, v, targets, ends, counts), torch.stack(rows))

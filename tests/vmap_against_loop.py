@@ -82,8 +82,6 @@ CONVENTIONS: dict[tuple[str, str], str] = {
     ("nn.functional.nll_loss", REFUSED): "one target in a vector for one example without a dimension",
     ("nn.functional.scaled_dot_product_attention", REFUSED): "a mask that is a vector",
     ("nn.functional.scaled_dot_product_attention", ANSWERED): "a mask that is a vector broadcasts",
-    ("nn.functional.conv1d", REFUSED): "complex convolutions have no kernel; PyTorch takes them apart before they are seen",
-    ("nn.functional.conv2d", REFUSED): "complex convolutions have no kernel; PyTorch takes them apart before they are seen",
     ("nn.functional.conv1d", ANSWERED): "a bias of another dtype is promoted",
     ("nn.functional.conv2d", ANSWERED): "a bias of another dtype is promoted",
     ("nn.functional.batch_norm", ANSWERED): "a bias of a wrong size beside no other batched argument",

@@ -337,11 +337,10 @@ class NumberArgumentError(FunctransError):
     Cure: an expression of tensors, such as ``x.expand(size)`` for ``torch.full(size, x)``; or ``x.detach()``.
     """
 
-    def __init__(self, function: str, wrapper: Any) -> None:
-        i = wrapper.interpreter
+    def __init__(self, function: str, transform: str, level: int) -> None:
         super().__init__(
-            f"{function} takes a Python number where it was given a tensor of {i.name} at level {i.level}; expected a number, since its "
-            "derivative would be lost. Write it as an expression of tensors (x.expand(size) for torch.full(size, x), "
+            f"{function} takes a Python number where it was given a tensor of {transform} at level {level}; expected a "
+            "number, since its derivative would be lost. Write it as an expression of tensors (x.expand(size) for torch.full(size, x), "
             "x + torch.arange(n) for torch.arange(x, x + n)), or pass x.detach() if it is to count as a constant."
         )
 

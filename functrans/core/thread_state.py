@@ -51,6 +51,8 @@ class _State(threading.local):
     packing: Any = None
     #: whether INDEX_BATCHED is excluded in this thread
     prepared: bool = False
+    #: what NOTE [Numbers that are read] keeps
+    number_read: Any = None
 
 
 STATE = _State()

@@ -18,7 +18,6 @@ def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callabl
 
     ``slope``, called with the operator's arguments, is its derivative by the first of them where no transform is involved.
     """
-    name = schema.partition("(")[0]
 
     def backward(ctx: Any, grad: Tensor) -> Any:
         first, *rest = ctx.saved_tensors
@@ -33,11 +32,35 @@ def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callabl
         dtype = torch.result_type(*tensors) if len(tensors) == 2 else tensors[0].dtype
         return tensors[0].new_empty(torch.broadcast_shapes(*[t.shape for t in tensors]), dtype=dtype)
 
-    def define(function: Callable[..., Tensor]) -> OpOverload:
-        LIBRARY.define(schema)
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"functrans::{name}", fake, lib=LIBRARY)
-        torch.library.register_autograd(f"functrans::{name}", backward, setup_context=setup, lib=LIBRARY)
-        return getattr(torch.ops.functrans, name).default  # type: ignore[no-any-return]
+    return lambda function: defined(schema, function, fake, backward, setup)
 
-    return define
+
+def own_matrix_operator(
+    schema: str, pull: Callable[..., Any], fake: Callable[..., Tensor]
+) -> Callable[[Callable[..., Tensor]], OpOverload]:
+    """Decorator: a function of plain matrices as an operator ``functrans::...``.
+
+    ``pull(grad, *arguments, result)`` gives the cotangents of the arguments where no transform is involved;
+    ``fake(*arguments)`` a result without numbers.
+    """
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    return lambda function: defined(schema, function, fake, lambda ctx, grad: pull(grad, *ctx.saved_tensors), setup)
+
+
+def defined(
+    schema: str,
+    function: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    backward: Callable[..., Any],
+    setup: Callable[..., None],
+) -> OpOverload:
+    """The operator, known to PyTorch."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"functrans::{name}", fake, lib=LIBRARY)
+    torch.library.register_autograd(f"functrans::{name}", backward, setup_context=setup, lib=LIBRARY)
+    return getattr(torch.ops.functrans, name).default  # type: ignore[no-any-return]

@@ -26,6 +26,7 @@ from functrans.core.errors import CustomFunctionError
 from functrans.core.made_at import note_site
 from functrans.core.stack import Interpreter
 from functrans.core.thread_state import STATE, running_at
+from functrans.core.torch_private import mode_stack_size
 from functrans.interpreters.function_context import as_tuple, is_setup_style, within
 from functrans.interpreters.grad.function import grad_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -44,8 +45,8 @@ def _original_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """``Function.apply``: the Function goes down the interpreter stack as one operator."""
     top = STATE.top
-    if top is None or top.carries_autograd:
-        return _original_apply(cls, *args, **kwargs)
+    if top is None or top.carries_autograd or mode_stack_size() < STATE.door_depth:
+        return _original_apply(cls, *args, **kwargs)  # at the base, where an operator that PyTorch differentiates by a Function is run, too
     if is_setup_style(cls) or kwargs:
         signature = inspect.signature(cls.forward).bind(*(args if is_setup_style(cls) else (None, *args)), **kwargs)
         signature.apply_defaults()

@@ -18,6 +18,7 @@ from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, set_key_excluded
 from functrans.functionalize import writes
+from functrans.functionalize.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
 
 
@@ -42,6 +43,8 @@ class Door(Mode):
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:
+            if STATE.number_read is not None:
+                check_number_read(op, args, kwargs)
             out = handle(op, known, args, kwargs or {})
         except Exception as error:
             explain(error)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
 
 from functrans.core import thread_state
 from functrans.core.dispatch import base, lift, scan
-from functrans.core.errors import InsideTransformError, NumberArgumentError
+from functrans.core.errors import InsideTransformError
 from functrans.core.operators import STAND_INS, Facts, facts
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
@@ -55,53 +54,6 @@ def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     owner = top if known.random else scan(args, kwargs)[0]
     out = base(known.op, args, kwargs) if owner is None else owner.process(known.op, args, kwargs)
     return out if owner is top else lift(out, owner, top)
-
-
-#: What reads a tensor's number because that was asked for.
-READERS = frozenset(
-    getattr(torch.Tensor, name)
-    for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__complex__", "__index__", "__format__", "__contains__", "__repr__")
-)
-
-
-@stands_in_for(aten.item.default, aten._local_scalar_dense.default)
-def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """PyTorch's parser reads the number of a tensor that stands in the place of a number (``torch.full(size, x)``).
-
-    It refuses one that requires grad; a wrapper never does, so what carries a derivative is refused here.
-    """
-    (x,) = args
-    if type(x) is WrapperTensor and (x.dtype.is_floating_point or x.dtype.is_complex) and carries_derivative(x):
-        reader = who_reads()
-        if reader is not None:
-            raise NumberArgumentError(reader, x)
-    return as_usual(known, args, kwargs)
-
-
-def who_reads() -> str | None:
-    """What came to read a number without being asked to; None: it was asked for, by a reader or by calling the operator."""
-    frame, asked = sys._getframe(2), False
-    while frame.f_globals["__name__"].startswith("functrans."):
-        if frame.f_code.co_name == "otherwise":
-            function = frame.f_locals["function"]
-            if function not in READERS:
-                return str(getattr(function, "__name__", function))
-            asked = True  # by the code around, or by a parser that reads the number as Python does, through __float__
-        assert frame.f_back is not None
-        frame = frame.f_back
-        if asked and frame.f_globals["__name__"] not in ("functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.core.tensor"):
-            return None
-    if frame.f_globals["__name__"] == "torch._ops":
-        return None
-    return f"A function called at {frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def carries_derivative(x: Any) -> bool:
-    while type(x) is WrapperTensor:
-        if x.interpreter.alive and x.interpreter.differentiates and not x.interpreter.is_constant(x):
-            return True
-        x = x.value
-    return False
 
 
 @stands_in_for(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)

@@ -16,7 +16,7 @@ from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import no_setup_context
-from functrans.interpreters.fitting import expect_tangent, fitted, spec
+from functrans.interpreters.fitting import expect_tangent, fitted, reduce_to, spec
 
 
 def within(a: Any) -> Sequence[Any]:
@@ -52,6 +52,7 @@ class Context:
         self._cls = cls
         self.needs_input_grad = needs_input_grad
         self.materialize_grads = True
+        self.output_grad_dtypes: tuple[torch.dtype | None, ...] | None = None
         self._saved: tuple[Any, ...] = ()
         self._saved_forward: tuple[Any, ...] = ()
         self._forward_mode = False
@@ -75,6 +76,35 @@ class Context:
 
     def set_materialize_grads(self, value: bool) -> None:
         self.materialize_grads = value
+
+    def set_output_grad_dtype(self, *dtypes: torch.dtype | None) -> None:
+        """The dtypes in which ``backward`` gets the gradients of the outputs; None: as they come. (Of torch 2.14.)"""
+        if self.output_grad_dtypes is not None:
+            raise CustomFunctionError(
+                self._cls, "called ctx.set_output_grad_dtype twice", "Give the dtypes of all outputs in one call."
+            )
+        self.output_grad_dtypes = dtypes
+
+    def check_grad_dtypes(self, outs: Sequence[Any]) -> None:
+        """Refuse dtypes of gradients that do not fit the outputs, as PyTorch does with a Function at the base."""
+        dtypes = self.output_grad_dtypes
+        if dtypes is None:
+            return
+        if len(dtypes) != len(outs):
+            got = f"declared {len(dtypes)} dtypes for the gradients of {len(outs)} outputs (ctx.set_output_grad_dtype)"
+            raise CustomFunctionError(self._cls, got, "Give one per output, None where there is no gradient.")
+        for i, (dtype, out) in enumerate(zip(dtypes, outs, strict=True)):
+            smooth = isinstance(out, Tensor) and (out.dtype.is_floating_point or out.dtype.is_complex)
+            if dtype is not None and (not smooth or self.is_non_differentiable(out)):
+                got = f"declared {dtype} for the gradient of output {i}, which has none (ctx.set_output_grad_dtype)"
+                raise CustomFunctionError(self._cls, got, "Give None in its place.")
+
+    def in_declared_dtypes(self, grads: Sequence[Any]) -> Sequence[Any]:
+        """``grads`` as ``backward`` asked for them."""
+        if self.output_grad_dtypes is None:
+            return grads
+        pairs = zip(grads, self.output_grad_dtypes, strict=True)
+        return [g if g is None or dtype is None else reduce_to(g, g.shape, dtype) for g, dtype in pairs]
 
     def replace(self, olds: Sequence[Any], news: Sequence[Any]) -> None:
         """Let saved outputs be the outputs proper; see NOTE [Contexts per level]."""
@@ -130,7 +160,7 @@ class Refusal:
 
 def gradients(cls: type[Function], ctx: Context, grad: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     """What ``backward`` returns, fitted to the shapes and dtypes of the inputs."""
-    found = as_tuple(cls.backward(ctx, *grad))
+    found = as_tuple(cls.backward(ctx, *ctx.in_declared_dtypes(grad)))
     count = len(inputs)
     if len(found) > count and all(f is None for f in found[count:]):
         found = found[:count]

@@ -89,6 +89,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                     cls.setup_context(inner, tuple(args), out)
                 else:
                     out = cls.forward(inner, *args)
+                inner.check_grad_dtypes(as_tuple(out))
                 outs = [physical(interpreter, o) for o in as_tuple(out)]
                 differentiable = [not inner.is_non_differentiable(o) for o in as_tuple(out)]
                 ctx.inputs = [shape_of(a) for a in args]

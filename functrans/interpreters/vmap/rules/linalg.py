@@ -11,6 +11,7 @@ from torch import Tensor
 from functrans.core.rules import caller_place
 from functrans.core.torch_private import OpOverload
 from functrans.core.versions import present
+from functrans.derivatives.nuclear import lyapunov, nuclear, polar
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
@@ -73,7 +74,7 @@ leading_batch(
     aten.ormqr.default,
 )
 # Composites: their pieces, among wrappers, would compute the vectors too.
-leading_batch(aten.linalg_eigvalsh.default, aten.linalg_svdvals.default)
+leading_batch(aten.linalg_eigvalsh.default, aten.linalg_svdvals.default, nuclear, polar, lyapunov)
 leading_batch(
     aten.linalg_qr.default,
     aten._linalg_svd.default,
