@@ -332,13 +332,13 @@ def test_custom_op_at_the_base_under_autograd() -> None:
         "vjp": lambda x: vjp(cube, x)[0],
         "jvp": lambda x: jvp(lambda a: a * cube(x), (torch.ones(3, dtype=X.dtype),), (torch.ones(3, dtype=X.dtype),))[1],
         "vmap": lambda x: vmap(lambda a: a * cube(x))(torch.ones(1, 1, dtype=X.dtype))[0],
-        "vjp by a rule of the table": lambda x: vjp(torch.special.airy_ai, x)[0],
+        # an operator of the library's own that has a rule in the table: it runs at the base, one level below
+        "vjp by the table": lambda x: vjp(lambda x: torch.linalg.matrix_norm(torch.diag(x**3), "nuc"), x)[0],
     }
     for name, call in calls.items():
         out = call(leaf)
         assert type(out) is torch.Tensor, name
-        slope = torch.autograd.grad(out.sum(), leaf)[0]
-        torch.testing.assert_close(slope, grad(lambda x: torch.special.airy_ai(x).sum())(X) if "table" in name else 3 * X**2)
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), leaf)[0], 3 * X**2)
 
 
 @torch.library.custom_op("functrans_tests::bare", mutates_args=())
