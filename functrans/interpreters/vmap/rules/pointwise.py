@@ -27,7 +27,7 @@ aten = torch.ops.aten
 # By PyTorch's tag
 
 #: Operators that are pointwise and not tagged so: other names of tagged ones, which are thus batched as a whole, too;
-#: small composites; and those that PyTorch leaves out.
+#: small composites; and those that PyTorch leaves out (leaky_relu until 2.11).
 UNTAGGED = """
     absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh divide fix greater greater_equal less less_equal
     multiply negative not_equal special_digamma special_erf special_erfc special_erfinv special_exp2 special_expit
@@ -35,7 +35,7 @@ UNTAGGED = """
     special_multigammaln special_ndtr special_polygamma special_psi special_round special_sinc special_xlogy subtract
     true_divide
     __and__ __or__ isclose isreal
-    complex fill floor_divide hardswish log_sigmoid polar rsub zero
+    complex fill floor_divide hardswish leaky_relu log_sigmoid polar rsub zero
 """
 
 
