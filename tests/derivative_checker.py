@@ -209,7 +209,7 @@ class _Bound:
         known = dict(self.values, result=outputs[0], results=outputs, grad=cotangents[0], grads=cotangents)
         by_name = {}
         for name in dict.fromkeys(name for name, _ in self.where):
-            by_name[name] = self.entry.formulas[name](**{n: known[n] for n in self.entry.needs[name]})
+            by_name[name] = self.entry.formulas[name](*[known[n] for n in self.entry.needs[name]])
         answers = []
         for (name, i), leaf in zip(self.where, self.leaves, strict=True):
             answer = by_name[name] if i is None else by_name[name][i]
@@ -229,7 +229,7 @@ class _Bound:
                 if tangent is None:
                     continue
                 known = dict(self.values, result=outputs[0], grad=tangent.conj())
-                term = self.entry.formulas[name](**{n: known[n] for n in self.entry.needs[name]}).conj()
+                term = self.entry.formulas[name](*[known[n] for n in self.entry.needs[name]]).conj()
                 total = term if total is None else total + term
             like = outputs[0]
             if total.is_complex() and not like.is_complex():
@@ -248,7 +248,7 @@ class _Bound:
         known = dict(self.values, result=outputs[0], results=outputs)
         known.update({f"{a}_t": None for a in self.entry.arguments})
         known.update({f"{n}_t": v for n, v in self.replacing(tangents).items()})
-        answer = rule(**{n: known[n] for n in self.entry.needs["tangent"]})
+        answer = rule(*[known[n] for n in self.entry.needs["tangent"]])
         return tuple(answer) if isinstance(answer, (tuple, list)) else (answer,)
 
 

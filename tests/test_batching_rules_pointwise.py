@@ -14,6 +14,7 @@ from batching_checker import Call, WrongRule, check_rule, recorded_calls
 from torch import Tensor
 from torch._ops import OpOverload
 
+from functrans.extend import DERIVATIVES
 from functrans.interpreters.vmap.families import logical_result_type, positional_arguments, tensor_positions
 from functrans.interpreters.vmap.rules import activations, along_dim, factories, pointwise, reductions
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
@@ -200,6 +201,25 @@ def test_rule_equals_the_loop(op: OpOverload, recorded: dict[OpOverload, list[Ca
         sizes = (3, 1, 0) if k == 0 else (3,)
         compared += check_rule(op, args, kwargs, batch_sizes=sizes, seed=k, values=op not in UNINITIALIZED)
     assert compared, f"{op}: no call was compared; give it arguments in BY_HAND"
+
+
+#: Tagged as pointwise, and without a rule: one answer for two tensors, and a random one that is taken apart.
+UNRULED = {aten.equal.default, aten.rrelu.default}
+
+
+def test_what_pytorch_calls_pointwise_has_a_rule() -> None:
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    packets = [getattr(aten, name) for name in names if hasattr(aten, name)]
+    found = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
+    tagged = {op for op in found if torch.Tag.pointwise in op.tags and not op._schema.is_mutable}
+    assert len(tagged) > 200
+    assert {op for op in tagged if op not in BATCHING_RULES} == UNRULED
+
+
+def test_what_has_the_derivative_of_a_pointwise_operator_is_batched_as_one() -> None:
+    entries = {op for op in DERIVATIVES if DERIVATIVES.get(op).tangent == "elementwise"}
+    assert len(entries) > 150
+    assert [op for op in entries if op not in BATCHING_RULES] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -169,3 +169,13 @@ def test_errors_of_one_example_are_errors_of_the_batch(program: object) -> None:
     with pytest.raises((RuntimeError, IndexError)) as batched:
         functrans.vmap(program)(values(3, 4, 5))  # type: ignore[arg-type]
     assert isinstance(batched.value, type(eager.value))
+
+
+@pytest.mark.parametrize("op", [aten.t.default, aten.matrix_H.default], ids=str)
+@pytest.mark.parametrize("batch", [values(2, 3, 4, 5), values(2, 3, 4, 5).long(), values(0, 3, 4, 5)])
+def test_transposes_of_matrices_refuse_batches_of_them(op: OpOverload, batch: torch.Tensor) -> None:
+    with pytest.raises(RuntimeError) as eager:
+        op(torch.ones(3, 4, 5))
+    with pytest.raises(RuntimeError) as batched:
+        functrans.vmap(op)(batch)
+    assert str(batched.value) == str(eager.value)

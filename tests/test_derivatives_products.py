@@ -83,7 +83,7 @@ def first_order_of(call: Call) -> list[Call]:
     with torch.no_grad(), before_autograd(), Recorder(lambda op: op in DERIVATIVES, found.append):
         for name, formula in entry.formulas.items():
             if isinstance(values[name], Tensor):
-                formula(**{n: values[n] for n in entry.needs[name]})
+                formula(*[values[n] for n in entry.needs[name]])
     return [c for c in found if "backward" in str(c.op)]
 
 

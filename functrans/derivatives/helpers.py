@@ -58,12 +58,9 @@ def reduced_dims(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
 
 def restore_dims(x: Tensor, dim: int | Sequence[int] | None, keepdim: bool, ndim: int) -> Tensor:
     """Give a reduction's output its reduced dimensions back, as size 1, so that it broadcasts with the input."""
-    if keepdim or x.dim() == ndim:
+    if keepdim or x.dim() in (0, ndim):  # a 0-d tensor broadcasts as it is
         return x
-    dims = reduced_dims(dim, ndim)
-    if len(dims) == ndim:  # a 0-d tensor broadcasts as it is
-        return x
-    for d in dims:
+    for d in reduced_dims(dim, ndim):
         x = x.unsqueeze(d)
     return x
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.helpers import conj, times
-from functrans.derivatives.named import with_names
+from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -27,7 +28,7 @@ def adjoint(x: Tensor) -> Tensor:
 
 def scaled(x: Tensor, factor: Any) -> Tensor:
     """``x`` times the conjugate of a Python number."""
-    return times(x, conj(factor))
+    return x if factor == 1 else x * conj(factor)
 
 
 def sum_of(terms: list[Tensor | None]) -> Tensor | None:
@@ -39,46 +40,71 @@ def sum_of(terms: list[Tensor | None]) -> Tensor | None:
     return total
 
 
-# ---------------------------------------------------------------------------------------------- plain products
+# ---------------------------------------------------------------------------------------- products, and sums with them
 
-derivative(
-    aten.mm.default,
-    tangent="multilinear",
-    self=lambda grad, mat2: grad.mm(adjoint(mat2)),
-    mat2=lambda grad, self: adjoint(self).mm(grad),
-)
-derivative(
-    aten.bmm.default,
-    tangent="multilinear",
-    self=lambda grad, mat2: grad.bmm(adjoint(mat2)),
-    mat2=lambda grad, self: adjoint(self).bmm(grad),
-)
-derivative(
-    aten.mv.default,
-    tangent="multilinear",
-    self=lambda grad, vec: grad.unsqueeze(-1) * conj(vec),
-    vec=lambda grad, self: adjoint(self).mv(grad),
-)
-derivative(
-    aten.dot.default,
-    tangent="multilinear",
-    self=lambda grad, tensor: grad * conj(tensor),
-    tensor=lambda grad, self: grad * conj(self),
-)
-derivative(
-    aten.vdot.default,  # conjugate-linear in self, which "one call per argument" takes as it is
-    tangent="multilinear",
-    self=lambda grad, other: conj(grad) * other,
-    other=lambda grad, self: grad * self,
-)
-for _outer in (aten.outer.default, aten.ger.default):
+Pull = Callable[[Tensor, Tensor], Tensor]
+
+
+def product(op: OpOverload, left: Pull, right: Pull, *, broadcasts: bool = False) -> None:
+    """Add the entry of ``op(x, y)``: ``left(grad, y)`` is the cotangent of ``x``, ``right(grad, x)`` that of ``y``."""
+    x, y = (a.name for a in op._schema.arguments)
+    formulas = {x: named(("grad", y), left), y: named(("grad", x), right)}
+    derivative(op, tangent="multilinear", broadcasts=broadcasts, **formulas)
+
+
+def sum_with_product(op: OpOverload, multiply: Callable[[Tensor, Tensor], Tensor], left: Pull, right: Pull) -> None:
+    """Add the entry of ``op(self, x, y)``, which is ``beta * self + alpha * multiply(x, y)``."""
+    x, y = (a.name for a in op._schema.arguments[1:3])
+
+    def tangent(result: Tensor, alpha: Any, beta: Any, x: Tensor, y: Tensor, self_t: Any, x_t: Any, y_t: Any) -> Any:
+        moved = sum_of([None if x_t is None else multiply(x_t, y), None if y_t is None else multiply(x, y_t)])
+        if moved is not None:
+            moved = times(moved, alpha)
+        if self_t is None:
+            return moved
+        self_t = times(self_t, beta)
+        return self_t.expand(result.shape) if moved is None else moved + self_t
+
     derivative(
-        _outer,
-        tangent="multilinear",
-        broadcasts=True,  # outer promotes
-        self=lambda grad, vec2: grad.mv(conj(vec2).to(grad.dtype)),
-        vec2=lambda grad, self: grad.t().mv(conj(self).to(grad.dtype)),
+        op,
+        tangent=named(("result", "alpha", "beta", x, y, "self_t", f"{x}_t", f"{y}_t"), tangent),
+        broadcasts=True,  # self does
+        self=lambda grad, beta: scaled(grad, beta),
+        **{
+            x: named(("grad", y, "alpha"), lambda grad, other, alpha: scaled(left(grad, other), alpha)),
+            y: named(("grad", x, "alpha"), lambda grad, other, alpha: scaled(right(grad, other), alpha)),
+        },
     )
+
+
+# What follows each operator is how it is pulled back to the left and to the right factor.
+
+_MM = (lambda grad, y: grad.mm(adjoint(y)), lambda grad, x: adjoint(x).mm(grad))
+product(aten.mm.default, *_MM)
+sum_with_product(aten.addmm.default, torch.mm, *_MM)
+
+_BMM = (lambda grad, y: grad.bmm(adjoint(y)), lambda grad, x: adjoint(x).bmm(grad))
+product(aten.bmm.default, *_BMM)
+sum_with_product(aten.baddbmm.default, torch.bmm, *_BMM)
+sum_with_product(
+    aten.addbmm.default,
+    lambda x, y: x.bmm(y).sum(0),
+    lambda grad, y: grad.expand(y.shape[0], *grad.shape).bmm(adjoint(y)),
+    lambda grad, x: adjoint(x).bmm(grad.expand(x.shape[0], *grad.shape)),
+)
+
+_MV = (lambda grad, y: grad.unsqueeze(-1) * conj(y), lambda grad, x: adjoint(x).mv(grad))
+product(aten.mv.default, *_MV)
+sum_with_product(aten.addmv.default, torch.mv, *_MV)
+
+_OUTER = (lambda grad, y: grad.mv(conj(y).to(grad.dtype)), lambda grad, x: grad.t().mv(conj(x).to(grad.dtype)))
+product(aten.outer.default, *_OUTER, broadcasts=True)  # outer promotes
+product(aten.ger.default, *_OUTER, broadcasts=True)
+sum_with_product(aten.addr.default, lambda x, y: x.unsqueeze(-1) * y, *_OUTER)
+
+product(aten.dot.default, lambda grad, y: grad * conj(y), lambda grad, x: grad * conj(x))
+# conjugate-linear in the left factor, which "one call per argument" takes as it is
+product(aten.vdot.default, lambda grad, y: conj(grad) * y, lambda grad, x: grad * x)
 
 
 # ---------------------------------------------------------------------------------------------- matmul, linear
@@ -147,69 +173,6 @@ derivative(
     input=linear_input,
     weight=linear_weight,
     bias=lambda grad: grad,
-)
-
-
-# ---------------------------------------------------------------------------------------------- sums with a product
-
-
-def sum_with_product_tangent(product: Callable[[Tensor, Tensor], Tensor], a: str, b: str) -> Callable[..., Any]:
-    """The tangent of ``beta * self + alpha * product(a, b)``."""
-
-    def tangent(v: dict[str, Any]) -> Tensor | None:
-        self_t, a_t, b_t, alpha, beta = v["self_t"], v[f"{a}_t"], v[f"{b}_t"], v["alpha"], v["beta"]
-        moved = sum_of([None if a_t is None else product(a_t, v[b]), None if b_t is None else product(v[a], b_t)])
-        if moved is not None and alpha != 1:
-            moved = moved * alpha
-        if self_t is None:
-            return moved
-        if beta != 1:
-            self_t = self_t * beta
-        return self_t.expand(v["result"].shape) if moved is None else moved + self_t
-
-    return with_names(("self_t", f"{a}_t", f"{b}_t", a, b, "alpha", "beta", "result"), tangent)
-
-
-# broadcasts: self does
-derivative(
-    aten.addmm.default,
-    tangent=sum_with_product_tangent(torch.mm, "mat1", "mat2"),
-    broadcasts=True,
-    self=lambda grad, beta: scaled(grad, beta),
-    mat1=lambda grad, mat2, alpha: scaled(grad.mm(adjoint(mat2)), alpha),
-    mat2=lambda grad, mat1, alpha: scaled(adjoint(mat1).mm(grad), alpha),
-)
-derivative(
-    aten.baddbmm.default,
-    tangent=sum_with_product_tangent(torch.bmm, "batch1", "batch2"),
-    broadcasts=True,
-    self=lambda grad, beta: scaled(grad, beta),
-    batch1=lambda grad, batch2, alpha: scaled(grad.bmm(adjoint(batch2)), alpha),
-    batch2=lambda grad, batch1, alpha: scaled(adjoint(batch1).bmm(grad), alpha),
-)
-derivative(
-    aten.addbmm.default,
-    tangent=sum_with_product_tangent(lambda a, b: a.bmm(b).sum(0), "batch1", "batch2"),
-    broadcasts=True,
-    self=lambda grad, beta: scaled(grad, beta),
-    batch1=lambda grad, batch2, alpha: scaled(grad.expand(batch2.shape[0], *grad.shape).bmm(adjoint(batch2)), alpha),
-    batch2=lambda grad, batch1, alpha: scaled(adjoint(batch1).bmm(grad.expand(batch1.shape[0], *grad.shape)), alpha),
-)
-derivative(
-    aten.addmv.default,
-    tangent=sum_with_product_tangent(torch.mv, "mat", "vec"),
-    broadcasts=True,
-    self=lambda grad, beta: scaled(grad, beta),
-    mat=lambda grad, vec, alpha: scaled(grad.unsqueeze(-1) * conj(vec), alpha),
-    vec=lambda grad, mat, alpha: scaled(adjoint(mat).mv(grad), alpha),
-)
-derivative(
-    aten.addr.default,
-    tangent=sum_with_product_tangent(lambda a, b: a.unsqueeze(-1) * b, "vec1", "vec2"),
-    broadcasts=True,
-    self=lambda grad, beta: scaled(grad, beta),
-    vec1=lambda grad, vec2, alpha: scaled(grad.mv(conj(vec2).to(grad.dtype)), alpha),
-    vec2=lambda grad, vec1, alpha: scaled(grad.t().mv(conj(vec1).to(grad.dtype)), alpha),
 )
 
 

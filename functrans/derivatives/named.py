@@ -14,9 +14,14 @@ def with_names(names: Iterable[str], function: Callable[[dict[str, Any]], Any]) 
     def formula(*args: Any, **kwargs: Any) -> Any:
         return function(dict(zip(names, args, strict=False), **kwargs))
 
+    formula.__name__ = function.__name__
+    return named(names, formula)
+
+
+def named(names: Iterable[str], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """``formula``, whose arguments are ``names`` in this order."""
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     formula.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    formula.__name__ = function.__name__
     return formula
 
 

@@ -5,14 +5,17 @@ What happens at ties and at norms of 0 follows PyTorch's derivatives table (``de
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, subtrahend, where_or_zero
+from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -69,26 +72,51 @@ def trace_self(grad: Tensor, self: Tensor) -> Tensor:
 
 derivative(aten.trace.default, tangent="linear", self=trace_self)
 
+# ------------------------------------------------------------------------------------------- weighted sums
+
+
+def same(x: Tensor, result: Tensor) -> Tensor:
+    return x
+
+
+def weighted(op: OpOverload, weight: Callable[..., Tensor], outer: Callable[[Tensor, Tensor], Tensor] = same) -> None:
+    """Add the entry of a reduction that is a weighted sum to first order; one formula serves both modes.
+
+    The cotangent of ``self`` is ``grad * weight``, the tangent is the sum of ``self_t * conj(weight)``. The parameters
+    of ``weight`` are ``self``, then ``dim`` and ``keepdim`` if ``op`` has them, options, and ``result``.
+    ``outer(x, result)`` is ``x`` times the slope of a function of that sum.
+    """
+    names = tuple(inspect.signature(weight).parameters)
+    along = 2 if "dim" in names else 0
+
+    def cotangent(grad: Tensor, self: Tensor, *rest: Any) -> Tensor:
+        return pulled(outer(grad, rest[-1]), self, weight(self, *rest), *rest[:along])
+
+    def tangent(self_t: Tensor, self: Tensor, *rest: Any) -> Tensor:
+        return outer(pushed(self_t, rest[-1], weight(self, *rest), *rest[:along]), rest[-1])
+
+    derivative(op, tangent=named(("self_t", *names), tangent), self=named(("grad", *names), cotangent))
+
+
+def pulled(grad: Tensor, self: Tensor, weight: Tensor, dim: Dim = None, keepdim: bool = False) -> Tensor:
+    return cast(restore_dims(grad, dim, keepdim, self.dim()) * weight, self.dtype)
+
+
+def pushed(self_t: Tensor, result: Tensor, weight: Tensor, dim: Dim = None, keepdim: bool = False) -> Tensor:
+    return cast((self_t * conj(weight)).sum(reduced_dims(dim, self_t.dim()), keepdim=keepdim), result.dtype)
+
+
 # ------------------------------------------------------------------------------------------- variance
 
 
-def deviation(self: Tensor, dim: Dim, correction: float | None) -> Tensor:
+def deviation(self: Tensor, dim: Dim, keepdim: bool, correction: float | None, result: Tensor) -> Tensor:
     """The gradient of the variance: ``2 * (x - mean) / (n - correction)``."""
-    n = size_of(self, dim)
-    freedom = n - (1 if correction is None else correction)
-    distance = self - self.mean(reduced_dims(dim, self.dim()), keepdim=True)
+    dims = reduced_dims(dim, self.dim())
+    freedom = math.prod([self.shape[d] for d in dims]) - (1 if correction is None else correction)
+    distance = self - self.mean(dims, keepdim=True)
     if freedom <= 0:  # the variance is nan, or infinite unless it is 0 / 0
         return torch.where(distance == 0, math.nan, torch.full_like(distance, math.inf))
     return distance * (2 / freedom)
-
-
-def var_self(grad: Tensor, self: Tensor, dim: Dim, correction: float | None, keepdim: bool) -> Tensor:
-    return restore_dims(grad, dim, keepdim, self.dim()) * deviation(self, dim, correction)
-
-
-def var_tangent(self: Tensor, self_t: Tensor, dim: Dim, correction: float | None, keepdim: bool) -> Tensor:
-    terms = conj(deviation(self, dim, correction)) * self_t
-    return cast(terms, self.dtype.to_real()).sum(reduced_dims(dim, self.dim()), keepdim=keepdim)
 
 
 def half_over(x: Tensor, std: Tensor) -> Tensor:
@@ -96,93 +124,54 @@ def half_over(x: Tensor, std: Tensor) -> Tensor:
     return x / (2 * std).masked_fill(std == 0, math.inf)
 
 
-def std_self(grad: Tensor, self: Tensor, dim: Dim, correction: float | None, keepdim: bool, result: Tensor) -> Tensor:
-    return var_self(half_over(grad, result), self, dim, correction, keepdim)
+def with_mean(op: OpOverload, outer: Callable[[Tensor, Tensor], Tensor] = same) -> None:
+    """Add the entry of the variance or its root together with the mean."""
+
+    def cotangent(grads: Any, self: Tensor, dim: Dim, keepdim: bool, correction: float | None, results: Any) -> Any:
+        first, mean = grads
+        if first is not None:
+            weight = deviation(self, dim, keepdim, correction, results[0])
+            first = pulled(outer(first, results[0]), self, weight, dim, keepdim)
+        return add(first, None if mean is None else spread(average(mean, self, dim), self, dim, keepdim))
+
+    def tangent(self_t: Tensor, self: Tensor, dim: Dim, keepdim: bool, correction: float | None, results: Any) -> Any:
+        first = pushed(self_t, results[0], deviation(self, dim, keepdim, correction, results[0]), dim, keepdim)
+        return outer(first, results[0]), self_t.mean(reduced_dims(dim, self.dim()), keepdim=keepdim)
+
+    derivative(op, tangent=tangent, self=cotangent)
 
 
-def std_tangent(
-    self: Tensor, self_t: Tensor, dim: Dim, correction: float | None, keepdim: bool, result: Tensor
-) -> Tensor:
-    return half_over(var_tangent(self, self_t, dim, correction, keepdim), result)
+weighted(aten.var.correction, deviation)
+weighted(aten.std.correction, deviation, half_over)
+with_mean(aten.var_mean.correction)
+with_mean(aten.std_mean.correction, half_over)
+
+# ------------------------------------------------------------------------------------------- logsumexp and norms
 
 
-def mean_part(grad: Tensor | None, self: Tensor, dim: Dim, keepdim: bool) -> Tensor | None:
-    return None if grad is None else spread(average(grad, self, dim), self, dim, keepdim)
+def softmax_weight(self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
+    return conj((self - restore_dims(subtrahend(result), dim, keepdim, self.dim())).exp())
 
 
-def mean_over(self: Tensor, dim: Dim, keepdim: bool) -> Tensor:
-    return self.mean(reduced_dims(dim, self.dim()), keepdim=keepdim)
-
-
-def var_mean_self(grads: Any, self: Tensor, dim: Dim, correction: float | None, keepdim: bool) -> Tensor | None:
-    part = None if grads[0] is None else var_self(grads[0], self, dim, correction, keepdim)
-    return add(part, mean_part(grads[1], self, dim, keepdim))
-
-
-def std_mean_self(
-    grads: Any, self: Tensor, dim: Dim, correction: float | None, keepdim: bool, results: Any
-) -> Tensor | None:
-    part = None if grads[0] is None else std_self(grads[0], self, dim, correction, keepdim, results[0])
-    return add(part, mean_part(grads[1], self, dim, keepdim))
-
-
-derivative(aten.var.correction, tangent=var_tangent, self=var_self)
-derivative(aten.std.correction, tangent=std_tangent, self=std_self)
-derivative(
-    aten.var_mean.correction,
-    tangent=lambda self, self_t, dim, correction, keepdim: (
-        var_tangent(self, self_t, dim, correction, keepdim),
-        mean_over(self_t, dim, keepdim),
-    ),
-    self=var_mean_self,
-)
-derivative(
-    aten.std_mean.correction,
-    tangent=lambda self, self_t, dim, correction, keepdim, results: (
-        std_tangent(self, self_t, dim, correction, keepdim, results[0]),
-        mean_over(self_t, dim, keepdim),
-    ),
-    self=std_mean_self,
-)
-
-# ------------------------------------------------------------------------------------------- logsumexp
-
-
-def logsumexp_weights(self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
-    """The gradient of logsumexp: softmax."""
-    return (self - restore_dims(subtrahend(result), dim, keepdim, self.dim())).exp()
-
-
-def logsumexp_self(grad: Tensor, self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
-    return restore_dims(grad, dim, keepdim, self.dim()) * conj(logsumexp_weights(self, dim, keepdim, result))
-
-
-def logsumexp_tangent(self: Tensor, self_t: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
-    terms = self_t * logsumexp_weights(self, dim, keepdim, result)
-    return terms.sum(reduced_dims(dim, self.dim()), keepdim=keepdim)
-
-
-derivative(aten.logsumexp.default, tangent=logsumexp_tangent, self=logsumexp_self)
-
-# ------------------------------------------------------------------------------------------- norms
-
-
-def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Tensor:
-    """The gradient of the p-norm: ``sgn(x) * (|x| / norm) ** (p - 1)``, and 0 where the norm is 0."""
+def norm_weight(self: Tensor, dim: Dim, keepdim: bool, p: float, result: Tensor) -> Tensor:
+    """``sgn(x) * (|x| / norm) ** (p - 1)``, and 0 where the norm is 0."""
+    x = self.to(result.dtype.to_complex() if self.dtype.is_complex else result.dtype)
+    norm = restore_dims(result, dim, keepdim, self.dim())
     if p == 0:
-        return torch.zeros_like(self)
+        return torch.zeros_like(x)
     if p == 1:
-        return self.sgn()
+        return x.sgn()
     if p == 2:
-        return self / norm.masked_fill(norm == 0, math.inf)
-    modulus = self.abs()
+        return x / norm.masked_fill(norm == 0, math.inf)
+    modulus = x.abs()
     if math.isinf(p):  # ties share evenly
         extreme = (modulus == norm) | (modulus.isnan() & norm.isnan())
-        return self.sgn() * (extreme / extreme.sum(dims, keepdim=True))
+        return x.sgn() * (extreme / extreme.sum(reduced_dims(dim, self.dim()), keepdim=True))
     empty = norm == 0  # 0 in every order of derivative
-    x, norm, modulus = self.masked_fill(empty, 0), norm.masked_fill(empty, 1), modulus.masked_fill(empty, 1)
+    given, x = x, x.masked_fill(empty, 0)
+    norm, modulus = norm.masked_fill(empty, 1), modulus.masked_fill(empty, 1)
     if p < 1:
-        return (x.sgn() * modulus.pow(p - 1)).masked_fill(self == 0, 0) * norm.pow(1 - p)
+        return (x.sgn() * modulus.pow(p - 1)).masked_fill(given == 0, 0) * norm.pow(1 - p)
     if p < 2:
         return x.sgn() * modulus.pow(p - 1) / norm.pow(p - 1)
     if p % 2 == 0:  # a polynomial, in the real and imaginary parts too
@@ -191,35 +180,13 @@ def norm_direction(self: Tensor, norm: Tensor, p: float, dims: list[int]) -> Ten
     return x.masked_fill(zero, 0) * modulus.masked_fill(zero, 1).pow(p - 2) / norm.pow(p - 1)
 
 
-def norm_self(grad: Tensor, self: Tensor, p: Any, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
-    ndim = self.dim()
-    x = self.to(result.dtype.to_complex() if self.dtype.is_complex else result.dtype)
-    direction = norm_direction(x, restore_dims(result, dim, keepdim, ndim), p, reduced_dims(dim, ndim))
-    return cast(restore_dims(grad, dim, keepdim, ndim) * direction, self.dtype)
-
-
-def norm_tangent(self: Tensor, self_t: Tensor, p: Any, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
-    ndim = self.dim()
-    dtype = result.dtype.to_complex() if self.dtype.is_complex else result.dtype
-    dims = reduced_dims(dim, ndim)
-    direction = norm_direction(self.to(dtype), restore_dims(result, dim, keepdim, ndim), p, dims)
-    return cast(conj(direction) * self_t.to(dtype), result.dtype).sum(dims, keepdim=keepdim)
-
-
-derivative(
+weighted(aten.logsumexp.default, softmax_weight)
+weighted(
     aten.linalg_vector_norm.default,
-    tangent=lambda self, self_t, ord, dim, keepdim, result: norm_tangent(self, self_t, ord, dim, keepdim, result),
-    self=lambda grad, self, ord, dim, keepdim, result: norm_self(grad, self, ord, dim, keepdim, result),
+    lambda self, dim, keepdim, ord, result: norm_weight(self, dim, keepdim, ord, result),
 )
-derivative(
-    aten.norm.Scalar,
-    tangent=lambda self, self_t, p, result: norm_tangent(self, self_t, p, None, False, result),
-    self=lambda grad, self, p, result: norm_self(grad, self, p, None, False, result),
-)
-derivative(
+weighted(aten.norm.Scalar, lambda self, p, result: norm_weight(self, None, False, p, result))
+weighted(
     aten.norm.ScalarOpt_dim,
-    tangent=lambda self, self_t, p, dim, keepdim, result: norm_tangent(
-        self, self_t, 2 if p is None else p, dim, keepdim, result
-    ),
-    self=lambda grad, self, p, dim, keepdim, result: norm_self(grad, self, 2 if p is None else p, dim, keepdim, result),
+    lambda self, dim, keepdim, p, result: norm_weight(self, dim, keepdim, 2 if p is None else p, result),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functrans.derivatives.helpers import add, reduced_dims, restore_dims
-from functrans.derivatives.reductions import Dim
+from functrans.derivatives.reductions import Dim, pulled, pushed, weighted
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 # ------------------------------------------------------------------------------------------- shared evenly
 
 
-def shares(self: Tensor, result: Tensor, dim: Dim, keepdim: bool) -> Tensor:
+def shares(self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
     """How much each element of ``self`` counts in the extremum: 1 / ties. (With ``dim``, PyTorch answers NaN with NaN.)"""
     value = restore_dims(result, dim, keepdim, self.dim())
     chosen = self == value
@@ -29,39 +29,24 @@ def shares(self: Tensor, result: Tensor, dim: Dim, keepdim: bool) -> Tensor:
     return chosen / chosen.sum(reduced_dims(dim, self.dim()), keepdim=True)
 
 
-def share_out(grad: Tensor, self: Tensor, result: Tensor, dim: Dim = None, keepdim: bool = False) -> Tensor:
-    share = shares(self, result, dim, keepdim)
-    return (restore_dims(grad, dim, keepdim, self.dim()) * share).to(self.dtype)
-
-
-def read_shares(self: Tensor, self_t: Tensor, result: Tensor, dim: Dim = None, keepdim: bool = False) -> Tensor:
-    share = shares(self, result, dim, keepdim)
-    return (self_t * share).sum(reduced_dims(dim, self.dim()), keepdim=keepdim).to(self.dtype)
-
-
 for op in (aten.max.default, aten.min.default, aten.median.default, aten.nanmedian.default):
-    derivative(
-        op,
-        tangent=lambda self, self_t, result: read_shares(self, self_t, result),
-        self=lambda grad, self, result: share_out(grad, self, result),
-    )
+    weighted(op, lambda self, result: shares(self, None, False, result))
 for op in (aten.amax.default, aten.amin.default):
-    derivative(
-        op,
-        tangent=lambda self, self_t, result, dim, keepdim: read_shares(self, self_t, result, dim, keepdim),
-        self=lambda grad, self, result, dim, keepdim: share_out(grad, self, result, dim, keepdim),
-    )
+    weighted(op, shares)
 
 
 def aminmax_self(grads: Any, self: Tensor, dim: int | None, keepdim: bool, results: Any) -> Tensor | None:
-    parts = [None if g is None else share_out(g, self, r, dim, keepdim) for g, r in zip(grads, results, strict=True)]
+    parts = [
+        None if g is None else pulled(g, self, shares(self, dim, keepdim, r), dim, keepdim)
+        for g, r in zip(grads, results, strict=True)
+    ]
     return add(*parts)
 
 
 derivative(
     aten.aminmax.default,
     tangent=lambda self, self_t, dim, keepdim, results: tuple(
-        read_shares(self, self_t, r, dim, keepdim) for r in results
+        pushed(self_t, r, shares(self, dim, keepdim, r), dim, keepdim) for r in results
     ),
     self=aminmax_self,
 )

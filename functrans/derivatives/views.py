@@ -14,29 +14,17 @@ from torch import Tensor
 
 from functrans.derivatives.helpers import cast, conj, sum_to_shape
 from functrans.derivatives.table import derivative
+from functrans.functionalize.views import RESHAPES
 
 aten = torch.ops.aten
 linear = partial(derivative, tangent="linear")
 
 # ------------------------------------------------------------------------------------------- same elements, another shape
 
-for op in (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten._reshape_alias.default,
-    aten.reshape.default,
-    aten.reshape_as.default,
-    aten.view_as.default,
-    aten.flatten.using_ints,
-    aten.ravel.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-):
-    linear(op, self=lambda grad, self: grad.reshape(self.shape))
-
+for op in RESHAPES:
+    if op is not aten.unsqueeze.default:  # which says itself what undoes it: nothing is kept
+        linear(op, self=lambda grad, self: grad.reshape(self.shape))
 linear(aten.unsqueeze.default, self=lambda grad, dim: grad.squeeze(dim))
-linear(aten.unflatten.int, self=lambda grad, self: grad.reshape(self.shape))
 
 for op in (aten.alias.default, aten.clone.default, aten.contiguous.default):
     linear(op, self=lambda grad: grad)

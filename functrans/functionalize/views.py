@@ -267,6 +267,14 @@ def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     return _send(aten.as_strided_scatter.default, before, changed, *step.args)
 
 
+#: Views of all elements, in their order, in another shape.
+RESHAPES = (
+    aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default,
+    aten.reshape_as.default, aten.view_as.default, aten.flatten.using_ints, aten.unflatten.int, aten.ravel.default,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
+
+
 def _back_permute(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     inverse = [0] * before.dim()
     for i, d in enumerate(step.args[0]):
@@ -303,12 +311,7 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
          aten._conj.default, aten._neg_view.default),
         _back_again,
     ),
-    **dict.fromkeys(
-        (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
-         aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints, aten.ravel.default, aten.view_as.default,
-         aten.reshape_as.default, aten._reshape_alias.default, aten.unflatten.int),
-        _back_shape,
-    ),
+    **dict.fromkeys(RESHAPES, _back_shape),
     # conversions that had nothing to convert: where they copied, the link was cut
     **dict.fromkeys(
         (aten.alias.default, aten.contiguous.default, aten.positive.default, aten.resolve_conj.default, aten.resolve_neg.default,

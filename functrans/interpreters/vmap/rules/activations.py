@@ -1,4 +1,4 @@
-"""Activations and their derivatives."""
+"""Derivatives of activations, and activations that are not plainly pointwise (the others: ``pointwise.py``)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,13 @@ from functrans.interpreters.vmap.table import BatchInfo, batching_rule, material
 
 aten = torch.ops.aten
 
-elementwise(
-    aten.celu.default,
-    aten.elu.default,
-    aten.gelu.default,
-    aten.hardshrink.default,
-    aten.hardsigmoid.default,
-    aten.hardswish.default,
-    aten.hardtanh.default,
-    aten.leaky_relu.default,
-    aten.log_sigmoid.default,
-    aten.mish.default,
-    aten.relu.default,
-    aten.relu6.default,
-    aten.selu.default,
-    aten.sigmoid.default,
-    aten.silu.default,
-    aten.softplus.default,
-    aten.softshrink.default,
-    aten.threshold.default,
-)
-
 # The weight has the input's rank and is broadcast.
 elementwise(
     aten._prelu_kernel.default,
     aten._prelu_kernel_backward.default,
 )
 
+# Kernels that do not all broadcast.
 elementwise(
     aten._standard_gamma_grad.default,
     aten.elu_backward.default,

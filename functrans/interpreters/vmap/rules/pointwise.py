@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.torch_private import OpOverload
 from functrans.derivatives.airy import airy_ai_slope
 from functrans.derivatives.orthogonal import gegenbauer, laguerre
 from functrans.interpreters.vmap.families import (
@@ -15,322 +16,61 @@ from functrans.interpreters.vmap.families import (
     align,
     elementwise,
     same_dims,
+    tensor_positions,
 )
 from functrans.interpreters.vmap.rules.factories import in_memory_format
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, logical_rank, materialize
 
 aten = torch.ops.aten
 
 # ---------------------------------------------------------------------------------------------------------------
-# One tensor
+# By PyTorch's tag
 
-elementwise(
-    aten.abs.default,
-    aten.absolute.default,
-    aten.acos.default,
-    aten.acosh.default,
-    aten.angle.default,
-    aten.arccos.default,
-    aten.arccosh.default,
-    aten.arcsin.default,
-    aten.arcsinh.default,
-    aten.arctan.default,
-    aten.arctanh.default,
-    aten.asin.default,
-    aten.asinh.default,
-    aten.atan.default,
-    aten.atanh.default,
-    aten.bitwise_not.default,
-    aten.ceil.default,
-    aten.conj_physical.default,
-    aten.cos.default,
-    aten.cosh.default,
-    aten.deg2rad.default,
-    aten.digamma.default,
-    aten.erf.default,
-    aten.erfc.default,
-    aten.erfinv.default,
-    aten.exp.default,
-    aten.exp2.default,
-    aten.expm1.default,
-    aten.fix.default,
-    aten.floor.default,
-    aten.frac.default,
-    aten.frexp.Tensor,
-    aten.i0.default,
-    aten.isfinite.default,
-    aten.isinf.default,
-    aten.isnan.default,
-    aten.isneginf.default,
-    aten.isposinf.default,
-    aten.isreal.default,
-    aten.lgamma.default,
-    aten.log.default,
-    aten.log10.default,
-    aten.log1p.default,
-    aten.log2.default,
-    aten.logical_not.default,
-    aten.logit.default,
-    aten.mvlgamma.default,
-    aten.nan_to_num.default,
-    aten.neg.default,
-    aten.negative.default,
-    aten.polygamma.default,
-    aten.positive.default,
-    aten.rad2deg.default,
-    aten.reciprocal.default,
-    aten.round.default,
-    aten.round.decimals,
-    aten.rsqrt.default,
-    aten.sgn.default,
-    aten.sign.default,
-    aten.signbit.default,
-    aten.sin.default,
-    aten.sinc.default,
-    aten.sinh.default,
-    aten.sqrt.default,
-    aten.square.default,
-    aten.tan.default,
-    aten.tanh.default,
-    aten.trunc.default,
-)
+#: Operators that are pointwise and not tagged so: other names of tagged ones, which are thus batched as a whole, too;
+#: small composites; and those that PyTorch leaves out (leaky_relu until 2.11).
+UNTAGGED = """
+    absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh divide fix greater greater_equal less less_equal
+    multiply negative not_equal special_digamma special_erf special_erfc special_erfinv special_exp2 special_expit
+    special_expm1 special_gammainc special_gammaincc special_gammaln special_i0 special_log1p special_logit
+    special_multigammaln special_ndtr special_polygamma special_psi special_round special_sinc special_xlogy subtract
+    true_divide
+    __and__ __or__ isclose isreal
+    complex fill floor_divide hardswish leaky_relu log_sigmoid polar rsub zero
+"""
 
-# Special functions of one tensor
-elementwise(
-    aten.special_airy_ai.default,
-    aten.special_bessel_j0.default,
-    aten.special_bessel_j1.default,
-    aten.special_bessel_y0.default,
-    aten.special_bessel_y1.default,
-    aten.special_digamma.default,
-    aten.special_entr.default,
-    aten.special_erf.default,
-    aten.special_erfc.default,
-    aten.special_erfcx.default,
-    aten.special_erfinv.default,
-    aten.special_exp2.default,
-    aten.special_expit.default,
-    aten.special_expm1.default,
-    aten.special_gammaln.default,
-    aten.special_i0.default,
-    aten.special_i0e.default,
-    aten.special_i1.default,
-    aten.special_i1e.default,
-    aten.special_log1p.default,
-    aten.special_log_ndtr.default,
-    aten.special_logit.default,
-    aten.special_modified_bessel_i0.default,
-    aten.special_modified_bessel_i1.default,
-    aten.special_modified_bessel_k0.default,
-    aten.special_modified_bessel_k1.default,
-    aten.special_multigammaln.default,
-    aten.special_ndtr.default,
-    aten.special_ndtri.default,
-    aten.special_polygamma.default,
-    aten.special_psi.default,
-    aten.special_round.default,
-    aten.special_scaled_modified_bessel_k0.default,
-    aten.special_scaled_modified_bessel_k1.default,
-    aten.special_sinc.default,
-    aten.special_spherical_bessel_j0.default,
-)
 
-# A tensor and a number
-elementwise(
-    aten.__and__.Scalar,
-    aten.__lshift__.Scalar,
-    aten.__or__.Scalar,
-    aten.__rshift__.Scalar,
-    aten.__xor__.Scalar,
-    aten.add.Scalar,
-    aten.bitwise_and.Scalar,
-    aten.bitwise_and.Scalar_Tensor,
-    aten.bitwise_left_shift.Scalar_Tensor,
-    aten.bitwise_left_shift.Tensor_Scalar,
-    aten.bitwise_or.Scalar,
-    aten.bitwise_or.Scalar_Tensor,
-    aten.bitwise_right_shift.Scalar_Tensor,
-    aten.bitwise_right_shift.Tensor_Scalar,
-    aten.bitwise_xor.Scalar,
-    aten.bitwise_xor.Scalar_Tensor,
-    aten.clamp.default,
-    aten.clamp_max.default,
-    aten.clamp_min.default,
-    aten.clip.default,
-    aten.copysign.Scalar,
-    aten.div.Scalar,
-    aten.div.Scalar_mode,
-    aten.divide.Scalar,
-    aten.divide.Scalar_mode,
-    aten.eq.Scalar,
-    aten.fill.Scalar,
-    aten.float_power.Scalar,
-    aten.float_power.Tensor_Scalar,
-    aten.floor_divide.Scalar,
-    aten.fmod.Scalar,
-    aten.ge.Scalar,
-    aten.greater.Scalar,
-    aten.greater_equal.Scalar,
-    aten.gt.Scalar,
-    aten.le.Scalar,
-    aten.less.Scalar,
-    aten.less_equal.Scalar,
-    aten.lt.Scalar,
-    aten.mul.Scalar,
-    aten.multiply.Scalar,
-    aten.ne.Scalar,
-    aten.not_equal.Scalar,
-    aten.pow.Scalar,
-    aten.pow.Tensor_Scalar,
-    aten.remainder.Scalar,
-    aten.remainder.Scalar_Tensor,
-    aten.rsub.Scalar,
-    aten.special_chebyshev_polynomial_t.n_scalar,
-    aten.special_chebyshev_polynomial_t.x_scalar,
-    aten.special_chebyshev_polynomial_u.n_scalar,
-    aten.special_chebyshev_polynomial_u.x_scalar,
-    aten.special_chebyshev_polynomial_v.n_scalar,
-    aten.special_chebyshev_polynomial_v.x_scalar,
-    aten.special_chebyshev_polynomial_w.n_scalar,
-    aten.special_chebyshev_polynomial_w.x_scalar,
-    aten.special_hermite_polynomial_h.n_scalar,
-    aten.special_hermite_polynomial_h.x_scalar,
-    aten.special_hermite_polynomial_he.n_scalar,
-    aten.special_hermite_polynomial_he.x_scalar,
-    aten.special_laguerre_polynomial_l.n_scalar,
-    aten.special_laguerre_polynomial_l.x_scalar,
-    aten.special_legendre_polynomial_p.n_scalar,
-    aten.special_legendre_polynomial_p.x_scalar,
-    aten.special_shifted_chebyshev_polynomial_t.n_scalar,
-    aten.special_shifted_chebyshev_polynomial_t.x_scalar,
-    aten.special_shifted_chebyshev_polynomial_u.n_scalar,
-    aten.special_shifted_chebyshev_polynomial_u.x_scalar,
-    aten.special_shifted_chebyshev_polynomial_v.n_scalar,
-    aten.special_shifted_chebyshev_polynomial_v.x_scalar,
-    aten.special_shifted_chebyshev_polynomial_w.n_scalar,
-    aten.special_shifted_chebyshev_polynomial_w.x_scalar,
-    aten.special_xlog1py.other_scalar,
-    aten.special_xlog1py.self_scalar,
-    aten.special_xlogy.other_scalar,
-    aten.special_xlogy.self_scalar,
-    aten.special_zeta.other_scalar,
-    aten.special_zeta.self_scalar,
-    aten.sub.Scalar,
-    aten.subtract.Scalar,
-    aten.true_divide.Scalar,
-    aten.where.Scalar,
-    aten.xlogy.Scalar_Other,
-    aten.xlogy.Scalar_Self,
-    aten.zero.default,
-)
+def load_tagged() -> None:
+    """A rule for each operator that PyTorch tags as pointwise, by its public functions' names, if it has none yet."""
+    public = {*dir(Tensor), *dir(torch.nn.functional), *(f"special_{name}" for name in torch.special.__all__)}
+    untagged = set(UNTAGGED.split())
+    for name in sorted(public | untagged):
+        packet = getattr(aten, name, None)
+        for op in (getattr(packet, overload) for overload in getattr(packet, "overloads", list)()):
+            said = name in untagged or torch.Tag.pointwise in op.tags
+            if said and is_function_of_tensors(op) and op not in BATCHING_RULES:
+                elementwise(op)
+
+
+def is_function_of_tensors(op: OpOverload) -> bool:
+    """Whether ``op`` is pure, draws nothing, and both takes and returns tensors (it takes them one by one)."""
+    schema = op._schema
+    if schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags or "Tensor[]" in str(schema):
+        return False
+    return bool(tensor_positions(op)) and all(isinstance(one.type, torch.TensorType) for one in schema.returns)
+
 
 # ---------------------------------------------------------------------------------------------------------------
-# Two and three tensors
-
-elementwise(
-    aten.__and__.Tensor,
-    aten.__lshift__.Tensor,
-    aten.__or__.Tensor,
-    aten.__rshift__.Tensor,
-    aten.__xor__.Tensor,
-    aten.add.Tensor,
-    aten.arctan2.default,
-    aten.atan2.default,
-    aten.bitwise_and.Tensor,
-    aten.bitwise_left_shift.Tensor,
-    aten.bitwise_or.Tensor,
-    aten.bitwise_right_shift.Tensor,
-    aten.bitwise_xor.Tensor,
-    aten.clamp_max.Tensor,
-    aten.clamp_min.Tensor,
-    aten.complex.default,
-    aten.copysign.Tensor,
-    aten.div.Tensor,
-    aten.div.Tensor_mode,
-    aten.divide.Tensor,
-    aten.divide.Tensor_mode,
-    aten.eq.Tensor,
-    aten.floor_divide.default,
-    aten.fmax.default,
-    aten.fmin.default,
-    aten.fmod.Tensor,
-    aten.gcd.default,
-    aten.ge.Tensor,
-    aten.greater.Tensor,
-    aten.greater_equal.Tensor,
-    aten.gt.Tensor,
-    aten.heaviside.default,
-    aten.hypot.default,
-    aten.igamma.default,
-    aten.igammac.default,
-    aten.isclose.default,
-    aten.lcm.default,
-    aten.ldexp.Tensor,
-    aten.le.Tensor,
-    aten.lerp.Scalar,
-    aten.less.Tensor,
-    aten.less_equal.Tensor,
-    aten.logaddexp.default,
-    aten.logaddexp2.default,
-    aten.logical_and.default,
-    aten.logical_or.default,
-    aten.logical_xor.default,
-    aten.lt.Tensor,
-    aten.max.other,
-    aten.maximum.default,
-    aten.min.other,
-    aten.minimum.default,
-    aten.mul.Tensor,
-    aten.multiply.Tensor,
-    aten.ne.Tensor,
-    aten.nextafter.default,
-    aten.not_equal.Tensor,
-    aten.polar.default,
-    aten.pow.Tensor_Tensor,
-    aten.remainder.Tensor,
-    aten.rsub.Tensor,
-    aten.special_chebyshev_polynomial_t.default,
-    aten.special_chebyshev_polynomial_u.default,
-    aten.special_chebyshev_polynomial_v.default,
-    aten.special_chebyshev_polynomial_w.default,
-    aten.special_gammainc.default,
-    aten.special_gammaincc.default,
-    aten.special_hermite_polynomial_h.default,
-    aten.special_hermite_polynomial_he.default,
-    aten.special_laguerre_polynomial_l.default,
-    aten.special_legendre_polynomial_p.default,
-    aten.special_shifted_chebyshev_polynomial_t.default,
-    aten.special_shifted_chebyshev_polynomial_u.default,
-    aten.special_shifted_chebyshev_polynomial_v.default,
-    aten.special_shifted_chebyshev_polynomial_w.default,
-    aten.special_xlog1py.default,
-    aten.special_xlogy.default,
-    aten.special_zeta.default,
-    aten.sub.Tensor,
-    aten.subtract.Tensor,
-    aten.true_divide.Tensor,
-    aten.xlogy.Tensor,
-)
-
-elementwise(
-    aten.addcdiv.default,
-    aten.addcmul.default,
-    aten.clamp.Tensor,
-    aten.clip.Tensor,
-    aten.lerp.Tensor,
-)
+# Their own reasons
 
 # What derivatives of ours are made of.
 elementwise(airy_ai_slope, gegenbauer, laguerre)
 
 # The condition or mask takes no part in type promotion.
 elementwise(aten.where.self, promoting=(1, 2))
+elementwise(aten.where.Scalar)
 elementwise(aten.where.ScalarOther, promoting=(1,))
 elementwise(aten.where.ScalarSelf, promoting=(2,))
 elementwise(aten.masked_fill.Scalar, promoting=())
-
-# ---------------------------------------------------------------------------------------------------------------
-# Their own reasons
 
 
 @batching_rule(aten.masked_fill.Tensor)

@@ -119,25 +119,20 @@ def matmul(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
     return matmul_pair(x, in_dims[0], y, in_dims[1])
 
 
-@batching_rule(aten.mm.default)
-def mm(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-    """Two matrices."""
-    expect_ranks(in_dims, x, y, ranks=(2, 2))
-    return matmul_pair(x, in_dims[0], y, in_dims[1])
+def of_ranks(op: OpOverload, *ranks: int) -> Callable[..., Output]:
+    """Register, and return, the rule of a product of examples of these ranks."""
+
+    def multiply(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+        expect_ranks(in_dims, x, y, ranks=ranks)
+        return matmul_pair(x, in_dims[0], y, in_dims[1])
+
+    BATCHING_RULES.add(op, multiply, place=caller_place())
+    return multiply
 
 
-@batching_rule(aten.mv.default)
-def mv(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-    """Matrix and vector."""
-    expect_ranks(in_dims, x, y, ranks=(2, 1))
-    return matmul_pair(x, in_dims[0], y, in_dims[1])
-
-
-@batching_rule(aten.dot.default)
-def dot(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-    """Two vectors."""
-    expect_ranks(in_dims, x, y, ranks=(1, 1))
-    return matmul_pair(x, in_dims[0], y, in_dims[1])
+of_ranks(aten.mm.default, 2, 2)
+mv = of_ranks(aten.mv.default, 2, 1)
+dot = of_ranks(aten.dot.default, 1, 1)
 
 
 @batching_rule(aten.vdot.default)

@@ -155,21 +155,21 @@ def view_dtype(info: BatchInfo, in_dims: Dims, x: Tensor, dtype: torch.dtype) ->
     """A new element size changes the last dimension, and needs its elements side by side."""
     if dtype.itemsize == x.dtype.itemsize:
         return x.view(dtype), in_dims[0]
+    return side_by_side(info, x, in_dims[0]).view(dtype), 0
+
+
+def side_by_side(info: BatchInfo, x: Tensor, bdim: int) -> Tensor:
+    """The batch, in front, of examples whose last dimension has its elements next to each other."""
     nonzero_rank(x)
-    x = to_front(x, in_dims[0])
+    x = to_front(x, bdim)
     # An empty tensor counts as contiguous whatever its strides are.
-    x = x.contiguous() if info.batch_size else x.new_empty(x.shape)
-    return x.view(dtype), 0
+    return x.contiguous() if info.batch_size else x.new_empty(x.shape)
 
 
 @batching_rule(aten.view_as_complex.default)
 def view_as_complex(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
     """The last dimension, of size 2, has its elements side by side."""
-    nonzero_rank(x)
-    x = to_front(x, in_dims[0])
-    # An empty tensor counts as contiguous whatever its strides are.
-    x = x.contiguous() if info.batch_size else x.new_empty(x.shape)
-    return torch.view_as_complex(x), 0
+    return torch.view_as_complex(side_by_side(info, x, in_dims[0])), 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -204,15 +204,6 @@ def squeeze(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Any = None) -> Outp
     places = [d if d < bdim else d + 1 for d in reduced_dims(dims, x.dim() - 1, empty_means_all=False)]
     gone = [] if x.dim() == 1 else [d for d in places if x.shape[d] == 1]
     return x.squeeze(gone) if gone else x, bdim - sum(d < bdim for d in gone)
-
-
-@batching_rule(aten.select.int)
-@any_rank
-def select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Any) -> Output:
-    """One dimension less to count."""
-    bdim = in_dims[0]
-    dim = physical_dim(dim, nonzero_rank(x), bdim)
-    return x.select(dim, index), bdim - 1 if dim < bdim else bdim
 
 
 @batching_rule(aten.unbind.int)
@@ -271,10 +262,7 @@ def transpose(info: BatchInfo, in_dims: Dims, x: Tensor, dim0: int, dim1: int) -
 @batching_rule(aten.t.default)
 def t(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
     """Vectors and scalars are their own."""
-    rank = x.dim() - 1
-    if rank > 2:
-        raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, but self is {rank}D")
-    return (x, in_dims[0]) if rank < 2 else transpose(info, in_dims, x, 0, 1)
+    return (x, in_dims[0]) if x.dim() < 3 else transpose(info, in_dims, x, 0, 1)
 
 
 @batching_rule(aten.mT.default)
@@ -285,19 +273,11 @@ def matrix_transpose(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
     return transpose(info, in_dims, x, -2, -1)
 
 
-@batching_rule(aten.mH.default, aten.adjoint.default)
+@batching_rule(aten.mH.default, aten.adjoint.default, aten.matrix_H.default)
 def adjoint(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
     """The last two dimensions, conjugated where complex."""
     x, bdim = matrix_transpose(info, in_dims, x)
     return x.conj() if x.is_complex() else x, bdim
-
-
-@batching_rule(aten.matrix_H.default)
-def matrix_H(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
-    """Rank 2 only."""
-    if x.dim() != 3:
-        raise RuleDeclined("H takes matrices")
-    return adjoint(info, in_dims, x)
 
 
 @batching_rule(aten.numpy_T.default)
@@ -336,28 +316,21 @@ def movedim(info: BatchInfo, in_dims: Dims, x: Tensor, source: Any, destination:
 # Parts along one dimension
 
 
-@batching_rule(aten.slice.Tensor)
-@any_rank
-def slice_(
-    info: BatchInfo, in_dims: Dims, x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
-) -> Output:
-    """The batch dimension stays."""
-    bdim = in_dims[0]
-    return aten.slice.Tensor(x, physical_dim(dim, nonzero_rank(x), bdim), start, end, step), bdim
+def along_one(op: OpOverload, run: Callable[..., Tensor], drops: bool = False) -> None:
+    """``op(x, dim, ...)``, run by ``run``: one dimension, which it may drop, is renumbered."""
+
+    def part(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int = 0, *rest: Any) -> Output:
+        bdim = in_dims[0]
+        dim = physical_dim(dim, nonzero_rank(x), bdim)
+        return run(x, dim, *rest), bdim - 1 if drops and dim < bdim else bdim
+
+    BATCHING_RULES.add(op, any_rank(part), place=caller_place())
 
 
-@batching_rule(aten.narrow.default)
-def narrow(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, start: Any, length: Any) -> Output:
-    """The batch dimension stays."""
-    bdim = in_dims[0]
-    return x.narrow(physical_dim(dim, nonzero_rank(x), bdim), start, length), bdim
-
-
-@batching_rule(aten.unfold.default)
-def unfold(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, size: int, step: int) -> Output:
-    """The windows are a new dimension at the end."""
-    bdim = in_dims[0]
-    return x.unfold(physical_dim(dim, nonzero_rank(x), bdim), size, step), bdim
+along_one(aten.select.int, Tensor.select, drops=True)
+along_one(aten.slice.Tensor, aten.slice.Tensor)
+along_one(aten.narrow.default, Tensor.narrow)
+along_one(aten.unfold.default, Tensor.unfold)
 
 
 def splitting(*ops: OpOverload) -> None:
