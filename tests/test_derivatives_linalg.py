@@ -57,6 +57,13 @@ def cholesky_calls(dtype: torch.dtype) -> list[Call]:
     return calls
 
 
+#: PyTorch's derivatives by a factor are not zero in the triangle that is not read (torch 2.14): here it is cut off before
+OF_THE_TRIANGLE: dict[Any, Callable[..., Tensor]] = {
+    aten.cholesky_inverse.default: lambda a, upper: torch.cholesky_inverse(a.triu() if upper else a.tril(), upper),
+    aten.cholesky_solve.default: lambda b, a, upper: torch.cholesky_solve(b, a.triu() if upper else a.tril(), upper),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_algebra(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -69,7 +76,7 @@ def test_linear_algebra(dtype: torch.dtype) -> None:
         # A factor is of the Hermitian part, or of the lower triangle; beyond the first order PyTorch mixes the two.
         order = 1 if call.op is aten.linalg_cholesky_ex.default else 2
         # PyTorch's tangent of cholesky_inverse is not the derivative (torch 2.13); see the test below.
-        check_entry(call, order=order, trust_forward=call.op is not aten.cholesky_inverse.default)
+        check_entry(call, order=order, trust_forward=call.op is not aten.cholesky_inverse.default, native=OF_THE_TRIANGLE.get(call.op))
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -81,6 +88,47 @@ def test_tangent_of_an_inverse_from_its_factor(upper: bool) -> None:
     got = functrans.jvp(lambda x: torch.cholesky_inverse(x, upper), (factor,), (tangent,))[1]
     ends = [torch.cholesky_inverse(factor + step * tangent, upper) for step in (1e-6, -1e-6)]
     torch.testing.assert_close(got, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+#: functions of a matrix of which they read one triangle, and which: (upper, from which diagonal on)
+ONE_TRIANGLE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool, int]] = {}
+for _upper in (False, True):
+    _name = "upper" if _upper else "lower"
+    ONE_TRIANGLE |= {
+        f"cholesky_solve, {_name}": (lambda a, b, u=_upper: torch.cholesky_solve(b, a, u), _upper, 0),
+        f"cholesky_inverse, {_name}": (lambda a, b, u=_upper: torch.cholesky_inverse(a, u), _upper, 0),
+        f"solve_triangular, {_name}": (lambda a, b, u=_upper: torch.linalg.solve_triangular(a, b, upper=u), _upper, 0),
+        f"solve_triangular, {_name}, ones": (
+            lambda a, b, u=_upper: torch.linalg.solve_triangular(a, b, upper=u, unitriangular=True), _upper, 1 if _upper else -1,
+        ),
+    }  # fmt: skip
+ONE_TRIANGLE["householder_product"] = (lambda a, b: torch.linalg.householder_product(a, b[:, 0]), False, -1)
+ONE_TRIANGLE["ormqr"] = (lambda a, b: torch.ormqr(a, b[:, 0], b), False, -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ONE_TRIANGLE)
+def test_the_triangle_that_is_not_read_has_no_derivative(name: str, dtype: torch.dtype) -> None:
+    """The other one holds other numbers; first and second order by differences."""
+    torch.manual_seed(0)
+    f, upper, diagonal = ONE_TRIANGLE[name]
+    part = (lambda x: x.triu(diagonal)) if upper else (lambda x: x.tril(diagonal))
+    a, b, v = randn(3, 3, dtype=dtype), randn(3, 2, dtype=dtype), randn(3, 3, dtype=dtype)
+    for matrix, number in ((a, 3), (v, 1)):  # diagonals of factors are real
+        matrix.diagonal().fill_(number)
+    b.mul_(0.3)
+
+    def cosines(a: Tensor) -> Tensor:
+        return torch.view_as_real(f(a, b) + 0j).cos().sum()
+
+    slope = functrans.grad(cosines)
+    along = lambda g: lambda x: functrans.jvp(g, (x,), (v,))[1]
+    for lower, higher in ((lambda a: f(a, b), along(lambda a: f(a, b))), (cosines, along(cosines)), (slope, along(slope)), (along(cosines), along(along(cosines)))):
+        differences = (lower(a + 1e-5 * v) - lower(a - 1e-5 * v)) / 2e-5
+        torch.testing.assert_close(higher(a), differences, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(functrans.jvp(lower, (a,), (v - part(v),))[1], torch.zeros_like(differences))
+    assert torch.equal(slope(a), part(slope(a)))
+    torch.testing.assert_close((slope(a).conj() * v).real.sum(), along(cosines)(a))
 
 
 @pytest.mark.parametrize("upper", [False, True])

@@ -176,23 +176,29 @@ def cholesky_tangent(self_t: Tensor, upper: bool, results: Any) -> tuple[Tensor,
 derivative(aten.linalg_cholesky_ex.default, tangent=cholesky_tangent, self=cholesky_self)
 
 
-# What takes the factor L of A = L L^H, or the adjoint of it.
+# What takes the factor L of A = L L^H, or the adjoint of it, and looks at its triangle only.
 
 
 def common(of_a: Tensor, factor: Tensor, upper: bool) -> Tensor:
     """The cotangent of the factor from that of the matrix, taken both ways round."""
     of_a = of_a + adjoint(of_a)
-    return -(factor @ of_a) if upper else -(of_a @ factor)
+    factor = triangle(factor, upper, False)
+    return -triangle(factor @ of_a if upper else of_a @ factor, upper, False)
 
 
 def of_matrix(factor: Tensor, factor_t: Tensor, upper: bool) -> Tensor:
     """The tangent of the matrix."""
+    factor, factor_t = triangle(factor, upper, False), triangle(factor_t, upper, False)
     half = adjoint(factor) @ factor_t if upper else factor_t @ adjoint(factor)
     return half + adjoint(half)
 
 
+def cholesky_solve_right(grad: Tensor, input2: Tensor, upper: bool) -> Tensor:
+    return torch.cholesky_solve(grad, triangle(input2, upper, False), upper)  # cut for PyTorch's own autograd, which may record at the base
+
+
 def cholesky_solve_both(grad: Tensor, input2: Tensor, upper: bool, result: Tensor) -> dict[str, Tensor]:
-    of_b = torch.cholesky_solve(grad, input2, upper)
+    of_b = cholesky_solve_right(grad, input2, upper)
     return {"self": of_b, "input2": common(of_b @ adjoint(result), input2, upper)}
 
 
@@ -204,7 +210,7 @@ def cholesky_solve_tangent(
         changed = of_matrix(input2, input2_t, upper) @ result
         moved = -changed if moved is None else moved - changed
     assert moved is not None
-    return torch.cholesky_solve(moved, input2, upper)
+    return cholesky_solve_right(moved, input2, upper)
 
 
 derivative(
@@ -212,7 +218,7 @@ derivative(
     tangent=cholesky_solve_tangent,
     broadcasts=True,  # leading dimensions do
     joint=cholesky_solve_both,
-    self=lambda grad, input2, upper: torch.cholesky_solve(grad, input2, upper),
+    self=cholesky_solve_right,
     input2=lambda grad, input2, upper, result: cholesky_solve_both(grad, input2, upper, result)["input2"],
 )
 derivative(

@@ -188,7 +188,11 @@ for op in (aten.conj.default, aten._conj.default, aten.conj_physical.default, at
 for op in (aten.resolve_conj.default, aten.resolve_neg.default):
     linear(op, self=lambda grad: grad)
 linear(aten._neg_view.default, self=lambda grad: -grad)
-linear(aten.view_as_real.default, self=lambda grad: torch.view_as_complex(grad.contiguous()))
+derivative(  # linear, but a tangent may be a lazy conjugate where its primal is none
+    aten.view_as_real.default,
+    tangent=lambda self_t: torch.view_as_real(self_t.resolve_conj()),
+    self=lambda grad: torch.view_as_complex(grad.contiguous()),
+)
 linear(aten.view_as_complex.default, self=lambda grad: torch.view_as_real(grad.resolve_conj()))
 linear(aten.real.default, self=lambda grad, self: grad.to(self.dtype))
 linear(aten.imag.default, self=lambda grad: grad * 1j)
