@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from dependence import differences, made_up_calls, probe, pure_operators, sweep, verdict
 from derivative_checker import Call
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from functrans import grad, hessian, jvp, vmap
+from functrans import grad, hessian, jvp, vjp, vmap
 from functrans.core import errors
 from functrans.derivatives.constants import CONSTANT
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
@@ -275,6 +276,35 @@ def test_triangular_solve_reads_one_triangle(upper: bool, transpose: bool, unitr
     for found in (verdict("A", 0, lambda a: (f(a, b),), matrix), verdict("b", 1, lambda b: (f(matrix, b),), b)):
         assert found.outcome == "right", found
     assert torch.equal(torch.triangular_solve(b, matrix)[1], vmap(lambda a: torch.triangular_solve(b, a)[1])(matrix))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"scale_grad_by_freq": True}, {"padding_idx": 4, "scale_grad_by_freq": True}], ids=str)
+def test_options_of_embedding_change_both_modes(options: dict[str, Any]) -> None:
+    weight, indices = torch.arange(15.0).reshape(5, 3).double().sin(), torch.tensor([[0, 1, 1], [4, 3, 4]])
+    f = lambda w: F.embedding(indices, w, **options)
+    v, u = weight.cos(), f(weight).tan()
+    tangent, cotangent = jvp(f, (weight,), (v,))[1], vjp(f, weight)[1](u)[0]
+    torch.testing.assert_close((tangent * u).sum(), (cotangent * v).sum())
+    factors = torch.tensor([1.0, 0.5, 1, 1, 0.5]) if "scale_grad_by_freq" in options else torch.ones(5)
+    factors[options.get("padding_idx", 2)] *= "padding_idx" not in options
+    torch.testing.assert_close(tangent, (v * factors[:, None])[indices])
+
+
+def test_results_in_lists_without_a_formula() -> None:
+    step = lambda p: aten._fused_sgd.default(
+        [p], [p], [p], weight_decay=0.1, momentum=0.1, lr=0.1, dampening=0.0, nesterov=False, maximize=False, is_first_step=False
+    )[0][0].sum()
+    for run in (lambda: grad(step)(Y), lambda: jvp(step, (Y,), (Y,))):
+        with pytest.raises(errors.NoFormulaError, match="_fused_sgd"):
+            run()
+
+
+@pytest.mark.parametrize("call", [lambda x: forward_ad.make_dual(x, x), forward_ad.unpack_dual], ids=["make_dual", "unpack_dual"])
+def test_forward_mode_of_pytorch_is_refused_inside(call: Callable[[Tensor], Any]) -> None:
+    with forward_ad.dual_level():
+        for run in (lambda: vmap(call)(Y), lambda: grad(lambda x: (call(x)[0], x.sum())[1])(Y), lambda: jvp(call, (Y,), (Y,))):
+            with pytest.raises(errors.InsideTransformError, match="forward_ad"):
+                run()
 
 
 FOREACH: dict[str, Callable[..., Any]] = {
