@@ -58,6 +58,14 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
         "at repeated singular values the second derivative of their sum is NaN: it comes from those of the vectors, which have none",
         variant="identity|ties|zero", detail="^nan",
     )),
+    ("grid_sampler_2d grid_sampler_3d", Convention(
+        "on the border of cells there is no second derivative; that of the cell behind it is taken, in all modes",
+        variant="ties|zero", check=" of .* against differences",
+    )),
+    ("xlogy", Convention(
+        "at (0, 0) the slope by the second argument is 0 / 0, as in PyTorch; the mixed derivative is infinite there",
+        variant="zero|identity", check="differences", detail="^nan",
+    )),
     ("svd_lowrank pca_lowrank", Convention(
         "at 0 and at repeated singular values the vectors are free to turn, and the values have a kink", variant="zero|identity|ties"
     )),

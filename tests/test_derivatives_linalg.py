@@ -230,6 +230,38 @@ def test_singular_values_that_are_dropped(name: str, shape: tuple[int, ...]) -> 
             torch.testing.assert_close(other(mode(total))(zero), difference(mode(total)), rtol=1e-5, atol=1e-5)
 
 
+#: functions of the vectors beyond the singular values that do not depend on their basis
+BEYOND: dict[str, Callable[[Tensor], Tensor]] = {
+    "left": lambda a: (lambda u: u @ u.mH)(torch.linalg.svd(a)[0][..., a.shape[-1] :]),
+    "left, squares": lambda a: torch.linalg.vector_norm(torch.linalg.svd(a)[0][..., a.shape[-1] :], dim=-1),
+    "right": lambda a: (lambda v: v.mH @ v)(torch.linalg.svd(a.mH)[2][..., a.shape[-1] :, :]),
+    "right of torch.svd": lambda a: (lambda v: v @ v.mH)(torch.svd(a.mH, some=False)[2][..., a.shape[-1] :]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BEYOND)
+def test_vectors_beyond_the_singular_values(name: str, dtype: torch.dtype) -> None:
+    """To the third order by differences; PyTorch takes them for constants (torch 2.13)."""
+    torch.manual_seed(0)
+    f, a, v = BEYOND[name], randn(2, 5, 3, dtype=dtype), randn(2, 5, 3, dtype=dtype)
+    real = lambda x: torch.view_as_real(x) if x.is_complex() else x
+    weight = torch.rand(real(f(a)).shape, dtype=torch.float64)
+    total = lambda t: (real(f(a + t * v + t * t * a.flip(0))) * weight).sum()
+    zero = torch.zeros((), dtype=torch.float64)
+    along = lambda g: lambda t: functrans.jvp(g, (t,), (torch.ones_like(t),))[1]
+    lower = total
+    for _ in range(3):
+        slope = (lower(zero + 1e-5) - lower(zero - 1e-5)) / 2e-5
+        torch.testing.assert_close(along(lower)(zero), slope, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(functrans.grad(lower)(zero), slope, rtol=1e-6, atol=1e-6)
+        assert slope.abs() > 1e-3
+        lower = along(lower)
+    batched = functrans.vmap(functrans.grad(lambda a: real(f(a)).square().sum() + real(f(a)).flatten()[1]))(a)
+    looped = torch.stack([functrans.grad(lambda a: real(f(a)).square().sum() + real(f(a)).flatten()[1])(e) for e in a])
+    torch.testing.assert_close(batched, looped)
+
+
 def test_what_gelsy_drops_is_not_known() -> None:
     torch.manual_seed(0)
     a, b = tall(5, 3), randn(5, 2)

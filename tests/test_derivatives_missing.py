@@ -245,6 +245,7 @@ ZEROS = {
 #: operators whose derivative is another than that of their values, each with the reason
 OTHERS = {
     "aten.embedding.default": "options that change the gradient: the padding is not moved, frequent rows are moved less",
+    "aten.linalg_svd.default": "vectors beyond the singular values are any basis: what does not depend on it has the right derivative",
     "aten._standard_gamma.default": "the derivative at a fixed quantile, as of rsample in torch.distributions; one path of the sampler jumps",
     "aten._test_autograd_multiple_dispatch.fullcoverage": "made for PyTorch's own tests, with another derivative on purpose",
 }
