@@ -1,8 +1,9 @@
 """Which operators depend smoothly on a float input, and what functrans says their derivative is: a number, an error, or a zero.
 
-Operators are called with what the OpInfo samples give them, and, where these do not reach, with arguments made up from their schemas
-(or by hand, where such arguments do not fit each other). Each is then differenced in float64 along a random direction, one input at a time. Where the output moves smoothly, a derivative of zero
-is a lie, whatever PyTorch's own table says.
+Operators are called with what the OpInfo samples give them, and, where these do not reach, with arguments made up from
+their schemas (or by hand, where such arguments do not fit each other). Each is then differenced in float64 along a
+random direction, one input at a time. Where the output moves smoothly, a derivative of zero is a lie, whatever PyTorch's
+own table says.
 
     python tests/dependence.py                    # every aten operator; prints what is silently zero, wrong, or refused
     python tests/dependence.py linspace unique    # those whose names begin so
@@ -37,7 +38,10 @@ import functrans
 
 STEP = 1e-5
 #: what torch.func and PyTorch's forward mode are made of: it means nothing elsewhere
-INTERNAL = {"_add_batch_dim", "_remove_batch_dim", "_unwrap_for_grad", "_wrap_tensor_impl", "_fw_primal", "_make_dual", "_unpack_dual"}
+INTERNAL = {
+    "_add_batch_dim", "_remove_batch_dim", "_unwrap_for_grad", "_wrap_tensor_impl",
+    "_fw_primal", "_make_dual", "_unpack_dual",
+}  # fmt: skip
 
 
 @dataclass

@@ -158,7 +158,7 @@ def test_ctc_loss_by_log_probs(normalized: bool) -> None:
     weights = values(3)
 
     def loss(x: Tensor) -> Tensor:
-        return F.ctc_loss(x, torch.tensor([k for label in labels for k in label]), ends, counts, reduction="none") @ weights
+        return F.ctc_loss(x, torch.tensor([1, 2, 2, 3]), ends, counts, reduction="none") @ weights
 
     leaf = x.clone().requires_grad_()
     slow = torch.stack([slow_ctc(leaf[:n, i], label) for i, (n, label) in enumerate(zip(ends, labels))]) @ weights

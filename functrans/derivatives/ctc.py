@@ -52,9 +52,10 @@ NAMES = ("log_probs", "targets", "input_lengths", "target_lengths")
 
 
 def pulled(v: dict[str, Any], grad: Tensor) -> Tensor:
-    """PyTorch's kernel returns the gradient of what went into ``log_softmax``, ``exp(log_probs)`` less its own (torch 2.13).
+    """PyTorch's kernel gives the gradient of what went into ``log_softmax``, which is more by ``exp(log_probs)``.
 
-    (A. Graves et al., Connectionist temporal classification, 2006, equation 16.) Behind a ``log_softmax`` both give the same.
+    (A. Graves et al., Connectionist temporal classification, 2006, equation 16.) Behind a ``log_softmax`` both are the
+    same.
     """
     (losses, log_alpha), options = v["results"], (v["blank"], v["zero_infinity"])
     found = aten._ctc_loss_backward(grad, *(v[n] for n in NAMES), losses, log_alpha, *options)

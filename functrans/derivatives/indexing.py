@@ -237,8 +237,10 @@ def embedding_weight(
     return aten.embedding_dense_backward(grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
 
 
-def embedding_tangent(weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, weight_t: Tensor) -> Tensor:
-    """The transpose of what the options make of the gradient: the padding is not moved, and PyTorch's forward mode moves it."""
+def embedding_tangent(
+    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, weight_t: Tensor
+) -> Tensor:
+    """The transpose of what the options make of the gradient, which PyTorch's forward mode is not."""
     return embedding_backward_grad_output(weight_t, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
 
 

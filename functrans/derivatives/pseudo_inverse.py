@@ -1,8 +1,9 @@
 """Derivatives of ``linalg.pinv`` and ``linalg.lstsq``, also where their tolerance drops singular values.
 
-With ``X`` for the result: G. Golub and V. Pereyra, The differentiation of pseudo-inverses and nonlinear least squares problems whose
-variables separate, 1973, whose matrix has the rank of its pseudo-inverse. PyTorch takes that for granted (torch 2.13); where singular
-values are dropped that are no rounding errors, a tangent also turns what is kept into what is dropped, by the gaps between their squares.
+With ``X`` for the result: G. Golub and V. Pereyra, The differentiation of pseudo-inverses and nonlinear least squares
+problems whose variables separate, 1973, whose matrix has the rank of its pseudo-inverse. PyTorch takes that for granted
+(torch 2.13); where singular values are dropped that are no rounding errors, a tangent also turns what is kept into what
+is dropped, by the gaps between their squares.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 
 
 class Split:
-    """A matrix in two parts: what its pseudo-inverse ``X`` inverts, and the ``rest``, 0 (not computed) for the default tolerance."""
+    """A matrix in two parts: what its pseudo-inverse ``X`` inverts, and the ``rest`` (None: rounding errors)."""
 
     def __init__(self, A: Tensor, X: Tensor, explicit: bool) -> None:
         self.A, self.X = A, X
@@ -44,7 +45,7 @@ class Split:
         self.alone = torch.where(kept, 1 / torch.where(kept, s, 1) ** 2, 0).unsqueeze(-1)
 
     def kept_to_dropped(self, Y: Tensor) -> Tensor:
-        """The part of ``Y`` whose rows are kept and whose columns are dropped, by the gaps between their squared singular values."""
+        """The part of ``Y`` whose rows are kept and whose columns are dropped, divided by the gaps."""
         Y = Y - Y @ self.X @ self.A
         plain = adjoint(self.X) @ (self.X @ Y)
         if self.rest is None:
@@ -92,9 +93,9 @@ derivative(aten.linalg_pinv.atol_rtol_tensor, tangent=pinv_tangent, broadcasts=T
 
 # ---------------------------------------------------------------------------------------------- least squares
 
-# The solution is pinv(A) B, with what ``rcond`` drops. The driver gelsy drops columns of a pivoted QR decomposition instead, and does not
-# say which; it may be others in the next run, since PyTorch does not set LAPACK's ``jpvt`` (torch 2.13). Where that is no rounding error
-# the derivative is NaN. PyTorch's derivative takes nothing for dropped, by any driver.
+# The solution is pinv(A) B, with what ``rcond`` drops. The driver gelsy drops columns of a pivoted QR decomposition
+# instead, and does not say which; it may be others in the next run, since PyTorch does not set LAPACK's ``jpvt`` (torch
+# 2.13). Where that is no rounding error the derivative is NaN. PyTorch's takes nothing for dropped, by any driver.
 
 
 class LeastSquares:
@@ -103,12 +104,12 @@ class LeastSquares:
     def __init__(self, A: Tensor, b: Tensor, rcond: float | None, driver: str | None, results: Any) -> None:
         self.A, self.vectors = A, b.dim() < A.dim()
         self.B, self.X = self.matrix(b), self.matrix(results[0])
-        drops = rcond is not None and driver != "gels"
-        self.rtol = torch.tensor(rcond, dtype=torch.float64, device=A.device) if drops and driver in ("gelss", "gelsd") else None
+        drops, by_svd = rcond is not None and driver != "gels", driver in ("gelss", "gelsd")
+        self.rtol = torch.tensor(rcond, dtype=torch.float64, device=A.device) if drops and by_svd else None
         self.P = torch.linalg.pinv(A, rtol=self.rtol)
         #: a factor of all that is said of the solution: 1, or NaN, which the derivatives of a constant NaN are not
         self.known: Tensor | None = None
-        if drops and self.rtol is None:
+        if drops and not by_svd:
             unknown = torch.linalg.matrix_rank(A.detach()) > results[2]
             self.known = torch.where(unknown, torch.nan, 1.0).to(A.dtype)[..., None, None]
         #: there are some of tall matrices of full rank
@@ -128,7 +129,8 @@ class LeastSquares:
 
 
 def lstsq_tangent(
-    self: Tensor, b: Tensor, rcond: float | None, driver: str | None, results: Any, self_t: Tensor | None, b_t: Tensor | None
+    self: Tensor, b: Tensor, rcond: float | None, driver: str | None, results: Any,
+    self_t: Tensor | None, b_t: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, None, None]:
     call = LeastSquares(self, b, rcond, driver, results)
     moved, of_misfit = None if b_t is None else call.P @ call.matrix(b_t), None if b_t is None else -call.matrix(b_t)
@@ -141,7 +143,9 @@ def lstsq_tangent(
     return call.vector(call.if_known(moved)), residuals, None, None
 
 
-def lstsq_both(grads: Any, self: Tensor, b: Tensor, rcond: float | None, driver: str | None, results: Any) -> dict[str, Any]:
+def lstsq_both(
+    grads: Any, self: Tensor, b: Tensor, rcond: float | None, driver: str | None, results: Any
+) -> dict[str, Any]:
     call = LeastSquares(self, b, rcond, driver, results)
     of_a, of_b = None, None
     if grads[0] is not None:
