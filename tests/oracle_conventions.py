@@ -58,6 +58,10 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
         "at repeated singular values the second derivative of their sum is NaN: it comes from those of the vectors, which have none",
         variant="identity|ties|zero", detail="^nan",
     )),
+    ("float_power", Convention(
+        "at base 0 and exponents from 0 to 1 the mixed second derivative is infinite; reverse mode has NaN there",
+        variant="ties|zero", check="^grad of .* against differences", detail="^nan",
+    )),
     ("grid_sampler_2d grid_sampler_3d", Convention(
         "on the border of cells there is no second derivative; that of the cell behind it is taken, in all modes",
         variant="ties|zero", check=" of .* against differences",
