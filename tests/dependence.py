@@ -1,8 +1,9 @@
 """Which operators depend smoothly on a float input, and what functrans says their derivative is: a number, an error, or a zero.
 
-Operators are called with what the OpInfo samples give them, and, where these do not reach, with arguments made up from their schemas.
-Each is then differenced in float64 along a random direction, one input at a time. Where the output moves smoothly, a derivative of zero
-is a lie, whatever PyTorch's own table says.
+Operators are called with what the OpInfo samples give them, and, where these do not reach, with arguments made up from
+their schemas (or by hand, where such arguments do not fit each other). Each is then differenced in float64 along a
+random direction, one input at a time. Where the output moves smoothly, a derivative of zero is a lie, whatever PyTorch's
+own table says.
 
     python tests/dependence.py                    # every aten operator; prints what is silently zero, wrong, or refused
     python tests/dependence.py linspace unique    # those whose names begin so
@@ -36,8 +37,11 @@ from derivative_checker import Call, Recorder, _copies, _run_samples
 import functrans
 
 STEP = 1e-5
-#: what only torch.func's own wrappers mean anything to
-TORCH_FUNC = {"_add_batch_dim", "_remove_batch_dim", "_unwrap_for_grad", "_wrap_tensor_impl"}
+#: what torch.func and PyTorch's forward mode are made of: it means nothing elsewhere
+INTERNAL = {
+    "_add_batch_dim", "_remove_batch_dim", "_unwrap_for_grad", "_wrap_tensor_impl",
+    "_fw_primal", "_make_dual", "_unpack_dual",
+}  # fmt: skip
 
 
 @dataclass
@@ -58,15 +62,20 @@ def floats(values: Any) -> list[Tensor]:
     return [o for o in leaves if isinstance(o, Tensor) and o.dtype in (torch.float64, torch.float32) and o.layout is torch.strided]
 
 
+#: operators that take a matrix for Hermitian and read one triangle of it: of its Hermitian part
+HERMITIAN = {"cholesky", "linalg_cholesky", "linalg_cholesky_ex", "_linalg_eigh", "linalg_eigh", "linalg_eigvalsh"}
+
+
 def probe(call: Call) -> Iterator[Verdict]:
     """One verdict for each float64 tensor among the arguments."""
+    hermitian = getattr(call.op, "_opname", "") in HERMITIAN
     flat, spec = tree_flatten((call.args, call.kwargs))
     places = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and a.dtype == torch.float64 and a.numel()]
 
     def function(place: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
         def f(x: Tensor) -> tuple[Tensor, ...]:
             values = [a.clone() if isinstance(a, Tensor) else a for a in flat]
-            values[place] = x
+            values[place] = (x + x.mH) / 2 if hermitian else x
             args, kwargs = tree_unflatten(values, spec)
             torch.manual_seed(0)
             return tuple(floats(call.op(*args, **kwargs)))
@@ -74,7 +83,7 @@ def probe(call: Call) -> Iterator[Verdict]:
         return f
 
     for place in places:
-        yield verdict(str(call.op), place, function(place), flat[place])
+        yield verdict(call.name or str(call.op), place, function(place), flat[place])
 
 
 def verdict(name: str, place: int, f: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> Verdict:
@@ -148,7 +157,7 @@ def pure_operators(prefixes: tuple[str, ...] = ()) -> list[OpOverload]:
     """Every aten overload that takes a tensor, returns one, and writes to nothing."""
     found = []
     for name in sorted({n.removeprefix("aten::").split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")}):
-        if name in TORCH_FUNC or (prefixes and not name.startswith(prefixes)):
+        if name in INTERNAL or (prefixes and not name.startswith(prefixes)):
             continue
         packet = getattr(torch.ops.aten, name, None)
         for overload in packet.overloads() if packet is not None else ():
@@ -238,6 +247,86 @@ def made_up_calls(op: OpOverload, limit: int = 6) -> list[Call]:
     return found
 
 
+def calls_by_hand() -> dict[str, list[Call]]:
+    """Calls of operators for which made-up arguments do not fit each other, which they do not look at themselves.
+
+    What the forward operator has saved is computed of the same input: the derivative is that of both together.
+    """
+    generator = torch.Generator().manual_seed(5)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator) * 0.8 + 0.1
+
+    def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return x.mean(0), (x.var(0, correction=0) + eps).rsqrt()
+
+    def saved(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and reciprocal deviation of the columns."""
+        return x.mean(0), (x.var(0, correction=0) + eps).rsqrt()
+
+    def grouped(x: Tensor) -> Iterator[Tensor]:
+        return (t.view(2, 2) for t in saved(x.view(4, 6).T))
+
+    aten, eps, mask = torch.ops.aten, 1e-3, [True, True, True]
+    columns, groups = (tensor(5, 3), tensor(5, 3), tensor(3)), (tensor(2, 4, 3), tensor(2, 4, 3), tensor(4))
+    places, pixels, reserve = torch.tensor([0, 2, 2, 1]), tensor(2, 4), torch.empty(0, dtype=torch.uint8)
+    #: operator, function of the operator and of tensors, these tensors
+    rows: list[tuple[OpOverload, Callable[..., Any], tuple[Tensor, ...]]] = [
+        (
+            aten.native_batch_norm_backward.default,
+            lambda op, g, x, w: op(g, x, w, None, None, *saved(x), True, eps, mask),
+            columns,
+        ),
+        (
+            aten._batch_norm_impl_index_backward.default,
+            lambda op, g, x, w: op(0, x, g, w, None, None, *saved(x), True, eps, mask, reserve),
+            columns,
+        ),
+        (
+            aten.batch_norm_backward.default,
+            lambda op, g, x, w: op(g, x, w, None, None, *saved(x), True, eps, mask, reserve),
+            columns,
+        ),
+        (
+            aten._native_batch_norm_legit.no_stats,
+            lambda op, x, w, b: op(x, w, b, True, 0.1, eps),
+            (tensor(5, 3), tensor(3), tensor(3)),
+        ),
+        (
+            aten.native_group_norm_backward.default,
+            lambda op, g, x, w: op(g, x, *grouped(x), w, 2, 4, 3, 2, mask),
+            groups,
+        ),
+        (
+            aten._cdist_backward.default,
+            lambda op, g, x, y: op(g, x, y, 3.0, torch.cdist(x, y, 3.0)),
+            (tensor(4, 3), tensor(4, 2), tensor(3, 2)),
+        ),
+        (aten._pdist_backward.default, lambda op, g, x: op(g, x, 3.0, torch.pdist(x, 3.0)), (tensor(6), tensor(4, 3))),
+        (aten.cumprod_backward.default, lambda op, g, x: op(g, x, 1, x.cumprod(1)), (tensor(2, 4), tensor(2, 4))),
+        (aten._reshape_alias.default, lambda op, x: op(x, [2, 4], [4, 1]), (tensor(8),)),
+        (aten._reshape_alias_copy.default, lambda op, x: op(x, [2, 4], [4, 1]), (tensor(8),)),
+        (aten.embedding_dense_backward.default, lambda op, g: op(g, places, 4, 2, True), (tensor(4, 3),)),
+        (aten.reflection_pad1d_backward.default, lambda op, g: op(g, pixels, [1, 2]), (tensor(2, 7),)),
+        (aten.replication_pad1d_backward.default, lambda op, g: op(g, pixels, [1, 2]), (tensor(2, 7),)),
+        (
+            aten.slow_conv3d.default,
+            lambda op, x, w, b: op(x, w, [2, 2, 2], b),
+            (tensor(1, 2, 4, 4, 4), tensor(3, 2, 2, 2, 2), tensor(3)),
+        ),
+    ]
+    for reduction, shape in enumerate(((4,), (), ())):
+        arguments = (tensor(*shape), tensor(4), tensor(4))
+        rows += [
+            (aten.huber_loss_backward.default, lambda op, g, x, y, r=reduction: op(g, x, y, r, 0.5), arguments),
+            (aten.soft_margin_loss_backward.default, lambda op, g, x, y, r=reduction: op(g, x, y, r), arguments),
+        ]
+    found: dict[str, list[Call]] = defaultdict(list)
+    for op, function, tensors in rows:
+        found[str(op)].append(Call(partial(function, op), tensors, name=str(op)))
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- many
 
 
@@ -271,7 +360,7 @@ def sweep(prefixes: tuple[str, ...] = (), *, per_op: int = 4, samples: int = 8) 
 
 
 def probe_all(op: OpOverload, calls: list[Call]) -> list[Verdict]:
-    return [v for call in calls or made_up_calls(op) for v in probe(call)]
+    return [v for call in [*calls, *calls_by_hand().get(str(op), ())] or made_up_calls(op) for v in probe(call)]
 
 
 def main(prefixes: tuple[str, ...]) -> None:

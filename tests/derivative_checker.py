@@ -43,9 +43,11 @@ FORBIDDEN = {
 class Call:
     """One call of an operator, its tensors detached copies."""
 
-    op: OpOverload
+    op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    #: of the operator that a function in its place calls
+    name: str = ""
 
     def __str__(self) -> str:
         def show(x: Any) -> str:

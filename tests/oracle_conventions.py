@@ -54,6 +54,18 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
     )),
     ("nn.functional.rrelu", Convention("numbers are drawn for negative elements only, so that a batch draws others than a loop", check="loop")),
     ("masked.logaddexp", Convention("masked elements are -inf in both arguments, whose derivative is NaN", check="grad", detail="^nan")),
+    ("float_power", Convention(
+        "at base 0 and exponents from 0 to 1 the mixed second derivative is infinite; reverse mode has NaN there",
+        variant="ties|zero", check="^grad of .* against differences", detail="^nan",
+    )),
+    ("grid_sampler_2d grid_sampler_3d", Convention(
+        "on the border of cells there is no second derivative; that of the cell behind it is taken, in all modes",
+        variant="ties|zero", check=" of .* against differences",
+    )),
+    ("xlogy", Convention(
+        "at (0, 0) the slope by the second argument is 0 / 0, as in PyTorch; the mixed derivative is infinite there",
+        variant="zero|identity", check="differences", detail="^nan",
+    )),
     ("svd_lowrank pca_lowrank", Convention(
         "at 0 and at repeated singular values the vectors are free to turn, and the values have a kink", variant="zero|identity|ties"
     )),

@@ -132,16 +132,56 @@ def test_values_that_have_no_bin_are_errors() -> None:
     assert torch.equal(functrans.vmap(lambda x: torch.histc(x, 9, -1, 1))(x), expected)
 
 
+def slow_ctc(log_probs: Tensor, label: list[int], blank: int = 0) -> Tensor:
+    """The loss of one sequence by its definition, in operators that PyTorch differentiates right."""
+    states = [blank]
+    for place in label:
+        states += [place, blank]
+    never = torch.tensor(-torch.inf, dtype=log_probs.dtype)
+    alpha = [log_probs[0, s] if k < 2 else never for k, s in enumerate(states)]
+    for row in log_probs[1:]:
+        ways = []
+        for k, s in enumerate(states):
+            first = k - 2 if k > 1 and s not in (blank, states[k - 2]) else max(k - 1, 0)
+            before = [a for a in alpha[first : k + 1] if a > -torch.inf]
+            ways.append(row[s] + torch.stack(before).logsumexp(0) if before else never)
+        alpha = ways
+    return -torch.stack(alpha[-2:]).logsumexp(0)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_ctc_loss_by_log_probs(normalized: bool) -> None:
+    """PyTorch's gradient is that of what went into a log_softmax before (torch 2.13)."""
+    x, labels = values(7, 3, 5), [[1, 2, 2], [3], []]
+    x = x.log_softmax(-1) if normalized else x
+    ends, counts = [7, 5, 6], [len(label) for label in labels]
+    weights = values(3)
+
+    def loss(x: Tensor) -> Tensor:
+        return F.ctc_loss(x, torch.tensor([1, 2, 2, 3]), ends, counts, reduction="none") @ weights
+
+    leaf = x.clone().requires_grad_()
+    slow = torch.stack([slow_ctc(leaf[:n, i], label) for i, (n, label) in enumerate(zip(ends, labels))]) @ weights
+    (slopes,) = torch.autograd.grad(slow, leaf)
+    torch.testing.assert_close(loss(x), slow.detach())
+    torch.testing.assert_close(functrans.grad(loss)(x), slopes)
+    tangent = values(*x.shape)
+    torch.testing.assert_close(functrans.jvp(loss, (x,), (tangent,))[1], (slopes * tangent).sum())
+
+
 @pytest.mark.parametrize("zero_infinity", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("tensors", [False, True])
 @pytest.mark.parametrize("labels", LABELS, ids=["matrix", "vector"])
 def test_ctc_loss(labels: Tensor, tensors: bool, reduction: str, zero_infinity: bool) -> None:
-    """Whole, since its pieces are ours; and PyTorch has no tangent to compare with but the gradient's."""
+    """Whole, since its pieces are ours; and PyTorch has no tangent to compare with but the gradient's.
+
+    Of what goes into a log_softmax, which is what its gradient is right for.
+    """
     lengths = [torch.tensor(n) for n in LENGTHS] if tensors else LENGTHS
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:
-        return F.ctc_loss(x, labels, *lengths, reduction=reduction, zero_infinity=zero_infinity).sum()
+        return F.ctc_loss(x.log_softmax(-1), labels, *lengths, reduction=reduction, zero_infinity=zero_infinity).sum()
 
     x = torch.stack([LOG_PROBS, LOG_PROBS.flip(2).roll(1, 0)])
     labels = torch.stack([labels, labels.flip(0)])
@@ -160,9 +200,10 @@ def test_ctc_loss(labels: Tensor, tensors: bool, reduction: str, zero_infinity: 
 
 
 def test_ctc_loss_with_lengths_of_each_example() -> None:
-    x = values(4, 9, 3, 6).log_softmax(-1)
+    x = values(4, 9, 3, 6)
+    loss = lambda x, *rest: F.ctc_loss(x.log_softmax(-1), *rest)
     labels, ends, counts = 1 + positions(4, 3, 4, below=5), 6 + positions(4, 3, below=4), positions(4, 3, below=5)
-    got = functrans.vmap(functrans.grad(F.ctc_loss))(x, labels, ends, counts)
+    got = functrans.vmap(functrans.grad(loss))(x, labels, ends, counts)
     for i in range(4):
         leaf = x[i].clone().requires_grad_()
-        torch.testing.assert_close(got[i], torch.autograd.grad(F.ctc_loss(leaf, labels[i], ends[i], counts[i]), leaf)[0])
+        torch.testing.assert_close(got[i], torch.autograd.grad(loss(leaf, labels[i], ends[i], counts[i]), leaf)[0])

@@ -57,8 +57,10 @@ def cholesky_calls(dtype: torch.dtype) -> list[Call]:
     return calls
 
 
-#: PyTorch's derivatives by a factor are not zero in the triangle that is not read (torch 2.14): cut off before
-OF_THE_TRIANGLE: dict[Any, Callable[..., Tensor]] = {
+#: PyTorch's derivatives by a factor are not zero in the triangle that is not read (torch 2.14): here it is cut off before.
+#: Its tangent of a Cholesky factor is not the transpose of its gradient: here the matrix is made Hermitian before.
+WHAT_IS_READ: dict[Any, Callable[..., Any]] = {
+    aten.linalg_cholesky_ex.default: lambda a, upper: torch.linalg.cholesky_ex((a + a.mH) / 2, upper=upper),
     aten.cholesky_inverse.default: lambda a, upper: torch.cholesky_inverse(a.triu() if upper else a.tril(), upper),
     aten.cholesky_solve.default: lambda b, a, upper: torch.cholesky_solve(b, a.triu() if upper else a.tril(), upper),
 }
@@ -77,7 +79,7 @@ def test_linear_algebra(dtype: torch.dtype) -> None:
         order = 1 if call.op is aten.linalg_cholesky_ex.default else 2
         # PyTorch's tangent of cholesky_inverse is not the derivative (torch 2.13); see the test below.
         trusted = call.op is not aten.cholesky_inverse.default
-        check_entry(call, order=order, trust_forward=trusted, native=OF_THE_TRIANGLE.get(call.op))
+        check_entry(call, order=order, trust_forward=trusted, native=WHAT_IS_READ.get(call.op))
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -151,6 +153,139 @@ def test_higher_derivatives_of_a_cholesky_factor(upper: bool) -> None:
     torch.testing.assert_close(functrans.jacrev(functrans.jacrev(f))(root), expected)
     third = torch.autograd.functional.jacobian(lambda r: torch.autograd.functional.hessian(f, r, create_graph=True), root)
     torch.testing.assert_close(functrans.jacfwd(functrans.hessian(f))(root), third)
+
+
+#: functions of a matrix that is taken to be Hermitian
+HERMITIAN: dict[str, Callable[[Tensor], Tensor]] = {
+    "cholesky": torch.linalg.cholesky,
+    "cholesky, upper": lambda a: torch.linalg.cholesky(a, upper=True),
+    "eigvalsh": torch.linalg.eigvalsh,
+    "eigvalsh, upper": lambda a: torch.linalg.eigvalsh(a, "U"),
+    "eigenvectors": lambda a: torch.linalg.eigh(a)[1].abs(),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", HERMITIAN)
+def test_a_tangent_that_is_not_hermitian(name: str, dtype: torch.dtype) -> None:
+    """Both modes speak of its Hermitian part, of which the differences are."""
+    torch.manual_seed(0)
+    f, a, v = HERMITIAN[name], definite(4, 4, dtype=dtype), randn(4, 4, dtype=dtype)
+    out, tangent = functrans.jvp(f, (a,), (v,))
+    u = torch.randn_like(out)
+    (slope,) = functrans.vjp(f, a)[1](u)
+    torch.testing.assert_close((tangent * u.conj()).real.sum(), (slope.conj() * v).real.sum())
+    hermitian = (v + v.mH) / 2
+    torch.testing.assert_close(functrans.jvp(f, (a,), (hermitian,))[1], tangent)
+    slopes = (f(a + 1e-6 * hermitian) - f(a - 1e-6 * hermitian)) / 2e-6
+    torch.testing.assert_close(tangent, slopes, rtol=1e-6, atol=1e-6)
+
+
+def tall(*shape: int) -> Tensor:
+    """Matrices with singular values far from each other, and from any tolerance below."""
+    U, _, Vh = torch.linalg.svd(randn(*shape), full_matrices=False)
+    return U * torch.tensor([3.0, 1.7, 0.5, 0.2], dtype=U.dtype)[: U.shape[-1]] @ Vh
+
+
+def least_squares(right: str, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        found = torch.linalg.lstsq(a, b[..., 0] if right == "vectors" else b[:1] if right == "shared" else b, **options)
+        return torch.cat([found.solution.flatten(), found.residuals.flatten()])
+
+    return f
+
+
+#: functions of matrices and right-hand sides whose tolerance drops singular values, or not
+TOLERANT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "pinv": lambda a, b: torch.linalg.pinv(a),
+    "pinv, rtol": lambda a, b: torch.linalg.pinv(a, rtol=0.3),
+    "pinv, atol": lambda a, b: torch.linalg.pinv(a, atol=1.0),
+    "pinv, rtol that drops none": lambda a, b: torch.linalg.pinv(a, rtol=1e-3),
+    "pinv, another of each": lambda a, b: torch.linalg.pinv(a, atol=torch.tensor([1.0, 0.3], dtype=a.dtype)),
+    "pinv, one for several": lambda a, b: torch.linalg.pinv(a[:1], atol=torch.tensor([1.0, 0.3], dtype=a.dtype)),
+    "pinv, Hermitian": lambda a, b: torch.linalg.pinv(
+        a @ a.mH - 1.5 * torch.eye(a.shape[-2], dtype=a.dtype), rtol=0.3, hermitian=True
+    ),
+    "pinv, of a lower rank": lambda a, b: torch.linalg.pinv(a[..., :2] @ b.mH, rtol=1e-6),
+    "pinv, some of a lower rank": lambda a, b: torch.linalg.pinv(torch.cat([a, a[..., :1] @ a[..., :1, :]]), rtol=0.3),
+} | {
+    f"lstsq, {driver}, {right}, {rcond}": least_squares(right, driver=driver, rcond=rcond)
+    for driver in ("gels", "gelsy", "gelsd", "gelss")
+    for right in ("matrices", "vectors", "shared")
+    for rcond in (None, 0.3)
+    if rcond is None or driver != "gelsy"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 3, 5), (2, 4, 4)], ids=str)
+@pytest.mark.parametrize("name", TOLERANT)
+def test_singular_values_that_are_dropped(name: str, shape: tuple[int, ...]) -> None:
+    """First and second order by differences, in all modes; PyTorch takes nothing for dropped (torch 2.13)."""
+    torch.manual_seed(1)
+    f, a, b = TOLERANT[name], tall(*shape), randn(2, shape[1], 2)
+    v, w = randn(*a.shape), randn(*b.shape)
+    u = randn(f(a, b).numel())
+
+    def total(t: Tensor) -> Tensor:
+        return (f(a + t * v, b + t * t * w + t * w) * u.view(f(a, b).shape)).sum()
+
+    def along(g: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda t: functrans.jvp(g, (t,), (torch.ones_like(t),))[1]
+
+    def difference(g: Callable[[Tensor], Tensor]) -> Tensor:
+        return (g(zero + 1e-6) - g(zero - 1e-6)) / 2e-6
+
+    zero = torch.zeros((), dtype=a.dtype)
+    for mode in (along, functrans.grad):
+        torch.testing.assert_close(mode(total)(zero), difference(total), rtol=1e-6, atol=1e-6)
+        for other in (along, functrans.grad):
+            torch.testing.assert_close(other(mode(total))(zero), difference(mode(total)), rtol=1e-5, atol=1e-5)
+
+
+def projection(vectors: Tensor) -> Tensor:
+    return vectors @ vectors.mH
+
+
+#: functions of the vectors beyond the singular values that do not depend on their basis
+BEYOND: dict[str, Callable[[Tensor], Tensor]] = {
+    "left": lambda a: projection(torch.linalg.svd(a)[0][..., a.shape[-1] :]),
+    "left, squares": lambda a: torch.linalg.vector_norm(torch.linalg.svd(a)[0][..., a.shape[-1] :], dim=-1),
+    "right": lambda a: projection(torch.linalg.svd(a.mH)[2][..., a.shape[-1] :, :].mH),
+    "right of torch.svd": lambda a: projection(torch.svd(a.mH, some=False)[2][..., a.shape[-1] :]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BEYOND)
+def test_vectors_beyond_the_singular_values(name: str, dtype: torch.dtype) -> None:
+    """To the third order by differences; PyTorch takes them for constants (torch 2.13)."""
+    torch.manual_seed(0)
+    f, a, v = BEYOND[name], randn(2, 5, 3, dtype=dtype), randn(2, 5, 3, dtype=dtype)
+    real = lambda x: torch.view_as_real(x) if x.is_complex() else x
+    weight = torch.rand(real(f(a)).shape, dtype=torch.float64)
+    total = lambda t: (real(f(a + t * v + t * t * a.flip(0))) * weight).sum()
+    zero = torch.zeros((), dtype=torch.float64)
+    along = lambda g: lambda t: functrans.jvp(g, (t,), (torch.ones_like(t),))[1]
+    lower = total
+    for _ in range(3):
+        slope = (lower(zero + 1e-5) - lower(zero - 1e-5)) / 2e-5
+        torch.testing.assert_close(along(lower)(zero), slope, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(functrans.grad(lower)(zero), slope, rtol=1e-6, atol=1e-6)
+        assert slope.abs() > 1e-3
+        lower = along(lower)
+    slope = functrans.grad(lambda a: real(f(a)).square().sum() + real(f(a)).flatten()[1])
+    torch.testing.assert_close(functrans.vmap(slope)(a), torch.stack([slope(e) for e in a]))
+
+
+def test_what_gelsy_drops_is_not_known() -> None:
+    torch.manual_seed(0)
+    a, b = tall(5, 3), randn(5, 2)
+    for options in ({"driver": "gelsy"}, {}):
+        other = lambda a, options=options: torch.linalg.lstsq(a, b, rcond=0.3, **options).solution
+        f = lambda a, other=other: functrans.jvp(other, (a,), (a,))[1]
+        assert f(a).isnan().all()
+        assert functrans.jvp(f, (a,), (a,))[1].isnan().all()
+        assert functrans.grad(lambda a, other=other: other(a).sum())(a).isnan().all()
 
 
 def pairs(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -134,14 +134,19 @@ def test_entry_agrees_with_pytorch(op, calls):
         assert entry.tangent == "linear"
         entry = ONLY_REVERSE
     for call in calls[op]:
-        check_entry(call, entry, native=native)
+        # PyTorch's forward mode of embedding moves the padding, which its gradient does not
+        check_entry(call, entry, native=native, trust_forward=op is not aten.embedding.default)
 
 
 def test_embedding_gradient_scaled_by_frequency():
-    """PyTorch forgets the scale in the second derivative, so the oracle here is that a transpose has the same pairing."""
+    """PyTorch forgets the scale in the second derivative, so the oracle here is that a transpose has the same pairing.
+
+    (That of the tangent is in test_derivatives_missing.py.)
+    """
     torch.manual_seed(0)
     indices, options = torch.tensor([[0, 4, 4], [1, 4, 2]]), (5, 2, True)
-    check_entry(Call(aten.embedding.default, (randn(5, 3), indices, 2, True)), order=1)
+    reverse = dataclasses.replace(DERIVATIVES.get(aten.embedding.default), tangent=None)
+    check_entry(Call(aten.embedding.default, (randn(5, 3), indices, 2, True)), reverse, order=1)
     forward = DERIVATIVES.get(aten.embedding_dense_backward.default)
     given, pulled = randn(2, 3, 3), randn(5, 3)
     there = (aten.embedding_dense_backward(given, indices, *options) * pulled).sum()

@@ -71,7 +71,7 @@ CONVENTIONS: dict[tuple[str, str], str] = {
         ((name, REFUSED) for name in ("_unsafe_masked_index", "_unsafe_masked_index_put_accumulate")), "masks that are no masks: PyTorch casts them"
     ),
     **dict.fromkeys(
-        ((name, REFUSED) for name in ("as_strided", "as_strided.partial_views", "as_strided_copy", "as_strided_scatter", "unfold", "unfold_copy")),
+        ((name, REFUSED) for name in ("unfold", "unfold_copy")),
         "places that are not the example's own, which a copy made by the loop has",
     ),
     ("addbmm", REFUSED): "in place PyTorch resizes what it writes",
@@ -89,7 +89,6 @@ CONVENTIONS: dict[tuple[str, str], str] = {
     ("nn.functional.binary_cross_entropy_with_logits", ANSWERED): "weights of more dimensions than the input broadcast before the reduction",
     ("masked_select", ANSWERED): "a mask of another dtype that selects as many of all examples",
     ("native_dropout_backward", WRONG): "a complex mask for a real gradient loses its dtype",
-    ("float_power", ANSWERED): "in place of float32 the result is converted",
     ("resize_", ANSWERED): "a negative size beside one of 0",
     ("resize_", REFUSED): "to more elements there is no memory",
     ("resize_as_", REFUSED): "to more elements there is no memory",

@@ -53,8 +53,19 @@ NAMES = ("log_probs", "targets", "input_lengths", "target_lengths")
 
 
 def pulled(v: dict[str, Any], grad: Tensor) -> Tensor:
+    """PyTorch's kernel gives the gradient of what went into ``log_softmax``, which is more by ``exp(log_probs)``.
+
+    (A. Graves et al., Connectionist temporal classification, 2006, equation 16.) Behind a ``log_softmax`` both are the
+    same.
+    """
     (losses, log_alpha), options = v["results"], (v["blank"], v["zero_infinity"])
-    return aten._ctc_loss_backward(grad, *(v[n] for n in NAMES), losses, log_alpha, *options)
+    found = aten._ctc_loss_backward(grad, *(v[n] for n in NAMES), losses, log_alpha, *options)
+    log_probs, lengths = v["log_probs"], v["input_lengths"]
+    lengths = lengths.to(losses.device) if isinstance(lengths, Tensor) else torch.tensor(lengths, device=losses.device)
+    read = torch.arange(log_probs.shape[0], device=losses.device).unsqueeze(1) < lengths
+    if v["zero_infinity"]:
+        read = read & (losses != math.inf)
+    return found - torch.where(read.unsqueeze(2), log_probs.exp() * grad.unsqueeze(1), 0)
 
 
 def ctc_loss_tangent(v: dict[str, Any]) -> tuple[Tensor, None]:

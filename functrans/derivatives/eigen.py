@@ -26,9 +26,10 @@ def turned(P: Tensor, values: Tensor) -> Tensor:
 
 
 def eigh_tangent(A: Tensor, UPLO: str, A_t: Tensor, compute_v: bool, results: Any) -> tuple[Tensor, Tensor | None]:
-    """Of a matrix that is taken to be Hermitian, as its tangent is."""
+    """Along the Hermitian part of the tangent, which is the transpose of PyTorch's reverse formula."""
     values, V = results if compute_v else torch.linalg.eigh(A, UPLO)
     P = adjoint(V) @ A_t @ V
+    P = (P + adjoint(P)) / 2
     values_t = cast(P.diagonal(0, -2, -1), values.dtype)
     return values_t, V @ turned(P, values) if compute_v else None
 

@@ -217,13 +217,6 @@ derivative(
 # ---------------------------------------------------------------------------------------------- embedding
 
 
-def embedding_weight(
-    grad: Tensor, weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
-) -> Tensor:
-    # sparse=True asks for a sparse gradient; ours is dense, which is the same value.
-    return aten.embedding_dense_backward(grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
-
-
 def embedding_backward_grad_output(
     grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
@@ -237,5 +230,19 @@ def embedding_backward_grad_output(
     return read
 
 
-derivative(aten.embedding.default, tangent="linear", weight=embedding_weight)
+def embedding_weight(
+    grad: Tensor, weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    # sparse=True asks for a sparse gradient; ours is dense, which is the same value.
+    return aten.embedding_dense_backward(grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
+
+
+def embedding_tangent(
+    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, weight_t: Tensor
+) -> Tensor:
+    """The transpose of what the options make of the gradient, which PyTorch's forward mode is not."""
+    return embedding_backward_grad_output(weight_t, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
+
+
+derivative(aten.embedding.default, tangent=embedding_tangent, weight=embedding_weight)
 derivative(aten.embedding_dense_backward.default, tangent="linear", grad_output=embedding_backward_grad_output)

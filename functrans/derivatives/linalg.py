@@ -159,13 +159,15 @@ def cholesky_self(grads: Any, upper: bool, results: Any) -> Tensor | None:
     if grads[0] is None:
         return None
     factor, grad = (adjoint(results[0]), adjoint(grads[0])) if upper else (results[0], grads[0])
-    middle = (adjoint(factor) @ grad).tril()
-    middle = (middle + adjoint(middle.tril(-1))) / 2
+    middle = half_lower(adjoint(factor) @ grad)
+    middle = (middle + adjoint(middle)) / 2
     middle = aten.linalg_solve_triangular(adjoint(factor), middle, upper=True, left=True)
     return aten.linalg_solve_triangular(factor, middle, upper=False, left=False)
 
 
 def cholesky_tangent(self_t: Tensor, upper: bool, results: Any) -> tuple[Tensor, None]:
+    """Along the Hermitian part of ``self_t``, so that it is the transpose of ``cholesky_self``; PyTorch's is not."""
+    self_t = (self_t + adjoint(self_t)) / 2
     factor = adjoint(results[0]) if upper else results[0]
     middle = aten.linalg_solve_triangular(factor, self_t, upper=False, left=True)
     middle = aten.linalg_solve_triangular(adjoint(factor), middle, upper=True, left=False)
@@ -194,9 +196,8 @@ def of_matrix(factor: Tensor, factor_t: Tensor, upper: bool) -> Tensor:
 
 
 def cholesky_solve_right(grad: Tensor, input2: Tensor, upper: bool) -> Tensor:
-    return torch.cholesky_solve(
-        grad, triangle(input2, upper, False), upper
-    )  # cut for PyTorch's own autograd, which may record at the base
+    # cut for PyTorch's own autograd, which may record at the base
+    return torch.cholesky_solve(grad, triangle(input2, upper, False), upper)
 
 
 def cholesky_solve_both(grad: Tensor, input2: Tensor, upper: bool, result: Tensor) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.losses import MEAN, SUM
+from functrans.derivatives.matmul import adjoint
 
 aten = torch.ops.aten
 
@@ -42,6 +43,27 @@ def poisson_nll_loss(self: Tensor, target: Tensor, log_input: bool, full: bool, 
     return loss.mean() if reduction == MEAN else loss.sum() if reduction == SUM else loss
 
 
+def svd(A: Tensor, full_matrices: bool = True, *, driver: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch takes the vectors beyond the singular values for constants, but they stay orthogonal to the others."""
+    U, S, Vh = aten._linalg_svd.default(A, False, True, driver=driver)
+    if full_matrices and A.shape[-2] != A.shape[-1]:
+        whole = aten._linalg_svd.default(A.detach(), True, True, driver=driver)
+        k = S.shape[-1]
+        if A.shape[-2] > k:
+            U = torch.cat([U, orthogonal(whole[0][..., k:], U)], -1)
+        else:
+            Vh = adjoint(torch.cat([adjoint(Vh), orthogonal(adjoint(whole[2][..., k:, :]), adjoint(Vh))], -1))
+    return U, S, Vh
+
+
+def orthogonal(others: Tensor, vectors: Tensor) -> Tensor:
+    """``others``, a constant basis of all that is orthogonal to ``vectors``, moved along with them."""
+    moved = others - vectors @ (adjoint(vectors) @ others)
+    factor = torch.linalg.cholesky(adjoint(moved) @ moved, upper=True)
+    return torch.linalg.solve_triangular(factor, moved, upper=True, left=False)
+
+
+DECOMPOSITIONS.add(aten.linalg_svd.default, svd)
 DECOMPOSITIONS.add(aten.polar.default, polar)
 DECOMPOSITIONS.add(aten.renorm.default, renorm)
 DECOMPOSITIONS.add(aten.poisson_nll_loss.default, poisson_nll_loss)

@@ -191,7 +191,7 @@ def refuse_data_assignment(known: Facts, args: tuple[Any, ...], kwargs: dict[str
     raise InsideTransformError("assigning Tensor.data", owner.name, "copy_() or the new tensor itself")
 
 
-@stands_in_for(aten._make_dual.default)
+@stands_in_for(aten._make_dual.default, aten._unpack_dual.default)
 def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward AD of PyTorch itself has no meaning for wrappers; only borrowed derivatives use it, on twins."""
     owner = scan(args, kwargs)[0]
@@ -199,7 +199,7 @@ def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         return base(known.op, args, kwargs)
     if owner.carries_autograd:
         return owner.process(known.op, args, kwargs)
-    raise InsideTransformError("forward_ad.make_dual()", owner.name, "functrans.jvp")
+    raise InsideTransformError("torch.autograd.forward_ad", owner.name, "functrans.jvp")
 
 
 @stands_in_for(*(getattr(aten.set_, o) for o in aten.set_.overloads()))

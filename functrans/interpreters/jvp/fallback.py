@@ -16,6 +16,7 @@ from functrans.core.thread_state import door_closed, lowered
 from functrans.core.torch_private import OpOverload
 from functrans.interpreters.autograd_fallback import run_forward_mode, run_recorded
 from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.grad.plans import tensors_in
 
 if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -102,7 +103,7 @@ def double_reverse(
         inputs = [w for w in _wrappers([*tracked, *tracked_kwargs.values()]) if w.interpreter is inner]
         out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
         plain = map_tensors(lambda o: o.value if type(o) is WrapperTensor and o.interpreter is inner else o, out)
-        outputs = [o for o in ([out] if isinstance(out, Tensor) else out) if isinstance(o, Tensor)]
+        outputs = tensors_in([out])
         if any(o.layout is not torch.strided for o in outputs):
             # PyTorch's formulas for sparse tensors go through _values, where the second derivative is lost
             raise MissingRuleError(op, self, "Its result is sparse: use to_dense() before it.")
