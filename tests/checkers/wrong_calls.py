@@ -1,6 +1,6 @@
 """Wrong calls of every public function: a call that is right, with one argument, or two, of the wrong kind.
 
-``python tests/wrong_calls.py`` prints what they end in.
+``python tests/checkers/wrong_calls.py`` prints what they end in.
 """
 
 from __future__ import annotations

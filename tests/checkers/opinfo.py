@@ -4,8 +4,8 @@ For an operator and one of its samples, a composition such as ``vmap(vjp)`` is r
 torch.func, and by ``Plain``, which knows nothing but ``torch.autograd.grad`` and a Python loop. Batches have
 distinct rows, so that a rule that mixes rows cannot pass.
 
-    python tests/opinfo.py                                   # the table of all operators and compositions
-    python tests/opinfo.py --op linalg.svd --composition "vmap(vjp)" --all-samples
+    python tests/checkers/opinfo.py                                   # the table of all operators and compositions
+    python tests/checkers/opinfo.py --op linalg.svd --composition "vmap(vjp)" --all-samples
 """
 
 from __future__ import annotations
@@ -372,5 +372,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     sys.exit(main())

@@ -5,8 +5,8 @@ The samples are batched along the first, a middle and the last dimension, with t
 tensors unbatched, and under two vmaps. Then they are spoilt, so that most are refused: a dimension less or more, numbers
 out of range, another dtype.
 
-    python tests/vmap_against_loop.py                      # everything; the findings and a summary
-    python tests/vmap_against_loop.py --op linalg.det --samples 3
+    python tests/checkers/vmap_against_loop.py                      # everything; the findings and a summary
+    python tests/checkers/vmap_against_loop.py --op linalg.det --samples 3
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from opinfo_problem import UNINITIALIZED
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import functrans
 from functrans.core.errors import DataDependentError, InsideTransformError

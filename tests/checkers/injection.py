@@ -1,6 +1,6 @@
 """An exception raised at one line of the library, and what it leaves behind.
 
-``python tests/injection.py`` raises at every line event of the library that the programs below reach, each in a process of its own whose
+``python tests/checkers/injection.py`` raises at every line event of the library that the programs below reach, each in a process of its own whose
 caches are as cold as after the import, and prints what differs afterwards: the state of the thread, or what the same program returns when
 it is run again. ``--program NAME`` and ``--lines FILE`` narrow it down.
 """

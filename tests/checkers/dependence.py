@@ -4,8 +4,8 @@ Operators are called with what the OpInfo samples give them, and, where these do
 Each is then differenced in float64 along a random direction, one input at a time. Where the output moves smoothly, a derivative of zero
 is a lie, whatever PyTorch's own table says.
 
-    python tests/dependence.py                    # every aten operator; prints what is silently zero, wrong, or refused
-    python tests/dependence.py linspace unique    # those whose names begin so
+    python tests/checkers/dependence.py                    # every aten operator; prints what is silently zero, wrong, or refused
+    python tests/checkers/dependence.py linspace unique    # those whose names begin so
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch._ops import OpOverload
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from derivative_checker import Call, Recorder, _copies, _run_samples
 

@@ -4,7 +4,7 @@ A program is source text: nested functions, one per transform, each with capture
 in-place writes, writes through views, ``out=``, no_grad and enable_grad blocks. Where torch.func refuses a program that
 has no grad-mode blocks, plain autograd and a loop are the oracle.
 
-    python tests/program_fuzzer.py --cases 5000 --seed 3     # the statistic, and a shrunken repro of each failure
+    python tests/checkers/program_fuzzer.py --cases 5000 --seed 3     # the statistic, and a shrunken repro of each failure
 """
 
 from __future__ import annotations
@@ -277,5 +277,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     sys.exit(main())

@@ -12,8 +12,8 @@ Of one sample of an operator ``f`` with float arguments ``x`` a number is made, 
 By differences is by central ones, extrapolated, with an estimate of their error: where the function has a kink or a jump (ties, ``abs`` at 0)
 they say nothing, and the modes must still agree. ``oracle_conventions.py`` names what is not judged, with the reason.
 
-    python tests/oracles.py                           # every operator, all samples; log and summary by operator
-    python tests/oracles.py --op linalg.svd --samples 2 --dtype complex128
+    python tests/checkers/oracles.py                           # every operator, all samples; log and summary by operator
+    python tests/checkers/oracles.py --op linalg.svd --samples 2 --dtype complex128
 """
 
 from __future__ import annotations
@@ -532,5 +532,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.exit(main())
