@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from batching_checker import Call
+from recorder import noted
 from rule_cases import ByHand, by_hand, compare_all, declines, quiet_thread, record, rules_of, values
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrans
 from functrans.interpreters.vmap.rules import distances, products
@@ -119,25 +119,13 @@ def test_every_hand_made_call_has_a_rule() -> None:
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default, aten.baddbmm.default}
 
 
-class Counter(TorchDispatchMode):
-    """The products that reach the base, with the shapes of their operands."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op in PRODUCTS:
-            self.seen.append((op._schema.name[6:], [tuple(a.shape) for a in args]))
-        return op(*args, **(kwargs or {}))
-
-
 def products_of(op: OpOverload, in_dims: tuple[Any, ...], *args: torch.Tensor) -> list[Any]:
+    """The products that the rule runs, with the shapes of their operands."""
     rule = BATCHING_RULES.get(op)
     assert rule is not None
-    with Counter() as counter:
+    with noted(PRODUCTS.__contains__) as calls:
         rule(BatchInfo(7, "error"), in_dims, *args)
-    return counter.seen
+    return [(call.op._schema.name[6:], [tuple(a.shape) for a in call.args]) for call in calls]
 
 
 @pytest.mark.parametrize(

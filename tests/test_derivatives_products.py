@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from derivative_checker import Call, Recorder, before_autograd, check_entry, recorded_calls
+from derivative_checker import check_entry, recorded_calls
+from recorder import Call, Recorder, before_autograd
 from torch import Tensor
 
 from functrans.derivatives import convolution, indexing, losses, matmul, pooling, softmax

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.func
 from expecttest import assert_expected_inline
+from recorder import noted
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.errors import DeadWrapperError
@@ -321,27 +321,18 @@ def test_function_modes_see_functions_and_operators_but_no_tracing() -> None:
     assert seen[0] == seen[1] == ["erfc", "mul", "sub"]
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_dispatch_modes_inside_see_operators_first_and_outside_what_runs() -> None:
     def f(x: Tensor) -> Tensor:
-        with Operators() as inside:
+        with noted() as inside:
             out = torch.sin(x) * x
-        assert inside.seen == ["aten.sin.default", "aten.mul.Tensor"]
+        assert [str(call.op) for call in inside] == ["aten.sin.default", "aten.mul.Tensor"]
         return out
 
     x = double(3)
-    with Operators() as outside:
+    with noted() as outside:
         got = vmap(f)(x)
-    assert outside.seen.count("aten.sin.default") == outside.seen.count("aten.mul.Tensor") == 1
+    seen = [str(call.op) for call in outside]
+    assert seen.count("aten.sin.default") == seen.count("aten.mul.Tensor") == 1
     agree(got, x.sin() * x)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor
 
 import functrans as ft

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vmap

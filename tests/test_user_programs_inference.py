@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from slow_ways import agree, for_each, gradient, no_history
+from loop import for_each
+from slow_ways import agree, gradient, no_history
 from torch import Tensor
 
 from functrans import grad, hessian, jacrev, jvp, vmap

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx

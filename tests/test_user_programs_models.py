@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, no_history
+from loop import for_each
+from slow_ways import agree, gradient, no_history
 from torch import Tensor, nn
 
 import functrans as ft

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor, nn
 
 from functrans import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from derivative_checker import Call, Recorder, _copies, _run_samples
+from recorder import Call, Recorder, copies, run_samples
 
 import functrans
 
@@ -167,12 +167,12 @@ def opinfo_calls(wanted: set[OpOverload], per_op: int, samples: int) -> dict[OpO
     def keep(call: Call) -> None:
         calls = found[call.op]
         if len(calls) < per_op and str(call) not in calls:
-            calls[str(call)] = Call(call.op, *_copies(call.args, call.kwargs))
+            calls[str(call)] = Call(call.op, *copies(call.args, call.kwargs))
 
     recorder = Recorder(lambda op: op in wanted and (len(found[op]) < per_op or not op._can_decompose()), keep)
     for info in op_db:
         if torch.float64 in info.supported_dtypes("cpu"):
-            _run_samples(info, torch.float64, recorder, samples)
+            run_samples(info, torch.float64, recorder, samples)
     return {op: list(calls.values()) for op, calls in found.items()}
 
 
@@ -228,7 +228,7 @@ def made_up_calls(op: OpOverload, limit: int = 6) -> list[Call]:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    out = op(*_copies(args)[0], **_copies(kwargs)[0])
+                    out = op(*copies(args)[0], **copies(kwargs)[0])
             except Exception:  # noqa: BLE001, S112 - not with these
                 continue
             if floats(out):
