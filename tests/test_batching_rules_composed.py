@@ -1,4 +1,6 @@
-"""Programs around the operators that fold a batch, in every composition of vmap and grad, against loops in plain PyTorch."""
+"""Programs around the operators that fold a batch, in every composition of vmap and grad,
+against loops in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ WEIGHTS = values(5).abs()
 
 
 class Program(NamedTuple):
-    """``f`` of a differentiable argument and another one, with the shapes of one example, or numbers below which it has positions."""
+    """``f`` of a differentiable argument and another one, with the shapes of one example,
+    or numbers below which it has positions.
+    """
 
     f: Callable[[Tensor, Tensor], Tensor]
     x: tuple[int, ...]
@@ -60,7 +64,8 @@ PROGRAMS = {
     "embedding_bag, mean": Program(lambda w, i: F.embedding_bag(i, w, mode="mean"), (4, 5), (2, 3), 4),
     "embedding_bag, max": Program(lambda w, i: F.embedding_bag(i, w, mode="max"), (4, 5), (2, 3), 4),
     "cross_entropy": Program(F.cross_entropy, (4, 5), (4,), 5),
-    "cross_entropy that ignores": Program(lambda x, t: F.cross_entropy(x, t, ignore_index=1, reduction="sum"), (4, 5), (4,), 5),
+    "cross_entropy that ignores": Program(lambda x, t: F.cross_entropy(x, t, ignore_index=1, reduction="sum"), (4, 5),
+        (4,), 5),
     "cross_entropy of one": Program(lambda x, t: F.cross_entropy(x, t, weight=WEIGHTS), (5,), (), 5),
     "cross_entropy of images": Program(F.cross_entropy, (2, 5, 3, 2), (2, 3, 2), 5),
     "nll_loss, each": Program(lambda x, t: F.nll_loss(x, t, reduction="none"), (4, 5), (4,), 5),
@@ -153,7 +158,12 @@ def test_one_vmap(name: str) -> None:
 def test_two_vmaps(name: str) -> None:
     """Operands that are batched at the same levels, and at different ones."""
     program = PROGRAMS[name]
-    for x_dims, y_dims in (((0, 0), (0, 0)), ((0, None), (None, 0)), ((None, 0), (0, None)), ((0, 1 if program.x else 0), (None, 0))):
+    for x_dims, y_dims in (
+        ((0, 0), (0, 0)),
+        ((0, None), (None, 0)),
+        ((None, 0), (0, None)),
+        ((0, 1 if program.x else 0), (None, 0)),
+    ):
         check(program, x_dims, y_dims)
 
 

@@ -45,7 +45,10 @@ def test_rule_equals_the_loop(equation: str) -> None:
     for in_dims in itertools.product(*choices):
         if all(d is None for d in in_dims):
             continue
-        args = [values(*shape[: d or 0], *(() if d is None else (6,)), *shape[d or 0 :]) for shape, d in zip(shapes, in_dims)]
+        args = [
+            values(*shape[: d or 0], *(() if d is None else (6,)), *shape[d or 0 :])
+            for shape, d in zip(shapes, in_dims)
+        ]
         torch.testing.assert_close(functrans.vmap(f, in_dims=in_dims)(*args), for_each(f, in_dims)(*args))
         places = tuple(range(len(shapes)))
         inside = functrans.vmap(functrans.grad(total, argnums=places), in_dims=in_dims)(*args)
@@ -55,7 +58,8 @@ def test_rule_equals_the_loop(equation: str) -> None:
                 torch.testing.assert_close(got[i], expected)
         leaves = [x.clone().requires_grad_() for x in args]
         loop = for_each(total, in_dims)(*leaves).sum()
-        outside = functrans.grad(lambda *a: functrans.vmap(total, in_dims=in_dims)(*a).sum(), argnums=places)(*args)  # noqa: B023
+        batched = functrans.vmap(total, in_dims=in_dims)
+        outside = functrans.grad(lambda *a: batched(*a).sum(), argnums=places)(*args)  # noqa: B023
         for got, expected in zip(outside, torch.autograd.grad(loop, leaves)):
             torch.testing.assert_close(got, expected)
 

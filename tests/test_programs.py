@@ -1,4 +1,6 @@
-"""Pointwise programs: what is derived, that they mean what their operators mean one by one, and where they must not be used."""
+"""Pointwise programs: what is derived, that they mean what their operators mean one by one,
+and where they must not be used.
+"""
 
 from __future__ import annotations
 
@@ -391,7 +393,14 @@ def test_tensors_of_ended_transforms_are_refused_with_their_line() -> None:
 
     grad(f)(double(2))
     line = f.__code__.co_firstlineno + 1
-    for use in (lambda x: x * 1.0, lambda x: double(2) * x, torch.sin, lambda x: x**2, lambda x: 1 / x, lambda x: x @ double(2)):
+    for use in (
+        lambda x: x * 1.0,
+        lambda x: double(2) * x,
+        torch.sin,
+        lambda x: x**2,
+        lambda x: 1 / x,
+        lambda x: x @ double(2),
+    ):
         with pytest.raises(DeadWrapperError, match=f"test_programs.py.*{line}"):
             use(kept[0])
 
@@ -448,7 +457,12 @@ def test_other_tensor_subclasses_have_their_say() -> None:
     grad(f)(double(3, seed=1))
     assert heard == ["loud"] * 5
     units = plain.as_subclass(Units)
-    for product in (lambda x: x * units, lambda x: units * x, lambda x: torch.mul(units, x), lambda x: torch.logaddexp(x, units)):
+    for product in (
+        lambda x: x * units,
+        lambda x: units * x,
+        lambda x: torch.mul(units, x),
+        lambda x: torch.logaddexp(x, units),
+    ):
         expected = torch.func.grad(lambda x, product=product: product(x).as_subclass(Tensor).sum())(double(3, seed=1))
         agree(grad(lambda x, product=product: product(x).sum())(double(3, seed=1)), expected.as_subclass(Tensor))
 
@@ -503,7 +517,9 @@ def test_jacobians_do_not_multiply_out_the_identity(name: str) -> None:
 def test_a_replaced_derivative_of_a_product_counts_in_jacobians() -> None:
     x = double(3)
     with overriding(DERIVATIVES, aten.mv.default):
-        derivative(aten.mv.default, self=lambda grad, vec: torch.outer(grad, vec), vec=lambda grad, self: 5 * self.t().mv(grad))
+        derivative(
+            aten.mv.default, self=lambda grad, vec: torch.outer(grad, vec), vec=lambda grad, self: 5 * self.t().mv(grad)
+        )
         agree(jacrev(lambda x: torch.mv(MATRIX, x))(x), 5 * MATRIX)
     agree(jacrev(lambda x: torch.mv(MATRIX, x))(x), MATRIX)
 

@@ -46,8 +46,8 @@ def recorded_calls(
 ) -> dict[OpOverload, list[Call]]:
     """The distinct calls of ``ops`` (default: all of the table) that the samples of the OpInfos make.
 
-    At most ``per_op`` calls are kept of each operator and dtype, chosen evenly among those with different shapes and options;
-    ``opinfos`` names the OpInfos to run (default: all).
+    At most ``per_op`` calls are kept of each operator and dtype, chosen evenly among those with different shapes and
+    options; ``opinfos`` names the OpInfos to run (default: all).
     """
     wanted = set(DERIVATIVES if ops is None else ops)
     names = None if opinfos is None else set(opinfos)
@@ -194,11 +194,11 @@ def check_entry(
 ) -> None:
     """Compare ``entry`` (default: that of the table) with PyTorch's own derivative on ``call``.
 
-    Compared are the reverse formulas for every subset of outputs that matters (all of them, each alone), the tangent for
-    all arguments and for each alone, and their derivatives up to ``order`` where PyTorch has them. A NaN of PyTorch's must
-    be NaN here too; not so in derivatives of order 2 and more, where it often comes of 0 times infinity behind a mask, nor
-    with ``trust_nan=False``. With ``trust_forward=False`` the tangent's reference is reverse mode used twice.
-    ``native`` stands in for an operator that PyTorch itself cannot differentiate.
+    Compared are the reverse formulas for every subset of outputs that matters (all of them, each alone), the tangent
+    for all arguments and for each alone, and their derivatives up to ``order`` where PyTorch has them. A NaN of
+    PyTorch's must be NaN here too; not so in derivatives of order 2 and more, where it often comes of 0 times infinity
+    behind a mask, nor with ``trust_nan=False``. With ``trust_forward=False`` the tangent's reference is reverse mode
+    used twice. ``native`` stands in for an operator that PyTorch itself cannot differentiate.
 
     Raises:
         AssertionError: a difference, a wrong shape or dtype, or an impure formula.

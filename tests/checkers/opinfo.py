@@ -58,11 +58,13 @@ STORAGE = {"as_strided", "as_strided.partial_views", "as_strided_copy", "as_stri
 # PyTorch's own backward is wrong at the base (finite differences say so): it drops the saved statistics' derivatives,
 # that of as_strided_scatter's source, and gives the cotangent of a place to all that max_unpool wrote there.
 WRONG_AT_THE_BASE = {
-    "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "as_strided_scatter",
+    "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update",
+    "as_strided_scatter",
     "nn.functional.max_unpool1d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d",
 }  # fmt: skip
 
-# Numbers are drawn for negative elements only: examples of other signs draw others, so that no draw is the same for all.
+# Numbers are drawn for negative elements only: examples of other signs draw others,
+# so that no draw is the same for all.
 DRAWS_BY_SIGN = {"nn.functional.rrelu"}
 
 # One sample takes seconds.

@@ -43,7 +43,7 @@ def copies(*values: Any) -> Any:
 
 @contextmanager
 def before_autograd() -> Iterator[None]:
-    """Let a dispatch mode stand in front of autograd, where composite operators are still whole, as inside a transform."""
+    """Let a dispatch mode stand in front of autograd, where composite operators are whole, as inside a transform."""
     was = torch._C._dispatch_tls_is_dispatch_key_excluded(AUTOGRAD)
     torch._C._dispatch_tls_set_dispatch_key_excluded(AUTOGRAD, True)
     try:
@@ -53,7 +53,7 @@ def before_autograd() -> Iterator[None]:
 
 
 class Recorder(TorchDispatchMode):
-    """Hands the calls of wanted operators to ``keep``, and takes other composite ones apart, so that their pieces are seen too.
+    """Hands the calls of wanted operators to ``keep``; other composite ones it takes apart, to see their pieces.
 
     ``wanted_in_pieces``: the wanted composite ones are taken apart as well.
     """
@@ -90,9 +90,10 @@ def noted(wanted: Callable[[OpOverload], bool] = lambda op: True) -> Iterator[li
 def run_samples(
     info: Any, dtype: torch.dtype, recorder: Recorder, limit: int | None = None, *, backward: bool = False
 ) -> None:
-    """Run the samples of an OpInfo, at most ``limit`` of them, evenly chosen; what PyTorch itself refuses is passed over.
+    """Run the samples of an OpInfo, at most ``limit``, evenly chosen; what PyTorch itself refuses is passed over.
 
-    ``backward`` runs autograd, too, so that the recorder sees what its formulas call; composite operators are in pieces there.
+    ``backward`` runs autograd, too, so that the recorder sees what its formulas call; composite operators are in pieces
+    there.
     """
     # Each sample generator walks the whole stack for a unittest, and seeds all devices before each sample, with a stack
     # trace for each; together that is ten times the work of the samples themselves.
@@ -105,7 +106,7 @@ def run_samples(
         torch.manual_seed(0)
         try:
             samples = list(info.sample_inputs("cpu", dtype, requires_grad=backward))
-        except Exception:  # noqa: BLE001 - a sample generator that needs something this build lacks has nothing to record
+        except Exception:  # noqa: BLE001 - a generator that needs what this build lacks has nothing to record
             return
         if limit is not None and len(samples) > limit:
             samples = samples[:: -(-len(samples) // limit)]
