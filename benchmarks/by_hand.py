@@ -3,7 +3,8 @@
 Each is called with the workload's inputs, and with what the workload captures as keyword arguments. There is none for
 the Hessian-vector product of the transformer block, whose second derivatives nobody would write out.
 
-NOTE [Derivatives of an MLP] ``z[l] = W[l] a[l-1] + b[l]`` and ``a[l] = tanh(z[l])``, with the last layer left linear;
+NOTE [Derivatives of an MLP]
+``z[l] = W[l] a[l-1] + b[l]`` and ``a[l] = tanh(z[l])``, with the last layer left linear;
 ``s[l] = 1 - a[l]**2`` is the slope of tanh and ``-2 a[l] s[l]`` its second derivative. Points are rows, so a layer is
 ``a @ W.T + b``, and the cotangent of ``a[l-1]`` is ``delta[l] @ W[l]``, with ``delta[l]`` that of ``z[l]``.
 """

@@ -5,8 +5,8 @@ Operators are called with what the OpInfo samples give them, and, where these do
 their schemas. Each is then differenced in float64 along a random direction, one input at a time. Where the output moves
 smoothly, a derivative of zero is a lie, whatever PyTorch's own table says.
 
-    python tests/checkers/dependence.py                    # every aten operator; prints what is silently zero, wrong,
-    or refused python tests/checkers/dependence.py linspace unique    # those whose names begin so
+    python tests/checkers/dependence.py                    # every aten operator: what is silently zero, wrong, refused
+    python tests/checkers/dependence.py linspace unique    # those whose names begin so
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Oracles that need no other library: what the derivatives of an operator must be to each other, and to differences.
 
-Of one sample of an operator ``f`` with float arguments ``x`` a number is made, ``g(t, s) = ⟨f(x + t v + t² w + s b),
-u⟩`` with random ``v``, ``w``, ``b``, ``u``. ``v`` and ``w`` are zero but for the *tracked* arguments, ``b`` but for the
-*batched* ones; the others are constant.
+Of one sample of an operator ``f`` with float arguments ``x`` a number is made,
+``g(t, s) = ⟨f(x + t v + t² w + s b), u⟩`` with random ``v``, ``w``, ``b``, ``u``. ``v`` and ``w`` are zero but for the
+*tracked* arguments, ``b`` but for the *batched* ones; the others are constant.
 
 - adjointness: ``⟨J v, u⟩ = ⟨v, Jᵀ u⟩``, by jvp and vjp;
 - the first derivative by ``t`` in both modes is what differences of ``g`` say;

@@ -92,8 +92,7 @@ def run_samples(
 ) -> None:
     """Run the samples of an OpInfo, at most ``limit``, evenly chosen; what PyTorch itself refuses is passed over.
 
-    ``backward`` runs autograd, too, so that the recorder sees what its formulas call; composite operators are in pieces
-    there.
+    ``backward`` runs autograd, too, so that the recorder sees what its formulas call, composite operators in pieces.
     """
     # Each sample generator walks the whole stack for a unittest, and seeds all devices before each sample, with a stack
     # trace for each; together that is ten times the work of the samples themselves.
