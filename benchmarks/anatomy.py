@@ -2,7 +2,8 @@
 
     python benchmarks/anatomy.py
 
-The parts are timed by repeating them alone, so they add up to the whole only nearly: the last row of each table is the difference.
+The parts are timed by repeating them alone, so they add up to the whole only nearly: the last row of each table is the
+difference.
 """
 
 from __future__ import annotations
@@ -163,7 +164,9 @@ def run(settings: Settings) -> Part:
     at_jvp(found)
     at_grad(found)
     text = "Microseconds, each part by itself; see [profile.md](profile.md)."
-    return Part([Table(title, text, ["part", "µs"], [[name, f"{t:.2f}"] for name, t in rows]) for title, rows in found.items()])
+    return Part(
+        [Table(title, text, ["part", "µs"], [[name, f"{t:.2f}"] for name, t in rows]) for title, rows in found.items()]
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The workloads by hand: formulas derived on paper, in plain PyTorch, as one would write them without any transform.
 
-Each is called with the workload's inputs, and with what the workload captures as keyword arguments. There is none for the
-Hessian-vector product of the transformer block, whose second derivatives nobody would write out.
+Each is called with the workload's inputs, and with what the workload captures as keyword arguments. There is none for
+the Hessian-vector product of the transformer block, whose second derivatives nobody would write out.
 
 NOTE [Derivatives of an MLP]
-``z[l] = W[l] a[l-1] + b[l]`` and ``a[l] = tanh(z[l])``, with the last layer left linear; ``s[l] = 1 - a[l]**2`` is the slope
-of tanh and ``-2 a[l] s[l]`` its second derivative. Points are rows, so a layer is ``a @ W.T + b``, and the cotangent of
-``a[l-1]`` is ``delta[l] @ W[l]``, with ``delta[l]`` that of ``z[l]``.
+``z[l] = W[l] a[l-1] + b[l]`` and ``a[l] = tanh(z[l])``, with the last layer left linear;
+``s[l] = 1 - a[l]**2`` is the slope of tanh and ``-2 a[l] s[l]`` its second derivative. Points are rows, so a layer is
+``a @ W.T + b``, and the cotangent of ``a[l-1]`` is ``delta[l] @ W[l]``, with ``delta[l]`` that of ``z[l]``.
 """
 
 from __future__ import annotations
@@ -157,7 +157,9 @@ def jacobian(x: Tensor, weight: Tensor) -> Tensor:
 
 @by_hand("NTK 16x16 by contraction", "NTK 16x16 by vjp and jvp products")
 def ntk(params: Params, left: Tensor, right: Tensor) -> Tensor:
-    """The sum over the layers of <delta, delta'> (<a, a'> + 1): the gradient of W is the outer product of both, b's is delta."""
+    """The sum over the layers of <delta, delta'> (<a, a'> + 1): the gradient of W is the outer product of both,
+    b's is delta.
+    """
     layers = _layers(params)
 
     def factors(points: Tensor) -> tuple[list[Tensor], list[Tensor]]:

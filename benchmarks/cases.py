@@ -17,8 +17,8 @@ Params = dict[str, Tensor]
 class Workload(NamedTuple):
     """``transformed(api)`` and ``plain`` compute the same thing of ``inputs``.
 
-    ``plain`` is what a user of autograd alone would write. ``captured`` is what both close over, such as the parameters of
-    a network that is not differentiated; the versions that have no modules take it as keyword arguments.
+    ``plain`` is what a user of autograd alone would write. ``captured`` is what both close over, such as the parameters
+    of a network that is not differentiated; the versions that have no modules take it as keyword arguments.
     """
 
     inputs: tuple[Any, ...]

@@ -1,4 +1,5 @@
-"""How each cost grows: with the operations, the batch, the nesting, the dimension, and with what was transformed before.
+"""How each cost grows: with the operations, the batch, the nesting, the dimension, and with what was transformed
+before.
 
     python benchmarks/growth.py [--quick] [--case TEXT ...] [--device cuda]
 """

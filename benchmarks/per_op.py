@@ -34,8 +34,8 @@ COLUMNS = (*APIS, "autograd", "by hand", "jax.jit")
 class Case(NamedTuple):
     """``transform(api, chain)`` is called with tensors of the shapes given.
 
-    ``plain(chain)`` is what a user of autograd alone has, if there is such a thing. ``by_hand`` takes the formula of the
-    derivatives of this order along a direction: the chain's value, the first and the second derivative.
+    ``plain(chain)`` is what a user of autograd alone has, if there is such a thing. ``by_hand`` takes the formula of
+    the derivatives of this order along a direction: the chain's value, the first and the second derivative.
     """
 
     transform: Callable[[Any, Chain], Function]
@@ -177,7 +177,8 @@ PER_CALL_TARGETS = {"grad": 0.5, "vmap": 0.5, "jvp": 0.5, "jvp grad": 0.5}
 def make_chain(length: int, operands: str, scale: Any, shift: Any, library: Any = torch) -> Chain:
     """A function of ``length`` small pointwise operations, half of them with a second operand.
 
-    That is the function's input, as much transformed as the first; or a constant, captured from outside; or a Python number.
+    That is the function's input, as much transformed as the first; or a constant, captured from outside; or a Python
+    number.
     """
 
     def chain(start: Any) -> Any:
@@ -199,7 +200,9 @@ def make_chain(length: int, operands: str, scale: Any, shift: Any, library: Any 
 
 
 def makers(case: Case, length: int, device: str, dtype: torch.dtype) -> Makers:
-    """What computes the case, by the name of its column, on the same values. The formula is first: the others must agree."""
+    """What computes the case, by the name of its column, on the same values. The formula is first:
+    the others must agree.
+    """
     generator = torch.Generator().manual_seed(length)
     values = [torch.rand(shape, generator=generator, dtype=dtype).to(device) for shape in case.shapes]
     scale, shift = (torch.tensor(number, dtype=dtype, device=device) for number in (1.25, 0.5))

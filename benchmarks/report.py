@@ -1,4 +1,5 @@
-"""What the benchmarks have in common: options, the comparison of results, tables, targets, and how failures are told."""
+"""What the benchmarks have in common: options, the comparison of results, tables, targets, and how failures are told.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ def markers(device: str) -> tuple[str, str]:
 
 
 def with_figures(page: str, device: str, figures: str) -> str:
-    """The page with these figures between the markers of the device, which are added at the end where they are missing."""
+    """The page with these figures between the markers of the device, which are added at the end where they are missing.
+    """
     begin, end = markers(device)
     if begin not in page:
         page = f"{page.rstrip()}\n\n{begin}{end}"

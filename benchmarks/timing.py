@@ -5,8 +5,8 @@ every round times every candidate once, in an order that changes from round to r
 is taken within each round before the median over the rounds is.
 
 On the CPU the clock is the processor time of this process, which does not run while other programs do. The times of
-several threads would add up, so everything runs with one: PyTorch and what it compiles by ``set_num_threads(1)``, JAX by
-in_jax.py. With a CUDA device the clock is the time that passes.
+several threads would add up, so everything runs with one: PyTorch and what it compiles by ``set_num_threads(1)``, JAX
+by in_jax.py. With a CUDA device the clock is the time that passes.
 """
 
 from __future__ import annotations

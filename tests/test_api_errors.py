@@ -1,4 +1,5 @@
-"""Every check of arguments that torch.func makes has its counterpart: an exception of the same kind, with a pinned text.
+"""Every check of arguments that torch.func makes has its counterpart: an exception of the same kind, with a pinned
+text.
 
 The calls and their texts stand in ``api_errors.txt``; ``python tests/test_api_errors.py`` writes the texts anew.
 """
@@ -108,7 +109,9 @@ def lines() -> list[str]:
 def cases() -> list[tuple[str, str]]:
     """Calls, and the indented line below each: the kind of the error and its text."""
     found = lines()
-    return [(call, text.strip()) for call, text in zip(found, [*found[1:], ""], strict=True) if call and call[0] not in "# "]
+    return [
+        (call, text.strip()) for call, text in zip(found, [*found[1:], ""], strict=True) if call and call[0] not in "# "
+    ]
 
 
 def raised(call: str, library: Any) -> Exception | None:

@@ -20,7 +20,8 @@ from functrans.core.errors import CallError
 
 #: Public names that are no functions to be called wrongly here.
 NO_CALLS = {
-    "BATCHING_RULES", "DERIVATIVES", "BatchInfo", "CarriedValueError", "FunctransError", "Interpreter", "MissingRuleError", "RuleError",
+    "BATCHING_RULES", "DERIVATIVES", "BatchInfo", "CarriedValueError", "FunctransError", "Interpreter",
+    "MissingRuleError", "RuleError",
     "RuleResultError", "RuleTable", "TableInterpreter", "WrapperTensor",
 }  # fmt: skip
 
@@ -39,7 +40,11 @@ def test_wrong_calls(case: Case) -> None:
             if error is not None and not is_deliberate(error, case, arguments):
                 wrong.append(f"{chosen}: {type(error).__name__}: {error}")
             if isinstance(error, CallError):
-                wrong += [f"{chosen}: {error}" for text in ("PyTreeSpec", "WrapperTensor", " object at 0x") if text in str(error)]
+                wrong += [
+                    f"{chosen}: {error}"
+                    for text in ("PyTreeSpec", "WrapperTensor", " object at 0x")
+                    if text in str(error)
+                ]
             assert thread_state() == before, chosen
     assert not wrong, "\n".join(wrong)
 
@@ -56,7 +61,9 @@ def test_errors_are_of_the_kind_that_torch_func_raises(case: Case) -> None:
             with using(torch.func):
                 theirs = outcome(case, again)
             kinds = [kind for kind in (ValueError, TypeError, IndexError) if meant(theirs) and isinstance(theirs, kind)]
-            wrong += [f"{chosen}: {ours!r} is no {kind.__name__}: {theirs}" for kind in kinds if not isinstance(ours, kind)]
+            wrong += [
+                f"{chosen}: {ours!r} is no {kind.__name__}: {theirs}" for kind in kinds if not isinstance(ours, kind)
+            ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -86,7 +93,9 @@ def test_every_public_function_is_called() -> None:
     for name in public & set(functrans.__all__):
         parameters = inspect.signature(getattr(functrans, name)).parameters.values()
         given = {p for case in CASES if case.name == name for p in case.arguments}
-        assert {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name[0] != "_"} <= given, name
+        assert {
+            p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name[0] != "_"
+        } <= given, name
 
 
 TRANSFORMS: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""Programs around the operators that fold a batch, in every composition of vmap and grad, against loops in plain PyTorch."""
+"""Programs around the operators that fold a batch, in every composition of vmap and grad,
+against loops in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from loop import for_each
 from rule_cases import positions, quiet_thread, values
 from torch import Tensor
 
@@ -20,7 +23,9 @@ WEIGHTS = values(5).abs()
 
 
 class Program(NamedTuple):
-    """``f`` of a differentiable argument and another one, with the shapes of one example, or numbers below which it has positions."""
+    """``f`` of a differentiable argument and another one, with the shapes of one example,
+    or numbers below which it has positions.
+    """
 
     f: Callable[[Tensor, Tensor], Tensor]
     x: tuple[int, ...]
@@ -59,7 +64,8 @@ PROGRAMS = {
     "embedding_bag, mean": Program(lambda w, i: F.embedding_bag(i, w, mode="mean"), (4, 5), (2, 3), 4),
     "embedding_bag, max": Program(lambda w, i: F.embedding_bag(i, w, mode="max"), (4, 5), (2, 3), 4),
     "cross_entropy": Program(F.cross_entropy, (4, 5), (4,), 5),
-    "cross_entropy that ignores": Program(lambda x, t: F.cross_entropy(x, t, ignore_index=1, reduction="sum"), (4, 5), (4,), 5),
+    "cross_entropy that ignores": Program(lambda x, t: F.cross_entropy(x, t, ignore_index=1, reduction="sum"), (4, 5),
+        (4,), 5),
     "cross_entropy of one": Program(lambda x, t: F.cross_entropy(x, t, weight=WEIGHTS), (5,), (), 5),
     "cross_entropy of images": Program(F.cross_entropy, (2, 5, 3, 2), (2, 3, 2), 5),
     "nll_loss, each": Program(lambda x, t: F.nll_loss(x, t, reduction="none"), (4, 5), (4,), 5),
@@ -99,44 +105,43 @@ def batch(shape: tuple[int, ...], below: int | None, bdims: tuple[int | None, ..
     return values(*shape, seed=seed) if below is None else positions(*shape, below=below, seed=seed)
 
 
-def loop(f: Callable[..., Tensor], x: Tensor, y: Tensor, x_dims: tuple[int | None, ...], y_dims: tuple[int | None, ...]) -> Tensor:
-    """``f`` of every example, stacked."""
-    if not x_dims:
-        return f(x, y)
-    rows = [
-        loop(f, *(v if d is None else v.select(d, i) for v, d in ((x, x_dims[0]), (y, y_dims[0]))), x_dims[1:], y_dims[1:])
-        for i in range(SIZES[-len(x_dims)])
-    ]
-    return torch.stack(rows)
+Dims = tuple[int | None, ...]
 
 
-def batched(f: Callable[..., Any], x_dims: tuple[int | None, ...], y_dims: tuple[int | None, ...]) -> Callable[..., Any]:
+def batched(vmap: Any, f: Callable[..., Any], x_dims: Dims, y_dims: Dims) -> Callable[..., Any]:
     for x_dim, y_dim in zip(reversed(x_dims), reversed(y_dims)):
-        f = functrans.vmap(f, in_dims=(x_dim, y_dim))
+        f = vmap(f, (x_dim, y_dim))
     return f
 
 
-def check(program: Program, x_dims: tuple[int | None, ...], y_dims: tuple[int | None, ...]) -> None:
+def check(program: Program, x_dims: Dims, y_dims: Dims) -> None:
     f = program.f
+
+    def ours(f: Callable[..., Any]) -> Callable[..., Any]:
+        return batched(functrans.vmap, f, x_dims, y_dims)
+
+    def loop(f: Callable[..., Any]) -> Callable[..., Any]:
+        return batched(for_each, f, x_dims, y_dims)
+
     x, y = batch(program.x, None, x_dims, 1), batch(program.y, program.below, y_dims, 2)
 
     def total(x: Tensor, y: Tensor) -> Tensor:
         return f(x, y).sin().sum()
 
-    torch.testing.assert_close(batched(f, x_dims, y_dims)(x, y), loop(f, x, y, x_dims, y_dims))
+    torch.testing.assert_close(ours(f)(x, y), loop(f)(x, y))
 
     def slope(x: Tensor, y: Tensor) -> Tensor:
         leaf = x.detach().clone().requires_grad_()
         return torch.autograd.grad(total(leaf, y), leaf)[0]
 
-    torch.testing.assert_close(batched(functrans.grad(total), x_dims, y_dims)(x, y), loop(slope, x, y, x_dims, y_dims))
+    torch.testing.assert_close(ours(functrans.grad(total))(x, y), loop(slope)(x, y))
     leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loop(total, leaf, y, x_dims, y_dims).sum(), leaf)
-    torch.testing.assert_close(functrans.grad(lambda x: batched(total, x_dims, y_dims)(x, y).sum())(x), expected)
+    (expected,) = torch.autograd.grad(loop(total)(leaf, y).sum(), leaf)
+    torch.testing.assert_close(functrans.grad(lambda x: ours(total)(x, y).sum())(x), expected)
     if program.below is None:
         leaf = y.clone().requires_grad_()
-        (expected,) = torch.autograd.grad(loop(total, x, leaf, x_dims, y_dims).sum(), leaf, allow_unused=True)
-        torch.testing.assert_close(functrans.grad(lambda y: batched(total, x_dims, y_dims)(x, y).sum())(y), expected)
+        (expected,) = torch.autograd.grad(loop(total)(x, leaf).sum(), leaf, allow_unused=True)
+        torch.testing.assert_close(functrans.grad(lambda y: ours(total)(x, y).sum())(y), expected)
 
 
 @pytest.mark.filterwarnings("error:vmap has no batching rule")
@@ -153,7 +158,12 @@ def test_one_vmap(name: str) -> None:
 def test_two_vmaps(name: str) -> None:
     """Operands that are batched at the same levels, and at different ones."""
     program = PROGRAMS[name]
-    for x_dims, y_dims in (((0, 0), (0, 0)), ((0, None), (None, 0)), ((None, 0), (0, None)), ((0, 1 if program.x else 0), (None, 0))):
+    for x_dims, y_dims in (
+        ((0, 0), (0, 0)),
+        ((0, None), (None, 0)),
+        ((None, 0), (0, None)),
+        ((0, 1 if program.x else 0), (None, 0)),
+    ):
         check(program, x_dims, y_dims)
 
 

@@ -105,7 +105,9 @@ def test_what_cannot_be_batched_is_declined() -> None:
     assert declines(aten.bincount.default, (0, None, None), x, None, 0)
     assert declines(aten.histc.default, (0, None), x)
     weights = values(3, 5)
-    assert declines(aten.multi_margin_loss.default, (0, 0, None, None, 0), values(3, 4, 5), x.new_zeros(3, 4), 1, 1, weights)
+    assert declines(
+        aten.multi_margin_loss.default, (0, 0, None, None, 0), values(3, 4, 5), x.new_zeros(3, 4), 1, 1, weights
+    )
     assert declines(aten.multi_margin_loss.default, (0, 0), values(3, 4, 5), x.new_zeros(3, 5))
 
 

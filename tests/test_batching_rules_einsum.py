@@ -7,6 +7,7 @@ import string
 
 import pytest
 import torch
+from loop import examples, for_each
 from rule_cases import declines, values
 
 import functrans
@@ -44,18 +45,21 @@ def test_rule_equals_the_loop(equation: str) -> None:
     for in_dims in itertools.product(*choices):
         if all(d is None for d in in_dims):
             continue
-        args = [values(*shape[: d or 0], *(() if d is None else (6,)), *shape[d or 0 :]) for shape, d in zip(shapes, in_dims)]
-        rows = [[x if d is None else x.select(d, i) for x, d in zip(args, in_dims)] for i in range(6)]
-        torch.testing.assert_close(functrans.vmap(f, in_dims=in_dims)(*args), torch.stack([f(*row) for row in rows]))
+        args = [
+            values(*shape[: d or 0], *(() if d is None else (6,)), *shape[d or 0 :])
+            for shape, d in zip(shapes, in_dims)
+        ]
+        torch.testing.assert_close(functrans.vmap(f, in_dims=in_dims)(*args), for_each(f, in_dims)(*args))
         places = tuple(range(len(shapes)))
         inside = functrans.vmap(functrans.grad(total, argnums=places), in_dims=in_dims)(*args)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(examples(args, in_dims)):
             leaves = [x.clone().requires_grad_() for x in row]
             for got, expected in zip(inside, torch.autograd.grad(total(*leaves), leaves)):
                 torch.testing.assert_close(got[i], expected)
         leaves = [x.clone().requires_grad_() for x in args]
-        loop = sum(total(*(x if d is None else x.select(d, i) for x, d in zip(leaves, in_dims))) for i in range(6))
-        outside = functrans.grad(lambda *a: functrans.vmap(total, in_dims=in_dims)(*a).sum(), argnums=places)(*args)  # noqa: B023
+        loop = for_each(total, in_dims)(*leaves).sum()
+        batched = functrans.vmap(total, in_dims=in_dims)
+        outside = functrans.grad(lambda *a: batched(*a).sum(), argnums=places)(*args)  # noqa: B023
         for got, expected in zip(outside, torch.autograd.grad(loop, leaves)):
             torch.testing.assert_close(got, expected)
 

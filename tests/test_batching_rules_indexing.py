@@ -74,7 +74,12 @@ def put_calls() -> list[tuple[Any, ...]]:
         if k % 3 == 0 and len(indices) == 1:
             calls.append((X, indices, S, False))
     distinct = [torch.tensor([2, 0])]
-    return [*calls, (X, distinct, values(2, 4, 2, 5)), (X, [None, *distinct, None], values(3, 2, 1, 5)), (M, [M > 0], S)]
+    return [
+        *calls,
+        (X, distinct, values(2, 4, 2, 5)),
+        (X, [None, *distinct, None], values(3, 2, 1, 5)),
+        (M, [M > 0], S),
+    ]
 
 
 def mask_calls() -> list[tuple[Any, ...]]:
@@ -118,7 +123,9 @@ def bag_calls() -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     tokens, samples = torch.tensor([1, 2, 6, 0, 2, 2]), values(6).abs()
     starts = (torch.tensor([0, 2, 2, 5]), False), (torch.tensor([0, 2, 2, 5, 6]), True), (torch.tensor([0, 6]), False)
-    for dtype, mode, padding, (offsets, last) in itertools.product((torch.float64, torch.float32), (0, 1, 2), (-1, 2, 0), starts):
+    for dtype, mode, padding, (offsets, last) in itertools.product(
+        (torch.float64, torch.float32), (0, 1, 2), (-1, 2, 0), starts
+    ):
         weights = (None, samples.to(dtype)) if mode == 0 else (None,)
         calls += [(values(7, 5).to(dtype), tokens, offsets, False, mode, False, w, last, padding) for w in weights]
     return calls
@@ -140,7 +147,8 @@ BY_HAND: ByHand = {
         (S, torch.tensor([0, 0]), values(2), True),
         (M.t(), torch.tensor(3), S),
     ],
-    aten.masked_scatter.default: [(M, M > 0, values(3, 4)), (M, MASKS[1], values(20)), (V, M > 0, values(12)), (S, torch.tensor(True), V)],
+    aten.masked_scatter.default: [(M, M > 0, values(3, 4)), (M, MASKS[1], values(20)), (V, M > 0, values(12)),
+        (S, torch.tensor(True), V)],
     aten.gather.default: [
         (M, -1, positions(3, 7, below=4)),
         (M, 0, positions(1, 2, below=3)),
@@ -149,15 +157,19 @@ BY_HAND: ByHand = {
         (values(1), 0, torch.tensor(0)),
         (X, 2, positions(2, 4, 3, 5, below=2)),
     ],
-    aten.scatter.src: [(M, -1, along(1, 2, 3, below=4), values(3, 4)), (S, 0, torch.tensor(0), S * 2), (V, 0, torch.tensor(1), S)],
+    aten.scatter.src: [(M, -1, along(1, 2, 3, below=4), values(3, 4)), (S, 0, torch.tensor(0), S * 2),
+        (V, 0, torch.tensor(1), S)],
     aten.scatter.value: [(M, 0, along(0, 2, 4, below=3), 1.5), (S, 0, torch.tensor(0), 2)],
     aten.scatter.reduce: [(M, 1, positions(3, 4, below=4), values(3, 4), {"reduce": r}) for r in ("add", "multiply")],
     aten.scatter.value_reduce: [(M, -1, positions(3, 4, below=4), 1.5, {"reduce": r}) for r in ("add", "multiply")],
-    aten.scatter_add.default: [(M, -1, positions(3, 7, below=4), values(3, 7)), (S, 0, torch.tensor([0, 0]), values(2))],
+    aten.scatter_add.default: [(M, -1, positions(3, 7, below=4), values(3, 7)),
+        (S, 0, torch.tensor([0, 0]), values(2))],
     aten.scatter_reduce.two: [
-        (M, -1, positions(3, 7, below=4), values(3, 7), r, {"include_self": i}) for r in REDUCTIONS for i in (True, False)
+        (M, -1, positions(3, 7, below=4), values(3, 7), r,
+            {"include_self": i}) for r in REDUCTIONS for i in (True, False)
     ],
-    aten.index_select.default: [(X, d, at(d, 3)) for d in range(4)] + [(M, -1, torch.tensor(2)), (M, 0, positions(0, below=1))],
+    aten.index_select.default: [(X, d, at(d, 3)) for d in range(4)] + [(M, -1, torch.tensor(2)),
+        (M, 0, positions(0, below=1))],
     aten.index_add.default: [
         (M, 0, positions(5, below=3), values(5, 4)),
         (X, -2, positions(3, below=2), values(3, 4, 3, 5), {"alpha": -2.5}),
@@ -168,10 +180,13 @@ BY_HAND: ByHand = {
     ],
     aten.index_copy.default: [(X, -1, along(0, 3, below=5), values(3, 4, 2, 3)), (M, 0, torch.tensor(1), values(1, 4))],
     aten.index_reduce.default: [
-        (M, 1, positions(5, below=4), values(3, 5), r, {"include_self": i}) for r in REDUCTIONS[1:] for i in (True, False)
+        (M, 1, positions(5, below=4), values(3, 5), r,
+            {"include_self": i}) for r in REDUCTIONS[1:] for i in (True, False)
     ],
-    aten.index_fill.int_Scalar: [(M, -1, torch.tensor([0, -1]), 2.5), (M.long(), 0, torch.tensor(2), 7), (S, 0, torch.tensor([0]), 3)],
-    aten.index_fill.int_Tensor: [(M, -1, torch.tensor([0, -1]), S), (X, 1, torch.tensor([3, 3]), S), (S, 0, torch.tensor([0]), S)],
+    aten.index_fill.int_Scalar: [(M, -1, torch.tensor([0, -1]), 2.5), (M.long(), 0, torch.tensor(2), 7),
+        (S, 0, torch.tensor([0]), 3)],
+    aten.index_fill.int_Tensor: [(M, -1, torch.tensor([0, -1]), S), (X, 1, torch.tensor([3, 3]), S),
+        (S, 0, torch.tensor([0]), S)],
     aten.embedding.default: [
         (WEIGHT, TOKENS),
         (WEIGHT, TOKENS, 1),
@@ -232,8 +247,18 @@ def test_a_batched_mask_that_selects_is_an_error() -> None:
 @pytest.mark.parametrize(
     "op",
     [
-        "index_add", "index_copy", "index_select", "index_fill", "index", "index_put", "take", "gather", "scatter_add", "embedding",
-        "embedding_bag", "one_hot",
+        "index_add",
+        "index_copy",
+        "index_select",
+        "index_fill",
+        "index",
+        "index_put",
+        "take",
+        "gather",
+        "scatter_add",
+        "embedding",
+        "embedding_bag",
+        "one_hot",
     ],
 )
 @pytest.mark.parametrize("width", [(), (6,)])

@@ -182,6 +182,8 @@ def by_hand() -> dict[OpOverload, list[Call]]:
         calls.setdefault(flash.default, []).append(((query, key, value, 0.0, causal), options))
         arguments = (rand(*output.shape), query, key, value, output, logsumexp, 0.0, causal)
         calls.setdefault(backward.default, []).append((arguments, options))
+    for op, dims in ((aten.max_pool1d.default, 1), (aten.max_pool2d.default, 2)):
+        calls.setdefault(op, []).append(((rand(2, 3, *[7] * dims), [3] * dims, [2] * dims, [1] * dims), {}))
     return calls
 
 

@@ -30,7 +30,9 @@ F64, F32, I64, I32, BOOL, C64 = (
 )
 MODULES = {Path(module.__file__).name: module for module in (activations, pointwise, reductions, along_dim, factories)}
 MINE = [op for op in BATCHING_RULES if Path(BATCHING_RULES.place(op).rpartition(":")[0]).name in MODULES]
-POINTWISE = [op for op in MINE if BATCHING_RULES.place(op).rpartition(":")[0].endswith(("pointwise.py", "activations.py"))]
+POINTWISE = [
+    op for op in MINE if BATCHING_RULES.place(op).rpartition(":")[0].endswith(("pointwise.py", "activations.py"))
+]
 UNINITIALIZED = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
 
 
@@ -166,7 +168,8 @@ BY_HAND: dict[OpOverload, list[tuple[Any, ...] | Call]] = {
     aten.linalg_vector_norm.default: [(M,), (M, 1, [0], True), (N0, 2, None, True), (M, 3, [1, 0])],
     aten.log_sigmoid_backward.default: [(M, M * 2, M * 3)],
     aten.logsumexp.default: [(N0, []), (N0, [0], True), (M, [0, 1])],
-    aten.masked_fill.Tensor: [(M, MASK, N0), (V, MASK, N0), (N0, MASK, N0), (M, MASK[0, 0], example(I64, ())), (M.long(), MASK, N0)],
+    aten.masked_fill.Tensor: [(M, MASK, N0), (V, MASK, N0), (N0, MASK, N0), (M, MASK[0, 0], example(I64, ())),
+        (M.long(), MASK, N0)],
     aten.median.default: [(M,), (N0,)],
     aten._new_zeros_with_same_feature_meta.default: [(M, M)],
     aten.new_empty_strided.default: [(M, [2, 3], [1, 2]), (M, [2, 0], [3, 1]), (M, [], [])],
@@ -179,7 +182,8 @@ BY_HAND: dict[OpOverload, list[tuple[Any, ...] | Call]] = {
     aten.special_log_softmax.default: [(M, 1), (N0, 0)],
     aten.special_logsumexp.default: [(M, [1]), (M, [0, 1], True)],
     aten.special_softmax.default: [(M, 1), ((M, 0, F32), {})],
-    aten.sum.dim_IntList: [(M, []), (M, None), (M, None, True), (N0, []), (N0, [0], True), ((M.long(), [1]), {"dtype": F32})],
+    aten.sum.dim_IntList: [(M, []), (M, None), (M, None, True), (N0, []), (N0, [0], True),
+        ((M.long(), [1]), {"dtype": F32})],
     aten.to.device: [(M, torch.device("cpu"), F32), (M, torch.device("cpu"), I64)],
     aten.to.other: [(M, V.float()), (M, V.long())],
     aten.trace.default: [(M,), (M.long(),), (MASK,), (M.t(),)],
@@ -260,12 +264,16 @@ def test_numbers_stay_numbers() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("op", [aten.clone.default, aten.contiguous.default, aten.empty_like.default, aten.zeros_like.default])
+@pytest.mark.parametrize(
+    "op", [aten.clone.default, aten.contiguous.default, aten.empty_like.default, aten.zeros_like.default]
+)
 @pytest.mark.parametrize("bdim", range(5))
 def test_memory_format_is_that_of_the_example(op: OpOverload, bdim: int) -> None:
     x = torch.randn(2, 3, 4, 5, 6)
     for memory_format in torch.channels_last, torch.contiguous_format:
-        output, out_dim = BATCHING_RULES.get(op)(BatchInfo(x.shape[bdim], "error"), (bdim,), x, memory_format=memory_format)
+        output, out_dim = BATCHING_RULES.get(op)(
+            BatchInfo(x.shape[bdim], "error"), (bdim,), x, memory_format=memory_format
+        )
         for one in output.unbind(out_dim):
             assert one.is_contiguous(memory_format=memory_format)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from batching_checker import Call
+from recorder import noted
 from rule_cases import ByHand, by_hand, compare_all, declines, quiet_thread, record, rules_of, values
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import functrans
 from functrans.interpreters.vmap.rules import distances, products
@@ -35,8 +35,16 @@ NAN = torch.full((3, 5), torch.nan, dtype=torch.float64)
 def linear_calls() -> list[tuple[Any, ...]]:
     inputs = [values(4), values(3, 4), values(2, 3, 4), values(0, 4), values(3, 2, 4).transpose(0, 1)]
     calls: list[tuple[Any, ...]] = [(x, values(5, 4), *bias) for x in inputs for bias in ((), (values(5),))]
-    wide = [(values(*lead, 64), values(65, 64), *bias) for lead in ((3,), (2, 3), (0,), ()) for bias in ((), (values(65),))]
-    return [*calls, *wide, (values(3, 1), values(5, 1), values(5)), (values(3, 1), values(5, 1)), (values(3, 4), values(4))]
+    wide = [
+        (values(*lead, 64), values(65, 64), *bias) for lead in ((3,), (2, 3), (0,), ()) for bias in ((), (values(65),))
+    ]
+    return [
+        *calls,
+        *wide,
+        (values(3, 1), values(5, 1), values(5)),
+        (values(3, 1), values(5, 1)),
+        (values(3, 4), values(4)),
+    ]
 
 
 def pdist_calls(backward: bool) -> list[tuple[Any, ...]]:
@@ -59,7 +67,8 @@ A, B = values(2, 3, 4), values(2, 4, 5)
 
 BY_HAND: ByHand = {
     aten.matmul.default: [(x, y) for x in LEFT for y in RIGHT if x.dim() < 4 or y.dim() < 3]
-    + [(values(3, 1), values(1, 4)), (values(2, 3, 1), values(1, 4)), (values(1), values(1, 4)), (INTEGERS, INTEGERS.t())],
+    + [(values(3, 1), values(1, 4)), (values(2, 3, 1), values(1, 4)), (values(1), values(1, 4)),
+        (INTEGERS, INTEGERS.t())],
     aten.linalg_matmul.default: [(values(3, 4), values(4, 5))],
     aten.mm.default: [
         (values(3, 4), values(4, 5)),
@@ -73,7 +82,8 @@ BY_HAND: ByHand = {
         (INTEGERS.repeat(6, 1).t(), INTEGERS.repeat(6, 6)),
     ],
     aten.bmm.default: [(A, B), (A[:, :, :1], B[:, :1]), (A[:1], B[:1]), (A[:, :0], B)],
-    aten.mv.default: [(values(3, 4), values(4)), (values(3, 0), values(0)), (values(3, 1), values(1)), (INTEGERS, INTEGERS[0])],
+    aten.mv.default: [(values(3, 4), values(4)), (values(3, 0), values(0)), (values(3, 1), values(1)),
+        (INTEGERS, INTEGERS[0])],
     aten.dot.default: [(values(4), values(4)), (values(1), values(1)), (INTEGERS[0], INTEGERS[1])],
     aten.vdot.default: [(values(4, dtype=torch.complex128), values(4, dtype=torch.complex128, seed=1))],
     aten.outer.default: [(values(3), values(4)), (values(3).float(), values(4)), (INTEGERS[0], values(3))],
@@ -119,25 +129,13 @@ def test_every_hand_made_call_has_a_rule() -> None:
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.mv.default, aten.baddbmm.default}
 
 
-class Counter(TorchDispatchMode):
-    """The products that reach the base, with the shapes of their operands."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op in PRODUCTS:
-            self.seen.append((op._schema.name[6:], [tuple(a.shape) for a in args]))
-        return op(*args, **(kwargs or {}))
-
-
 def products_of(op: OpOverload, in_dims: tuple[Any, ...], *args: torch.Tensor) -> list[Any]:
+    """The products that the rule runs, with the shapes of their operands."""
     rule = BATCHING_RULES.get(op)
     assert rule is not None
-    with Counter() as counter:
+    with noted(PRODUCTS.__contains__) as calls:
         rule(BatchInfo(7, "error"), in_dims, *args)
-    return counter.seen
+    return [(call.op._schema.name[6:], [tuple(a.shape) for a in call.args]) for call in calls]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,8 @@ def products_of(op: OpOverload, in_dims: tuple[Any, ...], *args: torch.Tensor) -
         (aten.mv.default, (None, 0), (values(3, 4), values(7, 4)), ("mm", [(3, 4), (4, 7)])),
         (aten.bmm.default, (0, None), (values(7, 2, 3, 4), values(2, 4, 5)), ("bmm", [(2, 21, 4), (2, 4, 5)])),
         (aten.bmm.default, (None, 0), (values(2, 3, 4), values(7, 2, 4, 5)), ("bmm", [(2, 3, 4), (2, 4, 35)])),
-        (aten.linear.default, (0, None, None), (values(7, 3, 4), values(5, 4), values(5)), ("addmm", [(5,), (21, 4), (4, 5)])),
+        (aten.linear.default, (0, None, None), (values(7, 3, 4), values(5, 4), values(5)),
+            ("addmm", [(5,), (21, 4), (4, 5)])),
         (aten.linear.default, (None, 0, None), (values(3, 4), values(7, 5, 4), values(5)), ("mm", [(3, 4), (4, 35)])),
         (aten.linear.default, (None, 0), (values(3, 64), values(7, 65, 64)), ("bmm", [(7, 3, 64), (7, 64, 65)])),
         (aten.mm.default, (None, 0), (values(3, 4), values(7, 4, 18)), ("bmm", [(7, 3, 4), (7, 4, 18)])),
@@ -164,7 +163,11 @@ def test_batched_with_unbatched_is_one_product(op: OpOverload, in_dims: Any, arg
 
 @pytest.mark.parametrize(
     ("in_dims", "x", "y"),
-    [((None, 0), values(3, 4), values(7, 4, 18)), ((0, None), values(7, 4, 18).mT, values(4, 5)), ((0, None), values(7, 18, 4), values(4, 5))],
+    [
+        ((None, 0), values(3, 4), values(7, 4, 18)),
+        ((0, None), values(7, 4, 18).mT, values(4, 5)),
+        ((0, None), values(7, 18, 4), values(4, 5)),
+    ],
 )
 def test_operands_are_not_copied(in_dims: Any, x: torch.Tensor, y: torch.Tensor) -> None:
     rule = BATCHING_RULES.get(aten.mm.default)
@@ -194,7 +197,10 @@ def test_examples_that_pytorch_refuses_are_declined(op: OpOverload, in_dims: tup
 
 
 def test_an_addend_of_more_dimensions_than_the_product() -> None:
-    for op, args in ((torch.addmm, (values(2, 3, 5), values(3, 4), values(4, 5))), (torch.addmv, (values(2, 3), values(3, 4), values(4)))):
+    for op, args in (
+        (torch.addmm, (values(2, 3, 5), values(3, 4), values(4, 5))),
+        (torch.addmv, (values(2, 3), values(3, 4), values(4))),
+    ):
         with pytest.raises(RuntimeError):
             op(*args)
         for k in range(3):
@@ -207,7 +213,8 @@ def test_an_addend_of_more_dimensions_than_the_product() -> None:
 def test_gradients_of_a_layer(in_dims: tuple[int | None, ...]) -> None:
     shapes = [(2, 4), (5, 4), (5,)]
     args = [
-        values(*shape) if d is None else values(3, *shape).movedim(0, d).contiguous() for shape, d in zip(shapes, in_dims)
+        values(*shape) if d is None else values(3, *shape).movedim(0, d).contiguous()
+        for shape, d in zip(shapes, in_dims)
     ]
 
     def gradients(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:

@@ -91,14 +91,20 @@ def first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def run_rule(op: OpOverload, randomness: str, size: int, dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+def run_rule(
+    op: OpOverload, randomness: str, size: int, dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
     return seeded(random_rule, BatchInfo(size, randomness), op, dims, args, keywords(op))
 
 
-def batched(args: tuple[Any, ...], size: int, bdim: int = 1) -> tuple[tuple[Any, ...], tuple[Any, ...], list[tuple[Any, ...]]]:
+def batched(
+    args: tuple[Any, ...], size: int, bdim: int = 1
+) -> tuple[tuple[Any, ...], tuple[Any, ...], list[tuple[Any, ...]]]:
     """Physical arguments, their batch dimensions and the arguments of each example, all tensors batched."""
     examples = [tuple(a * (1 - 0.1 * i) if isinstance(a, Tensor) else a for a in args) for i in range(size)]
-    physical = tuple(torch.stack(column, bdim) if isinstance(column[0], Tensor) else column[0] for column in zip(*examples))
+    physical = tuple(
+        torch.stack(column, bdim) if isinstance(column[0], Tensor) else column[0] for column in zip(*examples)
+    )
     return physical, tuple(bdim if isinstance(a, Tensor) else None for a in args), examples
 
 
@@ -176,7 +182,11 @@ def test_batched_and_same_shares_the_draw(op: OpOverload) -> None:
     physical, dims, examples = batched(ALL[op], 3)
     output, out_dims = run_rule(op, "same", 3, dims, physical)
     for i, example in enumerate(examples):
-        for got, dim, one in zip(tree_flatten(output)[0], (tree_flatten(out_dims)[0] or [None] * 2), tree_flatten(seeded(op, *example, **keywords(op)))[0]):
+        for got, dim, one in zip(
+            tree_flatten(output)[0],
+            (tree_flatten(out_dims)[0] or [None] * 2),
+            tree_flatten(seeded(op, *example, **keywords(op)))[0],
+        ):
             torch.testing.assert_close(got if dim is None else got.select(dim, i), one)
 
 
@@ -209,8 +219,12 @@ def test_parameters_stay_with_their_example() -> None:
         return output.movedim(out_dim, 0)
 
     assert torch.equal(drawn(aten.bernoulli.default, (1,), by_column), certain)
-    assert torch.equal(drawn(aten.bernoulli.Tensor, (None, 1), torch.zeros(2, 3), by_column), certain[:, None].expand(3, 2, 3))
-    assert torch.equal(drawn(aten.bernoulli.Tensor, (0, None), torch.zeros(3, 2, 3), certain[0]), certain[0].expand(3, 2, 3))
+    assert torch.equal(
+        drawn(aten.bernoulli.Tensor, (None, 1), torch.zeros(2, 3), by_column), certain[:, None].expand(3, 2, 3)
+    )
+    assert torch.equal(
+        drawn(aten.bernoulli.Tensor, (0, None), torch.zeros(3, 2, 3), certain[0]), certain[0].expand(3, 2, 3)
+    )
     assert torch.equal(drawn(aten.poisson.default, (1,), by_column * 0), certain * 0)
     assert torch.equal(drawn(aten.normal.Tensor_float, (1, None), by_column, 0.0), certain)
     means, widths = torch.arange(3.0), torch.zeros(2, 3)

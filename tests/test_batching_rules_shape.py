@@ -81,7 +81,8 @@ BY_HAND: ByHand = {
     aten.pixel_unshuffle.default: [(values(1, 4, 6), 2)],
     aten.reflection_pad1d.default: [(LINE[0], [1, 2])],
     aten.reflection_pad2d.default: [(PLANE, [1, 2, 2, 0]), (PLANE[0], [1, 0, 0, 1])],
-    aten.reflection_pad2d_backward.default: [(values(2, 3, 6, 8), PLANE, [1, 2, 2, 0]), (values(3, 4, 6), PLANE[0], [1, 0, 0, 0])],
+    aten.reflection_pad2d_backward.default: [(values(2, 3, 6, 8), PLANE, [1, 2, 2, 0]),
+        (values(3, 4, 6), PLANE[0], [1, 0, 0, 0])],
     aten.reflection_pad3d.default: [(SPACE, [1, 2, 2, 0, 1, 1]), (SPACE[0], [1, 0, 0, 1, 0, 0])],
     aten.reflection_pad3d_backward.default: [(values(1, 2, 4, 4, 8), SPACE, [1, 2, 0, 0, 1, 0])],
     aten.replication_pad3d.default: [(SPACE, [1, 2, 2, 0, 1, 1]), (SPACE[0], [1, 0, 0, 1, 0, 0])],
@@ -107,7 +108,8 @@ BY_HAND: ByHand = {
     aten.atleast_3d.default: [(S,), (V,), (M,), (Q,)],
     aten.broadcast_tensors.default: [([S, V, values(3, 1)],)],
     aten.meshgrid.default: [([V, values(3), S],)],
-    aten.meshgrid.indexing: [([V, values(3), S], {"indexing": "xy"}), ([V], {"indexing": "xy"}), ([V, S], {"indexing": "ij"})],
+    aten.meshgrid.indexing: [([V, values(3), S], {"indexing": "xy"}), ([V], {"indexing": "xy"}),
+        ([V, S], {"indexing": "ij"})],
     aten.block_diag.default: [([M, V, S, values(2, 0)],), ([M.float(), M],)],
 }  # fmt: skip
 
@@ -130,7 +132,10 @@ def test_a_batch_of_one_is_never_squeezed() -> None:
 
 def test_views_are_not_copied() -> None:
     x = values(3, 4, 5)
-    assert functrans.vmap(lambda x: x.t().unsqueeze(1)[1:, 0, 2].reshape(2, 2))(x).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert (
+        functrans.vmap(lambda x: x.t().unsqueeze(1)[1:, 0, 2].reshape(2, 2))(x).untyped_storage().data_ptr()
+        == x.untyped_storage().data_ptr()
+    )
 
 
 @pytest.mark.parametrize(

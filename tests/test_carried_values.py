@@ -1,4 +1,6 @@
-"""What a transform by a table carries, and what its rules return: a payload that would get lost is refused where it happens."""
+"""What a transform by a table carries, and what its rules return:
+a payload that would get lost is refused where it happens.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_rules_that_are_right() -> None:
 
 
 def carrying(make: Callable[[Any, Any], Any]) -> Callable[[Tensor], Any]:
-    """A function of a tensor that runs ``make(interpreter, x)`` in a transformed function, where x is of the transform's level."""
+    """A function of a tensor that runs ``make(interpreter, x)`` in a transformed function,
+    where x is of the transform's level.
+    """
 
     def run(x: Tensor) -> Any:
         interpreter = SlopeInterpreter(make)
@@ -114,7 +118,9 @@ def carrying(make: Callable[[Any, Any], Any]) -> Callable[[Tensor], Any]:
         lambda i, x: vmap(lambda y: i.carry(x.value, u=y))(torch.stack([x.value, x.value])),
     ],
 )
-@pytest.mark.parametrize("around", [lambda f: f, lambda f: grad(lambda x: f(x).sum()), lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x]))])
+@pytest.mark.parametrize(
+    "around", [lambda f: f, lambda f: grad(lambda x: f(x).sum()), lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x]))]
+)
 def test_what_is_carried_is_of_the_levels_below(make: Callable[..., Any], around: Callable[..., Any]) -> None:
     with pytest.raises(CarriedValueError):
         around(carrying(make))(X)
@@ -168,10 +174,13 @@ def test_texts_of_carried_values() -> None:
         with pytest.raises(CarriedValueError) as info:
             carrying(make)(X)
         found.append(str(info.value))
-    assert_expected_inline("\n".join(found), """\
+    assert_expected_inline(
+        "\n".join(found),
+        """\
 carry of slope(<lambda>) at level 1, u: got float64[3] of slope(<lambda>) at level 1; expected values of the levels below 1. What code in the transformed function makes is of this level: compute what is carried from x.value, in a rule or inside `with lowered(interpreter):`, where code runs one level down.
 carry of slope(<lambda>) at level 1, value: got float64[3] of grad(<lambda>) at level 2; expected values of the levels below 1. That level is further in: compute what is carried inside `with running_at(interpreter.below):`, from values of that level.
-carry of slope(<lambda>) at level 1, value: got a float; expected a tensor. Numbers and the like are payload.""")
+carry of slope(<lambda>) at level 1, value: got a float; expected a tensor. Numbers and the like are payload.""",  # noqa: E501
+    )
 
 
 # ---- what rules return
@@ -198,7 +207,9 @@ def returning(make: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         lambda i, x: wrap(i, x.value.sin()),  # a wrapper by hand, without what is carried
     ],
 )
-@pytest.mark.parametrize("around", [lambda f: f, lambda f: grad(lambda x: f(x).sum()), lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x]))])
+@pytest.mark.parametrize(
+    "around", [lambda f: f, lambda f: grad(lambda x: f(x).sum()), lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x]))]
+)
 def test_what_a_rule_may_not_return(make: Callable[..., Any], around: Callable[..., Any]) -> None:
     with rule_of(aten.sin.default, returning(make)), pytest.raises(RuleResultError):
         around(lambda x: slope(torch.sin, x))(X)
@@ -234,7 +245,10 @@ def test_operators_with_several_outputs(op: Any, call: Callable[..., Any], make:
 
 
 def test_operators_with_several_outputs_whose_rules_are_right() -> None:
-    with rule_of(aten.max.dim, returning(lambda i, x: (i.carry(x.value.max(0)[0], u=x.u[x.value.argmax()]), i.constant(x.value.argmax())))):
+    with rule_of(
+        aten.max.dim,
+        returning(lambda i, x: (i.carry(x.value.max(0)[0], u=x.u[x.value.argmax()]), i.constant(x.value.argmax()))),
+    ):
         assert slope(lambda x: x.max(0)[0], X) == 1
         assert slope(lambda x: x.max(0).values, X) == 1
     with rule_of(aten.unbind.int, returning(lambda i, x: [i.carry(v, u=u) for v, u in zip(x.value, x.u, strict=True)])):
@@ -250,16 +264,24 @@ def test_the_shape_of_a_result_that_depends_on_numbers_is_the_rules() -> None:
 
 def test_texts_of_results() -> None:
     found = []
-    for make in (lambda i, x: x.value.sin(), lambda i, x: None, lambda i, x: i.carry(x.value.sum(), u=x.u), lambda i, x: wrap(i, x.value)):
+    for make in (
+        lambda i, x: x.value.sin(),
+        lambda i, x: None,
+        lambda i, x: i.carry(x.value.sum(), u=x.u),
+        lambda i, x: wrap(i, x.value),
+    ):
         with rule_of(aten.sin.default, returning(make)), pytest.raises(RuleResultError) as info:
             vmap(lambda x: slope(torch.sin, x))(torch.stack([X, X]))
         found.append(text(info.value))
     with rule_of(aten.max.dim, returning(lambda i, x: x)), pytest.raises(RuleResultError) as info:
         slope(lambda x: x.max(0), X)
     found.append(text(info.value))
-    assert_expected_inline("\n".join(found), """\
+    assert_expected_inline(
+        "\n".join(found),
+        """\
 the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got float64[3] of vmap(<lambda>) at level 1; expected a tensor of slope(sin) at level 2. Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
 the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got None; expected a tensor of slope(sin) at level 2. Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
 the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got float64[]; expected shape [3], the operator's for these arguments. Mend the rule.
 the rule for aten.sin.default of slope(sin) at level 2, registered at test_carried_values.py:N: got a tensor without u; expected one made by carry of slope(sin). Return interpreter.carry(value, u=...); interpreter.constant(value) where nothing is carried.
-the rule for aten.max.dim of slope(<lambda>) at level 1, registered at test_carried_values.py:N: got float64[3] of slope(<lambda>) at level 1; expected a tuple of 2, one for each output of aten::max.dim(Tensor self, int dim, bool keepdim=False) -> (Tensor values, Tensor indices). Return them all.""")
+the rule for aten.max.dim of slope(<lambda>) at level 1, registered at test_carried_values.py:N: got float64[3] of slope(<lambda>) at level 1; expected a tuple of 2, one for each output of aten::max.dim(Tensor self, int dim, bool keepdim=False) -> (Tensor values, Tensor indices). Return them all.""",  # noqa: E501
+    )

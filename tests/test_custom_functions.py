@@ -330,7 +330,9 @@ def test_custom_op_at_the_base_under_autograd() -> None:
     calls = {
         "grad": lambda x: grad(lambda a: (a * cube(x)).sum())(torch.ones(3, dtype=X.dtype)),
         "vjp": lambda x: vjp(cube, x)[0],
-        "jvp": lambda x: jvp(lambda a: a * cube(x), (torch.ones(3, dtype=X.dtype),), (torch.ones(3, dtype=X.dtype),))[1],
+        "jvp": lambda x: jvp(lambda a: a * cube(x), (torch.ones(3, dtype=X.dtype),), (torch.ones(3, dtype=X.dtype),))[
+            1
+        ],
         "vmap": lambda x: vmap(lambda a: a * cube(x))(torch.ones(1, 1, dtype=X.dtype))[0],
         # an operator of the library's own that has a rule in the table: it runs at the base, one level below
         "vjp by the table": lambda x: vjp(lambda x: torch.linalg.matrix_norm(torch.diag(x**3 + 2), "nuc"), x)[0],

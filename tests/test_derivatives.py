@@ -21,10 +21,13 @@ from functrans.derivatives import activations, binary, pointwise, reductions, sc
 from functrans.derivatives.table import DERIVATIVES, Derivative
 
 aten = torch.ops.aten
-FAMILIES = {Path(m.__file__) for m in (activations, binary, pointwise, reductions, scans, selections, splits, ties, views)}
+FAMILIES = {
+    Path(m.__file__) for m in (activations, binary, pointwise, reductions, scans, selections, splits, ties, views)
+}
 ENTRIES = [op for op in DERIVATIVES if Path(DERIVATIVES.place(op).rsplit(":", 1)[0]) in FAMILIES]
 
-#: Where PyTorch's first derivative is NaN, or its forward formula loses digits, although the answer is finite and known.
+#: Where PyTorch's first derivative is NaN, or its forward formula loses digits,
+#: although the answer is finite and known.
 BETTER_THAN_PYTORCH = {
     aten.fmax.default,  # forward and reverse mode disagree at ties
     aten.clamp.Tensor,
@@ -428,7 +431,9 @@ def test_distances_have_second_derivatives(kind: str) -> None:
     torch.testing.assert_close(twice, torch.func.grad(lambda x: (torch.func.grad(plain)(x) * x.cos()).sum())(x))
     batch = torch.stack([x, 2 * x])
     got = functrans.vmap(lambda x: functrans.jvp(functrans.grad(ours), (x,), (x,))[1])(batch)
-    torch.testing.assert_close(got, torch.func.vmap(lambda x: torch.func.jvp(torch.func.grad(plain), (x,), (x,))[1])(batch))
+    torch.testing.assert_close(
+        got, torch.func.vmap(lambda x: torch.func.jvp(torch.func.grad(plain), (x,), (x,))[1])(batch)
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]] = {
@@ -436,7 +441,12 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]
     "huber_loss": (lambda x: F.huber_loss(x**2, x.cos(), delta=0.7), (4, 3)),
     "attention": (lambda q: F.scaled_dot_product_attention(q, q.sin(), q).square().sum(), (1, 2, 4, 3)),
     "embedding_bag": (lambda w: F.embedding_bag(torch.tensor([[0, 2], [3, 3]]), w).exp().sum(), (4, 3)),
-    "grid_sample": (lambda x: F.grid_sample(x[..., :4], x[0, :, :, 3:].unsqueeze(0).tanh() * 0.9, align_corners=False).square().sum(), (1, 3, 3, 5)),
+    "grid_sample": (
+        lambda x: (
+            F.grid_sample(x[..., :4], x[0, :, :, 3:].unsqueeze(0).tanh() * 0.9, align_corners=False).square().sum()
+        ),
+        (1, 3, 3, 5),
+    ),
 }
 
 

@@ -133,4 +133,6 @@ def test_the_kernel_for_cpus_and_both_of_its_outputs(given):
     second = (grad(line)(torch.tensor(step).double()) - grad(line)(torch.tensor(-step).double())) / (2 * step)
     torch.testing.assert_close(grad(grad(line))(torch.tensor(0.0, dtype=torch.float64)), second, rtol=1e-5, atol=1e-5)
     rows = torch.stack([inputs[0], inputs[0] * 0.5, -inputs[0]])
-    torch.testing.assert_close(vmap(lambda q: grad(f)(q, *inputs[1:]))(rows), torch.stack([grad(f)(q, *inputs[1:]) for q in rows]))
+    torch.testing.assert_close(
+        vmap(lambda q: grad(f)(q, *inputs[1:]))(rows), torch.stack([grad(f)(q, *inputs[1:]) for q in rows])
+    )

@@ -34,9 +34,18 @@ def definite(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def solver_calls(dtype: torch.dtype) -> list[Call]:
     calls: list[Call] = []
-    for a, b in (((3, 3), (3,)), ((3, 3), (3, 2)), ((2, 3, 3), (2, 3)), ((2, 3, 3), (3,)), ((2, 1, 3, 3), (4, 3, 2)), ((3, 3), (2, 3, 2))):
+    for a, b in (
+        ((3, 3), (3,)),
+        ((3, 3), (3, 2)),
+        ((2, 3, 3), (2, 3)),
+        ((2, 3, 3), (3,)),
+        ((2, 1, 3, 3), (4, 3, 2)),
+        ((3, 3), (2, 3, 2)),
+    ):
         calls.append(Call(aten._linalg_solve_ex.default, (randn(*a, dtype=dtype), randn(*b, dtype=dtype)), {}))
-    calls.append(Call(aten._linalg_solve_ex.default, (randn(2, 3, 3, dtype=dtype), randn(4, 3, dtype=dtype)), {"left": False}))
+    calls.append(
+        Call(aten._linalg_solve_ex.default, (randn(2, 3, 3, dtype=dtype), randn(4, 3, dtype=dtype)), {"left": False})
+    )
     for upper, left, unit in itertools.product((False, True), repeat=3):
         for a, b in (((3, 3), (3, 3)), ((2, 3, 3), (3, 3)), ((3, 3), (2, 3, 3))):
             options = {"upper": upper, "left": left, "unitriangular": unit}
@@ -57,7 +66,7 @@ def cholesky_calls(dtype: torch.dtype) -> list[Call]:
     return calls
 
 
-#: PyTorch's derivatives by a factor are not zero in the triangle that is not read (torch 2.14): here it is cut off before.
+#: PyTorch's derivatives by a factor are not zero in the triangle that is not read (torch 2.14): here it is cut off.
 #: Its tangent of a Cholesky factor is not the transpose of its gradient: here the matrix is made Hermitian before.
 WHAT_IS_READ: dict[Any, Callable[..., Any]] = {
     aten.linalg_cholesky_ex.default: lambda a, upper: torch.linalg.cholesky_ex((a + a.mH) / 2, upper=upper),
@@ -73,7 +82,9 @@ def test_linear_algebra(dtype: torch.dtype) -> None:
     for shape in ((3, 3), (2, 1, 3, 3)):
         calls.append(Call(aten.linalg_inv_ex.default, (randn(*shape, dtype=dtype),)))
         calls.append(Call(aten._linalg_slogdet.default, (randn(*shape, dtype=dtype),)))
-    assert {call.op for call in calls} == {op for op in ENTRIES if DERIVATIVES.place(op).startswith(str(linalg.__file__))}
+    assert {call.op for call in calls} == {
+        op for op in ENTRIES if DERIVATIVES.place(op).startswith(str(linalg.__file__))
+    }
     for call in calls:
         # A factor is of the Hermitian part, or of the lower triangle; beyond the first order PyTorch mixes the two.
         order = 1 if call.op is aten.linalg_cholesky_ex.default else 2
@@ -151,7 +162,9 @@ def test_higher_derivatives_of_a_cholesky_factor(upper: bool) -> None:
     expected = torch.autograd.functional.hessian(f, root)
     torch.testing.assert_close(functrans.hessian(f)(root), expected)
     torch.testing.assert_close(functrans.jacrev(functrans.jacrev(f))(root), expected)
-    third = torch.autograd.functional.jacobian(lambda r: torch.autograd.functional.hessian(f, r, create_graph=True), root)
+    third = torch.autograd.functional.jacobian(
+        lambda r: torch.autograd.functional.hessian(f, r, create_graph=True), root
+    )
     torch.testing.assert_close(functrans.jacfwd(functrans.hessian(f))(root), third)
 
 

@@ -104,7 +104,10 @@ def test_layouts_that_cannot_be_wrapped(convert):
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"include_last_offset": True}], ids=str)
 def test_embedding_bag(mode, options):
-    indices, offsets = torch.tensor([0, 2, 2, 1, 4]), torch.tensor([0, 0, 3, 5] if options.get("include_last_offset") else [0, 0, 3])
+    indices, offsets = (
+        torch.tensor([0, 2, 2, 1, 4]),
+        torch.tensor([0, 0, 3, 5] if options.get("include_last_offset") else [0, 0, 3]),
+    )
     check(lambda w: torch.nn.functional.embedding_bag(indices, w, offsets, mode=mode, **options), some(5, 3))
 
 

@@ -71,7 +71,9 @@ def test_formulas_of_ours(name: str) -> None:
     first, second, third = along(total), along(along(total)), along(along(along(total)))
     for order, (lower, upper) in enumerate(((total, first), (first, second), (second, third)), 1):
         (slope,) = differences(lambda x, g=lower: (g(x),), x, v, 1e-5)
-        torch.testing.assert_close(upper(x), slope, rtol=1e-6, atol=1e-6, msg=lambda m, order=order: f"order {order}: {m}")
+        torch.testing.assert_close(
+            upper(x), slope, rtol=1e-6, atol=1e-6, msg=lambda m, order=order: f"order {order}: {m}"
+        )
     torch.testing.assert_close((grad(total)(x) * v).sum(), first(x))
     torch.testing.assert_close((grad(first)(x) * v).sum(), second(x))
     torch.testing.assert_close((hessian(total)(x) * v).sum(), (grad(lambda x: grad(total)(x).sum())(x) * v).sum())
@@ -111,7 +113,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
     "ldl_factor": (lambda a: torch.linalg.ldl_factor(torch.diag(a) + 1)[0], POSITIVE),
     "histogram": (lambda a: torch.histogram(POSITIVE, 2, weight=a)[0], POSITIVE),
     "quantised with a scale": (
-        lambda a: torch.fake_quantize_per_channel_affine(torch.diag(POSITIVE), a, torch.zeros(3, dtype=torch.int32), 0, 0, 9), POSITIVE.float(),
+        lambda a: torch.fake_quantize_per_channel_affine(
+            torch.diag(POSITIVE), a, torch.zeros(3, dtype=torch.int32), 0, 0, 9
+        ),
+        POSITIVE.float(),
     ),
 }  # fmt: skip
 
@@ -142,7 +147,9 @@ def test_the_cure_of_the_message() -> None:
         derivative(
             op,
             tangent="elementwise",
-            self=lambda grad, self, other: grad * (torch.igamma(self + step, other) - torch.igamma(self - step, other)) / (2 * step),
+            self=lambda grad, self, other: (
+                grad * (torch.igamma(self + step, other) - torch.igamma(self - step, other)) / (2 * step)
+            ),
             other=lambda grad, self, other: grad * ((self - 1) * other.log() - other - torch.lgamma(self)).exp(),
         )
         found = grad(lambda a: torch.igamma(a, POSITIVE).sum())(POSITIVE)
@@ -174,7 +181,11 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_tensor_in_the_place_of_a_number_is_refused(name: str) -> None:
     f, x = NUMBERS[name], torch.tensor(0.5, dtype=torch.float64)
-    for run in (lambda: grad(lambda x: f(x).sum())(x), lambda: jvp(f, (x,), (x,)), lambda: vmap(grad(lambda y: f(x * y).sum()))(Y)):
+    for run in (
+        lambda: grad(lambda x: f(x).sum())(x),
+        lambda: jvp(f, (x,), (x,)),
+        lambda: vmap(grad(lambda y: f(x * y).sum()))(Y),
+    ):
         with pytest.raises(errors.FunctransError) as caught:
             run()
         assert isinstance(caught.value, (errors.NumberArgumentError, errors.DataDependentError))
@@ -188,7 +199,15 @@ def test_a_tensor_in_the_place_of_a_number_is_refused(name: str) -> None:
 
 def test_asking_for_the_number_is_allowed() -> None:
     x = torch.tensor(0.5, dtype=torch.float64)
-    read = (float, lambda x: x.item(), lambda x: math.sqrt(x) ** 2, lambda x: x.tolist(), lambda x: float(f"{x:.1f}"), complex, aten.item.default)
+    read = (
+        float,
+        lambda x: x.item(),
+        lambda x: math.sqrt(x) ** 2,
+        lambda x: x.tolist(),
+        lambda x: float(f"{x:.1f}"),
+        complex,
+        aten.item.default,
+    )
     for ask in read:
         f = lambda x, ask=ask: (x * ask(x)).real if isinstance(ask(x), complex) else x * ask(x)
         torch.testing.assert_close(grad(f)(x), x)
@@ -286,7 +305,9 @@ def test_operators_whose_arguments_have_to_fit(name: str) -> None:
 @pytest.mark.parametrize("unitriangular", [False, True])
 @pytest.mark.parametrize("upper", [False, True])
 def test_triangular_solve_reads_one_triangle(upper: bool, transpose: bool, unitriangular: bool) -> None:
-    matrix = torch.rand(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + torch.eye(3, dtype=torch.float64)
+    matrix = torch.rand(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + torch.eye(
+        3, dtype=torch.float64
+    )
     b = torch.rand(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     f = lambda a, b: torch.triangular_solve(b, a, upper, transpose, unitriangular)[0]
     for found in (verdict("A", 0, lambda a: (f(a, b),), matrix), verdict("b", 1, lambda b: (f(matrix, b),), b)):

@@ -241,7 +241,9 @@ def test_channels_last_group_norm():
 @pytest.mark.parametrize("order", ["jvp", "vjp", "jvp of vjp", "vjp of jvp"])
 @pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm", "instance_norm"])
 def test_autograd_through_transforms_of_a_normalization(name: str, order: str) -> None:
-    """Plain autograd records what a transform computes, and takes the statistics that the operators return for constants."""
+    """Plain autograd records what a transform computes,
+    and takes the statistics that the operators return for constants.
+    """
     weight = torch.tensor([0.7, -1.3, 0.4, 1.1], dtype=torch.float64)
     f = {
         "batch_norm": lambda x: torch.nn.functional.batch_norm(x, None, None, weight, None, True),

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from derivative_checker import Call, Recorder, before_autograd, check_entry, recorded_calls
+from derivative_checker import check_entry, recorded_calls
+from recorder import Call, Recorder, before_autograd
 from torch import Tensor
 
 from functrans.derivatives import convolution, indexing, losses, matmul, pooling, softmax
@@ -18,7 +19,21 @@ aten = torch.ops.aten
 FAMILIES = (convolution, indexing, losses, matmul, pooling, softmax)
 FILES = {m.__file__ for m in FAMILIES}
 ENTRIES = [op for op in DERIVATIVES if DERIVATIVES.place(op).rsplit(":", 1)[0] in FILES]
-OPINFOS = ["__getitem__", "__rmatmul__", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "dot", "gather", "index_add", "index_copy", "index_fill", "index_put", "index_select", "log_softmax", "masked_scatter", "masked_select", "matmul", "max_pool2d_with_indices_backward", "mm", "mv", "outer", "put", "scatter", "scatter_add", "softmax", "take", "take_along_dim", "vdot", "nn.functional.adaptive_avg_pool2d", "nn.functional.adaptive_avg_pool3d", "nn.functional.adaptive_max_pool2d", "nn.functional.adaptive_max_pool3d", "nn.functional.avg_pool1d", "nn.functional.avg_pool2d", "nn.functional.avg_pool3d", "nn.functional.bilinear", "nn.functional.binary_cross_entropy", "nn.functional.binary_cross_entropy_with_logits", "nn.functional.conv1d", "nn.functional.conv2d", "nn.functional.conv3d", "nn.functional.conv_transpose1d", "nn.functional.conv_transpose2d", "nn.functional.conv_transpose3d", "nn.functional.cross_entropy", "nn.functional.embedding", "nn.functional.fractional_max_pool2d", "nn.functional.fractional_max_pool3d", "nn.functional.huber_loss", "nn.functional.interpolate", "nn.functional.linear", "nn.functional.max_pool1d", "nn.functional.max_pool2d", "nn.functional.max_pool3d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d", "nn.functional.mse_loss", "nn.functional.nll_loss", "nn.functional.pad", "nn.functional.pixel_shuffle", "nn.functional.pixel_unshuffle", "nn.functional.scaled_dot_product_attention", "nn.functional.smooth_l1_loss", "nn.functional.soft_margin_loss", "nn.functional.unfold", "nn.functional.upsample_bilinear", "_upsample_bilinear2d_aa"]
+OPINFOS = ["__getitem__", "__rmatmul__", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "dot", "gather",
+    "index_add", "index_copy", "index_fill", "index_put", "index_select", "log_softmax", "masked_scatter",
+    "masked_select", "matmul", "max_pool2d_with_indices_backward", "mm", "mv", "outer", "put", "scatter", "scatter_add",
+    "softmax", "take", "take_along_dim", "vdot", "nn.functional.adaptive_avg_pool2d",
+    "nn.functional.adaptive_avg_pool3d", "nn.functional.adaptive_max_pool2d", "nn.functional.adaptive_max_pool3d",
+    "nn.functional.avg_pool1d", "nn.functional.avg_pool2d", "nn.functional.avg_pool3d", "nn.functional.bilinear",
+    "nn.functional.binary_cross_entropy", "nn.functional.binary_cross_entropy_with_logits", "nn.functional.conv1d",
+    "nn.functional.conv2d", "nn.functional.conv3d", "nn.functional.conv_transpose1d", "nn.functional.conv_transpose2d",
+    "nn.functional.conv_transpose3d", "nn.functional.cross_entropy", "nn.functional.embedding",
+    "nn.functional.fractional_max_pool2d", "nn.functional.fractional_max_pool3d", "nn.functional.huber_loss",
+    "nn.functional.interpolate", "nn.functional.linear", "nn.functional.max_pool1d", "nn.functional.max_pool2d",
+    "nn.functional.max_pool3d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d", "nn.functional.mse_loss",
+    "nn.functional.nll_loss", "nn.functional.pad", "nn.functional.pixel_shuffle", "nn.functional.pixel_unshuffle",
+    "nn.functional.scaled_dot_product_attention", "nn.functional.smooth_l1_loss", "nn.functional.soft_margin_loss",
+    "nn.functional.unfold", "nn.functional.upsample_bilinear", "_upsample_bilinear2d_aa"]
 
 
 # A linear operator's tangent is the operator itself, and this one reads its mask, which the checker forbids.
@@ -95,7 +110,9 @@ def usable(call: Call) -> bool:
 @pytest.fixture(scope="module")
 def calls() -> dict[Any, list[Call]]:
     torch.manual_seed(0)
-    found = {op: list(cs) for op, cs in recorded_calls(ENTRIES, opinfos=OPINFOS, samples_per_opinfo=12, per_op=6).items()}
+    found = {
+        op: list(cs) for op, cs in recorded_calls(ENTRIES, opinfos=OPINFOS, samples_per_opinfo=12, per_op=6).items()
+    }
     for call in more_calls():
         found.setdefault(call.op, []).append(call)
     for op in list(found):
@@ -115,7 +132,9 @@ UNPOOLING = (aten.max_unpool2d.default, aten.max_unpool3d.default)
 
 
 def unpooled(op: Any) -> Any:
-    """``op``, for whose backward PyTorch gives the cotangent of a place to all that wrote there, as a reading of those that stayed."""
+    """``op``, for whose backward PyTorch gives the cotangent of a place to all that wrote there,
+    as a reading of those that stayed.
+    """
 
     def read(x: Tensor, indices: Tensor, *sizes: Any) -> Tensor:
         numbers = torch.arange(1.0, x.numel() + 1, dtype=torch.float64).reshape(x.shape)
@@ -220,4 +239,7 @@ def test_weights_of_binary_cross_entropy():
 def test_values_broadcast_to_one_place_written_often():
     i = torch.tensor([0, 0, 0])
     check_entry(Call(aten.index_put.default, (randn(1), [i], randn(1), True)))
-    check_entry(Call(aten.masked_select.default, (randn(3), torch.tensor([[True, False, True], [True, False, False]]))), ONLY_REVERSE)
+    check_entry(
+        Call(aten.masked_select.default, (randn(3), torch.tensor([[True, False, True], [True, False, False]]))),
+        ONLY_REVERSE,
+    )

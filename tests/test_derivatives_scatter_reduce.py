@@ -33,7 +33,9 @@ FACTORS = {
 def test_products(src: str, start: Tensor, include_self: bool, moving: tuple[int, ...]) -> None:
     args = start, FACTORS[src]
     check_mixes(along(lambda a, b: a.scatter_reduce(0, INDEX, b, "prod", include_self=include_self), args, moving))
-    check_mixes(along(lambda a, b: a.index_reduce(0, INDEX, b, "prod", include_self=include_self), args, moving), order=2)
+    check_mixes(
+        along(lambda a, b: a.index_reduce(0, INDEX, b, "prod", include_self=include_self), args, moving), order=2
+    )
 
 
 @pytest.mark.parametrize("include_self", [True, False])
@@ -48,7 +50,11 @@ def test_matrices(dim: int, reduce: str, include_self: bool) -> None:
         check_mixes(f, radius=0.01, rtol=1e-4)
     rows = torch.tensor([0, 2, 2] if dim == 0 else [0, 2, 2, 1])
     if reduce != "sum":
-        check_mixes(along(lambda a, b: a.index_reduce(dim, rows, b, reduce, include_self=include_self), (a, b)), radius=0.01, rtol=1e-4)
+        check_mixes(
+            along(lambda a, b: a.index_reduce(dim, rows, b, reduce, include_self=include_self), (a, b)),
+            radius=0.01,
+            rtol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("include_self", [True, False])
@@ -66,7 +72,9 @@ def test_batches(reduce: str) -> None:
     def f(a: Tensor, index: Tensor, b: Tensor, t: Tensor) -> Tensor:
         return jvp(lambda b: a.scatter_reduce(0, index, b, reduce), (b,), (t,))[1]
 
-    torch.testing.assert_close(vmap(f)(a, index, b, t), torch.stack([f(*row) for row in zip(a, index, b, t, strict=True)]))
+    torch.testing.assert_close(
+        vmap(f)(a, index, b, t), torch.stack([f(*row) for row in zip(a, index, b, t, strict=True)])
+    )
 
 
 def test_tangent_of_a_product() -> None:

@@ -1,4 +1,6 @@
-"""Functions of ``torch.special`` that PyTorch calls non-differentiable, and their neighbours: orders 1 to 3 against mpmath."""
+"""Functions of ``torch.special`` that PyTorch calls non-differentiable, and their neighbours:
+orders 1 to 3 against mpmath.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def by_vmap(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 STEPS = {"grad": by_grad, "jvp": by_jvp}
-WAYS = [way for order in (1, 2, 3) for way in itertools.product(STEPS, repeat=order)] + [("vmap",), ("vmap", "jvp"), ("grad", "vmap")]
+WAYS = [way for order in (1, 2, 3) for way in itertools.product(STEPS, repeat=order)] + [
+    ("vmap",),
+    ("vmap", "jvp"),
+    ("grad", "vmap"),
+]
 
 
 def derived(f: Callable[[Tensor], Tensor], way: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
@@ -41,7 +47,8 @@ def derived(f: Callable[[Tensor], Tensor], way: tuple[str, ...]) -> Callable[[Te
 
 
 def alternating(f: Callable[[int, Any], Any], signs: tuple[int, int]) -> Callable[[int], Callable[[Any, int], Any]]:
-    """The k-th derivative of a family with ``2 f[n]' = signs[0] f[n - 1] + signs[1] f[n + 1]`` (DLMF 10.6.7, 10.29.5)."""
+    """The k-th derivative of a family with ``2 f[n]' = signs[0] f[n - 1] + signs[1] f[n + 1]`` (DLMF 10.6.7, 10.29.5).
+    """
 
     def of_order(n: int) -> Callable[[Any, int], Any]:
         def differentiated(x: Any, k: int) -> Any:
@@ -75,7 +82,8 @@ def airy(x: Any, k: int) -> Any:
     return (value, slope, x * value, value + x * slope)[k]
 
 
-#: of each function: its derivatives of order 0 to 3, whether it is defined for negative numbers, and how exact PyTorch's values are
+#: of each function: its derivatives of order 0 to 3, whether it is defined for negative numbers,
+#: and how exact PyTorch's values are
 FUNCTIONS: dict[str, tuple[Callable[[Any, int], Any], bool, float]] = {
     "bessel_j0": (J(0), True, 2e-9),
     "bessel_j1": (J(1), True, 2e-9),
@@ -109,7 +117,11 @@ def test_functions_of_one_number(name: str) -> None:
     for way in WAYS:
         got = derived(getattr(special, name), way)(x)
         torch.testing.assert_close(
-            got, expected[len(way)], rtol=1e-9 + inexact, atol=1e-13 + inexact, msg=lambda m, way=way: f"{name}, {way}: {m}"
+            got,
+            expected[len(way)],
+            rtol=1e-9 + inexact,
+            atol=1e-13 + inexact,
+            msg=lambda m, way=way: f"{name}, {way}: {m}",
         )
 
 
@@ -119,11 +131,15 @@ def test_single_precision(name: str) -> None:
     points = [*POINTS[1:], *([-x for x in POINTS[1:]] if negative else [])]
     x = torch.tensor(points)
     with mpmath.workdps(30):
-        expected = [torch.tensor([float(f(mpmath.mpf(float(p)), k)) for p in x], dtype=torch.float64).float() for k in range(3)]
+        expected = [
+            torch.tensor([float(f(mpmath.mpf(float(p)), k)) for p in x], dtype=torch.float64).float() for k in range(3)
+        ]
     for way in (("grad",), ("jvp",), ("grad", "jvp"), ("vmap", "grad")):
         got = derived(getattr(special, name), way)(x)
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected[len(way)], rtol=2e-4, atol=2e-5, msg=lambda m, way=way: f"{name}, {way}: {m}")
+        torch.testing.assert_close(
+            got, expected[len(way)], rtol=2e-4, atol=2e-5, msg=lambda m, way=way: f"{name}, {way}: {m}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,23 +176,29 @@ def normal(x: Any) -> Any:
 
 #: functions that PyTorch differentiates, where its formulas lose digits or overflow at the second or third order
 NEIGHBOURS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Any], Any], tuple[float, ...]]] = {
-    "erfcx": (special.erfcx, lambda x: mpmath.exp(x * x) * mpmath.erfc(x), (-3.0, -0.5, 0.0, 0.5, 3.0, 9.0, 30.0, 1e3, 1e5)),
-    "log_ndtr": (special.log_ndtr, lambda x: mpmath.log(normal(x)), (-1e5, -1e3, -30.0, -19.0, -3.0, 0.0, 0.5, 3.0, 8.0)),
+    "erfcx": (special.erfcx, lambda x: mpmath.exp(x * x) * mpmath.erfc(x),
+        (-3.0, -0.5, 0.0, 0.5, 3.0, 9.0, 30.0, 1e3, 1e5)),
+    "log_ndtr": (special.log_ndtr, lambda x: mpmath.log(normal(x)),
+        (-1e5, -1e3, -30.0, -19.0, -3.0, 0.0, 0.5, 3.0, 8.0)),
     "ndtri": (special.ndtri, lambda p: mpmath.sqrt(2) * mpmath.erfinv(2 * p - 1), (1e-6, 0.1, 0.5, 0.9)),
     "logaddexp": (
-        lambda x: torch.logaddexp(x, torch.zeros_like(x)), lambda x: mpmath.log(1 + mpmath.exp(x)), (-800.0, -40.0, -1.0, 0.0, 2.0, 40.0, 800.0),
+        lambda x: torch.logaddexp(x, torch.zeros_like(x)), lambda x: mpmath.log(1 + mpmath.exp(x)),
+        (-800.0, -40.0, -1.0, 0.0, 2.0, 40.0, 800.0),
     ),
     "logaddexp2": (
-        lambda x: torch.logaddexp2(torch.zeros_like(x), x), lambda x: mpmath.log(1 + 2**x, 2), (-1100.0, -40.0, -1.0, 0.0, 2.0, 40.0, 1100.0),
+        lambda x: torch.logaddexp2(torch.zeros_like(x), x), lambda x: mpmath.log(1 + 2**x, 2),
+        (-1100.0, -40.0, -1.0, 0.0, 2.0, 40.0, 1100.0),
     ),
     "logit": (torch.logit, lambda x: mpmath.log(x / (1 - x)), (1e-6, 0.3, 0.9)),
     "entr": (special.entr, lambda x: -x * mpmath.log(x), (1e-6, 0.3, 2.0, 100.0)),
     "polygamma": (lambda x: torch.polygamma(2, x), lambda x: mpmath.polygamma(2, x), (0.01, 0.7, 3.0, 50.0)),
-    "mvlgamma": (lambda x: torch.mvlgamma(x, 2), lambda x: mpmath.loggamma(x) + mpmath.loggamma(x - 0.5), (0.7, 3.0, 50.0)),
+    "mvlgamma": (lambda x: torch.mvlgamma(x, 2), lambda x: mpmath.loggamma(x) + mpmath.loggamma(x - 0.5),
+        (0.7, 3.0, 50.0)),
     "xlog1py": (lambda x: special.xlog1py(x, x), lambda x: x * mpmath.log(1 + x), (1e-6, 0.3, 5.0)),
     "zeta": (lambda x: special.zeta(2.5, x), lambda x: mpmath.zeta(2.5, x), (0.1, 0.7, 3.0)),
     "igamma": (
-        lambda x: torch.igamma(torch.full_like(x.detach(), 1.7), x), lambda x: mpmath.gammainc(1.7, 0, x, regularized=True), (0.1, 0.7, 3.0),
+        lambda x: torch.igamma(torch.full_like(x.detach(), 1.7), x),
+        lambda x: mpmath.gammainc(1.7, 0, x, regularized=True), (0.1, 0.7, 3.0),
     ),
     "ldexp": (lambda x: torch.ldexp(x, x), lambda x: x * 2**x, (-3.0, 0.0, 0.2)),
     "float_power": (lambda x: torch.float_power(x, x), lambda x: x**x, (0.1, 1.0, 2.5)),
@@ -191,10 +213,19 @@ def test_neighbours(name: str) -> None:
     f, truth, points = NEIGHBOURS[name]
     x = torch.tensor(points, dtype=torch.float64)
     with mpmath.workdps(60):
-        expected = [torch.tensor([float(mpmath.diff(truth, mpmath.mpf(p), k)) for p in points], dtype=torch.float64) for k in range(4)]
+        expected = [
+            torch.tensor([float(mpmath.diff(truth, mpmath.mpf(p), k)) for p in points], dtype=torch.float64)
+            for k in range(4)
+        ]
     for way in WAYS:
         got = derived(f, way)(x)
-        torch.testing.assert_close(got, expected[len(way)], rtol=1e-7, atol=SYMMETRIC.get(name, 1e-25), msg=lambda m, way=way: f"{name}, {way}: {m}")
+        torch.testing.assert_close(
+            got,
+            expected[len(way)],
+            rtol=1e-7,
+            atol=SYMMETRIC.get(name, 1e-25),
+            msg=lambda m, way=way: f"{name}, {way}: {m}",
+        )
 
 
 def test_log_ndtr_far_out() -> None:
@@ -205,7 +236,14 @@ def test_log_ndtr_far_out() -> None:
 
 def test_what_vanishes_at_infinity() -> None:
     x = torch.tensor([math.inf, 1e12], dtype=torch.float64)
-    for name in ("scaled_modified_bessel_k0", "scaled_modified_bessel_k1", "i0e", "i1e", "spherical_bessel_j0", "modified_bessel_k0"):
+    for name in (
+        "scaled_modified_bessel_k0",
+        "scaled_modified_bessel_k1",
+        "i0e",
+        "i1e",
+        "spherical_bessel_j0",
+        "modified_bessel_k0",
+    ):
         assert derived(getattr(special, name), ("grad",))(x).abs().max() < 1e-11
 
 
@@ -271,7 +309,9 @@ def test_polynomials(name: str) -> None:
     f = getattr(special, name)
     x = torch.tensor(XS, dtype=torch.float64)
     n = torch.tensor(NS, dtype=torch.float64)
-    expected = [torch.tensor([[value(name, k, v, order) for v in XS] for k in NS], dtype=torch.float64) for order in range(4)]
+    expected = [
+        torch.tensor([[value(name, k, v, order) for v in XS] for k in NS], dtype=torch.float64) for order in range(4)
+    ]
 
     def close(got: Tensor, truth: Tensor, what: Any) -> None:
         torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-8, msg=lambda m: f"{name}, {what}: {m}")
@@ -318,5 +358,9 @@ def test_a_hessian_of_coefficients() -> None:
 def test_plain_autograd_of_a_result() -> None:
     """What the formulas are made of is differentiable where no transform is left."""
     x = torch.tensor([-11.0, -0.5, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    for f in (special.airy_ai, lambda x: special.legendre_polynomial_p(x, 4), lambda x: special.laguerre_polynomial_l(x, 4)):
+    for f in (
+        special.airy_ai,
+        lambda x: special.legendre_polynomial_p(x, 4),
+        lambda x: special.laguerre_polynomial_l(x, 4),
+    ):
         assert torch.autograd.gradcheck(by_grad(f), (x,))

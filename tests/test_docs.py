@@ -50,7 +50,8 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
     else:
         assert re.search(r"^\s*(assert |with pytest\.raises)", block.code, re.MULTILINE), f"{name} asserts nothing"
         # line numbers of tracebacks are those of the page
-        exec(compile("\n" * (block.line - 1) + block.code, str(block.page), "exec"), namespace)  # noqa: S102 - our own pages
+        code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
+        exec(code, namespace)  # noqa: S102 - our own pages
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,6 @@
-"""New transforms from outside: what TableInterpreter does without rules, with them, among the others, and what it says when one is missing."""
+"""New transforms from outside: what TableInterpreter does without rules, with them, among the others,
+and what it says when one is missing.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +171,9 @@ def test_inside_and_around_the_other_transforms() -> None:
     f = lambda x: (x * x.sin()).sum()
     slope = lambda x: x.sin() + x * x.cos()
     # around: the error of a gradient needs a rule for every operator of the backward pass
-    with pytest.raises(MissingRuleError, match=r"no rule for aten.exp.default. Levels: 1 error\(exp_sum\), 2 grad\(exp_sum\)"):
+    with pytest.raises(
+        MissingRuleError, match=r"no rule for aten.exp.default. Levels: 1 error\(exp_sum\), 2 grad\(exp_sum\)"
+    ):
         with_error(grad(exp_sum), X, E)
     # inside: the derivative of an error bound, by reverse and by forward mode and for a batch
     bound = lambda e: with_error(f, X, e)[1]
@@ -211,7 +215,7 @@ The rules of error stand in <this file>. Add there:
 
 @ErrorInterpreter.rules.register(torch.ops.aten.addcmul.default)
 def addcmul(interpreter, self, tensor1, tensor2, *, value=1):
-    return interpreter.carry(..., error=...)""",
+    return interpreter.carry(..., error=...)""",  # noqa: E501
     )
 
 
@@ -231,7 +235,11 @@ def sin(interpreter, self):
 
 
 def test_the_pasted_lines_are_python() -> None:
-    for op, args in ((aten.uniform.default, (X,)), (aten.lerp.Scalar, (X, X, 0.5)), (aten.__and__.Scalar, (X.bool(), 1))):
+    for op, args in (
+        (aten.uniform.default, (X,)),
+        (aten.lerp.Scalar, (X, X, 0.5)),
+        (aten.__and__.Scalar, (X.bool(), 1)),
+    ):
         with pytest.raises(MissingRuleError) as info:
             marked(lambda x, op=op, rest=args[1:]: op(x, *rest), args[0])
         compile(str(info.value).split("\n\n")[1], "pasted", "exec")

@@ -1,4 +1,6 @@
-"""What a user's formula returns has the shape and dtype of what it is the derivative of, or is refused where it is returned."""
+"""What a user's formula returns has the shape and dtype of what it is the derivative of,
+or is refused where it is returned.
+"""
 
 from __future__ import annotations
 
@@ -137,11 +139,19 @@ def run(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("formula", "got"),
-    [(lambda grad: grad.sum(), r"shape \(\)"), (lambda grad: torch.ones(4), r"shape \(4,\)"), (lambda grad: 2.0, "a float"), (lambda grad: (grad,), "a tuple")],
+    [
+        (lambda grad: grad.sum(), r"shape \(\)"),
+        (lambda grad: torch.ones(4), r"shape \(4,\)"),
+        (lambda grad: 2.0, "a float"),
+        (lambda grad: (grad,), "a tuple"),
+    ],
 )
 def test_entries_whose_cotangents_do_not_fit(entry: Any, formula: Any, got: str) -> None:
     entry(x=formula)
-    with pytest.raises(FunctransError, match=rf"functrans_tests.unfit.*registered at .*{__name__}.py:\d+ has a formula for 'x'.*{got}.*\(3,\)"):
+    with pytest.raises(
+        FunctransError,
+        match=rf"functrans_tests.unfit.*registered at .*{__name__}.py:\d+ has a formula for 'x'.*{got}.*\(3,\)",
+    ):
         grad(lambda x: run(x).sum())(X)
     with pytest.raises(FunctransError, match=got):
         vmap(grad(lambda x: run(x).sum()))(X.expand(2, 3))
@@ -153,7 +163,11 @@ def test_entries_whose_cotangents_are_fitted(entry: Any) -> None:
     assert got.tolist() == [2, 2, 2] and got.dtype == torch.float32
 
 
-@pytest.mark.parametrize("formula", [lambda grad: grad, lambda grad: [grad, grad], lambda grad: [grad.sum()]], ids=["tensor", "too many", "shape"])
+@pytest.mark.parametrize(
+    "formula",
+    [lambda grad: grad, lambda grad: [grad, grad], lambda grad: [grad.sum()]],
+    ids=["tensor", "too many", "shape"],
+)
 def test_entries_whose_lists_do_not_fit(entry: Any, formula: Any) -> None:
     entry(x=lambda grad: grad, others=formula)
     with pytest.raises(FunctransError, match="'others'"):
@@ -162,11 +176,18 @@ def test_entries_whose_lists_do_not_fit(entry: Any, formula: Any) -> None:
 
 @pytest.mark.parametrize(
     ("tangent", "got"),
-    [(lambda x_t: x_t.sum(), r"shape \(\)"), (lambda x_t: x_t.double(), "float64"), (lambda x_t: 2.0, "a float"), (lambda x_t: (x_t,), "a tuple")],
+    [
+        (lambda x_t: x_t.sum(), r"shape \(\)"),
+        (lambda x_t: x_t.double(), "float64"),
+        (lambda x_t: 2.0, "a float"),
+        (lambda x_t: (x_t,), "a tuple"),
+    ],
 )
 def test_entries_whose_tangents_do_not_fit(entry: Any, tangent: Any, got: str) -> None:
     entry(x=lambda grad: 2 * grad, tangent=tangent)
-    with pytest.raises(FunctransError, match=rf"functrans_tests.unfit.*registered at .*:\d+ has a tangent formula.*{got}.*\(3,\)"):
+    with pytest.raises(
+        FunctransError, match=rf"functrans_tests.unfit.*registered at .*:\d+ has a tangent formula.*{got}.*\(3,\)"
+    ):
         jvp(run, (X,), (X,))
 
 
@@ -205,7 +226,12 @@ lost.register_autograd(without_history, setup_context=lambda ctx, inputs, output
 
 
 def test_a_pullback_that_forgets_its_cotangent_has_no_transpose() -> None:
-    """Forward mode of a custom operator is its reverse formula transposed; a formula that cuts the history would make it 0."""
+    """Forward mode of a custom operator is its reverse formula transposed;
+    a formula that cuts the history would make it 0.
+    """
     torch.testing.assert_close(grad(lambda x: lost(x).sum())(X), 2 * X)
-    with pytest.raises(FunctransError, match="takes a Python number .* of native derivative.lost.default. .* its derivative would be lost"):
+    with pytest.raises(
+        FunctransError,
+        match="takes a Python number .* of native derivative.lost.default. .* its derivative would be lost",
+    ):
         jvp(lost, (X,), (X,))

@@ -41,7 +41,11 @@ def test_a_thread_that_is_not_put_back_is_found() -> None:
 
     original = Snapshot.restore
     with mock.patch.object(Snapshot, "restore", restore_but_the_keys):
-        found = list(violations(lambda shown, number: shown.startswith("interpreters/jvp/interpreter.py"), ["pullbacks", "depth"]))
+        found = list(
+            violations(
+                lambda shown, number: shown.startswith("interpreters/jvp/interpreter.py"), ["pullbacks", "depth"]
+            )
+        )
     assert found and all("keys" in text or "numbers" in text for text in found)
 
 

@@ -41,7 +41,9 @@ def f(x: Tensor) -> Tensor:
 def test_it_runs_once() -> None:
     interpreter = Marking(f)
     assert run_transformed(interpreter, lambda: 3) == 3
-    with pytest.raises(InterpreterError, match=r"run_transformed\(marking\(f\)\): got one that has run already; expected one that"):
+    with pytest.raises(
+        InterpreterError, match=r"run_transformed\(marking\(f\)\): got one that has run already; expected one that"
+    ):
         run_transformed(interpreter, lambda: 3)
 
 
@@ -69,20 +71,29 @@ def test_it_is_not_entered_again_while_it_runs() -> None:
 
 def test_it_runs_at_the_level_that_it_was_made_at() -> None:
     outside = Marking(f)
-    with pytest.raises(InterpreterError, match=r"made outside of all transforms, and is run inside vmap\(<lambda>\) at level 1"):
+    with pytest.raises(
+        InterpreterError, match=r"made outside of all transforms, and is run inside vmap\(<lambda>\) at level 1"
+    ):
         vmap(lambda x: run_transformed(outside, lambda: x))(X)
     made = []
     vmap(lambda x: (made.append(Marking(f)), x)[1])(X)
-    with pytest.raises(InterpreterError, match=r"made inside vmap\(<lambda>\) at level 1, and is run outside of all transforms"):
+    with pytest.raises(
+        InterpreterError, match=r"made inside vmap\(<lambda>\) at level 1, and is run outside of all transforms"
+    ):
         run_transformed(made[0], lambda: 3)
-    with pytest.raises(InterpreterError, match=r"made inside vmap\(<lambda>\) at level 1, and is run inside vmap\(<lambda>\) at level 1"):
+    with pytest.raises(
+        InterpreterError,
+        match=r"made inside vmap\(<lambda>\) at level 1, and is run inside vmap\(<lambda>\) at level 1",
+    ):
         vmap(lambda x: run_transformed(made[0], lambda: x))(X)  # of another vmap
 
     def inner(x: Tensor) -> Tensor:
         made.append(Marking(f))
         return x
 
-    with pytest.raises(InterpreterError, match=r"made inside grad\(inner\) at level 2, and is run inside vmap\(<lambda>\) at level 1"):
+    with pytest.raises(
+        InterpreterError, match=r"made inside grad\(inner\) at level 2, and is run inside vmap\(<lambda>\) at level 1"
+    ):
         vmap(lambda x: (grad(inner)(x), run_transformed(made[-1], lambda: x))[1])(X)
 
 
@@ -137,8 +148,10 @@ def test_of_many_threads_one_runs_it() -> None:
 
 # ---- payloads
 
-TAKEN = ["shape", "dtype", "device", "layout", "strides", "slot", "bdim", "tangent", "value", "interpreter", "view_link", "version", "root", "seen",
-         "made_at", "_value", "_tangent", "grad", "data", "T", "max", "size", "requires_grad", "__class__", "self"]  # fmt: skip
+TAKEN = ["shape", "dtype", "device", "layout", "strides", "slot", "bdim", "tangent", "value", "interpreter",
+    "view_link", "version", "root", "seen",
+         "made_at", "_value", "_tangent", "grad", "data", "T", "max", "size", "requires_grad", "__class__",
+         "self"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -169,7 +182,9 @@ def test_a_subclass_keeps_what_it_inherits() -> None:
 
 
 def test_a_payload_of_free_names_arrives() -> None:
-    interpreter: Any = type("Mine", (TableInterpreter,), {"payload": ("upper", "lower_bound", "mask"), "rules": RuleTable("rules")})(f)
+    interpreter: Any = type(
+        "Mine", (TableInterpreter,), {"payload": ("upper", "lower_bound", "mask"), "rules": RuleTable("rules")}
+    )(f)
     upper, mask = X + 1, X > 0.5
     out = run_transformed(interpreter, lambda: interpreter.carry(X, upper=upper, mask=mask))
     assert out.upper is upper and out.lower_bound is None and out.mask is mask

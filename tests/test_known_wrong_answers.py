@@ -75,11 +75,14 @@ def test_an_in_place_op_on_a_captured_tensor_under_vmap() -> None:
 @pytest.mark.parametrize(
     "f",
     [
-        lambda x, s: torch.where(x > 0, x, s), lambda x, s: torch.where(x > 0, s, x), lambda x, s: x + s, lambda x, s: x * s,
+        lambda x, s: torch.where(x > 0, x, s), lambda x, s: torch.where(x > 0, s, x), lambda x, s: x + s,
+        lambda x, s: x * s,
         lambda x, s: torch.addcmul(x, x, s), lambda x, s: torch.maximum(x, s), lambda x, s: torch.pow(x.abs(), s),
         lambda x, s: torch.cat([x, s.reshape(1)]), lambda x, s: torch.stack([x.sum(), s]), lambda x, s: x.lerp(x, s),
-        lambda x, s: torch.clamp(x, max=s), lambda x, s: s.sub(x), lambda x, s: torch.atan2(x, s), lambda x, s: torch.fmod(x, s),
-        lambda x, s: x.addcdiv(x, s), lambda x, s: x > s, lambda x, s: torch.hypot(x, s), lambda x, s: torch.logaddexp(x, s),
+        lambda x, s: torch.clamp(x, max=s), lambda x, s: s.sub(x), lambda x, s: torch.atan2(x, s),
+        lambda x, s: torch.fmod(x, s),
+        lambda x, s: x.addcdiv(x, s), lambda x, s: x > s, lambda x, s: torch.hypot(x, s),
+        lambda x, s: torch.logaddexp(x, s),
         lambda x, s: x.clone().mul_(s), lambda x, s: x.clone().fill_(s), lambda x, s: torch.full((2,), 3) * s,
     ],
 )  # fmt: skip
@@ -123,7 +126,9 @@ def test_linear_under_autocast_has_the_dtype_of_eager() -> None:
         got = vmap(lambda row: functional_call(layer, params, (row.unsqueeze(0),)).squeeze(0))(x)
         assert got.dtype == expected.dtype == torch.bfloat16
         torch.testing.assert_close(got, expected)
-        gradient = vmap(grad(lambda p, row: functional_call(layer, p, (row.unsqueeze(0),)).float().sum()), in_dims=(None, 0))(params, x)
+        gradient = vmap(
+            grad(lambda p, row: functional_call(layer, p, (row.unsqueeze(0),)).float().sum()), in_dims=(None, 0)
+        )(params, x)
         assert gradient["weight"].dtype == torch.float32
 
 
@@ -172,7 +177,12 @@ def test_kron_with_a_factor_that_is_written_later() -> None:
 
 def test_lazy_conjugate_and_negative_views() -> None:
     z = torch.complex(BATCH, BATCH.flip(1))
-    for f in (lambda z: z.conj() * z, lambda z: z.conj().imag * 1, lambda z: (z.conj().imag + 1).sin(), lambda z: z.mH @ z):
+    for f in (
+        lambda z: z.conj() * z,
+        lambda z: z.conj().imag * 1,
+        lambda z: (z.conj().imag + 1).sin(),
+        lambda z: z.mH @ z,
+    ):
         f_ = (lambda z, f=f: f(z.unsqueeze(0))) if f(z).dim() == 2 and f(z).shape[0] == 3 else f
         torch.testing.assert_close(vmap(f_)(z), torch.stack([f_(row) for row in z]))
     torch.testing.assert_close(grad(lambda z: (z.conj() * z).real.sum())(z), 2 * z)
@@ -271,7 +281,10 @@ def test_derivatives_of_tangents_of_solvers() -> None:
         "solve": (lambda a: torch.linalg.solve(a, b), 2 * inverse @ d @ inverse @ d @ inverse @ b),
         "slogdet": (lambda a: torch.linalg.slogdet(a)[1], -(inverse @ d @ inverse @ d).trace()),
         "logdet": (torch.logdet, -(inverse @ d @ inverse @ d).trace()),
-        "cholesky_inverse": (lambda a: torch.cholesky_inverse(torch.linalg.cholesky(a)), 2 * inverse @ d @ inverse @ d @ inverse),
+        "cholesky_inverse": (
+            lambda a: torch.cholesky_inverse(torch.linalg.cholesky(a)),
+            2 * inverse @ d @ inverse @ d @ inverse,
+        ),
     }
     for f, expected in second.values():
         first = lambda a, f=f: jvp(f, (a,), (d,))[1]

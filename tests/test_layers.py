@@ -68,7 +68,9 @@ def arrows_up(graph: dict[str, set[str]]) -> list[str]:
 
 
 def at_import(tree: ast.Module) -> set[str]:
-    """The modules that have to be imported before this one is: not those for types, nor those imported inside of functions."""
+    """The modules that have to be imported before this one is: not those for types,
+    nor those imported inside of functions.
+    """
     nodes: list[ast.AST] = [n for n in tree.body if not (isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test))]
     return {name for node in nodes if isinstance(node, ast.ImportFrom) for name in imported(node)}
 
@@ -104,7 +106,9 @@ def test_no_modules_import_each_other() -> None:
     assert circle({m: at_import(tree) - {m} for m, tree in MODULES.items()}) == []
 
 
-@pytest.mark.parametrize(("module", "other"), [("core.stack", "interpreters.grad.interpreter"), ("api.vmap", "door.torch_dispatch")])
+@pytest.mark.parametrize(
+    ("module", "other"), [("core.stack", "interpreters.grad.interpreter"), ("api.vmap", "door.torch_dispatch")]
+)
 def test_an_arrow_up_is_found(module: str, other: str) -> None:
     graph = {m: imports(tree) - {m} for m, tree in MODULES.items()}
     graph[module] = graph[module] | {other}

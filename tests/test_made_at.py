@@ -23,7 +23,9 @@ from functrans.extend import RuleTable, TableInterpreter, run_transformed
 
 aten = torch.ops.aten
 LINEAR = torch.nn.Linear(3, 3).requires_grad_(False)
-DEEP = torch.nn.Sequential(torch.nn.Sequential(LINEAR, torch.nn.GELU()), torch.nn.LayerNorm(3), torch.nn.Softmax(-1)).requires_grad_(False)
+DEEP = torch.nn.Sequential(
+    torch.nn.Sequential(LINEAR, torch.nn.GELU()), torch.nn.LayerNorm(3), torch.nn.Softmax(-1)
+).requires_grad_(False)
 ATTENTION = torch.nn.MultiheadAttention(3, 1).requires_grad_(False)
 CONV = torch.nn.Conv1d(1, 2, 2).requires_grad_(False)
 LSTM = torch.nn.LSTM(3, 2).requires_grad_(False)
@@ -213,7 +215,9 @@ def test_the_innermost_line_of_the_users_counts() -> None:
 
 
 def test_the_line_is_the_users_where_a_module_is_not_called_as_one() -> None:
-    made = escaped("grad", lambda x: LINEAR.forward(x))  # the frames that a module's call has are passed by without a look
+    made = escaped(
+        "grad", lambda x: LINEAR.forward(x)
+    )  # the frames that a module's call has are passed by without a look
     with pytest.raises(DeadWrapperError, match=f"It was made at {__file__}:"):
         made + 1
 
@@ -224,7 +228,7 @@ def test_what_a_transform_calls_its_function_with_says_so() -> None:
         made.cos()
     assert_expected_inline(
         re.sub(r"(\S*)(test_made_at.py):\d+", r"\2:N", str(info.value)),
-        """A tensor that belongs to vmap(keep) at level 1 was used after that transform had ended. It was made when the transform wrapped the arguments of its function, which is defined at test_made_at.py:N. Return it from the transformed function (has_aux=True for values beside the result) instead of storing it.""",
+        """A tensor that belongs to vmap(keep) at level 1 was used after that transform had ended. It was made when the transform wrapped the arguments of its function, which is defined at test_made_at.py:N. Return it from the transformed function (has_aux=True for values beside the result) instead of storing it.""",  # noqa: E501
     )
 
 
@@ -279,10 +283,18 @@ def in_a_table(body: Callable[[Tensor], Any]) -> None:
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
-    "transformed", [lambda f: grad(f)(torch.ones(3)), lambda f: vmap(f)(torch.ones(2, 3)), lambda f: jvp(f, (torch.ones(3),), (torch.ones(3),)), in_a_table]
+    "transformed",
+    [
+        lambda f: grad(f)(torch.ones(3)),
+        lambda f: vmap(f)(torch.ones(2, 3)),
+        lambda f: jvp(f, (torch.ones(3),), (torch.ones(3),)),
+        in_a_table,
+    ],
 )
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_tensor_in_another_thread_is_refused(use: Callable[[Any], Any], transformed: Callable[..., Any], busy: bool) -> None:
+def test_a_tensor_in_another_thread_is_refused(
+    use: Callable[[Any], Any], transformed: Callable[..., Any], busy: bool
+) -> None:
     found: list[BaseException] = []
 
     def work(x: Tensor) -> None:
@@ -322,7 +334,7 @@ def test_text_of_another_thread() -> None:
     vmap(body)(torch.ones(2))
     assert_expected_inline(
         found[0],
-        """A tensor that belongs to vmap(body) at level 1 was used in another thread than the one in which that transform runs. Each thread has a stack of transforms of its own: run the whole transform in the thread, or hand it plain tensors.""",
+        """A tensor that belongs to vmap(body) at level 1 was used in another thread than the one in which that transform runs. Each thread has a stack of transforms of its own: run the whole transform in the thread, or hand it plain tensors.""",  # noqa: E501
     )
 
 

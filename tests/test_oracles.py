@@ -1,4 +1,6 @@
-"""Derivatives against each other and against differences, over OpInfo: a slice of it, all of it (slow), and the tester itself."""
+"""Derivatives against each other and against differences, over OpInfo: a slice of it, all of it (slow),
+and the tester itself.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def test_operator(name: str) -> None:
     """One sample of each, float64 or, every third time, complex128."""
     op = OPERATORS[name]
     complex_too = torch.complex128 in op.supported_dtypes("cpu") and len(name) % 3 == 0
-    findings, _ = check_operator(op, functrans, ["complex128" if complex_too else "float64"], cap=1, thorough=False, variants=False)
+    findings, _ = check_operator(
+        op, functrans, ["complex128" if complex_too else "float64"], cap=1, thorough=False, variants=False
+    )
     judged(name, findings)
 
 
@@ -61,7 +65,9 @@ def test_every_operator_that_has_samples_is_judged() -> None:
 
 
 def checks_that_fail(name: str, backend: Any = functrans, **options: Any) -> set[str]:
-    findings, _ = check_operator(OPERATORS[name], backend, ["float64"], cap=1, thorough=False, variants=False, **options)
+    findings, _ = check_operator(
+        OPERATORS[name], backend, ["float64"], cap=1, thorough=False, variants=False, **options
+    )
     return {f.check for f in findings if f.outcome == "wrong"}
 
 
@@ -82,7 +88,11 @@ def test_a_wrong_second_derivative_is_found() -> None:
         generate_vmap_rule = True
 
     with overriding(DERIVATIVES, aten.sin.default):
-        derivative(aten.sin.default, self=lambda grad, self: Cosine.apply(grad, self), tangent=lambda self, self_t: self_t * self.cos())
+        derivative(
+            aten.sin.default,
+            self=lambda grad, self: Cosine.apply(grad, self),
+            tangent=lambda self, self_t: self_t * self.cos(),
+        )
         failed = checks_that_fail("sin")
     assert "grad of grad against differences" in failed
     assert not any(check.startswith(("jvp against", "grad against", "adjointness")) for check in failed)
@@ -91,7 +101,8 @@ def test_a_wrong_second_derivative_is_found() -> None:
 def test_a_dropped_tangent_is_found() -> None:
     with overriding(DERIVATIVES, aten.mul.Tensor):
         derivative(
-            aten.mul.Tensor, broadcasts=True, self=lambda grad, other: grad * other, other=lambda grad, self: grad * self,
+            aten.mul.Tensor, broadcasts=True, self=lambda grad, other: grad * other,
+            other=lambda grad, self: grad * self,
             tangent=lambda other, self_t, other_t: None if self_t is None else torch.mul(self_t, other),
         )  # fmt: skip
         assert "adjointness: jvp against vjp" in checks_that_fail("mul")
@@ -102,7 +113,9 @@ def test_a_zero_is_found(broken: str) -> None:
     with overriding(DERIVATIVES, aten.cumsum.default):
         derivative(
             aten.cumsum.default,
-            self=lambda grad, self, dim: torch.zeros_like(self) if broken != "tangent" else grad.flip(dim).cumsum(dim).flip(dim),
+            self=lambda grad, self, dim: (
+                torch.zeros_like(self) if broken != "tangent" else grad.flip(dim).cumsum(dim).flip(dim)
+            ),
             tangent=lambda self_t, dim, result: torch.zeros_like(result) if broken != "reverse" else self_t.cumsum(dim),
         )
         failed = checks_that_fail("cumsum")

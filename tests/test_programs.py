@@ -1,4 +1,6 @@
-"""Pointwise programs: what is derived, that they mean what their operators mean one by one, and where they must not be used."""
+"""Pointwise programs: what is derived, that they mean what their operators mean one by one,
+and where they must not be used.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ import pytest
 import torch
 import torch.func
 from expecttest import assert_expected_inline
+from recorder import noted
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.errors import DeadWrapperError
@@ -316,27 +318,18 @@ def test_function_modes_see_functions_and_operators_but_no_tracing() -> None:
     assert seen[0] == seen[1] == ["erfc", "mul", "sub"]
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_dispatch_modes_inside_see_operators_first_and_outside_what_runs() -> None:
     def f(x: Tensor) -> Tensor:
-        with Operators() as inside:
+        with noted() as inside:
             out = torch.sin(x) * x
-        assert inside.seen == ["aten.sin.default", "aten.mul.Tensor"]
+        assert [str(call.op) for call in inside] == ["aten.sin.default", "aten.mul.Tensor"]
         return out
 
     x = double(3)
-    with Operators() as outside:
+    with noted() as outside:
         got = vmap(f)(x)
-    assert outside.seen.count("aten.sin.default") == outside.seen.count("aten.mul.Tensor") == 1
+    seen = [str(call.op) for call in outside]
+    assert seen.count("aten.sin.default") == seen.count("aten.mul.Tensor") == 1
     agree(got, x.sin() * x)
 
 
@@ -395,7 +388,14 @@ def test_tensors_of_ended_transforms_are_refused_with_their_line() -> None:
 
     grad(f)(double(2))
     line = f.__code__.co_firstlineno + 1
-    for use in (lambda x: x * 1.0, lambda x: double(2) * x, torch.sin, lambda x: x**2, lambda x: 1 / x, lambda x: x @ double(2)):
+    for use in (
+        lambda x: x * 1.0,
+        lambda x: double(2) * x,
+        torch.sin,
+        lambda x: x**2,
+        lambda x: 1 / x,
+        lambda x: x @ double(2),
+    ):
         with pytest.raises(DeadWrapperError, match=f"test_programs.py.*{line}"):
             use(kept[0])
 
@@ -452,7 +452,12 @@ def test_other_tensor_subclasses_have_their_say() -> None:
     grad(f)(double(3, seed=1))
     assert heard == ["loud"] * 5
     units = plain.as_subclass(Units)
-    for product in (lambda x: x * units, lambda x: units * x, lambda x: torch.mul(units, x), lambda x: torch.logaddexp(x, units)):
+    for product in (
+        lambda x: x * units,
+        lambda x: units * x,
+        lambda x: torch.mul(units, x),
+        lambda x: torch.logaddexp(x, units),
+    ):
         expected = torch.func.grad(lambda x, product=product: product(x).as_subclass(Tensor).sum())(double(3, seed=1))
         agree(grad(lambda x, product=product: product(x).sum())(double(3, seed=1)), expected.as_subclass(Tensor))
 
@@ -507,7 +512,9 @@ def test_jacobians_do_not_multiply_out_the_identity(name: str) -> None:
 def test_a_replaced_derivative_of_a_product_counts_in_jacobians() -> None:
     x = double(3)
     with overriding(DERIVATIVES, aten.mv.default):
-        derivative(aten.mv.default, self=lambda grad, vec: torch.outer(grad, vec), vec=lambda grad, self: 5 * self.t().mv(grad))
+        derivative(
+            aten.mv.default, self=lambda grad, vec: torch.outer(grad, vec), vec=lambda grad, self: 5 * self.t().mv(grad)
+        )
         agree(jacrev(lambda x: torch.mv(MATRIX, x))(x), 5 * MATRIX)
     agree(jacrev(lambda x: torch.mv(MATRIX, x))(x), MATRIX)
 

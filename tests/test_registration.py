@@ -1,4 +1,6 @@
-"""What cannot be a rule is refused where it is registered, with what to write instead; and rules get what calls leave out."""
+"""What cannot be a rule is refused where it is registered, with what to write instead;
+and rules get what calls leave out.
+"""
 
 from __future__ import annotations
 
@@ -68,14 +70,19 @@ REGISTRARS = {
 }
 
 NO_OVERLOADS = {
-    "packet": (aten.sin, "got the packet torch.ops.aten.sin, which stands for all its overloads. Name one .*: torch.ops.aten.sin.default, torch"),
+    "packet": (aten.sin,
+        ("got the packet torch.ops.aten.sin, which stands for all its overloads. "
+         "Name one .*: torch.ops.aten.sin.default, torch")),
     "custom operator": (scale, "Write torch.ops.registration.scale.default for this custom operator."),
-    "packet of a custom operator": (torch.ops.registration.scale, "Name one of its overloads: torch.ops.registration.scale.default."),
+    "packet of a custom operator": (torch.ops.registration.scale,
+        "Name one of its overloads: torch.ops.registration.scale.default."),
     "torch function": (torch.sin, "Its operator is one of torch.ops.aten.sin.default, "),
     "method": (Tensor.sin, "Its operator is one of torch.ops.aten.sin.default, "),
     "text": ("aten::sin", "Write torch.ops.aten.sin.default, without quotes."),
     "text of an overload": ("aten.sin.out", "Write torch.ops.aten.sin.out, without quotes."),
-    "no parentheses": (rule, "got the function rule. (A decorator takes the operator in parentheses, and the rule stands below|The operator comes first)"),
+    "no parentheses": (rule,
+        ("got the function rule. (A decorator takes the operator in parentheses, and the rule stands below"
+         "|The operator comes first)")),
     "a number": (3, "got the int 3. Name one of its overloads."),
     "none": (None, "got None. Name one of its overloads."),
 }  # fmt: skip
@@ -129,10 +136,19 @@ ENTRIES: dict[str, tuple[Any, str]] = {
     "nothing": (lambda op: derivative(op), "has no formula; give one per differentiable argument"),
     "a word alone": (lambda op: derivative(op, tangent="linear"), "has no formula"),
     "joint alone": (lambda op: derivative(op, joint=lambda grad, wanted: {}), "has no formula"),
-    "unknown argument": (lambda op: derivative(op, y=lambda grad: grad), "has no argument 'y'; its arguments are x, factor, shift"),
-    "a number's": (lambda op: derivative(op, factor=lambda grad: grad), "has a formula for 'factor', a float; only tensors have cotangents"),
+    "unknown argument": (
+        lambda op: derivative(op, y=lambda grad: grad),
+        "has no argument 'y'; its arguments are x, factor, shift",
+    ),
+    "a number's": (
+        lambda op: derivative(op, factor=lambda grad: grad),
+        "has a formula for 'factor', a float; only tensors have cotangents",
+    ),
     "no function": (lambda op: derivative(op, x=3.0), "has 3.0 as a formula; expected a function"),
-    "a function that does not say": (lambda op: derivative(op, x=torch.sin), "does not say what it asks for; write a lambda around it"),
+    "a function that does not say": (
+        lambda op: derivative(op, x=torch.sin),
+        "does not say what it asks for; write a lambda around it",
+    ),
     "any arguments": (lambda op: derivative(op, x=lambda *args: args[0]), r"takes \*args"),
     "by name only": (lambda op: derivative(op, x=lambda grad, *, factor: grad), "takes factor"),
     "unknown name": (lambda op: derivative(op, x=lambda grad, fctor: grad), r"asks for \['fctor'\]"),
@@ -156,7 +172,9 @@ def test_what_is_no_entry(name: str) -> None:
 
 def every_overload() -> list[Any]:
     names = sorted({s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("aten::")})
-    packets = [packet for name in names if (packet := getattr(torch.ops.aten, name.removeprefix("aten::"), None)) is not None]
+    packets = [
+        packet for name in names if (packet := getattr(torch.ops.aten, name.removeprefix("aten::"), None)) is not None
+    ]
     return [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
 
 
@@ -226,7 +244,11 @@ def test_pasted_and_completed_the_rule_is_used(name: str) -> None:
     text = str(info.value).split("\n\n")[1]
     first = "tensors[0]" if name.startswith("cat") else "self"
     value = f"function({first}.value)"  # what the operator gives here
-    result = f"tuple(interpreter.carry(v, mark=7) for v in {first}.value.topk(2))" if "topk" in name else f"interpreter.carry({value}, mark=7)"
+    result = (
+        f"tuple(interpreter.carry(v, mark=7) for v in {first}.value.topk(2))"
+        if "topk" in name
+        else f"interpreter.carry({value}, mark=7)"
+    )
     scope = {"torch": torch, "Empty": Empty, "function": MISSING[name]}
     exec(text.replace("interpreter.carry(..., mark=...)", result), scope)  # noqa: S102
     assert run() == 7
@@ -288,7 +310,9 @@ def test_what_a_call_leaves_out_reaches_every_kind_of_rule(signature: str, call:
             return x
     else:
 
-        def arguments(x: Any, y: Any = None, k: Any = 2.0, dims: Any = (0, 1), *, flag: Any = True, name: Any = "n") -> Any:
+        def arguments(
+            x: Any, y: Any = None, k: Any = 2.0, dims: Any = (0, 1), *, flag: Any = True, name: Any = "n"
+        ) -> Any:
             note(x, y, k, dims, flag, name)
             return x
 
@@ -312,7 +336,11 @@ def test_what_a_call_leaves_out_reaches_every_kind_of_rule(signature: str, call:
     with functrans.extend.rules_in_scope(DECOMPOSITIONS, {MIXED: arguments}):
         grad(lambda x: f(x).sum())(X)
     with functrans.extend.overriding(DERIVATIVES, MIXED):
-        derivative(MIXED, x=lambda grad, x, y, k, dims, flag, name: (note(x, y, k, dims, flag, name), grad)[1], tangent="elementwise")
+        derivative(
+            MIXED,
+            x=lambda grad, x, y, k, dims, flag, name: (note(x, y, k, dims, flag, name), grad)[1],
+            tangent="elementwise",
+        )
         grad(lambda x: f(x).sum())(X)
         jvp(f, (X,), (X,))
     assert seen == [expected] * 5
@@ -322,7 +350,11 @@ def test_a_rule_that_does_not_take_the_arguments() -> None:
     op = torch.ops.registration.scale.default
     with functrans.extend.rules_in_scope(BATCHING_RULES, {op: lambda info, in_dims, x: (x, in_dims[0])}):
         assert torch.equal(vmap(scale)(X), X)
-        with pytest.raises(RegistrationError, match=r"test_registration.py:\d+ has no parameter for factor, which this call gives. Expected: 2 parameters"):
+        with pytest.raises(
+            RegistrationError,
+            match=r"test_registration.py:\d+ has no parameter for factor, which this call gives. "
+            r"Expected: 2 parameters",
+        ):
             vmap(lambda x: scale(x, 4.0))(X)
     for bad, text in (
         (lambda info: None, "takes 1 arguments by position"),

@@ -1,4 +1,5 @@
-"""Bugs that programs written for torch.func found, one test each. The oracle is torch.func, or plain PyTorch in a loop."""
+"""Bugs that programs written for torch.func found, one test each. The oracle is torch.func, or plain PyTorch in a loop.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_jacrev_row_by_row_takes_derivatives_that_vmap_cannot_batch() -> None:
         jacrev(Double.apply, chunk_size=2)(X)
 
 
-# --- what PyTorch's autograd outside must be told ----------------------------------------------------------------------
+# --- what PyTorch's autograd outside must be told
+# ----------------------------------------------------------------------
 
 
 def returns_view(x: Tensor) -> None:
@@ -137,7 +139,9 @@ def test_a_write_to_what_an_operator_returned_reaches_its_argument_as_in_eager(n
     torch.testing.assert_close(vmap(f)(ROWS), expected)
     torch.testing.assert_close(vmap(lambda row: vjp(f, row)[0])(ROWS), expected)
     torch.testing.assert_close(torch.stack([jvp(f, (row,), (row,))[0] for row in ROWS]), expected)
-    torch.testing.assert_close(vmap(jacrev(f))(ROWS), torch.stack([torch.autograd.functional.jacobian(f, row) for row in ROWS]))
+    torch.testing.assert_close(
+        vmap(jacrev(f))(ROWS), torch.stack([torch.autograd.functional.jacobian(f, row) for row in ROWS])
+    )
 
 
 @pytest.mark.parametrize("out_dims", [0, 1, -1])

@@ -188,7 +188,9 @@ def test_the_tape_its_records_and_plans() -> None:
 
     assert functrans.door.autograd_function is not None
     grad(look)(X)
-    assert_expected_inline("\n".join(seen), """\
+    assert_expected_inline(
+        "\n".join(seen),
+        """\
 2 = aten.sin.default(1), saved [float32[2, 2]]
 3 = aten.matmul.default(2, 1), saved [float32[2, 2], float32[2, 2], None, None]
 [4] = Twice.apply(3), saved <call of Twice>
@@ -203,7 +205,8 @@ def test_the_tape_its_records_and_plans() -> None:
 <TablePlan of aten.max.dim for self>
 (<ProgramPlan of aten.sin.default for input 0>, 2, [1], [tensor([[1., 2.],
         [3., 4.]])])
-<ViewLink aten.select.int(..., 0, 0)>""")
+<ViewLink aten.select.int(..., 0, 0)>""",  # noqa: E501
+    )
 
 
 def test_pending_wrappers_stay_pending() -> None:

@@ -1,4 +1,6 @@
-"""What an exception says that was raised where an operator is interpreted: mistakes in rules, and what PyTorch finds wrong with shapes."""
+"""What an exception says that was raised where an operator is interpreted: mistakes in rules,
+and what PyTorch finds wrong with shapes.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,17 @@ def clean() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "kind",
-    [TypeError, NotImplementedError, AttributeError, KeyError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, IndexError],
+    [
+        TypeError,
+        NotImplementedError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        ZeroDivisionError,
+        IndexError,
+    ],
 )
 @pytest.mark.parametrize(("op", "call"), SPELLINGS)
 def test_a_mistake_in_a_rule_is_one_error(op: Any, call: Callable[..., Any], kind: type[Exception]) -> None:
@@ -106,7 +118,14 @@ def test_a_mistake_in_a_rule_is_one_error(op: Any, call: Callable[..., Any], kin
         FailingInterpreter.rules.remove(op)
     assert info.value.__cause__ is error
     message = str(info.value)
-    for part in (str(op), "failing(<lambda>) at level 2", kind.__name__, "inside", "float32[3]", f"{__file__}:{failing.__code__.co_firstlineno + 1}, in failing"):
+    for part in (
+        str(op),
+        "failing(<lambda>) at level 2",
+        kind.__name__,
+        "inside",
+        "float32[3]",
+        f"{__file__}:{failing.__code__.co_firstlineno + 1}, in failing",
+    ):
         assert part in message
     assert f"operator called at: {__file__}:{call.__code__.co_firstlineno}, in <lambda>" in message
 
@@ -115,7 +134,9 @@ class Mine(Exception):
     """An exception of the user's."""
 
 
-@pytest.mark.parametrize("error", [Mine("mine"), KeyboardInterrupt(), SystemExit(), FunctransError("ours"), UserWarning("w")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [Mine("mine"), KeyboardInterrupt(), SystemExit(), FunctransError("ours"), UserWarning("w")], ids=repr
+)
 def test_what_is_no_mistake_passes_as_it_is(error: BaseException) -> None:
     RAISED[:] = [error]  # type: ignore[list-item]
     FailingInterpreter.rules.add(aten.add.Tensor, failing)
@@ -170,7 +191,9 @@ def test_texts_of_rules() -> None:
         found.append(text(info.value))
     DERIVATIVES.remove(op)
     BATCHING_RULES.remove(op)
-    assert_expected_inline("\n\n".join(found), """\
+    assert_expected_inline(
+        "\n\n".join(found),
+        """\
 RuleError: the rule for aten.add.Tensor of failing(<lambda>) at level 2 raised TypeError: the operands do not fit
   called with: float32[3], 1
   registered at: test_rule_errors.py:N
@@ -197,7 +220,8 @@ RuleError: the derivative of rule_errors.cube.default of grad(<lambda>) at level
 RuleError: the derivative of rule_errors.cube.default of grad(CustomOpDef) at level 2 raised AttributeError: 'WrapperTensor' object has no attribute 'no_such_thing'
   called with: cotangent float32[3]
   registered at: test_rule_errors.py:N
-  failed at: test_rule_errors.py:N, in <lambda>""")
+  failed at: test_rule_errors.py:N, in <lambda>""",  # noqa: E501
+    )
 
 
 def test_a_process_of_ones_own_that_fails() -> None:
@@ -255,7 +279,10 @@ def test_what_a_kernel_raises_keeps_its_type(kind: type[Exception], call: Callab
 
 def test_texts_of_kernels() -> None:
     for op in (aten.matmul.default, aten.linear.default, aten.cat.default):
-        facts(op).plans = {}  # what one example says is heard at the first call of its kind; later the kernel speaks, of the batch
+        facts(
+            op
+        # what one example says is heard at the first call of its kind; later the kernel speaks, of the batch
+        ).plans = {}
     found = []
     for call in (
         lambda: vmap(grad(lambda x, y: (x @ y).sum()))(A, B),
@@ -345,7 +372,9 @@ def test_errors_of_custom_functions_are_the_users() -> None:
 
     with pytest.raises(KeyError, match="mine") as info:
         grad(lambda x: Raises.apply(x).sum())(X)
-    assert "in the derivative of Raises.apply of grad(<lambda>) at level 1, on cotangent float32[3]" in getattr(info.value, "__notes__", [])
+    assert "in the derivative of Raises.apply of grad(<lambda>) at level 1, on cotangent float32[3]" in getattr(
+        info.value, "__notes__", []
+    )
 
 
 def test_an_error_on_the_way_back_names_the_operator() -> None:

@@ -1,4 +1,6 @@
-"""What a batching rule returns is checked where all rules pass: ours, those of custom operators and of autograd.Functions."""
+"""What a batching rule returns is checked where all rules pass: ours,
+those of custom operators and of autograd.Functions.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ from functrans.interpreters.vmap.table import BATCHING_RULES
 
 X = torch.arange(12.0).reshape(4, 3)
 
-#: By what is wrong: what a rule of the identity, called with (info, in_dims, x), returns for a batch (4, 3); and words of the error.
+#: By what is wrong: what a rule of the identity, called with (info, in_dims, x), returns for a batch (4, 3);
+#: and words of the error.
 WRONG: dict[str, tuple[Callable[..., Any], str]] = {
-    "another dimension": (lambda info, in_dims, x: (x, 1), r"out_dim 1 for an output of shape \(4, 3\); expected the dimension of size 4"),
+    "another dimension": (
+        lambda info, in_dims, x: (x, 1),
+        r"out_dim 1 for an output of shape \(4, 3\); expected the dimension of size 4",
+    ),
     "the last dimension": (lambda info, in_dims, x: (x, -1), r"out_dim -1 for an output of shape \(4, 3\)"),
     "a dimension out of range": (lambda info, in_dims, x: (x, 2), r"out_dim 2 for an output of shape \(4, 3\)"),
     "a negative one out of range": (lambda info, in_dims, x: (x, -3), r"out_dim -3 for an output"),
@@ -28,10 +34,16 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "no dimension": (lambda info, in_dims, x: x, r"a tensor of shape \(4, 3\); expected a pair"),
     "nothing": (lambda info, in_dims, x: None, "a NoneType; expected a pair"),
     "three values": (lambda info, in_dims, x: (x, 0, 0), "a tuple; expected a pair"),
-    "a dimension that is no int": (lambda info, in_dims, x: (x, 0.0), r"out_dims 0.0 for one tensor; expected an int or None"),
+    "a dimension that is no int": (
+        lambda info, in_dims, x: (x, 0.0),
+        r"out_dims 0.0 for one tensor; expected an int or None",
+    ),
     "a list of dimensions": (lambda info, in_dims, x: (x, (0, 0)), r"out_dims \(0, 0\) for one tensor"),
     "a bool": (lambda info, in_dims, x: (x, True), "out_dims True for one tensor"),
-    "too few dimensions": (lambda info, in_dims, x: ((x, x), (0,)), "1 out_dims for 2 outputs; expected one for each, or one for all"),
+    "too few dimensions": (
+        lambda info, in_dims, x: ((x, x), (0,)),
+        "1 out_dims for 2 outputs; expected one for each, or one for all",
+    ),
 }
 
 
@@ -123,7 +135,11 @@ def test_right_results_pass_at_any_place(way: str) -> None:
 
 
 def test_the_error_names_the_rule_and_its_place() -> None:
-    for way, name in (("our table", "aten.cumsum.default"), ("Function.vmap", "Identity.vmap"), ("register_vmap", "functrans_tests.same.default")):
+    for way, name in (
+        ("our table", "aten.cumsum.default"),
+        ("Function.vmap", "Identity.vmap"),
+        ("register_vmap", "functrans_tests.same.default"),
+    ):
         with pytest.raises(BatchingRuleError, match=name) as caught:
             vmap(WAYS[way](WRONG["another dimension"][0]))(X)
         assert "test_rule_results.py" in str(caught.value) or way == "register_vmap"
@@ -138,6 +154,10 @@ def test_a_wrapper_of_the_rule_s_own_level_is_refused() -> None:
 
 def test_rules_that_are_reached_at_a_lower_level() -> None:
     f = by_the_table(WRONG["another dimension"][0])
-    for run in (lambda: vmap(grad(lambda x: f(x).sum()))(X), lambda: jvp(vmap(f), (X,), (X,)), lambda: grad(lambda x: vmap(f)(x).sum())(X)):
+    for run in (
+        lambda: vmap(grad(lambda x: f(x).sum()))(X),
+        lambda: jvp(vmap(f), (X,), (X,)),
+        lambda: grad(lambda x: vmap(f)(x).sum())(X),
+    ):
         with pytest.raises(BatchingRuleError, match="out_dim 1"):
             run()

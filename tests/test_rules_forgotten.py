@@ -1,4 +1,6 @@
-"""A rule that is registered, replaced or taken out counts from then on, however often its operator was used before: every table, every way in."""
+"""A rule that is registered, replaced or taken out counts from then on, however often its operator was used before:
+every table, every way in.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,8 @@ USES: dict[str, Callable[[Callable[[Tensor], Tensor]], Tensor]] = {
     "jvp": lambda f: jvp(f, (X,), (torch.ones_like(X),))[1],
     "vmap(grad)": lambda f: vmap(grad(f))(X),
     "grad(vmap)": lambda f: grad(lambda x: vmap(f)(x).sum())(X),
-    "jvp(vmap(grad(vmap)))": lambda f: jvp(lambda s: vmap(grad(lambda x: vmap(f)(x).sum()))(s * torch.stack([X])), (X[0] * 0 + 1,), (X[0] * 0 + 1,))[0][0],
+    "jvp(vmap(grad(vmap)))": lambda f: jvp(lambda s: vmap(grad(lambda x: vmap(f)(x).sum()))(s * torch.stack([X])),
+        (X[0] * 0 + 1,), (X[0] * 0 + 1,))[0][0],
     "grad(jvp)": lambda f: grad(lambda t: jvp(f, (X,), (t,))[1].sum())(torch.ones_like(X)),
     "inside grad": lambda f: grad(lambda x: f(x.cos() + 0).sum())(X) / -X.sin(),
 }  # fmt: skip
@@ -106,7 +109,9 @@ THOROUGH = ("torch.sin(x)", "x * 2")
 
 
 @CHANGES
-@pytest.mark.parametrize(("way", "use"), [(way, use) for way in WAYS for use in USES if way in THOROUGH or use in ("grad", "jvp")])
+@pytest.mark.parametrize(
+    ("way", "use"), [(way, use) for way in WAYS for use in USES if way in THOROUGH or use in ("grad", "jvp")]
+)
 def test_derivative_of_a_pointwise_operator(way: str, use: str, changed: Change) -> None:
     op, f = WAYS[way]
     run = USES[use]
@@ -124,7 +129,11 @@ def test_derivative_of_a_pointwise_operator(way: str, use: str, changed: Change)
 @pytest.mark.parametrize("way", WAYS)
 def test_batching_rule_of_a_pointwise_operator(way: str, changed: Change) -> None:
     op, f = WAYS[way]
-    uses = (lambda: vmap(f)(X), lambda: vmap(lambda x: f(x.clone()))(X), lambda: grad(lambda x: (x * vmap(f)(X)).sum())(X))
+    uses = (
+        lambda: vmap(f)(X),
+        lambda: vmap(lambda x: f(x.clone()))(X),
+        lambda: grad(lambda x: (x * vmap(f)(X)).sum())(X),
+    )
     before = [use() for use in uses]
     with changed(BATCHING_RULES, op, batching):
         for use in uses:
@@ -173,16 +182,20 @@ def seven(x: Tensor) -> Tensor:
 
 
 CASES = {
-    "derivative": Case(DERIVATIVES, aten.cumsum.default, lambda: grad(lambda x: x.cumsum(0).sum())(X), entry(aten.cumsum.default)),
-    "tangent": Case(DERIVATIVES, aten.cumsum.default, lambda: jvp(lambda x: x.cumsum(0), (X,), (X * 0 + 1,))[1], entry(aten.cumsum.default)),
+    "derivative": Case(DERIVATIVES, aten.cumsum.default, lambda: grad(lambda x: x.cumsum(0).sum())(X),
+        entry(aten.cumsum.default)),
+    "tangent": Case(DERIVATIVES, aten.cumsum.default, lambda: jvp(lambda x: x.cumsum(0), (X,), (X * 0 + 1,))[1],
+        entry(aten.cumsum.default)),
     "batching": Case(BATCHING_RULES, aten.cumsum.default, lambda: vmap(lambda x: x.cumsum(0))(X[:, None]), batching),
     "batching of an operator without a rule": Case(BATCHING_RULES, twice, lambda: vmap(twice)(X), batching),
-    "batching of a random operator": Case(BATCHING_RULES, draw, lambda: vmap(draw, randomness="different")(X), batching),
+    "batching of a random operator": Case(BATCHING_RULES, draw, lambda: vmap(draw, randomness="different")(X),
+        batching),
     "batching of one of PyTorch's": Case(
         BATCHING_RULES, aten.bernoulli.p, lambda: vmap(lambda x: aten.bernoulli.p(x, 0.5), randomness="different")(X),
         lambda info, in_dims, x, p, generator: (seven(x), in_dims[0]),
     ),
-    "decomposition": Case(DECOMPOSITIONS, aten.trapezoid.dx, lambda: grad(lambda x: torch.trapezoid(x, dx=1.0).sum())(X), lambda y, dx, dim: MARK * y),
+    "decomposition": Case(DECOMPOSITIONS, aten.trapezoid.dx,
+        lambda: grad(lambda x: torch.trapezoid(x, dx=1.0).sum())(X), lambda y, dx, dim: MARK * y),
     "grad rule": Case(
         GRAD_RULES, aten.cumsum.default, lambda: grad(lambda x: (x + x.cumsum(0)).sum() * MARK)(X),
         lambda interpreter, op, values, kwargs: interpreter.constant(values[0]),
@@ -199,19 +212,24 @@ CASES = {
         JVP_RULES, aten.sin.default, lambda: jvp(torch.sin, (X,), (X,))[1],
         lambda interpreter, op, values, kwargs, tangents: interpreter.dual(values[0], values[0] * 0 + MARK),
     ),
-    "stand-in": Case(STAND_INS, aten.cumsum.default, lambda: vmap(lambda x: x.cumsum(0))(X[:, None]), lambda known, args, kwargs: seven(args[0])),
+    "stand-in": Case(STAND_INS, aten.cumsum.default, lambda: vmap(lambda x: x.cumsum(0))(X[:, None]),
+        lambda known, args, kwargs: seven(args[0])),
     "stand-in of what has one": Case(
-        STAND_INS, aten.dropout.default, lambda: vmap(lambda x: torch.dropout(x, 0.0, True))(X), lambda known, args, kwargs: seven(args[0])
+        STAND_INS, aten.dropout.default, lambda: vmap(lambda x: torch.dropout(x, 0.0, True))(X),
+        lambda known, args, kwargs: seven(args[0])
     ),
-    "stand-in of a view": Case(STAND_INS, aten.t.default, lambda: vmap(lambda x: x.t())(torch.ones(3, 2, 2)), lambda known, args, kwargs: seven(args[0])),
+    "stand-in of a view": Case(STAND_INS, aten.t.default, lambda: vmap(lambda x: x.t())(torch.ones(3, 2, 2)),
+        lambda known, args, kwargs: seven(args[0])),
     "stand-in of a write": Case(
-        STAND_INS, aten.sin_.default, lambda: vmap(lambda x: x.clone().sin_())(X), lambda known, args, kwargs: args[0].fill_(MARK)
+        STAND_INS, aten.sin_.default, lambda: vmap(lambda x: x.clone().sin_())(X),
+        lambda known, args, kwargs: args[0].fill_(MARK)
     ),
     "random rule": Case(
         RANDOM_RULES, aten.rand_like.default, lambda: vmap(torch.rand_like, randomness="different")(X),
         lambda info, op, in_dims, args, kwargs: (seven(args[0]), 0),
     ),
-    "pure form": Case(PURE_FORMS, aten.zero_.default, lambda: vmap(lambda x: x.clone().zero_())(X), lambda args, kwargs: seven(args[0])),
+    "pure form": Case(PURE_FORMS, aten.zero_.default, lambda: vmap(lambda x: x.clone().zero_())(X),
+        lambda args, kwargs: seven(args[0])),
     "pure form of what has one by name": Case(
         PURE_FORMS, aten.sin_.default, lambda: vmap(lambda x: x.clone().sin_())(X), lambda args, kwargs: seven(args[0])
     ),
@@ -234,7 +252,9 @@ def test_a_rule_of_every_table(name: str, changed: Change) -> None:
 
 
 def test_there_is_no_other_table() -> None:
-    values = [v for name, module in list(sys.modules.items()) if name.startswith("functrans.") for v in vars(module).values()]
+    values = [
+        v for name, module in list(sys.modules.items()) if name.startswith("functrans.") for v in vars(module).values()
+    ]
     own = [v for v in values if type(v) is RuleTable]
     assert {t.title for t in own} == {case.table.title for case in CASES.values()}
 

@@ -1,4 +1,6 @@
-"""Rules of a scope hold in one thread or task, nest, and leave nothing behind: no rule, and nothing derived again for anybody else."""
+"""Rules of a scope hold in one thread or task, nest, and leave nothing behind: no rule,
+and nothing derived again for anybody else.
+"""
 
 from __future__ import annotations
 
@@ -150,13 +152,16 @@ def test_it_decorates_a_function() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: overriding(DERIVATIVES, aten.sin), NotAnOverloadError, "torch.ops.aten.sin.default, torch.ops.aten.sin.out"),
+        (lambda: overriding(DERIVATIVES, aten.sin), NotAnOverloadError,
+            "torch.ops.aten.sin.default, torch.ops.aten.sin.out"),
         (lambda: overriding(DERIVATIVES), RegistrationError, "for no operator"),
         (lambda: overriding(sin), CallError, "expected a RuleTable"),
         (lambda: rules_in_scope(DERIVATIVES, {}), RegistrationError, "for no operator"),
         (lambda: rules_in_scope(DERIVATIVES, {sin: torch.sin}), RegistrationError, "what derivative"),
-        (lambda: rules_in_scope(BATCHING_RULES, {sin: 3}), RegistrationError, "got 3 as the rule of aten.sin.default; expected a function"),
-        (lambda: rules_in_scope(BATCHING_RULES, {aten.sin_.default: len}), RegistrationError, "writes to its arguments"),
+        (lambda: rules_in_scope(BATCHING_RULES, {sin: 3}), RegistrationError,
+            "got 3 as the rule of aten.sin.default; expected a function"),
+        (lambda: rules_in_scope(BATCHING_RULES, {aten.sin_.default: len}), RegistrationError,
+            "writes to its arguments"),
     ],
 )
 def test_what_is_refused(call: Any, error: type[Exception], text: str) -> None:
@@ -173,7 +178,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
     for name in ("tangent_of", "pullback_of"):
         original = getattr(deriving, name)
-        monkeypatch.setattr(deriving, name, lambda program, at, original=original: (made.append(program), original(program, at))[1])
+        monkeypatch.setattr(
+            deriving, name, lambda program, at, original=original: (made.append(program), original(program, at))[1]
+        )
     return made
 
 
@@ -220,10 +227,14 @@ def test_a_level_of_a_pullback_from_outside_follows_the_rules_inside() -> None:
     seen = {}
 
     def f(x: Tensor) -> Tensor:
-        _, pullback = vjp(torch.sin, x)  # c -> c * cos(x), a program that knows its own derivatives by the rules outside
+        _, pullback = vjp(
+            torch.sin, x
+        )  # c -> c * cos(x), a program that knows its own derivatives by the rules outside
         jvp(lambda c: pullback(c)[0], (X,), (X,))
         with rules_in_scope(DERIVATIVES, {cos: constant_slope(cos, 7)}):
-            seen["inside"] = jvp(lambda y: vjp(torch.sin, y)[1](torch.ones_like(X))[0], (X,), (torch.ones_like(X),))[1].tolist()
+            seen["inside"] = jvp(lambda y: vjp(torch.sin, y)[1](torch.ones_like(X))[0], (X,), (torch.ones_like(X),))[
+                1
+            ].tolist()
             out = pullback(torch.ones_like(X))[0]
         return out.sum()
 
@@ -296,7 +307,10 @@ def rounds_of(number: int, rounds: int, start: threading.Barrier, failures: list
                 derivative(op, self=lambda grad: mark * grad, tangent="elementwise")
                 found, expected = slope(f), torch.full_like(X, mark)
         elif case == 1:
-            with rules_in_scope(DERIVATIVES, {op: constant_slope(op, mark)}), rules_in_scope(DERIVATIVES, {sin: constant_slope(sin, mark + 1)}):
+            with (
+                rules_in_scope(DERIVATIVES, {op: constant_slope(op, mark)}),
+                rules_in_scope(DERIVATIVES, {sin: constant_slope(sin, mark + 1)}),
+            ):
                 found, expected = slope(f), torch.full_like(X, mark + (op is sin))
         elif case == 2:
             with overriding(BATCHING_RULES, op):
@@ -361,7 +375,9 @@ def test_rules_that_change_for_good_while_others_run() -> None:
                 finally:
                     DERIVATIVES.remove(op)
                     DERIVATIVES.add(op, entry, place=place)  # type: ignore[arg-type]
-                torch.testing.assert_close(slope(f), X.cos() if op is sin else torch.tensor([3.0, 2.0, 1.0], dtype=X.dtype))
+                torch.testing.assert_close(
+                    slope(f), X.cos() if op is sin else torch.tensor([3.0, 2.0, 1.0], dtype=X.dtype)
+                )
     finally:
         stop.set()
         for thread in threads:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor
 
 import functrans as ft
@@ -118,8 +119,12 @@ def test_derivatives(name: str, examples: Any) -> None:
     agree(vmap(grad(cubed))(x, i), expected)
     agree(grad(lambda x: vmap(cubed)(x, i).sum())(x), expected)
     agree(vmap(lambda x, i: jvp(lambda x: f(x, i), (x,), (x.cos(),))[1])(x, i),
-          for_each(lambda x, i: torch.einsum("...abc,abc->...", jacobian(lambda x: f(x, i), x), x.cos()))(x, i))  # fmt: skip
-    agree(vmap(jacfwd(grad(cubed)))(x[:2], i[:2]), for_each(lambda x, i: torch.autograd.functional.hessian(lambda x: cubed(x, i), x))(x[:2], i[:2]))
+          for_each(lambda x, i: torch.einsum("...abc,abc->...", jacobian(lambda x: f(x, i), x), x.cos()))(x,
+              i))  # fmt: skip
+    agree(
+        vmap(jacfwd(grad(cubed)))(x[:2], i[:2]),
+        for_each(lambda x, i: torch.autograd.functional.hessian(lambda x: cubed(x, i), x))(x[:2], i[:2]),
+    )
     agree(jacrev(f)(x[0], i[0]), jacobian(lambda x: f(x, i[0]), x[0]))
 
 

@@ -1,4 +1,6 @@
-"""Derivatives of linear algebra up to third order, in every mix of forward and reverse mode, at regular and at singular matrices."""
+"""Derivatives of linear algebra up to third order, in every mix of forward and reverse mode,
+at regular and at singular matrices.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ def matrices(dtype: torch.dtype) -> dict[str, Tensor]:
         "rank n - 1": of_rank(2, 3, dtype),
         "rank n - 2": of_rank(2, 4, dtype),
         "nearly singular": of_rank(2, 3, dtype) + 1e-9 * randn(3, 3, dtype=dtype, seed=3),
-        "ill-conditioned": torch.diag(torch.tensor([1.0, 1e-3, 1e-5, 1e-7])).to(dtype) + 1e-8 * randn(4, 4, dtype=dtype),
+        "ill-conditioned": torch.diag(torch.tensor([1.0, 1e-3, 1e-5, 1e-7])).to(dtype)
+        + 1e-8 * randn(4, 4, dtype=dtype),
         "zero": torch.zeros(3, 3, dtype=dtype),
         "zero of size 1": torch.zeros(1, 1, dtype=dtype),
         "size 1": randn(1, 1, dtype=dtype),
         "size 0": torch.zeros(0, 0, dtype=dtype),
-        "regular and singular": torch.stack([randn(3, 3, dtype=dtype), of_rank(1, 3, dtype), torch.eye(3, dtype=dtype)]),
+        "regular and singular": torch.stack(
+            [randn(3, 3, dtype=dtype), of_rank(1, 3, dtype), torch.eye(3, dtype=dtype)]
+        ),
         "transposed": randn(3, 3, dtype=dtype).mT,
         "no matrices": torch.zeros(0, 3, 3, dtype=dtype),
     }
@@ -48,7 +53,9 @@ def test_determinant(name: str, dtype: torch.dtype) -> None:
     a = matrices(dtype)[name]
     f = along(linalg.det, (a,))
     if a.numel() == 0:
-        assert all(float(derivative(f, mix)(torch.tensor(0.0, dtype=torch.float64))) == 0 for mix in ("f", "r", "fr", "rr"))
+        assert all(
+            float(derivative(f, mix)(torch.tensor(0.0, dtype=torch.float64))) == 0 for mix in ("f", "r", "fr", "rr")
+        )
     else:
         check_mixes(f)
 
@@ -174,7 +181,12 @@ def test_solvers(name: str, dtype: torch.dtype, moving: tuple[int, ...]) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matrix_norms(ord: Any, dtype: torch.dtype) -> None:
     for shape in ((3, 3), (2, 4), (4, 2)):
-        check_mixes(along(lambda a: linalg.matrix_norm(a, ord), (randn(*shape, dtype=dtype, seed=7),)), radius=0.004, rtol=1e-4, atol=1e-6)
+        check_mixes(
+            along(lambda a: linalg.matrix_norm(a, ord), (randn(*shape, dtype=dtype, seed=7),)),
+            radius=0.004,
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
 
 def repeated(*shape: int, dtype: torch.dtype, values: tuple[float, ...]) -> Tensor:

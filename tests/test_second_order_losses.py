@@ -1,4 +1,5 @@
-"""Losses with weights, weight norms, norms and products of zeros: derivatives up to third order in every mix of modes."""
+"""Losses with weights, weight norms, norms and products of zeros: derivatives up to third order in every mix of modes.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ def test_class_weights(name: str, reduction: str, ignore_index: int) -> None:
     args, options = (randn(*shape), positive(3)), {"reduction": reduction, "ignore_index": ignore_index}
     check_each(lambda x, w: F.nll_loss(x, target, w, **options), args)
     for label_smoothing in (0.0, 0.2):
-        check_each(lambda x, w, s=label_smoothing: F.cross_entropy(x, target, w, label_smoothing=s, **options), args, order=2)
+        check_each(
+            lambda x, w, s=label_smoothing: F.cross_entropy(x, target, w, label_smoothing=s, **options), args, order=2
+        )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -97,7 +100,9 @@ def test_weights_that_a_loss_does_not_hand_on() -> None:
     """``F.l1_loss`` forgets its weight where it hands itself over to a tensor subclass."""
     x, y, w = randn(3, 2), randn(3, 2, seed=1), positive(3, 2)
     torch.testing.assert_close(grad(lambda x: F.l1_loss(x, y, weight=w, reduction="sum"))(x), w * (x - y).sign())
-    torch.testing.assert_close(vmap(lambda x, y, w: F.l1_loss(x, y, weight=w))(x, y, w), (w * (x - y).abs()).sum(1) / w.sum(1))
+    torch.testing.assert_close(
+        vmap(lambda x, y, w: F.l1_loss(x, y, weight=w))(x, y, w), (w * (x - y).abs()).sum(1) / w.sum(1)
+    )
     torch.testing.assert_close(vmap(lambda x, y: F.l1_loss(x, y))(x, y), (x - y).abs().mean(1))
 
 
@@ -106,7 +111,11 @@ def test_weights_that_a_loss_does_not_hand_on() -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_chunked_linear_cross_entropy(reduction: str, ignore_index: int | None) -> None:
     labels = torch.tensor([0, 2, 1, 1, 0])
-    chunks = {"reduction": reduction, "ignore_index": ignore_index, "options": nn.LinearCrossEntropyOptions(batch_chunk_size=2)}
+    chunks = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "options": nn.LinearCrossEntropyOptions(batch_chunk_size=2),
+    }
     check_each(
         lambda x, a, b, w: F.linear_cross_entropy(x, a, labels, linear_bias=b, weight=w, **chunks),
         (randn(5, 4), randn(3, 4, seed=1), randn(3, seed=2), positive(3)),
@@ -145,14 +154,22 @@ def test_weight_norm_figure() -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
-@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "parametrization"])
+@pytest.mark.parametrize(
+    "norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "parametrization"]
+)
 def test_modules_with_weight_norm(norm: Callable[..., Any], dim: int | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         layer = norm(nn.Linear(3, 2).double(), dim=dim)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
     x = randn(5, 3)
-    check_mixes(along(lambda *p: functional_call(layer, dict(zip(parameters, p, strict=True)), (x,)).tanh(), tuple(parameters.values())), radius=0.02)
+    check_mixes(
+        along(
+            lambda *p: functional_call(layer, dict(zip(parameters, p, strict=True)), (x,)).tanh(),
+            tuple(parameters.values()),
+        ),
+        radius=0.02,
+    )
 
 
 # ---- norms and products of zeros
@@ -210,7 +227,10 @@ def test_rows_that_do_not_vary(f: Callable[..., Any]) -> None:
 
 def test_sums_of_no_exponentials() -> None:
     """A row, or a beginning, of -inf has no derivative to give, and leaves the others theirs."""
-    rows, t = torch.stack([vector(-float("inf"), -float("inf"), -float("inf")), vector(-float("inf"), 1, 0.5)]), vector(1, 2, 3)
+    rows, t = (
+        torch.stack([vector(-float("inf"), -float("inf"), -float("inf")), vector(-float("inf"), 1, 0.5)]),
+        vector(1, 2, 3),
+    )
     for f in (lambda x: x.logsumexp(1)[1], lambda x: x.logcumsumexp(1)[1, 1:], lambda x: x.logcumsumexp(0)[1, 1:]):
         check_mixes(along(lambda s, f=f: f(rows + t * s), (vector(0.2).reshape(()),)))
 

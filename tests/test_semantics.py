@@ -81,7 +81,9 @@ def test_jvp_in_grad_and_grad_in_jvp() -> None:
     x = scalar(0.6)
     torch.testing.assert_close(grad(lambda x: x * along(lambda y: x * y**2, x))(x), 6 * x**2)
     torch.testing.assert_close(along(lambda x: x * grad(lambda y: x * y**2)(x), x), 6 * x**2)
-    torch.testing.assert_close(along(lambda x: along(lambda y: along(lambda z: z * y * x, x), x), x), torch.ones_like(x))
+    torch.testing.assert_close(
+        along(lambda x: along(lambda y: along(lambda z: z * y * x, x), x), x), torch.ones_like(x)
+    )
 
 
 def test_constant_inner_function_gives_zero() -> None:
@@ -388,14 +390,18 @@ def test_numbers_can_be_read_under_grad_and_jvp() -> None:
 
     assert not difference(grad(f)(X), torch.func.grad(f)(X))
     assert not difference(jvp(f, (X,), (X,)), torch.func.jvp(f, (X,), (X,)))
-    assert not difference(grad(grad(lambda x: f(X * x)))(scalar(1.0)), torch.func.grad(torch.func.grad(lambda x: f(X * x)))(scalar(1.0)))
+    assert not difference(
+        grad(grad(lambda x: f(X * x)))(scalar(1.0)), torch.func.grad(torch.func.grad(lambda x: f(X * x)))(scalar(1.0))
+    )
 
 
 @pytest.mark.parametrize(
     "f",
     [
-        lambda x: x * x.sum().item(), lambda x: x if x.sum() > 0 else -x, torch.nonzero, lambda x: x[x > 0], torch.unique,
-        lambda x: x * float(x[0]), lambda x: x[: int(x[0])], lambda x: torch.tensor([x[0], 1.0]), lambda x: x.tolist()[0] * x,
+        lambda x: x * x.sum().item(), lambda x: x if x.sum() > 0 else -x, torch.nonzero, lambda x: x[x > 0],
+        torch.unique,
+        lambda x: x * float(x[0]), lambda x: x[: int(x[0])], lambda x: torch.tensor([x[0], 1.0]),
+        lambda x: x.tolist()[0] * x,
         lambda x: torch.masked_select(x, x > 0), lambda x: x.numpy(), lambda x: x[0].__index__(),
     ],
 )  # fmt: skip
@@ -460,7 +466,9 @@ def test_base_autograd_records_through_every_transform() -> None:
 
 def test_factories_inside_are_not_affected() -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
-        return x * torch.ones(3, dtype=x.dtype) + torch.arange(3) + torch.full((3,), 2.0) + torch.eye(3, dtype=x.dtype)[0]
+        return (
+            x * torch.ones(3, dtype=x.dtype) + torch.arange(3) + torch.full((3,), 2.0) + torch.eye(3, dtype=x.dtype)[0]
+        )
 
     torch.testing.assert_close(vmap(f)(B), f(B))
     torch.testing.assert_close(grad(lambda x: f(x).sum())(X), torch.ones_like(X))

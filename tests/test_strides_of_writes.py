@@ -182,7 +182,9 @@ def check(start: str, seed: int, jvp_too: bool = True) -> None:
     one = outcome(lambda shown: reverse(program, x, shown))
     if one[2] is None and looped[2] is None and one[0] is not None:
         compare("grad", what, outcome(lambda shown: grad(lambda x: weighed(program, x, shown))(x)), one)
-        compare("vmap(grad)", what, outcome(lambda shown: vmap(grad(lambda x: weighed(program, x, shown)))(xs)), gradients)
+        compare(
+            "vmap(grad)", what, outcome(lambda shown: vmap(grad(lambda x: weighed(program, x, shown)))(xs)), gradients
+        )
         summed = outcome(lambda shown: grad(lambda xs: vmap(lambda x: weighed(program, x, shown))(xs).sum())(xs))
         compare("grad(vmap)", what, summed, gradients)
         if jvp_too:
@@ -227,12 +229,17 @@ BATCHES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "batch in the middle": (lambda z: z.movedim(0, 1).contiguous(), 1),
     "batch in the middle, not contiguous": (lambda z: z.clone().movedim(0, 2), 2),
 }
-STARTS_OF_ARGUMENTS = {"argument": lambda x: x, "view of the argument": lambda x: x[1:], "transposed argument": lambda x: x.mT}
+STARTS_OF_ARGUMENTS = {
+    "argument": lambda x: x,
+    "view of the argument": lambda x: x[1:],
+    "transposed argument": lambda x: x.mT,
+}
 
 
 @pytest.mark.parametrize("layout", BATCHES)
 def test_arguments_that_are_written(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The argument itself is written: it shows the strides of the loop's, and so does the caller's tensor afterwards."""
+    """The argument itself is written: it shows the strides of the loop's, and so does the caller's tensor afterwards.
+    """
     COUNTS.clear()
     make, dim = BATCHES[layout]
     for start, f in STARTS_OF_ARGUMENTS.items():
@@ -240,7 +247,11 @@ def test_arguments_that_are_written(layout: str, monkeypatch: pytest.MonkeyPatch
         for seed in range(25):
             program, z = chain(start, seed), examples(seed)
             mine, theirs = make(z), make(z)
-            looped = outcome(lambda shown, p=program, t=theirs: torch.stack([p(t.select(dim, i), shown if i == 0 else []) for i in range(3)]))
+            looped = outcome(
+                lambda shown, p=program, t=theirs: torch.stack(
+                    [p(t.select(dim, i), shown if i == 0 else []) for i in range(3)]
+                )
+            )
             got = outcome(lambda shown, p=program, m=mine: vmap(lambda x: p(x, shown), in_dims=dim)(m))
             if dim and isinstance(got[2], InsideTransformError):
                 continue  # as_strided of examples that lie between each other

@@ -51,7 +51,10 @@ NAN = "PyTorch has NaN, zero times infinity, where the derivative is finite"
 DIFFERS: dict[tuple[Any, str], str] = {
     (aten.copy.default, "reverse"): NO_FORMULA,
     (aten.remainder.Scalar_Tensor, "reverse"): NO_FORMULA,
-    (aten.nextafter.default, "reverse"): "PyTorch has 0 at equal arguments, and none before 2.13; it moves with the first",
+    (
+        aten.nextafter.default,
+        "reverse",
+    ): "PyTorch has 0 at equal arguments, and none before 2.13; it moves with the first",
     (aten.heaviside.default, "reverse"): NO_FORMULA,
     (aten.special_zeta.self_scalar, "forward"): NO_FORMULA,
     (aten.hardsigmoid.default, "second"): NO_FORMULA,
@@ -68,7 +71,9 @@ DIFFERS: dict[tuple[Any, str], str] = {
 }
 #: What PyTorch calls non-differentiable: derivatives/{airy,bessel,orthogonal}.py has the derivatives, and
 #: test_derivatives_special.py their oracle.
-WITHOUT_DERIVATIVE = re.compile(r"aten::special_(airy_ai|bessel|modified_bessel|scaled_modified|spherical|.*_polynomial)_")
+WITHOUT_DERIVATIVE = re.compile(
+    r"aten::special_(airy_ai|bessel|modified_bessel|scaled_modified|spherical|.*_polynomial)_"
+)
 DIFFERS |= {(op, "reverse"): NO_FORMULA for op in DERIVATIVES if WITHOUT_DERIVATIVE.match(op.name() + "_")}
 if not SPLITS_TIES:
     DIFFERS[aten.fmax.default, "forward"] = FORWARD_IS_NO_TRANSPOSE

@@ -61,7 +61,9 @@ def test_in_dims(kind: str, order: str) -> None:
 @pytest.mark.parametrize("given", ("dict", "OrderedDict", "defaultdict"))
 @pytest.mark.parametrize("taken", ("dict", "OrderedDict", "defaultdict"))
 def test_in_dims_of_another_kind_of_dict(given: str, taken: str) -> None:
-    out = vmap(lambda t: t["a"].sum() - t["b"].prod(), in_dims=(tree(given, "ba", a=0, b=1),))(tree(taken, "ab", a=A, b=B))
+    out = vmap(lambda t: t["a"].sum() - t["b"].prod(), in_dims=(tree(given, "ba", a=0, b=1),))(
+        tree(taken, "ab", a=A, b=B)
+    )
     torch.testing.assert_close(out, torch.stack([A[i].sum() - B[:, i].prod() for i in range(2)]))
 
 
@@ -139,7 +141,9 @@ def test_tangents_and_cotangents_with_other_keys() -> None:
 def test_aux_keeps_its_own_order() -> None:
     _out, _pull, aux = vjp(lambda x: (x, {"b": x, "a": 2 * x}), torch.ones(2), has_aux=True)
     assert list(aux) == ["b", "a"] and torch.equal(aux["a"], 2 * torch.ones(2))
-    grads, aux = functrans.grad(lambda t: ((t["b"] * t["a"]).sum(), {"b": 1, "a": t}), has_aux=True)({"b": A, "a": A + 1})
+    grads, aux = functrans.grad(lambda t: ((t["b"] * t["a"]).sum(), {"b": 1, "a": t}), has_aux=True)(
+        {"b": A, "a": A + 1}
+    )
     assert list(grads) == ["b", "a"] and torch.equal(grads["b"], A + 1) and list(aux["a"]) == ["b", "a"]
 
 

@@ -1,4 +1,5 @@
-"""Programs of users: loops that fill buffers, dynamic programs, masks, segments, sorting, losses, and complex numbers."""
+"""Programs of users: loops that fill buffers, dynamic programs, masks, segments, sorting, losses, and complex numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -73,7 +75,9 @@ def running_median(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "f", [cumulative_by_setitem, cumulative_in_place, the_same_tensor_many_times, sieve, running_median], ids=lambda f: f.__name__
+    "f",
+    [cumulative_by_setitem, cumulative_in_place, the_same_tensor_many_times, sieve, running_median],
+    ids=lambda f: f.__name__,
 )
 def test_buffers_and_masks(f: Callable[[Tensor], Tensor]) -> None:
     x = randn(4, 5)
@@ -102,7 +106,10 @@ def test_masks_and_indices_of_each_example() -> None:
 
     x, i, w = randn(3, 5, 2), torch.tensor([[0, 1], [2, 3], [4, 0]]), randn(3, 2, 2)
     agree(vmap(edited)(x, i, w), for_each(edited)(x, i, w))
-    agree(vmap(jacrev(edited))(x, i, w), torch.stack([jacobian(lambda t, k=k: edited(t, i[k], w[k]), x[k]) for k in range(3)]))
+    agree(
+        vmap(jacrev(edited))(x, i, w),
+        torch.stack([jacobian(lambda t, k=k: edited(t, i[k], w[k]), x[k]) for k in range(3)]),
+    )
 
 
 def test_soft_dynamic_time_warping() -> None:
@@ -155,7 +162,11 @@ def test_connectionist_temporal_classification() -> None:
         alpha[0, 1] = logs[0, labels[1]]
         for t in range(1, len(logs)):
             stay = alpha[t - 1]
-            ways = [stay, F.pad(stay[:-1], (1, 0), value=-1e30), torch.where(skips, F.pad(stay[:-2], (2, 0), value=-1e30), -1e30)]
+            ways = [
+                stay,
+                F.pad(stay[:-1], (1, 0), value=-1e30),
+                torch.where(skips, F.pad(stay[:-2], (2, 0), value=-1e30), -1e30),
+            ]
             alpha[t] = torch.logsumexp(torch.stack(ways), 0) + logs[t, labels]
         return -torch.logsumexp(alpha[-1, -2:], 0)
 
@@ -235,7 +246,10 @@ def test_filters_in_the_frequency_domain() -> None:
         return torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(h, n=n), n=n).pow(2).sum()
 
     h, x = randn(3), randn(4, 8)
-    agree(vmap(grad(f, (0, 1)), (None, 0))(h, x), tuple(torch.stack(c) for c in zip(*[torch.autograd.functional.jacobian(f, (h, r)) for r in x])))
+    agree(
+        vmap(grad(f, (0, 1)), (None, 0))(h, x),
+        tuple(torch.stack(c) for c in zip(*[torch.autograd.functional.jacobian(f, (h, r)) for r in x])),
+    )
     agree(vmap(hessian(f), (None, 0))(h, x), torch.stack([hessian_of(f, h, r) for r in x]))
 
 
@@ -260,7 +274,11 @@ def test_complex_numbers() -> None:
 
 def test_tensor_contractions() -> None:
     def f(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return torch.einsum("ij,jkl,k->il", a, b, c).tanh().pow(2).sum() + torch.einsum("ii", a @ a.mT) + torch.einsum("...k,j->", b, c)
+        return (
+            torch.einsum("ij,jkl,k->il", a, b, c).tanh().pow(2).sum()
+            + torch.einsum("ii", a @ a.mT)
+            + torch.einsum("...k,j->", b, c)
+        )
 
     a, b, c = randn(4, 2, 3), randn(4, 3, 4, 2), randn(4, 4)
     every = [gradient(lambda t: f(*t))((x, y, z)) for x, y, z in zip(a, b, c)]

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from slow_ways import agree, for_each, gradient, no_history
+from loop import for_each
+from slow_ways import agree, gradient, no_history
 from torch import Tensor
 
 from functrans import grad, hessian, jacrev, jvp, vmap
@@ -31,11 +32,15 @@ def test_a_gaussian_process_likelihood() -> None:
         return -0.5 * (alpha**2).sum() - factor.diagonal().log().sum()
 
     def by_determinant(h: Tensor) -> Tensor:
-        k = h[0].exp() * torch.exp(-torch.cdist(x, x) ** 2 / (2 * h[1].exp() ** 2)) + h[2].exp() * torch.eye(6, dtype=DOUBLE)
+        k = h[0].exp() * torch.exp(-(torch.cdist(x, x) ** 2) / (2 * h[1].exp() ** 2)) + h[2].exp() * torch.eye(
+            6, dtype=DOUBLE
+        )
         return -0.5 * y @ torch.linalg.solve(k, y) - 0.5 * torch.logdet(k)
 
     def by_cholesky_solve(h: Tensor) -> Tensor:
-        k = h[0].exp() * torch.exp(-torch.cdist(x, x) ** 2 / (2 * h[1].exp() ** 2)) + h[2].exp() * torch.eye(6, dtype=DOUBLE)
+        k = h[0].exp() * torch.exp(-(torch.cdist(x, x) ** 2) / (2 * h[1].exp() ** 2)) + h[2].exp() * torch.eye(
+            6, dtype=DOUBLE
+        )
         factor = torch.linalg.cholesky(k)
         return -0.5 * y @ torch.cholesky_solve(y[:, None], factor)[:, 0] - 0.5 * torch.linalg.slogdet(k).logabsdet
 
@@ -64,7 +69,10 @@ def test_a_kalman_filter_s_likelihood() -> None:
         return total + 0.1 * means.pow(2).mean()
 
     theta = torch.tensor([0.9, 0.2, -1.0, -0.5], dtype=DOUBLE)
-    agree(vmap(grad(likelihood), (None, 0))(theta, observations), no_history(for_each(gradient(likelihood), (None, 0))(theta, observations)))
+    agree(
+        vmap(grad(likelihood), (None, 0))(theta, observations),
+        no_history(for_each(gradient(likelihood), (None, 0))(theta, observations)),
+    )
     got = vmap(hessian(likelihood), (None, 0))(theta, observations)
     agree(got, for_each(lambda y: torch.autograd.functional.hessian(lambda t: likelihood(t, y), theta))(observations))
 
@@ -121,11 +129,14 @@ def test_distributions(validate_args: bool) -> None:
     agree(jvp(lambda p: mixture(p, x[0]), (p,), (p,))[0], by_hand(p, x[0]))
     if not validate_args:  # validation branches on every example's numbers
         agree(vmap(grad(mixture), (None, 0))(p, x), no_history(for_each(gradient(by_hand), (None, 0))(p, x)))
-        draw = vmap(lambda m: torch.distributions.Normal(m, 1.0, validate_args=False).rsample((2,)), randomness="different")
+        draw = vmap(
+            lambda m: torch.distributions.Normal(m, 1.0, validate_args=False).rsample((2,)), randomness="different"
+        )
         assert draw(x).shape == (5, 2) and len(draw(x).unique()) == 10
 
     def normal(mean: Tensor, factor: Tensor) -> Tensor:
-        return torch.distributions.MultivariateNormal(mean, scale_tril=factor.tril(-1) + torch.diag(factor.diagonal().exp()),
+        return torch.distributions.MultivariateNormal(mean,
+            scale_tril=factor.tril(-1) + torch.diag(factor.diagonal().exp()),
                                                       validate_args=False).log_prob(x[:3])  # fmt: skip
 
     def precision(factor: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Programs of users: what they pass as functions and data, and what else of PyTorch is at work around the transforms."""
+"""Programs of users: what they pass as functions and data, and what else of PyTorch is at work around the transforms.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -103,7 +105,9 @@ class State:
     name: str = "a body"
 
 
-_pytree.register_pytree_node(State, lambda s: ([s.position, s.velocity], s.name), lambda parts, name: State(*parts, name))
+_pytree.register_pytree_node(
+    State, lambda s: ([s.position, s.velocity], s.name), lambda parts, name: State(*parts, name)
+)
 
 
 def test_containers_of_every_kind() -> None:
@@ -126,7 +130,9 @@ def test_containers_of_every_kind() -> None:
     got = vmap(grad(lambda s: (s.position**2 * s.velocity).sum()))(state)
     assert type(got) is State and got.name == "comet"
     agree(got.position, 2 * state.position * state.velocity)
-    agree(vmap(lambda s: State(s.position + s.velocity, s.velocity * 2))(state).position, state.position + state.velocity)
+    agree(
+        vmap(lambda s: State(s.position + s.velocity, s.velocity * 2))(state).position, state.position + state.velocity
+    )
 
 
 def test_lambdas_that_close_over_values_of_outer_transforms() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, no_history
+from loop import for_each
+from slow_ways import agree, gradient, no_history
 from torch import Tensor, nn
 
 import functrans as ft
@@ -46,14 +47,16 @@ class SelfAttention(nn.Module):
 
 def convolutional() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, stride=2, groups=2),
+        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 3, stride=2, groups=2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 3),
     )  # fmt: skip
 
 
 def residual() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Mish(), nn.AvgPool2d(2), nn.ConvTranspose2d(4, 2, 2), nn.InstanceNorm2d(2, affine=True),
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Mish(), nn.AvgPool2d(2), nn.ConvTranspose2d(4, 2, 2),
+        nn.InstanceNorm2d(2, affine=True),
         nn.Upsample(scale_factor=2), nn.Flatten(), nn.LazyLinear(3),
     )  # fmt: skip
 
@@ -66,7 +69,10 @@ IMAGES = (lambda: torch.randn(BATCH, 2, 8, 8))
 TOKENS = (lambda: torch.randint(0, 11, (BATCH, 5)))
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5).isinf()
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.0), nn.Linear(7, 3)), lambda: torch.randn(BATCH, 5)),
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.0), nn.Linear(7, 3)),
+        lambda: torch.randn(BATCH, 5),
+    ),
     "convolutional": (convolutional, IMAGES),
     "residual eval": (lambda: residual().eval(), IMAGES),
     "embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(11, 6), nn.Linear(6, 3)), TOKENS),
@@ -80,8 +86,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "attention train": (lambda: Tokens(SelfAttention(), 8), TOKENS),
     "attention eval": (lambda: Tokens(SelfAttention(), 8).eval(), TOKENS),
     "attention without weights": (lambda: Tokens(SelfAttention(need_weights=False), 8).eval(), TOKENS),
-    "attention all weights": (lambda: Tokens(SelfAttention(average_attn_weights=False, attn_mask=CAUSAL), 8).eval(), TOKENS),
-    "attention causal": (lambda: Tokens(SelfAttention(need_weights=False, attn_mask=CAUSAL, is_causal=True), 8), TOKENS),
+    "attention all weights": (
+        lambda: Tokens(SelfAttention(average_attn_weights=False, attn_mask=CAUSAL), 8).eval(),
+        TOKENS,
+    ),
+    "attention causal": (
+        lambda: Tokens(SelfAttention(need_weights=False, attn_mask=CAUSAL, is_causal=True), 8),
+        TOKENS,
+    ),
 }
 
 
@@ -99,7 +111,13 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], T
         model(x)  # lazy layers get their shape
     model = model.double()
     params = {n: p.detach() for n, p in model.named_parameters()}
-    return model, params, dict(model.named_buffers()), x.double() if x.is_floating_point() else x, torch.randint(0, 3, (BATCH,))
+    return (
+        model,
+        params,
+        dict(model.named_buffers()),
+        x.double() if x.is_floating_point() else x,
+        torch.randint(0, 3, (BATCH,)),
+    )
 
 
 def loss_of(model: nn.Module) -> Callable[..., Tensor]:
@@ -193,7 +211,12 @@ def test_maml_on_sines(steps: int) -> None:
 
 def test_maml_of_a_convolutional_net_with_batch_statistics() -> None:
     net = nn.Sequential(
-        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, affine=True, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3, affine=True, track_running_stats=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 2),
     ).double()
     params = {n: p.detach() for n, p in net.named_parameters()}
     x, y = torch.randn(3, 6, 1, 6, 6, dtype=torch.float64), torch.randint(0, 2, (3, 6))
@@ -303,7 +326,10 @@ def test_a_transformer_in_inference(masked: str, norm_first: bool) -> None:
     encoder = nn.TransformerEncoder(encoder_layer(norm_first), 2).double().eval()
     x = torch.randn(3, 2, 5, 8, dtype=torch.float64)
     padding = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
-    mask, padding = (CAUSAL if masked in ("causal", "both") else None, padding if masked in ("padding", "both") else None)
+    mask, padding = (
+        CAUSAL if masked in ("causal", "both") else None,
+        padding if masked in ("padding", "both") else None,
+    )
     with torch.no_grad():  # takes the fused kernels
         def model(x: Tensor) -> Tensor:
             return encoder(x, mask=mask, src_key_padding_mask=padding)[:, :3]
@@ -344,7 +370,12 @@ def test_attention_in_every_derivative(form: str) -> None:
         return lambda q, k, v: take(lambda q: (f(q, k, v) ** 2).sum())(q).pow(2).sum()
 
     got = vmap(grad(slope(attend, grad), argnums=(0, 1, 2)))(q, k, v)
-    agree(got, torch.func.vmap(torch.func.grad(slope(by_hand, torch.func.grad), argnums=(0, 1, 2)))(q, k, v), rtol=1e-8, atol=1e-10)
+    agree(
+        got,
+        torch.func.vmap(torch.func.grad(slope(by_hand, torch.func.grad), argnums=(0, 1, 2)))(q, k, v),
+        rtol=1e-8,
+        atol=1e-10,
+    )
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
@@ -355,8 +386,12 @@ def test_packed_sequences(kind: type[nn.Module], enforce_sorted: bool) -> None:
     lengths = [5, 3, 2] if enforce_sorted else [2, 5, 3]
 
     def loss(p: Any, x: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=enforce_sorted)
-        out, found = nn.utils.rnn.pad_packed_sequence(functional_call(net, p, (packed,))[0], True, padding_value=-1.5, total_length=6)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, torch.tensor(lengths), batch_first=True, enforce_sorted=enforce_sorted
+        )
+        out, found = nn.utils.rnn.pad_packed_sequence(
+            functional_call(net, p, (packed,))[0], True, padding_value=-1.5, total_length=6
+        )
         assert found.tolist() == lengths and out.shape == (3, 6, 8)
         return out.pow(3).sum()
 

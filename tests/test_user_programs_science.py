@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from slow_ways import agree, for_each, gradient, jacobian, no_history
+from loop import for_each
+from slow_ways import agree, gradient, jacobian, no_history
 from torch import Tensor, nn
 
 from functrans import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -46,7 +47,9 @@ def test_the_neural_tangent_kernel_in_three_ways() -> None:
 
     def by_contraction(x1: Tensor, x2: Tensor, chunk_size: int | None) -> Tensor:
         jac1, jac2 = (vmap(jacrev(model, chunk_size=chunk_size), (None, 0))(params, x) for x in (x1, x2))
-        return torch.stack([torch.einsum("Naf,Mbf->NMab", jac1[n].flatten(2), jac2[n].flatten(2)) for n in params]).sum(0)
+        return torch.stack([torch.einsum("Naf,Mbf->NMab", jac1[n].flatten(2), jac2[n].flatten(2)) for n in params]).sum(
+            0
+        )
 
     def entry(x1: Tensor, x2: Tensor) -> Tensor:
         _, pullback = vjp(lambda p: model(p, x1), params)
@@ -55,7 +58,9 @@ def test_the_neural_tangent_kernel_in_three_ways() -> None:
     def row(x: Tensor) -> Tensor:
         leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
         outs = model(leaves, x)
-        return torch.stack([flat(dict(enumerate(torch.autograd.grad(o, leaves.values(), retain_graph=True)))) for o in outs])
+        return torch.stack(
+            [flat(dict(enumerate(torch.autograd.grad(o, leaves.values(), retain_graph=True)))) for o in outs]
+        )
 
     expected = torch.einsum("Naf,Mbf->NMab", for_each(row)(x1), for_each(row)(x2))
     agree(by_contraction(x1, x2, None), expected)
@@ -63,7 +68,9 @@ def test_the_neural_tangent_kernel_in_three_ways() -> None:
     agree(vmap(vmap(entry, (None, 0)), (0, None))(x1, x2), expected)
 
 
-@pytest.mark.parametrize("order", ["forward over reverse", "reverse over forward", "reverse over reverse", "linear in v"])
+@pytest.mark.parametrize(
+    "order", ["forward over reverse", "reverse over forward", "reverse over reverse", "linear in v"]
+)
 def test_hessian_vector_products(order: str) -> None:
     net, params = network(3, 5, 1)
     x, y = torch.randn(6, 3, dtype=DOUBLE), torch.randn(6, 1, dtype=DOUBLE)
@@ -79,11 +86,17 @@ def test_hessian_vector_products(order: str) -> None:
         "linear in v": lambda v: grad(lambda p: sum((g * v[n]).sum() for n, g in grad(loss)(p).items()))(params),
     }[order]
     full = hessian(loss)(params)
-    expected = {a: sum(torch.einsum("ij,j->i", full[a][b].reshape(params[a].numel(), -1), v[b].flatten()) for b in params) for a in params}
+    expected = {
+        a: sum(torch.einsum("ij,j->i", full[a][b].reshape(params[a].numel(), -1), v[b].flatten()) for b in params)
+        for a in params
+    }
     agree({n: t.flatten() for n, t in product(v).items()}, expected)
     leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
     slope = sum((g * v[n]).sum() for n, g in gradient(loss)(leaves).items())
-    agree(product(v), dict(zip(params, torch.autograd.grad(slope, leaves.values(), materialize_grads=True, allow_unused=True))))
+    agree(
+        product(v),
+        dict(zip(params, torch.autograd.grad(slope, leaves.values(), materialize_grads=True, allow_unused=True))),
+    )
     many = {n: torch.randn(4, *p.shape, dtype=DOUBLE) for n, p in params.items()}
     agree(vmap(product)(many), for_each(product)(many))
 
@@ -120,11 +133,18 @@ def test_gauss_newton_and_fisher_solves_by_conjugate_gradients() -> None:
     solved = torch.stack([flat({n: s[i] for n, s in vmap(conjugate_gradients)(sides).items()}) for i in range(3)])
     leaves = {n: p.clone().requires_grad_() for n, p in params.items()}
     out = logits(leaves)
-    jac = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(o, leaves.values(), retain_graph=True)]) for o in out.flatten()])
+    jac = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(o, leaves.values(), retain_graph=True)])
+            for o in out.flatten()
+        ]
+    )
     probs = out.detach().softmax(-1)
     blocks = torch.block_diag(*[torch.diag(p) - torch.outer(p, p) for p in probs]) / len(x)
     matrix = jac.T @ blocks @ jac + 0.01 * torch.eye(jac.shape[1], dtype=DOUBLE)
-    expected = torch.linalg.solve(matrix, torch.stack([flat({n: s[i] for n, s in sides.items()}) for i in range(3)]).T).T
+    expected = torch.linalg.solve(
+        matrix, torch.stack([flat({n: s[i] for n, s in sides.items()}) for i in range(3)]).T
+    ).T
     agree(solved, expected, rtol=1e-6, atol=1e-8)
 
 
@@ -157,7 +177,9 @@ def test_jacobians_of_a_model_with_aux_and_several_arguments() -> None:
 # --- differential equations -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["trace of the hessian", "jvp of grad", "vmap over the basis", "double jvp", "jacfwd of jacrev"])
+@pytest.mark.parametrize(
+    "way", ["trace of the hessian", "jvp of grad", "vmap over the basis", "double jvp", "jacfwd of jacrev"]
+)
 def test_laplacians_of_a_network_and_their_training_gradients(way: str) -> None:
     net, params = network(3, 6, 1)
     x = torch.randn(5, 3, dtype=DOUBLE)
@@ -287,7 +309,9 @@ def test_lagrangian_and_hamiltonian_dynamics() -> None:
 
     state = torch.randn(3, 4, dtype=DOUBLE)
     jac = vmap(jacfwd(lambda s: runge_kutta(symplectic, s, 0.01, 4)))(state)
-    form = torch.cat([torch.cat([torch.zeros(2, 2), torch.eye(2)], 1), torch.cat([-torch.eye(2), torch.zeros(2, 2)], 1)]).double()
+    form = torch.cat(
+        [torch.cat([torch.zeros(2, 2), torch.eye(2)], 1), torch.cat([-torch.eye(2), torch.zeros(2, 2)], 1)]
+    ).double()
     agree(jac.transpose(1, 2) @ form @ jac, form.expand(3, 4, 4), rtol=0.0, atol=1e-9)
 
 
@@ -334,7 +358,9 @@ def test_a_deep_equilibrium_model() -> None:
 
 
 def test_lennard_jones_forces_and_hessians() -> None:
-    positions = torch.randn(3, 4, 3, dtype=DOUBLE) * 0.2 + torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=DOUBLE)
+    positions = torch.randn(3, 4, 3, dtype=DOUBLE) * 0.2 + torch.tensor(
+        [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=DOUBLE
+    )
 
     def energy(r: Tensor) -> Tensor:
         i, j = torch.triu_indices(4, 4, 1)

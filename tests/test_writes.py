@@ -177,7 +177,9 @@ def test_under_one_transform(f: Callable[..., torch.Tensor]) -> None:
     close(tangent, jacobian @ Y)
     batch = torch.stack([X, Y, -X])
     assert not difference(vmap(f)(batch), torch.stack([f(row) for row in batch]))
-    assert not difference(vmap(f, in_dims=1, out_dims=1)(batch.t().contiguous()), torch.stack([f(row) for row in batch], 1))
+    assert not difference(
+        vmap(f, in_dims=1, out_dims=1)(batch.t().contiguous()), torch.stack([f(row) for row in batch], 1)
+    )
 
 
 TRANSFORMS: dict[str, Callable[..., Any]] = {
@@ -279,7 +281,8 @@ def test_nested_levels_write_an_outer_argument() -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda c, x: c.add_(x), lambda c, x: c.copy_(x), lambda c, x: c.__setitem__(0, x[0]), lambda c, x: c[1:].mul_(x[1:]),
+        lambda c, x: c.add_(x), lambda c, x: c.copy_(x), lambda c, x: c.__setitem__(0, x[0]),
+        lambda c, x: c[1:].mul_(x[1:]),
         lambda c, x: torch.sin(x, out=c), lambda c, x: c.__setitem__(torch.tensor([0]), x[:1]),
     ],
 )  # fmt: skip
@@ -409,5 +412,9 @@ def test_a_copy_that_might_have_been_a_view_stays_as_it_is(name: str, written: s
         return torch.autograd.grad(f(row), row)[0]
 
     rows = [slope(row) for row in x]
-    for got, expected in ((grad(f)(x[0]), rows[0]), (vmap(grad(f))(x), torch.stack(rows)), (vmap(f)(x), torch.stack([f(row) for row in x]))):
+    for got, expected in (
+        (grad(f)(x[0]), rows[0]),
+        (vmap(grad(f))(x), torch.stack(rows)),
+        (vmap(f)(x), torch.stack([f(row) for row in x])),
+    ):
         torch.testing.assert_close(got, expected)

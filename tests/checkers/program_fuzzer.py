@@ -4,7 +4,7 @@ A program is source text: nested functions, one per transform, each with capture
 in-place writes, writes through views, ``out=``, no_grad and enable_grad blocks. Where torch.func refuses a program that
 has no grad-mode blocks, plain autograd and a loop are the oracle.
 
-    python tests/program_fuzzer.py --cases 5000 --seed 3     # the statistic, and a shrunken repro of each failure
+    python tests/checkers/program_fuzzer.py --cases 5000 --seed 3   # statistic, and a shrunken repro of each failure
 """
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def judge(source: str, backend: Any, seed: int, backward: bool) -> tuple[str, st
                 return "torch.func differs from plain autograd, functrans does not", what
         if error is None and "torch.linalg.solve(" in source:
             # PyTorch's forward mode takes the LU factors for constants, which the next derivative notices.
-            solved, failure = ORACLE.ask(BY_INVERSE + source.replace("torch.linalg.solve(", "solve("), "torch.func", seed, backward)
+            solved, failure = ORACLE.ask(
+                BY_INVERSE + source.replace("torch.linalg.solve(", "solve("), "torch.func", seed, backward
+            )
             if failure is None and not difference(got, solved, 1e-8):
                 return "torch.func is wrong with solve, and agrees with functrans by the inverse", what
         return ("wrong" if error is None else "error"), what
@@ -215,7 +217,8 @@ def repro(source: str, seed: int, backward: bool) -> str:
     )
     after = "print(torch.autograd.grad(value.sum(), x))\n" if backward else ""
     calls = "".join(
-        f"{HELPERS[helper]}\nvalue = program({backend}, x, c, matrix, buffer, write_out)\nprint('{backend}', value)\n{after}"
+        f"{HELPERS[helper]}\nvalue = program({backend}, x, c, matrix, buffer, write_out)\n"
+        f"print('{backend}', value)\n{after}"
         for backend, helper in (("torch.func", "oracle"), ("functrans", "functrans"))
     )
     return f"import torch\nimport functrans\n\n{source}\n\n{inputs}{calls}"
@@ -277,5 +280,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     sys.exit(main())

@@ -1,12 +1,13 @@
-"""Which operators depend smoothly on a float input, and what functrans says their derivative is: a number, an error, or a zero.
+"""Which operators depend smoothly on a float input, and what functrans says their derivative is: a number, an error, or
+a zero.
 
 Operators are called with what the OpInfo samples give them, and, where these do not reach, with arguments made up from
 their schemas (or by hand, where such arguments do not fit each other). Each is then differenced in float64 along a
-random direction, one input at a time. Where the output moves smoothly, a derivative of zero is a lie, whatever PyTorch's
-own table says.
+random direction, one input at a time. Where the output moves smoothly, a derivative of zero is a lie, whatever
+PyTorch's own table says.
 
-    python tests/dependence.py                    # every aten operator; prints what is silently zero, wrong, or refused
-    python tests/dependence.py linspace unique    # those whose names begin so
+    python tests/checkers/dependence.py                    # every aten operator: what is silently zero, wrong, refused
+    python tests/checkers/dependence.py linspace unique    # those whose names begin so
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from torch._ops import OpOverload
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
-from derivative_checker import Call, Recorder, _copies, _run_samples
+from recorder import Call, Recorder, copies, run_samples
 
 import functrans
 
@@ -59,7 +60,11 @@ class Verdict:
 
 def floats(values: Any) -> list[Tensor]:
     leaves = tree_flatten(values)[0]
-    return [o for o in leaves if isinstance(o, Tensor) and o.dtype in (torch.float64, torch.float32) and o.layout is torch.strided]
+    return [
+        o
+        for o in leaves
+        if isinstance(o, Tensor) and o.dtype in (torch.float64, torch.float32) and o.layout is torch.strided
+    ]
 
 
 #: operators that take a matrix for Hermitian and read one triangle of it: of its Hermitian part
@@ -95,7 +100,12 @@ def verdict(name: str, place: int, f: Callable[[Tensor], tuple[Tensor, ...]], x:
         return Verdict(name, place, "still", f"{type(error).__name__}")
     moving = []
     for i, (a, b, y) in enumerate(zip(*slopes, value, strict=True)):
-        if y.dtype != torch.float64 or not a.numel() or a.shape != y.shape or not bool((a.isfinite() & b.isfinite()).all()):
+        if (
+            y.dtype != torch.float64
+            or not a.numel()
+            or a.shape != y.shape
+            or not bool((a.isfinite() & b.isfinite()).all())
+        ):
             continue
         # a jump gives a slope four times as large with a quarter of the step
         if a.abs().max() > 1e-6 and bool((a - b).abs().max() < 1e-3 * a.abs().max()):
@@ -134,7 +144,9 @@ def weighted(found: Tensor, truth: Tensor) -> tuple[float, float]:
     return float((u * found).sum()), float((u * truth).sum())
 
 
-def of_mode(mode: Any, name: str, place: int, f: Any, x: Tensor, v: Tensor, truth: list[Tensor], moving: list[int]) -> Verdict:
+def of_mode(
+    mode: Any, name: str, place: int, f: Any, x: Tensor, v: Tensor, truth: list[Tensor], moving: list[int]
+) -> Verdict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -146,7 +158,9 @@ def of_mode(mode: Any, name: str, place: int, f: Any, x: Tensor, v: Tensor, trut
     for i, (got, expected) in zip(moving, pairs, strict=True):
         if abs(got - expected) > 1e-4 * max(1.0, abs(expected)):
             outcome = "zero" if got == 0 else "wrong"
-            return Verdict(name, place, outcome, f"{mode.__name__}: output {i}: {got:.6g}, by differences {expected:.6g}")
+            return Verdict(
+                name, place, outcome, f"{mode.__name__}: output {i}: {got:.6g}, by differences {expected:.6g}"
+            )
     return Verdict(name, place, "right")
 
 
@@ -156,7 +170,13 @@ def of_mode(mode: Any, name: str, place: int, f: Any, x: Tensor, v: Tensor, trut
 def pure_operators(prefixes: tuple[str, ...] = ()) -> list[OpOverload]:
     """Every aten overload that takes a tensor, returns one, and writes to nothing."""
     found = []
-    for name in sorted({n.removeprefix("aten::").split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")}):
+    for name in sorted(
+        {
+            n.removeprefix("aten::").split(".")[0]
+            for n in torch._C._dispatch_get_all_op_names()
+            if n.startswith("aten::")
+        }
+    ):
         if name in INTERNAL or (prefixes and not name.startswith(prefixes)):
             continue
         packet = getattr(torch.ops.aten, name, None)
@@ -165,7 +185,9 @@ def pure_operators(prefixes: tuple[str, ...] = ()) -> list[OpOverload]:
             schema = op._schema
             if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
                 continue
-            if any("Tensor" in str(a.type) for a in schema.arguments) and any("Tensor" in str(r.type) for r in schema.returns):
+            if any("Tensor" in str(a.type) for a in schema.arguments) and any(
+                "Tensor" in str(r.type) for r in schema.returns
+            ):
                 found.append(op)
     return found
 
@@ -176,12 +198,12 @@ def opinfo_calls(wanted: set[OpOverload], per_op: int, samples: int) -> dict[OpO
     def keep(call: Call) -> None:
         calls = found[call.op]
         if len(calls) < per_op and str(call) not in calls:
-            calls[str(call)] = Call(call.op, *_copies(call.args, call.kwargs))
+            calls[str(call)] = Call(call.op, *copies(call.args, call.kwargs))
 
     recorder = Recorder(lambda op: op in wanted and (len(found[op]) < per_op or not op._can_decompose()), keep)
     for info in op_db:
         if torch.float64 in info.supported_dtypes("cpu"):
-            _run_samples(info, torch.float64, recorder, samples)
+            run_samples(info, torch.float64, recorder, samples)
     return {op: list(calls.values()) for op, calls in found.items()}
 
 
@@ -237,7 +259,7 @@ def made_up_calls(op: OpOverload, limit: int = 6) -> list[Call]:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    out = op(*_copies(args)[0], **_copies(kwargs)[0])
+                    out = op(*copies(args)[0], **copies(kwargs)[0])
             except Exception:  # noqa: BLE001, S112 - not with these
                 continue
             if floats(out):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from batching_checker import Call, check_rule, recorded_calls
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.testing._internal import common_utils
 
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
@@ -38,20 +35,6 @@ def quiet_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """PyTorch's samples look through the stack for a test's name, and keep a trace of it for each seed they set.
-
-    Below a test runner the stack is deep, and this takes minutes.
-    """
-    with (
-        mock.patch.object(common_utils, "extract_test_fn", lambda: None),
-        mock.patch.object(torch, "manual_seed", torch.default_generator.manual_seed),
-    ):
-        yield
-
-
-@without_stack_traces()
 def record(ops: Sequence[OpOverload]) -> dict[OpOverload, list[Call]]:
     """What PyTorch's samples call, forward in two dtypes and backward."""
     calls: dict[OpOverload, list[Call]] = {}

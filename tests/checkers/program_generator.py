@@ -38,9 +38,12 @@ class Variable:
 
 
 POINTWISE = [
-    "{a}.sin()", "{a}.cos()", "{a}.tanh()", "{a}.sigmoid()", "torch.exp(-{a} * {a})", "torch.nn.functional.softplus({a})",
-    "0.5 * {a}", "{a} - 0.3", "{a} ** 2 * 0.3", "-{a}", "1.0 / (1.0 + {a} * {a})", "torch.log1p({a} * {a})", "{a}.clone()",
-    "torch.nn.functional.gelu({a})", "{a}.atan()", "torch.erf({a})", "{a}.detach() * 0.7", "{a}.square().add(1.0).sqrt()",
+    "{a}.sin()", "{a}.cos()", "{a}.tanh()", "{a}.sigmoid()", "torch.exp(-{a} * {a})",
+    "torch.nn.functional.softplus({a})",
+    "0.5 * {a}", "{a} - 0.3", "{a} ** 2 * 0.3", "-{a}", "1.0 / (1.0 + {a} * {a})", "torch.log1p({a} * {a})",
+    "{a}.clone()",
+    "torch.nn.functional.gelu({a})", "{a}.atan()", "torch.erf({a})", "{a}.detach() * 0.7",
+    "{a}.square().add(1.0).sqrt()",
 ]  # fmt: skip
 BINARY = [
     "{a} + {b}", "{a} * {b}", "{a} - 0.5 * {b}", "{a} / (1.0 + {b} * {b})", "torch.where({b} > 0.1, {a}, 0.5 * {b})",
@@ -49,19 +52,23 @@ BINARY = [
 VECTOR = [
     "{M} @ {a} * 0.5", "torch.nn.functional.linear({a}, {M}) * 0.3", "{a}.softmax(0)", "{a}.cumsum(0) * 0.5",
     "{a}.sum() * {b}", "{a}.mean() + {b}", "{a}.logsumexp(0) * {b}", "{a}.dot({b}) * 0.3 + {a}", "{a}.flip(0)",
-    "{a}[torch.tensor([2, 0, 1])]", "{a}[[0, 0, 1]]", "torch.cat([{a}[1:], {b}[:1]])", "{M}[0] * {a}", "{M}.sum(1) * 0.3",
+    "{a}[torch.tensor([2, 0, 1])]", "{a}[[0, 0, 1]]", "torch.cat([{a}[1:], {b}[:1]])", "{M}[0] * {a}",
+    "{M}.sum(1) * 0.3",
     "{a}.index_select(0, torch.tensor([1, 1, 2]))", "{a}.gather(0, torch.tensor([2, 1, 1]))", "{M}.diagonal() + {a}",
     "torch.einsum('ij,j->i', {M}, {a}) * 0.4", "torch.stack([{a}, {b}]).sum(0)", "{M}[torch.tensor([0, 2, 1]), 1]",
     "({a} - {a}.mean()) / ({a}.var() + 0.1).sqrt()", "torch.linalg.vector_norm({a} + 2.0) * {b}",
     "{a}.roll(1, 0) * {b}", "{M}.mean(0) + {a}.prod() * 0.1", "({a} * {b}).var(0) * 0.3 + {a}", "{M}.amax(1) * 0.5",
-    "torch.bmm({M}.unsqueeze(0), {a}.reshape(1, 3, 1)).reshape(3) * 0.3", "{a}.index_add(0, torch.tensor([0, 0]), {b}[:2])",
+    "torch.bmm({M}.unsqueeze(0), {a}.reshape(1, 3, 1)).reshape(3) * 0.3",
+    "{a}.index_add(0, torch.tensor([0, 0]), {b}[:2])",
     "torch.masked_fill({a}, torch.tensor([True, False, False]), 0.2)", "{a}.unfold(0, 2, 1).sum() * {b} * 0.2",
 ]  # fmt: skip
 MATRIX = [
-    "torch.outer({a}, {b}) * 0.5", "{M} @ {M} * 0.3", "{M} * {a}", "{M} + {a}.unsqueeze(1)", "{M}.t() * 0.7", "{M}.tanh()",
+    "torch.outer({a}, {b}) * 0.5", "{M} @ {M} * 0.3", "{M} * {a}", "{M} + {a}.unsqueeze(1)", "{M}.t() * 0.7",
+    "{M}.tanh()",
     "torch.stack([{a}, {b}, {a} * {b}], 1)", "{M}.softmax(-1)", "torch.tril({M})", "{a}.expand(3, 3) * {M}",
     "torch.linalg.solve({M} * 0.1 + 2.0 * torch.eye(3, dtype=torch.float64), {M})", "torch.diag_embed({a})",
-    "torch.cdist({M} + {a}, {M} + 4.0) * 0.2", "{M}.transpose(0, 1).contiguous()", "torch.einsum('i,j->ji', {a}, {b}) * 0.4",
+    "torch.cdist({M} + {a}, {M} + 4.0) * 0.2", "{M}.transpose(0, 1).contiguous()",
+    "torch.einsum('i,j->ji', {a}, {b}) * 0.4",
 ]  # fmt: skip
 SCALAR = ["{a}.sum() * 0.5", "{a}.dot({b}) * 0.4", "{M}.mean()", "{M}.trace() * 0.3", "{a}[1]", "{a}.norm() * 0.5"]
 VIEWS = {
@@ -74,15 +81,19 @@ VIEWS = {
 WRITES = {
     "vector": [
         "{w}.add_({a})", "{w}.mul_({a})", "{w}.mul_(0.7)", "{w}.copy_({a})", "{w} += {a}", "{w} *= 0.5", "{w}.sin_()",
-        "{w}[0] = {a}[1]", "{w}[1:] = {a}[:-1]", "{w}[torch.tensor([2, 0])] = {a}[:2]", "{w}.view(3, 1)[1:].copy_({a}[:2].view(2, 1))",
-        "{w}[0] = 0.25", "{w}[1:].mul_({a}[1:])", "{w}[{w} > 0.4] = 0.1", "{w}.fill_(0.3)", "{w}.tanh_()", "{w}.sub_({a}, alpha=0.5)",
+        "{w}[0] = {a}[1]", "{w}[1:] = {a}[:-1]", "{w}[torch.tensor([2, 0])] = {a}[:2]",
+        "{w}.view(3, 1)[1:].copy_({a}[:2].view(2, 1))",
+        "{w}[0] = 0.25", "{w}[1:].mul_({a}[1:])", "{w}[{w} > 0.4] = 0.1", "{w}.fill_(0.3)", "{w}.tanh_()",
+        "{w}.sub_({a}, alpha=0.5)",
         "{w}[1] += {a}.sum() * 0.3", "{w}[:2].add_({a}[1:])", "{w}.index_add_(0, torch.tensor([1]), {a}[:1])",
-        "write_out(torch.mul, {a}, {b}, out={w})", "write_out(torch.sin, {a}, out={w})", "{w}.addcmul_({a}, {b}, value=0.3)",
+        "write_out(torch.mul, {a}, {b}, out={w})", "write_out(torch.sin, {a}, out={w})",
+        "{w}.addcmul_({a}, {b}, value=0.3)",
         "{w}.lerp_({a}, 0.5)", "{w}.masked_fill_(torch.tensor([False, True, False]), 0.4)", "{w}.zero_().add_({a})",
     ],
     "matrix": [
         "{w}[0] = {a}", "{w}.t()[1].mul_({a})", "{w}.diagonal().add_({a})", "{w}[:, 1:].transpose(0, 1)[0].add_({a})",
-        "{w}.mul_(0.6)", "{w}[1, 2] = {a}[0]", "{w}[:, 1] = {a}", "{w}.add_({a})", "{w}[torch.tensor([0, 2])] = {M}[:2]",
+        "{w}.mul_(0.6)", "{w}[1, 2] = {a}[0]", "{w}[:, 1] = {a}", "{w}.add_({a})",
+        "{w}[torch.tensor([0, 2])] = {M}[:2]",
         "{w}.view(9)[2:5].copy_({a})", "{w}.t().copy_({M})", "{w}[0:2][1][1:] = {a}[:2]", "{w}.tril_()",
         "write_out(torch.matmul, {M}, {M}, out={w})", "{w}.select(1, 0).sub_({a})", "{w}.addmm_({M}, {M}, alpha=0.2)",
     ],
@@ -166,7 +177,8 @@ class Generator:
                 count -= 1
 
     def function(self, header: str, arguments: list[str], scope: list[Variable], level: int, returns: str) -> Block:
-        """A function of ``arguments`` (vectors) at ``level``; ``returns`` is vector, scalar, or vector+aux and so on."""
+        """A function of ``arguments`` (vectors) at ``level``; ``returns`` is vector, scalar, or vector+aux and so on.
+        """
         block = Block(header)
         inner = scope + [Variable(a, "vector", level, False) for a in arguments]
         x = arguments[0]
@@ -218,7 +230,11 @@ class Generator:
         has_aux = ", has_aux=True" if aux else ""
         if kind in ("grad", "grad_and_value"):
             define("scalar")
-            argnums, picked = self.random.choice([(", argnums=(0, 1)", 2), (", argnums=1", 1), (", argnums=-1", 1), ("", 1)]) if two else ("", 1)
+            argnums, picked = (
+                self.random.choice([(", argnums=(0, 1)", 2), (", argnums=1", 1), (", argnums=-1", 1), ("", 1)])
+                if two
+                else ("", 1)
+            )
             g = f"F.{kind}({f}{argnums}{has_aux})({call})"
             target = "g" if picked == 1 else "(g, h)"
             total = "g" if picked == 1 else "g + 0.5 * h"

@@ -1,7 +1,7 @@
 """Derivatives of a function of one number by every mix of forward and reverse mode, against the function's own values.
 
-Nothing but values is asked of the function: the truth is the derivative of the polynomial through its values at Chebyshev points
-around 0. A program in tensors becomes such a function by a curve through its arguments.
+Nothing but values is asked of the function: the truth is the derivative of the polynomial through its values at
+Chebyshev points around 0. A program in tensors becomes such a function by a curve through its arguments.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def truth(f: Scalar, order: int, radius: float) -> list[float]:
 
 
 def along(f: Callable[..., Any], args: Sequence[Any], moving: Sequence[int] | None = None, seed: int = 0) -> Scalar:
-    """``f``'s outputs, weighted and summed, as a function of the place on a curve through ``args``; ``moving``: which of them move."""
+    """``f``'s outputs, weighted and summed, as a function of the place on a curve through ``args``; ``moving``:
+    which of them move.
+    """
     make = torch.Generator().manual_seed(seed)
 
     def noise(x: Tensor) -> Tensor:
@@ -58,7 +60,9 @@ def along(f: Callable[..., Any], args: Sequence[Any], moving: Sequence[int] | No
         return total
 
     def curve(t: Tensor) -> Tensor:
-        moved = [a + t * directions[i][0] + t * t * directions[i][1] if i in directions else a for i, a in enumerate(args)]
+        moved = [
+            a + t * directions[i][0] + t * t * directions[i][1] if i in directions else a for i, a in enumerate(args)
+        ]
         return weighted(f(*moved))
 
     return curve

@@ -69,7 +69,9 @@ def rms_norm(x: Tensor, shape: Any, weight: Any, eps: float | None) -> tuple[Ten
     return scaled_and_shifted(x * rstd, weight, None), rstd
 
 
-def pulled_back(norm: Callable[[Tensor, Tensor, Tensor], Tensor], grad: Tensor, x: Tensor, weight: Any, mask: Any) -> Any:
+def pulled_back(
+    norm: Callable[[Tensor, Tensor, Tensor], Tensor], grad: Tensor, x: Tensor, weight: Any, mask: Any
+) -> Any:
     """The backward operator that belongs to ``norm(x, weight, bias)``, by autograd."""
 
     def recorded(t: Tensor) -> Tensor:

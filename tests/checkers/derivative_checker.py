@@ -10,13 +10,11 @@ from __future__ import annotations
 import random
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from recorder import Call, Recorder, before_autograd, copies, run_samples
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.testing._internal.common_methods_invocations import op_db
@@ -25,7 +23,6 @@ from torch.utils._pytree import tree_map_only
 
 from functrans.derivatives.table import DERIVATIVES, Derivative
 
-AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 DTYPES = (torch.float64, torch.complex128)
 #: what a formula may never do: a wrapper tensor of a transform has no data to read, and shapes must not depend on it
 FORBIDDEN = {
@@ -39,60 +36,6 @@ FORBIDDEN = {
 }
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of an operator, its tensors detached copies."""
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    #: of the operator that a function in its place calls
-    name: str = ""
-
-    def __str__(self) -> str:
-        def show(x: Any) -> str:
-            if isinstance(x, torch.Tensor):
-                return f"{str(x.dtype)[6:]}{list(x.shape)}"
-            return f"[{', '.join(map(show, x))}]" if isinstance(x, (list, tuple)) else str(x)
-
-        parts = [show(a) for a in self.args] + [f"{k}={show(v)}" for k, v in self.kwargs.items()]
-        return f"{self.op}({', '.join(parts)})"
-
-
-# ---------------------------------------------------------------------------------------------- recording
-
-
-@contextmanager
-def before_autograd() -> Iterator[None]:
-    """Let a dispatch mode stand in front of autograd, where composite operators are still whole."""
-    was = torch._C._dispatch_tls_is_dispatch_key_excluded(AUTOGRAD)
-    torch._C._dispatch_tls_set_dispatch_key_excluded(AUTOGRAD, True)
-    try:
-        yield
-    finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(AUTOGRAD, was)
-
-
-class Recorder(TorchDispatchMode):
-    """Record the calls of wanted operators; decompose other composite ones, so that their pieces are seen too."""
-
-    def __init__(self, wanted: Callable[[OpOverload], bool], keep: Callable[[Call], None]) -> None:
-        super().__init__()
-        self.wanted = wanted
-        self.keep = keep
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.wanted(op):
-            self.keep(Call(op, tuple(args), kwargs))
-        elif op._can_decompose():
-            with self:
-                result = op.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return op(*args, **kwargs)
-
-
 def recorded_calls(
     ops: Iterable[OpOverload] | None = None,
     *,
@@ -103,8 +46,8 @@ def recorded_calls(
 ) -> dict[OpOverload, list[Call]]:
     """The distinct calls of ``ops`` (default: all of the table) that the samples of the OpInfos make.
 
-    At most ``per_op`` calls are kept of each operator and dtype, chosen evenly among those with different shapes and options;
-    ``opinfos`` names the OpInfos to run (default: all).
+    At most ``per_op`` calls are kept of each operator and dtype, chosen evenly among those with different shapes and
+    options; ``opinfos`` names the OpInfos to run (default: all).
     """
     wanted = set(DERIVATIVES if ops is None else ops)
     names = None if opinfos is None else set(opinfos)
@@ -119,39 +62,14 @@ def recorded_calls(
             def keep(call: Call, dtype: torch.dtype = dtype) -> None:
                 calls = found[call.op, dtype]
                 if len(calls) < 10 * per_op and str(call) not in calls:
-                    calls[str(call)] = Call(call.op, *_copies(call.args, call.kwargs))
+                    calls[str(call)] = Call(call.op, *copies(call.args, call.kwargs))
 
-            _run_samples(info, dtype, Recorder(wanted.__contains__, keep), samples_per_opinfo)
+            run_samples(info, dtype, Recorder(wanted.__contains__, keep), samples_per_opinfo)
     choose = random.Random(0)
     result: dict[OpOverload, list[Call]] = defaultdict(list)
     for (op, _), calls in found.items():
         result[op].extend(choose.sample(list(calls.values()), min(per_op, len(calls))))
     return dict(result)
-
-
-def _copies(*values: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.detach().clone(), values)
-
-
-def _run_samples(info: Any, dtype: torch.dtype, recorder: Recorder, limit: int | None) -> None:
-    # Each sample generator walks the whole stack for a unittest, and seeds all devices before each sample, with a stack
-    # trace for each; together that is ten times the work of the samples themselves.
-    with (
-        warnings.catch_warnings(),
-        patch("torch.manual_seed", torch.default_generator.manual_seed),
-        patch("torch.testing._internal.common_utils.extract_test_fn", lambda: None),
-    ):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        try:
-            samples = list(info.sample_inputs("cpu", dtype))
-        except Exception:  # noqa: BLE001 - a sample generator that needs something this build lacks has nothing to record
-            return
-        if limit is not None and len(samples) > limit:
-            samples = samples[:: -(-len(samples) // limit)]
-        for sample in samples:
-            with suppress(Exception), before_autograd(), recorder:  # what was recorded before a failure counts
-                info(sample.input, *sample.args, **sample.kwargs)
 
 
 # ---------------------------------------------------------------------------------------------- one call
@@ -164,7 +82,7 @@ class _Bound:
         self.entry = entry
         self.op = call.op
         self.native = native or call.op
-        args, kwargs = _copies(call.args, call.kwargs)
+        args, kwargs = copies(call.args, call.kwargs)
         schema = call.op._schema.arguments
         self.values: dict[str, Any] = {a.name: a.default_value for a in schema if a.has_default_value()}
         self.values.update(zip((a.name for a in schema), args, strict=False))
@@ -276,11 +194,11 @@ def check_entry(
 ) -> None:
     """Compare ``entry`` (default: that of the table) with PyTorch's own derivative on ``call``.
 
-    Compared are the reverse formulas for every subset of outputs that matters (all of them, each alone), the tangent for
-    all arguments and for each alone, and their derivatives up to ``order`` where PyTorch has them. A NaN of PyTorch's must
-    be NaN here too; not so in derivatives of order 2 and more, where it often comes of 0 times infinity behind a mask, nor
-    with ``trust_nan=False``. With ``trust_forward=False`` the tangent's reference is reverse mode used twice.
-    ``native`` stands in for an operator that PyTorch itself cannot differentiate.
+    Compared are the reverse formulas for every subset of outputs that matters (all of them, each alone), the tangent
+    for all arguments and for each alone, and their derivatives up to ``order`` where PyTorch has them. A NaN of
+    PyTorch's must be NaN here too; not so in derivatives of order 2 and more, where it often comes of 0 times infinity
+    behind a mask, nor with ``trust_nan=False``. With ``trust_forward=False`` the tangent's reference is reverse mode
+    used twice. ``native`` stands in for an operator that PyTorch itself cannot differentiate.
 
     Raises:
         AssertionError: a difference, a wrong shape or dtype, or an impure formula.

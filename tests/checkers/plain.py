@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from loop import for_each_alone
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -55,28 +56,7 @@ class Plain:
 
     @staticmethod
     def vmap(f: Callable[..., Any], in_dims: Any = 0, randomness: str = "error") -> Callable[..., Any]:
-        def mapped(*args: Any) -> Any:
-            flat, spec = tree_flatten(args)
-            if isinstance(in_dims, int):
-                dims = [in_dims] * len(flat)
-            else:
-                dims = tree_flatten(in_dims, is_leaf=lambda d: d is None)[0]
-            size = next(a.shape[d] for a, d in zip(flat, dims) if d is not None)
-            state = torch.get_rng_state()
-            rows = []
-            for i in range(size):
-                torch.set_rng_state(state)
-                # A row of its own: as_strided looks at storage, and a write must reach the batch.
-                row = [a if d is None else a.select(d, i).clone() for a, d in zip(flat, dims)]
-                rows.append(f(*tree_unflatten(row, spec)))
-                with torch.no_grad():
-                    for a, d, r in zip(flat, dims, row):
-                        if d is not None and r.shape == a.select(d, i).shape and not torch.equal(r, a.select(d, i)):
-                            a.select(d, i).copy_(r)
-            columns = zip(*(tree_flatten(row)[0] for row in rows))
-            return tree_unflatten([torch.stack(column) for column in columns], tree_flatten(rows[0])[1])
-
-        return mapped
+        return for_each_alone(f, in_dims)
 
 
 class PlainTransforms(Plain):

@@ -1,12 +1,12 @@
 """vmap against a loop over the examples, for every operator of PyTorch's OpInfo database.
 
 A loop says what is right: the values, shapes and dtypes, and that there is none where the operator refuses an example.
-The samples are batched along the first, a middle and the last dimension, with the batch contiguous or not, some
-tensors unbatched, and under two vmaps. Then they are spoilt, so that most are refused: a dimension less or more, numbers
-out of range, another dtype.
+The samples are batched along the first, a middle and the last dimension, with the batch contiguous or not, some tensors
+unbatched, and under two vmaps. Then they are spoilt, so that most are refused: a dimension less or more, numbers out of
+range, another dtype.
 
-    python tests/vmap_against_loop.py                      # everything; the findings and a summary
-    python tests/vmap_against_loop.py --op linalg.det --samples 3
+    python tests/checkers/vmap_against_loop.py                      # everything; the findings and a summary
+    python tests/checkers/vmap_against_loop.py --op linalg.det --samples 3
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from opinfo_problem import UNINITIALIZED
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import functrans
 from functrans.core.errors import DataDependentError, InsideTransformError
@@ -42,9 +42,12 @@ DTYPES = (torch.float64, torch.complex64, torch.int64, torch.bool)
 
 #: PyTorch itself does not check their arguments, and reads memory that is not theirs: nothing of them is spoilt.
 UNCHECKED = {
-    "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "nn.functional.instance_norm", "native_group_norm",
-    "grid_sampler_2d", "grid_sampler_3d", "lu_unpack", "_segment_reduce.lengths", "_segment_reduce.offsets", "as_strided",
-    "as_strided.partial_views", "as_strided_copy", "as_strided_scatter", "sparse.sampled_addmm", "sparse.mm.reduce", "svd_lowrank", "pca_lowrank",
+    "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "nn.functional.instance_norm",
+    "native_group_norm",
+    "grid_sampler_2d", "grid_sampler_3d", "lu_unpack", "_segment_reduce.lengths", "_segment_reduce.offsets",
+    "as_strided",
+    "as_strided.partial_views", "as_strided_copy", "as_strided_scatter", "sparse.sampled_addmm", "sparse.mm.reduce",
+    "svd_lowrank", "pca_lowrank",
 }  # fmt: skip
 
 #: Kinds of findings.
@@ -54,21 +57,28 @@ WRONG, ANSWERED, REFUSED = "wrong", "answered where the loop raises", "raised wh
 CONVENTIONS: dict[tuple[str, str], str] = {
     **dict.fromkeys(
         ((name, REFUSED) for name in (
-            "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "nn.functional.batch_norm", "nn.functional.instance_norm",
+            "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "nn.functional.batch_norm",
+            "nn.functional.instance_norm",
             "nn.functional.embedding", "nn.functional.embedding_bag",
         )),
-        "writes to an argument that is the same for all examples (running statistics, max_norm): the loop's last example would win",
+        "writes to an argument that is the same for all examples (running statistics, max_norm): "
+        "the loop's last example would win",
     ),
     **dict.fromkeys(
-        ((name, REFUSED) for name in ("sparse.sampled_addmm", "sparse.mm.reduce", "to_sparse")), "sparse layouts have no wrapper, or no second batch"
+        ((name, REFUSED) for name in ("sparse.sampled_addmm", "sparse.mm.reduce", "to_sparse")),
+        "sparse layouts have no wrapper, or no second batch"
     ),
     **dict.fromkeys(
-        ((name, REFUSED) for name in ("cummax", "cummin", "kthvalue", "mode", "masked.cumsum", "masked.cumprod", "masked_fill")),
+        ((name, REFUSED) for name in (
+            "cummax", "cummin", "kthvalue", "mode", "masked.cumsum", "masked.cumprod", "masked_fill",
+        )),
         "of a number alone PyTorch takes dtypes that it takes in no other shape",
     ),
-    **dict.fromkeys(((name, REFUSED) for name in ("roll", "cat")), "PyTorch does not look at dim where a tensor is empty"),
+    **dict.fromkeys(((name, REFUSED) for name in ("roll", "cat")),
+        "PyTorch does not look at dim where a tensor is empty"),
     **dict.fromkeys(
-        ((name, REFUSED) for name in ("_unsafe_masked_index", "_unsafe_masked_index_put_accumulate")), "masks that are no masks: PyTorch casts them"
+        ((name, REFUSED) for name in ("_unsafe_masked_index", "_unsafe_masked_index_put_accumulate")),
+        "masks that are no masks: PyTorch casts them"
     ),
     **dict.fromkeys(
         ((name, REFUSED) for name in ("unfold", "unfold_copy")),
@@ -86,14 +96,17 @@ CONVENTIONS: dict[tuple[str, str], str] = {
     ("nn.functional.conv2d", ANSWERED): "a bias of another dtype is promoted",
     ("nn.functional.batch_norm", ANSWERED): "a bias of a wrong size beside no other batched argument",
     ("nn.functional.soft_margin_loss", ANSWERED): "a target of more dimensions than the input broadcasts",
-    ("nn.functional.binary_cross_entropy_with_logits", ANSWERED): "weights of more dimensions than the input broadcast before the reduction",
+    ("nn.functional.binary_cross_entropy_with_logits", ANSWERED):
+        "weights of more dimensions than the input broadcast before the reduction",
     ("masked_select", ANSWERED): "a mask of another dtype that selects as many of all examples",
     ("native_dropout_backward", WRONG): "a complex mask for a real gradient loses its dtype",
     ("resize_", ANSWERED): "a negative size beside one of 0",
     ("resize_", REFUSED): "to more elements there is no memory",
     ("resize_as_", REFUSED): "to more elements there is no memory",
     **dict.fromkeys(
-        ((f"index_{name}", ANSWERED) for name in ("fill", "copy", "select", "add", "reduce.mean", "reduce.prod", "reduce.amin", "reduce.amax")),
+        ((f"index_{name}", ANSWERED) for name in (
+            "fill", "copy", "select", "add", "reduce.mean", "reduce.prod", "reduce.amin", "reduce.amax",
+        )),
         "positions of another integer or float dtype, or more positions than a number has elements",
     ),
 }
@@ -133,7 +146,8 @@ def operators() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_methods_invocations as database
-    database.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)  # seeds of its own would hide what draws
+    # seeds of its own would hide what draws
+    database.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
     op_db = database.op_db
     return {op.full_name: op for op in op_db if not op.name.startswith("jiterator")}
 
@@ -144,7 +158,11 @@ def samples(op: Any, dtype: torch.dtype, limit: int) -> Iterator[tuple[int, Any]
     found = []
     with suppress(Exception):  # a few need packages or devices that are not here
         found.extend(itertools.islice(op.sample_inputs("cpu", dtype, set_seed=False), 400))
-    chosen = range(len(found)) if len(found) <= limit else sorted({round(k * (len(found) - 1) / max(limit - 1, 1)) for k in range(limit)})
+    chosen = (
+        range(len(found))
+        if len(found) <= limit
+        else sorted({round(k * (len(found) - 1) / max(limit - 1, 1)) for k in range(limit)})
+    )
     for k in chosen:
         yield k, found[k]
 
@@ -166,9 +184,15 @@ def spoilt(case: Case, rng: random.Random, limit: int | None = None) -> Iterator
         if all(case.flat[k].dim() and case.flat[k].shape[0] for k in chosen):
             found.append(lambda c=chosen: changed({k: case.flat[k][0].clone() for k in c}, f"a dimension less of {c}"))
         if all(case.flat[k].dim() > 1 and case.flat[k].shape[0] and case.flat[k].shape[1] for k in chosen):
-            found.append(lambda c=chosen: changed({k: case.flat[k][0, 0].clone() for k in c}, f"two dimensions less of {c}"))
+            found.append(
+                lambda c=chosen: changed({k: case.flat[k][0, 0].clone() for k in c}, f"two dimensions less of {c}")
+            )
         found.append(lambda c=chosen: changed({k: case.flat[k][None].clone() for k in c}, f"a dimension more of {c}"))
-        found.append(lambda c=chosen: changed({k: torch.cat([case.flat[k]] * 2, -1) for k in c if case.flat[k].dim()}, f"twice the size of {c}"))
+        found.append(
+            lambda c=chosen: changed(
+                {k: torch.cat([case.flat[k]] * 2, -1) for k in c if case.flat[k].dim()}, f"twice the size of {c}"
+            )
+        )
         for dtype in (torch.int64, torch.float32, torch.complex128, torch.bool):
             found.append(lambda c=chosen, d=dtype: changed({k: case.flat[k].to(d) for k in c}, f"{d} of {c}"))
     rank = max((case.flat[k].dim() for k in tensors), default=0)
@@ -220,7 +244,9 @@ def attempt(f: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def expected_of(case: Case, chosen: tuple[int, ...], count: int) -> tuple[dict[int, list[Tensor]], Any, Exception | None]:
+def expected_of(
+    case: Case, chosen: tuple[int, ...], count: int
+) -> tuple[dict[int, list[Tensor]], Any, Exception | None]:
     """Examples with what the loop makes of them; where it refuses all ways to have different ones, its error."""
     for rows in batches(case, chosen, count):
         outputs, error = attempt(lambda r=rows: loop(case, r, count))
@@ -267,7 +293,9 @@ def difference(got: list[Any], outputs: list[list[Any]], values: bool) -> str:
         if not isinstance(x, Tensor):
             return f"output {k} is no tensor"
         if {row.shape for row in rows} != {x.shape[1:]} or x.shape[0] != len(rows):
-            return f"output {k} has shape {list(x.shape)}, the loop {len(rows)} of {[list(row.shape) for row in rows[:2]]}"
+            return (
+                f"output {k} has shape {list(x.shape)}, the loop {len(rows)} of {[list(row.shape) for row in rows[:2]]}"
+            )
         if {row.dtype for row in rows} != {x.dtype}:
             return f"output {k} is {x.dtype}, the loop has {rows[0].dtype}"
         if x.layout is not rows[0].layout:
@@ -276,7 +304,8 @@ def difference(got: list[Any], outputs: list[list[Any]], values: bool) -> str:
             low = x.dtype in (torch.float32, torch.complex64, torch.float16, torch.bfloat16)
             try:
                 torch.testing.assert_close(
-                    x.to_dense() if x.layout is not torch.strided else x, torch.stack([row.to_dense() if row.layout is not torch.strided else row for row in rows]),
+                    x.to_dense() if x.layout is not torch.strided else x,
+                    torch.stack([row.to_dense() if row.layout is not torch.strided else row for row in rows]),
                     rtol=1e-3 if low else 1e-7, atol=1e-4 if low else 1e-8, equal_nan=True,
                 )  # fmt: skip
             except AssertionError as error:
@@ -311,7 +340,9 @@ def first_line(error: Exception) -> str:
 # ---- runs
 
 
-def check(op: Any, limit: int, spoils: int | None, dtypes: tuple[torch.dtype, ...] = DTYPES, seed: int = 0) -> tuple[list[Finding], int]:
+def check(
+    op: Any, limit: int, spoils: int | None, dtypes: tuple[torch.dtype, ...] = DTYPES, seed: int = 0
+) -> tuple[list[Finding], int]:
     """Findings for one operator, and how many comparisons were made: ``spoils`` spoilt calls per sample, None: all."""
     torch.set_num_threads(1)
     findings: list[Finding] = []
@@ -331,13 +362,25 @@ def check(op: Any, limit: int, spoils: int | None, dtypes: tuple[torch.dtype, ..
                     case = case_of(function, sample, f"{prefix}sample {k} of {str(dtype)[6:]}")
                     cases = [case, *(spoilt(case, rng, spoils) if main and op.full_name not in UNCHECKED else ())]
                     for n, one in enumerate(cases):
-                        tensors = [i for i, x in enumerate(one.flat) if isinstance(x, Tensor) and x.layout is torch.strided]
+                        tensors = [
+                            i for i, x in enumerate(one.flat) if isinstance(x, Tensor) and x.layout is torch.strided
+                        ]
                         if not tensors:
                             continue
                         for place in PLACES if n == 0 and spoils is None else (rng.choice(PLACES),):
                             everything = place == "first" or rng.random() < 0.5
-                            chosen = tuple(tensors) if everything else tuple(sorted(rng.sample(tensors, rng.randint(1, len(tensors)))))
-                            result = judge(op.full_name, one, chosen, place, nested=place == "middle" or n > 0 and rng.random() < 0.2)
+                            chosen = (
+                                tuple(tensors)
+                                if everything
+                                else tuple(sorted(rng.sample(tensors, rng.randint(1, len(tensors)))))
+                            )
+                            result = judge(
+                                op.full_name,
+                                one,
+                                chosen,
+                                place,
+                                nested=place == "middle" or n > 0 and rng.random() < 0.2,
+                            )
                             if isinstance(result, Finding):
                                 findings.append(result)
                             compared += result is not None
@@ -361,13 +404,21 @@ def main() -> int:
     context = multiprocessing.get_context("fork")  # an operator that ends its process is a finding
     for name in options.op or operators():
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(name, {"limit": options.samples, "spoils": options.spoils, "seed": options.seed}, theirs))
+        process = context.Process(
+            target=work, args=(name, {"limit": options.samples, "spoils": options.spoils, "seed": options.seed}, theirs)
+        )
         process.start()
         theirs.close()
         try:
-            findings, compared, seconds = ours.recv() if ours.poll(300) else ([Finding(name, WRONG, "all", "hangs")], 0, 300.0)
+            findings, compared, seconds = (
+                ours.recv() if ours.poll(300) else ([Finding(name, WRONG, "all", "hangs")], 0, 300.0)
+            )
         except EOFError:
-            findings, compared, seconds = [Finding(name, WRONG, "all", f"ends the process ({process.exitcode})")], 0, 0.0
+            findings, compared, seconds = (
+                [Finding(name, WRONG, "all", f"ends the process ({process.exitcode})")],
+                0,
+                0.0,
+            )
         process.kill()
         process.join()
         counts["comparisons"] += compared

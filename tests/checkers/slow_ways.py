@@ -1,4 +1,4 @@
-"""Oracles of the user programs: a loop over the examples, and ``torch.autograd`` on copies of the arguments."""
+"""Oracles of the user programs, beside the loop: ``torch.autograd`` on copies of the arguments."""
 
 from __future__ import annotations
 
@@ -18,22 +18,6 @@ def agree(got: Any, expected: Any, **tolerance: float) -> None:
         return
     message = difference(got, expected)
     assert not message, message
-
-
-def for_each(f: Callable[..., Any], in_dims: Any = 0, out_dims: int = 0) -> Callable[..., Any]:
-    """``vmap`` by a loop; ``in_dims`` has an int or None for each argument."""
-
-    def looped(*args: Any) -> Any:
-        dims = (in_dims,) * len(args) if isinstance(in_dims, int) else in_dims
-        size = next(tree_flatten(a)[0][0].shape[d] for a, d in zip(args, dims) if d is not None)
-        rows = [
-            f(*[a if d is None else tree_map(lambda x, d=d, i=i: x.select(d, i), a) for a, d in zip(args, dims)])
-            for i in range(size)
-        ]
-        columns = zip(*(tree_flatten(r)[0] for r in rows))
-        return tree_unflatten([torch.stack(c, out_dims) for c in columns], tree_flatten(rows[0])[1])
-
-    return looped
 
 
 def gradient(f: Callable[..., Any]) -> Callable[..., Any]:

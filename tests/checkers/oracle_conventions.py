@@ -1,6 +1,7 @@
 """What the oracles of ``oracles.py`` do not judge, one by one, each with its reason.
 
-These are no tolerated errors: either there is no derivative (and PyTorch's choice is followed), or the question is another one.
+These are no tolerated errors: either there is no derivative (and PyTorch's choice is followed), or the question is
+another one.
 """
 
 from __future__ import annotations
@@ -30,30 +31,45 @@ class Convention:
 #: (operators, what of them is set aside)
 _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
     ("clamp clamp_min clamp_max", Convention(
-        "where the bounds and the input meet at one value the function has no derivative; PyTorch takes that of the input",
+        "where the bounds and the input meet at one value the function has no derivative; "
+        "PyTorch takes that of the input",
         variant="ties|zero|identity", check="differences",
     )),
-    ("copysign", Convention("at (0, 0) it is linear along every line, and yet has no derivative", variant="zero|identity")),
-    ("bfloat16 half chalf", Convention("the result is rounded to steps larger than those of the differences; so are cotangents", outcome="wrong")),
+    ("copysign",
+        Convention("at (0, 0) it is linear along every line, and yet has no derivative", variant="zero|identity")),
+    ("bfloat16 half chalf",
+        Convention("the result is rounded to steps larger than those of the differences; so are cotangents",
+            outcome="wrong")),
     ("normal normal.number_mean", Convention(
-        "a draw is a constant, as in PyTorch's table: torch.distributions has rsample for a draw that depends on its parameters",
+        "a draw is a constant, as in PyTorch's table: "
+        "torch.distributions has rsample for a draw that depends on its parameters",
         check="differences",
     )),
-    ("to_sparse", Convention("elements that are 0 are not stored, and have no derivative", variant="ties|zero|identity", check="differences")),
+    ("to_sparse",
+        Convention("elements that are 0 are not stored, and have no derivative", variant="ties|zero|identity",
+            check="differences")),
     ("nn.functional.normalize", Convention(
-        "at 0 the slope is 1 / eps = 1e12, on a length that no difference can resolve", variant="zero|identity", check="differences"
+        "at 0 the slope is 1 / eps = 1e12, on a length that no difference can resolve", variant="zero|identity",
+        check="differences"
     )),
     ("nn.functional.cosine_similarity", Convention(
-        "at 0 the slope is 1 / eps = 1e8, on a length that no difference can resolve", variant="zero|identity", check="differences",
+        "at 0 the slope is 1 / eps = 1e8, on a length that no difference can resolve", variant="zero|identity",
+        check="differences",
         detail=r"^(?!nan)",
     )),
-    ("nn.functional.cosine_embedding_loss", Convention("the target is a label that is compared with 1 and -1", case=r"\b2\b|tracked \(2")),
+    ("nn.functional.cosine_embedding_loss",
+        Convention("the target is a label that is compared with 1 and -1", case=r"\b2\b|tracked \(2")),
     ("nn.functional.gaussian_nll_loss", Convention(
-        "PyTorch clamps the variance under no_grad: reverse mode keeps the derivative of what was clamped, forward mode follows the clamp",
+        "PyTorch clamps the variance under no_grad: "
+        "reverse mode keeps the derivative of what was clamped, forward mode follows the clamp",
         variant="zero|identity|ties",
     )),
-    ("nn.functional.rrelu", Convention("numbers are drawn for negative elements only, so that a batch draws others than a loop", check="loop")),
-    ("masked.logaddexp", Convention("masked elements are -inf in both arguments, whose derivative is NaN", check="grad", detail="^nan")),
+    ("nn.functional.rrelu", Convention(
+        "numbers are drawn for negative elements only, so that a batch draws others than a loop", check="loop"
+    )),
+    ("masked.logaddexp", Convention(
+        "masked elements are -inf in both arguments, whose derivative is NaN", check="grad", detail="^nan"
+    )),
     ("float_power", Convention(
         "at base 0 and exponents from 0 to 1 the mixed second derivative is infinite; reverse mode has NaN there",
         variant="ties|zero", check="^grad of .* against differences", detail="^nan",
@@ -67,7 +83,8 @@ _CONVENTIONS: tuple[tuple[str, Convention], ...] = (
         variant="zero|identity", check="differences", detail="^nan",
     )),
     ("svd_lowrank pca_lowrank", Convention(
-        "at 0 and at repeated singular values the vectors are free to turn, and the values have a kink", variant="zero|identity|ties"
+        "at 0 and at repeated singular values the vectors are free to turn, and the values have a kink",
+        variant="zero|identity|ties"
     )),
 )  # fmt: skip
 

@@ -8,7 +8,10 @@ from functrans.core.versions import INSTALLED
 
 _COUNT = "the number of rows depends on each example's numbers; torch.func answers as long as all have the same count"
 
-_EQUAL = "until 2.12 PyTorch's definition asks whether all ranks are whole numbers, which is one answer for the whole batch in torch.func"
+_EQUAL = (
+    "until 2.12 PyTorch's definition asks whether all ranks are whole numbers, "
+    "which is one answer for the whole batch in torch.func"
+)
 
 _STATISTICS = (
     "running statistics with in_dim None beside batched ones: a loop would update them once per example, one batched "
@@ -21,7 +24,11 @@ EXPECTED_FAILURES: dict[tuple[str, str], str] = {
 }
 if INSTALLED < (2, 12):
     EXPECTED_FAILURES.update(
-        {(name, composition): _EQUAL for name in ("quantile", "nanquantile") for composition in ("vmap", "vmap(vmap)", "backward(vmap)")}
+        {
+            (name, composition): _EQUAL
+            for name in ("quantile", "nanquantile")
+            for composition in ("vmap", "vmap(vmap)", "backward(vmap)")
+        }
     )
 
 # The same for what only shows with all samples of an operator (``-m slow``).

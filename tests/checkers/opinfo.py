@@ -4,8 +4,8 @@ For an operator and one of its samples, a composition such as ``vmap(vjp)`` is r
 torch.func, and by ``Plain``, which knows nothing but ``torch.autograd.grad`` and a Python loop. Batches have
 distinct rows, so that a rule that mixes rows cannot pass.
 
-    python tests/opinfo.py                                   # the table of all operators and compositions
-    python tests/opinfo.py --op linalg.svd --composition "vmap(vjp)" --all-samples
+    python tests/checkers/opinfo.py                                   # the table of all operators and compositions
+    python tests/checkers/opinfo.py --op linalg.svd --composition "vmap(vjp)" --all-samples
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ STORAGE = {"as_strided", "as_strided.partial_views", "as_strided_copy", "as_stri
 # that of as_strided_scatter's source, gives the cotangent of a place to all that max_unpool wrote there, and that of a
 # factor to the triangle that is not read.
 WRONG_AT_THE_BASE = {
-    "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "as_strided_scatter",
+    "native_layer_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update",
+    "as_strided_scatter",
     "nn.functional.max_unpool1d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d",
     "cholesky_inverse", "cholesky_solve",
 }  # fmt: skip
 
-# Numbers are drawn for negative elements only: examples of other signs draw others, so that no draw is the same for all.
+# Numbers are drawn for negative elements only: examples of other signs draw others,
+# so that no draw is the same for all.
 DRAWS_BY_SIGN = {"nn.functional.rrelu"}
 
 # One sample takes seconds.
@@ -374,5 +376,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
     sys.exit(main())

@@ -19,7 +19,8 @@ UNINITIALIZED = {
 }  # fmt: skip
 
 
-#: Outputs that PyTorch takes for constants and that are none: of their derivatives it can be no judge, and test_derivatives_missing.py is.
+#: Outputs that PyTorch takes for constants and that are none: of their derivatives it can be no judge, and
+#: test_derivatives_missing.py is.
 CONSTANT_IN_PYTORCH = {"linalg.lstsq": (3,)}
 
 

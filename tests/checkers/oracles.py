@@ -1,7 +1,8 @@
 """Oracles that need no other library: what the derivatives of an operator must be to each other, and to differences.
 
-Of one sample of an operator ``f`` with float arguments ``x`` a number is made, ``g(t, s) = ⟨f(x + t v + t² w + s b), u⟩`` with random
-``v``, ``w``, ``b``, ``u``. ``v`` and ``w`` are zero but for the *tracked* arguments, ``b`` but for the *batched* ones; the others are constant.
+Of one sample of an operator ``f`` with float arguments ``x`` a number is made,
+``g(t, s) = ⟨f(x + t v + t² w + s b), u⟩`` with random ``v``, ``w``, ``b``, ``u``. ``v`` and ``w`` are zero but for the
+*tracked* arguments, ``b`` but for the *batched* ones; the others are constant.
 
 - adjointness: ``⟨J v, u⟩ = ⟨v, Jᵀ u⟩``, by jvp and vjp;
 - the first derivative by ``t`` in both modes is what differences of ``g`` say;
@@ -9,11 +10,12 @@ Of one sample of an operator ``f`` with float arguments ``x`` a number is made, 
 - the third one, if a derivative was borrowed from PyTorch: the same by differences of the second;
 - all of that under vmap over ``s``, with distinct rows, is what a loop gives.
 
-By differences is by central ones, extrapolated, with an estimate of their error: where the function has a kink or a jump (ties, ``abs`` at 0)
-they say nothing, and the modes must still agree. ``oracle_conventions.py`` names what is not judged, with the reason.
+By differences is by central ones, extrapolated, with an estimate of their error: where the function has a kink or a
+jump (ties, ``abs`` at 0) they say nothing, and the modes must still agree. ``oracle_conventions.py`` names what is not
+judged, with the reason.
 
-    python tests/oracles.py                           # every operator, all samples; log and summary by operator
-    python tests/oracles.py --op linalg.svd --samples 2 --dtype complex128
+    python tests/checkers/oracles.py    # every operator, all samples; log and summary by operator
+    python tests/checkers/oracles.py --op linalg.svd --samples 2 --dtype complex128
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ class Finding:
 
 
 class Sample(Problem):
-    """A sample of an operator behind PyTorch's own wrapper for numeric checks, which makes matrices symmetric and the like."""
+    """A sample of an operator behind PyTorch's own wrapper for numeric checks,
+    which makes matrices symmetric and the like.
+    """
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         return self.op.gradcheck_wrapper(self.op.get_op(), *args, **kwargs)
@@ -112,11 +116,18 @@ INDEX_VARIANTS = {"repeated": all_the_same}
 
 
 def varied(sample: Sample, name: str) -> Sample | None:
-    """The sample with other values in its differentiable (or index) arguments; None where the operator has no finite value there."""
+    """The sample with other values in its differentiable (or index) arguments;
+    None where the operator has no finite value there.
+    """
     leaves = list(sample.leaves)
     if name in INDEX_VARIANTS:
         for j, x in enumerate(leaves):
-            if not (x.is_floating_point() or x.is_complex()) and x.dtype != torch.bool and x.layout == torch.strided and x.numel():
+            if (
+                not (x.is_floating_point() or x.is_complex())
+                and x.dtype != torch.bool
+                and x.layout == torch.strided
+                and x.numel()
+            ):
                 leaves[j] = INDEX_VARIANTS[name](x)
     else:
         for j in set(sample.diff) & set(sample.floats):
@@ -142,7 +153,9 @@ class Line:
 
     def __init__(self, sample: Sample, tracked: tuple[int, ...], batched: tuple[int, ...]) -> None:
         self.sample, self.tracked, self.batched = sample, tracked, batched
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{sample.op.full_name} {sample.index} {tracked}".encode()))
+        generator = torch.Generator().manual_seed(
+            zlib.crc32(f"{sample.op.full_name} {sample.index} {tracked}".encode())
+        )
 
         def random(like: Tensor) -> Tensor:
             return torch.randn(like.shape, dtype=like.dtype, generator=generator)
@@ -179,7 +192,8 @@ class Line:
         return other
 
     def has_corner(self, tolerance: float) -> bool:
-        """Whether the slope is not linear in the direction, as of ``copysign`` at (0, 0): there is no derivative then."""
+        """Whether the slope is not linear in the direction, as of ``copysign`` at (0, 0): there is no derivative then.
+        """
         other = {j: v.flip(tuple(range(v.dim()))) * 0.7 + 0.3 for j, v in self.v.items()}
         both = {j: v + other[j] for j, v in self.v.items()}
         slopes = [by_differences(self.turned(v))[0] for v in (self.v, other, both)]
@@ -286,13 +300,20 @@ class Judge:
         if a is not None and b is not None and math.isfinite(a) and math.isfinite(b):
             self.agree(line, "adjointness: jvp against vjp", a, b, self.exact * (line.scale() + abs(b)))
 
-    def order(self, line: Line, below: Callable[[Tensor], Tensor], nestings: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """The derivatives of an order against differences of ``below``, one of the order before; which were found right."""
+    def order(
+        self, line: Line, below: Callable[[Tensor], Tensor], nestings: list[tuple[str, ...]]
+    ) -> list[tuple[str, ...]]:
+        """The derivatives of an order against differences of ``below``, one of the order before;
+        which were found right.
+        """
         scale = line.scale()
         values = {}
         for modes in nestings:
-            found = self.value(line, " of ".join(modes), lambda modes=modes: float(self.nested(modes, line)(number(0.0))))
-            if found is not None and (line.whole or math.isfinite(found)):  # 0 times the infinite slope of what counts as 0 is NaN
+            found = self.value(
+                line, " of ".join(modes), lambda modes=modes: float(self.nested(modes, line)(number(0.0)))
+            )
+            # 0 times the infinite slope of what counts as 0 is NaN
+            if found is not None and (line.whole or math.isfinite(found)):
                 values[modes] = found
         expected, error = by_differences(below)
         size = abs(expected) + scale
@@ -304,7 +325,11 @@ class Judge:
             known = abs(again - expected) <= tolerance and not corner and not has_kink(below, size)
         if known:
             self.checks += len(values)
-            return [m for m, v in values.items() if self.agree(line, f"{' of '.join(m)} against differences", v, expected, tolerance)]
+            return [
+                m
+                for m, v in values.items()
+                if self.agree(line, f"{' of '.join(m)} against differences", v, expected, tolerance)
+            ]
         self.unsure += 1
         finite = {m: v for m, v in values.items() if math.isfinite(v)}
         first = next(iter(finite), ())
@@ -485,7 +510,9 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=None, help="samples per operator; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="fewer choices of tracked arguments")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one operator, after which fewer samples are taken")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, help="seconds for one operator, after which fewer samples are taken"
+    )
     parser.add_argument("--torch-func", action="store_true", help="judge torch.func instead of functrans")
     options = parser.parse_args()
     import functrans
@@ -499,7 +526,13 @@ def main() -> int:
         begin = time.perf_counter()
         try:
             findings, tally = check_operator(
-                known[name], backend, options.dtype or tuple(DTYPES), options.samples, options.seed, not options.quick, options.limit
+                known[name],
+                backend,
+                options.dtype or tuple(DTYPES),
+                options.samples,
+                options.seed,
+                not options.quick,
+                options.limit,
             )
         except Exception:  # noqa: BLE001 - a hole in this file: the other operators are judged all the same
             traceback.print_exc(limit=-3)
@@ -507,7 +540,11 @@ def main() -> int:
             continue
         total = Tally(total.samples + tally.samples, total.checks + tally.checks, total.unsure + tally.unsure)
         seconds = time.perf_counter() - begin
-        print(f"{name}: {tally.samples} samples, {tally.checks} checks, {len(findings)} findings, {seconds:.1f} s{' (cut)' * tally.cut}", flush=True)
+        print(
+            f"{name}: {tally.samples} samples, {tally.checks} checks, {len(findings)} findings, "
+            f"{seconds:.1f} s{' (cut)' * tally.cut}",
+            flush=True,
+        )
         for finding in findings:
             print(f"  {finding}", flush=True)
             if finding.outcome == "wrong":
@@ -522,7 +559,8 @@ def main() -> int:
     for name, found in wrong.items():
         print(f"  {name} ({len(found)}): {', '.join(sorted({f.check for f in found}))}")
     print(
-        f"\n{len(options.op or known)} operators, {total.samples} samples, {total.checks} checks, {total.unsure} without differences; "
+        f"\n{len(options.op or known)} operators, {total.samples} samples, {total.checks} checks, "
+        f"{total.unsure} without differences; "
         f"wrong in {len(wrong)} operators, refused in {len(refused)}; {time.perf_counter() - start:.0f} s"
     )
     if crashed:
@@ -531,5 +569,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.exit(main())

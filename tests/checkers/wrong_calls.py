@@ -1,6 +1,6 @@
 """Wrong calls of every public function: a call that is right, with one argument, or two, of the wrong kind.
 
-``python tests/wrong_calls.py`` prints what they end in.
+``python tests/checkers/wrong_calls.py`` prints what they end in.
 """
 
 from __future__ import annotations
@@ -91,7 +91,14 @@ def of_grad(name: str) -> Case:
     def call(func: Any, argnums: Any, has_aux: Any, x: Any, y: Any, k: Any) -> Any:
         return getattr(library(), name)(func, argnums, has_aux)(x, y, k=k)
 
-    arguments = {"func": lambda: total, "argnums": lambda: 0, "has_aux": lambda: False, "x": V.clone, "y": X.clone, "k": V.clone}
+    arguments = {
+        "func": lambda: total,
+        "argnums": lambda: 0,
+        "has_aux": lambda: False,
+        "x": V.clone,
+        "y": X.clone,
+        "k": V.clone,
+    }
     return Case(name, call, arguments, plain=plain)
 
 
@@ -135,7 +142,10 @@ def registering(register: Callable[..., Any]) -> Callable[..., Any]:
     """``register``, of which nothing stays."""
 
     def call(op: Any, formula: Any = None, **rest: Any) -> Any:
-        with extend.overriding(extend.DERIVATIVES, aten.sin.default), extend.overriding(extend.BATCHING_RULES, aten.sin.default):
+        with (
+            extend.overriding(extend.DERIVATIVES, aten.sin.default),
+            extend.overriding(extend.BATCHING_RULES, aten.sin.default),
+        ):
             register(op, **rest, **({} if formula is None else {"self": formula}))
 
     return call
@@ -151,64 +161,91 @@ CASES = [
     Case(
         "vmap", call_vmap,
         {
-            "func": lambda: square, "in_dims": lambda: 0, "out_dims": lambda: 0, "randomness": lambda: "error", "chunk_size": lambda: None,
+            "func": lambda: square, "in_dims": lambda: 0, "out_dims": lambda: 0, "randomness": lambda: "error",
+            "chunk_size": lambda: None,
             "x": X.clone, "y": W.clone, "k": V.clone,
         }, plain=plain,
     ),
-    Case("vjp", call_vjp, {"func": lambda: square, "has_aux": lambda: False, "x": V.clone, "y": X.clone, "cotangent": V.clone}, plain=plain),
+    Case("vjp", call_vjp,
+        {"func": lambda: square, "has_aux": lambda: False, "x": V.clone, "y": X.clone, "cotangent": V.clone},
+        plain=plain),
     Case(
         "jvp", lambda func, primals, tangents, **options: library().jvp(func, primals, tangents, **options),
         {
-            "func": lambda: square, "primals": lambda: (V, X), "tangents": lambda: (V, X), "strict": lambda: False, "has_aux": lambda: False,
+            "func": lambda: square, "primals": lambda: (V, X), "tangents": lambda: (V, X), "strict": lambda: False,
+            "has_aux": lambda: False,
         }, plain=lambda func, primals, **_: func(*primals),
     ),
     Case(
         "functional_call", lambda *args, **kwargs: library().functional_call(*args, **kwargs),
         {
-            "module": lambda: nn.Linear(3, 2), "parameter_and_buffer_dicts": lambda: {"weight": X.clone()}, "args": lambda: (V,),
+            "module": lambda: nn.Linear(3, 2), "parameter_and_buffer_dicts": lambda: {"weight": X.clone()},
+            "args": lambda: (V,),
             "kwargs": lambda: None, "tie_weights": lambda: True, "strict": lambda: False,
         }, (), plain=with_tensors,
     ),
-    Case("stack_module_state", lambda *args, **kwargs: library().stack_module_state(*args, **kwargs), {"models": lambda: [nn.Linear(3, 2), nn.Linear(3, 2)]}, ()),
-    Case("replace_all_batch_norm_modules_", lambda *args, **kwargs: library().replace_all_batch_norm_modules_(*args, **kwargs), {"root": lambda: nn.BatchNorm1d(3)}, ()),
+    Case("stack_module_state", lambda *args, **kwargs: library().stack_module_state(*args, **kwargs),
+        {"models": lambda: [nn.Linear(3, 2), nn.Linear(3, 2)]}, ()),
+    Case("replace_all_batch_norm_modules_",
+        lambda *args, **kwargs: library().replace_all_batch_norm_modules_(*args, **kwargs),
+        {"root": lambda: nn.BatchNorm1d(3)}, ()),
     Case(
         "run_transformed", extend.run_transformed,
-        {"interpreter": lambda: Counting(torch.sum), "body": lambda: lambda: 1, "enable_grad": lambda: False}, ("body",), plain=lambda body, **_: body(),
+        {"interpreter": lambda: Counting(torch.sum), "body": lambda: lambda: 1, "enable_grad": lambda: False},
+        ("body",), plain=lambda body, **_: body(),
     ),
     Case(
-        "lower", body_of(lambda i, interpreter, op, args, kwargs: extend.lower(i if interpreter is IT else interpreter, op, args, kwargs)),
-        {"interpreter": lambda: IT, "op": lambda: aten.sin.default, "args": lambda: (V,), "kwargs": dict}, (), extends=True,
+        "lower",
+        body_of(
+            lambda i, interpreter, op, args, kwargs:
+                extend.lower(i if interpreter is IT else interpreter, op, args, kwargs)
+        ),
+        {"interpreter": lambda: IT, "op": lambda: aten.sin.default, "args": lambda: (V,), "kwargs": dict}, (),
+        extends=True,
     ),
     Case(
-        "decompose", body_of(lambda i, interpreter, op, args, kwargs: extend.decompose(i if interpreter is IT else interpreter, op, args, kwargs)),
-        {"interpreter": lambda: IT, "op": lambda: aten.square.default, "args": lambda: (V,), "kwargs": dict}, (), extends=True,
+        "decompose",
+        body_of(
+            lambda i, interpreter, op, args, kwargs:
+                extend.decompose(i if interpreter is IT else interpreter, op, args, kwargs)
+        ),
+        {"interpreter": lambda: IT, "op": lambda: aten.square.default, "args": lambda: (V,), "kwargs": dict}, (),
+        extends=True,
     ),
     Case(
         "wrap", body_of(lambda i, interpreter, value: extend.wrap(i if interpreter is IT else interpreter, value)),
         {"interpreter": lambda: IT, "value": lambda: V}, (), extends=True,
     ),
-    Case("map_tensors", extend.map_tensors, {"function": lambda: torch.sin, "out": lambda: [V]}, ("function",), plain=lambda function, out: function(out if isinstance(out, torch.Tensor) else V)),
+    Case("map_tensors", extend.map_tensors, {"function": lambda: torch.sin, "out": lambda: [V]}, ("function",),
+        plain=lambda function, out: function(out if isinstance(out, torch.Tensor) else V)),
     Case("interpreter_stack", extend.interpreter_stack, {}, ()),
-    Case("carry", body_of(lambda i, value, **payload: i.carry(value, **payload)), {"value": lambda: V, "count": lambda: V}, (), extends=True),
+    Case("carry", body_of(lambda i, value, **payload: i.carry(value, **payload)),
+        {"value": lambda: V, "count": lambda: V}, (), extends=True),
     Case("own", body_of(lambda i, x: i.own(x)), {"x": lambda: V}, (), extends=True),
     Case("constant", body_of(lambda i, value: i.constant(value)), {"value": lambda: V}, (), extends=True),
     Case(
-        "missing_rule", body_of(lambda i, interpreter, op: extend.missing_rule(i if interpreter is IT else interpreter, op)),
+        "missing_rule",
+        body_of(lambda i, interpreter, op: extend.missing_rule(i if interpreter is IT else interpreter, op)),
         {"interpreter": lambda: IT, "op": lambda: aten.sin.default}, (), extends=True,
     ),
-    Case("lowered", body_of(lambda i, interpreter: within(extend.lowered(i if interpreter is IT else interpreter))), {"interpreter": lambda: IT}, (), extends=True),
-    Case("running_at", body_of(lambda i, level: within(extend.running_at(i if level is IT else level))), {"level": lambda: IT}, (), extends=True),
+    Case("lowered", body_of(lambda i, interpreter: within(extend.lowered(i if interpreter is IT else interpreter))),
+        {"interpreter": lambda: IT}, (), extends=True),
+    Case("running_at", body_of(lambda i, level: within(extend.running_at(i if level is IT else level))),
+        {"level": lambda: IT}, (), extends=True),
     Case(
         "derivative", registering(extend.derivative),
         {
-            "op": lambda: aten.sin.default, "tangent": lambda: "elementwise", "broadcasts": lambda: False, "joint": lambda: None,
+            "op": lambda: aten.sin.default, "tangent": lambda: "elementwise", "broadcasts": lambda: False,
+            "joint": lambda: None,
             "formula": lambda: lambda grad, self: grad * self.cos(),
         }, ("tangent", "joint", "formula"), extends=True,
     ),
-    Case("no_derivative", registering(lambda op: extend.no_derivative(op)), {"op": lambda: aten.sin.default}, (), extends=True),
+    Case("no_derivative", registering(lambda op: extend.no_derivative(op)), {"op": lambda: aten.sin.default}, (),
+        extends=True),
     Case(
         "batching_rule", registering(lambda op, rule: extend.batching_rule(op)(rule)),
-        {"op": lambda: aten.sin.default, "rule": lambda: lambda info, in_dims, x: (x.sin(), in_dims[0])}, ("rule",), extends=True,
+        {"op": lambda: aten.sin.default, "rule": lambda: lambda info, in_dims, x: (x.sin(), in_dims[0])}, ("rule",),
+        extends=True,
     ),
     Case(
         "overriding", lambda table, op: within(extend.overriding(table, op)),
@@ -216,12 +253,16 @@ CASES = [
     ),
     Case(
         "rules_in_scope", lambda table, rules: within(extend.rules_in_scope(table, rules)),
-        {"table": lambda: extend.BATCHING_RULES, "rules": lambda: {aten.sin.default: lambda info, in_dims, x: (x.sin(), in_dims[0])}}, (), extends=True,
+        {"table": lambda: extend.BATCHING_RULES,
+            "rules": lambda: {aten.sin.default: lambda info, in_dims, x: (x.sin(), in_dims[0])}}, (), extends=True,
     ),
-    Case("RuleTable.add", lambda op, rule: extend.RuleTable("table").add(op, rule), {"op": lambda: aten.sin.default, "rule": lambda: torch.sin}, ("rule",), extends=True),
-    Case("RuleTable.place", lambda op: extend.BATCHING_RULES.place(op), {"op": lambda: aten.sin.default}, (), extends=True),
+    Case("RuleTable.add", lambda op, rule: extend.RuleTable("table").add(op, rule),
+        {"op": lambda: aten.sin.default, "rule": lambda: torch.sin}, ("rule",), extends=True),
+    Case("RuleTable.place", lambda op: extend.BATCHING_RULES.place(op), {"op": lambda: aten.sin.default}, (),
+        extends=True),
     Case("RuleTable.get", lambda op: extend.BATCHING_RULES.get(op), {"op": lambda: aten.sin.default}, (), extends=True),
-    Case("RuleTable.remove", lambda op: extend.RuleTable("table").remove(op), {"op": lambda: aten.sin.default}, (), extends=True),
+    Case("RuleTable.remove", lambda op: extend.RuleTable("table").remove(op), {"op": lambda: aten.sin.default}, (),
+        extends=True),
 ]  # fmt: skip
 
 
@@ -230,7 +271,9 @@ def within(context: Any) -> Any:
         return V + 1
 
 
-def wrong_calls(cases: list[Case] = CASES, pairs: int = 0, seed: int = 0) -> Iterator[tuple[Case, dict[str, str], dict[str, Any]]]:
+def wrong_calls(
+    cases: list[Case] = CASES, pairs: int = 0, seed: int = 0
+) -> Iterator[tuple[Case, dict[str, str], dict[str, Any]]]:
     """Every case with one argument replaced by every value; with two replaced, ``pairs`` times each."""
     random_ = random.Random(seed)
     for case in cases:
@@ -244,13 +287,18 @@ def wrong_calls(cases: list[Case] = CASES, pairs: int = 0, seed: int = 0) -> Ite
 
 
 def replaced(case: Case, kinds: Any, chosen: dict[str, str]) -> tuple[Case, dict[str, str], dict[str, Any]]:
-    return case, chosen, {name: kinds[name][chosen[name]]() if name in chosen else right() for name, right in case.arguments.items()}
+    return (
+        case,
+        chosen,
+        {name: kinds[name][chosen[name]]() if name in chosen else right() for name, right in case.arguments.items()},
+    )
 
 
 def thread_state() -> tuple[Any, ...]:
     """What a call must leave as it was."""
     return (
-        interpreter_stack(), mode_stack_size(), STATE.door_depth, is_key_excluded(AUTOGRAD), is_key_excluded(VIEWS_AND_VERSIONS),
+        interpreter_stack(), mode_stack_size(), STATE.door_depth, is_key_excluded(AUTOGRAD),
+        is_key_excluded(VIEWS_AND_VERSIONS),
         torch.is_grad_enabled(), is_forward_enabled(),
     )  # fmt: skip
 
@@ -296,5 +344,11 @@ if __name__ == "__main__":
         else:
             last = traceback.extract_tb(error.__traceback__)[-1]
             counts["raw"] += 1
-            print(case.name, chosen, type(error).__name__, str(error)[:100].replace("\n", " "), f"{last.filename.rpartition('/')[2]}:{last.lineno}")
+            print(
+                case.name,
+                chosen,
+                type(error).__name__,
+                str(error)[:100].replace("\n", " "),
+                f"{last.filename.rpartition('/')[2]}:{last.lineno}",
+            )
     print(counts)

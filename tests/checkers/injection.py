@@ -1,8 +1,8 @@
 """An exception raised at one line of the library, and what it leaves behind.
 
-``python tests/injection.py`` raises at every line event of the library that the programs below reach, each in a process of its own whose
-caches are as cold as after the import, and prints what differs afterwards: the state of the thread, or what the same program returns when
-it is run again. ``--program NAME`` and ``--lines FILE`` narrow it down.
+``python tests/checkers/injection.py`` raises at every line event of the library that the programs below reach, each in
+a process of its own whose caches are as cold as after the import, and prints what differs afterwards: the state of the
+thread, or what the same program returns when it is run again. ``--program NAME`` and ``--lines FILE`` narrow it down.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Injected(BaseException):
     """No ``except Exception`` of the library takes it, as it takes no KeyboardInterrupt."""
 
 
-KEYS = [getattr(torch._C.DispatchKey, k) for k in ("AutogradFunctionality", "ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor", "Python")]
+KEYS = [
+    getattr(torch._C.DispatchKey, k)
+    for k in ("AutogradFunctionality", "ADInplaceOrView", "Conjugate", "Negative", "ZeroTensor", "Python")
+]
 
 
 def thread() -> dict[str, Any]:
@@ -136,7 +139,9 @@ def products() -> Any:
     def f(x: Tensor) -> Tensor:
         y = torch.nn.functional.linear(x, weights, bias)
         z = torch.softmax(y @ weights, -1)
-        return (torch.einsum("i,i->", z, x) + torch.nn.functional.layer_norm(x, (3,)).sum() + torch.cat([x, z]).var()).sin()
+        return (
+            torch.einsum("i,i->", z, x) + torch.nn.functional.layer_norm(x, (3,)).sum() + torch.cat([x, z]).var()
+        ).sin()
 
     return vmap(grad(f))(numbers(2, 3)), jacrev(lambda w: (w @ numbers(3)).tanh())(weights), hessian(f)(numbers(3))
 
@@ -144,15 +149,27 @@ def products() -> Any:
 @program
 def borrowed() -> Any:
     def f(x: Tensor) -> Tensor:
-        return torch.linalg.svdvals(x.reshape(2, 2)).sum() + torch.special.i0e(x).sum() + torch.renorm(x.reshape(2, 2), 2, 0, 0.5).sum()
+        return (
+            torch.linalg.svdvals(x.reshape(2, 2)).sum()
+            + torch.special.i0e(x).sum()
+            + torch.renorm(x.reshape(2, 2), 2, 0, 0.5).sum()
+        )
 
-    return vmap(grad(f))(numbers(2, 4)), jvp(grad(f), (numbers(4),), (numbers(4),)), vmap(lambda x: torch.renorm(x.reshape(2, 2), 2, 0, 0.5))(numbers(2, 4))
+    return (
+        vmap(grad(f))(numbers(2, 4)),
+        jvp(grad(f), (numbers(4),), (numbers(4),)),
+        vmap(lambda x: torch.renorm(x.reshape(2, 2), 2, 0, 0.5))(numbers(2, 4)),
+    )
 
 
 @program
 def randomness() -> Any:
     def f(x: Tensor) -> Tensor:
-        return torch.nn.functional.dropout(x, 0.5) + torch.rand(3, dtype=x.dtype) + torch.bernoulli(torch.full((3,), 0.5, dtype=x.dtype))
+        return (
+            torch.nn.functional.dropout(x, 0.5)
+            + torch.rand(3, dtype=x.dtype)
+            + torch.bernoulli(torch.full((3,), 0.5, dtype=x.dtype))
+        )
 
     found = []
     for kind in ("different", "same"):
@@ -210,13 +227,19 @@ def functions() -> Any:
     def f(x: Tensor) -> Tensor:
         return Cube.apply(x)[0].sum() + Old.apply(x).sum()
 
-    return vmap(grad(f))(numbers(2, 3)), jvp(lambda x: Cube.apply(x)[0], (numbers(3),), (numbers(3),)), grad(lambda x: grad(f)(x).sum())(numbers(3))
+    return (
+        vmap(grad(f))(numbers(2, 3)),
+        jvp(lambda x: Cube.apply(x)[0], (numbers(3),), (numbers(3),)),
+        grad(lambda x: grad(f)(x).sum())(numbers(3)),
+    )
 
 
 @program
 def modules() -> Any:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv1d(1, 2, 2), torch.nn.BatchNorm1d(2), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(4, 1)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Conv1d(1, 2, 2), torch.nn.BatchNorm1d(2), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(4, 1)
+    ).double()
     functrans.replace_all_batch_norm_modules_(model)
     weights = dict(model.named_parameters())
     models = [torch.nn.Linear(2, 1).double() for _ in range(2)]
@@ -261,7 +284,9 @@ def grad_modes() -> Any:
     with torch.no_grad():
         outer = grad(f)(numbers(3))
     with torch.inference_mode():
-        inner = grad(lambda x: torch.linalg.det(x.reshape(2, 2)) + torch.linalg.svdvals(x.reshape(2, 2)).sum())(numbers(4))
+        inner = grad(lambda x: torch.linalg.det(x.reshape(2, 2)) + torch.linalg.svdvals(x.reshape(2, 2)).sum())(
+            numbers(4)
+        )
     return outer, inner.clone()
 
 
@@ -289,7 +314,9 @@ class Sign(TableInterpreter):
 
 @Sign.rules.register(torch.ops.aten.mul.Tensor)
 def multiplied(interpreter: Sign, x: Any, y: Any) -> Any:
-    return interpreter.carry(x.value * y.value, signum=None if x.signum is None or y.signum is None else x.signum * y.signum)
+    return interpreter.carry(
+        x.value * y.value, signum=None if x.signum is None or y.signum is None else x.signum * y.signum
+    )
 
 
 @program
@@ -304,7 +331,11 @@ def own_transforms() -> Any:
     with overriding(DERIVATIVES, floor):
         derivative(floor, self=lambda grad: grad, tangent="elementwise")
         through = grad(lambda x: torch.floor(x).sum())(numbers(3))
-    return through, vmap(lambda x: sign(lambda a: a * a * a, x))(numbers(3)), grad(lambda x: torch.floor(x).sum())(numbers(3))
+    return (
+        through,
+        vmap(lambda x: sign(lambda a: a * a * a, x))(numbers(3)),
+        grad(lambda x: torch.floor(x).sum())(numbers(3)),
+    )
 
 
 @program
@@ -431,7 +462,9 @@ def in_a_fork(task: Callable[[], Any]) -> Any:
 
 
 def places(names: Iterable[str]) -> Iterator[tuple[str, Place, int, list[Any]]]:
-    """Every line of the library that the programs reach: the first program that does, how often, and what the program returns."""
+    """Every line of the library that the programs reach: the first program that does, how often,
+    and what the program returns.
+    """
     done: set[Place] = set()
     for name in names:
         run = PROGRAMS[name]
@@ -467,7 +500,9 @@ def violations(wanted: Callable[[str, int], bool], names: Iterable[str] = PROGRA
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--program", choices=sorted(PROGRAMS), action="append")
-    parser.add_argument("--lines", default="", metavar="FILE[:NUMBER]", help="those that begin so, relative to the package")
+    parser.add_argument(
+        "--lines", default="", metavar="FILE[:NUMBER]", help="those that begin so, relative to the package"
+    )
     options = parser.parse_args()
     bad = 0
     for text in violations(lambda shown, number: shown.startswith(options.lines), options.program or PROGRAMS):

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import recorder
 import torch
+from recorder import Recorder, before_autograd, copies, run_samples
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
@@ -34,46 +35,9 @@ class WrongRule(AssertionError):
 # Recording
 
 
-@contextmanager
-def door_open() -> Iterator[None]:
-    """Composite operators arrive whole, as they do inside a transform."""
-    key = torch._C.DispatchKey.AutogradFunctionality
-    before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
-    torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-    try:
-        yield
-    finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, before)
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps up to ``per_op`` calls of each wanted operator; composite ones are recorded and then taken apart."""
-
-    def __init__(self, wanted: Callable[[OpOverload], bool], per_op: int) -> None:
-        super().__init__()
-        self.wanted = wanted
-        self.per_op = per_op
-        self.calls: dict[OpOverload, dict[str, Call]] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(op, OpOverload) and self.wanted(op):
-            calls = self.calls.setdefault(op, {})
-            if len(calls) < self.per_op:
-                calls.setdefault(signature(args, kwargs), tree_map(copied, (args, kwargs)))
-        with self:
-            result = op.decompose(*args, **kwargs)
-        return op(*args, **kwargs) if result is NotImplemented else result
-
-
-def copied(x: Any) -> Any:
-    """Later in-place writes must not change what was recorded."""
-    return x.detach().clone() if isinstance(x, Tensor) else x
-
-
-def signature(args: Any, kwargs: Any) -> str:
+def signature(call: recorder.Call) -> str:
     """Calls that differ only in the values of their tensors are the same call."""
-    return repr(tree_map(lambda x: (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else x, (args, kwargs)))
+    return repr(tree_map_only(Tensor, lambda x: (x.dtype, tuple(x.shape)), (call.args, call.kwargs)))
 
 
 def recorded_calls(
@@ -93,43 +57,20 @@ def recorded_calls(
     if not callable(wanted):
         chosen = set(wanted)
         wanted = chosen.__contains__
-    recorder = Recorder(wanted, per_op)
+    found: dict[OpOverload, dict[str, Call]] = defaultdict(dict)
 
-    def record() -> None:
-        for info in op_db:
-            for dtype in dtypes if names(info.name) else ():
-                if dtype in info.dtypes:
-                    record_samples(info, dtype, recorder, samples, backward and dtype.is_floating_point)
+    def keep(call: recorder.Call) -> None:
+        calls = found[call.op]
+        if len(calls) < per_op and (key := signature(call)) not in calls:
+            calls[key] = copies(call.args, call.kwargs)
 
-    # The samples inspect the whole call stack for each input, so it had better be short: in pytest it is not.
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(record).result()
-    return {op: list(calls.values()) for op, calls in recorder.calls.items()}
-
-
-def record_samples(info: Any, dtype: torch.dtype, recorder: Recorder, samples: int, backward: bool) -> None:
-    """Run the first samples of one OpInfo; a sample that PyTorch itself refuses is passed over."""
-    torch.manual_seed(0)
-    try:
-        chosen = list(itertools.islice(info.sample_inputs("cpu", dtype, requires_grad=backward), samples))
-    except Exception:  # noqa: BLE001 (a few OpInfos need packages or devices that are not here)
-        return
-    for sample in chosen:
-        with suppress(Exception):
-            if backward and info.supports_autograd:
-                with recorder:
-                    outputs = info.op(sample.input, *sample.args, **sample.kwargs)
-                    leaves = [x for x in tree_flatten((sample.input, sample.args, sample.kwargs))[0] if wants_grad(x)]
-                    roots = [x for x in tree_flatten(outputs)[0] if wants_grad(x)]
-                    if roots:
-                        torch.autograd.grad(roots, leaves, [torch.rand_like(x) for x in roots], allow_unused=True)
-            else:
-                with door_open(), recorder:
-                    info.op(sample.input, *sample.args, **sample.kwargs)
-
-
-def wants_grad(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.requires_grad
+    mode = Recorder(wanted, keep, wanted_in_pieces=True)
+    for info in op_db:
+        for dtype in dtypes if names(info.name) else ():
+            if dtype in info.dtypes:
+                differentiable = backward and dtype.is_floating_point and info.supports_autograd
+                run_samples(info, dtype, mode, samples, backward=differentiable)
+    return {op: list(calls.values()) for op, calls in found.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,7 +192,7 @@ def check_rule(
             p_args, p_kwargs = tree_unflatten(physical, spec)
             in_dims, _ = tree_unflatten(dims, spec)
             try:
-                with door_open(), Pure():
+                with before_autograd(), Pure():
                     result, out_dims = rule(BatchInfo(size, randomness), in_dims, *p_args, **p_kwargs)
             except RuleDeclined:
                 continue
