@@ -3,9 +3,10 @@
     y = torch.sin(x)                   x: a wrapper of level 2 around a wrapper of level 1 around plain data
       └ door                           make it pure                    (door/torch_function.py, functionalize/writes.py)
         └ dispatch                     highest level among the arguments: 2
-          └ level 2 .process           its rule lowers: dispatch again, a Python call
-            └ level 1 .process
-              └ base                   plain PyTorch
+          └ level 2 .process           its rule lowers:
+            └ lower, dispatch          a Python call; highest level among the arguments: 1
+              └ level 1 .process
+                └ lower, base          plain PyTorch
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functrans.core.errors import DeadWrapperError
 from functrans.core.operators import Facts, Operator, facts
 from functrans.core.rules import SCOPES, scope_here
 from functrans.core.stack import Interpreter
-from functrans.core.tensor import PendingWrapper, WrapperTensor
+from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
 from functrans.core.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
 from functrans.core.torch_private import (
     AUTOGRAD,
@@ -149,6 +150,51 @@ def base_recorded(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
         while hooks is not None and not same_hooks(top_packing(True), hooks):
             pop_packing()
+
+
+def unwrap(
+    interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any], list[int], list[Any]]:
+    """The arguments one level below ``interpreter``; and where it keeps something on them, and what.
+
+    ``places`` are positions among all arguments of the schema. For a list of tensors what is kept is a list, None where
+    there is nothing.
+    """
+    values: list[Any] = []
+    places: list[int] = []
+    carried: list[Any] = []
+    for a in args:
+        kind = type(a)
+        if kind is WrapperTensor:
+            if a.interpreter is interpreter:  # what is not mine is a constant here: this prevents perturbation confusion
+                kept = a._carried
+                if kept is not None:
+                    places.append(len(values))
+                    carried.append(kept if type(kept) is not PendingWrapper else tensor_of(kept))
+                a = a.value
+        elif kind is list or kind is tuple:
+            a, kept = unwrap_list(interpreter, a)
+            if kept is not None:
+                places.append(len(values))
+                carried.append(kept)
+        values.append(a)
+    if kwargs:
+        below, _, found, also = unwrap(interpreter, op, kwargs.values(), NO_KWARGS)
+        names, given = facts(op).arguments, list(kwargs)
+        places += [names.index(given[i]) for i in found]
+        carried += also
+        kwargs = dict(zip(kwargs, below, strict=True))
+    return values, kwargs, places, carried
+
+
+def unwrap_list(interpreter: Interpreter, items: Any) -> tuple[Any, list[Any] | None]:
+    """The values of a list argument, and what ``interpreter`` keeps on each, if it keeps something on one."""
+    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in items]
+    if True not in mine:
+        return items, None
+    carried = [tensor_of(a._carried) if m else None for a, m in zip(items, mine, strict=True)]
+    values = [a.value if m else a for a, m in zip(items, mine, strict=True)]
+    return values, carried if any(c is not None for c in carried) else None
 
 
 def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.core.described import given, shown
-from functrans.core.dispatch import lower, map_tensors, start
+from functrans.core.dispatch import lower, map_tensors, start, unwrap
 from functrans.core.errors import HookError, ModifiedError
-from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
+from functrans.core.operators import DIFFERENTIABLE, Facts, plans_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
@@ -81,24 +81,7 @@ class GradInterpreter(Interpreter, whole=True):
         known: Facts = op._functrans  # type: ignore[attr-defined]
         if known.program:
             return record_program(self, op, args)  # type: ignore[arg-type]
-        values: list[Any] = []
-        places: list[int] = []
-        slots: list[Any] = []
-        for a in args:
-            if type(a) is WrapperTensor:
-                if a.interpreter is self:
-                    slot = a.slot
-                    if slot is not None:
-                        places.append(len(values))
-                        slots.append(slot)
-                    a = a.value
-            elif type(a) is list or type(a) is tuple:
-                a, found = self._enter_list(a)
-                if found is not None:
-                    places.append(len(values))
-                    slots.append(found)
-            values.append(a)
-        below_kwargs = self._enter_kwargs(op, kwargs, places, slots) if kwargs else kwargs
+        values, below_kwargs, places, slots = unwrap(self, op, args, kwargs)
         if not places or not torch.is_grad_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         plans = known.plans if not SCOPES else plans_here(known)
@@ -109,31 +92,6 @@ class GradInterpreter(Interpreter, whole=True):
             if known.settled or method not in WITHOUT_RULE:
                 plans[GradInterpreter] = method
         return method(self, op, (args, kwargs), values, below_kwargs, places, slots)
-
-    def _enter_list(self, items: Sequence[Any]) -> tuple[Any, list[int | None] | None]:
-        """A list argument's values, and the slots of its tensors if one of them is tracked."""
-        if not any(type(a) is WrapperTensor for a in items):
-            return items, None
-        mine = [type(a) is WrapperTensor and a.interpreter is self for a in items]
-        slots = [a.slot if m else None for a, m in zip(items, mine, strict=True)]
-        values = [a.value if m else a for a, m in zip(items, mine, strict=True)]
-        return values, slots if any(s is not None for s in slots) else None
-
-    def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], places: list[int], slots: list[Any]) -> dict[str, Any]:
-        entered = {}
-        for name, a in kwargs.items():
-            if type(a) is WrapperTensor and a.interpreter is self:
-                if a.slot is not None:
-                    places.append(facts(op).arguments.index(name))
-                    slots.append(a.slot)
-                a = a.value
-            elif type(a) is list or type(a) is tuple:
-                a, found = self._enter_list(a)
-                if found is not None:
-                    places.append(facts(op).arguments.index(name))
-                    slots.append(found)
-            entered[name] = a
-        return entered
 
     def output(self, value: Tensor) -> WrapperTensor:
         """A tracked wrapper for an operator's output, or a constant if its dtype has no derivative."""

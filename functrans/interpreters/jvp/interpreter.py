@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import call_below, lower, map_tensors
+from functrans.core.dispatch import call_below, lower, map_tensors, unwrap
 from functrans.core.errors import DerivativeEntryError
 from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
 from functrans.core.rules import SCOPES, RuleTable, place_in
@@ -69,19 +69,8 @@ class JvpInterpreter(Interpreter, whole=True):
         known: Facts = op._functrans  # type: ignore[attr-defined]
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
-        tangents: dict[Any, Any] = {}
-        values: list[Any] = []
-        for a in args:
-            if type(a) is WrapperTensor:
-                if a.interpreter is self:
-                    if a.tangent is not None:
-                        tangents[len(values)] = a.tangent
-                    a = a.value
-            elif type(a) is list or type(a) is tuple:
-                a = self._enter_list(a, len(values), tangents)
-            values.append(a)
-        below_kwargs = self._enter_kwargs(op, kwargs, tangents) if kwargs else kwargs
-        if not tangents or not is_forward_enabled():
+        values, below_kwargs, places, found = unwrap(self, op, args, kwargs)
+        if not places or not is_forward_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         plans = known.plans if not SCOPES else plans_here(known)
         try:
@@ -92,35 +81,7 @@ class JvpInterpreter(Interpreter, whole=True):
                 plans[JvpInterpreter] = method
         if method is decompose:
             return decompose(self, op, args, kwargs)
-        return method(self, op, values, below_kwargs, tangents)
-
-    def _enter_kwargs(self, op: OpOverload, kwargs: dict[str, Any], tangents: dict[Any, Any]) -> dict[str, Any]:
-        entered = {}
-        for name, a in kwargs.items():
-            if type(a) is WrapperTensor and a.interpreter is self:
-                if a.tangent is not None:
-                    tangents[facts(op).arguments.index(name)] = a.tangent
-                a = a.value
-            elif type(a) is list or type(a) is tuple:
-                a = self._enter_list(a, facts(op).arguments.index(name), tangents)
-            entered[name] = a
-        return entered
-
-    def _enter_list(self, items: Any, position: int, tangents: dict[Any, Any]) -> Any:
-        values, found, mine = [], [], False
-        for a in items:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                mine = True
-                values.append(a.value)
-                found.append(a.tangent)
-            else:
-                values.append(a)
-                found.append(None)
-        if not mine:
-            return items
-        if any(t is not None for t in found):
-            tangents[position] = found
-        return values
+        return method(self, op, values, below_kwargs, dict(zip(places, found, strict=True)))
 
 
 carried_as("tangent", pending=True)
