@@ -83,6 +83,7 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
 WITHOUT_TENSORS = frozenset((int, float, bool, complex, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
+#: where an operator has none
 NO_KWARGS: dict[str, Any] = {}
 
 
@@ -95,42 +96,47 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
     recorded = False
     for a in (*args, *kwargs.values()) if kwargs else args:
         kind = type(a)
-        if kind in WITHOUT_TENSORS:
-            continue
-        i: Interpreter | None = None
-        if kind is WrapperTensor or kind is PendingWrapper:
+        if kind is Tensor:
+            if a.requires_grad:
+                recorded = True
+        elif kind is WrapperTensor or kind is PendingWrapper:
             if a.view_link is not None:
                 a.view_link.refresh(a)
             i = a.interpreter
-            if not i.alive:
-                raise DeadWrapperError(a)
-        elif isinstance(a, Tensor):
-            recorded = recorded or a.requires_grad
+            if i is not owner:
+                if not i.alive:
+                    raise DeadWrapperError(a)
+                if owner is None or i.level > owner.level:
+                    owner = i
+        elif kind in WITHOUT_TENSORS:
+            pass
         elif kind is list or kind is tuple or kind is dict:
             i, inside = scan(a.values() if kind is dict else a)
             recorded = recorded or inside
-        if i is not None and (owner is None or i.level > owner.level):
-            owner = i
+            if i is not None and (owner is None or i.level > owner.level):
+                owner = i
+        elif isinstance(a, Tensor) and a.requires_grad:
+            recorded = True
     return owner, recorded
 
 
 def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run ``op`` as plain PyTorch. Autograd's key comes back only where autograd has something to record."""
+    ordinary = True
     for a in args:
         kind = type(a)
         if kind is Tensor:
             if a.requires_grad:
                 return base_recorded(op, args, kwargs)
-        elif kind not in WITHOUT_TENSORS and scan((a,))[1]:
-            return base_recorded(op, args, kwargs)
+        elif kind not in WITHOUT_TENSORS:
+            if scan((a,))[1]:
+                return base_recorded(op, args, kwargs)
+            ordinary = ordinary and not isinstance(a, Tensor)  # a subclass would be asked by a torch function
     if forward_ad._current_level >= 0 or (kwargs and scan(kwargs.values())[1]):
         return base_recorded(op, args, kwargs)
-    try:
-        direct = op._functrans.direct
-    except AttributeError:
-        direct = facts(op).direct
-    if direct is not None and type(args[0]) is Tensor and not function_mode_enabled():
-        return direct(*args, **kwargs)
+    direct = op._functrans.direct if hasattr(op, "_functrans") else facts(op).direct
+    if direct is not None and ordinary and not kwargs and not function_mode_enabled():
+        return direct(*args)
     return op._op(*args, **kwargs)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.call_sites import USER_FILES
-from functrans.core.dispatch import lift
+from functrans.core.dispatch import NO_KWARGS, lift
 from functrans.core.errors import DeadWrapperError
 from functrans.core.made_at import SENT_ON, note_site, several
 from functrans.core.operators import facts
@@ -125,7 +125,7 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: 
         check_thread(owner)
     try:
         pop_mode(None)  # as PyTorch does while a handler runs
-        out = owner.process(program, args, {})  # type: ignore[arg-type]
+        out = owner.process(program, args, NO_KWARGS)  # type: ignore[arg-type]
     except BaseException as error:
         reopen()
         explain(error)

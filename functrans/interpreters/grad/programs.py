@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import dispatch, lower, map_tensors
+from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
 from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, wrap, wrap_like
 from functrans.interpreters.grad.plans import ProgramPlan
 from functrans.programs.program import Program
@@ -26,7 +26,7 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
         known = program.records.get((0,))
         if known is not None and not known.keeps and x.strides is None and x.slot is not None and torch.is_grad_enabled():
             value = x._value
-            out = lower(self, known.forward, (value,), {})
+            out = lower(self, known.forward, (value,), NO_KWARGS)
             wrapper = make(self, out, x)
             self.slots = wrapper.slot = slot = self.slots + 1
             self.tape.append((known, slot, [x.slot], [value if i < 0 else out for i in known.saves]))
@@ -56,14 +56,14 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             same = same and first is not None and a.shape == first.shape
         values.append(a)
     if not places or not torch.is_grad_enabled():
-        return map_tensors(self.constant, lower(self, program.inner, values, {}))
+        return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
     plan = program.records.get(places)
     if plan is None:
         try:
             plan = program.records[places] = ProgramPlan(program, places)
         except Untraceable:
             return program.decompose(*args, send=dispatch)
-    outs = lower(self, plan.forward, values, {})
+    outs = lower(self, plan.forward, values, NO_KWARGS)
     if not same and not plan.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
         # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
         return program.decompose(*args, send=dispatch)

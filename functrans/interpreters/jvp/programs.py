@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import dispatch, lower, map_tensors
+from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
 from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.core.torch_private import is_forward_enabled
 from functrans.programs.deriving import tangent as tangent_of
@@ -29,7 +29,7 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
         (x,) = args
         known = program.tangents.get((0,))
         if known is not None and known.plain and x.strides is None and x._tangent is not None and is_forward_enabled():
-            out, tangent = lower(self, known.program, (x._value, x._tangent), {})
+            out, tangent = lower(self, known.program, (x._value, x._tangent), NO_KWARGS)
             wrapper = make(self, out, x)
             wrapper._tangent = tangent
             return wrapper
@@ -56,7 +56,7 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
             alike = False
         values.append(a)
     if not moving or not is_forward_enabled():
-        return map_tensors(self.constant, lower(self, program.inner, values, {}))
+        return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
     try:
         derived = tangent_of(program, moving)
     except Untraceable:

@@ -169,7 +169,7 @@ class VmapInterpreter(Interpreter, whole=True):
             accepted.add(key)
         if rule is not None and batched and not kwargs_batched:
             try:
-                result = call_below(self, rule, (self.info, dims, *values), below_kwargs)
+                result = call_below(self, rule, (self.info, dims, *values), below_kwargs, values)
             except RuleDeclined:
                 pass
             else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import call_below, lower, map_tensors
+from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors
 from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap_like
 from functrans.interpreters.vmap.families import align
 from functrans.programs.program import Program
@@ -25,7 +25,7 @@ def run_program(self: VmapInterpreter, program: Program, args: Sequence[Any]) ->
     if program.inputs == 1 and program.single:  # the frequent case, in a few steps
         (x,) = args
         if x.bdim == 0 and x.strides is None:
-            wrapper = make(self, lower(self, program.inner, (x._value,), {}), x)
+            wrapper = make(self, lower(self, program.inner, (x._value,), NO_KWARGS), x)
             wrapper.bdim = 0
             return wrapper
     values: list[Any] = []
@@ -56,11 +56,11 @@ def run_program(self: VmapInterpreter, program: Program, args: Sequence[Any]) ->
         values.append(a)
         flags.append(False)
     if first is None:
-        return map_tensors(self.constant, lower(self, program.inner, values, {}))
+        return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
     bdim = first.bdim
     if loose > len(first.shape) - bdim:
         return run_aligned(self, program, args)
-    outs = lower(self, program.inner, values, {})
+    outs = lower(self, program.inner, values, NO_KWARGS)
     if alike and not bdim and (loose < 0 or loose == 0 and program.single):
         if program.single:
             wrapper = make(self, outs, first)
@@ -84,7 +84,7 @@ def run_aligned(self: VmapInterpreter, program: Program, args: Sequence[Any]) ->
     values = [a.value if type(a) is WrapperTensor and a.interpreter is self else a for a in args]
     dims = [a.bdim if type(a) is WrapperTensor and a.interpreter is self else None for a in args]
     tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
-    outs = lower(self, program.inner, call_below(self, align, (values, dims, tensors), {}, values), {})
+    outs = lower(self, program.inner, call_below(self, align, (values, dims, tensors), {}, values), NO_KWARGS)
     found = []
     for out, sources in zip((outs,) if program.single else outs, program.sources, strict=True):
         if any(dims[i] is not None for i in sources):
