@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compositions import COMPOSITIONS, RECORDED
-from opinfo import Result, operators, run_operator, worst
+from opinfo import TORCH_FUNC_IS_WRONG, Result, operators, run_operator, worst
 from opinfo_expected_failures import EXPECTED_FAILURES, EXPECTED_FAILURES_OF_ALL_SAMPLES
 from torch.utils._pytree import tree_map
 
@@ -44,6 +44,13 @@ def test_expected_failures_name_what_exists() -> None:
     for name, composition in EXPECTED_FAILURES | EXPECTED_FAILURES_OF_ALL_SAMPLES:
         assert name in OPERATORS
         assert composition in COMPOSITIONS + RECORDED
+
+
+@pytest.mark.parametrize("name", TORCH_FUNC_IS_WRONG)
+def test_what_torch_func_is_wrong_about_it_is_still_wrong_about(name: str) -> None:
+    known = "torch.func is known to be wrong"
+    found = {r.composition for r in run_operator(OPERATORS[name], functrans) if r.detail == known}
+    assert found == set(TORCH_FUNC_IS_WRONG[name])
 
 
 def mixes_rows(f: Any, in_dims: Any = 0, **options: Any) -> Any:

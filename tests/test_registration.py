@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,10 +257,14 @@ def test_pasted_and_completed_the_rule_is_used(name: str) -> None:
 
 # ---- defaults reach rules
 
+PACKAGE = str(Path(functrans.__file__).parent)
+
 
 def test_every_rule_of_ours_has_the_defaults_of_its_operator() -> None:
     for table, before in ((BATCHING_RULES, 2), (DECOMPOSITIONS, 0)):
         for op in table:
+            if not table.place(op).startswith(PACKAGE):
+                continue  # another test's
             ours: Any = table.get(op)
             kept = completed(ours, op, before, listed=before == 2)
             # nothing has to be filled in (but for a memory format, which the schema writes as a number)

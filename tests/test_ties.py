@@ -37,7 +37,7 @@ CHOICES = {
 OTHER_ARGUMENTS = {
     aten.linear.default, aten.addmm.default, aten.baddbmm.default, aten.addbmm.default, aten.addmv.default,
     aten.addr.default, aten._euclidean_dist.default, aten._cdist_forward.default, aten.masked_scatter.default,
-    aten.linalg_solve_triangular.default,
+    aten.linalg_solve_triangular.default, aten.linalg_pinv.atol_rtol_tensor,
     aten.cholesky_solve.default, aten._softmax_backward_data.default, aten._log_softmax_backward_data.default,
     aten.masked_fill.Tensor, aten.fill.Tensor, aten.complex.default, aten.outer.default, aten.ger.default,
     aten.matmul.default,
