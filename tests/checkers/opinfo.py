@@ -65,7 +65,7 @@ WRONG_AT_THE_BASE = {
     "cholesky_inverse", "cholesky_solve",
 }  # fmt: skip
 
-# PyTorch is wrong there, and no difference tells: the samples are too large, or not of the kind that the operator takes.
+# PyTorch is wrong there, and no difference tells: samples are too large, or not of the kind that the operator takes.
 TORCH_FUNC_IS_WRONG = {
     # its gradient is right behind a log_softmax only; test_batching_rules_counting.py has the truth
     "nn.functional.ctc_loss": ("vjp", "vmap(vjp)"),
