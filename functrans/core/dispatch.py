@@ -111,6 +111,8 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
         elif kind in WITHOUT_TENSORS:
             pass
         elif kind is list or kind is tuple or kind is dict:
+            if kind is not dict and a and type(a[0]) is int:
+                continue  # a size or the like
             i, inside = scan(a.values() if kind is dict else a)
             recorded = recorded or inside
             if i is not None and (owner is None or i.level > owner.level):
@@ -160,37 +162,32 @@ def base_recorded(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def unwrap(
     interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any], list[int], list[Any]]:
-    """The arguments one level below ``interpreter``; and where it keeps something on them, and what.
+) -> tuple[list[Any], dict[str, Any], dict[int, Any]]:
+    """The arguments one level below ``interpreter``, and what it keeps on them, by their position in the schema.
 
-    ``places`` are positions among all arguments of the schema. For a list of tensors what is kept is a list, None where
-    there is nothing.
+    On a list of tensors that is a list, with None where there is nothing.
     """
     values: list[Any] = []
-    places: list[int] = []
-    carried: list[Any] = []
+    carried: dict[int, Any] = {}
     for a in args:
         kind = type(a)
         if kind is WrapperTensor:
             if a.interpreter is interpreter:  # what is not mine is a constant here: this prevents perturbation confusion
                 kept = a._carried
                 if kept is not None:
-                    places.append(len(values))
-                    carried.append(kept if type(kept) is not PendingWrapper else tensor_of(kept))
+                    carried[len(values)] = kept if type(kept) is not PendingWrapper else tensor_of(kept)
                 a = a.value
-        elif kind is list or kind is tuple:
+        elif (kind is list or kind is tuple) and a and type(a[0]) is not int:
             a, kept = unwrap_list(interpreter, a)
             if kept is not None:
-                places.append(len(values))
-                carried.append(kept)
+                carried[len(values)] = kept
         values.append(a)
     if kwargs:
-        below, _, found, also = unwrap(interpreter, op, kwargs.values(), NO_KWARGS)
+        below, _, found = unwrap(interpreter, op, kwargs.values(), NO_KWARGS)
         names, given = facts(op).arguments, list(kwargs)
-        places += [names.index(given[i]) for i in found]
-        carried += also
+        carried.update((names.index(given[i]), kept) for i, kept in found.items())
         kwargs = dict(zip(kwargs, below, strict=True))
-    return values, kwargs, places, carried
+    return values, kwargs, carried
 
 
 def unwrap_list(interpreter: Interpreter, items: Any) -> tuple[Any, list[Any] | None]:
@@ -288,7 +285,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
 
 def map_tensors(function: Any, out: Any) -> Any:
     """``function`` applied to every tensor of an operator's output; other values stay."""
-    if isinstance(out, Tensor | PendingWrapper):
+    if isinstance(out, Tensor) or type(out) is PendingWrapper:
         return function(out)
     if isinstance(out, tuple | list):
         mapped = [map_tensors(function, o) for o in out]

@@ -81,8 +81,8 @@ class GradInterpreter(Interpreter, whole=True):
         known: Facts = op._functrans  # type: ignore[attr-defined]
         if known.program:
             return record_program(self, op, args)  # type: ignore[arg-type]
-        values, below_kwargs, places, slots = unwrap(self, op, args, kwargs)
-        if not places or not torch.is_grad_enabled():
+        values, below_kwargs, slots = unwrap(self, op, args, kwargs)
+        if not slots or not torch.is_grad_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         plans = known.plans if not SCOPES else plans_here(known)
         try:
@@ -91,7 +91,7 @@ class GradInterpreter(Interpreter, whole=True):
             method = choose_method(op, known)
             if known.settled or method not in WITHOUT_RULE:
                 plans[GradInterpreter] = method
-        return method(self, op, (args, kwargs), values, below_kwargs, places, slots)
+        return method(self, op, (args, kwargs), values, below_kwargs, list(slots), list(slots.values()))
 
     def output(self, value: Tensor) -> WrapperTensor:
         """A tracked wrapper for an operator's output, or a constant if its dtype has no derivative."""

@@ -69,8 +69,8 @@ class JvpInterpreter(Interpreter, whole=True):
         known: Facts = op._functrans  # type: ignore[attr-defined]
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
-        values, below_kwargs, places, found = unwrap(self, op, args, kwargs)
-        if not places or not is_forward_enabled():
+        values, below_kwargs, tangents = unwrap(self, op, args, kwargs)
+        if not tangents or not is_forward_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         plans = known.plans if not SCOPES else plans_here(known)
         try:
@@ -81,7 +81,7 @@ class JvpInterpreter(Interpreter, whole=True):
                 plans[JvpInterpreter] = method
         if method is decompose:
             return decompose(self, op, args, kwargs)
-        return method(self, op, values, below_kwargs, dict(zip(places, found, strict=True)))
+        return method(self, op, values, below_kwargs, tangents)
 
 
 carried_as("tangent", pending=True)
