@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from functrans.core.dispatch import base, dispatch, lower, map_tensors
 from functrans.core.errors import DeadWrapperError
-from functrans.core.stack import WHOLE
+from functrans.core.operators import facts
+from functrans.core.stack import WHOLE, Interpreter
+from functrans.core.tensor import wrap
 from functrans.extend import BATCHING_RULES, DERIVATIVES, derivative, overriding, run_transformed
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.programs.deriving import pullback, tangent
@@ -272,6 +275,55 @@ def test_replaced_batching_rules_count_at_once() -> None:
     assert calls == [[0]]
     vmap(torch.sin)(double(3))
     assert len(calls) == 1
+
+
+def test_a_program_is_an_operator() -> None:
+    sin = operator_program(aten.sin.default)
+    assert sin is not None
+    known, x = facts(sin), double(3)
+    assert known.program and known.composite and not known.random and facts(aten.sin.default).program is False
+    for run in (known.direct, sin.decompose, sin, lambda x: dispatch(sin, (x,), {}), lambda x: base(sin, (x,), {})):
+        agree(run(x), x.sin())
+    leaf = x.clone().requires_grad_()
+    agree(torch.autograd.grad(base(sin, (leaf,), {}).sum(), leaf)[0], x.cos())
+    # one level down nobody but programs sees its results, which need not be tensors
+    assert sin.inner.inner is sin.inner and sin.inner.pending and not sin.pending and str(sin.inner) == str(sin)
+
+
+class Passing(Interpreter):
+    """An interpreter with one method to write: it sends everything down, and notes what."""
+
+    kind = "passing"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def process(self, op: Any, args: Any, kwargs: Any) -> Any:
+        self.seen.append(str(op))
+        values = [a.value if getattr(a, "interpreter", None) is self else a for a in args]
+        return map_tensors(self.constant, lower(self, op, values, kwargs))
+
+    def constant(self, value: Tensor) -> Any:
+        return wrap(self, value)
+
+    def is_constant(self, wrapper: Any) -> bool:
+        return False
+
+
+def test_an_interpreter_with_a_process_alone_gets_operators_one_by_one() -> None:
+    x = double(3)
+
+    def slopes(x: Tensor) -> Tensor:
+        interpreter = Passing()
+        inside = interpreter.constant(x)
+        out = run_transformed(interpreter, lambda: jvp(grad(lambda x: (torch.tanh(x) * x).sum()), (inside,), (inside,))[1])
+        assert all(name.startswith("aten.") for name in interpreter.seen) and "aten.tanh.default" in interpreter.seen
+        return out.value
+
+    expected = torch.func.jvp(torch.func.grad(lambda x: (torch.tanh(x) * x).sum()), (x,), (x,))[1]
+    agree(slopes(x), expected)
+    agree(vmap(slopes)(torch.stack([x, x]))[1], expected)
 
 
 class Counting(VmapInterpreter):

@@ -28,12 +28,12 @@ class Door(Mode):
     def __torch_dispatch__(
         self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Every operator that code runs inside a transform enters here, once.
+        """Every operator that code runs inside a transform enters here, once, but for those that take the short way (torch_function.py).
 
         Writes and views become pure operators (functionalize/writes.py); what was made inside belongs to the innermost transform.
         """
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
-        # tensors what they are. (Autograd's comes back in lowering.base.)
+        # tensors what they are. (Autograd's comes back in dispatch.base.)
         set_key_excluded(CONJUGATE, False)
         set_key_excluded(NEGATIVE, False)
         try:
