@@ -18,6 +18,7 @@ import torch
 import functrans
 from functrans.core import errors
 from functrans.core.errors import FunctransError
+from functrans.core.refusals import REFUSED
 
 HOME = Path(functrans.__file__).parent
 KINDS = {k: v for k, v in vars(errors).items() if inspect.isclass(v) and issubclass(v, FunctransError)}
@@ -121,3 +122,38 @@ def test_every_class_has_a_docstring() -> None:
     for kind in KINDS.values():
         assert kind.__doc__, kind
         assert "\n    " not in kind.sentence
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
+    "grad": lambda f, x: functrans.grad(f)(x),
+    "vmap": lambda f, x: functrans.vmap(f)(x[None]),
+    "jvp": lambda f, x: functrans.jvp(f, (x,), (x,)),
+}
+ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "backward": lambda x: x.backward(x, retain_graph=True),
+    "data_ptr": lambda x: x.data_ptr(),
+    "numpy": lambda x: x.numpy(),
+    "register_post_accumulate_grad_hook": lambda x: x.register_post_accumulate_grad_hook(print),
+    "__reduce_ex__ by pickle": pickle.dumps,
+    "__reduce_ex__ by copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("how", ASKED)
+def test_what_a_wrapper_refuses_names_the_call_and_the_cure(how: str, transform: str) -> None:
+    cures = "Return the tensor" if transform == "vmap" else "Call .detach()"
+    what, cure = REFUSED.get(how.split()[0], (how + "()", None))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(FunctransError) as caught:
+            ASKED[how](x)
+        assert str(caught.value).startswith(what) and f" inside {transform}(" in str(caught.value)
+        assert (cure or cures) in str(caught.value)
+        return x.sum()
+
+    TRANSFORMS[transform](f, torch.ones(2))
+
+
+def test_every_refusal_is_asked_for() -> None:
+    assert {how.split()[0] for how in ASKED} == {*REFUSED, "numpy"}
