@@ -104,3 +104,22 @@ def definition(function: Any) -> str | None:
         inner = getattr(function, "__wrapped__", None) or getattr(function, "func", None) or getattr(type(function), "forward", None)
         return None if inner is None else definition(inner)
     return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def made_where(wrapper: Any) -> str:
+    """``at file:line`` of the user code that made a wrapper; without one, the transform called its function with it."""
+    made_at = getattr(wrapper, "made_at", None)
+    if made_at is not None:
+        return f"at {place(made_at)}"
+    where = definition(wrapper.interpreter.func)
+    defined = f", which is defined at {where}" if where else ""
+    return f"when the transform wrapped the arguments of its function{defined}"
+
+
+def at_line() -> str:
+    """Where the user's code is that called what raises an error, with the text of the line."""
+    site = user_site(sys._getframe(1))
+    if site is None:
+        return ""
+    text = source_line(site)
+    return f" At {place(site)}: `{text}`." if text else f" At {place(site)}."

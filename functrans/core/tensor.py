@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from functrans.core import thread_state
-from functrans.core.errors import (
-    CallTypeError,
-    DataDependentError,
-    InsideTransformError,
-    LayoutError,
-    NoDataError,
-    RequiresGradError,
-)
+from functrans.core.errors import CallTypeError, DataDependentError, LayoutError, RequiresGradError
 from functrans.core.pytrees import TENSORS
+from functrans.core.refusals import NUMBERS, REFUSED, refuse, refused
 from functrans.core.stack import RESERVED, Interpreter
-from functrans.core.torch_private import (
-    INDEX_BATCHED_KEYS,
-    PYTHON,
-    is_key_excluded,
-    make_wrapper,
-    no_dispatch,
-)
+from functrans.core.torch_private import INDEX_BATCHED_KEYS, PYTHON, is_key_excluded, make_wrapper, no_dispatch
+
+Strides = tuple[int, ...] | None  # None: contiguous
 
 
 class WrapperTensor(torch.Tensor):
@@ -40,8 +30,8 @@ class WrapperTensor(torch.Tensor):
         version: counts the writes it has seen.
     """
 
-    # Slots, because these are read and written for every operator; what is rare is an ordinary attribute. Metadata stands in slots
-    # beside where PyTorch keeps it, because PyTorch's own getters ask __torch_function__ first.
+    # Slots, because these are read and written for every operator; what is rare is an ordinary attribute. Metadata has
+    # slots beside where PyTorch keeps it, because PyTorch's own getters ask __torch_function__ first.
     __slots__ = (
         "_carried", "_value", "device", "dtype", "interpreter", "layout", "made_at", "shape", "strides", "view_link",
     )  # fmt: skip
@@ -52,16 +42,17 @@ class WrapperTensor(torch.Tensor):
     view_link: Any  # a views.ViewLink or None
     made_at: tuple[Any, int]
     shape: torch.Size  # type: ignore[assignment]
-    strides: tuple[int, ...] | None  # None: contiguous
+    strides: Strides
 
     root: Any = None  # a views.Root, once a view was taken
     seen: int = 0
     version: int = 0
-    moved: bool = False  # a write left the contents elsewhere in memory than the wrapper shows; see functionalize/layouts.py
+    moved: bool = False  # a write left the contents elsewhere in memory than shown; see functionalize/layouts.py
     shown_offset: int | None = None  # where the contents began before that
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
-        raise CallTypeError("WrapperTensor(...)", "a call of the class", "wrap(interpreter, value), or interpreter.carry(value, ...)")
+        expected = "wrap(interpreter, value), or interpreter.carry(value, ...)"
+        raise CallTypeError("WrapperTensor(...)", "a call of the class", expected)
 
     @property
     def value(self) -> Tensor:
@@ -80,7 +71,9 @@ class WrapperTensor(torch.Tensor):
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return thread_state.DOOR.__torch_dispatch__(func, (), args, kwargs)
 
     # __torch_function__, the short way in, is set by door/torch_function.py.
@@ -103,7 +96,7 @@ class WrapperTensor(torch.Tensor):
     def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
         if dim is None:
             return self.shape
-        return super().size(dim) if type(dim) is not int or not -len(self.shape) <= dim < len(self.shape) else self.shape[dim]
+        return self.shape[dim] if type(dim) is int and -len(self.shape) <= dim < len(self.shape) else super().size(dim)
 
     def numel(self) -> int:
         return self.shape.numel()
@@ -128,8 +121,8 @@ class WrapperTensor(torch.Tensor):
         self.requires_grad_(flag)
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and module
-        # constructors do it.
+        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and
+        # constructors of modules do it.
         origin = self if self.view_link is None else self.view_link.base_content()
         if requires_grad and (concrete(self) is None or concrete(origin) is None):
             raise RequiresGradError(self.interpreter.name)
@@ -139,22 +132,11 @@ class WrapperTensor(torch.Tensor):
         if not self.requires_grad:
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
         if not self.interpreter.records(self):
-            raise InsideTransformError(
-                "Tensor.register_hook()", self.interpreter.name, "an autograd.Function whose backward does what the hook does"
-            )
+            refuse(self, "Tensor.register_hook()", "an autograd.Function whose backward does what the hook does")
         return self.interpreter.add_hook(self, hook)  # type: ignore[attr-defined]
-
-    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
-        raise InsideTransformError("Tensor.register_post_accumulate_grad_hook()", self.interpreter.name, "Tensor.register_hook()")
-
-    def data_ptr(self) -> int:
-        raise NoDataError("data_ptr()", self)
 
     def storage_offset(self) -> int:
         return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
-
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        raise InsideTransformError("Tensor.backward()", self.interpreter.name, "functrans.grad or functrans.vjp")
 
     def tolist(self) -> Any:
         if self.dim() == 0:
@@ -163,9 +145,7 @@ class WrapperTensor(torch.Tensor):
 
     def numpy(self, *, force: bool = False) -> Any:
         value = concrete(self)
-        if value is None:
-            raise NoDataError("numpy()", self)
-        return value.numpy(force=force)
+        return refuse(self, "numpy()", None) if value is None else value.numpy(force=force)
 
     def __array__(self, dtype: Any = None) -> Any:
         array = self.numpy()
@@ -183,67 +163,37 @@ class WrapperTensor(torch.Tensor):
             what, cure = NUMBERS[how]
             raise DataDependentError(what, error.interpreter, cure) from None
 
-    def _number(self, how: str) -> Any:
+    def _number(self, to: Callable[[Any], Any]) -> Any:
         if is_key_excluded(PYTHON):
-            # Only the constructors of tensors read numbers with dispatch off; the result would have no derivative, or no batch.
-            raise InsideTransformError("making a tensor of other tensors' numbers, as torch.tensor([x]) does,", self.interpreter.name, "torch.stack([x])")
-        return self._asked(how)
-
-    def __bool__(self) -> bool:
-        return bool(self._number("bool"))
-
-    def __int__(self) -> int:
-        return int(self._number("int"))
-
-    def __float__(self) -> float:
-        return float(self._number("float"))
-
-    def __complex__(self) -> complex:
-        return complex(self._number("complex"))
-
-    def __index__(self) -> int:
-        return operator.index(self._number("index"))  # type: ignore[arg-type]
+            # Only constructors of tensors do so with dispatch off; the result would have no derivative, or no batch.
+            refuse(self, "making a tensor of other tensors' numbers, as torch.tensor([x]) does,", "torch.stack([x])")
+        return to(self._asked(to.__name__))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         copied = self.clone()
         memo[id(self)] = copied
         return copied
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise InsideTransformError("pickling a tensor", self.interpreter.name, "the transform's outputs, after it returned")
 
+def conversion(to: Callable[[Any], Any]) -> Callable[[WrapperTensor], Any]:
+    return lambda self: self._number(to)  # not functools.partialmethod, whose frame would hide the one that asks
+
+
+for method, refusal in REFUSED.items():
+    setattr(WrapperTensor, method, refused(*refusal))
+for to in (bool, int, float, complex, operator.index):
+    setattr(WrapperTensor, f"__{to.__name__}__", conversion(to))
 
 TENSORS.add(WrapperTensor)
 RESERVED.update(dir(WrapperTensor))
-
-_KEEP = (
-    "keep it a tensor, which arithmetic takes as it takes a number; what is the same for every example can be passed as a number, "
-    "or as a tensor with in_dims=None"
-)
-_AFTER = "return the tensor from the function, and convert the result outside of vmap"
-#: What asks for a tensor's number: how a message calls it, and what to write instead under vmap.
-NUMBERS = {
-    "bool": (
-        "bool(tensor), which `if`, `while`, `assert`, `and`, `or` and `not` call,",
-        "torch.where(condition, a, b) computes both and chooses for each example; `&`, `|` and `~` take the place of `and`, `or` and `not`",
-    ),
-    "index": (
-        "a tensor as a Python integer, which range(n), list[i] and sizes ask for,",
-        "index a tensor with it, x[i]; a length or size has to be the same for every example: pass it as an int",
-    ),
-    "item": ("tensor.item()", _KEEP),
-    "tolist": ("tensor.tolist()", _AFTER),
-    "format": ("format(tensor, spec), as in an f-string with a format,", f"leave the format out, f'{{x}}', to see all examples; or {_AFTER}"),
-    **{name: (f"{name}(tensor)", _KEEP) for name in ("int", "float", "complex")},
-}
 
 
 class PendingWrapper:
     """A wrapper that PyTorch does not know yet.
 
-    Results of programs at levels below the top are seen by nothing but other programs, mostly, and making a tensor takes longer than all
-    else about a wrapper. ``tensor_of`` makes it when something asks for it, which reading ``WrapperTensor.value`` does. Its
-    contents never change: a write changes the tensor that was made of it.
+    Results of programs at levels below the top are seen by nothing but other programs, mostly, and making a tensor
+    takes longer than all else about a wrapper. ``tensor_of`` makes it when something asks for it, which reading
+    ``WrapperTensor.value`` does. Its contents never change: a write changes the tensor that was made of it.
     """
 
     __slots__ = ("_carried", "_value", "device", "dtype", "interpreter", "layout", "made", "shape", "strides")
@@ -253,7 +203,7 @@ class PendingWrapper:
     _carried: Any
     made: WrapperTensor | None
     shape: torch.Size
-    strides: tuple[int, ...] | None
+    strides: Strides
     dtype: torch.dtype
     layout: torch.layout
     device: torch.device
@@ -289,7 +239,7 @@ def tensor_of(x: Any) -> Any:
 
 
 def carried_as(name: str, *, pending: bool = False) -> None:
-    """Let wrappers show what a transform of this package keeps on them as ``name``: it has a slot, which is read quickly.
+    """Let wrappers show what a transform of this package keeps on them as ``name``: in a slot, which is read quickly.
 
     ``pending``: it may be a pending wrapper; then ``name`` is the tensor, and ``_name`` what there is.
     """
@@ -297,7 +247,7 @@ def carried_as(name: str, *, pending: bool = False) -> None:
     for cls in WRAPPERS:
         setattr(cls, raw, vars(cls)["_carried"])
     if pending:
-        setattr(WrapperTensor, name, property(carried_tensor, set_carried))
+        setattr(WrapperTensor, name, property(carried_tensor, vars(WrapperTensor)["_carried"].__set__))
     RESERVED.update((raw, name))
 
 
@@ -306,10 +256,6 @@ def carried_tensor(x: WrapperTensor) -> Tensor | None:
     if type(carried) is PendingWrapper:
         carried = x._carried = tensor_of(carried)
     return carried
-
-
-def set_carried(x: WrapperTensor, carried: Tensor | None) -> None:
-    x._carried = carried
 
 
 def concrete(x: Tensor) -> Tensor | None:
@@ -322,7 +268,7 @@ def concrete(x: Tensor) -> Tensor | None:
 
 
 def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
-    """A wrapper of ``interpreter`` with the shape, strides, dtype and device of ``value``; what the transform keeps on it is not set."""
+    """A wrapper of ``interpreter`` that shows the metadata of ``value``; what the transform keeps on it is not set."""
     if type(value) not in TENSORS:
         check_layout(value)
     try:
@@ -339,14 +285,15 @@ def check_layout(x: Any) -> None:
 
 
 def wrap_as(
-    interpreter: Interpreter, value: Tensor, shape: torch.Size, strides: tuple[int, ...] | None, requires_grad: bool = False
+    interpreter: Interpreter, value: Tensor, shape: torch.Size, strides: Strides, requires_grad: bool = False
 ) -> WrapperTensor:
-    """A wrapper around ``value`` that shows a shape of its own; ``strides`` None: contiguous."""
+    """A wrapper around ``value`` that shows a shape of its own."""
     dtype, layout, device = value.dtype, value.layout, value.device
     if shape or dtype not in SCALAR_INDICES:
         wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device, False, requires_grad)
-    else:
-        wrapper = scalar_index(value)
+    else:  # an integer for each example; see NOTE [Scalar indices]
+        options = dtype, layout, device, False, False, None, False, False, INDEX_BATCHED_KEYS
+        wrapper = make_wrapper(WrapperTensor, (), (), None, None, *options)
     wrapper.interpreter = interpreter
     wrapper._value = value
     wrapper.view_link = None
@@ -375,19 +322,10 @@ def wrap_like(interpreter: Interpreter, value: Any, like: Any) -> WrapperTensor:
 
 #: The dtypes of which a tensor without dimensions selects one row when it is an index.
 SCALAR_INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
-
-
-def scalar_index(value: Tensor) -> WrapperTensor:
-    """A wrapper of an integer for each example; see NOTE [Scalar indices]."""
-    return make_wrapper(
-        WrapperTensor, (), (), None, None, value.dtype, value.layout, value.device, False, False, None, False, False, INDEX_BATCHED_KEYS
-    )
-
-
 WRAPPERS = (WrapperTensor, PendingWrapper)
 
 
-def strides_of(value: Tensor) -> tuple[int, ...] | None:
+def strides_of(value: Tensor) -> Strides:
     """The strides of ``value``; None if it is contiguous, or sparse."""
     if type(value) in WRAPPERS:
         return value.strides  # type: ignore[attr-defined]
@@ -411,7 +349,7 @@ def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
 
 
 def describe(x: Any, name: str = "WrapperTensor") -> str:
-    """The layers of a wrapper, outermost first: kind, level, dtype and shape, what the transform keeps on it; then the value inside."""
+    """The layers of a wrapper, outermost first: kind, level, dtype and shape, what its transform keeps; its value."""
     if type(x) not in WRAPPERS:
         with no_dispatch():
             return repr(x)
@@ -419,7 +357,8 @@ def describe(x: Any, name: str = "WrapperTensor") -> str:
     ended = "" if i.alive else ", ended"
     if x.view_link is not None and i.alive:
         x.view_link.refresh(x)
-    head = ", ".join(filter(None, (f"{i.kind} level {i.level}{ended}", f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}", i.describe(x))))
+    dtype = str(x.dtype).removeprefix("torch.")
+    head = ", ".join(filter(None, (f"{i.kind} level {i.level}{ended}", f"{dtype}{list(x.shape)}", i.describe(x))))
     fields = {"value": x._value, **i.parts(x)}
     return "\n".join([f"{name}({head}", *(line for name, part in fields.items() for line in field(name, part))]) + ")"
 

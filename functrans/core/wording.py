@@ -6,10 +6,13 @@ import functools
 import inspect
 import reprlib
 import types
+from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+OpOverloadPacket = type(torch.ops.aten.sin)
 
 
 def what(x: Any) -> str:
@@ -75,3 +78,39 @@ def callable_name(func: Any) -> str:
         return f"{owner.__name__ if isinstance(owner, type) else type(owner).__name__}.{func.__name__}"
     name = getattr(func, "__name__", None)
     return name if isinstance(name, str) else type(func).__name__
+
+
+def what_was_named(op: Any) -> str:
+    """What was given for an operator overload."""
+    if isinstance(op, OpOverloadPacket):
+        return f"the packet torch.ops.{op}, which stands for all its overloads"
+    return f"the function {op.__qualname__}" if inspect.isfunction(op) else what(op)
+
+
+def overloads_meant(op: Any, title: str, overload: Any) -> str:
+    """What to write instead of ``op``, which may be a custom operator with an ``overload``."""
+    if isinstance(op, OpOverloadPacket):
+        return f"Name one of its overloads: {overload_names(str(op), op)}."
+    if overload is not None:
+        return f"Write torch.ops.{overload} for this custom operator."
+    if isinstance(op, str):
+        name = op.removeprefix("torch.ops.").replace("::", ".")
+        return f"Write torch.ops.{name if name.count('.') > 1 else name + '.default'}, without quotes."
+    name = getattr(op, "__name__", "")
+    if isinstance(op, BuiltinFunctionType | MethodDescriptorType) and hasattr(torch.ops.aten, name):
+        return f"Its operator is one of {overload_names(f'aten.{name}', getattr(torch.ops.aten, name))}."
+    if callable(op) and title == "derivative table":
+        return (
+            "The operator comes first: derivative(torch.ops.aten.sin.default, self=lambda grad, self: grad * self.cos()). "
+            "It is no decorator."
+        )
+    if callable(op):
+        return (
+            "A decorator takes the operator in parentheses, and the rule stands below it: "
+            "@batching_rule(torch.ops.aten.sin.default)."
+        )
+    return "Name one of its overloads."
+
+
+def overload_names(name: str, packet: Any) -> str:
+    return ", ".join(f"torch.ops.{name}.{overload}" for overload in packet.overloads())

@@ -118,7 +118,7 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
         return
     if new.shape != target.shape:
         if not resize:
-            raise WriteShapeError(target.shape, new.shape)
+            raise WriteShapeError(list(target.shape), list(new.shape))
         set_shape(target, new)
     new = strip(new, target.interpreter, op, target)
     check_written_once(target.interpreter.level, op, reads)
@@ -218,7 +218,7 @@ def write_plain(target: Tensor, new: Tensor, op: OpOverload, resize: bool, reads
     invalidate_saved(target)
     if new.shape != target.shape:
         if not resize:
-            raise WriteShapeError(target.shape, new.shape)
+            raise WriteShapeError(list(target.shape), list(new.shape))
         base(aten.resize_.default, (target, list(new.shape)), {})
     base(aten.copy_.default, (target, new), {})
 
