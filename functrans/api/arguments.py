@@ -92,11 +92,8 @@ class Inputs:
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if slot is None else cotangents.get(slot) for slot in self.leaf_slots[i]]
-            found.append(
-                tree_unflatten(
-                    spec, [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
-                )
-            )
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+            found.append(tree_unflatten(spec, filled))
         return found[0] if self.single else tuple(found)
 
     def write_back(self) -> None:

@@ -35,11 +35,8 @@ def check_inputs(
     leaves, spec = tree_flatten(args)
     dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
     if dims is None:
-        cure = (
-            "in_dims has one entry per positional argument."
-            if not isinstance(in_dims, int) and len(in_dims) != len(args)
-            else ""
-        )
+        as_many = isinstance(in_dims, int) or len(in_dims) == len(args)
+        cure = "" if as_many else "in_dims has one entry per positional argument."
         raise CallValueError(call, *difference("in_dims", in_dims, "args", args, prefix=True), cure)
     found: list[int | None] = []
     size: int | None = None

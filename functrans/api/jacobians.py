@@ -145,9 +145,8 @@ def jacobian_by_columns(
 
         push.__name__ = f"jvp({callable_name(func)})"
 
-        columns, aux = vmap(push, out_dims=(0, None), randomness=randomness, chunk_size=chunk_size)(
-            standard_basis(leaves, numels)
-        )
+        push_all = vmap(push, out_dims=(0, None), randomness=randomness, chunk_size=chunk_size)
+        columns, aux = push_all(standard_basis(leaves, numels))
         column_leaves, out_spec = tree_flatten(columns)
         found = []
         for c in column_leaves:
@@ -197,9 +196,8 @@ def refuse_complex(call: Call, root: str, values: Any) -> None:
             cure = (
                 "Differentiate for torch.view_as_real(x)." if root == "args" else "Return torch.view_as_real(output)."
             )
-            raise CallError(
-                call, f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}", "real tensors", cure
-            )
+            got = f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}"
+            raise CallError(call, got, "real tensors", cure)
 
 
 def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:

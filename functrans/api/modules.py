@@ -63,14 +63,8 @@ def functional_call(
 
 def check_functional_call(module: Any, dicts: Any, kwargs: Any, strict: Any) -> None:
     """Find what is wrong with a call that failed: nothing, if the module's own code raised the error."""
-    check_kind(
-        f"functional_call({shown(module)}, ...)",
-        "module",
-        module,
-        nn.Module,
-        "a torch.nn.Module",
-        "A function needs no functional_call.",
-    )
+    call = f"functional_call({shown(module)}, ...)"
+    check_kind(call, "module", module, nn.Module, "a torch.nn.Module", "A function needs no functional_call.")
     call = f"functional_call({type(module).__name__}, ...)"
     expected = "a dict of tensors by name, or several such dicts"
     if not isinstance(dicts, dict):
@@ -87,11 +81,9 @@ def check_functional_call(module: Any, dicts: Any, kwargs: Any, strict: Any) -> 
             check_replacement(call, module, name, value)
             tensors[name] = value
     if kwargs is not None:
-        cure = (
-            "Put several positional arguments in a tuple: functional_call(module, tensors, (x, y))."
-            if isinstance(kwargs, Tensor)
-            else ""
-        )
+        cure = ""
+        if isinstance(kwargs, Tensor):
+            cure = "Put several positional arguments in a tuple: functional_call(module, tensors, (x, y))."
         check_kind(call, "kwargs", kwargs, Mapping, "a dict of keyword arguments, or None", cure)
         for name in kwargs:
             check_kind(call, "key of kwargs", name, str, "the name of an argument")

@@ -232,9 +232,8 @@ def vjp_with_argnums(
                 or (c.dtype is not dtype and not convertible(c, dtype))
                 or c.device != device
             ):
-                refuse_cotangent(
-                    f"pullback of {call}", c, path_of("cotangents", tree_unflatten(spec, values), place), values[place]
-                )
+                path = path_of("cotangents", tree_unflatten(spec, values), place)
+                refuse_cotangent(f"pullback of {call}", c, path, values[place])
             if slot is not None:
                 c = c if c.dtype is dtype else c.to(dtype)
                 seeds[slot] = seeds[slot] + c if slot in seeds else c
@@ -387,13 +386,11 @@ def convertible(c: Tensor, dtype: torch.dtype) -> bool:
 def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> None:
     path, primal = path_of("tangents", primals, place), path_of("primals", primals, place)
     if not isinstance(t, Tensor):
-        cure = (
-            f"Pass torch.zeros_like({primal})."
-            if t is None or t == 0
-            else f"Pass torch.full_like({primal}, {t})."
-            if isinstance(t, int | float)
-            else ""
-        )
+        cure = ""
+        if t is None or t == 0:
+            cure = f"Pass torch.zeros_like({primal})."
+        elif isinstance(t, int | float):
+            cure = f"Pass torch.full_like({primal}, {t})."
         raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
     if p.shape != t.shape:
         raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")

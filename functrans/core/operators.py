@@ -102,13 +102,9 @@ def plans_here(known: Facts) -> dict[type, Any]:
 
 def kind_here(known: Facts) -> int:
     """The operator's kind by the stand-ins that hold in this context."""
-    return (
-        known.kind
-        if covering(STAND_INS, known.op) is None
-        else SPECIAL
-        if known.op in STAND_INS
-        else known.kind_by_schema
-    )
+    if covering(STAND_INS, known.op) is None:
+        return known.kind
+    return SPECIAL if known.op in STAND_INS else known.kind_by_schema
 
 
 def forget_facts(table: RuleTable[Any], op: OpOverload) -> None:

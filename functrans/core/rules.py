@@ -84,11 +84,9 @@ def scope_here() -> Scope | None:
 def covering(table: RuleTable[Any], op: OpOverload) -> Scope | None:
     """The innermost open scope of this context that has a say about ``op`` in ``table``."""
     innermost = _innermost.get()
-    return (
-        None
-        if innermost is None
-        else next((s for s in innermost.chain() if s.table is table and op in s.entries), None)
-    )
+    if innermost is None:
+        return None
+    return next((s for s in innermost.chain() if s.table is table and op in s.entries), None)
 
 
 class RuleTable(Generic[Rule]):

@@ -25,9 +25,8 @@ def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callabl
 
     def backward(ctx: Any, grad: Tensor) -> Any:
         first, *rest = ctx.saved_tensors
-        return (grad * slope(first, *rest, *ctx.numbers)).sum_to_size(first.shape), *[None] * (
-            len(rest) + len(ctx.numbers)
-        )
+        of_first = (grad * slope(first, *rest, *ctx.numbers)).sum_to_size(first.shape)
+        return of_first, *[None] * (len(rest) + len(ctx.numbers))
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])  # the tensors come first

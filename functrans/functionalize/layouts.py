@@ -63,11 +63,8 @@ def copied_like(target: Tensor, source: Tensor) -> Tensor:
     order = memory_order(target.shape, strides)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     moved = dispatch(aten.permute.default, (source, order), {})
-    return dispatch(
-        aten.permute.default,
-        (dispatch(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format}), inverse),
-        {},
-    )
+    copied = dispatch(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format})
+    return dispatch(aten.permute.default, (copied, inverse), {})
 
 
 def note_moved(target: WrapperTensor, offset: int) -> None:

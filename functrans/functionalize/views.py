@@ -176,16 +176,10 @@ MAYBE_VIEWS = {
 
 
 #: Those of them that view whatever is contiguous.
-VIEWS_OF_CONTIGUOUS = frozenset(
-    (
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.ravel.default,
-        aten.reshape_as.default,
-        aten.unflatten.int,
-        aten.expand_as.default,
-    )
-)
+VIEWS_OF_CONTIGUOUS = frozenset((
+    aten.reshape.default, aten.flatten.using_ints, aten.ravel.default, aten.reshape_as.default, aten.unflatten.int,
+    aten.expand_as.default,
+))  # fmt: skip
 
 
 def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:

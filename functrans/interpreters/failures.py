@@ -137,14 +137,8 @@ def explain_pull(error: Exception, interpreter: Interpreter, op: Any, grad: Any,
     """
     if passes(error) or error.__traceback__ is None:
         return
-    call = FailedCall(
-        interpreter,
-        op,
-        grad if isinstance(grad, list) else [grad],
-        {},
-        f"the derivative of {name_of(op)}",
-        error.__traceback__,
-    )
+    grads = grad if isinstance(grad, list) else [grad]
+    call = FailedCall(interpreter, op, grads, {}, f"the derivative of {name_of(op)}", error.__traceback__)
     call.given = f"cotangent {call.given}"
     if formula and not isinstance(error, RuleError) and not is_kernels(error, error.__traceback__):
         raise RuleError(call, error, last_place(error), None) from error

@@ -34,17 +34,14 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
     out, ctx = run_below(interpreter, cls, values, needs)
     outs = as_tuple(out)
     wrapped = tuple(
-        o
-        if not isinstance(o, Tensor)
-        else interpreter.constant(o)
-        if ctx.is_non_differentiable(o)
-        else interpreter.output(o)
+        (interpreter.constant(o) if ctx.is_non_differentiable(o) else interpreter.output(o))
+        if isinstance(o, Tensor)
+        else o
         for o in outs
     )
     saved = FunctionRecord(cls, ctx, outs, [shape_of(v) for v in values])
-    interpreter.record(
-        FUNCTION_PLAN, [getattr(w, "slot", None) for w in wrapped], [s for s in slots if s is not None], saved
-    )
+    made = [getattr(w, "slot", None) for w in wrapped]
+    interpreter.record(FUNCTION_PLAN, made, [s for s in slots if s is not None], saved)
     return wrapped if isinstance(out, tuple) else wrapped[0]
 
 

@@ -72,18 +72,15 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
             return value
         leaves, spec = tree_flatten(value)
         dims = tree_flatten(dim)[0]
-        return tree_unflatten(
-            spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in zip(leaves, dims, strict=True)]
-        )
+        pairs = zip(leaves, dims, strict=True)
+        return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in pairs])
 
     def to_dim(x: Any, bdim: int | None, dim: int) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return (
-            x.unsqueeze(dim).expand(*x.shape[:dim], outer.batch_size, *x.shape[dim:])
-            if bdim is None
-            else x.movedim(bdim, dim)
-        )
+        if bdim is None:
+            return x.unsqueeze(dim).expand(*x.shape[:dim], outer.batch_size, *x.shape[dim:])
+        return x.movedim(bdim, dim)
 
     class Batched(Function):
         @staticmethod
