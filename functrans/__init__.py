@@ -1,7 +1,7 @@
 """functrans: composable function transforms for PyTorch.
 
-``grad``, ``vmap``, ``jvp`` and everything made of them nest in any order. Each transform pushes an interpreter on a stack,
-wrapper tensors carry their level, and every operator walks down the stack.
+``grad``, ``vmap``, ``jvp`` and everything made of them nest in any order. Each transform pushes an interpreter on a
+stack, wrapper tensors carry their level, and every operator walks down the stack.
 """
 
 from functrans import derivatives

@@ -1,7 +1,8 @@
 """The extension points: what a new derivative, batching rule or transform is made of.
 
-A derivative is an entry in a table (``derivative``), a batching rule a function (``batching_rule``). A new transform is a subclass of
-``TableInterpreter`` with a table of rules, or of ``Interpreter`` where its meaning for an operator is no table. See docs/extending.md.
+A derivative is an entry in a table (``derivative``), a batching rule a function (``batching_rule``). A new transform is
+a subclass of ``TableInterpreter`` with a table of rules, or of ``Interpreter`` where its meaning for an operator is no
+table. See docs/extending.md.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ __all__ = [
 
 Rule = TypeVar("Rule")
 
-#: Operators that read nothing of their arguments but shape, dtype and device, so that their result is a constant of every transform.
+#: Operators that read nothing of their arguments but shape, dtype and device, so that their result is a constant of
+#: every transform.
 READS_NO_VALUES = frozenset(
     getattr(getattr(torch.ops.aten, name), overload)
     for name in (
@@ -90,15 +92,16 @@ READS_NO_VALUES = frozenset(
 class TableInterpreter(Interpreter):
     """A transform that is a table of rules.
 
-    A subclass sets ``kind``, ``payload`` (the names of what a wrapper carries beside ``value``) and ``rules``. An operator none of
-    whose arguments carries a payload runs one level down, and its result is a constant. For the others the order
-    is: a rule, the decomposition of a composite operator, MissingRuleError. Nothing passes through in silence. (``ones_like``
-    and its kind read no values of their arguments; without a rule their result is a constant too.)
+    A subclass sets ``kind``, ``payload`` (the names of what a wrapper carries beside ``value``) and ``rules``. An
+    operator none of whose arguments carries a payload runs one level down, and its result is a constant. For the others
+    the order is: a rule, the decomposition of a composite operator, MissingRuleError. Nothing passes through in
+    silence. (``ones_like`` and its kind read no values of their arguments; without a rule their result is a constant
+    too.)
 
-    A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a wrapper of this
-    interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None on a constant. It
-    runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)`` makes, for each output of the
-    operator and of its shape; anything else is a RuleResultError.
+    A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a
+    wrapper of this interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None
+    on a constant. It runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)``
+    makes, for each output of the operator and of its shape; anything else is a RuleResultError.
     """
 
     #: The transform's rules; one table per transform.
@@ -113,7 +116,9 @@ class TableInterpreter(Interpreter):
             CarriedValueError: one of them belongs to this level, or to one further in.
         """
         if not isinstance(value, Tensor):
-            raise CarriedValueError(self, "value", f"a {type(value).__name__}", "a tensor", "Numbers and the like are payload.")
+            raise CarriedValueError(
+                self, "value", f"a {type(value).__name__}", "a tensor", "Numbers and the like are payload."
+            )
         check_below(self, "value", value)
         for name, carried in payload.items():
             check_carried(self, name, carried)
@@ -121,7 +126,9 @@ class TableInterpreter(Interpreter):
         for name in self.payload:
             setattr(wrapper, name, payload.pop(name, None))
         if payload:
-            raise CallTypeError(f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}")
+            raise CallTypeError(
+                f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}"
+            )
         return wrapper
 
     def own(self, x: Tensor) -> WrapperTensor:
@@ -179,7 +186,7 @@ class TableInterpreter(Interpreter):
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
-    """The error for an operator without a rule: names operator, transform, levels and file, and shows the lines to paste."""
+    """The error for an operator without a rule: names operator, transform, levels and file, with the lines to paste."""
     call = "missing_rule(interpreter, op)"
     check_kind(call, "interpreter", interpreter, TableInterpreter, "a TableInterpreter")
     check_operator(call, op)
@@ -188,7 +195,8 @@ def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleEr
         op,
         interpreter,
         f"Levels: {levels}. Schema: {op._schema}\n"
-        f"The rules of {interpreter.kind} stand in {rules_file(interpreter)}. Add there:\n\n{rule_to_paste(type(interpreter), op)}",
+        f"The rules of {interpreter.kind} stand in {rules_file(interpreter)}. Add there:\n\n"
+        f"{rule_to_paste(type(interpreter), op)}",
     )
 
 
@@ -233,8 +241,8 @@ def rules_file(interpreter: TableInterpreter) -> str:
 def overriding(table: RuleTable[Rule], *ops: OpOverload) -> AbstractContextManager[RuleTable[Rule]]:
     """Context: the table's rules for ``ops`` are taken out, so that others can be registered; afterwards they are back.
 
-    In this thread or task of asyncio only, as with ``rules_in_scope``. To replace a rule for good, change it where it stands: the error
-    for a second rule names the place.
+    In this thread or task of asyncio only, as with ``rules_in_scope``. To replace a rule for good, change it where it
+    stands: the error for a second rule names the place.
 
     Example:
         >>> import torch, functrans

@@ -26,7 +26,8 @@ ALL: Any = object()
 class Inputs:
     """A call's arguments as wrappers of ``interpreter``.
 
-    Every tensor is wrapped, so that it can be written inside; those that ``argnums`` names are tracked (or given a tangent).
+    Every tensor is wrapped, so that it can be written inside; those that ``argnums`` names are tracked (or given a
+    tangent).
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class Inputs:
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if slot is None else cotangents.get(slot) for slot in self.leaf_slots[i]]
-            found.append(tree_unflatten(spec, [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]))
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+            found.append(tree_unflatten(spec, filled))
         return found[0] if self.single else tuple(found)
 
     def write_back(self) -> None:
@@ -111,7 +113,12 @@ def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any,
         cure = argument_cure(leaf) or f"Pass it {other_way}."
         raise CallValueError(call, f"{what(leaf)} as {path}", "a tensor to differentiate for", cure)
     cure = f"Convert it, e.g. with .float(), or pass it {other_way}."
-    raise CallValueError(call, f"a tensor of dtype {leaf.dtype} as {path}", "a floating-point or complex dtype to differentiate for", cure)
+    raise CallValueError(
+        call,
+        f"a tensor of dtype {leaf.dtype} as {path}",
+        "a floating-point or complex dtype to differentiate for",
+        cure,
+    )
 
 
 def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None:
@@ -157,7 +164,9 @@ def check_argnums(call: Call, argnums: Argnums, count: int) -> tuple[int, ...]:
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     for n in numbers:
         if count == 0:
-            raise CallError(call, "no positional arguments", "at least one", "Keyword arguments are not differentiated for.")
+            raise CallError(
+                call, "no positional arguments", "at least one", "Keyword arguments are not differentiated for."
+            )
         if not -count <= n < count:
             takes = "position 0 or -1" if count == 1 else f"{-count} <= argnum < {count}"
             given = f"{count} positional argument{'s' * (count != 1)}"
@@ -190,9 +199,11 @@ def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool 
             raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
         if differentiable and leaf.dtype not in DIFFERENTIABLE:
             raise CallError(
-                call, f"a tensor of dtype {leaf.dtype} as {path_of('output', out, place)}", "a floating-point or complex dtype",
+                call,
+                f"a tensor of dtype {leaf.dtype} as {path_of('output', out, place)}",
+                "a floating-point or complex dtype",
                 "It has no derivative: return it as aux, with has_aux=True.",
-            )  # fmt: skip
+            )
 
 
 def check_scalar(call: Call, out: Any) -> None:
@@ -200,7 +211,10 @@ def check_scalar(call: Call, out: Any) -> None:
     if not isinstance(out, Tensor):
         cure = output_cure(out)
         if isinstance(out, tuple) and len(out) == 2:
-            cure = "Pass has_aux=True if the second is no part of the loss; for several losses use functrans.vjp or functrans.jacrev."
+            cure = (
+                "Pass has_aux=True if the second is no part of the loss; "
+                "for several losses use functrans.vjp or functrans.jacrev."
+            )
         elif isinstance(out, tuple | list | dict):
             cure = "Add the losses up, or use functrans.vjp or functrans.jacrev for several."
         raise CallError(call, f"{what(out)} as output", "a tensor without dimensions", cure)
@@ -222,7 +236,9 @@ def output_cure(x: Any) -> str:
     if x is None:
         return "Is a return statement missing?"
     if isinstance(x, int | float | complex) or hasattr(x, "__array__"):
-        return "Return the tensor itself, without .item(), float() or NumPy on the way: they leave the derivative behind."
+        return (
+            "Return the tensor itself, without .item(), float() or NumPy on the way: they leave the derivative behind."
+        )
     return ""
 
 

@@ -1,4 +1,7 @@
-"""Checks of what every public function is given; each raises a CallError that shows the call, what came, what was expected, the cure."""
+"""Checks of what every public function is given.
+
+Each raises a CallError that shows the call, what came, what was expected, the cure.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def check_flag(call: Call | str, name: str, value: Any) -> None:
 
 
 def check_chunk_size(call: Call, chunk_size: Any) -> None:
-    if chunk_size is not None and not (isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0):
+    if chunk_size is not None and not (
+        isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
+    ):
         raise CallValueError(call, f"chunk_size={shown(chunk_size)}", "a positive int or None")
 
 
@@ -42,7 +47,10 @@ def check_kind(call: Call | str, name: str, value: Any, kind: Any, expected: str
 
 
 def call_function(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the user's function. What it raises passes; a call that does not fit its signature is told apart from that."""
+    """Call the user's function.
+
+    What it raises passes; a call that does not fit its signature is told apart from that.
+    """
     try:
         return func(*args, **kwargs)
     except TypeError as error:
@@ -65,5 +73,7 @@ def check_signature(call: Call | str, func: Callable[..., Any], args: tuple[Any,
         given = [f"{len(args)} positional argument{'s' * (len(args) != 1)}", *(f"{name}=" for name in kwargs)]
         name = callable_name(func)
         raise CallTypeError(
-            call, " and ".join([given[0], ", ".join(given[1:])] if kwargs else given), f"what {name}{signature} takes ({error})"
+            call,
+            " and ".join([given[0], ", ".join(given[1:])] if kwargs else given),
+            f"what {name}{signature} takes ({error})",
         ) from None

@@ -1,4 +1,4 @@
-"""What ``functrans.extend`` offers of the core, with checks of what it is given; the core itself calls the same without them."""
+"""What ``functrans.extend`` offers of the core, with checks of what is given; the core calls the same without them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ def check_interpreter(call: str, interpreter: Any) -> None:
 def check_running(call: str, interpreter: Any) -> None:
     check_interpreter(call, interpreter)
     if not interpreter.alive:
-        raise CallError(call, f"{interpreter.name}, which has ended", "an interpreter that runs", "Call it inside run_transformed.")
+        raise CallError(
+            call, f"{interpreter.name}, which has ended", "an interpreter that runs", "Call it inside run_transformed."
+        )
 
 
 def check_operator(call: str, op: Any) -> None:
-    check_kind(call, "op", op, OpOverload, "an operator overload", "Name the overload, as in torch.ops.aten.sin.default.")
+    check_kind(
+        call, "op", op, OpOverload, "an operator overload", "Name the overload, as in torch.ops.aten.sin.default."
+    )
 
 
 def run(call: str, function: Callable[..., Any], interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
@@ -74,7 +78,9 @@ def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[
     call = "decompose(interpreter, op, args, kwargs)"
     out = run(call, table.decompose, interpreter, op, args, kwargs)
     if out is NotImplemented:
-        raise CallError(call, f"{op} as op", "a composite operator", "Ask functrans.core.operators.facts(op).composite.")
+        raise CallError(
+            call, f"{op} as op", "a composite operator", "Ask functrans.core.operators.facts(op).composite."
+        )
     return out
 
 

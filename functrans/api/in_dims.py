@@ -21,17 +21,22 @@ def check_in_dims(call: Call, in_dims: Any) -> None:
         cure = "Write a tuple in place of the list." if isinstance(in_dims, list) else ""
         if isinstance(in_dims, Tensor):
             cure = "Write vmap(f)(x): the arguments of the function come in a call of their own."
-        raise CallValueError(call, f"{what(in_dims)} as in_dims", "an int or a tuple with one entry per positional argument", cure)
+        raise CallValueError(
+            call, f"{what(in_dims)} as in_dims", "an int or a tuple with one entry per positional argument", cure
+        )
 
 
-def check_inputs(call: Call, in_dims: int | tuple[Any, ...], args: tuple[Any, ...]) -> tuple[list[Any], list[int | None], Any, int]:
+def check_inputs(
+    call: Call, in_dims: int | tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[list[Any], list[int | None], Any, int]:
     """Flattened arguments with the dimension of each, non-negative; and the batch size."""
     if not args:
         raise CallValueError(call, "no positional arguments", "at least one", "Keyword arguments are never batched.")
     leaves, spec = tree_flatten(args)
     dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
     if dims is None:
-        cure = "in_dims has one entry per positional argument." if not isinstance(in_dims, int) and len(in_dims) != len(args) else ""
+        as_many = isinstance(in_dims, int) or len(in_dims) == len(args)
+        cure = "" if as_many else "in_dims has one entry per positional argument."
         raise CallValueError(call, *difference("in_dims", in_dims, "args", args, prefix=True), cure)
     found: list[int | None] = []
     size: int | None = None
@@ -87,11 +92,21 @@ def refuse_sizes(call: Call, arguments: list[tuple[str, Any, int | None]]) -> No
     most, majority = groups[0]
     if len(majority) > len(groups[1][1]):  # what is not of the size that most have is likely the mistake
         odd = [(name, x) for _, members in groups[1:] for name, x, _ in members]
-        cure = f"Likely {name_list([name for name, _ in odd])} should have in_dim None, which says that all examples share it"
-        fitting = [f"{name} in_dim {i}, where it has size {most}" for name, x in odd for i, n in enumerate(x.shape) if n == most]
+        cure = (
+            f"Likely {name_list([name for name, _ in odd])} should have in_dim None, "
+            "which says that all examples share it"
+        )
+        fitting = [
+            f"{name} in_dim {i}, where it has size {most}"
+            for name, x in odd
+            for i, n in enumerate(x.shape)
+            if n == most
+        ]
         cure = ", or ".join([cure, *fitting[:1]])
     else:
-        everywhere = [(name, i, n) for _, members in groups for name, x, dim in members for i, n in enumerate(x.shape) if i != dim]
+        everywhere = [
+            (name, i, n) for _, members in groups for name, x, dim in members for i, n in enumerate(x.shape) if i != dim
+        ]
         hints = [f"{name} has size {n} along dimension {i}" for name, i, n in everywhere if n in sizes]
         cure = "; ".join(["Give in_dim None to what all examples share", *hints[:2]])
     raise CallValueError(call, "batches of " + name_list(texts), "one size along every batched dimension", cure + ".")

@@ -20,7 +20,12 @@ from functrans.core.wording import callable_name, what
 
 
 def jacrev(
-    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: int | None = None, _preallocate_and_copy: bool = False
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    _preallocate_and_copy: bool = False,
 ) -> Callable[..., Any]:
     """The Jacobian by reverse mode: one pullback per element of the output, all at once.
 
@@ -28,12 +33,13 @@ def jacrev(
         func: returns a pytree of real floating-point tensors (with ``has_aux``, a pair of that and anything).
         argnums: position, or tuple of positions, of the arguments to differentiate for.
         has_aux: ``func`` returns ``(output, aux)``.
-        chunk_size: how many pullbacks to run at a time; None: all. 1 runs them one after the other without vmap, so that ``func`` may
-            have derivatives that vmap cannot batch.
+        chunk_size: how many pullbacks to run at a time; None: all. 1 runs them one after the other without vmap, so
+            that ``func`` may have derivatives that vmap cannot batch.
 
     Returns:
-        A function of the same arguments. It returns, for every output tensor, the structure of the arguments that ``argnums`` names,
-        whose tensors have shape ``output.shape + argument.shape``; with ``has_aux`` a pair of that and aux.
+        A function of the same arguments. It returns, for every output tensor, the structure of the arguments that
+        ``argnums`` names, whose tensors have shape ``output.shape + argument.shape``; with ``has_aux`` a pair of that
+        and aux.
 
     Example:
         >>> import torch
@@ -47,7 +53,9 @@ def jacrev(
     return jacobian_by_rows(call, func, argnums, has_aux, chunk_size)
 
 
-def jacobian_by_rows(call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None) -> Callable[..., Any]:
+def jacobian_by_rows(
+    call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None
+) -> Callable[..., Any]:
     @functools.wraps(func, updated=())
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         refuse_complex(call, "args", args)
@@ -137,7 +145,8 @@ def jacobian_by_columns(
 
         push.__name__ = f"jvp({callable_name(func)})"
 
-        columns, aux = vmap(push, out_dims=(0, None), randomness=randomness, chunk_size=chunk_size)(standard_basis(leaves, numels))
+        push_all = vmap(push, out_dims=(0, None), randomness=randomness, chunk_size=chunk_size)
+        columns, aux = push_all(standard_basis(leaves, numels))
         column_leaves, out_spec = tree_flatten(columns)
         found = []
         for c in column_leaves:
@@ -184,8 +193,11 @@ def hessian(
 def refuse_complex(call: Call, root: str, values: Any) -> None:
     for place, x in enumerate(tree_flatten(values)[0]):
         if isinstance(x, Tensor) and x.is_complex():
-            cure = "Differentiate for torch.view_as_real(x)." if root == "args" else "Return torch.view_as_real(output)."
-            raise CallError(call, f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}", "real tensors", cure)
+            cure = (
+                "Differentiate for torch.view_as_real(x)." if root == "args" else "Return torch.view_as_real(output)."
+            )
+            got = f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}"
+            raise CallError(call, got, "real tensors", cure)
 
 
 def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -199,7 +211,7 @@ def tree_stack(trees: list[Any]) -> Any:
 
 
 def standard_basis(leaves: list[Tensor], numels: list[int]) -> list[Tensor]:
-    """For each leaf, of ``n`` elements, the rows of the identity over all leaves that fall into it: shape (total, n)."""
+    """Per leaf of ``n`` elements, the rows of the identity over all leaves that fall into it: shape (total, n)."""
     total = sum(numels)
     if len(leaves) == 1:
         return [torch.eye(total, dtype=leaves[0].dtype, device=leaves[0].device)]

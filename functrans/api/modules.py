@@ -27,15 +27,17 @@ def functional_call(
     tie_weights: bool = True,
     strict: bool = False,
 ) -> Any:
-    """Call ``module`` with other parameters and buffers than its own: that of torch.func, with its checks of what it is given.
+    """Call ``module`` with other parameters and buffers than its own: that of torch.func, with checks of what is given.
 
     Args:
         module: the module to call; afterwards it is as it was.
-        parameter_and_buffer_dicts: tensors by name, as in ``named_parameters()``; or several such dicts, with distinct names.
+        parameter_and_buffer_dicts: tensors by name, as in ``named_parameters()``; or several such dicts, with distinct
+            names.
         args: the positional arguments, a tuple (or the only one).
         kwargs: the keyword arguments.
         tie_weights: parameters that are one tensor in ``module`` stay one; different values for them are an error.
-        strict: the names are exactly the module's; else its own tensors stand in for missing ones, and names it lacks are ignored.
+        strict: the names are exactly the module's; else its own tensors stand in for missing ones, and names it lacks
+            are ignored.
 
     Raises:
         CallError: something given is not what is described above.
@@ -51,7 +53,9 @@ def functional_call(
         check_flag("functional_call(...)", "tie_weights", tie_weights)
         check_flag("functional_call(...)", "strict", strict)
     try:
-        return torch.func.functional_call(module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict)
+        return torch.func.functional_call(
+            module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict
+        )
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         check_functional_call(module, parameter_and_buffer_dicts, kwargs, strict)
         raise
@@ -59,7 +63,8 @@ def functional_call(
 
 def check_functional_call(module: Any, dicts: Any, kwargs: Any, strict: Any) -> None:
     """Find what is wrong with a call that failed: nothing, if the module's own code raised the error."""
-    check_kind(f"functional_call({shown(module)}, ...)", "module", module, nn.Module, "a torch.nn.Module", "A function needs no functional_call.")
+    call = f"functional_call({shown(module)}, ...)"
+    check_kind(call, "module", module, nn.Module, "a torch.nn.Module", "A function needs no functional_call.")
     call = f"functional_call({type(module).__name__}, ...)"
     expected = "a dict of tensors by name, or several such dicts"
     if not isinstance(dicts, dict):
@@ -76,14 +81,24 @@ def check_functional_call(module: Any, dicts: Any, kwargs: Any, strict: Any) -> 
             check_replacement(call, module, name, value)
             tensors[name] = value
     if kwargs is not None:
-        cure = "Put several positional arguments in a tuple: functional_call(module, tensors, (x, y))." if isinstance(kwargs, Tensor) else ""
+        cure = ""
+        if isinstance(kwargs, Tensor):
+            cure = "Put several positional arguments in a tuple: functional_call(module, tensors, (x, y))."
         check_kind(call, "kwargs", kwargs, Mapping, "a dict of keyword arguments, or None", cure)
         for name in kwargs:
             check_kind(call, "key of kwargs", name, str, "the name of an argument")
-    own = {name for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)) for name, _ in named}
+    own = {
+        name
+        for named in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        for name, _ in named
+    }
     if strict and (missing := own - tensors.keys() or tensors.keys() - own):
         which = "no tensor" if own - tensors.keys() else "a tensor"
-        raise CallError(call, f"{which} for {', '.join(map(shown, sorted(missing)[:5]))}", "the module's parameters and buffers, since strict=True")
+        raise CallError(
+            call,
+            f"{which} for {', '.join(map(shown, sorted(missing)[:5]))}",
+            "the module's parameters and buffers, since strict=True",
+        )
 
 
 def check_replacement(call: str, module: nn.Module, name: Any, value: Any) -> None:
@@ -95,7 +110,9 @@ def check_replacement(call: str, module: nn.Module, name: Any, value: Any) -> No
     for part in path:
         owner = getattr(owner, part, None)
     if not isinstance(owner, nn.Module) or not last or not isinstance(getattr(owner, last, None), Tensor | None):
-        raise CallTypeError(call, f"the name {shown(name)}, which is no parameter or buffer", "a name as in named_parameters()")
+        raise CallTypeError(
+            call, f"the name {shown(name)}, which is no parameter or buffer", "a name as in named_parameters()"
+        )
 
 
 def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -133,17 +150,29 @@ def stack_module_state(models: Sequence[nn.Module]) -> tuple[dict[str, Any], dic
         if type(m) is not type(models[0]):
             raise CallError(call, f"{what(m)} as models[{i}]", f"{what(models[0])}, as models[0] is")
         if m.training != models[0].training:
-            raise CallError(call, f"models[{i}] in {mode(m)} mode", f"{mode(models[0])} mode, as models[0]", "Call .train() or .eval() on all of them.")
+            raise CallError(
+                call,
+                f"models[{i}] in {mode(m)} mode",
+                f"{mode(models[0])} mode, as models[0]",
+                "Call .train() or .eval() on all of them.",
+            )
         own = tensors_of(m)
         for name in [*first, *own]:
             if name not in own or name not in first:
                 has, lacks = (0, i) if name in first else (i, 0)
-                raise CallError(call, f"models[{lacks}] without {name!r}, which models[{has}] has", "the same parameters and buffers in all models")
+                raise CallError(
+                    call,
+                    f"models[{lacks}] without {name!r}, which models[{has}] has",
+                    "the same parameters and buffers in all models",
+                )
             check_alike(call, f"models[{i}].{name}", own[name], f"models[0].{name}", first[name])
     params = {
         name: _stack([dict(m.named_parameters())[name] for m in models]) for name, _ in models[0].named_parameters()
     }
-    buffers = {name: _stack([dict(m.named_buffers())[name] for m in models], buffer=True) for name, _ in models[0].named_buffers()}
+    buffers = {
+        name: _stack([dict(m.named_buffers())[name] for m in models], buffer=True)
+        for name, _ in models[0].named_buffers()
+    }
     return params, buffers
 
 

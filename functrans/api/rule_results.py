@@ -1,7 +1,7 @@
 """What a transform by a table may carry on its wrappers, and what its rules may return: looked at where it happens.
 
-A payload that gets lost is a wrong number at the end, and nothing else: a value of the interpreter's own level among what it carries is
-a constant for everybody below, a result without a payload is a constant of the transform.
+A payload that gets lost is a wrong number at the end, and nothing else: a value of the interpreter's own level among
+what it carries is a constant for everybody below, a result without a payload is a constant of the transform.
 """
 
 from __future__ import annotations
@@ -48,22 +48,32 @@ def check_below(interpreter: Interpreter, name: str, x: Tensor) -> None:
         return
     if owner is interpreter:
         cure = (
-            "What code in the transformed function makes is of this level: compute what is carried from x.value, in a rule or inside "
-            "`with lowered(interpreter):`, where code runs one level down."
+            "What code in the transformed function makes is of this level: compute what is carried from x.value, "
+            "in a rule or inside `with lowered(interpreter):`, where code runs one level down."
         )
     elif owner.level > interpreter.level:
-        cure = "That level is further in: compute what is carried inside `with running_at(interpreter.below):`, from values of that level."
+        cure = (
+            "That level is further in: compute what is carried inside `with running_at(interpreter.below):`, "
+            "from values of that level."
+        )
     else:
         cure = "That transform is not below this one on the stack: make the interpreter where it is run."
     raise CarriedValueError(
-        interpreter, name, f"{shown(x)} of {owner.name} at level {owner.level}", f"values of the levels below {interpreter.level}", cure
+        interpreter,
+        name,
+        f"{shown(x)} of {owner.name} at level {owner.level}",
+        f"values of the levels below {interpreter.level}",
+        cure,
     )
 
 
-def checked_result(interpreter: Interpreter, op: OpOverload, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What a rule returned for ``op``, if it is a result of this level for each of the operator's outputs; else an error.
+def checked_result(
+    interpreter: Interpreter, op: OpOverload, out: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """What a rule returned for ``op``, if it is a result of this level for each of its outputs; else an error.
 
-    An argument that is returned as it is becomes a wrapper of its own, since a write to the one must not be a write to the other.
+    An argument that is returned as it is becomes a wrapper of its own, since a write to the one must not be one to the
+    other.
     """
     returns = op._schema.returns
     shapes = shapes_of(op, described(args), described(sorted(kwargs.items())))
@@ -71,7 +81,9 @@ def checked_result(interpreter: Interpreter, op: OpOverload, out: Any, args: Seq
         return checked_output(interpreter, op, "", str(returns[0].type), out, shapes, args)
     if type(out) not in (tuple, list) or len(out) != len(returns):
         got = f"{len(out)} outputs" if type(out) in (tuple, list) else kind_of(out)
-        raise wrong(interpreter, op, got, f"a tuple of {len(returns)}, one for each output of {op._schema}", "Return them all.")
+        raise wrong(
+            interpreter, op, got, f"a tuple of {len(returns)}, one for each output of {op._schema}", "Return them all."
+        )
     if shapes is None:
         shapes = [None] * len(returns)
     return tuple(
@@ -80,14 +92,25 @@ def checked_result(interpreter: Interpreter, op: OpOverload, out: Any, args: Seq
     )
 
 
-def checked_output(interpreter: Interpreter, op: OpOverload, which: str, kind: str, out: Any, shape: Any, args: Sequence[Any]) -> Any:
+def checked_output(
+    interpreter: Interpreter, op: OpOverload, which: str, kind: str, out: Any, shape: Any, args: Sequence[Any]
+) -> Any:
     if kind.startswith("List[") and "Tensor" in kind:
         if type(out) not in (tuple, list):
             raise wrong(interpreter, op, kind_of(out) + which, "a list of tensors", "Return one for each part.")
         if type(shape) is list and len(shape) != len(out):
-            raise wrong(interpreter, op, f"{len(out)} tensors{which}", f"{len(shape)}, as the operator returns", "Return one for each part.")
+            raise wrong(
+                interpreter,
+                op,
+                f"{len(out)} tensors{which}",
+                f"{len(shape)}, as the operator returns",
+                "Return one for each part.",
+            )
         inner = shape if type(shape) is list else [None] * len(out)
-        return [checked_output(interpreter, op, f" as part {i}", "Tensor", o, s, args) for i, (o, s) in enumerate(zip(out, inner, strict=True))]
+        return [
+            checked_output(interpreter, op, f" as part {i}", "Tensor", o, s, args)
+            for i, (o, s) in enumerate(zip(out, inner, strict=True))
+        ]
     if "Tensor" not in kind or (out is None and (shape is ABSENT or kind.startswith("Optional"))):
         return out
     place, expected = interpreter.name, f"a tensor of {interpreter.name} at level {interpreter.level}"
@@ -97,9 +120,17 @@ def checked_output(interpreter: Interpreter, op: OpOverload, which: str, kind: s
         raise wrong(interpreter, op, kind_of(out) + which, expected, cure)
     missing = [name for name in interpreter.payload if not hasattr(out, name)]
     if missing:
-        raise wrong(interpreter, op, f"a tensor without {', '.join(missing)}{which}", f"one made by carry of {place}", cure)
+        raise wrong(
+            interpreter, op, f"a tensor without {', '.join(missing)}{which}", f"one made by carry of {place}", cure
+        )
     if isinstance(shape, torch.Size) and out.shape != shape:
-        raise wrong(interpreter, op, f"{shown(out)}{which}", f"shape {list(shape)}, the operator's for these arguments", "Mend the rule.")
+        raise wrong(
+            interpreter,
+            op,
+            f"{shown(out)}{which}",
+            f"shape {list(shape)}, the operator's for these arguments",
+            "Mend the rule.",
+        )
     if any(out is a for a in tensors_among(args)):
         return interpreter.rewrap(out, out.value)
     return out
@@ -152,7 +183,7 @@ def described(a: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def shapes_of(op: OpOverload, args: Any, kwargs: Any) -> Any:
-    """The shapes of the outputs of ``op``, found on tensors without data; None where they depend on numbers, or nobody says."""
+    """The shapes of ``op``'s outputs, found without data; None where they depend on numbers, or nobody says."""
 
     def without_data(a: Any) -> Any:
         if type(a) is Like:

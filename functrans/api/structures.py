@@ -23,9 +23,10 @@ def paths(root: str, tree: Any) -> list[str]:
 
 
 def difference(root: str, given: Any, of: str, expected: Any, *, prefix: bool = False) -> tuple[str, str]:
-    """The first place at which the structure of ``given`` differs from that of ``expected``: what is there, and what was expected.
+    """The first place where the structures of ``given`` and ``expected`` differ: what is there, and what was expected.
 
-    The trees are called ``root`` and ``of``. ``prefix``: a leaf of ``given`` stands for a whole subtree. Dicts are compared by key.
+    The trees are called ``root`` and ``of``. ``prefix``: a leaf of ``given`` stands for a whole subtree. Dicts are
+    compared by key.
     """
     found = _difference("", given, expected, prefix)
     if found is None:  # they differ in what no notation shows, such as the context of a custom node
@@ -34,7 +35,11 @@ def difference(root: str, given: Any, of: str, expected: Any, *, prefix: bool = 
     there = of + path if of.isidentifier() else of
     if _dicts(g, e) and g.keys() != e.keys():
         missing, extra = [shown(k) for k in e if k not in g], [shown(k) for k in g if k not in e]
-        apart = [f"{word} {', '.join(names[:5])}{', ...' * (len(names) > 5)}" for word, names in (("without", missing), ("with", extra)) if names]
+        apart = [
+            f"{word} {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+            for word, names in (("without", missing), ("with", extra))
+            if names
+        ]
         return f"{root}{path} {' and '.join(apart)}", f"the keys of {there}"
     if prefix and _is_leaf(e):
         return f"{what(g)} as {root}{path}", f"an int or None, since {there} is {what(e)}"
@@ -66,5 +71,7 @@ def _dicts(a: Any, b: Any) -> bool:
 
 def _children(tree: Any) -> dict[str, Any]:
     """The children of a node, by the step that leads there."""
-    accessors, children, _ = optree.tree_flatten_with_accessor(tree, lambda x: x is not tree, none_is_leaf=True, namespace=NAMESPACE)
+    accessors, children, _ = optree.tree_flatten_with_accessor(
+        tree, lambda x: x is not tree, none_is_leaf=True, namespace=NAMESPACE
+    )
     return {accessor.codify(""): child for accessor, child in zip(accessors, children, strict=True)}

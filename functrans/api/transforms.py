@@ -43,12 +43,13 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
     Args:
         func: takes tensors (or pytrees of them) and returns one tensor without dimensions, floating-point and real, or
             ``(output, aux)`` with ``has_aux``.
-        argnums: position, or tuple of positions, of the arguments to differentiate for. Negative ones count from the end.
+        argnums: position, or tuple of positions, of the arguments to differentiate for. Negative ones count from the
+            end.
         has_aux: ``func`` returns a second value of any kind, passed on beside the gradient.
 
     Returns:
-        A function of the same arguments. It returns the gradient, of the structure, shapes and dtypes of the argument that
-        ``argnums`` names (a tuple of them if ``argnums`` is one), or ``(gradient, aux)``.
+        A function of the same arguments. It returns the gradient, of the structure, shapes and dtypes of the argument
+        that ``argnums`` names (a tuple of them if ``argnums`` is one), or ``(gradient, aux)``.
 
     Raises:
         CallError: the output is not a scalar tensor, ``argnums`` does not fit the arguments, or an argument to
@@ -147,7 +148,7 @@ def _grad_and_value(
 
 
 def unit(value: Tensor) -> Tensor:
-    """The cotangent that a scalar's gradient starts from: a plain 1, whatever levels and batches ``value`` belongs to."""
+    """The cotangent that a scalar's gradient starts from: a plain 1, whatever levels and batches ``value`` is of."""
     with door_closed():
         return torch.ones((), dtype=value.dtype, device=value.device)
 
@@ -156,14 +157,15 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
     """The value of ``func`` and its pullback: the vector-Jacobian product, as a function of the cotangent.
 
     Args:
-        func: takes ``*primals``, returns a pytree of floating-point or complex tensors (with ``has_aux``, a pair of that and
-            anything).
+        func: takes ``*primals``, returns a pytree of floating-point or complex tensors (with ``has_aux``, a pair of
+            that and anything).
         *primals: pytrees of floating-point or complex tensors.
         has_aux: ``func`` returns ``(output, aux)``.
 
     Returns:
-        ``(output, pullback)``, with ``has_aux`` ``(output, pullback, aux)``. ``pullback(cotangents)`` takes cotangents of the structure and
-        shapes of ``output`` and returns a tuple with one cotangent per primal; it may be called repeatedly.
+        ``(output, pullback)``, with ``has_aux`` ``(output, pullback, aux)``. ``pullback(cotangents)`` takes cotangents
+        of the structure and shapes of ``output`` and returns a tuple with one cotangent per primal; it may be called
+        repeatedly.
 
     Raises:
         CallError: an output or a cotangent is not what is described above.
@@ -210,17 +212,28 @@ def vjp_with_argnums(
     shapes = [(v.shape, v.dtype, v.device) for v in values]
 
     def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
-        """Cotangents of the primals, given cotangents of the output. (The other arguments are torch.func's and have no effect.)"""
+        """Cotangents of the primals, given cotangents of the output.
+
+        (The other arguments are torch.func's and have no effect.)
+        """
         if is_torch_func_active():
             raise MixedTransformsError(f"pullback of {call}")
         leaves, given = leaves_like(cotangents, spec)
         if given != spec:
-            raise CallError(f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values)))
+            raise CallError(
+                f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values))
+            )
         seeds: dict[int, Tensor] = {}
         for place, (slot, c, (shape, dtype, device)) in enumerate(zip(slots, leaves, shapes, strict=True)):
             check_layout(c)
-            if not isinstance(c, Tensor) or c.shape != shape or (c.dtype is not dtype and not convertible(c, dtype)) or c.device != device:
-                refuse_cotangent(f"pullback of {call}", c, path_of("cotangents", tree_unflatten(spec, values), place), values[place])
+            if (
+                not isinstance(c, Tensor)
+                or c.shape != shape
+                or (c.dtype is not dtype and not convertible(c, dtype))
+                or c.device != device
+            ):
+                path = path_of("cotangents", tree_unflatten(spec, values), place)
+                refuse_cotangent(f"pullback of {call}", c, path, values[place])
             if slot is not None:
                 c = c if c.dtype is dtype else c.to(dtype)
                 seeds[slot] = seeds[slot] + c if slot in seeds else c
@@ -231,7 +244,7 @@ def vjp_with_argnums(
         return found
 
     def rows() -> tuple[Tensor, Callable[[Tensor], Any]] | None:
-        """For one output that is a vector: rows of cotangents behind its last steps, and the pullback of the rest for one of them."""
+        """For one output, a vector: rows of cotangents behind its last steps, the pullback of the rest for one row."""
         if len(values) != 1 or slots[0] is None or values[0].dim() != 1 or values[0].dtype.is_complex:
             return None
         check_versions(versions)
@@ -275,7 +288,9 @@ def jvp(
         (tensor([1., 1.]), tensor([1., 2.]))
     """
     check_callable("jvp", func)
-    call = Call("jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}")
+    call = Call(
+        "jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}"
+    )
     if strict is not False or has_aux is not False:
         check_flag(call, "strict", strict)
         check_flag(call, "has_aux", has_aux)
@@ -330,7 +345,12 @@ def jvp_with_argnums(
         found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in out_leaves]
         if strict and any(t is None for t in found):
             independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
-            raise CallError(call, f"{independent}, which does not depend on the primals", "outputs that do, since strict=True", "Pass strict=False for zero tangents.")
+            raise CallError(
+                call,
+                f"{independent}, which does not depend on the primals",
+                "outputs that do, since strict=True",
+                "Pass strict=False for zero tangents.",
+            )
         return values, found, out_spec, aux
 
     values, found, out_spec, aux = run_transformed(interpreter, body)
@@ -348,23 +368,42 @@ def refuse_cotangent(call: str, c: Any, path: str, output: Tensor) -> None:
     if c.shape != output.shape:
         raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
     if c.device != output.device:
-        raise CallError(call, f"a tensor on {c.device} as {path}", f"the output's device, {output.device}", f"Move it with .to({str(output.device)!r}).")
+        raise CallError(
+            call,
+            f"a tensor on {c.device} as {path}",
+            f"the output's device, {output.device}",
+            f"Move it with .to({str(output.device)!r}).",
+        )
     cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
     raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
 
 
 def convertible(c: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a cotangent can stand for one of ``dtype``, that of the output: all but a complex one for a real output."""
+    """Whether a cotangent can stand for one of the output's ``dtype``: all but a complex one for a real output."""
     return not c.is_quantized and (dtype.is_complex or not c.is_complex())
 
 
 def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> None:
     path, primal = path_of("tangents", primals, place), path_of("primals", primals, place)
     if not isinstance(t, Tensor):
-        cure = f"Pass torch.zeros_like({primal})." if t is None or t == 0 else f"Pass torch.full_like({primal}, {t})." if isinstance(t, int | float) else ""
+        cure = ""
+        if t is None or t == 0:
+            cure = f"Pass torch.zeros_like({primal})."
+        elif isinstance(t, int | float):
+            cure = f"Pass torch.full_like({primal}, {t})."
         raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
     if p.shape != t.shape:
         raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
     if p.device != t.device:
-        raise CallError(call, f"a tensor on {t.device} as {path}", f"the device of {primal}, {p.device}", f"Move it with .to({str(p.device)!r}).")
-    raise CallError(call, f"a tensor of dtype {t.dtype} as {path}", f"the dtype {p.dtype} of {primal}", f"Convert it with .to({p.dtype}).")
+        raise CallError(
+            call,
+            f"a tensor on {t.device} as {path}",
+            f"the device of {primal}, {p.device}",
+            f"Move it with .to({str(p.device)!r}).",
+        )
+    raise CallError(
+        call,
+        f"a tensor of dtype {t.dtype} as {path}",
+        f"the dtype {p.dtype} of {primal}",
+        f"Convert it with .to({p.dtype}).",
+    )

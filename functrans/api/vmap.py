@@ -38,12 +38,13 @@ def vmap(
 
     Args:
         func: takes and returns pytrees of tensors, written for one example.
-        in_dims: for each positional argument, which dimension of its tensors counts the examples: an int for all, or a tuple with an
-            entry per argument, each an int, None (the argument is the same for every example) or a pytree of these.
-            Keyword arguments are the same for every example.
-        out_dims: where the batch dimension goes in the outputs: an int, None (the output does not depend on the example), or a
-            pytree of these.
-        randomness: what random operators do: ``"error"``, ``"different"`` draws for each example, or the ``"same"`` for all.
+        in_dims: for each positional argument, which dimension of its tensors counts the examples: an int for all, or a
+            tuple with an entry per argument, each an int, None (the argument is the same for every example) or a pytree
+            of these. Keyword arguments are the same for every example.
+        out_dims: where the batch dimension goes in the outputs: an int, None (the output does not depend on the
+            example), or a pytree of these.
+        randomness: what random operators do: ``"error"``, ``"different"`` draws for each example, or the ``"same"`` for
+            all.
         chunk_size: run at most this many examples at a time, to save memory; None: all.
 
     Returns:
@@ -125,15 +126,19 @@ def run_batched(
     return tree_unflatten(out_spec, results)
 
 
-def write_back(call: Call, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None, path: str) -> None:
+def write_back(
+    call: Call, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None, path: str
+) -> None:
     """Write an argument that was written inside for the caller."""
     wrapper = contents_of(wrapper)
     value, bdim = wrapper.value, wrapper.bdim
     if dim is None and bdim is not None:
         raise CallValueError(
-            call, f"a write to {path}, which has in_dim None, with values that differ between examples", "an argument that can hold the batch",
+            call,
+            f"a write to {path}, which has in_dim None, with values that differ between examples",
+            "an argument that can hold the batch",
             "Give it an in_dim, or clone() it inside the function.",
-        )  # fmt: skip
+        )
     if dim is not None:
         value = value.unsqueeze(dim).expand(origin.shape) if bdim is None else value.movedim(bdim, dim)
     origin.copy_(value)
@@ -155,7 +160,7 @@ def check_out_dims(call: Call, out_dims: Any, out: Any, leaves: list[Any], spec:
 
 
 def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, out: Any, index: int) -> Any:
-    """Leaf ``index`` of ``out`` with its batch dimension at ``place``; what is no tensor is the same for every example and stays."""
+    """Leaf ``index`` of ``out`` with its batch dimension at ``place``; what is no tensor stays as it is."""
     bdim = None
     if type(x) is WrapperTensor:
         if x.interpreter is interpreter:
@@ -169,11 +174,16 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
     if place is None:
         if bdim is not None:
             got = f"{path_of('output', out, index)}, which differs between examples, with out_dim None"
-            raise CallValueError(call, got, "an output that is the same for every example", "Give it an out_dim, such as 0.")
+            raise CallValueError(
+                call, got, "an output that is the same for every example", "Give it an out_dim, such as 0."
+            )
         return x
     rank = x.dim() + (bdim is None)
     if not -rank <= place < rank:
-        got = f"out_dim {place} for {path_of('output', out, index)}, which has {rank} dimension{'s' * (rank != 1)} with the batch"
+        got = (
+            f"out_dim {place} for {path_of('output', out, index)}, "
+            f"which has {rank} dimension{'s' * (rank != 1)} with the batch"
+        )
         raise CallIndexError(call, got, f"{-rank} <= out_dim < {rank}")
     place %= rank
     if bdim is None:

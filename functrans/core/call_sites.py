@@ -1,7 +1,7 @@
-"""Where in the user's code something happened: the innermost line outside of functrans, PyTorch and Python's standard library.
+"""Where in the user's code something happened: the innermost line outside of functrans, PyTorch and Python's library.
 
-A wrapper notes where it was made, for every operator, so a look must cost next to nothing where the caller is the user: one
-look-up by file name. Only from library code (``torch.nn.Linear``, say) are the frames walked.
+A wrapper notes where it was made, for every operator, so a look must cost next to nothing where the caller is the user:
+one look-up by file name. Only from library code (``torch.nn.Linear``, say) are the frames walked.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ PACKAGES = tuple(STANDARD + name + os.sep for name in ("site-packages", "dist-pa
 OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
 CALLED = (
-    "api/arguments", "api/jacobians", "api/modules", "api/transforms", "api/vmap", "core/made_at", "core/stack", "core/tensor",
+    "api/arguments", "api/jacobians", "api/modules", "api/transforms", "api/vmap",
+    "core/made_at", "core/stack", "core/tensor",
     "door/autograd_function", "door/torch_dispatch", "door/torch_function", "extend", "interpreters/function_context",
     "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function",
 )  # fmt: skip
 
 
-#: File names met so far: of user code; of library code that user code calls; of library code that runs while an operator is
-#: handled, whose results get the operator's place.
+#: File names met so far: of user code; of library code that user code calls; of library code that runs while an
+#: operator is handled, whose results get the operator's place.
 USER_FILES: set[str] = set()
 LIBRARY_FILES: set[str] = set()
 WITHIN_FILES: set[str] = set()
@@ -101,7 +102,11 @@ def definition(function: Any) -> str | None:
     """``file:line`` of a Python function, or None."""
     code = getattr(function, "__code__", None)
     if code is None:
-        inner = getattr(function, "__wrapped__", None) or getattr(function, "func", None) or getattr(type(function), "forward", None)
+        inner = (
+            getattr(function, "__wrapped__", None)
+            or getattr(function, "func", None)
+            or getattr(type(function), "forward", None)
+        )
         return None if inner is None else definition(inner)
     return f"{code.co_filename}:{code.co_firstlineno}"
 

@@ -1,8 +1,8 @@
 """Arguments that a call leaves out reach rules as the operator's schema has them.
 
-PyTorch does not pass arguments that were left out or that have their default. A rule that has a parameter for such an argument gets the
-schema's default, unless the parameter's own default is the same; a rule that takes ``*args`` or ``**kwargs`` gets what came. Which
-of the two it is is found out when a rule is first used for an operator.
+PyTorch does not pass arguments that were left out or that have their default. A rule that has a parameter for such an
+argument gets the schema's default, unless the parameter's own default is the same; a rule that takes ``*args`` or
+``**kwargs`` gets what came. Which of the two it is is found out when a rule is first used for an operator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def completed(rule: Callable[..., Any], op: OpOverload, before: int = 0, listed:
 
     Args:
         rule: takes ``before`` parameters of its own, then ``op``'s arguments.
-        listed: whether the last of the ``before`` is a list with one item for every argument by position, None for what was left out.
+        listed: whether the last of the ``before`` is a list with one item for every argument by position, None for what
+            was left out.
 
     Raises:
         RegistrationError: the rule cannot be called with the operator's arguments.
@@ -45,8 +46,10 @@ def completing(rule: Callable[..., Any], op: OpOverload, before: int, listed: bo
     own = [p for p in parameters if p.kind in BY_POSITION][before:]
     positional = [a for a in op._schema.arguments if not a.kwarg_only]
     filled = [
-        i + 1 for i, (p, a) in enumerate(zip(own, positional)) if a.has_default_value() and not same(p.default, schema_default(a))
-    ]  # fmt: skip
+        i + 1
+        for i, (p, a) in enumerate(zip(own, positional))
+        if a.has_default_value() and not same(p.default, schema_default(a))
+    ]
     defaults = [schema_default(a) for a in positional[: max(filled, default=0)]]
     by_name = {p.name: p.default for p in parameters if p.kind in BY_NAME}
     options = {
@@ -73,7 +76,9 @@ def completing(rule: Callable[..., Any], op: OpOverload, before: int, listed: bo
 class Fit:
     """How the parameters of a rule fit the arguments of an operator."""
 
-    def __init__(self, rule: Callable[..., Any], op: OpOverload, parameters: Sequence[inspect.Parameter], before: int) -> None:
+    def __init__(
+        self, rule: Callable[..., Any], op: OpOverload, parameters: Sequence[inspect.Parameter], before: int
+    ) -> None:
         self.rule, self.op, self.before = rule, op, before
         kinds = {p.kind for p in parameters}
         self.arguments = [a.name for a in op._schema.arguments if not a.kwarg_only]
@@ -90,8 +95,16 @@ class Fit:
             self.refuse(f"takes {len(own)} arguments by position")
         if needed:
             self.refuse(f"has no parameter for {', '.join(needed)}")
-        extra = [p.name for p in own[before + len(self.arguments) :] if p.default is Parameter.empty and p.name not in options]
-        extra += [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY and p.default is Parameter.empty and p.name not in options]
+        extra = [
+            p.name
+            for p in own[before + len(self.arguments) :]
+            if p.default is Parameter.empty and p.name not in options
+        ]
+        extra += [
+            p.name
+            for p in parameters
+            if p.kind is Parameter.KEYWORD_ONLY and p.default is Parameter.empty and p.name not in options
+        ]
         if extra:
             self.refuse(f"asks for {', '.join(extra)}, which the operator does not have")
 
@@ -105,8 +118,9 @@ class Fit:
         code = getattr(inspect.unwrap(self.rule), "__code__", None)
         place = "" if code is None else f" at {code.co_filename}:{code.co_firstlineno}"
         raise RegistrationError(
-            f"The rule {getattr(self.rule, '__name__', self.rule)}{place} {what}. Expected: {self.before} parameters of the transform's own, then "
-            f"the arguments of {self.op}. Schema: {self.op._schema}"
+            f"The rule {getattr(self.rule, '__name__', self.rule)}{place} {what}. "
+            f"Expected: {self.before} parameters of the transform's own, then the arguments of {self.op}. "
+            f"Schema: {self.op._schema}"
         )
 
 

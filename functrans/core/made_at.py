@@ -26,9 +26,10 @@ def several(out: Any) -> bool:
 
 
 def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
-    """Note on wrappers which line of the user's made them, where ``frame``, ``up`` above the caller's, is no code known to be the user's.
+    """Note on wrappers which line of the user's made them.
 
-    To look at a frame takes longer than to pass it by, so those that come together are jumped over.
+    ``frame``, ``up`` above the caller's, is no code known to be the user's. To look at a frame takes longer than to
+    pass it by, so those that come together are jumped over.
     """
     up += 1
     try:
@@ -55,9 +56,10 @@ def note_site(made: Sequence[Any], frame: FrameType, up: int) -> None:
 
 
 def note_results(up: int, *trees: Any) -> None:
-    """Note on what a transform returns inside of another where the user called it, ``up`` frames above the caller or further.
+    """Note on what a transform returns inside of another where the user called it.
 
-    What another transform called directly, as in ``vmap(grad(f))``, is seen by nobody else.
+    That is ``up`` frames above the caller or further. What another transform called directly, as in
+    ``vmap(grad(f))``, is seen by nobody else.
     """
     frame = sys._getframe(up + 1)
     if frame.f_code.co_name == "call_function" and frame.f_code.co_filename.startswith(OURS):

@@ -1,4 +1,4 @@
-"""What the door needs to know of an operator, computed once and kept on the overload itself (an attribute read: 0.01 µs)."""
+"""What the door needs to know of an operator, computed once and kept on the overload (an attribute read: 0.01 µs)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ SPECIAL = 3
 #: In-place operators whose result does not depend on the old contents.
 REPLACING = frozenset(f"aten::{n}" for n in ("copy_", "fill_", "zero_", "detach_", "uniform_", "normal_", "bernoulli_"))
 
-#: Functions that stand in for operators whose schema hides what they do: (facts, args, kwargs) -> output. See functrans.functionalize.hidden_effects.
+#: Functions that stand in for operators whose schema hides what they do: (facts, args, kwargs) -> output. See
+#: functrans.functionalize.hidden_effects.
 STAND_INS: RuleTable[Any] = RuleTable("stand-ins", cached=True, writing=True)
 
-#: The namespaces whose operators are PyTorch's own. Of all others PyTorch may be told more at any time, and tells nobody.
+#: The namespaces whose operators are PyTorch's own. Of all others PyTorch may be told more at any time, and tells
+#: nobody.
 PYTORCH_NAMESPACES = frozenset(("aten", "prims", "prim"))
 
 
@@ -45,15 +47,17 @@ class Facts:
     program: ClassVar[bool] = False
 
     __slots__ = (
-        "arguments", "defaults", "defined_by_others", "direct", "kind", "kind_by_schema", "metadata_write", "op", "plans",
-        "random", "reads_target", "returns_written", "settled", "single", "tensor_lists", "written",
+        "arguments", "defaults", "defined_by_others", "direct", "kind", "kind_by_schema", "metadata_write", "op",
+        "plans", "random", "reads_target", "returns_written", "settled", "single", "tensor_lists", "written",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload) -> None:
         schema = op._schema
         self.op = op
         self.arguments: tuple[str, ...] = tuple(a.name for a in schema.arguments)
-        self.defaults: tuple[Any, ...] = tuple(schema_default(a) if a.has_default_value() else None for a in schema.arguments)
+        self.defaults: tuple[Any, ...] = tuple(
+            schema_default(a) if a.has_default_value() else None for a in schema.arguments
+        )
         #: whether all that PyTorch says of it is known for good
         self.settled = op.namespace in PYTORCH_NAMESPACES
         self.defined_by_others: bool = op._can_decompose()
@@ -61,7 +65,9 @@ class Facts:
         self.tensor_lists = any("List[" in str(a.type) and "Tensor" in str(a.type) for a in schema.arguments)
         self.single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
         #: positions (in schema order) of the arguments that are written
-        self.written = tuple(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+        self.written = tuple(
+            i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        )
         self.returns_written = any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
         aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         self.metadata_write = torch.Tag.inplace_view in op.tags
@@ -96,7 +102,9 @@ def plans_here(known: Facts) -> dict[type, Any]:
 
 def kind_here(known: Facts) -> int:
     """The operator's kind by the stand-ins that hold in this context."""
-    return known.kind if covering(STAND_INS, known.op) is None else SPECIAL if known.op in STAND_INS else known.kind_by_schema
+    if covering(STAND_INS, known.op) is None:
+        return known.kind
+    return SPECIAL if known.op in STAND_INS else known.kind_by_schema
 
 
 def forget_facts(table: RuleTable[Any], op: OpOverload) -> None:
@@ -123,7 +131,9 @@ def schema_default(argument: Any) -> Any:
     if type(default) is not int or argument.real_type is argument.type:
         return default
     kind = str(argument.real_type)
-    return next((values[default] for name, values in NUMBERED.items() if name in kind and default < len(values)), default)
+    return next(
+        (values[default] for name, values in NUMBERED.items() if name in kind and default < len(values)), default
+    )
 
 
 #: What schemas write as numbers, in the order of c10/core/ScalarType.h and c10/core/MemoryFormat.h.
@@ -155,11 +165,12 @@ def has_composite_kernel(op: OpOverload) -> bool:
     return bool(op.has_kernel_for_dispatch_key(COMPOSITE))
 
 
-#: Names in ``torch`` whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for the overloads
-#: that take the same arguments.
+#: Names in ``torch`` whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for the
+#: overloads that take the same arguments.
 DIRECT = {
-    "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign mm bmm "
-    "addmm mv dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos addcmul relu abs",
+    "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
+    "mm bmm addmm mv dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
+    "addcmul relu abs",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
     "Tensor_Scalar": "pow",

@@ -34,7 +34,8 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     return leaves, spec
 
 
-#: Types that are leaves without asking optree, which takes most of a microsecond; ``functrans.core.tensor`` adds its wrapper.
+#: Types that are leaves without asking optree, which takes most of a microsecond; ``functrans.core.tensor`` adds its
+#: wrapper.
 TENSORS: set[type] = {Tensor}
 LEAF_OBJECT: Any = object()
 #: The structures of one tensor, and of tuples of 0, 1, 2, ... tensors.

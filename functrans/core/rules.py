@@ -1,13 +1,15 @@
 """Rule tables: one per transform, mapping an operator to what the transform does with it.
 
 NOTE [What is made of rules]
-Rules are looked up once; what is made of them (an operator's plans, programs, the short ways in) is kept. There is one way in which all of
-that is given up: a table that changes calls every function in ``FORGET`` with itself and the operator, and those drop the
-container that they keep things in. They drop it rather than empty it: whoever is just making something by the old rule took the
-container before it looked, and puts what it made where nobody looks any more. So no thread keeps what no longer holds, without a lock.
+Rules are looked up once; what is made of them (an operator's plans, programs, the short ways in) is kept. There is one
+way in which all of that is given up: a table that changes calls every function in ``FORGET`` with itself and the
+operator, and those drop the container that they keep things in. They drop it rather than empty it: whoever is just
+making something by the old rule took the container before it looked, and puts what it made where nobody looks any more.
+So no thread keeps what no longer holds, without a lock.
 
-Rules of a scope (``rules_in_scope``) hold in one context: a thread, or a task of asyncio, and the tasks started from it. What is made by
-them is kept by the scope; outside, nothing is given up. While no scope is open anywhere, all of this costs the look at an empty list.
+Rules of a scope (``rules_in_scope``) hold in one context: a thread, or a task of asyncio, and the tasks started from
+it. What is made by them is kept by the scope; outside, nothing is given up. While no scope is open anywhere, all of
+this costs the look at an empty list.
 """
 
 from __future__ import annotations
@@ -82,7 +84,9 @@ def scope_here() -> Scope | None:
 def covering(table: RuleTable[Any], op: OpOverload) -> Scope | None:
     """The innermost open scope of this context that has a say about ``op`` in ``table``."""
     innermost = _innermost.get()
-    return None if innermost is None else next((s for s in innermost.chain() if s.table is table and op in s.entries), None)
+    if innermost is None:
+        return None
+    return next((s for s in innermost.chain() if s.table is table and op in s.entries), None)
 
 
 class RuleTable(Generic[Rule]):
@@ -113,8 +117,8 @@ class RuleTable(Generic[Rule]):
             raise NotAnOverloadError(self.title, op, overload_of_library(op))
         if not self.writing and any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments):
             raise RegistrationError(
-                f"{self.title}: {op} writes to its arguments ({op._schema}); a transform never sees it, since it sees the form that returns "
-                "the new values instead. Register the rule for that operator."
+                f"{self.title}: {op} writes to its arguments ({op._schema}); a transform never sees it, "
+                "since it sees the form that returns the new values instead. Register the rule for that operator."
             )
 
     def check_rule(self, op: OpOverload, rule: Any) -> None:
@@ -162,7 +166,8 @@ class RuleTable(Generic[Rule]):
             raise
 
     def _changed(self, op: OpOverload) -> None:
-        if not self.cached or not hasattr(op, "_functrans"):  # nothing is made of an operator's rules before its facts (core/operators.py)
+        # nothing is made of an operator's rules before its facts (core/operators.py)
+        if not self.cached or not hasattr(op, "_functrans"):
             return
         for scope in SCOPES:
             scope.kept = {}
@@ -172,7 +177,10 @@ class RuleTable(Generic[Rule]):
     def register(self, *ops: OpOverload) -> Callable[[Rule], Rule]:
         """Decorator: register the function below it for every operator in ``ops``."""
         if not ops:
-            raise RegistrationError(f"{self.title}: a rule was registered for no operator. Name at least one: torch.ops.aten.sin.default, for example.")
+            raise RegistrationError(
+                f"{self.title}: a rule was registered for no operator. "
+                "Name at least one: torch.ops.aten.sin.default, for example."
+            )
         for op in ops:
             self.check(op)
         place = caller_place()
@@ -247,11 +255,15 @@ class RuleCache:
         return found
 
 
-def rules_in_scope(table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | None]) -> AbstractContextManager[RuleTable[Rule]]:
-    """Context: ``table`` has these rules; None takes out the rule of an operator. Rules registered inside for these operators end with it.
+def rules_in_scope(
+    table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | None]
+) -> AbstractContextManager[RuleTable[Rule]]:
+    """Context: ``table`` has these rules; None takes out the rule of an operator.
 
-    They hold for the code in this context (see ``contextvars``): in this thread or task of asyncio, and in tasks that are started inside and
-    as long as the block lasts. Other threads do not see them. Scopes nest; an exception ends them like anything else.
+    Rules registered inside for these operators end with it.
+    They hold for the code in this context (see ``contextvars``): in this thread or task of asyncio, and in tasks that
+    are started inside and as long as the block lasts. Other threads do not see them. Scopes nest; an exception ends
+    them like anything else.
 
     Example:
         >>> import torch, functrans
@@ -269,7 +281,9 @@ def rules_in_scope(table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | Non
     check_table("rules_in_scope(table, rules)", table)
     if not isinstance(rules, Mapping):
         cure = "Write overriding(table, op) to take rules out." if isinstance(rules, OpOverload) else ""
-        raise CallTypeError("rules_in_scope(table, rules)", f"{what(rules)} as rules", "a dict from operators to rules", cure)
+        raise CallTypeError(
+            "rules_in_scope(table, rules)", f"{what(rules)} as rules", "a dict from operators to rules", cure
+        )
     if not rules:
         raise RegistrationError(f"{table.title}: a scope of rules was opened for no operator. Name at least one.")
     place = caller_place()

@@ -1,15 +1,16 @@
 """What is switched in a thread while a transform runs, and the one way to switch it and to put it back.
 
 NOTE [Three states of a thread]
-At the base nothing is switched: no mode of ours, autograd's key in place. While code runs at a level, the door is on PyTorch's
-mode stack and autograd's key is excluded, so that operators reach the door whole and unrecorded. While the door
-handles an operator, PyTorch has taken the mode off its stack; a rule that is plain ``torch`` code needs the state
+At the base nothing is switched: no mode of ours, autograd's key in place. While code runs at a level, the door is on
+PyTorch's mode stack and autograd's key is excluded, so that operators reach the door whole and unrecorded. While the
+door handles an operator, PyTorch has taken the mode off its stack; a rule that is plain ``torch`` code needs the state
 of the level it works at. ``running_at`` establishes a state from any other and puts back exactly what it found.
 
 NOTE [Put back]
-An exception can come at any line, and a KeyboardInterrupt does. So a ``Snapshot`` is taken before anything is switched, all switching is
-done inside of a ``try``, and ``Snapshot.restore`` compares with what is there instead of undoing steps: it may be interrupted and run
-again. What an exception in the first line of a context's exit leaves is put right where the transform ends, by ``run_transformed``.
+An exception can come at any line, and a KeyboardInterrupt does. So a ``Snapshot`` is taken before anything is switched,
+all switching is done inside of a ``try``, and ``Snapshot.restore`` compares with what is there instead of undoing
+steps: it may be interrupted and run again. What an exception in the first line of a context's exit leaves is put right
+where the transform ends, by ``run_transformed``.
 """
 
 from __future__ import annotations
@@ -223,7 +224,8 @@ def same_hooks(a: Any, b: Any) -> bool:
 def pack_as_outside() -> None:
     """Have autograd pack what the base saves by the hooks around the outermost transform, until a snapshot is restored.
 
-    Hooks from inside (checkpoint's, say) would recompute with wrappers whose transform has ended when the base is differentiated.
+    Hooks from inside (checkpoint's, say) would recompute with wrappers whose transform has ended when the base is
+    differentiated.
     """
     inside, outside = top_packing(True), STATE.packing
     if inside is None or STATE.door_depth == 0 or same_hooks(inside, outside):

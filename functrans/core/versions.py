@@ -12,7 +12,8 @@ SUPPORTED = ((2, 11), (2, 14))
 #: The installed minor version. A development build counts as the version that it precedes.
 INSTALLED: tuple[int, ...] = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
-#: Whether ``clamp``, ``fmax`` and ``fmin`` share their derivative among operands that are equal; see derivatives/ties.py.
+#: Whether ``clamp``, ``fmax`` and ``fmin`` share their derivative among operands that are equal; see
+#: derivatives/ties.py.
 SPLITS_TIES = INSTALLED >= (2, 14)
 
 #: Operators that a version took out: the first minor version without them.

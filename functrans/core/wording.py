@@ -16,7 +16,7 @@ OpOverloadPacket = type(torch.ops.aten.sin)
 
 
 def what(x: Any) -> str:
-    """A value that came, with its article: ``the float 3.0``, ``a tensor of shape (3,)``, ``a dict with keys 'a', 'b'``."""
+    """A value that came, with article: ``the float 3.0``, ``a tensor of shape (3,)``, ``a dict with keys 'a', 'b'``."""
     kind = type(x)
     if x is None:
         return "None"

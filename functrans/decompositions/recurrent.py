@@ -225,7 +225,9 @@ def pack_padded(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, 
     if min(ends) <= 0:
         raise RuntimeError(f"pack_padded_sequence: lengths {ends}, expected numbers greater than 0")
     if sorted(ends, reverse=True) != ends:
-        raise RuntimeError(f"pack_padded_sequence: lengths {ends}, expected decreasing ones. Pass enforce_sorted=False.")
+        raise RuntimeError(
+            f"pack_padded_sequence: lengths {ends}, expected decreasing ones. Pass enforce_sorted=False."
+        )
     if batch_first:
         x = x.transpose(0, 1)
     if len(ends) != x.shape[1] or ends[0] > x.shape[0]:

@@ -1,4 +1,4 @@
-"""Composite operators taken apart: by PyTorch's own definition, or by one of ours where PyTorch's leads into a kernel without rules."""
+"""Composite operators taken apart: by PyTorch's definition, or ours where that leads into a kernel without rules."""
 
 from __future__ import annotations
 

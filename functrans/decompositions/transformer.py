@@ -1,5 +1,6 @@
-"""The fused layers that ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` take in evaluation mode, where autograd has nothing
-to record: inference kernels without any derivative. With wrappers among the arguments the door runs these in their place.
+"""The fused layers that ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` take in evaluation mode, where
+autograd has nothing to record: inference kernels without any derivative. With wrappers among the arguments the door
+runs these in their place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Attention and dropout.
 
-Attention has no entry: PyTorch's fused kernels have first derivatives only, in reverse mode only. ``attention`` says what
-the operator is made of, so that grad and jvp see products and a softmax, each with derivatives of every order.
+Attention has no entry: PyTorch's fused kernels have first derivatives only, in reverse mode only. ``attention`` says
+what the operator is made of, so that grad and jvp see products and a softmax, each with derivatives of every order.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def attention(
     return out if out.dtype == dtype else out.to(dtype)
 
 
-def scores_of(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> tuple[Tensor, bool]:
+def scores_of(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> tuple[Tensor, bool]:
     """What the softmax is taken of, and whether a row of it may be masked as a whole."""
     scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(-2, -1))
     if is_causal:
@@ -71,7 +73,7 @@ def flash_attention_for_cpu(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``aten._scaled_dot_product_flash_attention_for_cpu``: the attention, and the logarithm of the sum that the softmax divides by.
+    """``aten._scaled_dot_product_flash_attention_for_cpu``: the attention, and the logarithm of the softmax's divisor.
 
     PyTorch's own derivative takes the second output for a constant.
     """

@@ -1,8 +1,8 @@
 """Derivatives of the Bessel functions, most of which PyTorch calls non-differentiable, and of ``sin(x) / x``.
 
-The formulas are the recurrences of DLMF 10.6, 10.29 and 10.51. Where these lose digits they are replaced by series that lose none, so
-that higher derivatives are right as well: a quotient by a small ``x`` by its power series, the difference of scaled functions of a large
-``x`` by the slope of their asymptotic series (DLMF 10.40.1, 10.40.2).
+The formulas are the recurrences of DLMF 10.6, 10.29 and 10.51. Where these lose digits they are replaced by series that
+lose none, so that higher derivatives are right as well: a quotient by a small ``x`` by its power series, the difference
+of scaled functions of a large ``x`` by the slope of their asymptotic series (DLMF 10.40.1, 10.40.2).
 """
 
 from __future__ import annotations
@@ -77,11 +77,14 @@ pointwise(
     self=lambda grad, self, result: -grad * (special.modified_bessel_k0(self) + result / self),
 )
 
-# ------------------------------------------------------------------------------------------- scaled by exp(-abs(x)), exp(x)
+# --------------------------------------------------------------------------------------- scaled by exp(-abs(x)), exp(x)
 
 
 def asymptotic_slope(nu: int, sign: int) -> list[float]:
-    """Coefficients of the slope of ``x ** -0.5 * sum(sign ** k * a[k] / x ** k)``, divided by ``x ** -1.5``: in powers of ``1 / x``."""
+    """Coefficients, in powers of ``1 / x``, of the slope of a series, divided by ``x ** -1.5``.
+
+    The series is ``x ** -0.5 * sum(sign ** k * a[k] / x ** k)``.
+    """
     found, a = [], 1.0
     for k in range(TERMS + 5):
         found.append(-(k + 0.5) * sign**k * a)

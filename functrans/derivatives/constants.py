@@ -1,6 +1,7 @@
 """Operators whose outputs count as constants, one by one with the reason.
 
-Nothing else does: an operator without an entry that PyTorch has no derivative for is an error (NOTE [Arguments without a formula]).
+Nothing else does: an operator without an entry that PyTorch has no derivative for is an error (NOTE [Arguments without
+a formula]).
 """
 
 import torch
@@ -26,11 +27,13 @@ CONSTANT = {
         "_assert_async",
     ),
     "positions and counts, which are constant between the points where they jump": (
-        "argmax", "argmin", "count_nonzero", "nonzero", "nonzero_static", "bucketize", "searchsorted", "histc", "floor_divide",
+        "argmax", "argmin", "count_nonzero", "nonzero", "nonzero_static", "bucketize", "searchsorted", "histc",
+        "floor_divide",
     ),
     "a Python number: whoever asks for it has left what is differentiated": ("item", "_local_scalar_dense"),
     "a draw from a discrete distribution": ("bernoulli", "multinomial"),
-    # a convention of PyTorch's, whose formulas are zeros: the derivative along the path of one draw is that of mean + std * randn_like(mean)
+    # a convention of PyTorch's, whose formulas are zeros: the derivative along the path of one draw is that of
+    # mean + std * randn_like(mean)
     "a draw that PyTorch does not differentiate by its parameters": ("normal",),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Derivatives of convolutions.
 
-A convolution is bilinear in input and weight, and ``convolution_backward`` is its two transposes in one operator. Each of
-those is bilinear again, so that two entries give every order.
+A convolution is bilinear in input and weight, and ``convolution_backward`` is its two transposes in one operator. Each
+of those is bilinear again, so that two entries give every order.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def tangent(v: dict[str, Any]) -> Tensor | None:
 def cotangents(v: dict[str, Any]) -> dict[str, Tensor]:
     """Of input and weight by one operator."""
     wanted = v["wanted"]
-    of_input, of_weight, _ = backward(v, v["grad"], v["input"], v["weight"], ["input" in wanted, "weight" in wanted, False])
+    of_input, of_weight, _ = backward(
+        v, v["grad"], v["input"], v["weight"], ["input" in wanted, "weight" in wanted, False]
+    )
     return {"input": of_input, "weight": of_weight, "bias": over_channels(v["grad"]) if "bias" in wanted else None}
 
 
@@ -124,7 +126,13 @@ def plain_convolution(op: OpOverload) -> Callable[..., Tensor]:
     """``conv1d`` and its kin on a batch of images, which is what they are made of; the rest is left to PyTorch."""
 
     def convolve(
-        input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = (1,), padding: Any = (0,), dilation: Any = (1,), groups: int = 1
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = (1,),
+        padding: Any = (0,),
+        dilation: Any = (1,),
+        groups: int = 1,
     ) -> Tensor:
         dims = weight.dim() - 2
         if input.dim() != weight.dim() or input.is_complex():  # complex kernels are made of real ones

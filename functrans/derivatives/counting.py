@@ -1,4 +1,7 @@
-"""Derivatives of ``bincount`` by its weights, and of the values that ``unique`` finds. PyTorch has no formulas for them."""
+"""Derivatives of ``bincount`` by its weights, and of the values that ``unique`` finds.
+
+PyTorch has no formulas for them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ derivative(
     weights=lambda grad, self, weights: cast(grad[self], weights.dtype),
 )
 
-# ------------------------------------------------------------------------------------------- unique: the first of equal values is taken
+# --------------------------------------------------------------------------- unique: the first of equal values is taken
 
 
 def taken(found: Any, x: Tensor, dim: int | None, wanted: bool) -> Any:
@@ -43,12 +46,16 @@ def unique2(x: Tensor, sorted: bool = True, return_inverse: bool = False, return
 
 
 @DECOMPOSITIONS.register(aten.unique_dim.default)
-def unique_dim(x: Tensor, dim: int, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> Any:
+def unique_dim(
+    x: Tensor, dim: int, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False
+) -> Any:
     return taken(aten.unique_dim.default(x.detach(), dim, sorted, True, return_counts), x, dim, return_inverse)
 
 
 @DECOMPOSITIONS.register(aten.unique_consecutive.default)
-def unique_consecutive(x: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None) -> Any:
+def unique_consecutive(
+    x: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
+) -> Any:
     return taken(aten.unique_consecutive.default(x.detach(), True, return_counts, dim), x, dim, return_inverse)
 
 

@@ -1,8 +1,8 @@
 """The derivative of the determinant, of every order, at every matrix.
 
-The determinant is a polynomial, and so are its derivatives: they exist where there is no inverse. PyTorch's formulas (torch 2.13) divide
-by the factors of a decomposition, so that at singular matrices, and at repeated singular values, its second derivatives are NaN or wrong;
-and its tangent takes the LU factors for constants.
+The determinant is a polynomial, and so are its derivatives: they exist where there is no inverse. PyTorch's formulas
+(torch 2.13) divide by the factors of a decomposition, so that at singular matrices, and at repeated singular values,
+its second derivatives are NaN or wrong; and its tangent takes the LU factors for constants.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ aten = torch.ops.aten
 
 #: Singular values, and pivots, below this part of the largest are not divided by.
 SMALL = 1e-2
-#: How many of them, at most, count with every order of derivative; beyond, derivatives of a higher order than this are taken to be 0.
+#: How many of them, at most, count with every order of derivative; beyond, derivatives of a higher order than this are
+#: taken to be 0.
 MOST = 16
 
 
@@ -39,8 +40,8 @@ def may_be_differentiated(x: Tensor) -> bool:
 
 
 def is_regular(LU: Tensor, limit: float) -> bool:
-    """Whether no pivot, in all of the batch, is below this part of the largest. False where the numbers cannot be looked at,
-    or where what is computed is recorded, for other numbers.
+    """Whether no pivot, in all of the batch, is below this part of the largest. False where the numbers cannot be
+    looked at, or where what is computed is recorded, for other numbers.
 
     Both answers lead to the same derivative: what is asked is whether the faster way is exact enough.
     """
@@ -61,8 +62,8 @@ def adjugate(A: Tensor, results: Any) -> Tensor:
     again = may_be_differentiated(A)
     if is_regular(results[1], SMALL if again else torch.finfo(A.dtype).eps ** 0.5):
         return results[0][..., None, None] * torch.linalg.inv(A)
-    # U and V turn A at this place into the diagonal matrix s. They are constants: for any of them det(A) = det(B) / det(U^H V),
-    # so nothing is to be differentiated in them.
+    # U and V turn A at this place into the diagonal matrix s. They are constants: for any of them det(A) = det(B) /
+    # det(U^H V), so nothing is to be differentiated in them.
     U, s, Vh = torch.linalg.svd(A.detach())
     turn = (torch.linalg.det(U) * torch.linalg.det(Vh))[..., None, None]
     if again:
@@ -75,9 +76,10 @@ def adjugate(A: Tensor, results: Any) -> Tensor:
 def adjugate_near_diagonal(B: Tensor, s: Tensor) -> Tensor:
     """The adjugate of ``B``, whose numbers are those of ``diag(s)``, ``s`` descending, as a smooth function of ``B``.
 
-    Where ``s`` is small stands a block of ``B``, the null block; ``inner`` is the inverse of the other block with zeros around it.
-    The determinant is that of the other block times that of the Schur complement ``S`` of the null block. ``S`` is of size k, small,
-    and maybe singular: its determinant is the k-th elementary symmetric function of its eigenvalues, a polynomial.
+    Where ``s`` is small stands a block of ``B``, the null block; ``inner`` is the inverse of the other block with zeros
+    around it. The determinant is that of the other block times that of the Schur complement ``S`` of the null block.
+    ``S`` is of size k, small, and maybe singular: its determinant is the k-th elementary symmetric function of its
+    eigenvalues, a polynomial.
     """
     n = s.shape[-1]
     most = min(n, MOST)
@@ -96,9 +98,10 @@ def adjugate_near_diagonal(B: Tensor, s: Tensor) -> Tensor:
 
 
 def symmetric_function(S: Tensor, k: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The k-th elementary symmetric function of the eigenvalues of ``S`` and (transposed) its gradient, by Faddeev and LeVerrier.
+    """The k-th elementary symmetric function of the eigenvalues of ``S`` and (transposed) its gradient.
 
-    With ``T[0] = I``: ``e[j] = tr(S T[j-1]) / j`` and ``T[j] = e[j] I - S T[j-1]``, and the gradient of ``e[j]`` is ``T[j-1]``.
+    By Faddeev and LeVerrier, with ``T[0] = I``: ``e[j] = tr(S T[j-1]) / j`` and ``T[j] = e[j] I - S T[j-1]``,
+    and the gradient of ``e[j]`` is ``T[j-1]``.
     """
     identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     polynomial, slope = (k == 0).to(S.dtype), torch.zeros_like(S)

@@ -107,7 +107,9 @@ def euclidean_both(grad: Tensor, x1: Tensor, x2: Tensor, result: Tensor) -> dict
     return {"x1": x1 * ratio.sum(-1, keepdim=True) - ratio @ x2, "x2": of_x2}
 
 
-def euclidean_tangent(x1: Tensor, x2: Tensor, result: Tensor, x1_t: Tensor | None, x2_t: Tensor | None) -> Tensor | None:
+def euclidean_tangent(
+    x1: Tensor, x2: Tensor, result: Tensor, x1_t: Tensor | None, x2_t: Tensor | None
+) -> Tensor | None:
     moved = None
     if x1_t is not None:
         moved = (x1 * x1_t).sum(-1, keepdim=True) - x1_t @ x2.mT

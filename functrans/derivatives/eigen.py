@@ -1,7 +1,7 @@
 """Tangents of eigenvalues and eigenvectors.
 
-For reverse mode PyTorch's formulas are right. Its tangents divide by a difference that is 0 on the diagonal and overwrite the quotient
-afterwards, which leaves a NaN for reverse mode to find (torch 2.13).
+For reverse mode PyTorch's formulas are right. Its tangents divide by a difference that is 0 on the diagonal and
+overwrite the quotient afterwards, which leaves a NaN for reverse mode to find (torch 2.13).
 """
 
 from __future__ import annotations

@@ -17,11 +17,18 @@ SUM, MEAN, MAX = 0, 1, 2
 def bags_of(indices: Tensor, offsets: Tensor, include_last_offset: bool) -> Tensor:
     """The bag of each index: the last one that begins at or before it."""
     starts = offsets[:-1] if include_last_offset else offsets
-    return torch.searchsorted(starts, torch.arange(len(indices), device=indices.device, dtype=starts.dtype), right=True) - 1
+    places = torch.arange(len(indices), device=indices.device, dtype=starts.dtype)
+    return torch.searchsorted(starts, places, right=True) - 1
 
 
 def shares(
-    like: Tensor, indices: Tensor, bags: Tensor, count: int, mode: int, per_sample_weights: Tensor | None, padding_idx: int
+    like: Tensor,
+    indices: Tensor,
+    bags: Tensor,
+    count: int,
+    mode: int,
+    per_sample_weights: Tensor | None,
+    padding_idx: int,
 ) -> Tensor:
     """How much of its row each index adds to its bag."""
     counted = (indices != padding_idx).to(like.dtype)
@@ -33,8 +40,8 @@ def shares(
 
 def filled(results: Any, bags: Tensor, indices: Tensor, padding_idx: int) -> Tensor:
     """Which bags hold anything, as a column."""
-    held = torch.zeros_like(results[0][:, :1]).index_add(0, bags, (indices != padding_idx).to(results[0].dtype).unsqueeze(1))
-    return held > 0
+    counted = (indices != padding_idx).to(results[0].dtype).unsqueeze(1)
+    return torch.zeros_like(results[0][:, :1]).index_add(0, bags, counted) > 0
 
 
 def weight_cotangent(

@@ -1,7 +1,7 @@
 """Derivatives of ``erfcx``, ``log_ndtr`` and ``ndtri``.
 
-The textbook formulas of the first two subtract what is almost equal where the tail is long, so that at -1000 the third derivative of
-``log_ndtr`` is noise. There the asymptotic series take over, which every order is derived from.
+The textbook formulas of the first two subtract what is almost equal where the tail is long, so that at -1000 the third
+derivative of ``log_ndtr`` is noise. There the asymptotic series take over, which every order is derived from.
 """
 
 from __future__ import annotations

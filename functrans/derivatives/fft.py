@@ -1,7 +1,7 @@
-"""Derivatives of Fourier transforms, which are linear; between real and complex numbers each is nearly the other's transpose.
+"""Derivatives of Fourier transforms, which are linear; between real and complex each is nearly the other's transpose.
 
-A real signal of length n has a spectrum of n // 2 + 1 numbers, of which all but the first, and for even n the last, stand for
-two.
+A real signal of length n has a spectrum of n // 2 + 1 numbers, of which all but the first, and for even n the last,
+stand for two.
 """
 
 from __future__ import annotations

@@ -71,14 +71,15 @@ def where_or_zero(condition: Tensor, x: Tensor) -> Tensor:
 
 
 def subtrahend(result: Tensor) -> Tensor:
-    """The logarithm of a sum of exponentials, to be subtracted from terms of it: where all are -inf, each counts as 0."""
+    """The logarithm of a sum of exponentials, to be subtracted from its terms: where all are -inf, each counts as 0."""
     return result.masked_fill(result == -math.inf, 0)
 
 
 def linear_recurrence(a: Tensor, b: Tensor, dim: int, *, reverse: bool = False) -> Tensor:
     """Solve ``s[k] = b[k] + a[k] * s[k - 1]`` along ``dim`` (with ``reverse``: ``s[k + 1]``), where ``s`` starts at 0.
 
-    Done by doubling in log2(n) steps of products and sums only: no division, so zeros and derivatives of every order are right.
+    Done by doubling in log2(n) steps of products and sums only: no division, so zeros and derivatives of every order
+    are right.
     """
     n = b.shape[dim] if b.dim() else 1
     step = 1

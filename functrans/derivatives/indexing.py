@@ -28,7 +28,8 @@ Read = Callable[[Tensor], Tensor]
 def won(grad: Tensor, shape: Sequence[int], write: Write, read: Read) -> Tensor:
     """Where what is written is there in the end: of several elements that are written to one place, one wins.
 
-    ``write(x, numbers)`` writes ``numbers``, of shape ``shape``, into ``x``, and ``read`` reads where they were written.
+    ``write(x, numbers)`` writes ``numbers``, of shape ``shape``, into ``x``, and ``read`` reads where they were
+    written.
     """
     numbers = torch.arange(math.prod(shape), device=grad.device).reshape(shape)
     return read(write(torch.zeros_like(grad, dtype=torch.int64), numbers)) == numbers
@@ -81,7 +82,9 @@ def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor, added: bool 
         return read.reshape(source.shape)
     if read.shape == source.shape:
         return read
-    rest = [n for have, want in zip(reversed(read.shape), reversed(source.shape), strict=True) for n in (0, want - have)]
+    rest = [
+        n for have, want in zip(reversed(read.shape), reversed(source.shape), strict=True) for n in (0, want - have)
+    ]
     return aten.constant_pad_nd(read, rest)
 
 
@@ -195,8 +198,8 @@ def masked_select_self(grad: Tensor, self: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_scatter_source(grad: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    # The k-th place where the mask is True took the k-th element of source. Added up, not selected: no shape may depend on
-    # the mask.
+    # The k-th place where the mask is True took the k-th element of source. Added up, not selected: no shape may depend
+    # on the mask.
     if source.numel() == 0:
         return grad.new_zeros(source.shape)
     place = mask.expand(grad.shape).flatten().cumsum(0).sub(1).clamp(0)

@@ -1,7 +1,7 @@
 """Derivatives of inverses, solvers, Cholesky factors and logarithms of determinants.
 
-With ``X`` for the result and ``^H`` for the conjugate transpose: M. Giles, Collected matrix derivative results for forward
-and reverse mode algorithmic differentiation; for complex matrices, PyTorch's ``FunctionsManual.cpp``.
+With ``X`` for the result and ``^H`` for the conjugate transpose: M. Giles, Collected matrix derivative results for
+forward and reverse mode algorithmic differentiation; for complex matrices, PyTorch's ``FunctionsManual.cpp``.
 """
 
 from __future__ import annotations
@@ -110,7 +110,13 @@ def triangular_both(
 
 
 def triangular_tangent(
-    self: Tensor, upper: bool, left: bool, unitriangular: bool, result: Tensor, self_t: Tensor | None, B_t: Tensor | None
+    self: Tensor,
+    upper: bool,
+    left: bool,
+    unitriangular: bool,
+    result: Tensor,
+    self_t: Tensor | None,
+    B_t: Tensor | None,
 ) -> Tensor:
     moved = B_t
     if self_t is not None:

@@ -1,7 +1,7 @@
 """Derivatives of losses.
 
-Most losses are a pointwise function of input, target and weights, then a reduction. ``pointwise_loss`` takes the partial
-derivatives of the pointwise function alone.
+Most losses are a pointwise function of input, target and weights, then a reduction. ``pointwise_loss`` takes the
+partial derivatives of the pointwise function alone.
 """
 
 from __future__ import annotations
@@ -180,14 +180,17 @@ nll_entries(aten.nll_loss_forward.default, aten.nll_loss_backward.default)
 nll_entries(aten.nll_loss2d_forward.default, aten.nll_loss2d_backward.default)
 
 
-# The same with class weights that are followed, for which PyTorch has no formula: in forward mode it drops their tangent (torch 2.13).
+# The same with class weights that are followed, for which PyTorch has no formula: in forward mode it drops their
+# tangent (torch 2.13).
 
 
 def class_weights(x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
     """The targets as an index along the classes of ``x``, and the weight of each, 0 where it is ignored."""
     counted = target != ignore_index
     index = torch.where(counted, target, 0)
-    chosen = x.new_ones(target.shape) if weight is None else weight.index_select(0, index.reshape(-1)).reshape(target.shape)
+    chosen = (
+        x.new_ones(target.shape) if weight is None else weight.index_select(0, index.reshape(-1)).reshape(target.shape)
+    )
     return index.unsqueeze(class_dim(x)), torch.where(counted, chosen, 0)
 
 
@@ -195,7 +198,9 @@ def class_dim(x: Tensor) -> int:
     return 0 if x.dim() == 1 else 1
 
 
-def nll(self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+def nll(
+    self: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
     if self.dim() == 1:
         target = target.reshape(())
     index, weights = class_weights(self, target, weight, ignore_index)
@@ -254,9 +259,14 @@ DECOMPOSITIONS.add(aten.multi_margin_loss.default, multi_margin_loss)
 
 
 def cross_entropy(
-    self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN, ignore_index: int = -100, label_smoothing: float = 0.0
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = MEAN,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """For labels of one or a row of examples the two kernels at once; PyTorch's own definition is four composites deep."""
+    """For labels of one or a row of examples the two kernels at once; PyTorch's definition is four composites deep."""
     op = aten.cross_entropy_loss.default
     if label_smoothing or target.dtype.is_floating_point or self.dim() > 2 or self.dim() == 0:
         return op.decompose(self, target, weight, reduction, ignore_index, label_smoothing)
@@ -267,7 +277,8 @@ def cross_entropy(
 DECOMPOSITIONS.add(aten.cross_entropy_loss.default, cross_entropy)
 
 
-# The chunked forms of F.linear_cross_entropy compute gradients ahead, in their forward, as numbers without a derivative of their own.
+# The chunked forms of F.linear_cross_entropy compute gradients ahead, in their forward, as numbers without a derivative
+# of their own.
 
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 

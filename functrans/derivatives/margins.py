@@ -1,7 +1,7 @@
 """Derivatives of the margin losses, whose terms are ``max(0, margin - x[own] + x[other])``, at most squared.
 
-Each is given by the slopes of one row's loss: a matrix like the input, constant where the terms are not squared. At the corner of a term
-the slope is 0, as in PyTorch's kernels.
+Each is given by the slopes of one row's loss: a matrix like the input, constant where the terms are not squared. At the
+corner of a term the slope is 0, as in PyTorch's kernels.
 """
 
 from __future__ import annotations

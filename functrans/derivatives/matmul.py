@@ -178,8 +178,8 @@ derivative(
 
 # ---------------------------------------------------------------------------------------------- bilinear layers
 
-# _trilinear multiplies its three arguments, each unsqueezed at its own expanded dimensions, and sums over sumdim. Pulling
-# back to one of them is the same product with the cotangent in its place; the dimensions change roles.
+# _trilinear multiplies its three arguments, each unsqueezed at its own expanded dimensions, and sums over sumdim.
+# Pulling back to one of them is the same product with the cotangent in its place; the dimensions change roles.
 derivative(
     aten._trilinear.default,
     tangent="multilinear",

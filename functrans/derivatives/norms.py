@@ -5,9 +5,9 @@ All compute, over some dimensions of ``x`` seen in a suitable shape::
     normal = (x - mean) * rstd        mean, rstd: of x over these dimensions (batch norm in eval mode: given)
     out = normal * weight + bias
 
-First order goes through PyTorch's fused backward operators. These have entries of their own in plain operators, with the
-statistics taken as the functions of ``x`` that they are, so that every order is right: PyTorch's double backward takes
-them as constants when it is differentiated again, and is wrong from the third order on (pytorch/pytorch#186256).
+First order goes through PyTorch's fused backward operators. These have entries of their own in plain operators, with
+the statistics taken as the functions of ``x`` that they are, so that every order is right: PyTorch's double backward
+takes them as constants when it is differentiated again, and is wrong from the third order on (pytorch/pytorch#186256).
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class State:
         self.input = v["input"]
         self.mean, self.rstd = norm.statistics(v, self.layout)
         if self.learned and torch.is_grad_enabled() and self.input.requires_grad:
-            # PyTorch's own autograd, which records at the base, takes the statistics that its operators return for constants
+            # PyTorch's own autograd, which records at the base, takes the statistics that its operators return for
+            # constants
             x, rstd = self.layout.x(self.input), self.rstd.detach()
             self.mean = self.layout.mean(x)
             var = self.layout.mean((x - self.mean).square())
@@ -351,7 +352,9 @@ def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
         # plain, because PyTorch's own autograd, which may record at the base, cannot differentiate the fused operator
         s = State(GROUP, v)
         given = s.layout.x(grad)
-        of_input = cast((s.rstd * s.project(s.weighted(given))).reshape(grad.shape), v["input"].dtype) if mask[0] else None
+        of_input = (
+            cast((s.rstd * s.project(s.weighted(given))).reshape(grad.shape), v["input"].dtype) if mask[0] else None
+        )
         return of_input, s.layout.to_affine(given * s.normal, v["weight"]) if mask[1] else None, None
     mean, rstd = v["results"][1:3]
     sizes = (v[n] for n in GROUP.options)

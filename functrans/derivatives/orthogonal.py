@@ -1,10 +1,12 @@
 """Derivatives of the orthogonal polynomials of ``torch.special``, which PyTorch calls non-differentiable.
 
-The derivative of a classical orthogonal polynomial is one of the same kind with other parameters (DLMF 18.9.19-18.9.27), so two
-operators of our own, which are polynomials of every parameter, close the table under differentiation: no formula divides by
-``1 - x * x``, and every order holds at ``x = 1``, beyond it, and for the order 0.
+The derivative of a classical orthogonal polynomial is one of the same kind with other parameters (DLMF
+18.9.19-18.9.27), so two operators of our own, which are polynomials of every parameter, close the table under
+differentiation: no formula divides by ``1 - x * x``, and every order holds at ``x = 1``, beyond
+it, and for the order 0.
 
-The order is truncated to an integer by PyTorch, and a negative one gives 0: the value is piecewise constant in ``n``, its derivative 0.
+The order is truncated to an integer by PyTorch, and a negative one gives 0: the value is piecewise constant in ``n``,
+its derivative 0.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def zero(grad: Tensor) -> Tensor:
 derivative(gegenbauer, tangent="elementwise", x=lambda grad, x, n, order: grad * gegenbauer_slope(x, n, order), n=zero)
 derivative(laguerre, tangent="elementwise", x=lambda grad, x, n, order: grad * laguerre_slope(x, n, order), n=zero)
 
-# ------------------------------------------------------------------------------------------- the slopes, of an n without fraction
+# --------------------------------------------------------------------------------- the slopes, of an n without fraction
 
 
 def chebyshev_t(x: Tensor, n: Tensor) -> Tensor:
@@ -79,7 +81,10 @@ def chebyshev_u(x: Tensor, n: Tensor) -> Tensor:
 
 
 def chebyshev_v(x: Tensor, n: Tensor) -> Tensor:
-    """``V[n] = U[n] - U[n - 1]`` (Mason and Handscomb, Chebyshev Polynomials, chapter 1), which holds for negative ``n`` too, where all are 0."""
+    """``V[n] = U[n] - U[n - 1]``, for negative ``n`` too, where all are 0.
+
+    See Mason and Handscomb, Chebyshev Polynomials, chapter 1.
+    """
     return chebyshev_u(x, n) - chebyshev_u(x, n - 1)
 
 

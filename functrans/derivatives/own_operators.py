@@ -1,4 +1,7 @@
-"""Operators of our own, for derivatives that PyTorch has no function for. Each has an entry in the table, so that every order follows."""
+"""Operators of our own, for derivatives that PyTorch has no function for.
+
+Each has an entry in the table, so that every order follows.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ LIBRARY = torch.library.Library("functrans", "FRAGMENT")
 def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
     """Decorator: a function of plain tensors as a pointwise operator ``functrans::...``.
 
-    ``slope``, called with the operator's arguments, is its derivative by the first of them where no transform is involved.
+    ``slope``, called with the operator's arguments, is its derivative by the first of them where no transform is
+    involved.
     """
 
     def backward(ctx: Any, grad: Tensor) -> Any:
         first, *rest = ctx.saved_tensors
-        return (grad * slope(first, *rest, *ctx.numbers)).sum_to_size(first.shape), *[None] * (len(rest) + len(ctx.numbers))
+        of_first = (grad * slope(first, *rest, *ctx.numbers)).sum_to_size(first.shape)
+        return of_first, *[None] * (len(rest) + len(ctx.numbers))
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])  # the tensors come first

@@ -1,8 +1,8 @@
 """Derivatives of pooling, resampling and padding: linear operators, each with its transpose among PyTorch's own.
 
-The transpose of ``avg_pool2d`` is ``avg_pool2d_backward``, whose transpose is ``avg_pool2d`` again. The two take the same
-options under the same names, so a pair of entries follows from the two schemas. Max pooling is linear too, once the
-places of the maxima are known.
+The transpose of ``avg_pool2d`` is ``avg_pool2d_backward``, whose transpose is ``avg_pool2d`` again. The two take the
+same options under the same names, so a pair of entries follows from the two schemas. Max pooling is linear too, once
+the places of the maxima are known.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def unwrapped(grad: Tensor, dim: int, n: int, left: int, right: int) -> Tensor:
     left, right, n = max(left, 0), max(right, 0), n - sum(crop)
     inner = grad.narrow(dim, left, n)
     if left:
-        inner = torch.cat([inner.narrow(dim, 0, n - left), inner.narrow(dim, n - left, left) + grad.narrow(dim, 0, left)], dim)
+        inner = torch.cat(
+            [inner.narrow(dim, 0, n - left), inner.narrow(dim, n - left, left) + grad.narrow(dim, 0, left)], dim
+        )
     if right:
         end = grad.narrow(dim, grad.shape[dim] - right, right)
         inner = torch.cat([inner.narrow(dim, 0, right) + end, inner.narrow(dim, right, n - right)], dim)

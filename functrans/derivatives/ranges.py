@@ -1,4 +1,7 @@
-"""Derivatives of ``linspace`` and ``logspace`` by their ends, where these are tensors. PyTorch has no formulas for them."""
+"""Derivatives of ``linspace`` and ``logspace`` by their ends, where these are tensors.
+
+PyTorch has no formulas for them.
+"""
 
 from __future__ import annotations
 

@@ -176,7 +176,8 @@ def norm_weight(self: Tensor, dim: Dim, keepdim: bool, p: float, result: Tensor)
         return x.sgn() * modulus.pow(p - 1) / norm.pow(p - 1)
     if p % 2 == 0:  # a polynomial, in the real and imaginary parts too
         return x * cast(x * conj(x), norm.dtype).pow(p // 2 - 1) / norm.pow(p - 1)
-    zero = x == 0  # the slope of the power below may be infinite there; that of the whole is 0 in every order that there is
+    # the slope of the power below may be infinite there; that of the whole is 0 in every order that there is
+    zero = x == 0
     return x.masked_fill(zero, 0) * modulus.masked_fill(zero, 1).pow(p - 2) / norm.pow(p - 1)
 
 

@@ -1,7 +1,8 @@
 """Derivatives of ``scatter_reduce`` and ``index_reduce``.
 
-PyTorch (torch 2.13) has no tangent of ``"prod"``: it is 0 without a word, and its gradients divide by the factors, so that zeros among
-them are wrong at second order. Here a product is differentiated without a division. Ties of ``"amax"`` and ``"amin"`` share evenly, as there.
+PyTorch (torch 2.13) has no tangent of ``"prod"``: it is 0 without a word, and its gradients divide by the factors, so
+that zeros among them are wrong at second order. Here a product is differentiated without a division. Ties of ``"amax"``
+and ``"amin"`` share evenly, as there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Values = dict[str, Any]
 
 
 class Slopes(NamedTuple):
-    """Partial derivatives: of every place by its own element of ``self`` (None: 1), and by each element of ``src`` that goes there."""
+    """Partial derivatives of every place by its own element of ``self`` (None: 1), and by each of ``src`` put there."""
 
     self: Tensor | None
     src: Tensor
@@ -30,7 +31,8 @@ class Slopes(NamedTuple):
 def slopes(v: Values) -> Slopes:
     self, dim, index, reduce, result = v["self"], v["dim"], v["index"], v["reduce"], v["result"]
     src = corner(v["src"], index)
-    kept = None if v["include_self"] else 1 - torch.zeros_like(self).scatter(dim, index, 1)  # 0 where elements of src arrive
+    # 0 where elements of src arrive
+    kept = None if v["include_self"] else 1 - torch.zeros_like(self).scatter(dim, index, 1)
     if reduce == "prod":
         return slopes_of_products(self, dim, index, src, kept)
     if reduce == "sum":
@@ -55,7 +57,10 @@ def slopes_of_products(self: Tensor, dim: int, index: Tensor, src: Tensor, kept:
         return Slopes(src, self) if kept is None else Slopes(kept, torch.ones_like(src))
     place, order = index.sort(dim=dim, stable=True)
     factors = src.gather(dim, order)
-    before, after = products_before(factors, place, dim), products_before(factors.flip([dim]), place.flip([dim]), dim).flip([dim])
+    before, after = (
+        products_before(factors, place, dim),
+        products_before(factors.flip([dim]), place.flip([dim]), dim).flip([dim]),
+    )
     whole = factors * after
     n = place.shape[dim]
     first = torch.ones_like(whole)
@@ -130,12 +135,16 @@ derivative(
 )
 
 
-def index_reduce(self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Tensor:
+def index_reduce(
+    self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
     if self.dim() == 0:
         return index_reduce(self.reshape(1), 0, index, source.reshape(1), reduce, include_self=include_self).reshape(())
     shape = [1] * self.dim()
     shape[dim] = -1
-    return torch.scatter_reduce(self, dim, index.reshape(shape).expand(source.shape), source, reduce, include_self=include_self)
+    return torch.scatter_reduce(
+        self, dim, index.reshape(shape).expand(source.shape), source, reduce, include_self=include_self
+    )
 
 
 DECOMPOSITIONS.add(aten.index_reduce.default, index_reduce)

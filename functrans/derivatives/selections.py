@@ -21,7 +21,10 @@ aten = torch.ops.aten
 
 
 def shares(self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
-    """How much each element of ``self`` counts in the extremum: 1 / ties. (With ``dim``, PyTorch answers NaN with NaN.)"""
+    """How much each element of ``self`` counts in the extremum: 1 / ties.
+
+    (With ``dim``, PyTorch answers NaN with NaN.)
+    """
     value = restore_dims(result, dim, keepdim, self.dim())
     chosen = self == value
     if dim is None:

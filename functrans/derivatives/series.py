@@ -1,4 +1,4 @@
-"""Series, and what takes their place where they do not hold: for formulas that lose digits in one region and none in another."""
+"""Series, and what takes their place where they do not hold: for formulas that lose digits in one region only."""
 
 from __future__ import annotations
 

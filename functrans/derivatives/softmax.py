@@ -93,7 +93,9 @@ derivative(
     aten._softmax_backward_data.default,
     tangent=softmax_backward_tangent,
     broadcasts=True,
-    grad_output=lambda grad, output, dim: aten._softmax_backward_data(cast(grad, output.dtype), output, dim, output.dtype),
+    grad_output=lambda grad, output, dim: aten._softmax_backward_data(
+        cast(grad, output.dtype), output, dim, output.dtype
+    ),
     output=softmax_backward_output,
 )
 derivative(

@@ -1,6 +1,7 @@
 """Derivatives of conversions to the sparse COO layout and of its constructor.
 
-PyTorch's own go through ``_values``, which has no derivative, so that second and forward derivatives would be lost in silence.
+PyTorch's own go through ``_values``, which has no derivative, so that second and forward derivatives would be lost in
+silence.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Derivatives of operators that read and write at places in memory: ``as_strided`` and its like.
 
 Every place in memory gets a number, counted from the first one that is looked at. Then reading is ``index_select``, and
-its transpose ``index_add``. As in PyTorch, a place that belongs to no element of ``self`` has no derivative, and elements
-that share a place (of an expanded tensor) share its cotangent evenly.
+its transpose ``index_add``. As in PyTorch, a place that belongs to no element of ``self`` has no derivative, and
+elements that share a place (of an expanded tensor) share its cotangent evenly.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def written_places(self: Tensor, size: Any, stride: Any, storage_offset: int | N
     """The places, and a mask of the elements of ``self`` that are written."""
     p = places(self, size, stride, storage_offset)
     if p.twice:
-        raise RuntimeError("as_strided_scatter: places written twice have no derivative. Choose strides that do not overlap.")
+        raise RuntimeError(
+            "as_strided_scatter: places written twice have no derivative. Choose strides that do not overlap."
+        )
     mask = torch.zeros(p.count, dtype=torch.bool, device=self.device).index_fill(0, p.region, True)
     return p, mask.index_select(0, p.own).reshape(self.shape)
 

@@ -21,7 +21,8 @@ A reverse formula returns the cotangent of its argument. The tangent is given as
     the operator is linear in all its differentiable arguments taken together (``sum``, ``add``, ``cat``, views): the
     tangent is the operator applied to the tangents.
 ``"multilinear"``
-    linear in each differentiable argument separately (``mm``, ``conv``): a sum of one call per argument that has a tangent.
+    linear in each differentiable argument separately (``mm``, ``conv``): a sum of one call per argument that has a
+    tangent.
 a function
     of the same names and of ``self_t``, ``other_t``, ...: the tangents of the arguments, None where an argument has
     none. It returns the tangent of the output (a tuple of them for several outputs; None: no tangent).
@@ -99,8 +100,8 @@ def derivative(
         broadcasts: the arguments broadcast and promote as in a pointwise operator although ``tangent`` is not
             ``"elementwise"`` (``add``, ``where``): reverse mode sums each cotangent to its argument's shape and casts
             it to its dtype.
-        joint: a reverse formula for several arguments at once, run instead of theirs where more than one is asked for. It may ask
-            for ``wanted``, the tuple of their names, and returns a dict from these names to cotangents.
+        joint: a reverse formula for several arguments at once, run instead of theirs where more than one is asked for.
+            It may ask for ``wanted``, the tuple of their names, and returns a dict from these names to cotangents.
         **formulas: reverse formulas, by argument name.
 
     Raises:
@@ -118,7 +119,9 @@ def derivative(
     arguments = tuple(a.name for a in schema.arguments)
     if not formulas and not callable(tangent):
         raise DerivativeEntryError(
-            op, "has no formula; give one per differentiable argument, by its name. (no_derivative(op) says that there is no derivative.)"
+            op,
+            "has no formula; give one per differentiable argument, by its name. "
+            "(no_derivative(op) says that there is no derivative.)",
         )
     outputs = len(schema.returns)
     one_list = outputs == 1 and "List[" in str(schema.returns[0].type)
@@ -137,7 +140,9 @@ def derivative(
         tangents = {f"{a}_t" for a in arguments}
         needs["tangent"] = _parameters(op, tangent, (known - {"grad", "grads"}) | tangents)
     elif not isinstance(tangent, str | None) or tangent not in ("elementwise", "linear", "multilinear", None):
-        raise DerivativeEntryError(op, f"has tangent={shown(tangent)}; expected elementwise, linear, multilinear, a function or None")
+        raise DerivativeEntryError(
+            op, f"has tangent={shown(tangent)}; expected elementwise, linear, multilinear, a function or None"
+        )
     entry = Derivative(op, formulas, tangent, arguments, 2 if one_list else outputs, needs, broadcasts, joint)
     DERIVATIVES.add(op, entry, place=caller_place())
 
@@ -148,10 +153,14 @@ def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str,
     try:
         parameters = inspect.signature(formula).parameters.values()
     except ValueError:
-        raise DerivativeEntryError(op, f"has {shown(formula)} as a formula, which does not say what it asks for; write a lambda around it") from None
+        raise DerivativeEntryError(
+            op, f"has {shown(formula)} as a formula, which does not say what it asks for; write a lambda around it"
+        ) from None
     odd = [str(p) for p in parameters if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if odd:
-        raise DerivativeEntryError(op, f"has a formula that takes {', '.join(odd)}; its parameters are given by position, each by a name")
+        raise DerivativeEntryError(
+            op, f"has a formula that takes {', '.join(odd)}; its parameters are given by position, each by a name"
+        )
     names = tuple(p.name for p in parameters)
     unknown = [n for n in names if n not in known]
     if unknown:
@@ -162,7 +171,9 @@ def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str,
 def no_derivative(*ops: OpOverload) -> None:
     """Declare that no output of these operators depends differentiably on their arguments."""
     if not ops:
-        raise RegistrationError("no_derivative(): expected at least one operator overload, such as torch.ops.aten.sign.default.")
+        raise RegistrationError(
+            "no_derivative(): expected at least one operator overload, such as torch.ops.aten.sign.default."
+        )
     for op in ops:
         DERIVATIVES.check(op)
     for op in ops:

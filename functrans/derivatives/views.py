@@ -19,7 +19,7 @@ from functrans.functionalize.views import RESHAPES
 aten = torch.ops.aten
 linear = partial(derivative, tangent="linear")
 
-# ------------------------------------------------------------------------------------------- same elements, another shape
+# ----------------------------------------------------------------------------------------- same elements, another shape
 
 for op in RESHAPES:
     if op is not aten.unsqueeze.default:  # which says itself what undoes it: nothing is kept

@@ -1,14 +1,15 @@
 """torch.autograd.Function inside transforms.
 
-Left alone, ``Function.apply`` would run its forward with autograd off, operator by operator, and a transform would see a constant or
-the forward's own derivative. ``apply`` is therefore part of the door: the Function goes down the stack as one operator,
-and every level gives it its meaning with values of the level below.
+Left alone, ``Function.apply`` would run its forward with autograd off, operator by operator, and a transform would see
+a constant or the forward's own derivative. ``apply`` is therefore part of the door: the Function goes down the stack as
+one operator, and every level gives it its meaning with values of the level below.
 
 NOTE [Contexts per level]
-Each grad or jvp level that tracks a call fills a context of its own with values of the level below, and its pullback runs the Function's
-``backward`` on these; so ``backward`` is differentiated by the levels below, and each level uses the custom derivative.
-A combined forward(ctx, ...) both computes and saves. It is run on the values once to fill the context, and the result proper comes from
-applying the Function one level down; outputs that were saved are replaced by these.
+Each grad or jvp level that tracks a call fills a context of its own with values of the level below, and its pullback
+runs the Function's ``backward`` on these; so ``backward`` is differentiated by the levels below, and each level uses
+the custom derivative. A combined forward(ctx, ...) both computes and saves. It is run on the values once to fill the
+context, and the result proper comes from applying the Function one level down; outputs that were saved are replaced by
+these.
 """
 
 from __future__ import annotations
@@ -46,15 +47,20 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """``Function.apply``: the Function goes down the interpreter stack as one operator."""
     top = STATE.top
     if top is None or top.carries_autograd or mode_stack_size() < STATE.door_depth:
-        return _original_apply(cls, *args, **kwargs)  # at the base, where an operator that PyTorch differentiates by a Function is run, too
+        # at the base, where an operator that PyTorch differentiates by a Function is run, too
+        return _original_apply(cls, *args, **kwargs)
     if is_setup_style(cls) or kwargs:
         signature = inspect.signature(cls.forward).bind(*(args if is_setup_style(cls) else (None, *args)), **kwargs)
         signature.apply_defaults()
         args = signature.args if is_setup_style(cls) else signature.args[1:]
         if signature.kwargs:
-            raise CustomFunctionError(cls, f"was called with keyword-only arguments {sorted(signature.kwargs)}", "Make them positional.")
+            raise CustomFunctionError(
+                cls, f"was called with keyword-only arguments {sorted(signature.kwargs)}", "Make them positional."
+            )
     if cls is CheckpointFunction:
-        raise CustomFunctionError(cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False).")
+        raise CustomFunctionError(
+            cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False)."
+        )
     owner = scan([leaf for a in args for leaf in within(a)])[0]
     out = send(owner, cls, args)
     if owner is not top:
@@ -72,11 +78,14 @@ def send(owner: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
         if kind in FUNCTION_RULES:
             return FUNCTION_RULES[kind](owner, cls, args)
     raise CustomFunctionError(
-        cls, f"was applied inside {owner.name}, which has no rule for it", "Add one to functrans.door.autograd_function.FUNCTION_RULES."
+        cls,
+        f"was applied inside {owner.name}, which has no rule for it",
+        "Add one to functrans.door.autograd_function.FUNCTION_RULES.",
     )
 
 
-#: How each kind of interpreter gives an autograd.Function its meaning: rule(interpreter, cls, args) -> output of that level.
+#: How each kind of interpreter gives an autograd.Function its meaning: rule(interpreter, cls, args) -> output of that
+#: level.
 FUNCTION_RULES: dict[type[Interpreter], Callable[..., Any]] = {
     GradInterpreter: grad_rule,
     JvpInterpreter: jvp_rule,

@@ -1,4 +1,4 @@
-"""The general way in: the whole of PyTorch comes through ``__torch_dispatch__``, which gets operators, parsed and whole."""
+"""The general way in: all of PyTorch comes through ``__torch_dispatch__``, which gets operators, parsed and whole."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Door(Mode):
     ) -> Any:
         """Every operator that code runs inside a transform enters here, once, but for those that take the short way (torch_function.py).
 
-        Writes and views become pure operators (functionalize/writes.py); what was made inside belongs to the innermost transform.
+        Writes and views become pure operators (functionalize/writes.py); what was made inside belongs to the innermost
+        transform.
         """
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
         # tensors what they are. (Autograd's comes back in dispatch.base.)
@@ -87,6 +88,9 @@ def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str
 
 
 def check_thread(owner: Interpreter) -> None:
-    """Refuse a wrapper of another thread's transform. (What the autograd engine calls on twins comes from threads of its own.)"""
+    """Refuse a wrapper of another thread's transform.
+
+    (What the autograd engine calls on twins comes from threads of its own.)
+    """
     if owner.thread is not None and owner.thread != get_ident():
         raise OtherThreadError(owner)

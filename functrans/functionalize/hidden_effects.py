@@ -56,7 +56,9 @@ def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return out if owner is top else lift(out, owner, top)
 
 
-@stands_in_for(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+@stands_in_for(
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default
+)
 def dropout(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where nothing is dropped PyTorch returns its argument itself, and a write to the one is a write to the other."""
     x, p, train = args
@@ -73,7 +75,11 @@ def sum_to_size(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @stands_in_for(
-    *(getattr(getattr(aten, name), o) for name in ("atleast_1d", "atleast_2d", "atleast_3d") for o in ("default", "Sequence")),
+    *(
+        getattr(getattr(aten, name), o)
+        for name in ("atleast_1d", "atleast_2d", "atleast_3d")
+        for o in ("default", "Sequence")
+    ),
     aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default,
 )  # fmt: skip
 def by_its_views(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,7 +121,7 @@ def native_batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @stands_in_for(aten._batch_norm_with_update.default)
 def batch_norm_with_update(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As ``native_batch_norm`` in training mode; the fourth output is a backend's own memory, which is not used here."""
+    """As ``native_batch_norm`` in training mode; the fourth output is a backend's own memory, not used here."""
     x, weight, bias, mean, var, momentum, eps = args
     if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)
@@ -123,10 +129,14 @@ def batch_norm_with_update(known: Facts, args: tuple[Any, ...], kwargs: dict[str
     return (*out[:3], enter(aten.new_empty.default, x, [0], dtype=torch.uint8))
 
 
-def updating_norm(op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float) -> Any:
+def updating_norm(
+    op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> Any:
     """Batch norm by the batch's statistics, and the running ones updated; these carry no derivative."""
     old_mean, old_var = (enter(aten.clone.default, enter(aten.detach.default, t)) for t in (mean, var))
-    out = enter(aten._native_batch_norm_legit_functional.default, x, weight, bias, old_mean, old_var, True, momentum, eps)
+    out = enter(
+        aten._native_batch_norm_legit_functional.default, x, weight, bias, old_mean, old_var, True, momentum, eps
+    )
     for target, new in ((mean, out[3]), (var, out[4])):
         # A loop over the examples would start each update from the last one: reads=True has vmap refuse it.
         write(target, enter(aten.detach.default, new), op)
@@ -154,19 +164,27 @@ def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if type(target) is not WrapperTensor:
         return base(known.op, args, kwargs)
     if kwargs.get("memory_format") not in (None, torch.contiguous_format):
-        raise InsideTransformError("resize_ to a memory format", target.interpreter.name, "a new tensor of the wanted size")
+        raise InsideTransformError(
+            "resize_ to a memory format", target.interpreter.name, "a new tensor of the wanted size"
+        )
     if size == list(target.shape):
         return target
     if target.view_link is not None or target.root is not None:
-        raise InsideTransformError("resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size")
+        raise InsideTransformError(
+            "resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size"
+        )
     count = math.prod(size)
     if count > target.numel():
-        raise InsideTransformError("resize_ to more elements", target.interpreter.name, "torch.cat or a new tensor of the wanted size")
+        raise InsideTransformError(
+            "resize_ to more elements", target.interpreter.name, "torch.cat or a new tensor of the wanted size"
+        )
     if target.strides is None:
         in_memory = target
     else:
         if dense_strides(target.shape, target.strides) != target.strides:
-            raise InsideTransformError("resize_ of a tensor with gaps in memory", target.interpreter.name, "a new tensor of the wanted size")
+            raise InsideTransformError(
+                "resize_ of a tensor with gaps in memory", target.interpreter.name, "a new tensor of the wanted size"
+            )
         in_memory = enter(aten.permute.default, target, memory_order(target.shape, target.strides))
     flat = enter(aten.reshape.default, in_memory, [-1])
     new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)

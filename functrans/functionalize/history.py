@@ -2,7 +2,8 @@
 
 NOTE [Writes and grad mode]
 A write under no_grad changes the numbers and leaves the derivative of what is written as it was, as in eager PyTorch;
-level by level, ``with_history_of`` does the same for the pure result. A write through ``detach()`` does so at every level.
+level by level, ``with_history_of`` does the same for the pure result. A write through ``detach()`` does so at every
+level.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Strides: those that a tensor shows must be those of its contents, whatever is written to it.
 
 NOTE [Strides of what is written]
-A write replaces the contents of a wrapper; its strides stay, as in eager PyTorch. The pure result may lie in memory otherwise, and
-operators that ask for strides (``as_strided``, ``empty_like``) ask the contents. So new contents are brought into the order in memory that the
-target shows. What a target leaves out in memory (a column of a matrix, a part that does not begin where its storage does) is
-left out only once: its new contents are dense. ``as_strided`` of such a tensor is refused after a write.
+A write replaces the contents of a wrapper; its strides stay, as in eager PyTorch. The pure result may lie in memory
+otherwise, and operators that ask for strides (``as_strided``, ``empty_like``) ask the contents. So new contents are
+brought into the order in memory that the target shows. What a target leaves out in memory (a column of a matrix, a part
+that does not begin where its storage does) is left out only once: its new contents are dense. ``as_strided`` of such a
+tensor is refused after a write.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def laid_out_like(target: WrapperTensor, new: Tensor) -> Tensor:
     See NOTE [Strides of what is written].
     """
     own = strides_of(new)
-    if own == target.strides or (target.strides is not None and own is not None and own == dense_strides(target.shape, target.strides)):
+    if own == target.strides or (
+        target.strides is not None and own is not None and own == dense_strides(target.shape, target.strides)
+    ):
         return new
     return copied_like(target, new)
 
@@ -60,7 +63,8 @@ def copied_like(target: Tensor, source: Tensor) -> Tensor:
     order = memory_order(target.shape, strides)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     moved = dispatch(aten.permute.default, (source, order), {})
-    return dispatch(aten.permute.default, (dispatch(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format}), inverse), {})
+    copied = dispatch(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format})
+    return dispatch(aten.permute.default, (copied, inverse), {})
 
 
 def note_moved(target: WrapperTensor, offset: int) -> None:
@@ -77,7 +81,9 @@ def shown(x: WrapperTensor) -> tuple[int, ...] | None:
     return x.interpreter.rewrap(x, x.value).strides
 
 
-def as_shown(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None) -> WrapperTensor:
+def as_shown(
+    view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None
+) -> WrapperTensor:
     """The view of a tensor whose contents moved, with the strides that it has by those that the tensor shows."""
     probe = aten.empty_strided.default(viewed.shape, viewed.stride(), dtype=viewed.dtype, device="meta")
     with running_at(None), no_dispatch():
@@ -94,7 +100,9 @@ def check_places(x: Tensor) -> None:
     while type(x) is WrapperTensor:
         if x.moved or x.view_link is not None and x.view_link.base_content().moved:
             raise InsideTransformError(
-                "as_strided of a tensor that was written and leaves gaps in memory or begins within its storage", "a transform", "as_strided on its .clone()"
+                "as_strided of a tensor that was written and leaves gaps in memory or begins within its storage",
+                "a transform",
+                "as_strided on its .clone()",
             )
         x = x.value
 
@@ -103,5 +111,6 @@ def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
     """Let ``wrapper``, whose contents are about to change, have the shape and strides of ``like``."""
     shape, strides = like.shape, like.stride()
     with no_dispatch():
-        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides), {})  # metadata only: a wrapper has no data
+        # metadata only: a wrapper has no data
+        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides), {})
     wrapper.shape, wrapper.strides = shape, strides_of(like)

@@ -2,11 +2,11 @@
 
 NOTE [Numbers that are read]
 ``float(x)`` and ``x.item()`` leave what is differentiated, as in plain PyTorch. A function that takes a Python number
-and is given a tensor reads the number unasked (``torch.full(size, x)``). PyTorch's parsers refuse a tensor that requires
-grad; a wrapper never does in their eyes, so that it is refused here. Some read with ``item``, some as Python does, with
-``__float__``: then the function and ``float(x)`` look the same until the operator comes in. So it is noted which
-instruction of which frame has the number read, and an operator that comes in while that instruction still runs, with
-this number among its arguments, is what read it.
+and is given a tensor reads the number unasked (``torch.full(size, x)``). PyTorch's parsers refuse a tensor that
+requires grad; a wrapper never does in their eyes, so that it is refused here. Some read with ``item``, some as Python
+does, with ``__float__``: then the function and ``float(x)`` look the same until the operator comes in. So it is noted
+which instruction of which frame has the number read, and an operator that comes in while that instruction still runs,
+with this number among its arguments, is what read it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ class Functional:
         written = known.op._schema.arguments
         self.out_names = {written[i].name for i in known.written if written[i].kwarg_only}
         self.drops_out = bool(self.out_names)
-        # PyTorch leaves out arguments that have the writing operator's default; the pure one may have none (bernoulli_'s p)
+        # PyTorch leaves out arguments that have the writing operator's default; the pure one may have none
+        # (bernoulli_'s p)
         positional = [a for a in op._schema.arguments if not a.kwarg_only]
         self.names = tuple(a.name for a in positional)
         self.required = max((i + 1 for i, a in enumerate(positional) if not a.has_default_value()), default=0)

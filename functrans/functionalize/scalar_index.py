@@ -1,11 +1,11 @@
 """Indexing by an integer tensor without dimensions, ``x[i]``, where each example has an ``i`` of its own.
 
 NOTE [Scalar indices]
-PyTorch's indexing reads such an index as a Python number, which a batch does not have. It makes an exception for tensors that carry
-a dispatch key of torch.func's batched nested tensors: those are passed on to ``aten.index`` and ``aten.index_put_``. So wrappers
-without dimensions and of an integer dtype carry that key, and every thread that has run a transform excludes it, so that
-nothing is ever dispatched to it. What arrives at the door is taken here for what it is outside of vmap: a selection,
-that comes before all indexing by tensors that have dimensions, and that is a view.
+PyTorch's indexing reads such an index as a Python number, which a batch does not have. It makes an exception for
+tensors that carry a dispatch key of torch.func's batched nested tensors: those are passed on to ``aten.index`` and
+``aten.index_put_``. So wrappers without dimensions and of an integer dtype carry that key, and every thread that has
+run a transform excludes it, so that nothing is ever dispatched to it. What arrives at the door is taken here for what
+it is outside of vmap: a selection, that comes before all indexing by tensors that have dimensions, and that is a view.
 """
 
 from __future__ import annotations

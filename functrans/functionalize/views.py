@@ -1,7 +1,7 @@
 """Views: how each was made, so that it can be replayed when its base is written, and written itself.
 
-A view wrapper links to the view it was taken from, down to the base. A write anywhere in the family bumps the version that the
-family shares (``Root``); a view whose ``seen`` is older is replayed from the base at its next use.
+A view wrapper links to the view it was taken from, down to the base. A write anywhere in the family bumps the version
+that the family shares (``Root``); a view whose ``seen`` is older is replayed from the base at its next use.
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ class ViewLink:
     __slots__ = ("args", "grad_mode", "index", "kwargs", "op", "owner", "parent", "root", "start")
 
     def __init__(
-        self, owner: WrapperTensor, parent: ViewLink | None, root: Root, op: OpOverload, args: Any, kwargs: Any, index: Any
+        self,
+        owner: WrapperTensor,
+        parent: ViewLink | None,
+        root: Root,
+        op: OpOverload,
+        args: Any,
+        kwargs: Any,
+        index: Any,
     ) -> None:
         self.owner = owner
         self.parent = parent
@@ -96,7 +103,7 @@ class ViewLink:
 
 
 def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
-    """The wrapper that holds what was written to ``wrapper``, an argument, which may have become a view of itself (``t_``)."""
+    """The wrapper that holds what was written to the argument ``wrapper``, by now a view of itself maybe (``t_``)."""
     if wrapper.view_link is not None:
         return wrapper.view_link.base_content()
     return wrapper if wrapper.root is None or wrapper.root.content is None else wrapper.root.content
@@ -140,7 +147,9 @@ def _shares_memory(out: Any, viewed: Any) -> bool:
     return first.untyped_storage()._cdata == viewed.untyped_storage()._cdata
 
 
-def link_view(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None) -> None:
+def link_view(
+    view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None
+) -> None:
     parent = viewed.view_link
     if parent is not None:
         owner, root = parent.owner, parent.root
@@ -157,16 +166,20 @@ def link_view(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: 
 #: Operators that copy where they cannot view; which of the two it is depends on the strides.
 MAYBE_VIEWS = {
     op
-    for name in ("reshape", "contiguous", "to", "flatten", "ravel", "reshape_as", "view_as_real", "resolve_conj", "resolve_neg", "type_as",
-                 "_reshape_alias", "_conj", "_to_cpu", "unflatten", "real", "positive", "expand_as", "data", "float")
-    for op in (getattr(getattr(aten, name), o) for o in (getattr(aten, name).overloads() if hasattr(aten, name) else ()))
+    for name in ("reshape", "contiguous", "to", "flatten", "ravel", "reshape_as", "view_as_real", "resolve_conj",
+                 "resolve_neg", "type_as", "_reshape_alias", "_conj", "_to_cpu", "unflatten", "real", "positive",
+                 "expand_as", "data", "float")
+    for op in (
+        getattr(getattr(aten, name), o) for o in (getattr(aten, name).overloads() if hasattr(aten, name) else ())
+    )
 }  # fmt: skip
 
 
 #: Those of them that view whatever is contiguous.
-VIEWS_OF_CONTIGUOUS = frozenset(
-    (aten.reshape.default, aten.flatten.using_ints, aten.ravel.default, aten.reshape_as.default, aten.unflatten.int, aten.expand_as.default)
-)
+VIEWS_OF_CONTIGUOUS = frozenset((
+    aten.reshape.default, aten.flatten.using_ints, aten.ravel.default, aten.reshape_as.default, aten.unflatten.int,
+    aten.expand_as.default,
+))  # fmt: skip
 
 
 def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -192,7 +205,9 @@ def _described(a: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decided(op: OpOverload, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device, args: Any, kwargs: Any) -> bool:
+def _decided(
+    op: OpOverload, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device, args: Any, kwargs: Any
+) -> bool:
     """Run ``op`` on data of the same layout that takes no memory, and look."""
     given = [*args, *(value for _, value in kwargs)]
     devices = [a.device if isinstance(a, _Like) else a for a in given if isinstance(a, _Like | torch.device)]
@@ -218,7 +233,8 @@ def _decided(op: OpOverload, shape: Any, strides: Any, dtype: torch.dtype, devic
 
 def write_back(steps: list[ViewLink], content: Tensor, new: Tensor, filled: bool) -> Tensor:
     """What ``content`` becomes when its view by ``steps`` becomes ``new``; ``filled``: with one value everywhere."""
-    # From a step without a way back of its own on, the elements of several steps may share a place: they are looked at as one.
+    # From a step without a way back of its own on, the elements of several steps may share a place: they are looked at
+    # as one.
     first = next((i for i, step in enumerate(steps) if step.op not in WRITE_BACK), len(steps))
     if not MOVES.issuperset(step.op for step in steps[first:] if step.op in WRITE_BACK):
         first = len(steps)
@@ -263,7 +279,9 @@ def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     own_last = start + sum((n - 1) * s for n, s in zip(before.shape, before.stride(), strict=True))
     if not start <= offset <= last <= own_last or own_last - start + 1 != math.prod(before.shape):
-        raise InsideTransformError("a write through as_strided beyond the tensor that it was called on", "a transform", "indices")
+        raise InsideTransformError(
+            "a write through as_strided beyond the tensor that it was called on", "a transform", "indices"
+        )
     return _send(aten.as_strided_scatter.default, before, changed, *step.args)
 
 
@@ -296,26 +314,30 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
     aten.as_strided.default: _back_as_strided,
     aten.select.int: lambda step, before, changed: _send(aten.select_scatter.default, before, changed, *step.args),
     aten.slice.Tensor: lambda step, before, changed: _send(aten.slice_scatter.default, before, changed, *step.args),
-    aten.diagonal.default: lambda step, before, changed: _send(aten.diagonal_scatter.default, before, changed, *step.args),
+    aten.diagonal.default: lambda step, before, changed: _send(
+        aten.diagonal_scatter.default, before, changed, *step.args
+    ),
     aten.unbind.int: lambda step, before, changed: _send(
         aten.select_scatter.default, before, changed, step.args[0] if step.args else 0, step.index
     ),
     aten.permute.default: _back_permute,
     aten.detach.default: lambda step, before, changed: with_history_of(before, changed, everywhere=True),
-    aten.real.default: lambda step, before, changed: torch.complex(changed, before.imag) if before.is_complex() else changed,
+    aten.real.default: lambda step, before, changed: (
+        torch.complex(changed, before.imag) if before.is_complex() else changed
+    ),
     aten.imag.default: lambda step, before, changed: torch.complex(before.real, changed),
     aten.view_as_real.default: lambda step, before, changed: torch.view_as_complex(changed.contiguous()),
     aten.view_as_complex.default: lambda step, before, changed: torch.view_as_real(changed),
     **dict.fromkeys(
-        (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default, aten.numpy_T.default, aten.mT.default,
-         aten._conj.default, aten._neg_view.default),
+        (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default, aten.numpy_T.default,
+         aten.mT.default, aten._conj.default, aten._neg_view.default),
         _back_again,
     ),
     **dict.fromkeys(RESHAPES, _back_shape),
     # conversions that had nothing to convert: where they copied, the link was cut
     **dict.fromkeys(
-        (aten.alias.default, aten.contiguous.default, aten.positive.default, aten.resolve_conj.default, aten.resolve_neg.default,
-         aten.type_as.default, *(getattr(aten.to, o) for o in aten.to.overloads())),
+        (aten.alias.default, aten.contiguous.default, aten.positive.default, aten.resolve_conj.default,
+         aten.resolve_neg.default, aten.type_as.default, *(getattr(aten.to, o) for o in aten.to.overloads())),
         lambda step, before, changed: changed,
     ),
 }  # fmt: skip
@@ -323,6 +345,7 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
 #: Those of them that move elements, and neither look into them nor ask for derivatives.
 MOVES = frozenset(
     op for op, rule in WRITE_BACK.items()
-    if rule in (_back_permute, _back_shape) or op in (aten.select.int, aten.slice.Tensor, aten.diagonal.default, aten.unbind.int, aten.alias.default)
+    if rule in (_back_permute, _back_shape)
+    or op in (aten.select.int, aten.slice.Tensor, aten.diagonal.default, aten.unbind.int, aten.alias.default)
     or (rule is _back_again and op not in (aten._conj.default, aten._neg_view.default))
 )  # fmt: skip

@@ -8,7 +8,8 @@ NOTE [What may be written]
 A wrapper may be written with values of its own level and below: arguments of its transform, and all that was made
 inside it, since the door gives every new tensor to the innermost transform. A tensor of an outer level ("captured")
 cannot hold an inner level's value and is refused, unless the value is a constant of the inner level. Under vmap a
-captured tensor would also be written once instead of once per example; only writes that do not read the old contents are the same.
+captured tensor would also be written once instead of once per example; only writes that do not read the old contents
+are the same.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
     """Let ``target``, the tensor that the user holds, have the contents of ``new``."""
     if new.dtype != target.dtype:
         if not torch.can_cast(new.dtype, target.dtype):
-            raise RuntimeError(f"result type {_short(new.dtype)} can't be cast to the desired output type {_short(target.dtype)}")
+            raise RuntimeError(
+                f"result type {_short(new.dtype)} can't be cast to the desired output type {_short(target.dtype)}"
+            )
         new = dispatch(aten.to.dtype, (new, target.dtype), {})
     if type(target) is not WrapperTensor:
         write_plain(target, new, op, resize, reads)
@@ -176,7 +179,9 @@ def write_metadata(known: Facts, op: OpOverload, target: Any, args: tuple[Any, .
         raise NoPureFormError(known.op)
     if target.moved:
         raise InsideTransformError(
-            f"{known.op} of a tensor that was written and leaves gaps in memory", target.interpreter.name, "the operator that returns a view"
+            f"{known.op} of a tensor that was written and leaves gaps in memory",
+            target.interpreter.name,
+            "the operator that returns a view",
         )
     invalidate_saved(target)
     if known.op is aten.detach_.default:
@@ -244,6 +249,13 @@ def invalidate_saved(target: Tensor) -> None:
 
 
 def _short(dtype: torch.dtype) -> str:
-    names = {"float32": "Float", "float64": "Double", "int64": "Long", "int32": "Int", "bool": "bool", "float16": "Half"}
+    names = {
+        "float32": "Float",
+        "float64": "Double",
+        "int64": "Long",
+        "int32": "Int",
+        "bool": "bool",
+        "float16": "Half",
+    }
     text = str(dtype).removeprefix("torch.")
     return names.get(text, text)

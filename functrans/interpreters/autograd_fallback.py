@@ -1,14 +1,14 @@
 """PyTorch's own derivative of one operator, borrowed at any level.
 
-The operator runs on *twins*: wrappers that do carry autograd state, and whose operators go to the level below. PyTorch's
-autograd kernels record the one-operator graph on the twins and compute on values of that level; the pullback runs
-``torch.autograd.grad`` on that graph, the tangent comes from forward AD in the same way. So an operator needs no entry in the
-derivative table to be differentiable at every level, and what PyTorch computes in its derivative is itself
+The operator runs on *twins*: wrappers that do carry autograd state, and whose operators go to the level below.
+PyTorch's autograd kernels record the one-operator graph on the twins and compute on values of that level; the pullback
+runs ``torch.autograd.grad`` on that graph, the tangent comes from forward AD in the same way. So an operator needs no
+entry in the derivative table to be differentiable at every level, and what PyTorch computes in its derivative is itself
 differentiated by the levels below.
 
 NOTE [Saved outputs of twins]
-PyTorch unpacks a saved output through ``aten.detach``; for a twin that is an alias and must not reach the level below, where
-it would cut the derivative.
+PyTorch unpacks a saved output through ``aten.detach``; for a twin that is an alias and must not reach the level below,
+where it would cut the derivative.
 """
 
 from __future__ import annotations
@@ -165,14 +165,15 @@ class _refusals:
 
 
 # NOTE [Arguments without a formula]
-# PyTorch's table may have no formula for an argument, or none for the whole operator; then autograd takes the output for a constant of
-# it, in silence, however smoothly it depends on it. So a borrowed derivative is looked at when it is borrowed first: the graph must lead
-# from the outputs to every argument. What is constant for a reason is declared so (``functrans.derivatives.constants``).
+# PyTorch's table may have no formula for an argument, or none for the whole operator; then autograd takes the output
+# for a constant of it, in silence, however smoothly it depends on it. So a borrowed derivative is looked at when it is
+# borrowed first: the graph must lead from the outputs to every argument. What is constant for a reason is declared so
+# (``functrans.derivatives.constants``).
 _with_formulas: set[tuple[OpOverload, tuple[int, ...]]] = set()
 
 
 def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: Mapping[int, Tensor]) -> None:
-    """Refuse ``op`` if PyTorch has no derivative of ``out``, which it computed of twins, by one of ``inputs`` (by place)."""
+    """Refuse ``op`` if PyTorch has no derivative of ``out``, computed of twins, by one of ``inputs`` (by place)."""
     outputs = [o for o in _tensors_in(out) if o.is_floating_point() or o.is_complex()]
     stack, nodes = [o.grad_fn for o in outputs], set()
     while stack:
@@ -202,8 +203,8 @@ def run_recorded(
         tracked: called with the index of each tensor among the arguments, in order; whether to differentiate for it.
 
     Returns:
-        the output one level down; for each tensor in it, whether it depends differentiably on the arguments; the pullback, from
-        cotangents of these tensors to cotangents of the tracked arguments, in order.
+        the output one level down; for each tensor in it, whether it depends differentiably on the arguments; the
+        pullback, from cotangents of these tensors to cotangents of the tracked arguments, in order.
     """
     twin = TwinInterpreter(borrower)
     inputs: dict[int, WrapperTensor] = {}
@@ -230,7 +231,9 @@ def run_recorded(
     # some autograd kernels set a grad_fn on integer outputs too (_embedding_bag)
     linked = [o.grad_fn is not None and (o.is_floating_point() or o.is_complex()) for o in outputs]
     if any(on and "WarnNotImplemented" in o.grad_fn.name() for o, on in zip(outputs, linked, strict=True)):  # type: ignore[union-attr]
-        raise MissingRuleError(op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd.")
+        raise MissingRuleError(
+            op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd."
+        )
     if (op, tuple(inputs)) not in _with_formulas:
         check_formulas(borrower, op, out, inputs)
 
@@ -242,7 +245,11 @@ def run_recorded(
             # With create_graph PyTorch computes by differentiable formulas also where it has faster ones
             # (LU factors in det); the levels below differentiate what it computes.
             found = torch.autograd.grad(
-                [o for o, _ in pairs], list(inputs.values()), [twin_of(twin, c) for _, c in pairs], allow_unused=True, create_graph=True
+                [o for o, _ in pairs],
+                list(inputs.values()),
+                [twin_of(twin, c) for _, c in pairs],
+                allow_unused=True,
+                create_graph=True,
             )
         return [None if g is None else g.value if type(g) is WrapperTensor else g for g in found]
 
@@ -255,8 +262,8 @@ def run_forward_mode(
 ) -> tuple[Any, list[Tensor | None]]:
     """Run ``op`` with PyTorch's forward-mode formula.
 
-    ``tangents`` gives the tangent of the n-th tensor among the arguments. Returns the output one level down and the tangent of each
-    tensor in it (None: it has none). Raises NotImplementedError where PyTorch has no formula.
+    ``tangents`` gives the tangent of the n-th tensor among the arguments. Returns the output one level down and the
+    tangent of each tensor in it (None: it has none). Raises NotImplementedError where PyTorch has no formula.
     """
     twin = TwinInterpreter(borrower)
     checking = (op, tuple(sorted(tangents))) not in _with_formulas

@@ -1,12 +1,13 @@
-"""What an exception is told on its way out: which operator failed at which level, on what, and where the user called it.
+"""What an exception is told on its way out: which operator failed at which level, on what, called from where.
 
 NOTE [What becomes of an exception]
-All of this is read off the traceback, when an exception passes the door: code that runs without one pays nothing. A deliberate error of
-functrans, an exception of a class of the user's and a warning pass as they are. What a *kernel* raises (PyTorch, on the
-shapes or numbers that the user gave it, or a custom operator's own code) keeps its type and message, and gets a note for each level, since
-the message shows the shapes of the level at the bottom. What a *rule* raises, or a formula, is a mistake there and becomes a RuleError.
-It has to: Python takes a TypeError out of ``x + y`` for "this operand is not for me" and reports something else.
-(Notes are the ``__notes__`` of Python 3.11; Python 3.10 keeps them without showing them.)
+All of this is read off the traceback, when an exception passes the door: code that runs without one pays nothing. A
+deliberate error of functrans, an exception of a class of the user's and a warning pass as they are. What a *kernel*
+raises (PyTorch, on the shapes or numbers that the user gave it, or a custom operator's own code) keeps its type and
+message, and gets a note for each level, since the message shows the shapes of the level at the bottom. What a *rule*
+raises, or a formula, is a mistake there and becomes a RuleError. It has to: Python takes a TypeError out of ``x + y``
+for "this operand is not for me" and reports something else. (Notes are the ``__notes__`` of Python 3.11; Python 3.10
+keeps them without showing them.)
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ RAISE = opcode.opmap["RAISE_VARARGS"]
 class FailedCall:
     """One call of an interpreter's ``process``, for messages."""
 
-    def __init__(self, interpreter: Interpreter, op: Any, args: Any, kwargs: Any, what: str, traceback: TracebackType) -> None:
+    def __init__(
+        self, interpreter: Interpreter, op: Any, args: Any, kwargs: Any, what: str, traceback: TracebackType
+    ) -> None:
         self.interpreter = interpreter
         self.op = op
         self.what = what
@@ -69,7 +72,7 @@ def meaning_at(frame: FrameType) -> Interpreter | None:
 
 
 def calls_in(traceback: TracebackType | None) -> list[FailedCall]:
-    """The operators that were being interpreted, outermost first; of a composite operator and its pieces at one level the former."""
+    """The operators being interpreted, outermost first; of a composite one and its pieces at one level the former."""
     found: list[FailedCall] = []
     for entry in entries(traceback):
         interpreter = meaning_at(entry.tb_frame)
@@ -87,7 +90,10 @@ def is_kernels(error: Exception, traceback: TracebackType) -> bool:
     if type(error).__module__ != "builtins":  # one of PyTorch's classes
         return True
     codes = [e.tb_frame.f_code for e in below]
-    if any(c in KERNELS or c.co_filename == OPERATORS or (c.co_name in LISTENERS and is_users(c.co_filename)) for c in codes):
+    if any(
+        c in KERNELS or c.co_filename == OPERATORS or (c.co_name in LISTENERS and is_users(c.co_filename))
+        for c in codes
+    ):
         return True
     innermost = below[-1]
     code = innermost.tb_frame.f_code
@@ -131,14 +137,17 @@ def explain_pull(error: Exception, interpreter: Interpreter, op: Any, grad: Any,
     """
     if passes(error) or error.__traceback__ is None:
         return
-    call = FailedCall(interpreter, op, grad if isinstance(grad, list) else [grad], {}, f"the derivative of {name_of(op)}", error.__traceback__)
+    grads = grad if isinstance(grad, list) else [grad]
+    call = FailedCall(interpreter, op, grads, {}, f"the derivative of {name_of(op)}", error.__traceback__)
     call.given = f"cotangent {call.given}"
     if formula and not isinstance(error, RuleError) and not is_kernels(error, error.__traceback__):
         raise RuleError(call, error, last_place(error), None) from error
     calls = calls_in(error.__traceback__)
     for each in calls:
         add_note(error, f"in {each}")
-    add_note(error, f"in the derivative of {name_of(op)} of {interpreter.name} at level {interpreter.level}, on {call.given}")
+    add_note(
+        error, f"in the derivative of {name_of(op)} of {interpreter.name} at level {interpreter.level}, on {call.given}"
+    )
 
 
 def last_place(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""What a formula of a user's returned against what it is the derivative of, as PyTorch's engine compares them (``validate_outputs``)."""
+"""What a user's formula returned against what it is the derivative of.
+
+The two are compared as PyTorch's engine does (``validate_outputs``).
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,15 @@ def described(x: Any) -> str:
 
 
 def fitted(cotangent: Any, given: Spec, refusal: Callable[[str, str], Exception]) -> Tensor:
-    """What a user's formula returned, as PyTorch's engine takes it: summed to the argument's shape where that was broadcast, and cast.
+    """What a user's formula returned, as PyTorch's engine takes it: summed to a broadcast argument's shape, and cast.
 
     Anything else is refused by ``refusal(got, expected)``.
     """
     shape, dtype = given
     if not isinstance(cotangent, Tensor) or (cotangent.shape != shape and not broadcasts_to(shape, cotangent.shape)):
-        raise refusal(described(cotangent), f"a tensor of the argument's shape {tuple(shape)}, or one that this broadcasts to")
+        raise refusal(
+            described(cotangent), f"a tensor of the argument's shape {tuple(shape)}, or one that this broadcasts to"
+        )
     return reduce_to(cotangent, shape, dtype)
 
 

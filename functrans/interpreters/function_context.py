@@ -1,4 +1,4 @@
-"""What every level does alike with an ``autograd.Function``: contexts, arguments one level down, checks of what its methods return."""
+"""What every level does alike with an ``autograd.Function``: contexts, arguments one level down, checks of results."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def as_tuple(out: Any) -> tuple[Any, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def run_below(interpreter: Interpreter, cls: type[Function], values: Sequence[Any], needs: tuple[bool, ...]) -> tuple[Any, Context]:
+def run_below(
+    interpreter: Interpreter, cls: type[Function], values: Sequence[Any], needs: tuple[bool, ...]
+) -> tuple[Any, Context]:
     """The output one level down, and a context that holds values of that level."""
     ctx = Context(cls, needs)
     with lowered(interpreter):
@@ -166,11 +168,15 @@ def gradients(cls: type[Function], ctx: Context, grad: Sequence[Any], inputs: Se
         found = found[:count]
     if len(found) != count:
         raise CustomFunctionError(
-            cls, f"returned {len(found)} gradients from backward for {count} inputs", "Return one per input, None where there is none."
+            cls,
+            f"returned {len(found)} gradients from backward for {count} inputs",
+            "Return one per input, None where there is none.",
         )
 
     return [
-        fitted(f, given, Refusal(cls, f"from backward as gradient of input {i}")) if f is not None and given is not None else None
+        fitted(f, given, Refusal(cls, f"from backward as gradient of input {i}"))
+        if f is not None and given is not None
+        else None
         for i, (f, given) in enumerate(zip(found, inputs, strict=True))
     ]
 
@@ -179,7 +185,11 @@ def tangents_of(cls: type[Function], ctx: Context, tangents: Sequence[Any], outs
     """What ``jvp`` returns, of the shapes and dtypes ``outs``."""
     found = as_tuple(cls.jvp(ctx, *tangents))
     if len(found) != len(outs):
-        raise CustomFunctionError(cls, f"returned {len(found)} tangents from jvp for {len(outs)} outputs", "Return one per output, None where there is none.")
+        raise CustomFunctionError(
+            cls,
+            f"returned {len(found)} tangents from jvp for {len(outs)} outputs",
+            "Return one per output, None where there is none.",
+        )
     for i, (t, o) in enumerate(zip(found, outs, strict=True)):
         expect_tangent(t, o, Refusal(cls, f"from jvp as tangent of output {i}"))
     return found

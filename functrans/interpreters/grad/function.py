@@ -34,11 +34,14 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
     out, ctx = run_below(interpreter, cls, values, needs)
     outs = as_tuple(out)
     wrapped = tuple(
-        o if not isinstance(o, Tensor) else interpreter.constant(o) if ctx.is_non_differentiable(o) else interpreter.output(o)
+        (interpreter.constant(o) if ctx.is_non_differentiable(o) else interpreter.output(o))
+        if isinstance(o, Tensor)
+        else o
         for o in outs
     )
     saved = FunctionRecord(cls, ctx, outs, [shape_of(v) for v in values])
-    interpreter.record(FUNCTION_PLAN, [getattr(w, "slot", None) for w in wrapped], [s for s in slots if s is not None], saved)
+    made = [getattr(w, "slot", None) for w in wrapped]
+    interpreter.record(FUNCTION_PLAN, made, [s for s in slots if s is not None], saved)
     return wrapped if isinstance(out, tuple) else wrapped[0]
 
 
@@ -68,7 +71,8 @@ class FunctionPlan:
         ctx = saved.ctx
         if ctx.materialize_grads:
             grad = [
-                torch.zeros_like(o) if g is None and isinstance(o, Tensor) else g for g, o in zip(grad, saved.outs, strict=True)
+                torch.zeros_like(o) if g is None and isinstance(o, Tensor) else g
+                for g, o in zip(grad, saved.outs, strict=True)
             ]
         found = gradients(saved.cls, ctx, grad, saved.inputs)
         return [f for f, needed in zip(found, ctx.needs_input_grad, strict=True) if needed]

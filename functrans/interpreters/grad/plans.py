@@ -80,7 +80,9 @@ class TablePlan(Plan):
     def __repr__(self) -> str:
         return f"<TablePlan of {self.op} for {', '.join(self.names)}>"
 
-    def joint_pull(self, entry: Derivative, names: list[str], place: dict[str, int]) -> Callable[[list[Any], Any], list[Any]]:
+    def joint_pull(
+        self, entry: Derivative, names: list[str], place: dict[str, int]
+    ) -> Callable[[list[Any], Any], list[Any]]:
         """``pull`` by one formula for all tracked arguments."""
         formula, wanted = entry.joint, tuple(names)
         picks = [None if need == "wanted" else place[need] for need in entry.needs["joint"]]
@@ -101,7 +103,7 @@ class TablePlan(Plan):
 
 
 class CheckedPlan(Plan):
-    """The formulas of a user's entry: each cotangent fits its argument, whose shape and dtype are saved at the end, or is refused."""
+    """A user's entry: each cotangent fits its argument, whose shape and dtype are saved at the end, or is refused."""
 
     def __init__(self, plan: TablePlan) -> None:
         self.op = plan.op
@@ -120,8 +122,12 @@ class CheckedPlan(Plan):
             return None
         what = f"registered at {DERIVATIVES.place(self.op)} has a formula for {name!r} that returned"
         if type(given) is list:
-            raise DerivativeEntryError(self.op, f"{what} {described(found)} for a list of {len(given)} tensors; expected a list of as many")
-        return fitted(found, given, lambda got, wanted: DerivativeEntryError(self.op, f"{what} {got}; expected {wanted}"))
+            raise DerivativeEntryError(
+                self.op, f"{what} {described(found)} for a list of {len(given)} tensors; expected a list of as many"
+            )
+        return fitted(
+            found, given, lambda got, wanted: DerivativeEntryError(self.op, f"{what} {got}; expected {wanted}")
+        )
 
 
 #: Products of a matrix and the vector that is tracked: the matrix, and whether the vector stands in front of it.
@@ -134,7 +140,7 @@ MATRICES: dict[Any, tuple[str, bool]] = {
 
 
 def matrix_of(plan: Any, saved: list[Any], rows: int) -> Tensor | None:
-    """The matrix whose product with a tracked vector ``plan`` pulls back, with one row per element of the result; or None."""
+    """The matrix whose product with a tracked vector ``plan`` pulls back, a row per element of the result; or None."""
     if type(plan) is not TablePlan or not by_our_rules(plan.op):
         return None
     name, transposed = MATRICES.get((plan.op, plan.names), ("", False))
@@ -145,7 +151,10 @@ def matrix_of(plan: Any, saved: list[Any], rows: int) -> Tensor | None:
 
 
 class ProgramPlan(Plan):
-    """A program's pullback on the tape. What is saved: ``saves``, then the tracked inputs' shapes where not all are the same."""
+    """A program's pullback on the tape.
+
+    What is saved: ``saves``, then the tracked inputs' shapes where not all are the same.
+    """
 
     def __init__(self, program: Program, places: tuple[int, ...]) -> None:
         operators = [instruction.op for instruction in program.instructions]
@@ -191,7 +200,10 @@ class ProgramPlan(Plan):
                     self.derived[given] = self.derive(given)
             found = self.derived[given].of([*(grad[i] for i in given), *kept], start)
         if kept is not saved:
-            found = [g if g is None or g.shape == s else sum_to_shape(tensor_of(g), s) for g, s in zip(found, saved[count:], strict=True)]
+            found = [
+                g if g is None or g.shape == s else sum_to_shape(tensor_of(g), s)
+                for g, s in zip(found, saved[count:], strict=True)
+            ]
         return found  # type: ignore[return-value]
 
 

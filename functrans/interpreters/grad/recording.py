@@ -1,4 +1,4 @@
-"""How an operator on tracked values is recorded: by its entry in the derivative table, in pieces, or by PyTorch's derivative."""
+"""How an operator on tracked values is recorded: by its entry in the derivative table, in pieces, or by PyTorch."""
 
 from __future__ import annotations
 
@@ -47,12 +47,16 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
     return borrow
 
 
-def run_constant(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
+def run_constant(
+    self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any
+) -> Any:
     """Run an operator whose outputs do not depend differentiably on its arguments."""
     return map_tensors(self.constant, lower(self, op, values, kwargs))
 
 
-def take_apart(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
+def take_apart(
+    self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any
+) -> Any:
     """Run the pieces of a composite operator through this level again."""
     return decompose(self, op, *given)
 
@@ -71,7 +75,14 @@ class TableMethod:
         self.fixes = entry.broadcasts or (entry.pointwise and len(operands) > 1)
 
     def __call__(
-        self, grad: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: list[int], slots: list[Any]
+        self,
+        grad: GradInterpreter,
+        op: OpOverload,
+        given: Any,
+        values: Any,
+        kwargs: Any,
+        places: list[int],
+        slots: list[Any],
     ) -> Any:
         key = places[0] if len(places) == 1 else tuple(places)
         try:
@@ -144,7 +155,8 @@ def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwarg
     return wrapped
 
 
-#: What there is without a rule of ours: which one it is, PyTorch may say otherwise tomorrow of operators that are not its own.
+#: What there is without a rule of ours: which one it is, PyTorch may say otherwise tomorrow of operators that are not
+#: its own.
 WITHOUT_RULE = (take_apart, borrow)
 
 

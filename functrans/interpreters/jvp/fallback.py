@@ -1,4 +1,4 @@
-"""Forward mode of operators without a tangent in the table: by PyTorch's forward formula, or by its reverse one twice."""
+"""Forward mode of operators without a tangent in the table: by PyTorch's forward formula, or its reverse one twice."""
 
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
 FOLLOWED: set[tuple[OpOverload, tuple[int, ...]]] = set()
 
 
-def expect_followed(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any, flat: dict[int, Tensor]) -> None:
-    """Refuse a tangent of an argument for which PyTorch has no formula: reverse mode says so, forward mode drops it without a word."""
+def expect_followed(
+    self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any, flat: dict[int, Tensor]
+) -> None:
+    """Refuse a tangent that PyTorch has no formula for: reverse mode says so, forward mode drops it without a word."""
     key = op, tuple(sorted(tangents))
     if key in FOLLOWED or facts(op).random:
         return
@@ -110,7 +112,8 @@ def double_reverse(
 
         outer = GradInterpreter(op)
         foreign = op.namespace not in PYTORCH_NAMESPACES
-        fill = torch.ones_like if foreign else torch.zeros_like  # any u will do; ones tell a lost derivative from a zero one
+        # any u will do; ones tell a lost derivative from a zero one
+        fill = torch.ones_like if foreign else torch.zeros_like
         seeds = {o.slot: outer.track(fill(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
         names: dict[int, int] = {slot: w.slot for slot, w in seeds.items() if w.slot is not None}
 
@@ -134,8 +137,9 @@ def double_reverse(
 
 
 LOST = (
-    "The gradients that its backward returns cannot be followed back to the gradient that it is given (it computes them by numpy, "
-    "by Python numbers or by an operator without a derivative). Give it a tangent: functrans.derivative(op, tangent=...)."
+    "The gradients that its backward returns cannot be followed back to the gradient that it is given "
+    "(it computes them by numpy, by Python numbers or by an operator without a derivative). "
+    "Give it a tangent: functrans.derivative(op, tangent=...)."
 )
 
 

@@ -33,7 +33,9 @@ def jvp_rule(interpreter: JvpInterpreter, cls: type[Function], args: Sequence[An
             out = cls.apply(*values)
         return map_tensors(interpreter.constant, out)
     if not overrides(cls, "jvp"):
-        raise CustomFunctionError(cls, f"was applied inside {interpreter.name} and has no jvp", "Define the staticmethod jvp(ctx, *tangents).")
+        raise CustomFunctionError(
+            cls, f"was applied inside {interpreter.name} and has no jvp", "Define the staticmethod jvp(ctx, *tangents)."
+        )
     out, ctx = run_below(interpreter, cls, values, tuple(t is not None for t in tangents))
     ctx._forward_mode = True
     with lowered(interpreter):

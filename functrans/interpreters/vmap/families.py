@@ -119,7 +119,7 @@ def logical_result_type(operands: Sequence[tuple[Any, int | None]]) -> torch.dty
 
 
 def any_rank(rule: Rule) -> Rule:
-    """Mark a frequent rule that counts an example's dimensions itself; see NOTE [Operators refuse examples, not batches]."""
+    """Mark a frequent rule that counts an example's dimensions; see NOTE [Operators refuse examples, not batches]."""
     rule.any_rank = True  # type: ignore[attr-defined]
     return rule
 
@@ -128,8 +128,9 @@ def any_rank(rule: Rule) -> Rule:
 # Elementwise operators
 
 
-# A rule's ``direct(in_dims, args)`` is the batch dimension of the output where the operator itself, on the physical arguments as they
-# are, is the rule; None where it is not. The interpreter then sends the operator down by a Python call.
+# A rule's ``direct(in_dims, args)`` is the batch dimension of the output where the operator itself, on the physical
+# arguments as they are, is the rule; None where it is not. The interpreter then sends the operator down by a Python
+# call.
 
 
 def elementwise(*ops: OpOverload, promoting: tuple[int, ...] | None = None, expand: bool = False) -> None:
@@ -245,7 +246,12 @@ def already_aligned(args: Sequence[Any], in_dims: Sequence[Any], positions: Sequ
     if rank == 1:
         return False
     for place in positions:
-        if place < len(args) and in_dims[place] is None and isinstance(args[place], Tensor) and args[place].dim() >= rank:
+        if (
+            place < len(args)
+            and in_dims[place] is None
+            and isinstance(args[place], Tensor)
+            and args[place].dim() >= rank
+        ):
             return False
     return True
 
@@ -261,7 +267,9 @@ def align(args: Sequence[Any], in_dims: Sequence[Any], positions: Sequence[int])
     return aligned
 
 
-def restore_promotion(aligned: list[Any], args: Sequence[Any], in_dims: Sequence[Any], promoting: Sequence[int]) -> None:
+def restore_promotion(
+    aligned: list[Any], args: Sequence[Any], in_dims: Sequence[Any], promoting: Sequence[int]
+) -> None:
     """Cast in ``aligned`` what the physical ranks would promote otherwise than the examples' ranks do.
 
     A batch of 0-d examples is not a 0-d tensor, so PyTorch would give its dtype too much weight.

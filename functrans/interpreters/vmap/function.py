@@ -40,7 +40,9 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
         return map_tensors(interpreter.constant, out)
     if overrides(cls, "vmap"):
         if cls.generate_vmap_rule:
-            raise CustomFunctionError(cls, "has both generate_vmap_rule=True and a vmap staticmethod", "Keep one of them.")
+            raise CustomFunctionError(
+                cls, "has both generate_vmap_rule=True and a vmap staticmethod", "Keep one of them."
+            )
         with lowered(interpreter):
             result = cls.vmap(interpreter.info, in_dims, *values)
         return interpreter.leave(cls, result)
@@ -70,12 +72,15 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
             return value
         leaves, spec = tree_flatten(value)
         dims = tree_flatten(dim)[0]
-        return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in zip(leaves, dims, strict=True)])
+        pairs = zip(leaves, dims, strict=True)
+        return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in pairs])
 
     def to_dim(x: Any, bdim: int | None, dim: int) -> Any:
         if not isinstance(x, Tensor):
             return x
-        return x.unsqueeze(dim).expand(*x.shape[:dim], outer.batch_size, *x.shape[dim:]) if bdim is None else x.movedim(bdim, dim)
+        if bdim is None:
+            return x.unsqueeze(dim).expand(*x.shape[:dim], outer.batch_size, *x.shape[dim:])
+        return x.movedim(bdim, dim)
 
     class Batched(Function):
         @staticmethod
@@ -105,7 +110,9 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
             ctx.forward_dims = [d if id(s) not in by_value else 0 for s, d in saved_forward]
             ctx.save_for_backward(*[by_value.get(id(s), s) for s, _ in saved])
             ctx.save_for_forward(*[by_value.get(id(s), s) for s, _ in saved_forward])
-            ctx.mark_non_differentiable(*[r for r, d in zip(results, differentiable, strict=True) if not d and isinstance(r, Tensor)])
+            ctx.mark_non_differentiable(
+                *[r for r, d in zip(results, differentiable, strict=True) if not d and isinstance(r, Tensor)]
+            )
             ctx.set_materialize_grads(inner.materialize_grads)
             ctx.inner = inner
             return tuple(results) if many else results[0]
@@ -133,7 +140,10 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                     ctx.inner._saved_forward = wrapped
                 else:
                     ctx.inner._saved = wrapped
-                given = [interpreter.batched(t, d) if isinstance(t, Tensor) else t for t, d in zip(tangents, in_dims, strict=True)]
+                given = [
+                    interpreter.batched(t, d) if isinstance(t, Tensor) else t
+                    for t, d in zip(tangents, in_dims, strict=True)
+                ]
                 return [physical(interpreter, f) for f in tangents_of(cls, ctx.inner, given, ctx.outputs)]
 
             return tuple(to_dim(f, d, 0) for f, d in inside(body))

@@ -1,12 +1,13 @@
 """Whether an operator takes one example at all.
 
 NOTE [Operators refuse examples, not batches]
-A rule runs an operator on physical tensors, which have a dimension more than the examples. An operator that wants matrices would
-take a batch of vectors for a matrix and answer, where a loop raises. So before a rule sees arguments of some ranks and dtypes for
-the first time, the operator is run on one example that has shapes and no data; PyTorch's own checks then say what they have to
-say. Where dtypes are mixed or unusual it is run on the first example. Later calls with the same ranks and dtypes cost a look-up, those of rules that count an example's dimensions themselves
-(``any_rank``) nothing. What is wrong with sizes, positions or numbers for other reasons
-the physical tensors show as well, or the rule.
+A rule runs an operator on physical tensors, which have a dimension more than the examples. An operator that wants
+matrices would take a batch of vectors for a matrix and answer, where a loop raises. So before a rule sees arguments of
+some ranks and dtypes for the first time, the operator is run on one example that has shapes and no data; PyTorch's own
+checks then say what they have to say. Where dtypes are mixed or unusual it is run on the first example. Later calls
+with the same ranks and dtypes cost a look-up, those of rules that count an example's dimensions themselves
+(``any_rank``) nothing. What is wrong with sizes, positions or numbers for other reasons the physical tensors show as
+well, or the rule.
 """
 
 from __future__ import annotations

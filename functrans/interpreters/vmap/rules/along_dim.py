@@ -83,7 +83,13 @@ def roll(info: BatchInfo, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]
 
 @batching_rule(aten.searchsorted.Tensor)
 def searchsorted(
-    info: BatchInfo, in_dims: Sequence[Any], sequence: Tensor, values: Tensor, *, sorter: Tensor | None = None, **kw: Any
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    sequence: Tensor,
+    values: Tensor,
+    *,
+    sorter: Tensor | None = None,
+    **kw: Any,
 ) -> tuple[Any, Any]:
     """A one-dimensional sequence serves values of any shape; otherwise the leading dimensions are the same."""
     sequence_dim, values_dim = in_dims
@@ -107,13 +113,17 @@ def with_sorter(sequence: Tensor, bdim: int | None, sorter: Tensor | None, size:
 
 
 @batching_rule(aten.searchsorted.Scalar)
-def searchsorted_number(info: BatchInfo, in_dims: Sequence[Any], sequence: Tensor, value: Any, **kw: Any) -> tuple[Any, Any]:
+def searchsorted_number(
+    info: BatchInfo, in_dims: Sequence[Any], sequence: Tensor, value: Any, **kw: Any
+) -> tuple[Any, Any]:
     """The number takes the dtype of the sequence, as in any binary operator, unless it is of a higher kind."""
     return searchsorted(info, (in_dims[0], None), sequence, number_like(sequence, value), **kw)
 
 
 @batching_rule(aten.bucketize.Tensor)
-def bucketize(info: BatchInfo, in_dims: Sequence[Any], values: Tensor, boundaries: Tensor, **kw: Any) -> tuple[Any, Any]:
+def bucketize(
+    info: BatchInfo, in_dims: Sequence[Any], values: Tensor, boundaries: Tensor, **kw: Any
+) -> tuple[Any, Any]:
     """One list of boundaries for all is the operator itself."""
     if in_dims[1] is None:
         return aten.bucketize.Tensor(values, boundaries, **kw), in_dims[0]
@@ -123,7 +133,9 @@ def bucketize(info: BatchInfo, in_dims: Sequence[Any], values: Tensor, boundarie
 
 
 @batching_rule(aten.bucketize.Scalar)
-def bucketize_number(info: BatchInfo, in_dims: Sequence[Any], value: Any, boundaries: Tensor, **kw: Any) -> tuple[Any, Any]:
+def bucketize_number(
+    info: BatchInfo, in_dims: Sequence[Any], value: Any, boundaries: Tensor, **kw: Any
+) -> tuple[Any, Any]:
     """As ``searchsorted`` of a number."""
     return bucketize(info, (None, in_dims[1]), number_like(boundaries, value), boundaries, **kw)
 

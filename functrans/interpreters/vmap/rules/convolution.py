@@ -28,7 +28,7 @@ constant_pad = torch.ops.aten.constant_pad_nd.default
 
 
 def split_channels(x: Tensor, batch_size: int, groups: int, dim: int) -> Tensor:
-    """``groups * B * c`` channels at ``dim`` (group, example, channel) become a batch dimension 0 and ``groups * c``."""
+    """``groups * B * c`` channels at ``dim`` (group, example, channel) become batch dimension 0 and ``groups * c``."""
     shape = x.shape
     each = shape[dim] // (groups * batch_size)
     x = x.reshape(*shape[:dim], groups, batch_size, each, *shape[dim + 1 :]).movedim(dim + 1, 0)

@@ -36,7 +36,13 @@ def sequences(info: BatchInfo, in_dims: Dims, args: Sequence[Any]) -> tuple[Any,
 
 @batching_rule(aten._ctc_loss.default, aten._ctc_loss.Tensor)
 def ctc_loss(
-    info: BatchInfo, in_dims: Dims, log_probs: Tensor, targets: Tensor, input_lengths: Any, target_lengths: Any, *rest: Any
+    info: BatchInfo,
+    in_dims: Dims,
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    *rest: Any,
 ) -> Output:
     """Losses, and the forward variables that the backward pass takes up."""
     folded = sequences(info, in_dims, (log_probs, targets, input_lengths, target_lengths))

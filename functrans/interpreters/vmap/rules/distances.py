@@ -66,7 +66,8 @@ def cdist_backward(
 #: ``compute_mode`` of ``_cdist_forward``: differences, not a matrix product, which is less exact
 WITHOUT_PRODUCT = 2
 
-# From this many products on, the kernel for one set, which halves the work and takes no batch, is faster called for each.
+# From this many products on, the kernel for one set, which halves the work and takes no batch, is faster called for
+# each.
 LARGE_SET = 8192
 
 

@@ -23,7 +23,12 @@ def implicit_output(terms: str) -> str:
 
 @batching_rule(aten.einsum.default)
 def einsum(
-    info: BatchInfo, in_dims: Sequence[Any], equation: str, tensors: Sequence[Tensor], *, path: Sequence[int] | None = None
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    equation: str,
+    tensors: Sequence[Tensor],
+    *,
+    path: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
     """The letter goes in front of the batched operands' and of the output's."""
     equation = equation.replace(" ", "")

@@ -94,7 +94,7 @@ def new_empty_strided(
 def zeros_for_a_tangent(
     info: BatchInfo, in_dims: Sequence[Any], x: Tensor, like: Tensor, *, self_num_batch_dims: int = 0
 ) -> tuple[Any, Any]:
-    """What forward mode of PyTorch asks for where a tangent is missing: ``like``'s shape behind the first dimensions of ``x``."""
+    """What forward mode asks for where a tangent is missing: ``like``'s shape behind the first dimensions of ``x``."""
     if self_num_batch_dims:
         raise RuleDeclined("zeros with dimensions of two tensors")
     return torch.zeros_like(like), in_dims[1]

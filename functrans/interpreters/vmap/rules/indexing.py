@@ -116,7 +116,12 @@ def select_one(info: BatchInfo, x: Tensor, x_dim: int | None, dim: int, at: Tens
 
 @batching_rule(aten.index_put.default, aten._unsafe_index_put.default)
 def index_put(
-    info: BatchInfo, in_dims: Dims, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
+    info: BatchInfo,
+    in_dims: Dims,
+    x: Tensor,
+    indices: Sequence[Tensor | None],
+    values: Tensor,
+    accumulate: bool = False,
 ) -> Output:
     """See NOTE [Where the result of advanced indexing goes]; the values stand as the result of ``index`` would."""
     x_dim, index_dims, values_dim = in_dims[0], list(in_dims[1] or ()), in_dims[2]

@@ -136,7 +136,7 @@ determinant(aten._linalg_det.default, aten._linalg_slogdet.default)
 
 
 def fold_sides(b: Tensor, bdim: int, left: bool = True) -> Tensor:
-    """A batch of right-hand sides for one matrix: the batch joins the columns, or the rows if the matrix is on the right."""
+    """A batch of right-hand sides for one matrix: the batch joins the columns, or the rows of a matrix on the right."""
     b = to_front(b, bdim)
     at = b.dim() - 2 - (not left)
     return b.movedim(0, at).flatten(at, at + 1)
@@ -192,7 +192,9 @@ def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
         factors_dim, pivots_dim, b_dim = in_dims[:3]
         shape = [n for k, n in enumerate(factors.shape) if k != factors_dim]
         if len(shape) < 2 or logical_rank(b, b_dim) < 2:
-            raise RuntimeError(f"{op}: expected matrices, got tensors of {len(shape)} and {logical_rank(b, b_dim)} dimensions")
+            raise RuntimeError(
+                f"{op}: expected matrices, got tensors of {len(shape)} and {logical_rank(b, b_dim)} dimensions"
+            )
         if [n for k, n in enumerate(pivots.shape) if k != pivots_dim] != shape[:-1]:
             raise RuntimeError(f"{op}: expected pivots of the shape of the factors {shape} without the last dimension")
         if factors_dim is None and pivots_dim is None and info.batch_size:
@@ -209,7 +211,8 @@ def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
             factors, pivots = expanded_factors(factors, pivots, b)
         return op(factors, pivots, b, **kwargs), 0
 
-    return any_rank(solve)  # one of the kernels must not be run on an example that is not expanded, see expanded_factors
+    # one of the kernels must not be run on an example that is not expanded, see expanded_factors
+    return any_rank(solve)
 
 
 def expanded_factors(factors: Tensor, pivots: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Batching rules of the negative log likelihood.
 
-The kernel without a reduction takes the batch as more examples; what it leaves to do is a sum for each. Class weights of
-each example's own are gathered.
+The kernel without a reduction takes the batch as more examples; what it leaves to do is a sum for each. Class weights
+of each example's own are gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NONE, MEAN = 0, 1
 
 
 def foldable(info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor) -> bool:
-    """Whether the examples are of the shapes that PyTorch takes, and there are any; only inputs of their own are folded."""
+    """Whether there are examples, of the shapes that PyTorch takes; only inputs of their own are folded."""
     if in_dims[0] is None or in_dims[2] is not None or info.batch_size == 0:
         return False
     shape, kinds = (
@@ -84,7 +84,9 @@ def folded_backward(
         grad = grad / materialize(total_weight, in_dims[6], size)
     if grad.dim() < target.dim():
         grad = pad_rank_right(grad, target.dim()).expand(target.shape)
-    x, flat, grad = (folded(*v) for v in ((x, in_dims[1], size, rank), (target, 0, size, rank - 1), (grad, 0, size, rank - 1)))
+    x, flat, grad = (
+        folded(*v) for v in ((x, in_dims[1], size, rank), (target, 0, size, rank - 1), (grad, 0, size, rank - 1))
+    )
     total = x.new_ones(())  # not looked at
     out = operators(rank)[1](grad, x, flat, weight, NONE, ignore_index, total)
     return out if target.dim() == rank - 1 else out.unflatten(0, (size, out.shape[0] // size)), 0

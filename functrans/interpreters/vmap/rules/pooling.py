@@ -154,7 +154,10 @@ def grid_sampler_rule(
 def grid_sampler_backward_rule(
     info: BatchInfo, in_dims: Sequence[Any], grad_output: Tensor, x: Tensor, grid: Tensor, *rest: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Everything is folded into N. A gradient that was not asked for is undefined, for ``grid`` as natively computed."""
+    """Everything is folded into N.
+
+    A gradient that was not asked for is undefined, for ``grid`` as natively computed.
+    """
     size = info.batch_size
     n = grad_output.shape[0 if in_dims[0] != 0 else 1]
     is_2d = grid.dim() - (in_dims[2] is not None) == 4

@@ -175,7 +175,9 @@ def expect_same_length(in_dims: Dims, x: Tensor, y: Tensor) -> None:
 # Products and sums
 
 
-def add_product(addend: Tensor, addend_dim: int | None, out: Tensor, out_dim: int | None, beta: Any, alpha: Any) -> Output:
+def add_product(
+    addend: Tensor, addend_dim: int | None, out: Tensor, out_dim: int | None, beta: Any, alpha: Any
+) -> Output:
     """``beta * addend + alpha * out``, where an addend with ``beta=0`` is not looked at."""
     rank = logical_rank(out, out_dim)
     if addend.dtype is not out.dtype or logical_rank(addend, addend_dim) > rank or out.dtype is torch.bool:

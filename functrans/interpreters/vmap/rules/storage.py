@@ -1,6 +1,7 @@
 """Batching rules of ``as_strided`` and its like, which name places in memory.
 
-An example's places are those between its first and its last element, so these must be its own: no other example's between them. ``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
+An example's places are those between its first and its last element, so these must be its own: no other example's
+between them. ``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from functrans.interpreters.vmap.table import BatchInfo, batching_rule, material
 aten = torch.ops.aten
 
 
-def region(x: Tensor, bdim: int, size: Sequence[int], stride: Sequence[int], offset: int | None) -> tuple[Any, Any, int]:
+def region(
+    x: Tensor, bdim: int, size: Sequence[int], stride: Sequence[int], offset: int | None
+) -> tuple[Any, Any, int]:
     """Size, strides and offset of the region in all examples, the batch dimension first."""
     shape, strides = list(x.shape), list(x.stride())
     batch, step = shape.pop(bdim), strides.pop(bdim)
@@ -28,14 +31,17 @@ def region(x: Tensor, bdim: int, size: Sequence[int], stride: Sequence[int], off
     span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides))
     if batch > 1 and 0 < step < span:
         raise InsideTransformError(
-            "as_strided of a tensor whose examples lie between each other in memory", "vmap", "as_strided on its .contiguous()"
+            "as_strided of a tensor whose examples lie between each other in memory",
+            "vmap",
+            "as_strided on its .contiguous()",
         )
     first = offset - start
     last = first + sum((n - 1) * s for n, s in zip(size, stride))
     if 0 not in size and not 0 <= first <= last < span:
         raise RuntimeError(
-            f"as_strided(size={list(size)}, stride={list(stride)}, storage_offset={offset}) inside vmap: got places {first} to "
-            f"{last} of an example; expected places between 0 and {span - 1}. Other places belong to other examples."
+            f"as_strided(size={list(size)}, stride={list(stride)}, storage_offset={offset}) inside vmap: "
+            f"got places {first} to {last} of an example; expected places between 0 and {span - 1}. "
+            "Other places belong to other examples."
         )
     return [batch, *size], [step, *stride], offset
 
@@ -52,7 +58,13 @@ def as_strided(
 @batching_rule(aten.as_strided_scatter.default)
 @any_rank
 def as_strided_scatter(
-    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, src: Tensor, size: Any, stride: Any, storage_offset: int | None = None
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    x: Tensor,
+    src: Tensor,
+    size: Any,
+    stride: Any,
+    storage_offset: int | None = None,
 ) -> tuple[Any, Any]:
     """The result lies in memory as ``x`` does."""
     bdim = in_dims[0]

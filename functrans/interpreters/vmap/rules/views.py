@@ -57,7 +57,11 @@ elementwise(
 
 
 @batching_rule(
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.view_copy.default
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten._reshape_alias.default,
+    aten.view_copy.default,
 )
 @any_rank
 def reshape(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, stride: Any = None) -> Output:
