@@ -317,7 +317,8 @@ def test_an_interpreter_with_a_process_alone_gets_operators_one_by_one() -> None
     def slopes(x: Tensor) -> Tensor:
         interpreter = Passing()
         inside = interpreter.constant(x)
-        out = run_transformed(interpreter, lambda: jvp(grad(lambda x: (torch.tanh(x) * x).sum()), (inside,), (inside,))[1])
+        slope = grad(lambda x: (torch.tanh(x) * x).sum())
+        out = run_transformed(interpreter, lambda: jvp(slope, (inside,), (inside,))[1])
         assert all(name.startswith("aten.") for name in interpreter.seen) and "aten.tanh.default" in interpreter.seen
         return out.value
 

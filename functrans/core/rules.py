@@ -304,12 +304,16 @@ def check_table(call: str, table: Any) -> None:
 def _scope(table: RuleTable[Any], entries: Mapping[OpOverload, tuple[Any, str] | None]) -> Iterator[RuleTable[Any]]:
     scope = Scope(table, entries)
     try:
-        with _LOCK:
-            SCOPES.append(scope)
-        _innermost.set(scope)
-        yield table
-    finally:
-        scope.close()
+        try:
+            with _LOCK:
+                SCOPES.append(scope)
+            _innermost.set(scope)
+            yield table
+        finally:
+            scope.close()
+    except BaseException:
+        scope.close()  # once more: the exception may have come while it was closed
+        raise
 
 
 @contextmanager
