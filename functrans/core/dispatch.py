@@ -47,11 +47,12 @@ from functrans.core.torch_private import (
 def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     """Send a pure ``op``, which may be a program, to the interpreter that has to interpret it.
 
-    The order of look-up: a wrapper of a transform that ended is an error; without wrappers the base runs ``op``; else the
-    highest-level interpreter among the arguments' wrappers processes it, by (1) its rule for ``op``, (2) the decomposition
-    of a composite ``op``, whose pieces come through the same level again, (3) its declared policy for operators without
-    a rule: grad and jvp borrow PyTorch's derivative (interpreters/autograd_fallback.py), vmap decomposes by ``torch._decomp`` and then loops
-    over the examples with a warning, any other transform raises MissingRuleError. Nothing passes through in silence.
+    The order of look-up: a wrapper of a transform that ended is an error; without wrappers the base runs ``op``; else
+    the highest-level interpreter among the arguments' wrappers processes it, by (1) its rule for ``op``, (2) the
+    decomposition of a composite ``op``, whose pieces come through the same level again, (3) its declared policy for
+    operators without a rule: grad and jvp borrow PyTorch's derivative (interpreters/autograd_fallback.py), vmap
+    decomposes by ``torch._decomp`` and then loops over the examples with a warning, any other transform raises
+    MissingRuleError. Nothing passes through in silence.
     """
     known: Facts = op._functrans if hasattr(op, "_functrans") else facts(op)
     owner: Interpreter | None = None
@@ -66,7 +67,11 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
                     raise DeadWrapperError(a)
                 if owner is None or i.level > owner.level:
                     owner = i
-        elif kind is not Tensor and kind not in WITHOUT_TENSORS and (known.tensor_lists or not isinstance(a, list | tuple)):
+        elif (
+            kind is not Tensor
+            and kind not in WITHOUT_TENSORS
+            and (known.tensor_lists or not isinstance(a, list | tuple))
+        ):
             owner = scan(args, kwargs)[0]
             break
     else:
@@ -75,12 +80,15 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     if owner is None:
         return base(op, args, kwargs)
     if known.program and (not owner.whole or (SCOPES and op.scope is not scope_here())):
-        return op.decompose(*args, send=dispatch)  # it has rules for operators alone, or not those that the program stands for
+        # it has rules for operators alone, or not those that the program stands for
+        return op.decompose(*args, send=dispatch)
     return owner.process(op, args, kwargs)
 
 
 #: Types of arguments that are no tensors and hold none.
-WITHOUT_TENSORS = frozenset((int, float, bool, complex, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format))
+WITHOUT_TENSORS = frozenset(
+    (int, float, bool, complex, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+)
 
 
 #: where an operator has none
@@ -88,7 +96,8 @@ NO_KWARGS: dict[str, Any] = {}
 
 
 def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Interpreter | None, bool]:
-    """The interpreter of highest level among the wrappers in ``args``, and whether PyTorch's autograd follows one of the other tensors.
+    """The interpreter of highest level among the wrappers in ``args``, and whether PyTorch's autograd follows one of
+    the other tensors.
 
     Brings views up to date on the way, and refuses what a transform that has ended left behind.
     """
@@ -172,7 +181,8 @@ def unwrap(
     for a in args:
         kind = type(a)
         if kind is WrapperTensor:
-            if a.interpreter is interpreter:  # what is not mine is a constant here: this prevents perturbation confusion
+            # What it did not wrap is a constant to it, whatever it carries: this prevents perturbation confusion.
+            if a.interpreter is interpreter:
                 kept = a._carried
                 if kept is not None:
                     carried[len(values)] = kept if type(kept) is not PendingWrapper else tensor_of(kept)
@@ -236,7 +246,9 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 def modes_differ(interpreter: Interpreter) -> bool:
     """Whether a mode is on that was off when ``interpreter`` was entered; see NOTE [Grad mode per level]."""
-    return (torch.is_grad_enabled() and not interpreter.outer_grad_mode) or (is_forward_enabled() and not interpreter.outer_forward_mode)
+    return (torch.is_grad_enabled() and not interpreter.outer_grad_mode) or (
+        is_forward_enabled() and not interpreter.outer_forward_mode
+    )
 
 
 def in_outer_modes(interpreter: Interpreter, lowering: Callable[..., Any], *args: Any) -> Any:
@@ -254,8 +266,8 @@ def in_outer_modes(interpreter: Interpreter, lowering: Callable[..., Any], *args
 def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any], inputs: Any = None) -> Any:
     """Call ``function``, plain ``torch`` code, one level down, from a handler.
 
-    What ``lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already, and
-    at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
+    What ``lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already,
+    and at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
     """
     if not interpreter.outer_modes_on or forward_ad._current_level >= 0:
         with lowered(interpreter):

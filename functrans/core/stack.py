@@ -1,7 +1,7 @@
 """The interpreter stack: what is on it, and how it is entered.
 
-The stack is a linked list: ``STATE.top`` is the innermost interpreter, ``interpreter.below`` the next one, None the base
-(plain PyTorch). It is thread-local, and so is all that is switched with it: see core/thread_state.py.
+The stack is a linked list: ``STATE.top`` is the innermost interpreter, ``interpreter.below`` the next one, None the
+base (plain PyTorch). It is thread-local, and so is all that is switched with it: see core/thread_state.py.
 
 NOTE [Grad mode per level]
 PyTorch has one grad-mode flag per thread. A level's flag is that flag while the level is on top; entering the next
@@ -56,7 +56,8 @@ class Interpreter:
     differentiates: ClassVar[bool] = False
     #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
     repeats_writes: ClassVar[bool] = False
-    #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed (interpreters/autograd_fallback.py).
+    #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed
+    #: (interpreters/autograd_fallback.py).
     carries_autograd: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
@@ -66,7 +67,8 @@ class Interpreter:
     thread: int | None = None
 
     def __init_subclass__(cls, *, whole: bool = False) -> None:
-        """``whole``: ``process`` takes programs as they are. Not inherited: a subclass may mean something else by an operator."""
+        """``whole``: ``process`` takes programs as they are. Not inherited: a subclass may mean something else by an
+        operator."""
         check_payload(cls)
         if whole:
             WHOLE.add(cls)
@@ -102,7 +104,8 @@ class Interpreter:
         raise NotImplementedError
 
     def records(self, wrapper: WrapperTensor) -> bool:
-        """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says of it."""
+        """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says
+        of it."""
         return False
 
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:
@@ -116,8 +119,11 @@ class Interpreter:
         """``old``'s value and ``new``, brought to one layout one level down."""
         return old.value, new
 
-    def merge_payload(self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Let tensors that the transform keeps on ``merged`` have the history that ``merge`` gives them of ``old``'s."""
+    def merge_payload(
+        self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Let tensors that the transform keeps on ``merged`` have the history that ``merge`` gives them of
+        ``old``'s."""
 
     def before_write(self, target: Tensor) -> None:
         """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""
@@ -169,7 +175,8 @@ def check_enterable(interpreter: Interpreter, before: Snapshot) -> None:
     here, grad, forward = before.top, before.grad, before.forward
     if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
         mine: list[Any] = []
-        if interpreter.__dict__.setdefault("run", mine) is mine:  # atomic: threads that try at once get one run between them
+        # atomic: threads that try at once get one run between them
+        if interpreter.__dict__.setdefault("run", mine) is mine:
             return
     if "run" in interpreter.__dict__:
         what = "got one that is running" if interpreter.alive else "got one that has run already"
@@ -182,7 +189,11 @@ def check_enterable(interpreter: Interpreter, before: Snapshot) -> None:
 
 def place_of(interpreter: Interpreter | None) -> str:
     """Where code at a level is, for a message."""
-    return "outside of all transforms" if interpreter is None else f"inside {interpreter.name} at level {interpreter.level}"
+    return (
+        "outside of all transforms"
+        if interpreter is None
+        else f"inside {interpreter.name} at level {interpreter.level}"
+    )
 
 
 def interpreter_stack() -> list[Interpreter]:
@@ -207,7 +218,8 @@ def interpreter_stack() -> list[Interpreter]:
 def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable_grad: bool = False) -> Any:
     """Run ``body`` with ``interpreter`` on top of the stack; whatever happens, leave the thread as it was.
 
-    ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the new level's grad mode on.
+    ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the
+    new level's grad mode on.
     """
     before = Snapshot()
     check_enterable(interpreter, before)

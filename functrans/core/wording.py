@@ -101,7 +101,8 @@ def overloads_meant(op: Any, title: str, overload: Any) -> str:
         return f"Its operator is one of {overload_names(f'aten.{name}', getattr(torch.ops.aten, name))}."
     if callable(op) and title == "derivative table":
         return (
-            "The operator comes first: derivative(torch.ops.aten.sin.default, self=lambda grad, self: grad * self.cos()). "
+            "The operator comes first: derivative(torch.ops.aten.sin.default, "
+            "self=lambda grad, self: grad * self.cos()). "
             "It is no decorator."
         )
     if callable(op):

@@ -28,7 +28,8 @@ class Door(Mode):
     def __torch_dispatch__(
         self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Every operator that code runs inside a transform enters here, once, but for those that take the short way (torch_function.py).
+        """Every operator that code runs inside a transform enters here, once, but for those that take the short way
+        (torch_function.py).
 
         Writes and views become pure operators (functionalize/writes.py); what was made inside belongs to the innermost
         transform.

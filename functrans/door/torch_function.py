@@ -43,13 +43,14 @@ aten = torch.ops.aten
 STRIDED = torch.strided
 
 
-# What takes the place of a function, an *entrance*, is made twice: to be called by ``torch_function``, and as a method of the wrapper, where
-# the code that called it is one frame ``up``.
+# What takes the place of a function, an *entrance*, is made twice: to be called by ``torch_function``, and as a method
+# of the wrapper, where the code that called it is one frame ``up``.
 BY_METHOD = 1
 
 
 def frames_above(function: Callable[..., Any]) -> int:
-    """How many frames above ``torch_function`` the code is that called ``function``; one of Python's own calls handle_torch_function first."""
+    """How many frames above ``torch_function`` the code is that called ``function``; one of Python's own calls
+    handle_torch_function first."""
     return 3 if type(function) is FunctionType else 1
 
 
@@ -72,10 +73,11 @@ WrapperTensor.__torch_function__ = torch_function  # type: ignore[method-assign,
 
 
 def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any], up: int) -> Any:
-    """PyTorch's own way, on which other tensor subclasses among the arguments have their say first, as if wrappers had none.
+    """PyTorch's own way, on which other tensor subclasses among the arguments have their say first, as if wrappers had
+    none.
 
-    One that does not answer for itself only wants results of its type, which a wrapper cannot be. ``up``: how many frames up
-    ``function`` was called.
+    One that does not answer for itself only wants results of its type, which a wrapper cannot be. ``up``: how many
+    frames up ``function`` was called.
     """
     if function in LOST:
         kwargs = recovered(function, kwargs)
@@ -111,8 +113,9 @@ KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", flo
 ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, torch.device))
 
 
-# The short way is open where nothing else has to see what is called before the door does: a mode of the user's, or autocast. The
-# condition is written out at each entrance, where a call of a function would cost as much as what it asks.
+# The short way is open where nothing else has to see what is called before the door does: a mode of the user's, or
+# autocast. The condition is written out at each entrance, where a call of a function would cost as much as what it
+# asks.
 
 
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
@@ -183,7 +186,9 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
     return entrance
 
 
-def program_here(found: dict[Any, Program | None], key: Any, find: Callable[..., Program | None], *args: Any) -> Program | None:
+def program_here(
+    found: dict[Any, Program | None], key: Any, find: Callable[..., Program | None], *args: Any
+) -> Program | None:
     """``find(*args)`` by the rules that hold in this context; ``found`` keeps those for outside of scopes."""
     outside = scope_here() is None
     if outside and key in found:
@@ -194,10 +199,14 @@ def program_here(found: dict[Any, Program | None], key: Any, find: Callable[...,
     return program
 
 
-def binary(function: Callable[..., Any], find: Callable[[bool], Program | None], up: int, *, reflected: bool = False) -> Callable[..., Any]:
-    """What takes the place of ``function``, of two operands; ``find(is_tensor)`` is its program, by what the second one is.
+def binary(
+    function: Callable[..., Any], find: Callable[[bool], Program | None], up: int, *, reflected: bool = False
+) -> Callable[..., Any]:
+    """What takes the place of ``function``, of two operands; ``find(is_tensor)`` is its program, by what the second
+    one is.
 
-    ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to that.
+    ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to
+    that.
     """
     found: dict[bool, Program | None] = {}
     above = up + 1
@@ -213,8 +222,10 @@ def binary(function: Callable[..., Any], find: Callable[[bool], Program | None],
         elif type(x) is WrapperTensor:
             if x.view_link is not None:
                 x.view_link.refresh(x)
-            fit = number or (kind is WrapperTensor and y.view_link is None and y.dtype is x.dtype and y.layout is STRIDED and x.shape)
-            if x.dtype in REAL and x.layout is STRIDED and (fit or similar(x, y, kind)):  # (what is frequent without a call)
+            fit = number or (  # what is frequent, without a call
+                kind is WrapperTensor and y.view_link is None and y.dtype is x.dtype and y.layout is STRIDED and x.shape
+            )
+            if x.dtype in REAL and x.layout is STRIDED and (fit or similar(x, y, kind)):
                 owner = x.interpreter
                 other = y.interpreter if kind is WrapperTensor else owner
                 if other is not owner and owner.alive and (not other.alive or other.level > owner.level):
@@ -254,7 +265,8 @@ def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
 
 
 def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
-    """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or half."""
+    """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or
+    half."""
     above = up + 1
 
     def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:

@@ -16,10 +16,11 @@ aten = torch.ops.aten
 #: The dtypes whose programs know no promotion and no conjugate.
 REAL = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
-#: Pointwise operators whose tangent the table gives as a function: for real numbers the formulas of reverse mode are those of forward
-#: mode, since the Jacobian of a pointwise operator is diagonal.
+#: Pointwise operators whose tangent the table gives as a function: for real numbers the formulas of reverse mode are
+#: those of forward mode, since the Jacobian of a pointwise operator is diagonal.
 POINTWISE = frozenset(
-    (aten.abs.default, aten.sgn.default, aten.div.Tensor, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf,
+    (aten.abs.default, aten.sgn.default, aten.div.Tensor, aten.where.self, aten.where.ScalarOther,
+    aten.where.ScalarSelf,
      aten.tanh_backward.default, aten.sigmoid_backward.default)
 )  # fmt: skip
 
@@ -28,7 +29,8 @@ _tables: list[tuple[RuleTable[Any], dict[OpOverload, Any]]] = []
 
 
 def watch(*tables: RuleTable[Any]) -> None:
-    """Take the rules that are now in ``tables`` for those that programs stand for; an operator one of whose rules is another has no program."""
+    """Take the rules that are now in ``tables`` for those that programs stand for; an operator one of whose rules is
+    another has no program."""
     _tables.extend((table, {op: table.get(op) for op in table}) for table in tables)
 
 

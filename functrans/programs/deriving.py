@@ -18,12 +18,21 @@ aten = torch.ops.aten
 
 #: What is computed again for a pullback rather than kept.
 CHEAP = frozenset(
-    (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.rsub.Tensor, aten.mul.Tensor, aten.neg.default, aten.zeros_like.default)
+    (
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.rsub.Scalar,
+        aten.rsub.Tensor,
+        aten.mul.Tensor,
+        aten.neg.default,
+        aten.zeros_like.default,
+    )
 )
 
 
 class Derived(NamedTuple):
-    """Results as functions of values: what ``program`` computes of those that it ``uses``, or a value itself, or nothing."""
+    """Results as functions of values: what ``program`` computes of those that it ``uses``, or a value itself, or
+    nothing."""
 
     program: Program
     #: positions of the values that the program takes; None: all of them
@@ -41,11 +50,14 @@ class Derived(NamedTuple):
             outs = send(program, values if self.uses is None else [values[i] for i in self.uses], {})
             if program.single:
                 outs = (outs,)
-        return outs if self.plain else [None if r is None else outs[r] if r >= 0 else values[-1 - r] for r in self.results]
+        return (
+            outs if self.plain else [None if r is None else outs[r] if r >= 0 else values[-1 - r] for r in self.results]
+        )
 
 
 def tangent(program: Program, moving: tuple[int, ...]) -> Derived:
-    """The program of the inputs and one tangent per input in ``moving`` that computes the outputs and their tangents."""
+    """The program of the inputs and one tangent per input in ``moving`` that computes the outputs and their
+    tangents."""
     found = program.tangents.get(moving)
     if found is None:
         with tracing():
@@ -71,7 +83,9 @@ def slice_out(builder: Builder, inputs: Sequence[Value], outputs: Sequence[Value
         if v in wanted:
             continue
         wanted.add(v)
-        stack.extend(o for o in builder.instructions[v - builder.inputs].operands if type(o) is Value and o not in places)
+        stack.extend(
+            o for o in builder.instructions[v - builder.inputs].operands if type(o) is Value and o not in places
+        )
     instructions = []
     for v in sorted(wanted):
         op, operands = builder.instructions[v - builder.inputs]
@@ -80,7 +94,9 @@ def slice_out(builder: Builder, inputs: Sequence[Value], outputs: Sequence[Value
     return Program(len(inputs), instructions, [places[v] for v in outputs])
 
 
-def derived(builder: Builder, inputs: Sequence[Value], results: Sequence[Value | None], tensors: Iterable[int]) -> Derived:
+def derived(
+    builder: Builder, inputs: Sequence[Value], results: Sequence[Value | None], tensors: Iterable[int]
+) -> Derived:
     """``results`` as functions of ``inputs``; those that are inputs, or nothing, are not computed.
 
     ``tensors``: the positions of inputs that are known to be tensors.
@@ -99,7 +115,8 @@ def derived(builder: Builder, inputs: Sequence[Value], results: Sequence[Value |
 
 
 def fused(program: Program, tensors: Iterable[int]) -> Program:
-    """``program`` with each ``x + a * b`` as one operator, where the product is used nowhere else; ``tensors``: inputs that are no numbers."""
+    """``program`` with each ``x + a * b`` as one operator, where the product is used nowhere else; ``tensors``: inputs
+    that are no numbers."""
     n = program.inputs
     counts = Counter(o for _, operands in program.instructions for o in operands if type(o) is Value)
     counts.update(program.outputs)
@@ -110,7 +127,13 @@ def fused(program: Program, tensors: Iterable[int]) -> Program:
         is_tensor.append(True)
         if op is aten.add.Tensor:
             for x, product in (operands, operands[::-1]):
-                if type(product) is Value and product >= n and counts[product] == 1 and type(x) is Value and is_tensor[x]:
+                if (
+                    type(product) is Value
+                    and product >= n
+                    and counts[product] == 1
+                    and type(x) is Value
+                    and is_tensor[x]
+                ):
                     inner, factors = program.instructions[product - n]
                     if inner is aten.mul.Tensor and all(type(f) is Value and is_tensor[f] for f in factors):
                         op, operands = aten.addcmul.default, (x, *factors)
@@ -131,7 +154,9 @@ def formula_of(op: OpOverload, i: int) -> tuple[Derivative, str] | None:
     return entry, name
 
 
-def trace(builder: Builder, entry: Derivative, name: str, operands: Sequence[Any], result: Value, grad: Value) -> Value | None:
+def trace(
+    builder: Builder, entry: Derivative, name: str, operands: Sequence[Any], result: Value, grad: Value
+) -> Value | None:
     """Write down the formula for argument ``name``; ``grad`` is the cotangent, or the tangent of that argument."""
     known = facts(entry.op)
 
@@ -175,15 +200,17 @@ def tangent_of(program: Program, moving: tuple[int, ...]) -> Derived:
             tangents[n + k] = total
     outs = [values[o] for o in program.outputs]
     known = {*moving, *range(n, n + len(moving))}
-    return derived(builder, [Value(i) for i in range(n + len(moving))], [*outs, *(tangents.get(o) for o in program.outputs)], known)
+    return derived(
+        builder, [Value(i) for i in range(n + len(moving))], [*outs, *(tangents.get(o) for o in program.outputs)], known
+    )
 
 
 class Pullback(NamedTuple):
     """A program with what its pullback needs.
 
-    ``forward`` computes the outputs and after them the values to keep; ``saves`` says what is saved: inputs (-1, -2, ...) and
-    outputs of ``forward`` (0, 1, ...). ``pull`` gives, for the outputs that have a cotangent, the program of these cotangents and of
-    what was saved that computes the cotangents of the tracked inputs.
+    ``forward`` computes the outputs and after them the values to keep; ``saves`` says what is saved: inputs (-1, -2,
+    ...) and outputs of ``forward`` (0, 1, ...). ``pull`` gives, for the outputs that have a cotangent, the program of
+    these cotangents and of what was saved that computes the cotangents of the tracked inputs.
     """
 
     forward: Program
@@ -199,9 +226,12 @@ def pullback_of(program: Program, tracked: tuple[int, ...]) -> Pullback:
 
     def sweep(given: tuple[int, ...]) -> tuple[Builder, list[Value], list[Value | None]]:
         """The cotangents of the tracked inputs, written down behind the program's own instructions."""
-        # The cotangents are inputs of their own, numbered in front, so that the program's values move up by their number.
+        # The cotangents are inputs of their own, numbered in front, so that the program's values move up by their
+        # number.
         shift = len(given)
-        builder = Builder(shift + n, [Instruction(op, shifted(operands, shift)) for op, operands in program.instructions])
+        builder = Builder(
+            shift + n, [Instruction(op, shifted(operands, shift)) for op, operands in program.instructions]
+        )
         cotangents: dict[int, Value] = {}
         for c, position in enumerate(given):
             accumulate(builder, cotangents, program.outputs[position] + shift, Value(c))
@@ -213,7 +243,11 @@ def pullback_of(program: Program, tracked: tuple[int, ...]) -> Pullback:
             for i, o in enumerate(operands):
                 if type(o) is Value and depends[o]:
                     found = formula_of(op, i)
-                    part = None if found is None else trace(builder, *found, shifted(operands, shift), Value(shift + n + k), grad)
+                    part = (
+                        None
+                        if found is None
+                        else trace(builder, *found, shifted(operands, shift), Value(shift + n + k), grad)
+                    )
                     if part is not None:
                         accumulate(builder, cotangents, o + shift, part)
         return builder, [Value(c) for c in range(shift)], [cotangents.get(p + shift) for p in tracked]
@@ -223,7 +257,9 @@ def pullback_of(program: Program, tracked: tuple[int, ...]) -> Pullback:
     shift = len(seeds)
     needed = kept_values(builder, program, shift, [r for r in results if r is not None])
     extras = [v - shift for v in needed if v >= shift + n and v - shift not in program.outputs]
-    forward = Program(n, program.instructions, [*program.outputs, *map(Value, extras)]).inner if extras else program.inner
+    forward = (
+        Program(n, program.instructions, [*program.outputs, *map(Value, extras)]).inner if extras else program.inner
+    )
     saves = tuple(-1 - (v - shift) if v < shift + n else forward.outputs.index(v - shift) for v in needed)
     cache: dict[tuple[int, ...], Derived] = {}
 
@@ -248,7 +284,8 @@ def accumulate(builder: Builder, cotangents: dict[int, Value], at: int, part: Va
 
 
 def kept_values(builder: Builder, program: Program, shift: int, wanted: Sequence[Value]) -> list[Value]:
-    """The program's values that computing ``wanted`` starts from: inputs, outputs, and what is not cheap to compute again."""
+    """The program's values that computing ``wanted`` starts from: inputs, outputs, and what is not cheap to compute
+    again."""
     first, last = shift + program.inputs, shift + program.inputs + len(program.instructions)
     kept, seen, stack = set(), set(), list(wanted)
     while stack:

@@ -16,7 +16,8 @@ PROGRAMS = RuleCache()
 
 
 def operator_program(op: OpOverload, *numbers: Any) -> Program | None:
-    """The program of one operator whose last operands are ``numbers``; None if its derivatives cannot be written as programs."""
+    """The program of one operator whose last operands are ``numbers``; None if its derivatives cannot be written as
+    programs."""
     key = op, numbers
     if not SCOPES:
         try:
@@ -49,7 +50,9 @@ def traced(function: Callable[..., Any], inputs: int) -> Program:
 
 def probe(op: OpOverload, numbers: tuple[Any, ...]) -> Program:
     """The program of ``op``, after its first and second derivatives have been derived for a test."""
-    arguments = [a for a in op._schema.arguments if not a.kwarg_only and (not a.has_default_value() or "Tensor" in str(a.type))]
+    arguments = [
+        a for a in op._schema.arguments if not a.kwarg_only and (not a.has_default_value() or "Tensor" in str(a.type))
+    ]
     inputs = len(arguments) - len(numbers)
     builder = Builder(inputs)
     value = builder.emit(op, (*(Value(i) for i in range(inputs)), *numbers))

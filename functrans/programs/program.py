@@ -17,7 +17,8 @@ from functrans.core.torch_private import OpOverload
 
 
 class Value(int):
-    """A value in a program: its inputs come first, then one per instruction. (A plain int among operands is a number.)"""
+    """A value in a program: its inputs come first, then one per instruction. (A plain int among operands is a
+    number.)"""
 
     __slots__ = ()
 
@@ -42,7 +43,8 @@ class Program:
     """
 
     __slots__ = (
-        "_functrans", "_sources", "inner", "inputs", "instructions", "outputs", "pending", "pullbacks", "records", "scope", "single",
+        "_functrans", "_sources", "inner", "inputs", "instructions", "outputs", "pending", "pullbacks", "records",
+        "scope", "single",
         "source", "tangents",
     )  # fmt: skip
 
@@ -51,7 +53,8 @@ class Program:
         self.instructions = tuple(instructions)
         self.outputs = tuple(outputs)
         self.single = len(outputs) == 1
-        #: the scope of rules that the programs derived from it are made by; only there it may be interpreted as a program
+        #: the scope of rules that the programs derived from it are made by; only there it may be interpreted as a
+        #: program
         self.scope = scope_here() if SCOPES else None
         #: derived programs, by the positions of the inputs that move or are tracked
         self.tangents: dict[tuple[int, ...], Any] = {}

@@ -1,4 +1,5 @@
-"""What torch functions and methods mean, in operators: ``torch.sin``, ``Tensor.sin`` and ``x * y`` before PyTorch has parsed them.
+"""What torch functions and methods mean, in operators: ``torch.sin``, ``Tensor.sin`` and ``x * y`` before PyTorch has
+parsed them.
 
 Only frequent functions stand here, called with arguments by position; for all others PyTorch's own parser decides.
 """
@@ -17,7 +18,8 @@ aten = torch.ops.aten
 
 #: Functions of one tensor, whose operator is ``aten.<name>.default``.
 UNARY = (
-    "abs", "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "neg",
+    "abs", "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p",
+    "log2", "neg",
     "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
 )  # fmt: skip
 
@@ -34,7 +36,8 @@ BINARY: dict[str, dict[str, OpOverload]] = {
 #: Comparisons and choices: what derivatives' formulas are made of beside the above.
 CHOICES: dict[str, dict[str, OpOverload]] = {
     **{
-        name: {"TT": getattr(aten, name).Tensor, "Tn": getattr(aten, name).Scalar} for name in ("eq", "ne", "lt", "le", "gt", "ge")
+        name: {"TT": getattr(aten, name).Tensor, "Tn": getattr(aten, name).Scalar}
+        for name in ("eq", "ne", "lt", "le", "gt", "ge")
     },
     "where": {"TTT": aten.where.self, "TTn": aten.where.ScalarOther, "TnT": aten.where.ScalarSelf},
     "zeros_like": {"T": aten.zeros_like.default},
@@ -48,13 +51,16 @@ OPERATORS: dict[str, dict[str, OpOverload]] = {
 
 _BY_SIZES = {name: {"T*": getattr(aten, name).default} for name in ("view", "reshape", "expand", "permute")}
 
-#: Functions of other kinds whose operator takes their arguments as they are: T a tensor, i an int, N None; ``*`` a list of the ints
-#: that follow.
+#: Functions of other kinds whose operator takes their arguments as they are: T a tensor, i an int, N None; ``*`` a
+#: list of the ints that follow.
 DIRECT: dict[str, dict[str, OpOverload]] = {
     **{name: {"TT": getattr(aten, name).default} for name in ("matmul", "mm", "bmm", "mv", "dot")},
     **{name: {"T": getattr(aten, name).default} for name in ("t", "clone", "detach")},
     **_BY_SIZES,
-    **{name: {kinds.replace("n", n): op for kinds, op in CHOICES[name].items() for n in "if"} for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{
+        name: {kinds.replace("n", n): op for kinds, op in CHOICES[name].items() for n in "if"}
+        for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    },
     "linear": {kinds: aten.linear.default for kinds in ("TT", "TTT", "TTN")},
     "addmm": {"TTT": aten.addmm.default},
     "transpose": {"Tii": aten.transpose.int},
@@ -71,12 +77,21 @@ DIRECT: dict[str, dict[str, OpOverload]] = {
 
 #: Python's operators.
 DUNDERS = {
-    "__neg__": "neg", "__abs__": "abs", "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul",
-    "__rmul__": "mul", "__truediv__": "div", "__pow__": "pow", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt", "__le__": "le",
+    "__neg__": "neg", "__abs__": "abs", "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub",
+    "__mul__": "mul",
+    "__rmul__": "mul", "__truediv__": "div", "__pow__": "pow", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt",
+    "__le__": "le",
     "__gt__": "gt", "__ge__": "ge", "__matmul__": "matmul",
 }  # fmt: skip
 
-OTHER_NAMES = {"subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs"}
+OTHER_NAMES = {
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "negative": "neg",
+    "absolute": "abs",
+}
 
 
 def spellings() -> dict[Callable[..., Any], str]:

@@ -1,4 +1,5 @@
-"""Formulas of the derivative table written down as instructions, by running them once on objects that stand for tensors."""
+"""Formulas of the derivative table written down as instructions, by running them once on objects that stand for
+tensors."""
 
 from __future__ import annotations
 
@@ -101,7 +102,24 @@ def _dunder(name: str) -> Any:
     return lambda self, *args: self.__torch_function__(function, (), (self, *args), None)
 
 
-for _name in ("neg", "abs", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "pow", "eq", "ne", "lt", "le", "gt", "ge"):
+for _name in (
+    "neg",
+    "abs",
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "pow",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
     setattr(Tracer, f"__{_name}__", _dunder(f"__{_name}__"))
 
 SPELLINGS = spellings()

@@ -125,9 +125,9 @@ class GradInterpreter(Interpreter, whole=True):
     def rows_behind(self, slot: int, size: int, like: Tensor) -> tuple[Tensor, int, int] | None:
         """What the last steps to the vector ``slot`` make of the rows of the identity, without multiplying it out.
 
-        Through pointwise steps a row of the identity stays a row of a diagonal matrix, and pulling that through the product of a
-        matrix and a vector scales the matrix's rows. Returns these rows, the slot that they are cotangents of, and how much of
-        the tape is left to be walked; None if the last step is of another kind.
+        Through pointwise steps a row of the identity stays a row of a diagonal matrix, and pulling that through the
+        product of a matrix and a vector scales the matrix's rows. Returns these rows, the slot that they are
+        cotangents of, and how much of the tape is left to be walked; None if the last step is of another kind.
         """
         if self.hooks is not None:
             return None
@@ -210,7 +210,8 @@ class GradInterpreter(Interpreter, whole=True):
         return cotangents
 
     def describe_tape(self) -> str:
-        """The tape, a line for each record: the slots that it made, the operator, the slots that it took, and what it saved.
+        """The tape, a line for each record: the slots that it made, the operator, the slots that it took, and what it
+        saved.
 
         Example:
             >>> import torch, functrans
@@ -224,7 +225,9 @@ class GradInterpreter(Interpreter, whole=True):
             3 = aten.sum.default(2), saved [float32[3]]
         """
         return "\n".join(
-            "used" if plan is None else f"{shown(outs)} = {plan.operator(saved)}({given(ins, {})}), saved {shown(saved)}"
+            "used"
+            if plan is None
+            else f"{shown(outs)} = {plan.operator(saved)}({given(ins, {})}), saved {shown(saved)}"
             for plan, outs, ins, saved in self.tape
         )
 
@@ -249,7 +252,13 @@ carried_as("slot")
 
 def total(a: Any, b: Any) -> Any:
     """The sum of two cotangents of one value."""
-    if type(a) in WRAPPERS and type(b) in WRAPPERS and a.dtype is b.dtype and a.dtype in REAL and a.layout is b.layout is torch.strided:
+    if (
+        type(a) in WRAPPERS
+        and type(b) in WRAPPERS
+        and a.dtype is b.dtype
+        and a.dtype in REAL
+        and a.layout is b.layout is torch.strided
+    ):
         program = operator_program(torch.ops.aten.add.Tensor)
         if program is not None:
             return start(program.inner, (a, b), {})

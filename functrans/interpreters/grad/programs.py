@@ -24,7 +24,13 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
     if program.inputs == 1 and program.single:  # the frequent case, in a few steps
         (x,) = args
         known = program.records.get((0,))
-        if known is not None and not known.keeps and x.strides is None and x.slot is not None and torch.is_grad_enabled():
+        if (
+            known is not None
+            and not known.keeps
+            and x.strides is None
+            and x.slot is not None
+            and torch.is_grad_enabled()
+        ):
             value = x._value
             out = lower(self, known.forward, (value,), NO_KWARGS)
             wrapper = make(self, out, x)

@@ -25,7 +25,8 @@ from functrans.programs.admission import by_our_rules
 
 aten = torch.ops.aten
 
-#: Operators that jvp treats in a way of its own: rule(interpreter, op, values, tangents, kwargs) -> output of this level.
+#: Operators that jvp treats in a way of its own: rule(interpreter, op, values, tangents, kwargs) -> output of this
+#: level.
 JVP_RULES: RuleTable[Callable[..., Any]] = RuleTable("jvp rules", cached=True)
 
 
@@ -49,10 +50,12 @@ class JvpInterpreter(Interpreter, whole=True):
         wrapper.tangent = tangent if value.dtype in DIFFERENTIABLE else None
         return wrapper
 
-    def merge_payload(self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def merge_payload(
+        self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         if old.tangent is not None:
             new = merged.tangent
-            if new is None:  # no tangent is a tangent of zeros, which takes over the history of the old one all the same
+            if new is None:  # a tangent of zeros, which takes over the history of the old one all the same
                 new = lower(self, aten.zeros_like.default, (old.tangent,), {})
             merged.tangent = merge(old.tangent, new)
 
@@ -151,7 +154,9 @@ def fall_back(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, ta
 
     names = facts(op).arguments
     given = [dual(value, tangents.get(i)) for i, value in enumerate(values)]
-    return decompose(self, op, given, {name: dual(value, tangents.get(names.index(name))) for name, value in kwargs.items()})
+    return decompose(
+        self, op, given, {name: dual(value, tangents.get(names.index(name))) for name, value in kwargs.items()}
+    )
 
 
 class TableMethod:
@@ -161,9 +166,13 @@ class TableMethod:
         self.entry = entry
         self.known = known
         self.tangent: Callable[..., Any] = self.elementwise if entry.tangent == "elementwise" else self.formula
-        #: how the tangent is computed by operators sent down one by one, instead of plain ``torch`` code that runs one level down
-        self.direct: Callable[..., Any] | None = {"linear": self.linear, "multilinear": self.multilinear}.get(entry.tangent)  # type: ignore[arg-type]
-        #: argument positions that an elementwise tangent may come from, each with its formula and where its parameters are found
+        #: how the tangent is computed by operators sent down one by one, instead of plain ``torch`` code that runs one
+        #: level down
+        self.direct: Callable[..., Any] | None = {"linear": self.linear, "multilinear": self.multilinear}.get(
+            entry.tangent
+        )  # type: ignore[arg-type]
+        #: argument positions that an elementwise tangent may come from, each with its formula and where its parameters
+        #: are found
         self.partial = {
             known.arguments.index(name): (formula, [self.where(need) for need in entry.needs[name]])
             for name, formula in entry.formulas.items()
@@ -175,7 +184,11 @@ class TableMethod:
 
     def answers(self, name: str) -> bool:
         formula = self.entry.formulas.get(name)
-        return f"{name}_t" in self.entry.needs["tangent"] or formula is no_cotangent if callable(self.entry.tangent) else formula is not None
+        return (
+            f"{name}_t" in self.entry.needs["tangent"] or formula is no_cotangent
+            if callable(self.entry.tangent)
+            else formula is not None
+        )
 
     def __call__(self, interpreter: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
         if not self.answered.issuperset(tangents):
@@ -184,7 +197,9 @@ class TableMethod:
         if self.direct is not None:
             found = self.direct(interpreter, values, kwargs, tangents)
         else:
-            found = call_below(interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values()))
+            found = call_below(
+                interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values())
+            )
         if not torch.is_grad_enabled():
             found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
         if self.foreign:
@@ -195,7 +210,11 @@ class TableMethod:
         """Refuse tangents that do not fit their outputs."""
 
         def refusal(got: str, wanted: str) -> Exception:
-            return DerivativeEntryError(self.entry.op, f"registered at {DERIVATIVES.place(self.entry.op)} has a tangent formula that returned {got}; expected {wanted}")
+            return DerivativeEntryError(
+                self.entry.op,
+                f"registered at {DERIVATIVES.place(self.entry.op)} has a tangent formula that returned {got}; "
+                f"expected {wanted}",
+            )
 
         if isinstance(out, Tensor):
             expect_tangent(found, spec(out), refusal)
@@ -207,7 +226,9 @@ class TableMethod:
 
     def where(self, need: str) -> int:
         """The position of an argument, GIVEN for the tangent, or RESULT."""
-        return GIVEN if need == "grad" else RESULT if need == "result" else self.known.arguments.index(need) if need in self.known.arguments else RESULT
+        if need == "grad":
+            return GIVEN
+        return self.known.arguments.index(need) if need in self.known.arguments else RESULT
 
     def named(self, name: str, values: Any, kwargs: Any) -> Any:
         return self.at(self.known.arguments.index(name), values, kwargs)
@@ -222,9 +243,8 @@ class TableMethod:
             formula, places = self.partial[position]
             if t.is_complex():
                 t = t.conj()
-            part = formula(
-                *[t if i == GIVEN else out if i == RESULT else values[i] if i < len(values) else self.at(i, values, kwargs) for i in places]
-            )
+            given = {GIVEN: t, RESULT: out}
+            part = formula(*[given[i] if i < 0 else self.at(i, values, kwargs) for i in places])
             if part is None:
                 continue
             if part.is_complex():

@@ -61,7 +61,8 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
         derived = tangent_of(program, moving)
     except Untraceable:
         return program.decompose(*args, send=dispatch)
-    if not derived.plain and not torch.is_grad_enabled():  # a tangent passed on as it is must not bring its derivative along
+    # a tangent passed on as it is must not bring its derivative along
+    if not derived.plain and not torch.is_grad_enabled():
         return program.decompose(*args, send=dispatch)
     outs = derived.of(values + tangents, partial(lower, self))
     found: list[Any] = []

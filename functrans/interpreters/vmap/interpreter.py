@@ -32,17 +32,20 @@ aten = torch.ops.aten
 DATA_DEPENDENT = {
     getattr(getattr(aten, name), overload): cure
     for names, cure in (
-        (("item", "_local_scalar_dense", "is_nonzero"), "use torch.where(condition, a, b) instead of branching on a value; keep numbers as tensors"),
+        (("item", "_local_scalar_dense", "is_nonzero"),
+         "use torch.where(condition, a, b) instead of branching on a value; keep numbers as tensors"),
         (("equal",), "compare with (a == b).all() and keep the result as a tensor"),
         (("nonzero", "argwhere", "nonzero_numpy", "masked_select"),
          "use torch.where(mask, x, 0) or a fixed-size result such as torch.nonzero_static"),
-        (("unique_dim", "_unique", "_unique2", "unique_consecutive", "unique_dim_consecutive"), "call it outside of vmap"),
+        (("unique_dim", "_unique", "_unique2", "unique_consecutive", "unique_dim_consecutive"),
+         "call it outside of vmap"),
     )
     for name in names if hasattr(aten, name)
     for overload in getattr(aten, name).overloads() if "out" not in overload
 }  # fmt: skip
 
-#: What PyTorch takes apart into something else: the second output would be the weights, not the logarithms of their sums.
+#: What PyTorch takes apart into something else: the second output would be the weights, not the logarithms of their
+#: sums.
 NOT_DECOMPOSED = frozenset((aten._scaled_dot_product_flash_attention_for_cpu.default,))
 
 ITEM = (aten.item.default, aten._local_scalar_dense.default)
@@ -188,9 +191,17 @@ class VmapInterpreter(Interpreter, whole=True):
         return self.loop(op, args, kwargs)
 
     def _run_random(
-        self, op: OpOverload, known: Facts, values: Any, dims: Any, kwargs: dict[str, Any], batched: bool, kwargs_batched: bool
+        self,
+        op: OpOverload,
+        known: Facts,
+        values: Any,
+        dims: Any,
+        kwargs: dict[str, Any],
+        batched: bool,
+        kwargs_batched: bool,
     ) -> Any:
-        """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator, or one by one."""
+        """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator, or
+        one by one."""
         drawing = not draws_nothing(op, values)
         rule, *_ = rule_here(op, known)
         randomness = self.info.randomness
@@ -219,7 +230,8 @@ class VmapInterpreter(Interpreter, whole=True):
         return self.leave(op, result)
 
     def check_example(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> None:
-        """Raise what ``op`` raises for one example, where it does; see NOTE [Operators refuse examples, not batches]."""
+        """Raise what ``op`` raises for one example, where it does; see NOTE [Operators refuse examples, not
+        batches]."""
 
         def run() -> None:
             with lowered(self):
@@ -268,13 +280,19 @@ class VmapInterpreter(Interpreter, whole=True):
             if out_dims is not None and type(out_dims) is not int:
                 raise BatchingRuleError(rule_of(of), f"out_dims {out_dims!r} for one tensor", "an int or None")
             if type(out) is WrapperTensor and out.interpreter.level >= self.level:
-                raise BatchingRuleError(rule_of(of), f"a value of level {out.interpreter.level}", f"one below level {self.level}, computed from its arguments")
+                raise BatchingRuleError(
+                    rule_of(of),
+                    f"a value of level {out.interpreter.level}",
+                    f"one below level {self.level}, computed from its arguments",
+                )
             return self.batched(out, out_dims, of)
         if isinstance(out, tuple | list):
             if not isinstance(out_dims, tuple | list):
                 out_dims = [out_dims] * len(out)
             elif len(out_dims) != len(out):
-                raise BatchingRuleError(rule_of(of), f"{len(out_dims)} out_dims for {len(out)} outputs", "one for each, or one for all")
+                raise BatchingRuleError(
+                    rule_of(of), f"{len(out_dims)} out_dims for {len(out)} outputs", "one for each, or one for all"
+                )
             left = [self._leave(of, o, d) for o, d in zip(out, out_dims, strict=True)]
             return left if type(out) is list else tuple(left)
         return out
@@ -288,7 +306,9 @@ class VmapInterpreter(Interpreter, whole=True):
                 for i in range(self.batch_size)
             ]
             if not outs:
-                raise DataDependentError(op, self, "it has no batching rule, and a batch of size 0 has no example to take its shape from")
+                raise DataDependentError(
+                    op, self, "it has no batching rule, and a batch of size 0 has no example to take its shape from"
+                )
             return self._stack(op, outs)
 
     def _example(self, a: Any, i: int) -> Any:
@@ -317,7 +337,8 @@ carried_as("bdim")
 
 
 def rule_here(op: OpOverload, known: Facts) -> tuple[Any, Any, set[Any] | None]:
-    """The rule of an operator in this context (None: there is none), its shortcut, and the kinds of arguments that the operator is known
+    """The rule of an operator in this context (None: there is none), its shortcut, and the kinds of arguments that the
+    operator is known
     to take (None: not asked for)."""
     plans = plans_here(known)
     found = plans.get(VmapInterpreter)
@@ -337,7 +358,9 @@ def for_each(info: BatchInfo, dims: Sequence[Any], values: Sequence[Any]) -> tup
         return dims, *values
 
     def batch(x: Any) -> Any:
-        return [batch(v) for v in x] if isinstance(x, list) else materialize(x, None, info.batch_size) if isinstance(x, Tensor) else x
+        if isinstance(x, list):
+            return [batch(v) for v in x]
+        return materialize(x, None, info.batch_size) if isinstance(x, Tensor) else x
 
     def place(x: Any) -> Any:
         return [place(v) for v in x] if isinstance(x, list) else 0 if isinstance(x, Tensor) else None
@@ -361,7 +384,8 @@ def described(x: Any) -> str:
 
 
 def is_checked(op: OpOverload, known: Facts, rule: Callable[..., Any] | None) -> bool:
-    """Whether one example must show that ``op`` takes it: a rule, or a decomposition that may be more liberal, stands in for ``op``."""
+    """Whether one example must show that ``op`` takes it: a rule, or a decomposition that may be more liberal, stands
+    in for ``op``."""
     if op.namespace != "aten" or op in DATA_DEPENDENT or hasattr(rule, "any_rank"):
         return False
     return rule is not None or (not known.composite and op in DECOMPOSITION_TABLE)

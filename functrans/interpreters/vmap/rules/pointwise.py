@@ -34,7 +34,7 @@ UNTAGGED = """
     special_expm1 special_gammainc special_gammaincc special_gammaln special_i0 special_log1p special_logit
     special_multigammaln special_ndtr special_polygamma special_psi special_round special_sinc special_xlogy subtract
     true_divide
-    __and__ __or__ isclose isreal
+    __and__ __or__ isreal
     complex fill floor_divide hardswish leaky_relu log_sigmoid polar rsub zero
 """
 
@@ -71,6 +71,15 @@ elementwise(aten.where.Scalar)
 elementwise(aten.where.ScalarOther, promoting=(1,))
 elementwise(aten.where.ScalarSelf, promoting=(2,))
 elementwise(aten.masked_fill.Scalar, promoting=())
+
+
+@batching_rule(aten.isclose.default)
+def isclose(
+    info: BatchInfo, in_dims: Sequence[Any], self: Tensor, other: Tensor, *options: Any
+) -> tuple[Tensor, int]:
+    """With ``equal_nan`` it writes into what is of the first one's shape (until PyTorch 2.11)."""
+    self, other = align((self, other), in_dims, (0, 1))
+    return aten.isclose(self.expand(torch.broadcast_shapes(self.shape, other.shape)), other, *options), 0
 
 
 @batching_rule(aten.masked_fill.Tensor)
