@@ -168,9 +168,8 @@ class TableMethod:
         self.tangent: Callable[..., Any] = self.elementwise if entry.tangent == "elementwise" else self.formula
         #: how the tangent is computed by operators sent down one by one, instead of plain ``torch`` code that runs one
         #: level down
-        self.direct: Callable[..., Any] | None = {"linear": self.linear, "multilinear": self.multilinear}.get(
-            entry.tangent
-        )  # type: ignore[arg-type]
+        by_kind: dict[Any, Callable[..., Any]] = {"linear": self.linear, "multilinear": self.multilinear}
+        self.direct = by_kind.get(entry.tangent)
         #: argument positions that an elementwise tangent may come from, each with its formula and where its parameters
         #: are found
         self.partial = {
@@ -243,8 +242,7 @@ class TableMethod:
             formula, places = self.partial[position]
             if t.is_complex():
                 t = t.conj()
-            given = {GIVEN: t, RESULT: out}
-            part = formula(*[given[i] if i < 0 else self.at(i, values, kwargs) for i in places])
+            part = formula(*[t if i == GIVEN else out if i == RESULT else self.at(i, values, kwargs) for i in places])
             if part is None:
                 continue
             if part.is_complex():
