@@ -136,3 +136,13 @@ def test_the_kernel_for_cpus_and_both_of_its_outputs(given):
     torch.testing.assert_close(
         vmap(lambda q: grad(f)(q, *inputs[1:]))(rows), torch.stack([grad(f)(q, *inputs[1:]) for q in rows])
     )
+
+
+def test_what_autograd_follows_at_the_base_may_be_an_argument_by_keyword():
+    """PyTorch refuses this one, and does so under vmap, too, where its derivative would be lost."""
+    op = aten._scaled_dot_product_flash_attention_for_cpu.default
+    q, k, v = randn(3, 1, 2, 4, 8), randn(1, 2, 5, 8), randn(1, 2, 5, 8)
+    mask = randn(4, 5).requires_grad_()
+    for run in (lambda: op(q[0], k, v, attn_mask=mask), lambda: vmap(lambda q: op(q, k, v, attn_mask=mask)[0])(q)):
+        with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'attn_mask'"):
+            run()

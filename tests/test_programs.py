@@ -22,9 +22,11 @@ from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.dispatch import base, dispatch, lower, map_tensors
 from functrans.core.errors import DeadWrapperError
 from functrans.core.operators import facts
-from functrans.core.stack import WHOLE, Interpreter
+from functrans.core.stack import Interpreter
 from functrans.core.tensor import wrap
 from functrans.extend import BATCHING_RULES, DERIVATIVES, derivative, overriding, run_transformed
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.programs.deriving import pullback, tangent
 from functrans.programs.operators import operator_program, traced
@@ -105,11 +107,14 @@ def test_a_formula_that_looks_at_numbers_is_no_program() -> None:
 
 
 @pytest.fixture
-def one_by_one() -> Iterator[Callable[[], None]]:
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Switches programs off: every operator goes down the stack by itself."""
-    before = set(WHOLE)
-    yield WHOLE.clear
-    WHOLE.update(before)
+
+    def switch_off() -> None:
+        for kind in (GradInterpreter, JvpInterpreter, VmapInterpreter):
+            monkeypatch.setattr(kind, "whole", False)
+
+    return switch_off
 
 
 STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

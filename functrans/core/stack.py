@@ -38,10 +38,6 @@ if TYPE_CHECKING:
     from functrans.core.tensor import WrapperTensor
 
 
-#: The classes whose ``process`` takes programs as they are; for others they are taken apart. See functrans.programs.
-WHOLE: set[type] = set()
-
-
 class Interpreter:
     """One running transform: it gives every operator on its wrappers a meaning.
 
@@ -61,8 +57,8 @@ class Interpreter:
     carries_autograd: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
-    #: Whether ``process`` takes programs as they are.
-    whole: bool = False
+    #: Whether ``process`` takes programs as they are; for others they are taken apart. See functrans.programs.
+    whole: ClassVar[bool] = False
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
@@ -70,14 +66,12 @@ class Interpreter:
         """``whole``: ``process`` takes programs as they are. Not inherited: a subclass may mean something else by an
         operator."""
         check_payload(cls)
-        if whole:
-            WHOLE.add(cls)
+        cls.whole = whole
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         self.below: Interpreter | None = STATE.top
         self.level: int = 1 if self.below is None else self.below.level + 1
         self.alive = True
-        self.whole = type(self) in WHOLE
         self.func = func
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()

@@ -44,8 +44,7 @@ class Program:
 
     __slots__ = (
         "_functrans", "_sources", "inner", "inputs", "instructions", "outputs", "pending", "pullbacks", "records",
-        "scope", "single",
-        "source", "tangents",
+        "scope", "single", "source", "tangents",
     )  # fmt: skip
 
     def __init__(self, inputs: int, instructions: Sequence[Instruction], outputs: Sequence[Value]) -> None:

@@ -172,7 +172,8 @@ class VmapInterpreter(Interpreter, whole=True):
             accepted.add(key)
         if rule is not None and batched and not kwargs_batched:
             try:
-                result = call_below(self, rule, (self.info, dims, *values), below_kwargs, values)
+                inputs = (*values, *below_kwargs.values()) if below_kwargs else values
+                result = call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs)
             except RuleDeclined:
                 pass
             else:
