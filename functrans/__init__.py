@@ -22,7 +22,7 @@ from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
-from functrans.programs.admission import watch
+from functrans.programs.fusible import watch
 
 derivatives.load()
 load_batching_rules()

@@ -37,7 +37,7 @@ from functrans.core.errors import (
     RuleError,
     RuleResultError,
 )
-from functrans.core.operators import facts, schema_default
+from functrans.core.operators import op_info, schema_default
 from functrans.core.rules import RuleTable, check_table, place_in, rules_in_scope
 from functrans.core.stack import Interpreter, interpreter_stack
 from functrans.core.tensor import WrapperTensor
@@ -170,7 +170,7 @@ class TableInterpreter(Interpreter):
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
         if rule is None:
-            if facts(op).composite:
+            if op_info(op).composite:
                 return decompose(self, op, args, kwargs)
             raise missing_rule(self, op)
 

@@ -51,7 +51,7 @@ def test_a_thread_that_is_not_put_back_is_found() -> None:
 
 def test_a_cache_that_is_filled_too_early_is_found() -> None:
     def filled_too_early(known: Any) -> Any:
-        known.plans[out_of_place.Functional] = NotImplemented
+        known.specialized[out_of_place.Functional] = NotImplemented
         return original(known)
 
     original = out_of_place.by_name

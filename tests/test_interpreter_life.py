@@ -148,8 +148,8 @@ def test_of_many_threads_one_runs_it() -> None:
 
 # ---- payloads
 
-TAKEN = ["shape", "dtype", "device", "layout", "strides", "slot", "bdim", "tangent", "value", "interpreter",
-    "view_link", "version", "root", "seen",
+TAKEN = ["shape", "dtype", "device", "layout", "strides", "tape_index", "bdim", "tangent", "value", "interpreter",
+    "view_link", "version", "alias_group", "synced_version",
          "made_at", "_value", "_tangent", "grad", "data", "T", "max", "size", "requires_grad", "__class__",
          "self"]  # fmt: skip
 
@@ -178,7 +178,7 @@ def test_a_subclass_keeps_what_it_inherits() -> None:
         mine: Any = type("Mine", (base,), {"payload": (*base.payload, "mark")})
         assert mine.payload == (*base.payload, "mark")
     with pytest.raises(PayloadError):
-        type("Mine", (GradInterpreter,), {"payload": ("slot", "bdim")})
+        type("Mine", (GradInterpreter,), {"payload": ("tape_index", "bdim")})
 
 
 def test_a_payload_of_free_names_arrives() -> None:

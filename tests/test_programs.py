@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.dispatch import base, dispatch, lower, map_tensors
 from functrans.core.errors import DeadWrapperError
-from functrans.core.operators import facts
+from functrans.core.operators import op_info
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import wrap
 from functrans.extend import BATCHING_RULES, DERIVATIVES, derivative, overriding, run_transformed
@@ -285,8 +285,8 @@ def test_replaced_batching_rules_count_at_once() -> None:
 def test_a_program_is_an_operator() -> None:
     sin = operator_program(aten.sin.default)
     assert sin is not None
-    known, x = facts(sin), double(3)
-    assert known.program and known.composite and not known.random and facts(aten.sin.default).program is False
+    known, x = op_info(sin), double(3)
+    assert known.program and known.composite and not known.random and op_info(aten.sin.default).program is False
     for run in (known.direct, sin.decompose, sin, lambda x: dispatch(sin, (x,), {}), lambda x: base(sin, (x,), {})):
         agree(run(x), x.sin())
     leaf = x.clone().requires_grad_()

@@ -18,7 +18,7 @@ import functrans
 from functrans import batching_rule, derivative, grad, jvp, vmap
 from functrans.core.defaults import completed
 from functrans.core.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
-from functrans.core.operators import facts, schema_default
+from functrans.core.operators import op_info, schema_default
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.extend import (
     BATCHING_RULES,
@@ -276,7 +276,7 @@ def test_defaults_of_a_schema_are_what_python_passes() -> None:
     assert schema_default(arguments["dtype"]) is torch.int64 and schema_default(arguments["device"]) is None
     (memory_format,) = [a for a in aten.contiguous.default._schema.arguments if a.name == "memory_format"]
     assert schema_default(memory_format) is torch.contiguous_format
-    assert facts(aten.contiguous.default).defaults[1] is torch.contiguous_format
+    assert op_info(aten.contiguous.default).defaults[1] is torch.contiguous_format
 
 
 LIB = torch.library.Library("registration", "FRAGMENT")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import functrans.door.autograd_function
 from functrans import grad, jvp, vmap
-from functrans.core.operators import facts
+from functrans.core.operators import op_info
 from functrans.core.tensor import PendingWrapper
 from functrans.derivatives.table import DERIVATIVES
 from functrans.extend import RuleTable, TableInterpreter, interpreter_stack, run_transformed
@@ -48,14 +48,14 @@ def test_tangents_in_other_levels() -> None:
         printed(lambda f: vmap(grad(lambda x: jvp(f, (x,), (x.sin(),))[1])), torch.stack([X, -X]).double()),
         """\
 WrapperTensor(jvp level 3, float64[2, 2]
-  value=WrapperTensor(grad level 2, float64[2, 2], tracked, slot=1
+  value=WrapperTensor(grad level 2, float64[2, 2], tracked, tape_index=1
     value=WrapperTensor(vmap level 1, float64[2, 2], bdim=0
       value=tensor([[[ 1.,  2.],
                      [ 3.,  4.]],
 
                     [[-1., -2.],
                      [-3., -4.]]], dtype=torch.float64)))
-  tangent=WrapperTensor(grad level 2, float64[2, 2], tracked, slot=2
+  tangent=WrapperTensor(grad level 2, float64[2, 2], tracked, tape_index=2
     value=WrapperTensor(vmap level 1, float64[2, 2], bdim=0
       value=tensor([[[ 0.8415,  0.9093],
                      [ 0.1411, -0.7568]],
@@ -115,7 +115,7 @@ def test_wrappers_of_ended_transforms() -> None:
     kept: list[Tensor] = []
     vmap(grad(lambda x: (kept.append(x[0]), x.sum())[1]))(X)
     assert_expected_inline(repr(kept[0]), """\
-WrapperTensor(grad level 2, ended, float32[], tracked, slot=2
+WrapperTensor(grad level 2, ended, float32[], tracked, tape_index=2
   value=WrapperTensor(vmap level 1, ended, float32[], bdim=0
     value=tensor([1., 3.])))""")
 
@@ -197,13 +197,13 @@ def test_the_tape_its_records_and_plans() -> None:
 [5] = aten.linalg_householder_product.default(4), saved [aten.linalg_householder_product.default, <PyTorch's pullback, of inputs [float32[2, 2], float32[2]]>]
 6 = aten.select.int(5), saved [float32[2, 2], 0, 0]
 [7, None] = aten.max.dim(6), saved [float32[2], 0, False, [float32[], int64[]]]
-<ProgramPlan of aten.sin.default for input 0>
-<TablePlan of aten.matmul.default for self, other>
-<FunctionPlan of an autograd.Function>
-<BorrowedPlan of an operator by PyTorch's derivative>
-<TablePlan of aten.select.int for self>
-<TablePlan of aten.max.dim for self>
-(<ProgramPlan of aten.sin.default for input 0>, 2, [1], [tensor([[1., 2.],
+<ProgramNode of aten.sin.default for input 0>
+<TableNode of aten.matmul.default for self, other>
+<FunctionNode of an autograd.Function>
+<BorrowedNode of an operator by PyTorch's derivative>
+<TableNode of aten.select.int for self>
+<TableNode of aten.max.dim for self>
+(<ProgramNode of aten.sin.default for input 0>, 2, [1], [tensor([[1., 2.],
         [3., 4.]])])
 <ViewLink aten.select.int(..., 0, 0)>""",  # noqa: E501
     )
@@ -237,7 +237,7 @@ PendingWrapper(vmap level 1, float32[2], bdim=0
 def test_entries_of_the_tables() -> None:
     assert re.fullmatch(r"<RuleTable 'derivative table', \d+ rules>", repr(DERIVATIVES))
     mul, mm = torch.ops.aten.mul.Tensor, torch.ops.aten.mm.default
-    assert_expected_inline(f"{DERIVATIVES.get(mul)}\n{DERIVATIVES.get(mm)}\n{facts(mul)}", """\
+    assert_expected_inline(f"{DERIVATIVES.get(mul)}\n{DERIVATIVES.get(mm)}\n{op_info(mul)}", """\
 <Derivative of aten.mul.Tensor: self(grad, other), other(grad, self), tangent elementwise>
 <Derivative of aten.mm.default: self(grad, mat2), mat2(grad, self), tangent multilinear>
-<Facts of aten.mul.Tensor>""")
+<OpInfo of aten.mul.Tensor>""")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import FunctransError, functional_call, grad, jvp, vjp, vmap
 from functrans.core.errors import RuleError
-from functrans.core.operators import facts
+from functrans.core.operators import op_info
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,
@@ -279,7 +279,7 @@ def test_what_a_kernel_raises_keeps_its_type(kind: type[Exception], call: Callab
 
 def test_texts_of_kernels() -> None:
     for op in (aten.matmul.default, aten.linear.default, aten.cat.default):
-        facts(
+        op_info(
             op
         # what one example says is heard at the first call of its kind; later the kernel speaks, of the batch
         ).plans = {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from functrans import derivative, grad, jvp, vjp, vmap
 from functrans.core.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
-from functrans.core.operators import STAND_INS, facts
+from functrans.core.operators import STAND_INS, op_info
 from functrans.core.rules import SCOPES
 from functrans.derivatives.table import Derivative
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, batching_rule, overriding, rules_in_scope
@@ -193,7 +193,7 @@ def everything() -> None:
 
 def test_nothing_is_derived_again_for_others_or_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     everything()
-    program, plans, programs = operator_program(sin), facts(cumsum).plans, PROGRAMS.entries
+    program, plans, programs = operator_program(sin), op_info(cumsum).specialized, PROGRAMS.entries
     made = counted(monkeypatch)
     with rules_in_scope(DERIVATIVES, {sin: constant_slope(sin, 7), cumsum: None}):
         assert operator_program(sin) is not program
@@ -207,7 +207,7 @@ def test_nothing_is_derived_again_for_others_or_afterwards(monkeypatch: pytest.M
         assert elsewhere(lambda: operator_program(sin)) is program
     everything()
     assert len(made) == inside
-    assert operator_program(sin) is program and facts(cumsum).plans is plans and PROGRAMS.entries is programs
+    assert operator_program(sin) is program and op_info(cumsum).specialized is plans and PROGRAMS.entries is programs
 
 
 def test_a_pullback_from_outside_learns_nothing_inside() -> None:

@@ -64,7 +64,7 @@ class Inputs:
                 entered[i] = self._constants(a)
         self.args = tuple(entered)
         self.kwargs = {k: self._constants(v) for k, v in kwargs.items()}
-        self.leaf_slots = {i: [getattr(w, "slot", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
+        self.leaf_indices = {i: [getattr(w, "tape_index", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
     def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
         wrapper = track(leaf)
@@ -91,7 +91,7 @@ class Inputs:
         found = []
         for i in self.order:
             leaves, _, spec = self.tracked[i]
-            grads = [None if slot is None else cotangents.get(slot) for slot in self.leaf_slots[i]]
+            grads = [None if index is None else cotangents.get(index) for index in self.leaf_indices[i]]
             filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
             found.append(tree_unflatten(spec, filled))
         return found[0] if self.single else tuple(found)
@@ -252,7 +252,3 @@ def unwrap(interpreter: Interpreter, x: Any) -> Any:
         if not x.interpreter.alive:
             raise DeadWrapperError(x)
     return x
-
-
-def slot_of(interpreter: Interpreter, x: Any) -> int | None:
-    return x.slot if type(x) is WrapperTensor and x.interpreter is interpreter else None

@@ -79,7 +79,7 @@ def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[
     out = run(call, table.decompose, interpreter, op, args, kwargs)
     if out is NotImplemented:
         raise CallError(
-            call, f"{op} as op", "a composite operator", "Ask functrans.core.operators.facts(op).composite."
+            call, f"{op} as op", "a composite operator", "Ask functrans.core.operators.op_info(op).composite."
         )
     return out
 

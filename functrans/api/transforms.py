@@ -18,7 +18,6 @@ from functrans.api.arguments import (
     check_outputs,
     check_scalar,
     pick,
-    slot_of,
     split_aux,
     unwrap,
 )
@@ -136,10 +135,10 @@ def _grad_and_value(
             out, aux = split_aux(call, out)
             aux = tree_map(functools.partial(unwrap, interpreter), aux)
         check_scalar(call, out)
-        return unwrap(interpreter, out), slot_of(interpreter, out), aux
+        return unwrap(interpreter, out), interpreter.index_of(out), aux
 
-    value, slot, aux = run_transformed(interpreter, body, enable_grad=True)
-    cotangents = {} if slot is None else interpreter.pull({slot: unit(value)}, consume=True)
+    value, index, aux = run_transformed(interpreter, body, enable_grad=True)
+    cotangents = {} if index is None else interpreter.pull({index: unit(value)}, consume=True)
     grads = inputs.collect(cotangents)
     inputs.write_back()
     if STATE.top is not None:
@@ -202,9 +201,9 @@ def vjp_with_argnums(
             aux = tree_map(functools.partial(unwrap, interpreter), aux)
         leaves, spec = tree_flatten(out)
         check_outputs(call, out, leaves, differentiable=True)
-        return [unwrap(interpreter, o) for o in leaves], [slot_of(interpreter, o) for o in leaves], spec, aux
+        return [unwrap(interpreter, o) for o in leaves], [interpreter.index_of(o) for o in leaves], spec, aux
 
-    values, slots, spec, aux = run_transformed(interpreter, body, enable_grad=True)
+    values, indices, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
     if STATE.top is not None:
         note_results(2, values, aux)
@@ -224,7 +223,7 @@ def vjp_with_argnums(
                 f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values))
             )
         seeds: dict[int, Tensor] = {}
-        for place, (slot, c, (shape, dtype, device)) in enumerate(zip(slots, leaves, shapes, strict=True)):
+        for place, (index, c, (shape, dtype, device)) in enumerate(zip(indices, leaves, shapes, strict=True)):
             check_layout(c)
             if (
                 not isinstance(c, Tensor)
@@ -234,9 +233,9 @@ def vjp_with_argnums(
             ):
                 path = path_of("cotangents", tree_unflatten(spec, values), place)
                 refuse_cotangent(f"pullback of {call}", c, path, values[place])
-            if slot is not None:
+            if index is not None:
                 c = c if c.dtype is dtype else c.to(dtype)
-                seeds[slot] = seeds[slot] + c if slot in seeds else c
+                seeds[index] = seeds[index] + c if index in seeds else c
         check_versions(versions)
         found = inputs.collect(interpreter.pull(seeds, consume=False))
         if STATE.top is not None:
@@ -245,14 +244,14 @@ def vjp_with_argnums(
 
     def rows() -> tuple[Tensor, Callable[[Tensor], Any]] | None:
         """For one output, a vector: rows of cotangents behind its last steps, the pullback of the rest for one row."""
-        if len(values) != 1 or slots[0] is None or values[0].dim() != 1 or values[0].dtype.is_complex:
+        if len(values) != 1 or indices[0] is None or values[0].dim() != 1 or values[0].dtype.is_complex:
             return None
         check_versions(versions)
-        behind = interpreter.rows_behind(slots[0], values[0].shape[0], values[0])
+        behind = interpreter.rows_behind(indices[0], values[0].shape[0], values[0])
         if behind is None:
             return None
-        cotangents, slot, end = behind
-        return cotangents, lambda row: inputs.collect(interpreter.pull({slot: row}, consume=False, end=end))
+        cotangents, index, end = behind
+        return cotangents, lambda row: inputs.collect(interpreter.pull({index: row}, consume=False, end=end))
 
     pullback.rows = rows  # type: ignore[attr-defined]
     return tree_unflatten(spec, values), pullback, aux

@@ -2,9 +2,9 @@
 
     y = torch.sin(x)                   x: a wrapper of level 2 around a wrapper of level 1 around plain data
       └ door                           make it pure                    (door/torch_function.py, functionalize/writes.py)
-        └ dispatch                     highest level among the arguments: 2
+        └ dispatch                     top level among the arguments: 2
           └ level 2 .process           its rule lowers:
-            └ lower, dispatch          a Python call; highest level among the arguments: 1
+            └ lower, dispatch          a Python call; top level among the arguments: 1
               └ level 1 .process
                 └ lower, base          plain PyTorch
 """
@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from functrans.core import thread_state
 from functrans.core.errors import DeadWrapperError
-from functrans.core.operators import Facts, Operator, facts
+from functrans.core.operators import Operator, OpInfo, op_info
 from functrans.core.rules import SCOPES, scope_here
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
@@ -48,13 +48,13 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     """Send a pure ``op``, which may be a program, to the interpreter that has to interpret it.
 
     The order of look-up: a wrapper of a transform that ended is an error; without wrappers the base runs ``op``; else
-    the highest-level interpreter among the arguments' wrappers processes it, by (1) its rule for ``op``, (2) the
+    the interpreter of the top level among the arguments' wrappers processes it, by (1) its rule for ``op``, (2) the
     decomposition of a composite ``op``, whose pieces come through the same level again, (3) its declared policy for
     operators without a rule: grad and jvp borrow PyTorch's derivative (interpreters/autograd_fallback.py), vmap
     decomposes by ``torch._decomp`` and then loops over the examples with a warning, any other transform raises
     MissingRuleError. Nothing passes through in silence.
     """
-    known: Facts = op._functrans if hasattr(op, "_functrans") else facts(op)
+    known: OpInfo = op._functrans if hasattr(op, "_functrans") else op_info(op)
     owner: Interpreter | None = None
     for a in args:  # what ``scan`` finds, where there is nothing but tensors and numbers
         kind = type(a)
@@ -96,7 +96,7 @@ NO_KWARGS: dict[str, Any] = {}
 
 
 def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Interpreter | None, bool]:
-    """The interpreter of highest level among the wrappers in ``args``, and whether PyTorch's autograd follows one of
+    """The interpreter of the top level among the wrappers in ``args``, and whether PyTorch's autograd follows one of
     the other tensors.
 
     Brings views up to date on the way, and refuses what a transform that has ended left behind.
@@ -145,7 +145,7 @@ def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
             ordinary = ordinary and not isinstance(a, Tensor)  # a subclass would be asked by a torch function
     if forward_ad._current_level >= 0 or (kwargs and scan(kwargs.values())[1]):
         return base_recorded(op, args, kwargs)
-    direct = op._functrans.direct if hasattr(op, "_functrans") else facts(op).direct
+    direct = op._functrans.direct if hasattr(op, "_functrans") else op_info(op).direct
     if direct is not None and ordinary and not kwargs and not function_mode_enabled():
         return direct(*args)
     return op._op(*args, **kwargs)
@@ -194,7 +194,7 @@ def unwrap(
         values.append(a)
     if kwargs:
         below, _, found = unwrap(interpreter, op, kwargs.values(), NO_KWARGS)
-        names, given = facts(op).arguments, list(kwargs)
+        names, given = op_info(op).arguments, list(kwargs)
         carried.update((names.index(given[i]), kept) for i, kept in found.items())
         kwargs = dict(zip(kwargs, below, strict=True))
     return values, kwargs, carried
@@ -217,7 +217,7 @@ def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, A
     if not interpreter.outer_modes_on and modes_differ(interpreter):
         return in_outer_modes(interpreter, lower, op, args, kwargs)
     below = interpreter.below
-    if below is not None and (op._functrans if hasattr(op, "_functrans") else facts(op)).random:
+    if below is not None and (op._functrans if hasattr(op, "_functrans") else op_info(op)).random:
         return below.process(op, args, kwargs)  # every level decides whether its examples draw for themselves
     return dispatch(op, args, kwargs)
 

@@ -31,7 +31,7 @@ SPECIAL = 3
 #: In-place operators whose result does not depend on the old contents.
 REPLACING = frozenset(f"aten::{n}" for n in ("copy_", "fill_", "zero_", "detach_", "uniform_", "normal_", "bernoulli_"))
 
-#: Functions that stand in for operators whose schema hides what they do: (facts, args, kwargs) -> output. See
+#: Functions that stand in for operators whose schema hides what they do: (known, args, kwargs) -> output. See
 #: functrans.functionalize.hidden_effects.
 STAND_INS: RuleTable[Any] = RuleTable("stand-ins", cached=True, writing=True)
 
@@ -40,7 +40,7 @@ STAND_INS: RuleTable[Any] = RuleTable("stand-ins", cached=True, writing=True)
 PYTORCH_NAMESPACES = frozenset(("aten", "prims", "prim"))
 
 
-class Facts:
+class OpInfo:
     """Facts about one operator overload."""
 
     #: whether it is an operator that the library wrote itself: see functrans.programs
@@ -48,7 +48,7 @@ class Facts:
 
     __slots__ = (
         "arguments", "defaults", "defined_by_others", "direct", "kind", "kind_by_schema", "metadata_write", "op",
-        "plans", "random", "reads_target", "returns_written", "settled", "single", "tensor_lists", "written",
+        "random", "reads_target", "returns_written", "settled", "single", "specialized", "tensor_lists", "written",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload) -> None:
@@ -76,15 +76,15 @@ class Facts:
         self.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else self.kind_by_schema
         #: a function that does the same as ``op`` on plain tensors in less time, or None
         self.direct: Any = direct_call(op)
-        #: what each interpreter class makes of its rules, and the pure form, outside of scopes; see ``plans_here``
-        self.plans: dict[type, Any] = {}
+        #: what each interpreter class makes of its rules, and the pure form, outside of scopes (``specialized_here``)
+        self.specialized: dict[type, Any] = {}
         #: whether the new contents of what is written depend on the old ones
         self.reads_target = not (
             schema.name in REPLACING or any(schema.arguments[i].kwarg_only for i in self.written)
         )
 
     def __repr__(self) -> str:
-        return f"<Facts of {self.op}>"
+        return f"<OpInfo of {self.op}>"
 
     @property
     def composite(self) -> bool:
@@ -92,36 +92,36 @@ class Facts:
         return self.defined_by_others if self.settled else self.op._can_decompose()
 
 
-def plans_here(known: Facts) -> dict[type, Any]:
-    """Where plans for the rules that hold in this context are kept."""
+def specialized_here(known: OpInfo) -> dict[type, Any]:
+    """Where what is made of the rules that hold in this context is kept."""
     scope = scope_here() if SCOPES else None
     if scope is None or not any(known.op in s.entries for s in scope.chain() if s.table.cached):
-        return known.plans
+        return known.specialized
     return scope.kept.setdefault(known.op, {})
 
 
-def kind_here(known: Facts) -> int:
+def kind_here(known: OpInfo) -> int:
     """The operator's kind by the stand-ins that hold in this context."""
     if covering(STAND_INS, known.op) is None:
         return known.kind
     return SPECIAL if known.op in STAND_INS else known.kind_by_schema
 
 
-def forget_facts(table: RuleTable[Any], op: OpOverload) -> None:
-    known = facts(op)
-    known.plans = {}
+def forget_info(table: RuleTable[Any], op: OpOverload) -> None:
+    known = op_info(op)
+    known.specialized = {}
     known.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else known.kind_by_schema
 
 
-FORGET.append(forget_facts)
+FORGET.append(forget_info)
 
 
-def facts(op: OpOverload) -> Facts:
-    """The facts of ``op``."""
+def op_info(op: OpOverload) -> OpInfo:
+    """What is known of ``op``."""
     try:
         return op._functrans  # type: ignore[attr-defined]
     except AttributeError:
-        op._functrans = found = Facts(op)  # type: ignore[attr-defined]
+        op._functrans = found = OpInfo(op)  # type: ignore[attr-defined]
         return found
 
 

@@ -1,7 +1,7 @@
 """Rule tables: one per transform, mapping an operator to what the transform does with it.
 
 NOTE [What is made of rules]
-Rules are looked up once; what is made of them (an operator's plans, programs, the short ways in) is kept. There is one
+Rules are looked up once; what is made of them (specialized rules, programs, the short ways in) is kept. There is one
 way in which all of that is given up: a table that changes calls every function in ``FORGET`` with itself and the
 operator, and those drop the container that they keep things in. They drop it rather than empty it: whoever is just
 making something by the old rule took the container before it looked, and puts what it made where nobody looks any more.
@@ -166,7 +166,7 @@ class RuleTable(Generic[Rule]):
             raise
 
     def _changed(self, op: OpOverload) -> None:
-        # nothing is made of an operator's rules before its facts (core/operators.py)
+        # nothing is made of an operator's rules before its OpInfo (core/operators.py)
         if not self.cached or not hasattr(op, "_functrans"):
             return
         for scope in SCOPES:

@@ -44,8 +44,8 @@ class WrapperTensor(torch.Tensor):
     shape: torch.Size  # type: ignore[assignment]
     strides: Strides
 
-    root: Any = None  # a views.Root, once a view was taken
-    seen: int = 0
+    alias_group: Any = None  # a views.AliasGroup, once a view was taken
+    synced_version: int = 0
     version: int = 0
     moved: bool = False  # a write left the contents elsewhere in memory than shown; see functionalize/layouts.py
     shown_offset: int | None = None  # where the contents began before that

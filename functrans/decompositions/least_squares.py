@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from functrans.core.operators import Facts
+from functrans.core.operators import OpInfo
 from functrans.functionalize.hidden_effects import as_usual, enter, stands_in_for
 from functrans.functionalize.numbers_read import carries_derivative
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 @stands_in_for(aten.linalg_lstsq.default)
-def lstsq(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def lstsq(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """They are those of the matrix, whatever the right-hand side."""
     solution, residuals, rank, singular_values = as_usual(known, args, kwargs)
     if singular_values.numel() and carries_derivative(args[0]):

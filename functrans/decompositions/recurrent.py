@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import base, scan
-from functrans.core.operators import Facts
+from functrans.core.operators import OpInfo
 from functrans.core.thread_state import STATE, running_at
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.functionalize.hidden_effects import stands_in_for
@@ -238,7 +238,7 @@ def pack_padded(x: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, 
 
 
 @stands_in_for(aten._pack_padded_sequence.default)
-def packed_at_the_door(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def packed_at_the_door(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Its derivative reads the sizes from memory, and there is none in forward mode."""
     if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)

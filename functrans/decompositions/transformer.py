@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functrans.core.dispatch import base, scan
-from functrans.core.operators import Facts
+from functrans.core.operators import OpInfo
 from functrans.core.thread_state import STATE, running_at
 from functrans.functionalize.hidden_effects import stands_in_for
 
@@ -24,13 +24,13 @@ POSITIONS, KEYS, BOTH = 0, 1, 2
 
 
 @stands_in_for(aten._nested_tensor_from_mask_left_aligned.default)
-def not_left_aligned(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def not_left_aligned(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Asked by ``nn.TransformerEncoder``, which takes a yes to mean that it may go on with nested tensors."""
     return False if scan(args, kwargs)[0] is not None else base(known.op, args, kwargs)
 
 
 @stands_in_for(aten._native_multi_head_attention.default)
-def fused_attention(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def fused_attention(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``_native_multi_head_attention``: output and weights."""
     if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)
@@ -39,7 +39,7 @@ def fused_attention(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 @stands_in_for(aten._transformer_encoder_layer_fwd.default)
-def fused_layer(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def fused_layer(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``_transformer_encoder_layer_fwd``."""
     if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)

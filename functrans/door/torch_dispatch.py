@@ -11,7 +11,7 @@ from functrans.core.call_sites import USER_FILES
 from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import OtherThreadError
 from functrans.core.made_at import note_site, several
-from functrans.core.operators import PURE, Facts, facts, kind_here, normalized
+from functrans.core.operators import PURE, OpInfo, kind_here, normalized, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
@@ -39,9 +39,9 @@ class Door(Mode):
         set_key_excluded(CONJUGATE, False)
         set_key_excluded(NEGATIVE, False)
         try:
-            known: Facts = op._functrans  # type: ignore[attr-defined]
+            known: OpInfo = op._functrans  # type: ignore[attr-defined]
         except AttributeError:
-            known = facts(op)
+            known = op_info(op)
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:
@@ -74,7 +74,7 @@ OURS = (WrapperTensor,)
 thread_state.DOOR = DOOR = Door()
 
 
-def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``op``, whose arguments stand where its schema has them."""
     if (known.kind if not SCOPES else kind_here(known)) != PURE:
         return writes.run(known, args, kwargs)
@@ -91,7 +91,7 @@ def handle(op: OpOverload, known: Facts, args: tuple[Any, ...], kwargs: dict[str
 def check_thread(owner: Interpreter) -> None:
     """Refuse a wrapper of another thread's transform.
 
-    (What the autograd engine calls on twins comes from threads of its own.)
+    (What the autograd engine calls on shadows comes from threads of its own.)
     """
     if owner.thread is not None and owner.thread != get_ident():
         raise OtherThreadError(owner)

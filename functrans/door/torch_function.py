@@ -15,7 +15,7 @@ from functrans.core.call_sites import USER_FILES
 from functrans.core.dispatch import NO_KWARGS, lift
 from functrans.core.errors import DeadWrapperError
 from functrans.core.made_at import SENT_ON, note_site, several
-from functrans.core.operators import facts
+from functrans.core.operators import op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
@@ -34,7 +34,7 @@ from functrans.core.torch_private import (
 from functrans.door.lost_arguments import LOST, recovered
 from functrans.door.torch_dispatch import DOOR, check_thread, handle
 from functrans.interpreters.failures import explain
-from functrans.programs.admission import REAL
+from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
 from functrans.programs.torch_functions import BINARY, DIRECT, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
@@ -119,7 +119,7 @@ ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, t
 
 
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
-    """Send ``program`` in, to ``owner``, which is of the highest level among ``args``.
+    """Send ``program`` in, to ``owner``, which is of the top level among ``args``.
 
     ``above``: how many frames up the code is that called the function.
     """
@@ -301,7 +301,7 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: in
                 op, given = sizes, (args[0], list(args[1:]))
             top = STATE.top
             if op is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
-                known = facts(op)
+                known = op_info(op)
                 try:
                     pop_mode(None)
                     out = handle(op, known, given, {})

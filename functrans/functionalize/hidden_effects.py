@@ -10,7 +10,7 @@ import torch
 from functrans.core import thread_state
 from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import InsideTransformError
-from functrans.core.operators import STAND_INS, Facts, facts
+from functrans.core.operators import STAND_INS, OpInfo, op_info
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload
@@ -21,7 +21,7 @@ from functrans.functionalize.writes import write
 aten = torch.ops.aten
 
 
-#: Decorator: at the door the function below runs in place of the operators, with (facts, args, kwargs).
+#: Decorator: at the door the function below runs in place of the operators, with (known, args, kwargs).
 stands_in_for = STAND_INS.register
 
 
@@ -31,24 +31,24 @@ def enter(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 
 @stands_in_for(aten._embedding_bag_forward_only.default)
-def embedding_bag(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def embedding_bag(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch takes the form without a derivative wherever autograd sees none to record."""
     return enter(aten._embedding_bag.default, *args, **kwargs)
 
 
 @stands_in_for(aten._efficientzerotensor.default)
-def real_zeros(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def real_zeros(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch's stand-in for undefined tangents has no data, and most operators do not know it."""
     return enter(aten.zeros.default, *args, **kwargs)
 
 
 @stands_in_for(aten.lift_fresh.default, aten.lift.default)
-def made_inside(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def made_inside(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
     return lift(args[0], scan(args, kwargs)[0], STATE.top)
 
 
-def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def as_usual(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the door does with an operator that nothing stands in for."""
     top = STATE.top
     owner = top if known.random else scan(args, kwargs)[0]
@@ -59,14 +59,14 @@ def as_usual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 @stands_in_for(
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default
 )
-def dropout(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def dropout(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where nothing is dropped PyTorch returns its argument itself, and a write to the one is a write to the other."""
     x, p, train = args
     return x if not train or p == 0 or x.numel() == 0 else as_usual(known, args, kwargs)
 
 
 @stands_in_for(aten.sum_to_size.default)
-def sum_to_size(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def sum_to_size(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where there is nothing to sum the result is a view."""
     x, size = args
     if not size:
@@ -82,21 +82,21 @@ def sum_to_size(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     ),
     aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default,
 )  # fmt: skip
-def by_its_views(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def by_its_views(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Composite operators that return views without their schema saying so: the door sees the views one by one."""
     with running_at(STATE.top):
         return known.op.decompose(*args, **kwargs)
 
 
 @stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
-def as_strided(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def as_strided(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """These name places in memory, which must be where the tensor shows them; see NOTE [Strides of what is written]."""
     check_places(args[0])
     return run_view(known, args, kwargs) if known.op is aten.as_strided.default else as_usual(known, args, kwargs)
 
 
 @stands_in_for(aten.batch_norm.default)
-def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def batch_norm(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Training mode writes the running statistics, which the schema does not say."""
     x, weight, bias, mean, var, training, momentum, eps, *_ = args
     owner = scan(args, kwargs)[0]
@@ -108,19 +108,19 @@ def batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 @stands_in_for(aten._native_batch_norm_legit.default, aten.native_batch_norm.default)
-def native_batch_norm(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def native_batch_norm(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As ``batch_norm``, with the statistics of the batch among the outputs."""
     x, weight, bias, mean, var, training, momentum, eps = args
     owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
     if not training or mean is None or var is None:
-        return owner.process(facts(aten.native_batch_norm.default).op, args, kwargs)
+        return owner.process(op_info(aten.native_batch_norm.default).op, args, kwargs)
     return updating_norm(known.op, x, weight, bias, mean, var, momentum, eps)[:3]
 
 
 @stands_in_for(aten._batch_norm_with_update.default)
-def batch_norm_with_update(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def batch_norm_with_update(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """As ``native_batch_norm`` in training mode; the fourth output is a backend's own memory, not used here."""
     x, weight, bias, mean, var, momentum, eps = args
     if scan(args, kwargs)[0] is None:
@@ -144,7 +144,7 @@ def updating_norm(
 
 
 @stands_in_for(aten.rrelu_with_noise.default)
-def rrelu(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def rrelu(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch's derivative of the pure form reads the slopes from the argument that is not written."""
     x, noise, lower, upper, training, generator = (*args, *known.defaults[len(args) :])
     if scan(args, kwargs)[0] is None:
@@ -158,7 +158,7 @@ def rrelu(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @stands_in_for(aten.resize_.default)
-def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def resize(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The first elements stay, in their order in memory."""
     target, size = args[0], list(args[1])
     if type(target) is not WrapperTensor:
@@ -169,7 +169,7 @@ def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         )
     if size == list(target.shape):
         return target
-    if target.view_link is not None or target.root is not None:
+    if target.view_link is not None or target.alias_group is not None:
         raise InsideTransformError(
             "resize_ of a tensor that is viewed", target.interpreter.name, "a new tensor of the wanted size"
         )
@@ -188,20 +188,20 @@ def resize(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         in_memory = enter(aten.permute.default, target, memory_order(target.shape, target.strides))
     flat = enter(aten.reshape.default, in_memory, [-1])
     new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
-    target.root = None
+    target.alias_group = None
     set_shape(target, new)
     set_content(target, new)
     return target
 
 
 @stands_in_for(aten.resize_as_.default)
-def resize_as(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def resize_as(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``resize_`` to another tensor's shape."""
     return enter(aten.resize_.default, args[0], list(args[1].shape), **kwargs)
 
 
 @stands_in_for(aten._has_compatible_shallow_copy_type.default)
-def refuse_data_assignment(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def refuse_data_assignment(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """PyTorch asks this when ``x.data = y`` is executed, which would put one tensor's insides into another."""
     owner = scan(args, kwargs)[0]
     if owner is None:
@@ -210,8 +210,8 @@ def refuse_data_assignment(known: Facts, args: tuple[Any, ...], kwargs: dict[str
 
 
 @stands_in_for(aten._make_dual.default, aten._unpack_dual.default)
-def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward AD of PyTorch itself has no meaning for wrappers; only borrowed derivatives use it, on twins."""
+def refuse_dual(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward AD of PyTorch itself has no meaning for wrappers; only borrowed derivatives use it, on shadows."""
     owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
@@ -221,7 +221,7 @@ def refuse_dual(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @stands_in_for(*(getattr(aten.set_, o) for o in aten.set_.overloads()))
-def refuse_set(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def refuse_set(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Sharing another tensor's storage has no pure counterpart."""
     if scan(args, kwargs)[0] is None:
         return base(known.op, args, kwargs)
@@ -231,7 +231,7 @@ def refuse_set(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 @stands_in_for(aten.to_mkldnn.default)
-def refuse_mkldnn(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def refuse_mkldnn(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Tensors of this layout hide their numbers: wrappers of them would lose derivatives in silence."""
     owner = scan(args, kwargs)[0]
     if owner is None:
@@ -240,7 +240,7 @@ def refuse_mkldnn(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 @stands_in_for(aten.requires_grad_.default, aten.retain_grad.default)
-def leave_autograd_alone(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def leave_autograd_alone(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Autograd's own switches concern the base only."""
     return base(known.op, args, kwargs)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from functrans.core.errors import NumberArgumentError
-from functrans.core.operators import Facts
+from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import OpOverload
@@ -62,7 +62,7 @@ class NumberRead(NamedTuple):
 
 
 @stands_in_for(aten.item.default, aten._local_scalar_dense.default)
-def number(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def number(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Read it, unless its derivative would be lost without anyone having asked for the number."""
     (x,) = args
     if (

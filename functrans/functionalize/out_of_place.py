@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from functrans.core import thread_state
-from functrans.core.operators import Facts, plans_here
+from functrans.core.operators import OpInfo, specialized_here
 from functrans.core.rules import SCOPES, RuleTable
 from functrans.core.torch_private import OpOverload
 from functrans.functionalize.layouts import copied_like
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 class Functional:
     """The pure form of a writing operator: called with the writing operator's arguments."""
 
-    def __init__(self, op: OpOverload, known: Facts) -> None:
+    def __init__(self, op: OpOverload, known: OpInfo) -> None:
         self.op = op
         written = known.op._schema.arguments
         self.out_names = {written[i].name for i in known.written if written[i].kwarg_only}
@@ -64,19 +64,19 @@ PURE_FORMS.add(aten.zero_.default, pure_zero)
 PURE_FORMS.add(aten.polygamma_.default, pure_polygamma)
 
 
-def pure_form(known: Facts) -> Any:
+def pure_form(known: OpInfo) -> Any:
     """The pure form of a writing operator; NotImplemented if there is none."""
-    plans = known.plans if not SCOPES else plans_here(known)
+    specialized = known.specialized if not SCOPES else specialized_here(known)
     try:
-        return plans[Functional]
+        return specialized[Functional]
     except KeyError:
         found = PURE_FORMS.get(known.op) or by_name(known)
         if known.settled or found is not NotImplemented:  # one may be defined yet
-            plans[Functional] = found
+            specialized[Functional] = found
         return found
 
 
-def by_name(known: Facts) -> Any:
+def by_name(known: OpInfo) -> Any:
     """The operator that does the same without writing, by its name and schema; NotImplemented if there is none."""
     op = known.op
     schema = op._schema

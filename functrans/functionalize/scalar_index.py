@@ -17,17 +17,17 @@ from torch import Tensor
 
 from functrans.core.dispatch import dispatch, lift, scan
 from functrans.core.errors import CapturedWriteError
-from functrans.core.operators import Facts
+from functrans.core.operators import OpInfo
 from functrans.core.tensor import SCALAR_INDICES, WrapperTensor, concrete
 from functrans.core.thread_state import STATE
 from functrans.functionalize.hidden_effects import as_usual, enter, stands_in_for
-from functrans.functionalize.views import WRITE_BACK, Root, ViewLink, link_view
-from functrans.functionalize.writes import run_write, strip
+from functrans.functionalize.views import WRITE_BACK, AliasGroup, ViewLink, link_view
+from functrans.functionalize.writes import run_write, unwrap_constants
 
 aten = torch.ops.aten
 
 
-class CapturedRoot(Root):
+class CapturedAliasGroup(AliasGroup):
     """Of views of a plain captured tensor, which must not be written."""
 
     __slots__ = ("tensor",)
@@ -38,7 +38,7 @@ class CapturedRoot(Root):
 
 
 @stands_in_for(aten.index.Tensor)
-def index(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def index(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x[indices]``: scalars first, each of them a view."""
     if not any(is_scalar(i) for i in args[1]):
         return as_usual(known, args, kwargs)
@@ -48,7 +48,7 @@ def index(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 @stands_in_for(aten.index_put_.default)
-def index_put(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def index_put(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x[indices] = values``, written through the views that the scalars are."""
     target, indices, values, *accumulate = args
     if not any(is_scalar(i) for i in indices):
@@ -90,7 +90,7 @@ def select_at(x: Tensor, dim: int, i: WrapperTensor) -> Tensor:
     viewed = x
     if type(viewed) is not WrapperTensor:
         viewed = lift(x, None, STATE.top)
-        viewed.root = CapturedRoot(x)
+        viewed.alias_group = CapturedAliasGroup(x)
     link_view(rows, viewed, aten.index_select.default, (x, dim, places), {}, None)
     return enter(aten.squeeze.dim, rows, dim)
 
@@ -100,10 +100,10 @@ def write_rows(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     dim, places = step.args
     new = dispatch(aten.index_copy.default, (before, dim, places, changed), {})
     op = aten.index_put_.default
-    if isinstance(step.root, CapturedRoot):
-        raise CapturedWriteError(op, step.root.tensor, places.interpreter, 0)
+    if isinstance(step.group, CapturedAliasGroup):
+        raise CapturedWriteError(op, step.group.tensor, places.interpreter, 0)
     assert type(before) is WrapperTensor
-    return strip(new, before.interpreter, op, before)
+    return unwrap_constants(new, before.interpreter, op, before)
 
 
 WRITE_BACK[aten.index_select.default] = write_rows

@@ -1,7 +1,8 @@
 """Views: how each was made, so that it can be replayed when its base is written, and written itself.
 
 A view wrapper links to the view it was taken from, down to the base. A write anywhere in the family bumps the version
-that the family shares (``Root``); a view whose ``seen`` is older is replayed from the base at its next use.
+that the family shares (``AliasGroup``); a view whose ``synced_version`` is older is replayed from the base at its next
+use.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functrans.core import thread_state
 from functrans.core.described import given
 from functrans.core.dispatch import base, dispatch, lift, scan
 from functrans.core.errors import InsideTransformError
-from functrans.core.operators import Facts
+from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload, set_grad_enabled
@@ -29,7 +30,7 @@ from functrans.functionalize.memory import storage_offset_of
 aten = torch.ops.aten
 
 
-class Root:
+class AliasGroup:
     """What a family of views shares: how often their common base was written.
 
     ``content`` is the base's wrapper once that is no longer the wrapper the first view was taken from.
@@ -45,13 +46,13 @@ class Root:
 class ViewLink:
     """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
 
-    __slots__ = ("args", "grad_mode", "index", "kwargs", "op", "owner", "parent", "root", "start")
+    __slots__ = ("args", "grad_mode", "group", "index", "kwargs", "op", "owner", "parent", "start")
 
     def __init__(
         self,
         owner: WrapperTensor,
         parent: ViewLink | None,
-        root: Root,
+        group: AliasGroup,
         op: OpOverload,
         args: Any,
         kwargs: Any,
@@ -59,7 +60,7 @@ class ViewLink:
     ) -> None:
         self.owner = owner
         self.parent = parent
-        self.root = root
+        self.group = group
         self.op = op
         self.args = args
         self.kwargs = kwargs
@@ -73,7 +74,7 @@ class ViewLink:
         return f"<ViewLink {self.op}({given(('...', *self.args), self.kwargs)}){before}>".replace("'...'", "...")
 
     def base_content(self) -> WrapperTensor:
-        return self.owner if self.root.content is None else self.root.content
+        return self.owner if self.group.content is None else self.group.content
 
     def apply(self, x: Tensor) -> Tensor:
         """This step's view of ``x``, recorded as the view was when it was made."""
@@ -96,20 +97,21 @@ class ViewLink:
 
     def refresh(self, view: WrapperTensor) -> None:
         """Bring ``view`` up to date with writes to its base or to other views of it."""
-        if view.seen != self.root.version:
+        if view.synced_version != self.group.version:
             with thread_state.door_closed():
                 set_content(view, self.replay())
-            view.seen = self.root.version
+            view.synced_version = self.group.version
 
 
 def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
     """The wrapper that holds what was written to the argument ``wrapper``, by now a view of itself maybe (``t_``)."""
     if wrapper.view_link is not None:
         return wrapper.view_link.base_content()
-    return wrapper if wrapper.root is None or wrapper.root.content is None else wrapper.root.content
+    group = wrapper.alias_group
+    return wrapper if group is None or group.content is None else group.content
 
 
-def run_view(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a view operator and link what it returns to what it was taken from."""
     op = known.op
     owner = scan(args, kwargs)[0]
@@ -152,15 +154,15 @@ def link_view(
 ) -> None:
     parent = viewed.view_link
     if parent is not None:
-        owner, root = parent.owner, parent.root
+        owner, group = parent.owner, parent.group
     else:
-        owner, root = viewed, viewed.root
-        if root is None:
-            root = viewed.root = Root()
-    view.view_link = ViewLink(owner, parent, root, op, args[1:], kwargs, index)
+        owner, group = viewed, viewed.alias_group
+        if group is None:
+            group = viewed.alias_group = AliasGroup()
+    view.view_link = ViewLink(owner, parent, group, op, args[1:], kwargs, index)
     if op is aten.as_strided.default:
         view.view_link.start = storage_offset_of(viewed)
-    view.seen = root.version
+    view.synced_version = group.version
 
 
 #: Operators that copy where they cannot view; which of the two it is depends on the strides.

@@ -27,7 +27,7 @@ from functrans.core.errors import (
     NoPureFormError,
     WriteShapeError,
 )
-from functrans.core.operators import STAND_INS, VIEW, WRITE, Facts, kind_here
+from functrans.core.operators import STAND_INS, VIEW, WRITE, OpInfo, kind_here
 from functrans.core.rules import SCOPES
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, set_content, strides_of
@@ -43,12 +43,12 @@ from functrans.functionalize.history import with_history_of
 from functrans.functionalize.layouts import laid_out_like, note_moved, set_shape
 from functrans.functionalize.memory import storage_offset_of
 from functrans.functionalize.out_of_place import Functional, pure_form
-from functrans.functionalize.views import Root, ViewLink, link_view, run_view, write_back
+from functrans.functionalize.views import AliasGroup, ViewLink, link_view, run_view, write_back
 
 aten = torch.ops.aten
 
 
-def run(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator that writes or makes views."""
     # Base tensors that are written or viewed tell PyTorch's version counters, which autograd outside checks.
     excluded = is_key_excluded(VIEWS_AND_VERSIONS)
@@ -65,7 +65,7 @@ def run(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         set_key_excluded(VIEWS_AND_VERSIONS, excluded)
 
 
-def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an in-place or ``out=`` operator: its pure form, then the update of what it writes."""
     op = known.op
     owner = scan(args, kwargs)[0]
@@ -74,7 +74,7 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if owner is None and not draws_inside:
         return write_captured(known, targets, args, kwargs)
     try:
-        functional = known.plans[Functional] if not SCOPES else pure_form(known)
+        functional = known.specialized[Functional] if not SCOPES else pure_form(known)
     except KeyError:
         functional = pure_form(known)
     if functional is NotImplemented:
@@ -102,7 +102,7 @@ def run_write(known: Facts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return targets[0] if len(targets) == 1 else tuple(targets)
 
 
-def _argument(known: Facts, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _argument(known: OpInfo, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if i < len(args):
         return args[i]
     return kwargs.get(known.arguments[i], known.defaults[i])
@@ -123,13 +123,13 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
         if not resize:
             raise WriteShapeError(list(target.shape), list(new.shape))
         set_shape(target, new)
-    new = strip(new, target.interpreter, op, target)
+    new = unwrap_constants(new, target.interpreter, op, target)
     check_written_once(target.interpreter.level, op, reads)
     invalidate_saved(target)
     if target.view_link is None:
         replace(target, new)
-        if target.root is not None:
-            target.root.version += 1
+        if target.alias_group is not None:
+            target.alias_group.version += 1
     else:
         write_through(target, new, filled=op in FILLS)
 
@@ -145,7 +145,7 @@ def replace(target: WrapperTensor, new: Tensor) -> None:
     note_moved(target, offset)
 
 
-def strip(new: Tensor, level: Interpreter | None, op: OpOverload, target: Tensor) -> Tensor:
+def unwrap_constants(new: Tensor, level: Interpreter | None, op: OpOverload, target: Tensor) -> Tensor:
     """``new`` without the constant layers above ``level``; see NOTE [What may be written]."""
     limit = 0 if level is None else level.level
     while type(new) is WrapperTensor and new.interpreter.level > limit:
@@ -166,14 +166,14 @@ def write_through(view: WrapperTensor, new: Tensor, filled: bool) -> None:
     content = steps[0].base_content()
     changed = write_back(steps, content, new, filled)
     replace(content, changed)
-    root = steps[0].root
-    root.version += 1
+    group = steps[0].group
+    group.version += 1
     if strides_of(new) == view.strides:
         set_content(view, with_history_of(view, new))
-        view.seen = root.version  # else it is taken from the base again at its next use
+        view.synced_version = group.version  # else it is taken from the base again at its next use
 
 
-def write_metadata(known: Facts, op: OpOverload, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def write_metadata(known: OpInfo, op: OpOverload, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operator such as ``unsqueeze_`` that turns a tensor into a view of itself, by ``op``."""
     if type(target) is not WrapperTensor:
         raise NoPureFormError(known.op)
@@ -198,17 +198,17 @@ def write_metadata(known: Facts, op: OpOverload, target: Any, args: tuple[Any, .
 def _hold(target: WrapperTensor) -> WrapperTensor:
     """A wrapper that takes over ``target``'s place as base or view, so that ``target`` can become a view of it."""
     held = target.interpreter.rewrap(target, target.value)
-    held.view_link, held.root, held.seen = target.view_link, target.root, target.seen
+    held.view_link, held.alias_group, held.synced_version = target.view_link, target.alias_group, target.synced_version
     held.strides, held.moved, held.shown_offset = target.strides, target.moved, target.shown_offset
     if held.view_link is None:
-        if held.root is None:
-            held.root = Root()
-        held.root.content = held
-    target.root = None
+        if held.alias_group is None:
+            held.alias_group = AliasGroup()
+        held.alias_group.content = held
+    target.alias_group = None
     return held
 
 
-def write_captured(known: Facts, targets: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def write_captured(known: OpInfo, targets: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A write that no wrapper takes part in: eager PyTorch, on the captured tensor itself."""
     check_written_once(0, known.op, known.reads_target)
     for target in targets:
@@ -218,7 +218,7 @@ def write_captured(known: Facts, targets: list[Any], args: tuple[Any, ...], kwar
 
 
 def write_plain(target: Tensor, new: Tensor, op: OpOverload, resize: bool, reads: bool) -> None:
-    new = strip(new, None, op, target)
+    new = unwrap_constants(new, None, op, target)
     check_written_once(0, op, reads)
     invalidate_saved(target)
     if new.shape != target.shape:

@@ -1,14 +1,14 @@
 """PyTorch's own derivative of one operator, borrowed at any level.
 
-The operator runs on *twins*: wrappers that do carry autograd state, and whose operators go to the level below.
-PyTorch's autograd kernels record the one-operator graph on the twins and compute on values of that level; the pullback
+The operator runs on *shadows*: wrappers that do carry autograd state, and whose operators go to the level below.
+PyTorch's autograd kernels record the one-operator graph on them and compute on values of that level; the pullback
 runs ``torch.autograd.grad`` on that graph, the tangent comes from forward AD in the same way. So an operator needs no
 entry in the derivative table to be differentiable at every level, and what PyTorch computes in its derivative is itself
 differentiated by the levels below.
 
-NOTE [Saved outputs of twins]
-PyTorch unpacks a saved output through ``aten.detach``; for a twin that is an alias and must not reach the level below,
-where it would cut the derivative.
+NOTE [Saved outputs of shadows]
+PyTorch unpacks a saved output through ``aten.detach``; for a shadow that is an alias and must not reach the level
+below, where it would cut the derivative.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from functrans.core.dispatch import base, dispatch, map_tensors
 from functrans.core.errors import MissingRuleError, NoFormulaError
-from functrans.core.operators import facts
+from functrans.core.operators import op_info
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
 from functrans.core.thread_state import Snapshot, running_at, unchanged
@@ -42,11 +42,11 @@ from functrans.derivatives.constants import PLACES
 aten = torch.ops.aten
 
 
-#: What PyTorch's autograd itself calls on twins, to make and to unpack saved and dual tensors.
+#: What PyTorch's autograd itself calls on shadows, to make and to unpack saved and dual tensors.
 ALIASES = frozenset((aten.detach.default, aten.alias.default, aten._make_dual.default, aten._fw_primal.default))
 
 
-class TwinInterpreter(Interpreter):
+class ShadowInterpreter(Interpreter):
     """Sends every operator to the level below the transform that borrows a derivative."""
 
     kind = "native derivative"
@@ -64,13 +64,13 @@ class TwinInterpreter(Interpreter):
         self.grad_mode = torch.is_grad_enabled() and borrower.outer_grad_mode
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        if op in ALIASES:  # NOTE [Saved outputs of twins]
-            return twin_of(self, args[0].value)
+        if op in ALIASES:  # NOTE [Saved outputs of shadows]
+            return shadow_of(self, args[0].value)
         if op is aten._has_same_storage_numel.default:
             return True
         args = [self._value(a) for a in args]
         kwargs = {k: self._value(v) for k, v in kwargs.items()}
-        if op is aten.view_as_real.default:  # of ``real``: a twin does not show that its value is a lazy conjugate
+        if op is aten.view_as_real.default:  # of ``real``: a shadow does not show that its value is a lazy conjugate
             args[0] = _below(self, aten.resolve_conj.default, args, {})
         enabled = torch.is_grad_enabled()
         set_grad_enabled(self.grad_mode)
@@ -88,30 +88,30 @@ class TwinInterpreter(Interpreter):
         return a
 
     def constant(self, value: Tensor) -> WrapperTensor:
-        return twin_of(self, value)
+        return shadow_of(self, value)
 
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         return False
 
 
-def _below(twin: TwinInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    if facts(op).random:
-        return base(op, args, kwargs) if twin.below is None else twin.below.process(op, args, kwargs)
+def _below(shadow: ShadowInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    if op_info(op).random:
+        return base(op, args, kwargs) if shadow.below is None else shadow.below.process(op, args, kwargs)
     return dispatch(op, args, kwargs)
 
 
-def twin_of(twin: TwinInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
-    return wrap_as(twin, value, value.shape, strides_of(value), requires_grad)
+def shadow_of(shadow: ShadowInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
+    return wrap_as(shadow, value, value.shape, strides_of(value), requires_grad)
 
 
 class _autograd_on(running_at):
-    """Context: operators on twins are recorded by PyTorch's autograd."""
+    """Context: operators on shadows are recorded by PyTorch's autograd."""
 
     __slots__ = ()
 
     def switch(self) -> None:
         super().switch()
-        # twins are for this operator only: hooks that recompute or move what is saved have no use for them
+        # shadows are for this operator only: hooks that recompute or move what is saved have no use for them
         if self.before.hooks is not None:
             push_packing(unchanged, unchanged)
         set_key_excluded(AUTOGRAD, False)
@@ -173,7 +173,7 @@ _with_formulas: set[tuple[OpOverload, tuple[int, ...]]] = set()
 
 
 def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: Mapping[int, Tensor]) -> None:
-    """Refuse ``op`` if PyTorch has no derivative of ``out``, computed of twins, by one of ``inputs`` (by place)."""
+    """Refuse ``op`` if PyTorch has no derivative of ``out``, computed of shadows, by one of ``inputs`` (by place)."""
     outputs = [o for o in _tensors_in(out) if o.is_floating_point() or o.is_complex()]
     stack, nodes = [o.grad_fn for o in outputs], set()
     while stack:
@@ -206,7 +206,7 @@ def run_recorded(
         the output one level down; for each tensor in it, whether it depends differentiably on the arguments; the
         pullback, from cotangents of these tensors to cotangents of the tracked arguments, in order.
     """
-    twin = TwinInterpreter(borrower)
+    shadow = ShadowInterpreter(borrower)
     inputs: dict[int, WrapperTensor] = {}
     count = -1
 
@@ -215,7 +215,7 @@ def run_recorded(
         if isinstance(a, Tensor):
             count += 1
             wanted = tracked(count)
-            t = twin_of(twin, a, requires_grad=wanted)
+            t = shadow_of(shadow, a, requires_grad=wanted)
             if wanted:
                 inputs[count] = t
             return t
@@ -223,10 +223,10 @@ def run_recorded(
             return type(a)(enter(v) for v in a)
         return a
 
-    twin_args = [enter(a) for a in args]
-    twin_kwargs = {k: enter(v) for k, v in kwargs.items()}
-    with _autograd_on(twin), _refusals(borrower, op):
-        out = op(*twin_args, **twin_kwargs)
+    shadow_args = [enter(a) for a in args]
+    shadow_kwargs = {k: enter(v) for k, v in kwargs.items()}
+    with _autograd_on(shadow), _refusals(borrower, op):
+        out = op(*shadow_args, **shadow_kwargs)
     outputs = _tensors_in(out)
     # some autograd kernels set a grad_fn on integer outputs too (_embedding_bag)
     linked = [o.grad_fn is not None and (o.is_floating_point() or o.is_complex()) for o in outputs]
@@ -239,15 +239,15 @@ def run_recorded(
 
     @recording
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
-        twin.grad_mode = torch.is_grad_enabled()
+        shadow.grad_mode = torch.is_grad_enabled()
         pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
-        with _autograd_on(twin), _refusals(borrower, op):
+        with _autograd_on(shadow), _refusals(borrower, op):
             # With create_graph PyTorch computes by differentiable formulas also where it has faster ones
             # (LU factors in det); the levels below differentiate what it computes.
             found = torch.autograd.grad(
                 [o for o, _ in pairs],
                 list(inputs.values()),
-                [twin_of(twin, c) for _, c in pairs],
+                [shadow_of(shadow, c) for _, c in pairs],
                 allow_unused=True,
                 create_graph=True,
             )
@@ -265,7 +265,7 @@ def run_forward_mode(
     ``tangents`` gives the tangent of the n-th tensor among the arguments. Returns the output one level down and the
     tangent of each tensor in it (None: it has none). Raises NotImplementedError where PyTorch has no formula.
     """
-    twin = TwinInterpreter(borrower)
+    shadow = ShadowInterpreter(borrower)
     checking = (op, tuple(sorted(tangents))) not in _with_formulas
     inputs: dict[int, Tensor] = {}
     count = -1
@@ -275,16 +275,16 @@ def run_forward_mode(
         if isinstance(a, Tensor):
             count += 1
             if count in tangents:
-                t = inputs[count] = twin_of(twin, a, requires_grad=checking)
-                return forward_ad.make_dual(t, twin_of(twin, tangents[count]))
-            return twin_of(twin, a)
+                t = inputs[count] = shadow_of(shadow, a, requires_grad=checking)
+                return forward_ad.make_dual(t, shadow_of(shadow, tangents[count]))
+            return shadow_of(shadow, a)
         if type(a) in (list, tuple):
             return type(a)(enter(v) for v in a)
         return a
 
-    # Twins of different transforms are different tensors, so one level of forward AD serves all.
+    # Shadows of different transforms are different tensors, so one level of forward AD serves all.
     level = forward_ad.dual_level() if forward_ad._current_level < 0 else contextlib.nullcontext()
-    with _autograd_on(twin), level:
+    with _autograd_on(shadow), level:
         set_forward_enabled(True)
         with _refusals(borrower, op):
             out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.core.operators import facts
+from functrans.core.operators import op_info
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.programs.program import Instruction, Program, Value
@@ -148,7 +148,7 @@ def formula_of(op: OpOverload, i: int) -> tuple[Derivative, str] | None:
     assert entry is not None
     if entry.tangent == NO_TANGENT:
         return None
-    name = facts(op).arguments[i]
+    name = op_info(op).arguments[i]
     if name not in entry.formulas:
         raise Untraceable(op)
     return entry, name
@@ -158,7 +158,7 @@ def trace(
     builder: Builder, entry: Derivative, name: str, operands: Sequence[Any], result: Value, grad: Value
 ) -> Value | None:
     """Write down the formula for argument ``name``; ``grad`` is the cotangent, or the tangent of that argument."""
-    known = facts(entry.op)
+    known = op_info(entry.op)
 
     def bound(need: str) -> Any:
         if need == "grad":

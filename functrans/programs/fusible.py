@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from functrans.core.operators import facts
+from functrans.core.operators import op_info
 from functrans.core.rules import RuleCache, RuleTable
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
@@ -39,16 +39,16 @@ def by_our_rules(op: Any) -> bool:
     return all(table.get(op) is rules.get(op) for table, rules in _tables)
 
 
-ADMITTED = RuleCache()
+FUSIBLE = RuleCache()
 
 
-def admitted(op: OpOverload) -> bool:
+def fusible(op: OpOverload) -> bool:
     """Whether ``op`` may be an instruction: pointwise, with one output, and by the rules that programs stand for."""
-    return ADMITTED.find(op, decide, op)
+    return FUSIBLE.find(op, decide, op)
 
 
 def decide(op: OpOverload) -> bool:
-    known = facts(op)
+    known = op_info(op)
     entry = DERIVATIVES.get(op)
     if entry is None or not by_our_rules(op) or entry.outputs != 1 or known.random:
         return False

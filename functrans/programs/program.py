@@ -10,7 +10,7 @@ from copy import copy
 from typing import Any, NamedTuple
 
 from functrans.core.call_sites import PROGRAM_FILE
-from functrans.core.operators import PURE, Facts, direct_call
+from functrans.core.operators import PURE, OpInfo, direct_call
 from functrans.core.rules import SCOPES, scope_here
 from functrans.core.tensor import tensor_of
 from functrans.core.torch_private import OpOverload
@@ -61,7 +61,7 @@ class Program:
         self.records: dict[tuple[int, ...], Any] = {}
         self._sources: tuple[tuple[int, ...], ...] | None = None
         self.source, direct = write_python(self)
-        self._functrans = ProgramFacts(self, direct)
+        self._functrans = ProgramInfo(self, direct)
         #: whether its results may be pending wrappers (see core/tensor.py), since nothing but programs sees them
         self.pending = False
         #: the same program for one level down, where that is so
@@ -91,7 +91,7 @@ class Program:
         return self._sources
 
 
-class ProgramFacts(Facts):
+class ProgramInfo(OpInfo):
     """What the stack asks of a program, as of any operator; ``direct`` is the code as a function of plain tensors."""
 
     __slots__ = ()

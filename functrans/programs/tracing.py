@@ -16,7 +16,7 @@ from functrans.core.torch_private import (
     pop_function_mode,
     push_function_mode,
 )
-from functrans.programs.admission import admitted
+from functrans.programs.fusible import fusible
 from functrans.programs.program import Instruction, Value, key_of
 from functrans.programs.torch_functions import OPERATORS, operator_of, spellings
 
@@ -34,7 +34,7 @@ class Builder:
         self.known = {key_of(*code): Value(inputs + i) for i, code in enumerate(self.instructions)}
 
     def emit(self, op: OpOverload, operands: Sequence[Any]) -> Value:
-        if not admitted(op):
+        if not fusible(op):
             raise Untraceable(op)
         plain = tuple(o.value if type(o) is Tracer else o for o in operands)
         key = key_of(op, plain)

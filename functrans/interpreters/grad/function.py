@@ -20,13 +20,13 @@ from functrans.interpreters.function_context import (
     unwrapped,
 )
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.plans import snapshot, tensors_in
+from functrans.interpreters.grad.nodes import snapshot, tensors_in
 
 
 def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
-    mine, values = unwrapped(interpreter, args)
-    slots = [a.slot if m else None for a, m in zip(args, mine, strict=True)]
-    needs = tuple(s is not None for s in slots)
+    _, values = unwrapped(interpreter, args)
+    indices = [interpreter.index_of(a) for a in args]
+    needs = tuple(s is not None for s in indices)
     if not any(needs) or not torch.is_grad_enabled():
         with lowered(interpreter):
             out = cls.apply(*values)
@@ -40,8 +40,8 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
         for o in outs
     )
     saved = FunctionRecord(cls, ctx, outs, [shape_of(v) for v in values])
-    made = [getattr(w, "slot", None) for w in wrapped]
-    interpreter.record(FUNCTION_PLAN, made, [s for s in slots if s is not None], saved)
+    made = [interpreter.index_of(w) for w in wrapped]
+    interpreter.record(FUNCTION_NODE, made, [s for s in indices if s is not None], saved)
     return wrapped if isinstance(out, tuple) else wrapped[0]
 
 
@@ -58,14 +58,14 @@ class FunctionRecord:
         return f"<call of {self.cls.__name__}>"
 
 
-class FunctionPlan:
+class FunctionNode:
     op: Any = "an autograd.Function"
 
     def operator(self, saved: FunctionRecord) -> str:
         return f"{saved.cls.__name__}.apply"
 
     def __repr__(self) -> str:
-        return f"<FunctionPlan of {self.op}>"
+        return f"<FunctionNode of {self.op}>"
 
     def pull(self, saved: FunctionRecord, grad: list[Tensor | None]) -> list[Any]:
         ctx = saved.ctx
@@ -85,4 +85,4 @@ class FunctionPlan:
         return tensors_in(saved.ctx._saved)
 
 
-FUNCTION_PLAN = FunctionPlan()
+FUNCTION_NODE = FunctionNode()

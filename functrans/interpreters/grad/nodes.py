@@ -11,21 +11,21 @@ from torch import Tensor
 from functrans.core.described import shown
 from functrans.core.dispatch import start
 from functrans.core.errors import DerivativeEntryError, ModifiedError
-from functrans.core.operators import Facts
+from functrans.core.operators import OpInfo
 from functrans.core.rules import rules_of
 from functrans.core.tensor import WrapperTensor, tensor_of
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, Derivative
 from functrans.interpreters.fitting import described, fitted, reduce_to
-from functrans.programs.admission import by_our_rules
 from functrans.programs.deriving import Derived, pullback
+from functrans.programs.fusible import by_our_rules
 from functrans.programs.program import Program
 
 aten = torch.ops.aten
 
 
-class Plan:
+class BackwardNode:
     """What pulls back through a record of the tape, and looks after what it saved: a list of values."""
 
     op: Any
@@ -49,10 +49,10 @@ class Plan:
         return tensors_in(saved)
 
 
-class TablePlan(Plan):
+class TableNode(BackwardNode):
     """The formulas for one operator and one choice of tracked arguments, and what they need saved."""
 
-    def __init__(self, entry: Derivative, known: Facts, names: list[str], fixes: bool) -> None:
+    def __init__(self, entry: Derivative, known: OpInfo, names: list[str], fixes: bool) -> None:
         self.op = entry.op
         self.names = tuple(names)
         joint = entry.joint is not None and len(names) > 1
@@ -78,7 +78,7 @@ class TablePlan(Plan):
         self.first_fix = len(needed) + self.saves_result if fixes else None
 
     def __repr__(self) -> str:
-        return f"<TablePlan of {self.op} for {', '.join(self.names)}>"
+        return f"<TableNode of {self.op} for {', '.join(self.names)}>"
 
     def joint_pull(
         self, entry: Derivative, names: list[str], place: dict[str, int]
@@ -102,18 +102,18 @@ class TablePlan(Plan):
         return found
 
 
-class CheckedPlan(Plan):
+class CheckedNode(BackwardNode):
     """A user's entry: each cotangent fits its argument, whose shape and dtype are saved at the end, or is refused."""
 
-    def __init__(self, plan: TablePlan) -> None:
-        self.op = plan.op
-        self.plan = plan
-        self.saves, self.last_save, self.saves_result = plan.saves, plan.last_save, plan.saves_result
+    def __init__(self, node: TableNode) -> None:
+        self.op = node.op
+        self.node = node
+        self.saves, self.last_save, self.saves_result = node.saves, node.last_save, node.saves_result
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
-        count = len(saved) - len(self.plan.names)
-        found = self.plan.pull(saved[:count], grad)
-        return [self.fit(name, f, given) for name, f, given in zip(self.plan.names, found, saved[count:], strict=True)]
+        count = len(saved) - len(self.node.names)
+        found = self.node.pull(saved[:count], grad)
+        return [self.fit(name, f, given) for name, f, given in zip(self.node.names, found, saved[count:], strict=True)]
 
     def fit(self, name: str, found: Any, given: Any) -> Any:
         if type(given) is list and type(found) in (list, tuple) and len(found) == len(given):
@@ -139,18 +139,18 @@ MATRICES: dict[Any, tuple[str, bool]] = {
 }
 
 
-def matrix_of(plan: Any, saved: list[Any], rows: int) -> Tensor | None:
-    """The matrix whose product with a tracked vector ``plan`` pulls back, a row per element of the result; or None."""
-    if type(plan) is not TablePlan or not by_our_rules(plan.op):
+def matrix_of(node: Any, saved: list[Any], rows: int) -> Tensor | None:
+    """The matrix whose product with a tracked vector ``node`` pulls back, a row per element of the result; or None."""
+    if type(node) is not TableNode or not by_our_rules(node.op):
         return None
-    name, transposed = MATRICES.get((plan.op, plan.names), ("", False))
-    matrix = saved[plan.place[name]] if name in plan.place else None
+    name, transposed = MATRICES.get((node.op, node.names), ("", False))
+    matrix = saved[node.place[name]] if name in node.place else None
     if matrix is None or matrix.dim() != 2 or matrix.shape[1 if transposed else 0] != rows:
         return None
     return matrix.transpose(0, 1) if transposed else matrix
 
 
-class ProgramPlan(Plan):
+class ProgramNode(BackwardNode):
     """A program's pullback on the tape.
 
     What is saved: ``saves``, then the tracked inputs' shapes where not all are the same.
@@ -174,7 +174,7 @@ class ProgramPlan(Plan):
             self.pull_program = self.pull_one.program if self.pull_one.plain and self.pull_one.uses is None else None
 
     def __repr__(self) -> str:
-        return f"<ProgramPlan of {self.op} for {', '.join(f'input {p}' for p in self.places)}>"
+        return f"<ProgramNode of {self.op} for {', '.join(f'input {p}' for p in self.places)}>"
 
     def save(self, values: list[Any], outs: Any) -> list[Any]:
         if self.forward.single:
@@ -254,7 +254,7 @@ class BorrowedPullback:
         return f"<PyTorch's pullback, of inputs {shown(self.inputs)}>"
 
 
-class BorrowedPlan:
+class BorrowedNode:
     op = "an operator by PyTorch's derivative"
 
     def operator(self, saved: tuple[OpOverload, BorrowedPullback]) -> OpOverload:
@@ -267,7 +267,7 @@ class BorrowedPlan:
         return kept.pullback(grad)
 
     def __repr__(self) -> str:
-        return f"<BorrowedPlan of {self.op}>"
+        return f"<BorrowedNode of {self.op}>"
 
     def protect(self, saved: tuple[OpOverload, BorrowedPullback], target: Tensor) -> Any:
         kept = saved[1]
@@ -279,4 +279,4 @@ class BorrowedPlan:
         return saved[1].inputs
 
 
-BORROWED = BorrowedPlan()
+BORROWED = BorrowedNode()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
 from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, wrap, wrap_like
-from functrans.interpreters.grad.plans import ProgramPlan
+from functrans.interpreters.grad.nodes import ProgramNode
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
 
@@ -28,18 +28,18 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             known is not None
             and not known.keeps
             and x.strides is None
-            and x.slot is not None
+            and x.tape_index is not None
             and torch.is_grad_enabled()
         ):
             value = x._value
             out = lower(self, known.forward, (value,), NO_KWARGS)
             wrapper = make(self, out, x)
-            self.slots = wrapper.slot = slot = self.slots + 1
-            self.tape.append((known, slot, [x.slot], [value if i < 0 else out for i in known.saves]))
+            self.last_index = wrapper.tape_index = index = self.last_index + 1
+            self.tape.append((known, index, [x.tape_index], [value if i < 0 else out for i in known.saves]))
             return wrapper
     values: list[Any] = []
     places: tuple[int, ...] = ()
-    slots: list[Any] = []
+    indices: list[Any] = []
     first: Any = None
     alike = same = True  # the results have the shape of ``first`` and are contiguous; all arguments have one shape
     for a in args:
@@ -52,10 +52,10 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             if a.strides is not None:
                 alike = False
             if a.interpreter is self:
-                slot = a.slot
-                if slot is not None:
+                index = a.tape_index
+                if index is not None:
                     places += (len(values),)
-                    slots.append(slot)
+                    indices.append(index)
                 a = a._value
         elif isinstance(a, Tensor):
             alike = False
@@ -63,31 +63,31 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
         values.append(a)
     if not places or not torch.is_grad_enabled():
         return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
-    plan = program.records.get(places)
-    if plan is None:
+    node = program.records.get(places)
+    if node is None:
         try:
-            plan = program.records[places] = ProgramPlan(program, places)
+            node = program.records[places] = ProgramNode(program, places)
         except Untraceable:
             return program.decompose(*args, send=dispatch)
-    outs = lower(self, plan.forward, values, NO_KWARGS)
-    if not same and not plan.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
+    outs = lower(self, node.forward, values, NO_KWARGS)
+    if not same and not node.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
         # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
         return program.decompose(*args, send=dispatch)
-    saved = plan.save(values, outs)
+    saved = node.save(values, outs)
     if not same:
         saved.extend(values[p].shape for p in places)
-    if plan.single:
-        out = outs[0] if plan.keeps else outs
+    if node.single:
+        out = outs[0] if node.keeps else outs
         wrapper = make(self, out, first) if alike else wrap(self, out)
-        self.slots = wrapper.slot = slot = self.slots + 1
-        self.tape.append((plan, slot, slots, saved))
+        self.last_index = wrapper.tape_index = index = self.last_index + 1
+        self.tape.append((node, index, indices, saved))
         return wrapper
     wrapped = []
-    for out, reached in zip(outs, plan.reached, strict=False):
+    for out, reached in zip(outs, node.reached, strict=False):
         wrapper = make(self, out, first) if alike else wrap(self, out)
         if reached:
-            self.slots += 1
-        wrapper.slot = self.slots if reached else None
+            self.last_index += 1
+        wrapper.tape_index = self.last_index if reached else None
         wrapped.append(wrapper)
-    self.tape.append((plan, [w.slot for w in wrapped], slots, saved))
+    self.tape.append((node, [w.tape_index for w in wrapped], indices, saved))
     return wrapped

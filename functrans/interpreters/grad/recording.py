@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.operators import DIFFERENTIABLE, Facts
+from functrans.core.operators import DIFFERENTIABLE, OpInfo
 from functrans.core.rules import RuleTable
-from functrans.core.tensor import WrapperTensor, wrap
+from functrans.core.tensor import wrap
 from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.autograd_fallback import run_recorded
 from functrans.interpreters.fitting import spec
-from functrans.interpreters.grad.plans import (
+from functrans.interpreters.grad.nodes import (
     BORROWED,
     BorrowedPullback,
-    CheckedPlan,
-    TablePlan,
+    CheckedNode,
+    TableNode,
     tensors_in,
 )
-from functrans.programs.admission import by_our_rules
+from functrans.programs.fusible import by_our_rules
 
 if TYPE_CHECKING:
     from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -35,10 +35,10 @@ aten = torch.ops.aten
 GRAD_RULES: RuleTable[Callable[..., Any]] = RuleTable("grad rules", cached=True)
 
 
-def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
+def choose_method(op: OpOverload, known: OpInfo) -> Callable[..., Any]:
     rule = GRAD_RULES.get(op)
     if rule is not None:
-        return lambda self, op, given, values, kwargs, places, slots: rule(self, op, values, kwargs)
+        return lambda self, op, given, values, kwargs, places, indices: rule(self, op, values, kwargs)
     entry = DERIVATIVES.get(op)
     if entry is not None:
         return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
@@ -48,14 +48,14 @@ def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
 
 
 def run_constant(
-    self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any
+    self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, indices: Any
 ) -> Any:
     """Run an operator whose outputs do not depend differentiably on its arguments."""
     return map_tensors(self.constant, lower(self, op, values, kwargs))
 
 
 def take_apart(
-    self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any
+    self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, indices: Any
 ) -> Any:
     """Run the pieces of a composite operator through this level again."""
     return decompose(self, op, *given)
@@ -64,10 +64,10 @@ def take_apart(
 class TableMethod:
     """Records an operator by its entry in the derivative table."""
 
-    def __init__(self, entry: Derivative, known: Facts) -> None:
+    def __init__(self, entry: Derivative, known: OpInfo) -> None:
         self.entry = entry
         self.known = known
-        self.plans: dict[Any, Any] = {}
+        self.nodes: dict[Any, Any] = {}
         #: whether the formulas are a user's: what they return is checked
         self.foreign = not by_our_rules(known.op)
         #: whether arguments can be broadcast or promoted: not with one tensor and no number
@@ -82,33 +82,33 @@ class TableMethod:
         values: Any,
         kwargs: Any,
         places: list[int],
-        slots: list[Any],
+        indices: list[Any],
     ) -> Any:
         key = places[0] if len(places) == 1 else tuple(places)
         try:
-            plan = self.plans[key]
+            node = self.nodes[key]
         except KeyError:
-            plan = self.plans[key] = self.make_plan(places)
-        if plan is None:  # the table says nothing of some tracked argument
+            node = self.nodes[key] = self.make_node(places)
+        if node is None:  # the table says nothing of some tracked argument
             fallback = take_apart if self.known.composite or decomposition(op) is not None else borrow
-            return fallback(grad, op, given, values, kwargs, places, slots)
+            return fallback(grad, op, given, values, kwargs, places, indices)
         out = lower(grad, op, values, kwargs)
         outs: Any
         wrapped: Any
         if isinstance(out, Tensor):
             wrapped = wrap(grad, out)
             if out.dtype not in DIFFERENTIABLE:
-                wrapped.slot = None
+                wrapped.tape_index = None
                 return wrapped
-            grad.slots = outs = wrapped.slot = grad.slots + 1
+            grad.last_index = outs = wrapped.tape_index = grad.last_index + 1
         else:
             wrapped = map_tensors(grad.output, out)
-            outs = [getattr(w, "slot", None) for w in wrapped]
-        if plan.last_save < len(values):
-            saved = [values[i] for i in plan.saves]
+            outs = [grad.index_of(w) for w in wrapped]
+        if node.last_save < len(values):
+            saved = [values[i] for i in node.saves]
         else:
-            saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in plan.saves]
-        if plan.saves_result:
+            saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in node.saves]
+        if node.saves_result:
             saved.append(out)
         if self.foreign:
             saved += [spec(values[p] if p < len(values) else self.default(p, kwargs)) for p in places]
@@ -117,28 +117,30 @@ class TableMethod:
             for p in places:
                 v = values[p]
                 saved.append(None if v.shape == shape and v.dtype is dtype else (v.shape, v.dtype))
-        grad.tape.append((plan, outs, slots, saved))
+        grad.tape.append((node, outs, indices, saved))
         return wrapped
 
     def default(self, i: int, kwargs: dict[str, Any]) -> Any:
         return kwargs.get(self.known.arguments[i], self.known.defaults[i])
 
-    def make_plan(self, places: list[int]) -> TablePlan | CheckedPlan | None:
+    def make_node(self, places: list[int]) -> TableNode | CheckedNode | None:
         names = [self.known.arguments[p] for p in places]
         if any(n not in self.entry.formulas for n in names):
             return None
         if self.foreign:
-            return CheckedPlan(TablePlan(self.entry, self.known, names, fixes=False))
-        return TablePlan(self.entry, self.known, names, self.fixes)
+            return CheckedNode(TableNode(self.entry, self.known, names, fixes=False))
+        return TableNode(self.entry, self.known, names, self.fixes)
 
 
-def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, slots: Any) -> Any:
+def borrow(
+    self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, indices: Any
+) -> Any:
     """Record ``op`` by PyTorch's own derivative."""
     wanted: list[int | None] = []
 
     def number(a: Any) -> None:
         if isinstance(a, Tensor):
-            wanted.append(a.slot if type(a) is WrapperTensor and a.interpreter is self else None)
+            wanted.append(self.index_of(a))
         elif type(a) in (list, tuple):
             for v in a:
                 number(v)
@@ -149,7 +151,7 @@ def borrow(self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwarg
     flags = iter(linked)
     wrapped = map_tensors(lambda o: self.track(o) if next(flags) else self.constant(o), out)
     if any(linked):
-        outs = [getattr(o, "slot", None) for o in tensors_in([wrapped])]
+        outs = [self.index_of(o) for o in tensors_in([wrapped])]
         saved = BorrowedPullback(pullback, tensors_in(values), [False])
         self.record(BORROWED, outs, [w for w in wanted if w is not None], (op, saved))
     return wrapped

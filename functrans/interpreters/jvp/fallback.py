@@ -9,14 +9,14 @@ from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
 from functrans.core.errors import MissingRuleError, NoFormulaError
-from functrans.core.operators import PYTORCH_NAMESPACES, facts
+from functrans.core.operators import PYTORCH_NAMESPACES, op_info
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import door_closed, lowered
 from functrans.core.torch_private import OpOverload
 from functrans.interpreters.autograd_fallback import run_forward_mode, run_recorded
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.plans import tensors_in
+from functrans.interpreters.grad.nodes import tensors_in
 
 if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -40,7 +40,7 @@ def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
     for i, a in enumerate(values):
         number(a, tangents.get(i))
     for name, a in kwargs.items():
-        number(a, tangents.get(facts(op).arguments.index(name)))
+        number(a, tangents.get(op_info(op).arguments.index(name)))
     try:
         if op.namespace not in PYTORCH_NAMESPACES:
             # torch.library operators have a reverse formula at most, and no forward one would be a silent zero.
@@ -64,7 +64,7 @@ def expect_followed(
 ) -> None:
     """Refuse a tangent that PyTorch has no formula for: reverse mode says so, forward mode drops it without a word."""
     key = op, tuple(sorted(tangents))
-    if key in FOLLOWED or facts(op).random:
+    if key in FOLLOWED or op_info(op).random:
         return
     try:
         run_recorded(self, op, values, kwargs, lambda i: i in flat)
@@ -105,7 +105,7 @@ def double_reverse(
         inputs = [w for w in _wrappers([*tracked, *tracked_kwargs.values()]) if w.interpreter is inner]
         out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
         plain = map_tensors(lambda o: o.value if type(o) is WrapperTensor and o.interpreter is inner else o, out)
-        outputs = tensors_in([out])
+        outputs: list[Any] = tensors_in([out])
         if any(o.layout is not torch.strided for o in outputs):
             # PyTorch's formulas for sparse tensors go through _values, where the second derivative is lost
             raise MissingRuleError(op, self, "Its result is sparse: use to_dense() before it.")
@@ -114,8 +114,9 @@ def double_reverse(
         foreign = op.namespace not in PYTORCH_NAMESPACES
         # any u will do; ones tell a lost derivative from a zero one
         fill = torch.ones_like if foreign else torch.zeros_like
-        seeds = {o.slot: outer.track(fill(o.value)) for o in outputs if type(o) is WrapperTensor and o.slot is not None}
-        names: dict[int, int] = {slot: w.slot for slot, w in seeds.items() if w.slot is not None}
+        made = [inner.index_of(o) for o in outputs]
+        seeds = {index: outer.track(fill(o.value)) for index, o in zip(made, outputs, strict=True) if index}
+        names: dict[int | None, int] = {index: w.tape_index for index, w in seeds.items() if w.tape_index is not None}
 
         def transpose() -> Any:
             return inner.pull(dict(seeds), consume=False)
@@ -123,16 +124,14 @@ def double_reverse(
         pulled = run_transformed(outer, transpose, enable_grad=True)
         given: dict[int, Tensor] = {}
         for w, i in zip(inputs, order, strict=True):
-            back = None if w.slot is None else pulled.get(w.slot)
-            if type(back) is WrapperTensor and back.interpreter is outer and back.slot is not None:
-                given[back.slot] = given[back.slot] + tangents[i] if back.slot in given else tangents[i]
+            back = None if w.tape_index is None else pulled.get(w.tape_index)
+            index = outer.index_of(back)
+            if index is not None:
+                given[index] = given[index] + tangents[i] if index in given else tangents[i]
             elif foreign and back is not None and not is_zero(back):
                 raise MissingRuleError(op, self, LOST)
         found = outer.pull(given, consume=True)
-        result = [
-            found.get(names[o.slot]) if type(o) is WrapperTensor and o.slot is not None and o.slot in names else None
-            for o in outputs
-        ]
+        result = [found.get(names[index]) if index in names else None for index in made]
     return plain, result
 
 

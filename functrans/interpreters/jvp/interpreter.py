@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import call_below, lower, map_tensors, unwrap
 from functrans.core.errors import DerivativeEntryError
-from functrans.core.operators import DIFFERENTIABLE, Facts, facts, plans_here
+from functrans.core.operators import DIFFERENTIABLE, OpInfo, op_info, specialized_here
 from functrans.core.rules import SCOPES, RuleTable, place_in
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
@@ -21,7 +21,7 @@ from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.jvp.fallback import borrow
 from functrans.interpreters.jvp.programs import run_program
-from functrans.programs.admission import by_our_rules
+from functrans.programs.fusible import by_our_rules
 
 aten = torch.ops.aten
 
@@ -69,19 +69,19 @@ class JvpInterpreter(Interpreter, whole=True):
         return place_in(op, JVP_RULES, DERIVATIVES)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        known: Facts = op._functrans  # type: ignore[attr-defined]
+        known: OpInfo = op._functrans  # type: ignore[attr-defined]
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
         values, below_kwargs, tangents = unwrap(self, op, args, kwargs)
         if not tangents or not is_forward_enabled():
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
-        plans = known.plans if not SCOPES else plans_here(known)
+        specialized = known.specialized if not SCOPES else specialized_here(known)
         try:
-            method = plans[JvpInterpreter]
+            method = specialized[JvpInterpreter]
         except KeyError:
             method = choose_method(op, known)
             if known.settled or method not in (decompose, borrow):  # PyTorch may say otherwise tomorrow
-                plans[JvpInterpreter] = method
+                specialized[JvpInterpreter] = method
         if method is decompose:
             return decompose(self, op, args, kwargs)
         return method(self, op, values, below_kwargs, tangents)
@@ -96,7 +96,7 @@ def detach(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
     return self.constant(lower(self, op, values, kwargs))
 
 
-def choose_method(op: OpOverload, known: Facts) -> Callable[..., Any]:
+def choose_method(op: OpOverload, known: OpInfo) -> Callable[..., Any]:
     rule = JVP_RULES.get(op)
     if rule is not None:
         return rule
@@ -144,7 +144,7 @@ def unrecorded(found: Any, given: list[Any]) -> Any:
 
 def fall_back(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
     """Run an operator whose entry says nothing of some argument that has a tangent."""
-    if not facts(op).composite and decomposition(op) is None:
+    if not op_info(op).composite and decomposition(op) is None:
         return borrow(self, op, values, kwargs, tangents)
 
     def dual(value: Any, tangent: Any) -> Any:
@@ -152,7 +152,7 @@ def fall_back(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, ta
             return [dual(v, t) for v, t in zip(value, tangent, strict=True)]
         return value if tangent is None else self.dual(value, tangent)
 
-    names = facts(op).arguments
+    names = op_info(op).arguments
     given = [dual(value, tangents.get(i)) for i, value in enumerate(values)]
     return decompose(
         self, op, given, {name: dual(value, tangents.get(names.index(name))) for name, value in kwargs.items()}
@@ -162,7 +162,7 @@ def fall_back(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, ta
 class TableMethod:
     """Runs an operator and its tangent by its entry in the derivative table."""
 
-    def __init__(self, entry: Derivative, known: Facts) -> None:
+    def __init__(self, entry: Derivative, known: OpInfo) -> None:
         self.entry = entry
         self.known = known
         self.tangent: Callable[..., Any] = self.elementwise if entry.tangent == "elementwise" else self.formula

@@ -13,7 +13,7 @@ from functrans.core.call_sites import definition, frames_to_user
 from functrans.core.defaults import completed
 from functrans.core.dispatch import call_below, lower, map_tensors
 from functrans.core.errors import BatchingRuleError, DataDependentError
-from functrans.core.operators import Facts, plans_here
+from functrans.core.operators import OpInfo, specialized_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap, wrap_as
@@ -121,11 +121,11 @@ class VmapInterpreter(Interpreter, whole=True):
         return found or (definition(vmap_rule_of_library(op)) if isinstance(op, OpOverload) else None)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        known: Facts = op._functrans  # type: ignore[attr-defined]
+        known: OpInfo = op._functrans  # type: ignore[attr-defined]
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
         try:
-            rule, direct, accepted = known.plans[VmapInterpreter] if not SCOPES else rule_here(op, known)
+            rule, direct, accepted = known.specialized[VmapInterpreter] if not SCOPES else rule_here(op, known)
         except KeyError:
             rule, direct, accepted = rule_here(op, known)
         values: list[Any] = []
@@ -194,7 +194,7 @@ class VmapInterpreter(Interpreter, whole=True):
     def _run_random(
         self,
         op: OpOverload,
-        known: Facts,
+        known: OpInfo,
         values: Any,
         dims: Any,
         kwargs: dict[str, Any],
@@ -337,19 +337,19 @@ class VmapInterpreter(Interpreter, whole=True):
 carried_as("bdim")
 
 
-def rule_here(op: OpOverload, known: Facts) -> tuple[Any, Any, set[Any] | None]:
+def rule_here(op: OpOverload, known: OpInfo) -> tuple[Any, Any, set[Any] | None]:
     """The rule of an operator in this context (None: there is none), its shortcut, and the kinds of arguments that the
     operator is known
     to take (None: not asked for)."""
-    plans = plans_here(known)
-    found = plans.get(VmapInterpreter)
+    specialized = specialized_here(known)
+    found = specialized.get(VmapInterpreter)
     if found is None:
         ours = BATCHING_RULES.get(op)
         rule = ours or vmap_rule_of_library(op)
         accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
         found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None), accepted
         if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
-            plans[VmapInterpreter] = found
+            specialized[VmapInterpreter] = found
     return found
 
 
@@ -384,7 +384,7 @@ def described(x: Any) -> str:
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
-def is_checked(op: OpOverload, known: Facts, rule: Callable[..., Any] | None) -> bool:
+def is_checked(op: OpOverload, known: OpInfo, rule: Callable[..., Any] | None) -> bool:
     """Whether one example must show that ``op`` takes it: a rule, or a decomposition that may be more liberal, stands
     in for ``op``."""
     if op.namespace != "aten" or op in DATA_DEPENDENT or hasattr(rule, "any_rank"):
