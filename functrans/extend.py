@@ -37,8 +37,9 @@ from functrans.core.errors import (
     RuleError,
     RuleResultError,
 )
-from functrans.core.operators import op_info, schema_default
+from functrans.core.operators import op_info
 from functrans.core.rules import RuleTable, check_table, place_in, rules_in_scope
+from functrans.core.schemas import schema_default
 from functrans.core.stack import Interpreter, interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import OpOverload

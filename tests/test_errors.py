@@ -18,7 +18,7 @@ import torch
 import functrans
 from functrans.core import errors
 from functrans.core.errors import FunctransError
-from functrans.core.refusals import REFUSED
+from functrans.core.errors.refusals import REFUSED
 
 HOME = Path(functrans.__file__).parent
 KINDS = {k: v for k, v in vars(errors).items() if inspect.isclass(v) and issubclass(v, FunctransError)}

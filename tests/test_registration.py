@@ -18,7 +18,8 @@ import functrans
 from functrans import batching_rule, derivative, grad, jvp, vmap
 from functrans.core.defaults import completed
 from functrans.core.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
-from functrans.core.operators import op_info, schema_default
+from functrans.core.operators import op_info
+from functrans.core.schemas import schema_default
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.extend import (
     BATCHING_RULES,

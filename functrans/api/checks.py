@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from functrans.core.errors import Call, CallTypeError, CallValueError
-from functrans.core.wording import callable_name, shown, what
+from functrans.core.errors.wording import callable_name, shown, what
 
 
 def check_callable(transform: str, func: Any) -> None:

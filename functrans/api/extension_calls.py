@@ -11,10 +11,10 @@ from torch import Tensor
 from functrans.api.checks import call_function, check_callable, check_flag, check_kind
 from functrans.core import dispatch, stack, tensor, thread_state
 from functrans.core.errors import CallError, CallTypeError
+from functrans.core.errors.wording import shown
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import OpOverload
-from functrans.core.wording import shown
 from functrans.decompositions import table
 
 

@@ -15,8 +15,8 @@ from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, jvp_with_argnums, unit, vjp_with_argnums
 from functrans.api.vmap import vmap
 from functrans.core.errors import Call, CallError
+from functrans.core.errors.wording import callable_name, what
 from functrans.core.pytrees import tree_flatten, tree_unflatten
-from functrans.core.wording import callable_name, what
 
 
 def jacrev(

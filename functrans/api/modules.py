@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from functrans.api.checks import check_flag, check_kind
 from functrans.core.errors import CallError, CallTypeError, CallValueError
+from functrans.core.errors.wording import shown, what
 from functrans.core.torch_private import BatchNormModule
-from functrans.core.wording import shown, what
 
 __all__ = ["functional_call", "replace_all_batch_norm_modules_", "stack_module_state"]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrans.core.described import shown
 from functrans.core.dispatch import WITHOUT_TENSORS
 from functrans.core.errors import CarriedValueError, DeadWrapperError, RuleResultError
+from functrans.core.errors.described import shown
 from functrans.core.pytrees import tree_flatten
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor

@@ -6,8 +6,8 @@ from typing import Any
 
 import optree
 
+from functrans.core.errors.wording import shown, what
 from functrans.core.pytrees import NAMESPACE
-from functrans.core.wording import shown, what
 
 PLURALS = ("args", "primals")
 

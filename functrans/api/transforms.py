@@ -24,14 +24,14 @@ from functrans.api.arguments import (
 from functrans.api.checks import call_function, check_callable, check_flag
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError, MixedTransformsError
-from functrans.core.made_at import note_results
+from functrans.core.errors.made_at import note_results
+from functrans.core.errors.wording import shown, what
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.core.thread_state import STATE, door_closed
 from functrans.core.torch_private import is_torch_func_active, set_forward_enabled
-from functrans.core.wording import shown, what
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 

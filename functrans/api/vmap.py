@@ -13,12 +13,12 @@ from functrans.api.checks import call_function, check_callable, check_chunk_size
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallIndexError, CallValueError, DeadWrapperError
-from functrans.core.made_at import note_results
+from functrans.core.errors.made_at import note_results
+from functrans.core.errors.wording import what
 from functrans.core.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
-from functrans.core.wording import what
 from functrans.functionalize.views import contents_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 

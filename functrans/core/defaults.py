@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from functrans.core.errors import RegistrationError
-from functrans.core.operators import schema_default
+from functrans.core.schemas import schema_default
 from functrans.core.torch_private import OpOverload
 
 Parameter = inspect.Parameter

@@ -22,8 +22,8 @@ from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 from functrans.core.errors import CallTypeError, DuplicateRuleError, NotAnOverloadError, RegistrationError
+from functrans.core.errors.wording import shown, what
 from functrans.core.torch_private import OpOverload, overload_of_library
-from functrans.core.wording import shown, what
 
 Rule = TypeVar("Rule")
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from functrans.core import thread_state
-from functrans.core.errors import InterpreterError, MixedTransformsError, PayloadError
+from functrans.core.errors import MixedTransformsError
+from functrans.core.errors.misuse import check_enterable, check_payload
+from functrans.core.errors.wording import callable_name
 from functrans.core.thread_state import STATE, Snapshot
 from functrans.core.torch_private import (
     AUTOGRAD,
@@ -32,7 +34,6 @@ from functrans.core.torch_private import (
     set_grad_enabled,
     set_key_excluded,
 )
-from functrans.core.wording import callable_name
 
 if TYPE_CHECKING:
     from functrans.core.tensor import WrapperTensor
@@ -145,49 +146,6 @@ class Interpreter:
     @property
     def name(self) -> str:
         return f"{self.kind}({callable_name(self.func)})"
-
-
-#: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.core.tensor``)
-RESERVED = {"self", *dir(Tensor)}
-
-
-def check_payload(cls: type[Interpreter]) -> None:
-    """Refuse names of a payload that would overwrite what a wrapper is made of."""
-    payload: Any = cls.payload
-    if not isinstance(payload, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in payload):
-        raise PayloadError(cls, f"payload is {payload!r}")
-    if len(set(payload)) < len(payload):
-        raise PayloadError(cls, f"payload {payload!r} has a name twice")
-    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "payload", ())}
-    taken = [name for name in payload if name in RESERVED and name not in inherited]
-    if taken:
-        raise PayloadError(cls, f"payload has {', '.join(map(repr, taken))}, which every wrapper tensor has already")
-
-
-def check_enterable(interpreter: Interpreter, before: Snapshot) -> None:
-    """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
-    here, grad, forward = before.top, before.grad, before.forward
-    if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
-        mine: list[Any] = []
-        # atomic: threads that try at once get one run between them
-        if interpreter.__dict__.setdefault("run", mine) is mine:
-            return
-    if "run" in interpreter.__dict__:
-        what = "got one that is running" if interpreter.alive else "got one that has run already"
-    elif interpreter.below is not here:
-        what = f"got one that was made {place_of(interpreter.below)}, and is run {place_of(here)}"
-    else:
-        what = "got one that was made where grad mode, or forward mode, was switched otherwise"
-    raise InterpreterError(interpreter, what)
-
-
-def place_of(interpreter: Interpreter | None) -> str:
-    """Where code at a level is, for a message."""
-    return (
-        "outside of all transforms"
-        if interpreter is None
-        else f"inside {interpreter.name} at level {interpreter.level}"
-    )
 
 
 def interpreter_stack() -> list[Interpreter]:

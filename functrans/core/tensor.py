@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from functrans.core import thread_state
-from functrans.core.errors import CallTypeError, DataDependentError, LayoutError, RequiresGradError
+from functrans.core.errors import CallTypeError, LayoutError
+from functrans.core.errors.described import describe
+from functrans.core.errors.misuse import RESERVED
+from functrans.core.errors.refusals import Refusing
 from functrans.core.pytrees import TENSORS
-from functrans.core.refusals import NUMBERS, REFUSED, refuse, refused
-from functrans.core.stack import RESERVED, Interpreter
-from functrans.core.torch_private import INDEX_BATCHED_KEYS, PYTHON, is_key_excluded, make_wrapper, no_dispatch
+from functrans.core.stack import Interpreter
+from functrans.core.torch_private import INDEX_BATCHED_KEYS, make_wrapper
 
 Strides = tuple[int, ...] | None  # None: contiguous
 
 
-class WrapperTensor(torch.Tensor):
+class WrapperTensor(Refusing):
     """A value of one level, as the level's code sees it.
 
     Attributes:
@@ -78,14 +78,6 @@ class WrapperTensor(torch.Tensor):
 
     # __torch_function__, the short way in, is set by door/torch_function.py.
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return describe(self)
-
-    def __format__(self, spec: str) -> str:
-        if self.dim() == 0 and spec:
-            return format(self._asked("format"), spec)
-        return describe(self)
-
     # Metadata, without the way through PyTorch's parser.
 
     def dim(self) -> int:
@@ -110,79 +102,14 @@ class WrapperTensor(torch.Tensor):
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
-    # What follows would read autograd state or data that a wrapper does not have.
-
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
-        return self.interpreter.records(self) or self.value.requires_grad
-
-    @requires_grad.setter
-    def requires_grad(self, flag: bool) -> None:
-        self.requires_grad_(flag)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and
-        # constructors of modules do it.
-        origin = self if self.view_link is None else self.view_link.base_content()
-        if requires_grad and (concrete(self) is None or concrete(origin) is None):
-            raise RequiresGradError(self.interpreter.name)
-        return self
-
-    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        if not self.requires_grad:
-            raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
-        if not self.interpreter.records(self):
-            refuse(self, "Tensor.register_hook()", "an autograd.Function whose backward does what the hook does")
-        return self.interpreter.add_hook(self, hook)  # type: ignore[attr-defined]
-
     def storage_offset(self) -> int:
         return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
-
-    def tolist(self) -> Any:
-        if self.dim() == 0:
-            return self._asked("tolist")
-        return [row.tolist() for row in self.unbind(0)]
-
-    def numpy(self, *, force: bool = False) -> Any:
-        value = concrete(self)
-        return refuse(self, "numpy()", None) if value is None else value.numpy(force=force)
-
-    def __array__(self, dtype: Any = None) -> Any:
-        array = self.numpy()
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-    # Each conversion says in its error what the user wrote, instead of the operator that reads the number.
-
-    def item(self) -> Any:  # type: ignore[override]
-        return self._asked("item")
-
-    def _asked(self, how: str) -> Any:
-        try:
-            return super().item()
-        except DataDependentError as error:
-            what, cure = NUMBERS[how]
-            raise DataDependentError(what, error.interpreter, cure) from None
-
-    def _number(self, to: Callable[[Any], Any]) -> Any:
-        if is_key_excluded(PYTHON):
-            # Only constructors of tensors do so with dispatch off; the result would have no derivative, or no batch.
-            refuse(self, "making a tensor of other tensors' numbers, as torch.tensor([x]) does,", "torch.stack([x])")
-        return to(self._asked(to.__name__))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         copied = self.clone()
         memo[id(self)] = copied
         return copied
 
-
-def conversion(to: Callable[[Any], Any]) -> Callable[[WrapperTensor], Any]:
-    return lambda self: self._number(to)  # not functools.partialmethod, whose frame would hide the one that asks
-
-
-for method, refusal in REFUSED.items():
-    setattr(WrapperTensor, method, refused(*refusal))
-for to in (bool, int, float, complex, operator.index):
-    setattr(WrapperTensor, f"__{to.__name__}__", conversion(to))
 
 TENSORS.add(WrapperTensor)
 RESERVED.update(dir(WrapperTensor))
@@ -256,15 +183,6 @@ def carried_tensor(x: WrapperTensor) -> Tensor | None:
     if type(carried) is PendingWrapper:
         carried = x._carried = tensor_of(carried)
     return carried
-
-
-def concrete(x: Tensor) -> Tensor | None:
-    """The plain tensor under constants of any number of levels, or None if some level depends on ``x``."""
-    while type(x) is WrapperTensor:
-        if not x.interpreter.is_constant(x):
-            return None
-        x = x.value
-    return x
 
 
 def wrap(interpreter: Interpreter, value: Tensor) -> WrapperTensor:
@@ -346,25 +264,3 @@ def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
     for name in interpreter.payload:
         setattr(wrapper, name, getattr(new, name))
     wrapper.version += 1
-
-
-def describe(x: Any, name: str = "WrapperTensor") -> str:
-    """The layers of a wrapper, outermost first: kind, level, dtype and shape, what its transform keeps; its value."""
-    if type(x) not in WRAPPERS:
-        with no_dispatch():
-            return repr(x)
-    i = x.interpreter
-    ended = "" if i.alive else ", ended"
-    if x.view_link is not None and i.alive:
-        x.view_link.refresh(x)
-    dtype = str(x.dtype).removeprefix("torch.")
-    head = ", ".join(filter(None, (f"{i.kind} level {i.level}{ended}", f"{dtype}{list(x.shape)}", i.describe(x))))
-    fields = {"value": x._value, **i.parts(x)}
-    return "\n".join([f"{name}({head}", *(line for name, part in fields.items() for line in field(name, part))]) + ")"
-
-
-def field(name: str, x: Any) -> list[str]:
-    """The lines that show one attribute of a wrapper."""
-    first, *rest = describe(x).split("\n")
-    pad = " " * (2 if type(x) in WRAPPERS else 3 + len(name))
-    return [f"  {name}={first}", *((pad + line).rstrip() for line in rest)]

@@ -41,9 +41,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from functrans.core.errors import DerivativeEntryError, RegistrationError
+from functrans.core.errors.wording import shown
 from functrans.core.rules import RuleTable, caller_place
 from functrans.core.torch_private import OpOverload
-from functrans.core.wording import shown
 
 Formula = Callable[..., Any]
 

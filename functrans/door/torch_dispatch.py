@@ -7,12 +7,13 @@ from threading import get_ident
 from typing import Any
 
 from functrans.core import thread_state
-from functrans.core.call_sites import USER_FILES
 from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import OtherThreadError
-from functrans.core.made_at import note_site, several
-from functrans.core.operators import PURE, OpInfo, kind_here, normalized, op_info
+from functrans.core.errors.call_sites import USER_FILES
+from functrans.core.errors.made_at import note_site, several
+from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
+from functrans.core.schemas import normalized
 from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE

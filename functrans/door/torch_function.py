@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.call_sites import USER_FILES
 from functrans.core.dispatch import NO_KWARGS, lift
 from functrans.core.errors import DeadWrapperError
-from functrans.core.made_at import SENT_ON, note_site, several
+from functrans.core.errors.call_sites import USER_FILES
+from functrans.core.errors.made_at import SENT_ON, note_site, several
 from functrans.core.operators import op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.stack import Interpreter

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from functrans.core.dispatch import dispatch, lift, scan
 from functrans.core.errors import CapturedWriteError
+from functrans.core.errors.refusals import concrete
 from functrans.core.operators import OpInfo
-from functrans.core.tensor import SCALAR_INDICES, WrapperTensor, concrete
+from functrans.core.tensor import SCALAR_INDICES, WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.functionalize.hidden_effects import as_usual, enter, stands_in_for
 from functrans.functionalize.views import WRITE_BACK, AliasGroup, ViewLink, link_view

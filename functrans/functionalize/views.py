@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from functrans.core import thread_state
-from functrans.core.described import given
 from functrans.core.dispatch import base, dispatch, lift, scan
 from functrans.core.errors import InsideTransformError
+from functrans.core.errors.described import given
 from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at

@@ -38,12 +38,12 @@ from functrans.core.torch_private import (
     is_key_excluded,
     set_key_excluded,
 )
-from functrans.core.without_data import run_without_data
 from functrans.functionalize.history import with_history_of
 from functrans.functionalize.layouts import laid_out_like, note_moved, set_shape
 from functrans.functionalize.memory import storage_offset_of
 from functrans.functionalize.out_of_place import Functional, pure_form
 from functrans.functionalize.views import AliasGroup, ViewLink, link_view, run_view, write_back
+from functrans.functionalize.without_data import run_without_data
 
 aten = torch.ops.aten
 

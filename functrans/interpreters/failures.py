@@ -18,9 +18,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from functrans.core import dispatch
-from functrans.core.call_sites import TORCH, is_users, place, user_site
-from functrans.core.described import given
 from functrans.core.errors import FunctransError, RuleError
+from functrans.core.errors.call_sites import TORCH, is_users, place, user_site
+from functrans.core.errors.described import given
 from functrans.core.stack import Interpreter
 
 #: Code under which a kernel runs.

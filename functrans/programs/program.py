@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
-from functrans.core.call_sites import PROGRAM_FILE
-from functrans.core.operators import PURE, OpInfo, direct_call
+from functrans.core.errors.call_sites import PROGRAM_FILE
+from functrans.core.operators import PURE, OpInfo
 from functrans.core.rules import SCOPES, scope_here
+from functrans.core.schemas import direct_call
 from functrans.core.tensor import tensor_of
 from functrans.core.torch_private import OpOverload
 

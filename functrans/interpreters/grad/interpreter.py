@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from functrans.core.described import given, shown
 from functrans.core.dispatch import lower, map_tensors, start, unwrap
 from functrans.core.errors import HookError, ModifiedError
+from functrans.core.errors.described import given, shown
 from functrans.core.operators import DIFFERENTIABLE, OpInfo, specialized_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter

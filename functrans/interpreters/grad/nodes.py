@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.described import shown
 from functrans.core.dispatch import start
 from functrans.core.errors import DerivativeEntryError, ModifiedError
+from functrans.core.errors.described import shown
 from functrans.core.operators import OpInfo
 from functrans.core.rules import rules_of
 from functrans.core.tensor import WrapperTensor, tensor_of

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.core.operators import schema_default
 from functrans.core.rules import caller_place
+from functrans.core.schemas import schema_default
 from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize, to_front, wrap_dim
 

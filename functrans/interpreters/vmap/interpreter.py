@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.call_sites import definition, frames_to_user
 from functrans.core.defaults import completed
 from functrans.core.dispatch import call_below, lower, map_tensors
 from functrans.core.errors import BatchingRuleError, DataDependentError
+from functrans.core.errors.call_sites import definition, frames_to_user
 from functrans.core.operators import OpInfo, specialized_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.stack import Interpreter

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.torch_private import OpOverload
-from functrans.core.without_data import run_without_data
+from functrans.functionalize.without_data import run_without_data
 
 #: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from functrans.core.errors import FunctransError
-from functrans.core.operators import has_composite_kernel
 from functrans.core.pytrees import tree_flatten, tree_unflatten
 from functrans.core.rules import RuleTable
+from functrans.core.schemas import has_composite_kernel
 from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import (
     RuleDeclined,

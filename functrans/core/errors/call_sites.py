@@ -21,7 +21,7 @@ Site = tuple[CodeType, int]
 #: The file name that the code of programs has.
 PROGRAM_FILE = "<functrans program>"
 
-OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+OURS = os.path.abspath(os.path.join(__file__, *[os.pardir] * 3)) + os.sep
 TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 PACKAGES = tuple(STANDARD + name + os.sep for name in ("site-packages", "dist-packages"))
@@ -29,7 +29,7 @@ OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
 CALLED = (
     "api/arguments", "api/jacobians", "api/modules", "api/transforms", "api/vmap",
-    "core/made_at", "core/stack", "core/tensor",
+    "core/errors/made_at", "core/errors/refusals", "core/stack", "core/tensor",
     "door/autograd_function", "door/torch_dispatch", "door/torch_function", "extend", "interpreters/function_context",
     "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function",
 )  # fmt: skip

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from functrans.core.call_sites import at_line, made_where
+from functrans.core.errors.call_sites import at_line, made_where
+from functrans.core.errors.wording import callable_name, overloads_meant, shown, what_was_named
 from functrans.core.versions import SUPPORTED
-from functrans.core.wording import callable_name, overloads_meant, shown, what_was_named
 
 
 class FunctransError(RuntimeError):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
+from functrans.core.errors.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
 from functrans.core.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import TENSOR_MODULE

@@ -1,0 +1,148 @@
+"""What a wrapper tensor is asked for and does not have: data and autograd state; how messages call it, what to write
+instead."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError, RequiresGradError
+from functrans.core.errors.described import describe
+from functrans.core.torch_private import PYTHON, is_key_excluded
+
+#: The methods that no wrapper has an answer to; None where NoDataError knows the cure.
+REFUSED = {
+    "__reduce_ex__": ("pickling a tensor", "the transform's outputs, after it returned"),
+    "backward": ("Tensor.backward()", "functrans.grad or functrans.vjp"),
+    "data_ptr": ("data_ptr()", None),
+    "register_post_accumulate_grad_hook": ("Tensor.register_post_accumulate_grad_hook()", "Tensor.register_hook()"),
+}
+
+_KEEP = (
+    "keep it a tensor, which arithmetic takes as it takes a number; "
+    "what is the same for every example can be passed as a number, or as a tensor with in_dims=None"
+)
+_LOGIC = "`&`, `|` and `~` take the place of `and`, `or` and `not`"
+_AFTER = "return the tensor from the function, and convert the result outside of vmap"
+#: What asks for a tensor's number, which under vmap is another one for each example.
+NUMBERS = {
+    "bool": (
+        "bool(tensor), which `if`, `while`, `assert`, `and`, `or` and `not` call,",
+        "torch.where(condition, a, b) computes both and chooses for each example; " + _LOGIC,
+    ),
+    "index": (
+        "a tensor as a Python integer, which range(n), list[i] and sizes ask for,",
+        "index a tensor with it, x[i]; a length or size has to be the same for every example: pass it as an int",
+    ),
+    "item": ("tensor.item()", _KEEP),
+    "tolist": ("tensor.tolist()", _AFTER),
+    "format": (
+        "format(tensor, spec), as in an f-string with a format,",
+        f"leave the format out, f'{{x}}', to see all examples; or {_AFTER}",
+    ),
+    **{name: (f"{name}(tensor)", _KEEP) for name in ("int", "float", "complex")},
+}
+
+
+def refuse(x: Any, what: str, cure: str | None) -> NoReturn:
+    """Say that ``what`` cannot be asked of the wrapper ``x``."""
+    raise NoDataError(what, x) if cure is None else InsideTransformError(what, x.interpreter.name, cure)
+
+
+def refused(what: str, cure: str | None) -> Callable[..., NoReturn]:
+    """A method of wrappers that is refused, whatever it is called with."""
+    return lambda self, *args, **kwargs: refuse(self, what, cure)
+
+
+class Refusing(torch.Tensor):
+    """A tensor that stands for values of a running transform: it answers what those answer for certain."""
+
+    if TYPE_CHECKING:
+        interpreter: Any
+        value: Tensor
+        view_link: Any
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return describe(self)
+
+    def __format__(self, spec: str) -> str:
+        if self.dim() == 0 and spec:
+            return format(self._asked("format"), spec)
+        return describe(self)
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return self.interpreter.records(self) or self.value.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, flag: bool) -> None:
+        self.requires_grad_(flag)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and
+        # constructors of modules do it.
+        origin = self if self.view_link is None else self.view_link.base_content()
+        if requires_grad and (concrete(self) is None or concrete(origin) is None):
+            raise RequiresGradError(self.interpreter.name)
+        return self
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        if not self.requires_grad:
+            raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
+        if not self.interpreter.records(self):
+            refuse(self, "Tensor.register_hook()", "an autograd.Function whose backward does what the hook does")
+        return self.interpreter.add_hook(self, hook)  # type: ignore[attr-defined]
+
+    def tolist(self) -> Any:
+        if self.dim() == 0:
+            return self._asked("tolist")
+        return [row.tolist() for row in self.unbind(0)]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        value = concrete(self)
+        return refuse(self, "numpy()", None) if value is None else value.numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    # Each conversion says in its error what the user wrote, instead of the operator that reads the number.
+
+    def item(self) -> Any:  # type: ignore[override]
+        return self._asked("item")
+
+    def _asked(self, how: str) -> Any:
+        try:
+            return super().item()
+        except DataDependentError as error:
+            what, cure = NUMBERS[how]
+            raise DataDependentError(what, error.interpreter, cure) from None
+
+    def _number(self, to: Callable[[Any], Any]) -> Any:
+        if is_key_excluded(PYTHON):
+            # Only constructors of tensors do so with dispatch off; the result would have no derivative, or no batch.
+            refuse(self, "making a tensor of other tensors' numbers, as torch.tensor([x]) does,", "torch.stack([x])")
+        return to(self._asked(to.__name__))
+
+
+def conversion(to: Callable[[Any], Any]) -> Callable[[Refusing], Any]:
+    return lambda self: self._number(to)  # not functools.partialmethod, whose frame would hide the one that asks
+
+
+for method, refusal in REFUSED.items():
+    setattr(Refusing, method, refused(*refusal))
+for to in (bool, int, float, complex, operator.index):
+    setattr(Refusing, f"__{to.__name__}__", conversion(to))
+
+
+def concrete(x: Tensor) -> Tensor | None:
+    """The plain tensor under constants of any number of levels, or None if some level depends on ``x``."""
+    while isinstance(x, Refusing):
+        if not x.interpreter.is_constant(x):
+            return None
+        x = x.value
+    return x
