@@ -37,10 +37,11 @@ from functrans.core.errors import (
     RuleError,
     RuleResultError,
 )
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.rules import RuleTable, check_table, place_in, rules_in_scope
 from functrans.core.schemas import schema_default
-from functrans.core.stack import Interpreter, interpreter_stack
+from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
@@ -143,9 +144,6 @@ class TableInterpreter(Interpreter):
 
     def constant(self, value: Tensor) -> WrapperTensor:
         return self.carry(value)
-
-    def is_constant(self, wrapper: WrapperTensor) -> bool:
-        return all(getattr(wrapper, name) is None for name in self.payload)
 
     def describe(self, wrapper: WrapperTensor) -> str:
         return "constant" if self.is_constant(wrapper) else ""

@@ -11,9 +11,9 @@ from torch import Tensor
 from functrans.api.structures import path_of
 from functrans.core.errors import Call, CallError, CallValueError, DeadWrapperError
 from functrans.core.errors.wording import what
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import tree_flatten, tree_unflatten
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.functionalize.views import contents_of
 from functrans.functionalize.writes import invalidate_saved

@@ -12,7 +12,7 @@ from functrans.api.checks import call_function, check_callable, check_flag, chec
 from functrans.core import dispatch, stack, tensor, thread_state
 from functrans.core.errors import CallError, CallTypeError
 from functrans.core.errors.wording import shown
-from functrans.core.stack import Interpreter
+from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import OpOverload
 from functrans.decompositions import table

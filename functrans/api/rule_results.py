@@ -16,13 +16,13 @@ from torch import Tensor
 from functrans.core.dispatch import WITHOUT_TENSORS
 from functrans.core.errors import CarriedValueError, DeadWrapperError, RuleResultError
 from functrans.core.errors.described import shown
+from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import tree_flatten
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import DisableTorchFunction, OpOverload, no_dispatch
 
 if TYPE_CHECKING:
-    from functrans.core.stack import Interpreter
+    from functrans.core.interpreter import Interpreter
 
 
 def check_carried(interpreter: Interpreter, name: str, value: Any) -> None:

@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 
 from functrans.core import thread_state
 from functrans.core.errors import DeadWrapperError
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import Operator, OpInfo, op_info
 from functrans.core.rules import SCOPES, scope_here
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
 from functrans.core.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
 from functrans.core.torch_private import (

@@ -13,8 +13,10 @@ from functrans.core.errors.described import describe
 from functrans.core.errors.misuse import RESERVED
 from functrans.core.errors.refusals import Refusing
 from functrans.core.pytrees import TENSORS
-from functrans.core.stack import Interpreter
 from functrans.core.torch_private import INDEX_BATCHED_KEYS, make_wrapper
+
+if TYPE_CHECKING:
+    from functrans.core.interpreter import Interpreter
 
 Strides = tuple[int, ...] | None  # None: contiguous
 

@@ -41,7 +41,7 @@ from functrans.core.torch_private import (
 )
 
 if TYPE_CHECKING:
-    from functrans.core.stack import Interpreter
+    from functrans.core.interpreter import Interpreter
 
 
 class _State(threading.local):

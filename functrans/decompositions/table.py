@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from functrans.core.defaults import completed
+from functrans.core.interpreter import Interpreter
 from functrans.core.rules import RuleTable
-from functrans.core.stack import Interpreter
 from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload
 

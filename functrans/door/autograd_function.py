@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from functrans.core.dispatch import lift, scan
 from functrans.core.errors import CustomFunctionError
 from functrans.core.errors.made_at import note_site
-from functrans.core.stack import Interpreter
+from functrans.core.interpreter import Interpreter
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import mode_stack_size
 from functrans.interpreters.function_context import as_tuple, is_setup_style, within

@@ -11,10 +11,10 @@ from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import OtherThreadError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, set_key_excluded

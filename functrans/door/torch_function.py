@@ -15,9 +15,9 @@ from functrans.core.dispatch import NO_KWARGS, lift
 from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (

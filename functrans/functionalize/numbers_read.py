@@ -44,7 +44,7 @@ READERS = frozenset(
     )
 )
 #: Where the frames between a reader and the code that asked are.
-ON_THE_WAY = ("functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.core.tensor")
+ON_THE_WAY = ("functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.core.errors.refusals")
 
 
 class NumberRead(NamedTuple):

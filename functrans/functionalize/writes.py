@@ -27,9 +27,9 @@ from functrans.core.errors import (
     NoPureFormError,
     WriteShapeError,
 )
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import STAND_INS, VIEW, WRITE, OpInfo, kind_here
 from functrans.core.rules import SCOPES
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, set_content, strides_of
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import (

@@ -25,8 +25,8 @@ from torch.autograd import forward_ad
 
 from functrans.core.dispatch import base, dispatch, map_tensors
 from functrans.core.errors import MissingRuleError, NoFormulaError
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
 from functrans.core.thread_state import Snapshot, running_at, unchanged
 from functrans.core.torch_private import (

@@ -21,7 +21,7 @@ from functrans.core import dispatch
 from functrans.core.errors import FunctransError, RuleError
 from functrans.core.errors.call_sites import TORCH, is_users, place, user_site
 from functrans.core.errors.described import given
-from functrans.core.stack import Interpreter
+from functrans.core.interpreter import Interpreter
 
 #: Code under which a kernel runs.
 KERNELS = (dispatch.base.__code__, dispatch.base_recorded.__code__)

@@ -11,8 +11,8 @@ from torch.autograd.function import Function
 
 from functrans.core.dispatch import WITHOUT_TENSORS
 from functrans.core.errors import CustomFunctionError
+from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import tree_flatten, tree_map
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import no_setup_context

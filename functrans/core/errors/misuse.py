@@ -9,7 +9,7 @@ from torch import Tensor
 from functrans.core.errors import InterpreterError, PayloadError
 
 if TYPE_CHECKING:
-    from functrans.core.stack import Interpreter
+    from functrans.core.interpreter import Interpreter
     from functrans.core.thread_state import Snapshot
 
 #: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.core.tensor``)

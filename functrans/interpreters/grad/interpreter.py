@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from functrans.core.dispatch import lower, map_tensors, start, unwrap
 from functrans.core.errors import HookError, ModifiedError
 from functrans.core.errors.described import given, shown
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE, OpInfo, specialized_here
 from functrans.core.rules import SCOPES, place_in
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
 from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import OpOverload
@@ -49,14 +49,6 @@ class GradInterpreter(Interpreter, whole=True):
         self.last_index = 0
         #: functions that see, and may replace, the cotangent of an index
         self.hooks: dict[int, OrderedDict[int, Callable[..., Any]]] | None = None
-
-    def constant(self, value: Tensor) -> WrapperTensor:
-        wrapper = wrap(self, value)
-        wrapper.tape_index = None
-        return wrapper
-
-    def is_constant(self, wrapper: WrapperTensor) -> bool:
-        return wrapper.tape_index is None
 
     def track(self, value: Tensor) -> WrapperTensor:
         """A wrapper for ``value`` that the tape follows."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from functrans.core.dispatch import call_below, lower, map_tensors, unwrap
 from functrans.core.errors import DerivativeEntryError
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE, OpInfo, op_info, specialized_here
 from functrans.core.rules import SCOPES, RuleTable, place_in
-from functrans.core.stack import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
 from functrans.core.torch_private import OpOverload, is_forward_enabled
 from functrans.decompositions.table import decompose, decomposition
@@ -36,14 +36,6 @@ class JvpInterpreter(Interpreter, whole=True):
     kind = "jvp"
     payload = ("tangent",)
     differentiates = True
-
-    def constant(self, value: Tensor) -> WrapperTensor:
-        wrapper = wrap(self, value)
-        wrapper.tangent = None
-        return wrapper
-
-    def is_constant(self, wrapper: WrapperTensor) -> bool:
-        return wrapper.tangent is None
 
     def dual(self, value: Tensor, tangent: Tensor | None) -> WrapperTensor:
         wrapper = wrap(self, value)

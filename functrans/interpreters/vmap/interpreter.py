@@ -13,10 +13,10 @@ from functrans.core.defaults import completed
 from functrans.core.dispatch import call_below, lower, map_tensors
 from functrans.core.errors import BatchingRuleError, DataDependentError
 from functrans.core.errors.call_sites import definition, frames_to_user
+from functrans.core.interpreter import Interpreter
 from functrans.core.operators import OpInfo, specialized_here
 from functrans.core.rules import SCOPES, place_in
-from functrans.core.stack import Interpreter
-from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap, wrap_as
+from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
@@ -63,14 +63,6 @@ class VmapInterpreter(Interpreter, whole=True):
         super().__init__(func)
         self.batch_size = batch_size
         self.info = BatchInfo(batch_size, randomness)
-
-    def constant(self, value: Tensor) -> WrapperTensor:
-        wrapper = wrap(self, value)
-        wrapper.bdim = None
-        return wrapper
-
-    def is_constant(self, wrapper: WrapperTensor) -> bool:
-        return wrapper.bdim is None
 
     def batched(self, value: Tensor, bdim: int | None, of: Any = None) -> WrapperTensor:
         """A wrapper for the physical ``value``, batched along ``bdim``, which a rule for ``of`` may have got wrong."""

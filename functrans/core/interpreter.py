@@ -1,0 +1,127 @@
+"""The interpreter: what a running transform is, and what it may decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from functrans.core.errors.misuse import check_payload
+from functrans.core.errors.wording import callable_name
+from functrans.core.tensor import WrapperTensor, wrap
+from functrans.core.thread_state import STATE
+from functrans.core.torch_private import OpOverload, is_forward_enabled
+
+
+class Interpreter:
+    """One running transform: it gives every operator on its wrappers a meaning.
+
+    A transform subclasses it with ``process``. ``lower`` sends an operator to the level below.
+    """
+
+    #: The word used in messages and reprs.
+    kind: ClassVar[str] = "interpreter"
+    #: Names of the wrapper attributes that carry this transform's data, beside ``value``.
+    payload: ClassVar[tuple[str, ...]] = ()
+    #: Whether it differentiates: a value of its wrappers has a derivative that leaving the level would lose.
+    differentiates: ClassVar[bool] = False
+    #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
+    repeats_writes: ClassVar[bool] = False
+    #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed
+    #: (interpreters/autograd_fallback.py).
+    carries_autograd: ClassVar[bool] = False
+    #: Whether lowering an operator is running it at the base, in the grad mode that is on.
+    on_base: bool = False
+    #: Whether ``process`` takes programs as they are; for others they are taken apart. See functrans.programs.
+    whole: ClassVar[bool] = False
+    #: The thread in which it runs; None: it does not run yet, or in any.
+    thread: int | None = None
+
+    def __init_subclass__(cls, *, whole: bool = False) -> None:
+        """``whole``: ``process`` takes programs as they are. Not inherited: a subclass may mean something else by an
+        operator."""
+        check_payload(cls)
+        cls.whole = whole
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        self.below: Interpreter | None = STATE.top
+        self.level: int = 1 if self.below is None else self.below.level + 1
+        self.alive = True
+        self.func = func
+        self.outer_grad_mode: bool = torch.is_grad_enabled()
+        self.outer_forward_mode: bool = is_forward_enabled()
+        self.outer_modes_on: bool = self.outer_grad_mode and self.outer_forward_mode
+        self.on_base = self.below is None and self.outer_modes_on
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""
+        raise NotImplementedError
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        """A wrapper of this level for a value of the level below that does not depend on what is transformed."""
+        wrapper = wrap(self, value)
+        for name in self.payload:
+            setattr(wrapper, name, None)
+        return wrapper
+
+    def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
+        """A new wrapper around ``value`` with the data that this transform keeps on ``source``."""
+        wrapper = self.constant(value)
+        for name in self.payload:
+            setattr(wrapper, name, getattr(source, name))
+        return wrapper
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        """Whether ``wrapper`` could as well be its value: not batched, not tracked, without tangent."""
+        return all(getattr(wrapper, name) is None for name in self.payload)
+
+    def records(self, wrapper: WrapperTensor) -> bool:
+        """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says
+        of it."""
+        return False
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        """Whether a write at this moment leaves this level's derivative of what is written as it was.
+
+        ``recording``: the level's grad mode; ``everywhere``: the write goes through ``detach()``.
+        """
+        return everywhere
+
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> tuple[Tensor, WrapperTensor]:
+        """``old``'s value and ``new``, brought to one layout one level down."""
+        return old.value, new
+
+    def merge_payload(
+        self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Let tensors that the transform keeps on ``merged`` have the history that ``merge`` gives them of
+        ``old``'s."""
+
+    def before_write(self, target: Tensor) -> None:
+        """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        """What a repr of ``wrapper`` says of this transform's data on it, in a few words."""
+        return ""
+
+    def parts(self, wrapper: WrapperTensor) -> dict[str, Any]:
+        """What a repr of ``wrapper`` shows below its value, by name."""
+        return {}
+
+    def __repr__(self) -> str:
+        about = "".join(f", {detail}" for detail in self.details())
+        return f"<{type(self).__name__} {self.name}, level {self.level}{about}{'' if self.alive else ', ended'}>"
+
+    def details(self) -> list[str]:
+        """What the interpreter's own repr says beside its name and level."""
+        return []
+
+    def rule_place(self, op: Any) -> str | None:
+        """``file:line`` of what this transform does with ``op``, for messages; None: not known."""
+        return None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}({callable_name(self.func)})"
