@@ -186,7 +186,8 @@ def unwrap(
                 kept = a._carried
                 if kept is not None:
                     carried[len(values)] = kept if type(kept) is not PendingWrapper else tensor_of(kept)
-                a = a.value
+                value = a._value
+                a = value if type(value) is not PendingWrapper else a.value  # which keeps the tensor
         elif (kind is list or kind is tuple) and a and type(a[0]) is not int:
             a, kept = unwrap_list(interpreter, a)
             if kept is not None:

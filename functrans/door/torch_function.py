@@ -16,7 +16,7 @@ from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import op_info
+from functrans.core.operators import OpInfo, op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
@@ -287,24 +287,30 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
 
 def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments."""
-    sizes = patterns.get("T*")
+    found: dict[tuple[type, ...], tuple[OpInfo | None, bool]] = {}
     above = up + 1
+
+    def meant(types: tuple[type, ...]) -> tuple[OpInfo | None, bool]:
+        """The operator for arguments of these types, and whether all after the first are one list."""
+        kinds = "".join([KINDS.get(kind, "?") for kind in types])
+        op, listed = patterns.get(kinds), False
+        if op is None and len(kinds) > 1 and kinds == "T" + "i" * (len(kinds) - 1):
+            op, listed = patterns.get("T*"), True
+        if op is None:
+            return None, False
+        found[types] = op_info(op), listed
+        return found[types]
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
         if not (closed or kwargs or is_torch_func_active()):
-            kinds = ""
-            for a in args:
-                kinds += KINDS.get(type(a), "?")
-            op, given = patterns.get(kinds), args
-            if op is None and sizes is not None and len(kinds) > 1 and kinds == "T" + "i" * (len(kinds) - 1):
-                op, given = sizes, (args[0], list(args[1:]))
+            types = (*map(type, args),)
+            known, listed = found.get(types) or meant(types)
             top = STATE.top
-            if op is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
-                known = op_info(op)
+            if known is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
                 try:
                     pop_mode(None)
-                    out = handle(op, known, given, {})
+                    out = handle(known.op, known, (args[0], list(args[1:])) if listed else args, NO_KWARGS)
                 except BaseException as error:
                     reopen()
                     explain(error)

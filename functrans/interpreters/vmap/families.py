@@ -125,12 +125,36 @@ def any_rank(rule: Rule) -> Rule:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Rules that are one operator
+
+
+def one_operator(rewrite: Callable[..., Any], otherwise: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The rule that is one operator on the physical tensors: the interpreter sends it down by a Python call.
+
+    Args:
+        rewrite: called as ``rewrite(in_dims, *args)`` with the arguments that came, it returns the operator, its
+            arguments and the batch dimension of its outputs; None where it takes more than that. Options by keyword
+            stay as they are.
+        otherwise: the rule for where it returned None.
+    """
+
+    def rule(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        rewritten = rewrite(in_dims, *args)
+        if rewritten is None:
+            if otherwise is None:
+                raise RuleDeclined("more than one operator")
+            return otherwise(info, in_dims, *args, **kwargs)
+        op, physical, bdim = rewritten
+        output = op(*physical, **kwargs)
+        return output, same_dims(output, bdim)
+
+    rule.rewrite = rewrite  # type: ignore[attr-defined]
+    return rule
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Elementwise operators
 
-
-# A rule's ``direct(in_dims, args)`` is the batch dimension of the output where the operator itself, on the physical
-# arguments as they are, is the rule; None where it is not. The interpreter then sends the operator down by a Python
-# call.
 
 
 def elementwise(*ops: OpOverload, promoting: tuple[int, ...] | None = None, expand: bool = False) -> None:
@@ -155,35 +179,27 @@ def elementwise(*ops: OpOverload, promoting: tuple[int, ...] | None = None, expa
 
 def elementwise_unary(op: OpOverload, place: int) -> Callable[..., tuple[Any, Any]]:
     """One tensor: nothing is moved."""
-    several = len(op._schema.returns) > 1
-
-    def unary(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        output = op(*args, **kwargs)
-        return output, same_dims(output, in_dims[place]) if several else in_dims[place]
-
-    if not several:
-        unary.direct = lambda in_dims, args: in_dims[place]  # type: ignore[attr-defined]
-    return unary
+    return one_operator(lambda in_dims, *args: (op, args, in_dims[place]))
 
 
 def elementwise_binary(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
     """Two tensors in front; see ``binary_in_place`` for the cases that need no extra view."""
-    binary = elementwise_nary(op, (0, 1), (0, 1))
-    if len(op._schema.returns) == 1:
-        binary.direct = binary_in_place  # type: ignore[attr-defined]
-    return binary
+
+    def as_they_are(in_dims: Sequence[Any], *args: Any) -> Any:
+        bdim = binary_in_place(in_dims[0], in_dims[1], args[0], args[1])
+        return None if bdim is None else (op, args, bdim)
+
+    return one_operator(as_they_are, elementwise_nary(op, (0, 1), (0, 1)))
 
 
-def binary_in_place(in_dims: Sequence[Any], args: Sequence[Any]) -> int | None:
+def binary_in_place(x_dim: int | None, y_dim: int | None, x: Any, y: Any) -> int | None:
     """The batch dimension of the output if the physical operands broadcast and promote as they are, else None."""
-    x_dim, y_dim = in_dims[0], in_dims[1]
-    x, y = args[0], args[1]
     if y_dim is None:
         if not isinstance(y, Tensor):
             return x_dim
         x_rank = x.dim()
         # An example of rank 0 is a 0-d tensor in promotion, but its batch is not.
-        if y.dim() < x_rank - x_dim and (x_rank > 1 or x.dtype is y.dtype):
+        if x_dim is not None and y.dim() < x_rank - x_dim and (x_rank > 1 or x.dtype is y.dtype):
             return x_dim
     elif x_dim is None:
         if not isinstance(x, Tensor):
@@ -310,34 +326,42 @@ def reduction_rule(op: OpOverload, dim_place: int, empty_means_all: bool) -> Cal
     keepdim_place = argument_place(op, "keepdim")
     keepdim_is_keyword = any(a.name == "keepdim" and a.kwarg_only for a in op._schema.arguments)
     takes_list = not isinstance(unwrapped_type(positional_arguments(op)[dim_place]), torch.IntType)
-    several = len(op._schema.returns) > 1
 
-    def reduce(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def reduced(in_dims: Sequence[Any], *args: Any) -> Any:
         arguments = with_defaults(op, args)
         x, bdim = arguments[0], in_dims[0]
         if bdim is None:
             raise RuleDeclined(f"{op}: only the reduced tensor may be batched")
         rank = x.dim() - 1
+        if rank == 0 or (keepdim_is_keyword and bdim):
+            return None
         dim = arguments[dim_place]
         if dim is None and not takes_list and rank > 1:
             raise RuleDeclined(f"{op}: dim=None is not a list of all dimensions here")
         dims = reduced_dims(dim, rank, empty_means_all)
-        if rank == 0 and (dims or empty_means_all or dim is None):
+        physical = [dim if dim < bdim else dim + 1 for dim in dims]
+        arguments[dim_place] = physical if takes_list else physical[0]
+        if bdim and (keepdim_place is None or not arguments[keepdim_place]):
+            bdim -= sum(dim < bdim for dim in dims)
+        return op, arguments, bdim
+
+    def in_front(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        arguments = with_defaults(op, args)
+        x, dim = to_front(arguments[0], in_dims[0]), arguments[dim_place]
+        dims = reduced_dims(dim, x.dim() - 1, empty_means_all)
+        if x.dim() == 1 and (dims or empty_means_all or dim is None):
             # Only dim 0 or -1 is left: the example is reduced as one of size 1, and keepdim keeps nothing.
-            arguments[0], bdim, dims = x.unsqueeze(-1), 0, (0,)
+            x, dims = x.unsqueeze(-1), (0,)
             if keepdim_is_keyword:
                 kwargs["keepdim"] = False
             elif keepdim_place is not None:
                 arguments[keepdim_place] = False
-        physical = [dim if dim < bdim else dim + 1 for dim in dims]
-        arguments[dim_place] = physical if takes_list else physical[0]
+        physical = [dim + 1 for dim in dims]
+        arguments[0], arguments[dim_place] = x, physical if takes_list else physical[0]
         output = op(*arguments, **kwargs)
-        keeps = kwargs.get("keepdim", False) if keepdim_place is None else arguments[keepdim_place]
-        if not keeps and bdim:
-            bdim -= sum(dim < bdim for dim in dims)
-        return output, same_dims(output, bdim) if several else bdim
+        return output, same_dims(output, 0)
 
-    return any_rank(reduce)
+    return any_rank(one_operator(reduced, in_front))
 
 
 def unwrapped_type(argument: Any) -> Any:
@@ -361,17 +385,19 @@ def reduced_dims(dim: Any, rank: int, empty_means_all: bool = True) -> tuple[int
 
 def full_reduction_over(op: OpOverload, dims_op: Callable[..., Any]) -> None:
     """An operator that reduces everything: ``dims_op(x, dims, *args, **kwargs)`` reduces a list of dimensions."""
-    several = len(op._schema.returns) > 1
 
-    def reduce_all(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def all_dims(in_dims: Sequence[Any], x: Tensor, *args: Any) -> Any:
         rank, bdim = x.dim(), in_dims[0]
-        if rank == 1:
-            output = dims_op(x.unsqueeze(-1), [1], *args, **kwargs)
-        else:
-            output = dims_op(x, [dim for dim in range(rank) if dim != bdim], *args, **kwargs)
-        return output, same_dims(output, 0) if several else 0
+        return None if rank == 1 else (dims_op, (x, [dim for dim in range(rank) if dim != bdim], *args), 0)
 
-    BATCHING_RULES.add(op, reduce_all, place=caller_place())
+    def scalars(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        output = dims_op(x.unsqueeze(-1), [1], *args, **kwargs)
+        return output, same_dims(output, 0)
+
+    rule = one_operator(all_dims, scalars)
+    if not isinstance(dims_op, OpOverload):
+        rule.rewrite = None  # type: ignore[attr-defined]
+    BATCHING_RULES.add(op, rule, place=caller_place())
 
 
 def full_reduction(op: OpOverload, dim_op: Callable[..., Any]) -> None:
@@ -414,6 +440,17 @@ def along_dim_rule(op: OpOverload, dim_place: int | str) -> Callable[..., tuple[
     """The rule of one operator along a dimension; ``dim_place`` is a keyword where ``dim`` is keyword-only."""
     positions = tensor_positions(op)
 
+    def renumbered(in_dims: Sequence[Any], *args: Any) -> Any:
+        arguments = with_defaults(op, args)
+        present = [place for place in positions if isinstance(arguments[place], Tensor)]
+        if len(present) > 1 or isinstance(dim_place, str) or arguments[dim_place] is None:
+            return None
+        bdim, rank, dim = in_dims[present[0]], arguments[present[0]].dim() - 1, arguments[dim_place]
+        if rank == 0:
+            return None
+        arguments[dim_place] = physical_dims(dim, rank, bdim)
+        return op, arguments, bdim
+
     def along(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         arguments = with_defaults(op, args)
         if isinstance(dim_place, str):
@@ -424,20 +461,13 @@ def along_dim_rule(op: OpOverload, dim_place: int | str) -> Callable[..., tuple[
         if dim is None:
             raise RuleDeclined(f"{op}: no dimension is given")
         present = [place for place in positions if isinstance(arguments[place], Tensor)]
-        if len(present) == 1:
-            bdim = in_dims[present[0]]
-        else:
-            bdim = 0
-            for place in present:
-                arguments[place] = materialize(arguments[place], in_dims[place], info.batch_size)
+        for place in present:
+            arguments[place] = materialize(arguments[place], in_dims[place], info.batch_size)
         rank = arguments[present[0]].dim() - 1
         if rank == 0:
             for place in present:
                 arguments[place] = arguments[place].unsqueeze(-1)
-        if isinstance(dim, int):
-            shifted: Any = physical_dim(dim, rank, bdim)
-        else:
-            shifted = [physical_dim(one, rank, bdim) for one in dim]
+        shifted = physical_dims(dim, rank, 0)
         if isinstance(dim_place, str):
             kwargs[dim_place] = shifted
         else:
@@ -450,6 +480,11 @@ def along_dim_rule(op: OpOverload, dim_place: int | str) -> Callable[..., tuple[
                 raise RuleDeclined(f"{op}: a 0-d example becomes a vector")
             outputs = tuple(one.squeeze(-1) for one in outputs)
             output = outputs if several else outputs[0]
-        return output, same_dims(output, bdim)
+        return output, same_dims(output, 0)
 
-    return along
+    return one_operator(renumbered, along)
+
+
+def physical_dims(dim: Any, rank: int, bdim: int) -> Any:
+    """Where a logical dimension, or each of several, stands in the physical tensor."""
+    return physical_dim(dim, rank, bdim) if isinstance(dim, int) else [physical_dim(one, rank, bdim) for one in dim]

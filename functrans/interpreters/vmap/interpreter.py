@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.defaults import completed
-from functrans.core.dispatch import call_below, lower, map_tensors
+from functrans.core.dispatch import call_below, lower, map_tensors, unwrap
 from functrans.core.errors import BatchingRuleError, DataDependentError
 from functrans.core.errors.call_sites import definition, frames_to_user
 from functrans.core.interpreter import Interpreter
@@ -117,53 +117,27 @@ class VmapInterpreter(Interpreter, whole=True):
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
         try:
-            rule, direct, accepted = known.specialized[VmapInterpreter] if not SCOPES else rule_here(op, known)
+            rule, rewrite, accepted = known.specialized[VmapInterpreter] if not SCOPES else rule_here(op, known)
         except KeyError:
-            rule, direct, accepted = rule_here(op, known)
-        values: list[Any] = []
-        dims: list[Any] = []
-        kinds: list[Any] = []  # see NOTE [Operators refuse examples, not batches]
-        batched = False
-        for a in args:
-            kind = type(a)
-            if kind is WrapperTensor:
-                kinds += a.dtype, len(a.shape)
-                if a.interpreter is self:
-                    d = a.bdim
-                    if d is not None:
-                        batched = True
-                    values.append(a.value)
-                    dims.append(d)
-                    continue
-            elif kind is list or kind is tuple:
-                inner, inner_dims, any_batched = self._enter_list(a)
-                values.append(inner)
-                dims.append(inner_dims)
-                batched = batched or any_batched
-                if accepted is not None and a and type(a[0]) is not int:
-                    kinds.append(kinds_of(a))
-                continue
-            elif kind is not int and accepted is not None:
-                kinds.append((a.dtype, a.dim()) if isinstance(a, Tensor) else None)
-            values.append(a)
-            dims.append(None)
-        below_kwargs, kwargs_batched = self._enter_kwargs(kwargs) if kwargs else (kwargs, False)
+            rule, rewrite, accepted = rule_here(op, known)
+        values, below_kwargs, bdims = unwrap(self, op, args, kwargs)
+        by_keyword = bool(kwargs) and any(place >= len(args) for place in bdims)
         if known.random:
-            out = self._run_random(op, known, values, dims, below_kwargs, batched, kwargs_batched)
+            out = self._run_random(op, known, values, in_dims(values, bdims), below_kwargs, bool(bdims), by_keyword)
             if out is not NotImplemented:
                 return out
-        elif not batched and not kwargs_batched:
-            out = lower(self, op, values, below_kwargs)
-            return map_tensors(self.constant, out)
-        if direct is not None and batched and not kwargs_batched:
-            bdim = direct(dims, values)
-            if bdim is not None:
-                return self.batched(lower(self, op, values, below_kwargs), bdim)
-        if accepted is not None and (key := tuple(kinds)) not in accepted:
+        elif not bdims:
+            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
+        if accepted is not None and (key := kinds_of(args)) not in accepted:
             self.check_example(op, args, kwargs)
             accepted.add(key)
-        if rule is not None and batched and not kwargs_batched:
+        if rule is not None and bdims and not by_keyword:
+            dims = in_dims(values, bdims) if known.tensor_lists else list(map(bdims.get, range(len(values))))
             try:
+                if rewrite is not None and (rewritten := rewrite(dims, *values)) is not None:
+                    op_below, physical, bdim = rewritten
+                    out = lower(self, op_below, physical, below_kwargs)
+                    return self.batched(out, bdim) if isinstance(out, Tensor) else self._leave(op, out, bdim)
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
                 result = call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs)
             except RuleDeclined:
@@ -191,21 +165,21 @@ class VmapInterpreter(Interpreter, whole=True):
         dims: Any,
         kwargs: dict[str, Any],
         batched: bool,
-        kwargs_batched: bool,
+        by_keyword: bool,
     ) -> Any:
         """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator, or
         one by one."""
         drawing = not draws_nothing(op, values)
         rule, *_ = rule_here(op, known)
         randomness = self.info.randomness
-        if not (batched or kwargs_batched) and (not drawing or (rule is not None and randomness == "same")):
+        if not (batched or by_keyword) and (not drawing or (rule is not None and randomness == "same")):
             return map_tensors(self.constant, lower(self, op, values, kwargs))
-        if not drawing and (rule is not None or kwargs_batched):
+        if not drawing and (rule is not None or by_keyword):
             return NotImplemented
-        if drawing and (rule is not None or kwargs_batched):
-            if randomness == "error" or (kwargs_batched and randomness == "same"):
+        if drawing and (rule is not None or by_keyword):
+            if randomness == "error" or (by_keyword and randomness == "same"):
                 raise RandomnessError(op, values, randomness)
-            if kwargs_batched:
+            if by_keyword:
                 return NotImplemented
             try:
                 with lowered(self):
@@ -231,32 +205,6 @@ class VmapInterpreter(Interpreter, whole=True):
                 op(*self._example(args, 0), **{k: self._example(v, 0) for k, v in kwargs.items()})
 
         check(op, args, kwargs, self.batch_size, run)
-
-    def _enter_list(self, items: Any) -> tuple[list[Any], list[Any], bool]:
-        values: list[Any] = []
-        dims: list[Any] = []
-        batched = False
-        for a in items:
-            if type(a) is WrapperTensor and a.interpreter is self:
-                values.append(a.value)
-                dims.append(a.bdim)
-                batched = batched or a.bdim is not None
-            else:
-                values.append(a)
-                dims.append(None)
-        return values, dims, batched
-
-    def _enter_kwargs(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        entered, batched = {}, False
-        for name, a in kwargs.items():
-            if type(a) is WrapperTensor and a.interpreter is self:
-                batched = batched or a.bdim is not None
-                a = a.value
-            elif type(a) in (list, tuple):
-                a, _, any_batched = self._enter_list(a)
-                batched = batched or any_batched
-            entered[name] = a
-        return entered, batched
 
     def leave(self, of: Any, result: Any) -> Any:
         """What a batching rule of ``of`` returned, ``(output, out_dims)``, as values of this level.
@@ -330,19 +278,26 @@ carried_as("bdim")
 
 
 def rule_here(op: OpOverload, known: OpInfo) -> tuple[Any, Any, set[Any] | None]:
-    """The rule of an operator in this context (None: there is none), its shortcut, and the kinds of arguments that the
-    operator is known
-    to take (None: not asked for)."""
+    """The rule of an operator in this context (None: there is none), what it is as one operator, and the kinds of
+    arguments that the operator is known to take (None: not asked for)."""
     specialized = specialized_here(known)
     found = specialized.get(VmapInterpreter)
     if found is None:
         ours = BATCHING_RULES.get(op)
         rule = ours or vmap_rule_of_library(op)
         accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
-        found = rule and completed(rule, op, 2, listed=True), getattr(rule, "direct", None), accepted
+        found = rule and completed(rule, op, 2, listed=True), getattr(rule, "rewrite", None), accepted
         if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
             specialized[VmapInterpreter] = found
     return found
+
+
+def in_dims(values: Sequence[Any], bdims: dict[int, Any]) -> list[Any]:
+    """The batch dimensions as rules get them: for each argument one, or a list for a list."""
+    return [
+        bdims.get(i) or [None] * len(a) if type(a) is list or type(a) is tuple else bdims.get(i)
+        for i, a in enumerate(values)
+    ]
 
 
 def for_each(info: BatchInfo, dims: Sequence[Any], values: Sequence[Any]) -> tuple[Any, ...]:

@@ -27,7 +27,12 @@ REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)
 
 def kinds_of(args: Sequence[Any]) -> tuple[Any, ...]:
     """Dtypes and ranks of the tensors among ``args``, as the code at this level sees them."""
-    return tuple([(a.dtype, a.dim()) if isinstance(a, Tensor) else None for a in args])
+    return tuple([
+        (a.dtype, len(a.shape)) if isinstance(a, Tensor)
+        else kinds_of(a) if (type(a) is list or type(a) is tuple) and a and type(a[0]) is not int
+        else None
+        for a in args
+    ])  # fmt: skip
 
 
 def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int, run: Callable[[], Any]) -> None:

@@ -19,6 +19,7 @@ from functrans.interpreters.vmap.families import (
     any_rank,
     elementwise,
     flat_examples,
+    one_operator,
     pad_rank,
     physical_dim,
     reduced_dims,
@@ -56,20 +57,26 @@ elementwise(
 # Shapes
 
 
-@batching_rule(
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten._reshape_alias.default,
-    aten.view_copy.default,
-)
-@any_rank
 def reshape(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, stride: Any = None) -> Output:
     """``reshape`` for all of them: an example that is contiguous may be a strided part of its batch."""
     x = to_front(x, in_dims[0])
     if info.batch_size == 0:
         size = inferred_size(x, size)
     return x.reshape((x.shape[0], *size)), 0
+
+
+def reshape_rest(in_dims: Dims, x: Tensor, size: Any, stride: Any = None) -> Any:
+    shape = x.shape
+    return None if in_dims[0] or not shape[0] else (aten.reshape.default, (x, (shape[0], *size)), 0)
+
+
+batching_rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten._reshape_alias.default,
+    aten.view_copy.default,
+)(any_rank(one_operator(reshape_rest, reshape)))
 
 
 def inferred_size(x: Tensor, size: Sequence[Any]) -> Sequence[Any]:
@@ -102,8 +109,6 @@ def example_shape(x: Tensor, bdim: int | None) -> Any:
     return x.shape if bdim is None else (*x.shape[:bdim], *x.shape[bdim + 1 :])
 
 
-@batching_rule(aten.expand.default, aten.broadcast_to.default)
-@any_rank
 def expand(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, *, implicit: bool = False) -> Output:
     """New dimensions go behind the batch dimension."""
     x = to_front(x, in_dims[0])
@@ -111,6 +116,14 @@ def expand(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, *, implicit: bo
     if -1 in size[: max(new, 0)]:
         raise RuntimeError("expand: -1 is not allowed in a leading, non-existing dimension")
     return pad_rank(x, 0, len(size)).expand(x.shape[0], *size), 0
+
+
+def expand_rest(in_dims: Dims, x: Tensor, size: Any) -> Any:
+    shape = x.shape
+    return (aten.expand.default, (x, (shape[0], *size)), 0) if not in_dims[0] and len(size) == len(shape) - 1 else None
+
+
+batching_rule(aten.expand.default, aten.broadcast_to.default)(any_rank(one_operator(expand_rest, expand)))
 
 
 @batching_rule(aten.expand_as.default)
@@ -182,22 +195,26 @@ def view_as_complex(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
 
 @batching_rule(aten.unsqueeze.default)
 @any_rank
-def unsqueeze(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
+@one_operator
+def unsqueeze(in_dims: Dims, x: Tensor, dim: int) -> Any:
     """One dimension more to count."""
-    bdim = in_dims[0]
+    bdim, op = in_dims[0], aten.unsqueeze.default
     dim = wrap_dim(dim, x.dim())
-    return (x.unsqueeze(dim), bdim + 1) if dim < bdim else (x.unsqueeze(dim + 1), bdim)
+    return (op, (x, dim), bdim + 1) if dim < bdim else (op, (x, dim + 1), bdim)
 
 
-@batching_rule(aten.squeeze.dim)
-@any_rank
-def squeeze_dim(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int) -> Output:
+def squeezed(in_dims: Dims, x: Tensor, dim: int) -> Any:
     """The batch dimension is never one to squeeze, even where its size is 1."""
-    bdim = in_dims[0]
-    dim = physical_dim(dim, x.dim() - 1, bdim)
-    if x.dim() == 1 or x.shape[dim] != 1:
-        return x, bdim
-    return x.squeeze(dim), bdim - (dim < bdim)
+    bdim, rank = in_dims[0], x.dim() - 1
+    dim = physical_dim(dim, rank, bdim)
+    return (aten.squeeze.dim, (x, dim), bdim - (dim < bdim)) if rank and x.shape[dim] == 1 else None
+
+
+def as_it_is(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
+    return x, in_dims[0]
+
+
+batching_rule(aten.squeeze.dim)(any_rank(one_operator(squeezed, as_it_is)))
 
 
 @batching_rule(aten.squeeze.default, aten.squeeze.dims)
@@ -254,19 +271,23 @@ def diag(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0) -> Output:
 # Dimensions trade places
 
 
-@batching_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
-@any_rank
-def transpose(info: BatchInfo, in_dims: Dims, x: Tensor, dim0: int, dim1: int) -> Output:
+def transposed(in_dims: Dims, x: Tensor, dim0: int, dim1: int) -> Any:
     """The batch dimension stays."""
     bdim, rank = in_dims[0], x.dim() - 1
     dim0, dim1 = physical_dim(dim0, rank, bdim), physical_dim(dim1, rank, bdim)
-    return (x, bdim) if rank == 0 else (x.transpose(dim0, dim1), bdim)
+    return None if rank == 0 else (aten.transpose.int, (x, dim0, dim1), bdim)
 
 
-@batching_rule(aten.t.default)
-def t(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+transpose = any_rank(one_operator(transposed, as_it_is))
+batching_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)(transpose)
+
+
+def t(in_dims: Dims, x: Tensor) -> Any:
     """Vectors and scalars are their own."""
-    return (x, in_dims[0]) if x.dim() < 3 else transpose(info, in_dims, x, 0, 1)
+    return None if x.dim() < 3 else transposed(in_dims, x, 0, 1)
+
+
+batching_rule(aten.t.default)(one_operator(t, as_it_is))
 
 
 @batching_rule(aten.mT.default)
@@ -292,14 +313,15 @@ def numpy_T(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
 
 @batching_rule(aten.permute.default)
 @any_rank
-def permute(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Sequence[int]) -> Output:
+@one_operator
+def permute(in_dims: Dims, x: Tensor, dims: Sequence[int]) -> Any:
     """One view, wherever the batch dimension is."""
     bdim, rank = in_dims[0], x.dim() - 1
     if len(dims) != rank:
         raise RuntimeError(f"permute(sparse_coo): number of dimensions in the tensor input does not match the length "
                            f"of the desired ordering of dimensions i.e. input.dim() = {rank} is not equal to "
                            f"len(dims) = {len(dims)}")
-    return x.permute(bdim, *[physical_dim(d, rank, bdim) for d in dims]), 0
+    return aten.permute.default, (x, (bdim, *[physical_dim(d, rank, bdim) for d in dims])), 0
 
 
 @batching_rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
@@ -320,21 +342,21 @@ def movedim(info: BatchInfo, in_dims: Dims, x: Tensor, source: Any, destination:
 # Parts along one dimension
 
 
-def along_one(op: OpOverload, run: Callable[..., Tensor], drops: bool = False) -> None:
-    """``op(x, dim, ...)``, run by ``run``: one dimension, which it may drop, is renumbered."""
+def along_one(op: OpOverload, drops: bool = False) -> None:
+    """``op(x, dim, ...)``: one dimension, which it may drop, is renumbered."""
 
-    def part(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int = 0, *rest: Any) -> Output:
+    def part(in_dims: Dims, x: Tensor, dim: int = 0, *rest: Any) -> Any:
         bdim = in_dims[0]
         dim = physical_dim(dim, nonzero_rank(x), bdim)
-        return run(x, dim, *rest), bdim - 1 if drops and dim < bdim else bdim
+        return op, (x, dim, *rest), bdim - 1 if drops and dim < bdim else bdim
 
-    BATCHING_RULES.add(op, any_rank(part), place=caller_place())
+    BATCHING_RULES.add(op, any_rank(one_operator(part)), place=caller_place())
 
 
-along_one(aten.select.int, Tensor.select, drops=True)
-along_one(aten.slice.Tensor, aten.slice.Tensor)
-along_one(aten.narrow.default, Tensor.narrow)
-along_one(aten.unfold.default, Tensor.unfold)
+along_one(aten.select.int, drops=True)
+along_one(aten.slice.Tensor)
+along_one(aten.narrow.default)
+along_one(aten.unfold.default)
 
 
 def splitting(*ops: OpOverload) -> None:
