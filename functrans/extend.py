@@ -10,7 +10,6 @@ from __future__ import annotations
 import keyword
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from functrans.api.extension_calls import (
     wrap,
 )
 from functrans.api.rule_results import check_below, check_carried, checked_result
+from functrans.api.rule_scopes import overriding, rules_in_scope
 from functrans.core.defaults import completed
 from functrans.core.errors import (
     CallTypeError,
@@ -39,7 +39,7 @@ from functrans.core.errors import (
 )
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
-from functrans.core.rules import RuleTable, check_table, place_in, rules_in_scope
+from functrans.core.rules import RuleTable, place_in
 from functrans.core.schemas import schema_default
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
@@ -235,26 +235,3 @@ def rules_file(interpreter: TableInterpreter) -> str:
         return places[-1].rpartition(":")[0]
     module = type(interpreter).__module__
     return getattr(sys.modules.get(module), "__file__", None) or f"module {module}"
-
-
-def overriding(table: RuleTable[Rule], *ops: OpOverload) -> AbstractContextManager[RuleTable[Rule]]:
-    """Context: the table's rules for ``ops`` are taken out, so that others can be registered; afterwards they are back.
-
-    In this thread or task of asyncio only, as with ``rules_in_scope``. To replace a rule for good, change it where it
-    stands: the error for a second rule names the place.
-
-    Example:
-        >>> import torch, functrans
-        >>> from functrans.extend import DERIVATIVES, derivative, overriding
-        >>> round_ = torch.ops.aten.round.default
-        >>> with overriding(DERIVATIVES, round_):
-        ...     derivative(round_, self=lambda grad: grad, tangent="elementwise")  # straight through
-        ...     functrans.grad(torch.round)(torch.tensor(0.7))
-        tensor(1.)
-        >>> functrans.grad(torch.round)(torch.tensor(0.7))
-        tensor(0.)
-    """
-    check_table("overriding(table, *ops)", table)
-    for op in ops:
-        table.check(op)
-    return rules_in_scope(table, dict.fromkeys(ops))

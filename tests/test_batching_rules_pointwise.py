@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from functrans.extend import DERIVATIVES
-from functrans.interpreters.vmap.families import logical_result_type, positional_arguments, tensor_positions
+from functrans.interpreters.vmap.elementwise import logical_result_type
+from functrans.interpreters.vmap.families import positional_arguments, tensor_positions
 from functrans.interpreters.vmap.rules import activations, along_dim, factories, pointwise, reductions
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 

@@ -32,7 +32,8 @@ from functrans.extend import (
     run_transformed,
 )
 from functrans.functionalize.hidden_effects import stands_in_for
-from functrans.interpreters.vmap.families import along_dim, elementwise, reduction
+from functrans.interpreters.vmap.elementwise import elementwise
+from functrans.interpreters.vmap.families import along_dim, reduction
 from functrans.interpreters.vmap.rules.random import RandomnessError, random_family
 
 aten = torch.ops.aten

@@ -17,12 +17,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from functrans.core.errors import CallTypeError, DuplicateRuleError, NotAnOverloadError, RegistrationError
-from functrans.core.errors.wording import shown, what
+from functrans.core.errors import DuplicateRuleError, NotAnOverloadError, RegistrationError
+from functrans.core.errors.wording import shown
 from functrans.core.torch_private import OpOverload, overload_of_library
 
 Rule = TypeVar("Rule")
@@ -255,53 +255,9 @@ class RuleCache:
         return found
 
 
-def rules_in_scope(
-    table: RuleTable[Rule], rules: Mapping[OpOverload, Rule | None]
-) -> AbstractContextManager[RuleTable[Rule]]:
-    """Context: ``table`` has these rules; None takes out the rule of an operator.
-
-    Rules registered inside for these operators end with it.
-    They hold for the code in this context (see ``contextvars``): in this thread or task of asyncio, and in tasks that
-    are started inside and as long as the block lasts. Other threads do not see them. Scopes nest; an exception ends
-    them like anything else.
-
-    Example:
-        >>> import torch, functrans
-        >>> from functrans.extend import BATCHING_RULES, rules_in_scope
-        >>> sort = torch.ops.aten.sort.default
-        >>> def rule(info, in_dims, x, dim=-1, descending=False):
-        ...     print("sorting", info.batch_size, "examples")
-        ...     return torch.sort(x.movedim(in_dims[0], 0), dim % (x.dim() - 1) + 1, descending), (0, 0)
-        >>> with rules_in_scope(BATCHING_RULES, {sort: rule}):
-        ...     functrans.vmap(lambda x: x.sort().values)(torch.tensor([[2, 1], [5, 7]]))
-        sorting 2 examples
-        tensor([[1, 2],
-                [5, 7]])
-    """
-    check_table("rules_in_scope(table, rules)", table)
-    if not isinstance(rules, Mapping):
-        cure = "Write overriding(table, op) to take rules out." if isinstance(rules, OpOverload) else ""
-        raise CallTypeError(
-            "rules_in_scope(table, rules)", f"{what(rules)} as rules", "a dict from operators to rules", cure
-        )
-    if not rules:
-        raise RegistrationError(f"{table.title}: a scope of rules was opened for no operator. Name at least one.")
-    place = caller_place()
-    for op, rule in rules.items():
-        table.check(op)
-        if rule is not None:
-            table.check_rule(op, rule)
-    return _scope(table, {op: None if rule is None else (rule, place) for op, rule in rules.items()})
-
-
-def check_table(call: str, table: Any) -> None:
-    if not isinstance(table, RuleTable):
-        cure = "The table comes first, then the operators." if isinstance(table, OpOverload) else ""
-        raise CallTypeError(call, f"{what(table)} as table", "a RuleTable, such as functrans.extend.DERIVATIVES", cure)
-
-
 @contextmanager
-def _scope(table: RuleTable[Any], entries: Mapping[OpOverload, tuple[Any, str] | None]) -> Iterator[RuleTable[Any]]:
+def scope_of(table: RuleTable[Any], entries: Mapping[OpOverload, tuple[Any, str] | None]) -> Iterator[RuleTable[Any]]:
+    """Context: these rules lie over those of ``table``; see ``Scope``."""
     scope = Scope(table, entries)
     try:
         try:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
-from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, wrap, wrap_like
+from functrans.core.tensor import pend, wrap, wrap_like
 from functrans.interpreters.grad.nodes import ProgramNode
+from functrans.interpreters.program_arguments import unwrap_program
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
 
@@ -37,30 +37,7 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             self.last_index = wrapper.tape_index = index = self.last_index + 1
             self.tape.append((known, index, [x.tape_index], [value if i < 0 else out for i in known.saves]))
             return wrapper
-    values: list[Any] = []
-    places: tuple[int, ...] = ()
-    indices: list[Any] = []
-    first: Any = None
-    alike = same = True  # the results have the shape of ``first`` and are contiguous; all arguments have one shape
-    for a in args:
-        kind = type(a)
-        if kind is WrapperTensor or kind is PendingWrapper:
-            if first is None:
-                first = a
-            elif a.shape != first.shape:
-                alike = same = False
-            if a.strides is not None:
-                alike = False
-            if a.interpreter is self:
-                index = a.tape_index
-                if index is not None:
-                    places += (len(values),)
-                    indices.append(index)
-                a = a._value
-        elif isinstance(a, Tensor):
-            alike = False
-            same = same and first is not None and a.shape == first.shape
-        values.append(a)
+    values, places, indices, first, alike, same = unwrap_program(self, args)
     if not places or not torch.is_grad_enabled():
         return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
     node = program.records.get(places)
@@ -73,6 +50,7 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
     if not same and not node.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
         # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
         return program.decompose(*args, send=dispatch)
+    alike = alike and same
     saved = node.save(values, outs)
     if not same:
         saved.extend(values[p].shape for p in places)

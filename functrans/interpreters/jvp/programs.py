@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
-from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.tensor import WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.core.torch_private import is_forward_enabled
+from functrans.interpreters.program_arguments import unwrap_program
 from functrans.programs.deriving import tangent as tangent_of
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
@@ -33,28 +33,7 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
             wrapper = make(self, out, x)
             wrapper._tangent = tangent
             return wrapper
-    values: list[Any] = []
-    tangents: list[Any] = []
-    moving: tuple[int, ...] = ()
-    first: Any = None
-    alike = True  # every result has the shape of ``first``, and is contiguous
-    for a in args:
-        kind = type(a)
-        if kind is WrapperTensor or kind is PendingWrapper:
-            if first is None:
-                first = a
-            elif a.shape != first.shape:
-                alike = False
-            if a.strides is not None:
-                alike = False
-            if a.interpreter is self:
-                if a._tangent is not None:
-                    moving += (len(values),)
-                    tangents.append(a._tangent)
-                a = a._value
-        elif isinstance(a, Tensor) and a.dim():
-            alike = False
-        values.append(a)
+    values, moving, tangents, first, alike, _ = unwrap_program(self, args)
     if not moving or not is_forward_enabled():
         return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors
 from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap_like
-from functrans.interpreters.vmap.families import align
+from functrans.interpreters.vmap.elementwise import align
 from functrans.programs.program import Program
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, elementwise
+from functrans.interpreters.vmap.elementwise import elementwise
+from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
 
 aten = torch.ops.aten

@@ -18,9 +18,9 @@ from functrans.core.pytrees import tree_flatten, tree_unflatten
 from functrans.core.rules import RuleTable
 from functrans.core.schemas import has_composite_kernel
 from functrans.core.torch_private import OpOverload
+from functrans.interpreters.vmap.elementwise import align
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
-    align,
     argument_place,
     pad_rank,
     same_dims,

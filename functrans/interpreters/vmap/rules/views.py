@@ -14,10 +14,10 @@ from torch import Tensor
 
 from functrans.core.rules import caller_place
 from functrans.core.torch_private import OpOverload
+from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
     any_rank,
-    elementwise,
     flat_examples,
     one_operator,
     pad_rank,

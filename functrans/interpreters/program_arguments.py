@@ -1,0 +1,47 @@
+"""What grad and jvp ask of a program's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import PendingWrapper, WrapperTensor
+
+
+def unwrap_program(interpreter: Interpreter, args: Sequence[Any]) -> tuple[Any, ...]:
+    """``core.dispatch.unwrap`` of a program's arguments, tensors and numbers.
+
+    Returns:
+        the values one level down, which may be pending wrappers;
+        the places of those on which ``interpreter`` keeps something, and what it keeps;
+        the first wrapper; whether the results have its shape and are contiguous; whether all arguments have one shape.
+    """
+    values: list[Any] = []
+    places: tuple[int, ...] = ()
+    carried: list[Any] = []
+    first: Any = None
+    alike = same = True
+    for a in args:
+        kind = type(a)
+        if kind is WrapperTensor or kind is PendingWrapper:
+            if first is None:
+                first = a
+            elif a.shape != first.shape:
+                alike = same = False
+            if a.strides is not None:
+                alike = False
+            if a.interpreter is interpreter:
+                kept = a._carried
+                if kept is not None:
+                    places += (len(values),)
+                    carried.append(kept)
+                a = a._value
+        elif isinstance(a, Tensor):
+            if a.dim():
+                alike = False
+            same = same and first is not None and a.shape == first.shape
+        values.append(a)
+    return values, places, carried, first, alike, same
