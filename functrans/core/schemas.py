@@ -54,16 +54,16 @@ def has_composite_kernel(op: OpOverload) -> bool:
 DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
     "mm bmm addmm mv dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
-    "addcmul relu abs",
+    "addcmul amax amin bmm cumsum cumprod expand flip logsumexp mv reshape",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
     "Tensor_Scalar": "pow",
-    "int": "transpose select",
+    "int": "transpose select softmax log_softmax",
     "dim": "mean squeeze",
     "dim_IntList": "sum",
     "self": "where",
 }
-_DIRECT = {(name, overload): getattr(torch, name) for overload, names in DIRECT.items() for name in names.split()}
+_DIRECT = {(name, overload): getattr(torch, name, None) or getattr(torch.Tensor, name) for overload, names in DIRECT.items() for name in names.split()}
 
 
 def direct_call(op: OpOverload) -> Any:
