@@ -49,11 +49,11 @@ def has_composite_kernel(op: OpOverload) -> bool:
     return bool(op.has_kernel_for_dispatch_key(COMPOSITE))
 
 
-#: Names in ``torch`` whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for the
+#: Functions and methods whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for the
 #: overloads that take the same arguments.
 DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
-    "mm bmm addmm mv dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
+    "mm addmm dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
     "addcmul amax amin bmm cumsum cumprod expand flip logsumexp mv reshape",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
@@ -63,7 +63,11 @@ DIRECT = {
     "dim_IntList": "sum",
     "self": "where",
 }
-_DIRECT = {(name, overload): getattr(torch, name, None) or getattr(torch.Tensor, name) for overload, names in DIRECT.items() for name in names.split()}
+_DIRECT = {
+    (name, overload): getattr(torch, name, None) or getattr(torch.Tensor, name)
+    for overload, names in DIRECT.items()
+    for name in names.split()
+}
 
 
 def direct_call(op: OpOverload) -> Any:
