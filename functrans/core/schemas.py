@@ -49,8 +49,8 @@ def has_composite_kernel(op: OpOverload) -> bool:
     return bool(op.has_kernel_for_dispatch_key(COMPOSITE))
 
 
-#: Functions and methods whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for the
-#: overloads that take the same arguments.
+#: Functions and methods whose argument parser is quicker than an overload object's (1.1 against 1.7 µs for sin), for
+#: the overloads that take the same arguments.
 DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
     "mm addmm dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
