@@ -22,6 +22,7 @@ from functrans.api.extension_calls import (
     lower,
     lowered,
     map_tensors,
+    op_info,
     run_transformed,
     running_at,
     wrap,
@@ -32,13 +33,15 @@ from functrans.core.defaults import completed
 from functrans.core.errors import (
     CallTypeError,
     CarriedValueError,
+    CustomFunctionError,
+    DerivativeEntryError,
+    DuplicateRuleError,
     FunctransError,
     MissingRuleError,
     RuleError,
     RuleResultError,
 )
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import op_info
 from functrans.core.rules import RuleTable, place_in
 from functrans.core.schemas import schema_default
 from functrans.core.stack import interpreter_stack
@@ -52,6 +55,9 @@ __all__ = [
     "DERIVATIVES",
     "BatchInfo",
     "CarriedValueError",
+    "CustomFunctionError",
+    "DerivativeEntryError",
+    "DuplicateRuleError",
     "FunctransError",
     "Interpreter",
     "MissingRuleError",
@@ -69,6 +75,7 @@ __all__ = [
     "map_tensors",
     "missing_rule",
     "no_derivative",
+    "op_info",
     "overriding",
     "rules_in_scope",
     "run_transformed",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_flag, check_kind
-from functrans.core import dispatch, stack, tensor, thread_state
+from functrans.core import dispatch, operators, stack, tensor, thread_state
 from functrans.core.errors import CallError, CallTypeError
 from functrans.core.errors.wording import shown
 from functrans.core.interpreter import Interpreter
@@ -68,6 +68,12 @@ def check_schema(call: str, op: OpOverload, args: Any, kwargs: dict[str, Any]) -
             check_kind(call, f"argument {name!r} of {op}", given[name], Tensor, "a tensor")
 
 
+@functools.wraps(operators.op_info)
+def op_info(op: OpOverload) -> operators.OpInfo:
+    check_operator("op_info(op)", op)
+    return operators.op_info(op)
+
+
 @functools.wraps(dispatch.lower)
 def lower(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     return run("lower(interpreter, op, args, kwargs)", dispatch.lower, interpreter, op, args, kwargs)
@@ -79,7 +85,7 @@ def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[
     out = run(call, table.decompose, interpreter, op, args, kwargs)
     if out is NotImplemented:
         raise CallError(
-            call, f"{op} as op", "a composite operator", "Ask functrans.core.operators.op_info(op).composite."
+            call, f"{op} as op", "a composite operator", "Ask functrans.extend.op_info(op).composite."
         )
     return out
 

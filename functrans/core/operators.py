@@ -118,7 +118,7 @@ FORGET.append(forget_info)
 
 
 def op_info(op: OpOverload) -> OpInfo:
-    """What is known of ``op``."""
+    """What is known of ``op``: whether it is random or ``composite`` (defined by others), the names of its arguments."""
     try:
         return op._functrans  # type: ignore[attr-defined]
     except AttributeError:

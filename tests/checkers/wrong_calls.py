@@ -219,6 +219,7 @@ CASES = [
     Case("map_tensors", extend.map_tensors, {"function": lambda: torch.sin, "out": lambda: [V]}, ("function",),
         plain=lambda function, out: function(out if isinstance(out, torch.Tensor) else V)),
     Case("interpreter_stack", extend.interpreter_stack, {}, ()),
+    Case("op_info", extend.op_info, {"op": lambda: aten.sin.default}, ()),
     Case("carry", body_of(lambda i, value, **payload: i.carry(value, **payload)),
         {"value": lambda: V, "count": lambda: V}, (), extends=True),
     Case("own", body_of(lambda i, x: i.own(x)), {"x": lambda: V}, (), extends=True),
