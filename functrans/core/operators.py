@@ -118,7 +118,7 @@ FORGET.append(forget_info)
 
 
 def op_info(op: OpOverload) -> OpInfo:
-    """What is known of ``op``: whether it is random or ``composite`` (defined by others), the names of its arguments."""
+    """What is known of ``op``: whether it is random or ``composite`` (defined by others), its arguments' names."""
     try:
         return op._functrans  # type: ignore[attr-defined]
     except AttributeError:
