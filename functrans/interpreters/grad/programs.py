@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
-from functrans.core.tensor import pend, wrap, wrap_like
+from functrans.core.tensor import WRAPPERS, pend, wrap, wrap_like
 from functrans.interpreters.grad.nodes import ProgramNode
 from functrans.interpreters.program_arguments import unwrap_program
 from functrans.programs.program import Program
@@ -21,21 +21,43 @@ if TYPE_CHECKING:
 def record_program(self: GradInterpreter, program: Program, args: Sequence[Any]) -> Any:
     """Run the program one level down and record it as one."""
     make: Callable[..., Any] = pend if program.pending else wrap_like
-    if program.inputs == 1 and program.single:  # the frequent case, in a few steps
+    count = program.inputs if program.single else 0
+    if count == 1:  # the frequent cases, in a few steps
         (x,) = args
         known = program.records.get((0,))
         if (
             known is not None
             and not known.keeps
             and x.strides is None
-            and x.tape_index is not None
+            and x._carried is not None
             and torch.is_grad_enabled()
         ):
             value = x._value
             out = lower(self, known.forward, (value,), NO_KWARGS)
             wrapper = make(self, out, x)
-            self.last_index = wrapper.tape_index = index = self.last_index + 1
-            self.tape.append((known, index, [x.tape_index], [value if i < 0 else out for i in known.saves]))
+            self.last_index = wrapper._carried = index = self.last_index + 1
+            self.tape.append((known, index, [x._carried], [value if i < 0 else out for i in known.saves]))
+            return wrapper
+    elif count == 2:
+        x, y = args
+        both = type(x) in WRAPPERS and type(y) in WRAPPERS and x.interpreter is y.interpreter
+        known = program.records.get((0, 1))
+        if (
+            both
+            and known is not None
+            and not known.keeps
+            and x.strides is None is y.strides
+            and x._carried is not None
+            and y._carried is not None
+            and x.shape == y.shape
+            and torch.is_grad_enabled()
+        ):
+            values = (x._value, y._value)
+            out = lower(self, known.forward, values, NO_KWARGS)
+            wrapper = make(self, out, x)
+            self.last_index = wrapper._carried = index = self.last_index + 1
+            saved = [values[-1 - i] if i < 0 else out for i in known.saves]
+            self.tape.append((known, index, [x._carried, y._carried], saved))
             return wrapper
     values, places, indices, first, alike, same = unwrap_program(self, args)
     if not places or not torch.is_grad_enabled():

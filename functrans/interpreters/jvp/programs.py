@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
-from functrans.core.tensor import WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.tensor import WRAPPERS, WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.core.torch_private import is_forward_enabled
 from functrans.interpreters.program_arguments import unwrap_program
 from functrans.programs.deriving import tangent as tangent_of
@@ -25,13 +25,33 @@ aten = torch.ops.aten
 def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> Any:
     """Run the program and its tangent as one, one level down."""
     make: Callable[..., Any] = pend if program.pending else wrap_like
-    if program.inputs == 1 and program.single:  # the frequent case, in a few steps
+    count = program.inputs if program.single else 0
+    if count == 1:  # the frequent cases, in a few steps
         (x,) = args
         known = program.tangents.get((0,))
-        if known is not None and known.plain and x.strides is None and x._tangent is not None and is_forward_enabled():
-            out, tangent = lower(self, known.program, (x._value, x._tangent), NO_KWARGS)
+        if known is not None and known.plain and x.strides is None and x._carried is not None and is_forward_enabled():
+            out, tangent = lower(self, known.program, (x._value, x._carried), NO_KWARGS)
             wrapper = make(self, out, x)
-            wrapper._tangent = tangent
+            wrapper._carried = tangent
+            return wrapper
+    elif count == 2:
+        x, y = args
+        both = type(x) in WRAPPERS and type(y) in WRAPPERS and x.interpreter is y.interpreter
+        known = program.tangents.get((0, 1))
+        if (
+            both
+            and known is not None
+            and known.plain
+            and known.uses is None
+            and x.strides is None is y.strides
+            and x._carried is not None
+            and y._carried is not None
+            and x.shape == y.shape
+            and is_forward_enabled()
+        ):
+            out, tangent = lower(self, known.program, (x._value, y._value, x._carried, y._carried), NO_KWARGS)
+            wrapper = make(self, out, x)
+            wrapper._carried = tangent
             return wrapper
     values, moving, tangents, first, alike, _ = unwrap_program(self, args)
     if not moving or not is_forward_enabled():

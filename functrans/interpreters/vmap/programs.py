@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors
-from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap_like
+from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap_like
 from functrans.interpreters.vmap.elementwise import align
 from functrans.programs.program import Program
 
@@ -22,11 +22,19 @@ aten = torch.ops.aten
 def run_program(self: VmapInterpreter, program: Program, args: Sequence[Any]) -> Any:
     """Run the program as it is on the physical tensors, where they broadcast as the examples do."""
     make: Callable[..., Any] = pend if program.pending else wrap_like
-    if program.inputs == 1 and program.single:  # the frequent case, in a few steps
+    count = program.inputs if program.single else 0
+    if count == 1:  # the frequent cases, in a few steps
         (x,) = args
-        if x.bdim == 0 and x.strides is None:
+        if x._carried == 0 and x.strides is None:
             wrapper = make(self, lower(self, program.inner, (x._value,), NO_KWARGS), x)
-            wrapper.bdim = 0
+            wrapper._carried = 0
+            return wrapper
+    elif count == 2:
+        x, y = args
+        both = type(x) in WRAPPERS and type(y) in WRAPPERS and x.interpreter is y.interpreter
+        if both and x._carried == 0 == y._carried and x.strides is None is y.strides and x.shape == y.shape:
+            wrapper = make(self, lower(self, program.inner, (x._value, y._value), NO_KWARGS), x)
+            wrapper._carried = 0
             return wrapper
     values: list[Any] = []
     flags: list[bool] = []
