@@ -54,7 +54,10 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     decomposes by ``torch._decomp`` and then loops over the examples with a warning, any other transform raises
     MissingRuleError. Nothing passes through in silence.
     """
-    known: OpInfo = op._functrans if hasattr(op, "_functrans") else op_info(op)
+    try:
+        known: OpInfo = op._functrans
+    except AttributeError:
+        known = op_info(op)
     owner: Interpreter | None = None
     for a in args:  # what ``scan`` finds, where there is nothing but tensors and numbers
         kind = type(a)
@@ -145,10 +148,13 @@ def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
             ordinary = ordinary and not isinstance(a, Tensor)  # a subclass would be asked by a torch function
     if forward_ad._current_level >= 0 or (kwargs and scan(kwargs.values())[1]):
         return base_recorded(op, args, kwargs)
-    direct = op._functrans.direct if hasattr(op, "_functrans") else op_info(op).direct
-    if direct is not None and ordinary and not kwargs and not function_mode_enabled():
-        return direct(*args)
-    return op._op(*args, **kwargs)
+    if kwargs or not ordinary or function_mode_enabled():
+        return op._op(*args, **kwargs)
+    try:
+        direct = op._functrans.direct
+    except AttributeError:
+        direct = op_info(op).direct
+    return op._op(*args) if direct is None else direct(*args)
 
 
 def base_recorded(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -218,7 +224,7 @@ def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, A
     if not interpreter.outer_modes_on and modes_differ(interpreter):
         return in_outer_modes(interpreter, lower, op, args, kwargs)
     below = interpreter.below
-    if below is not None and (op._functrans if hasattr(op, "_functrans") else op_info(op)).random:
+    if below is not None and op_info(op).random:
         return below.process(op, args, kwargs)  # every level decides whether its examples draw for themselves
     return dispatch(op, args, kwargs)
 
