@@ -282,7 +282,7 @@ def test_texts_of_kernels() -> None:
         op_info(
             op
         # what one example says is heard at the first call of its kind; later the kernel speaks, of the batch
-        ).plans = {}
+        ).specialized = {}
     found = []
     for call in (
         lambda: vmap(grad(lambda x, y: (x @ y).sum()))(A, B),

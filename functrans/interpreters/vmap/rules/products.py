@@ -18,7 +18,7 @@ from torch.nn.functional import linear as torch_linear
 
 from functrans.core.rules import caller_place
 from functrans.core.torch_private import OpOverload
-from functrans.interpreters.vmap.families import RuleDeclined, any_rank, pad_rank
+from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
@@ -113,7 +113,6 @@ def matmul_columns(x: Tensor, y: Tensor, y_dim: int) -> Output:
 
 
 @batching_rule(aten.matmul.default, aten.linalg_matmul.default)
-@any_rank
 def matmul(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
     """Any ranks from 1 on."""
     expect_ranks(in_dims, x, y)
@@ -127,7 +126,7 @@ def of_ranks(op: OpOverload, *ranks: int) -> Callable[..., Output]:
         expect_ranks(in_dims, x, y, ranks=ranks)
         return matmul_pair(x, in_dims[0], y, in_dims[1])
 
-    BATCHING_RULES.add(op, any_rank(multiply), place=caller_place())
+    BATCHING_RULES.add(op, multiply, place=caller_place())
     return multiply
 
 
@@ -143,7 +142,6 @@ def vdot(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
 
 
 @batching_rule(aten.bmm.default)
-@any_rank
 def bmm(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
     """Unlike ``matmul``, nothing broadcasts."""
     expect_ranks(in_dims, x, y, ranks=(3, 3))
