@@ -5,10 +5,14 @@ stack, wrapper tensors carry their level, and every operator walks down the stac
 """
 
 from functrans import derivatives
-from functrans.api.jacobians import hessian, jacfwd, jacrev
+from functrans.api.debug import debug_unwrap
+from functrans.api.functionalize import functionalize
+from functrans.api.jacobians import hessian, hvp, jacfwd, jacfwd_and_value, jacrev, jacrev_and_value
+from functrans.api.linear import linear_transpose, linearize
 from functrans.api.modules import functional_call, replace_all_batch_norm_modules_, stack_module_state
+from functrans.api.rearrange import rearrange
 from functrans.api.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
-from functrans.api.vmap import vmap
+from functrans.api.vmap import chunk_vmap, vmap
 from functrans.core.errors import FunctransError
 from functrans.core.operators import STAND_INS
 
@@ -31,14 +35,23 @@ watch(DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES, STAND_
 __all__ = [
     "FunctransError",
     "batching_rule",
+    "chunk_vmap",
+    "debug_unwrap",
     "derivative",
     "functional_call",
+    "functionalize",
     "grad",
     "grad_and_value",
     "hessian",
+    "hvp",
     "jacfwd",
+    "jacfwd_and_value",
     "jacrev",
+    "jacrev_and_value",
     "jvp",
+    "linear_transpose",
+    "linearize",
+    "rearrange",
     "replace_all_batch_norm_modules_",
     "stack_module_state",
     "value_and_grad",

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
 from functrans.api.checks import check_kind
@@ -47,6 +46,7 @@ from functrans.core.schemas import schema_default
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import OpOverload
+from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
 
@@ -84,18 +84,6 @@ __all__ = [
 ]
 
 Rule = TypeVar("Rule")
-
-#: Operators that read nothing of their arguments but shape, dtype and device, so that their result is a constant of
-#: every transform.
-READS_NO_VALUES = frozenset(
-    getattr(getattr(torch.ops.aten, name), overload)
-    for name in (
-        "empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like",
-        "rand_like", "randint_like", "randn_like", "zeros_like",
-    )
-    for overload in getattr(torch.ops.aten, name).overloads()
-    if "out" not in overload and "Tensor" not in overload
-)  # fmt: skip
 
 
 class TableInterpreter(Interpreter):

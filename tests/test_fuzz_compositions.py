@@ -42,6 +42,44 @@ def test_many_random_programs(part: int) -> None:
     assert not failures, report(failures)
 
 
+def jvp_by_linearize(f: Any, primals: Any, tangents: Any, **options: Any) -> Any:
+    out, jvp_fn, *aux = functrans.linearize(f, *primals, **options)
+    return out, jvp_fn(*tangents), *aux
+
+
+def purified(name: str, remove: str) -> Any:
+    """The transform of the function without writes, itself without writes."""
+    transform = getattr(functrans, name)
+
+    def pure(f: Any) -> Any:
+        return functrans.functionalize(f, remove=remove)
+
+    if name == "jvp":
+        return lambda f, *args, **options: pure(lambda *args: transform(pure(f), *args, **options))(*args)
+    if name == "vjp":
+        return lambda f, *args, **options: transform(pure(f), *args, **options)
+    return lambda f, *args, **options: pure(transform(pure(f), *args, **options))
+
+
+VARIANTS = {
+    "jvp by linearize": {"jvp": jvp_by_linearize},
+    **{
+        f"without {remove}": {name: purified(name, remove) for name in ("grad", "grad_and_value", "vjp", "jvp", "vmap")}
+        for remove in ("mutations", "mutations_and_views")
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 10))])
+def test_random_programs_by_other_names(variant: str, part: int) -> None:
+    names = ("grad", "grad_and_value", "vjp", "jvp", "vmap")
+    backend = SimpleNamespace(**({name: getattr(functrans, name) for name in names} | VARIANTS[variant]))
+    counts, failures = fuzz(backend, cases=60, seed=300 + part, shrink_up_to=1, after_each=nothing_left)
+    assert not failures, report(failures)
+    assert counts["match"] >= 25, counts
+
+
 # ---- the tester, tested: planted bugs are found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Inputs:
         if argnums is ALL:
             argnums = tuple(range(len(args)))
         self.wrapped: list[tuple[WrapperTensor, Tensor]] = []
+        self.constants: dict[int, WrapperTensor] = {}
         self.single = isinstance(argnums, int)
         positions = check_argnums(call, argnums, len(args))
         track = enter if enter is not None else interpreter.track  # type: ignore[attr-defined]
@@ -82,8 +83,10 @@ class Inputs:
         return tree_unflatten(spec, [self._constant(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
     def _constant(self, leaf: Tensor) -> WrapperTensor:
-        wrapper = self.interpreter.constant(leaf)
-        self.wrapped.append((wrapper, leaf))
+        wrapper = self.constants.get(id(leaf))
+        if wrapper is None:  # a tensor that is passed twice is one tensor inside, too
+            wrapper = self.constants[id(leaf)] = self.interpreter.constant(leaf)
+            self.wrapped.append((wrapper, leaf))
         return wrapper
 
     def collect(self, cotangents: dict[int, Tensor]) -> Any:
@@ -198,16 +201,28 @@ def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool 
             cure = output_cure(leaf) or "Return it as aux, with has_aux=True."
             raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
         if differentiable and leaf.dtype not in DIFFERENTIABLE:
+            aux = "" if call.transform == "linear_transpose" else ": return it as aux, with has_aux=True"
             raise CallError(
                 call,
                 f"a tensor of dtype {leaf.dtype} as {path_of('output', out, place)}",
                 "a floating-point or complex dtype",
-                "It has no derivative: return it as aux, with has_aux=True.",
+                f"It has no derivative{aux}.",
             )
 
 
-def check_scalar(call: Call, out: Any) -> None:
-    """The function returned what a gradient can be taken of."""
+def check_complex(call: Call, root: str, values: Any, positions: Sequence[int] | None = None) -> None:
+    """What a holomorphic function takes at ``positions``, or returns, is complex."""
+    for i in [None] if positions is None else positions:
+        tree = values if i is None else values[i]
+        for place, x in enumerate(tree_flatten(tree)[0]):
+            if isinstance(x, Tensor) and not x.is_complex():
+                path = path_of(root if i is None else f"{root}[{i}]", tree, place)
+                cure = "Leave holomorphic out for a function of real numbers."
+                raise CallError(call, f"a tensor of dtype {x.dtype} as {path}", "a complex dtype", cure)
+
+
+def check_scalar(call: Call, out: Any, holomorphic: bool = False) -> None:
+    """The function returned what a gradient can be taken of; ``holomorphic``: the derivative of a complex number."""
     if not isinstance(out, Tensor):
         cure = output_cure(out)
         if isinstance(out, tuple) and len(out) == 2:
@@ -222,10 +237,15 @@ def check_scalar(call: Call, out: Any) -> None:
         cure = "Reduce it with .sum() or .mean(), or use functrans.vjp or functrans.jacrev."
         got = "a nested tensor as output" if out.is_nested else f"an output of shape {tuple(out.shape)}"
         raise CallError(call, got, "a scalar tensor, of shape ()", cure)
-    if out.dtype in DIFFERENTIABLE and not out.dtype.is_complex:
+    if out.dtype in DIFFERENTIABLE and out.dtype.is_complex is holomorphic:
         return
+    if holomorphic:
+        check_complex(call, "output", out)
     if out.dtype.is_complex:
-        cure = "Return a real number of it, such as .abs() or .real, or use functrans.vjp."
+        cure = (
+            "Return a real number of it, such as .abs() or .real, use functrans.vjp, or pass holomorphic=True "
+            "for the derivative of a holomorphic function."
+        )
         raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
     cure = "A count or a comparison has no gradient: return it as aux, with has_aux=True, beside a loss that has one."
     raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)

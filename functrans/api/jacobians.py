@@ -9,14 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.api.arguments import Argnums, check_arguments, pick
-from functrans.api.checks import check_chunk_size, check_randomness
+from functrans.api.arguments import ALL, Argnums, check_argnums, check_arguments, check_complex, pick
+from functrans.api.checks import check_callable, check_chunk_size, check_flag, check_randomness
+from functrans.api.pullbacks import Pullback
 from functrans.api.structures import path_of
-from functrans.api.transforms import differentiating, jvp_with_argnums, unit, vjp_with_argnums
+from functrans.api.transforms import (
+    conjugated,
+    differentiating,
+    grad_and_value_of,
+    jvp_with_argnums,
+    unit,
+    vjp_with_argnums,
+)
 from functrans.api.vmap import vmap
 from functrans.core.errors import Call, CallError
-from functrans.core.errors.wording import callable_name, what
-from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.core.errors.wording import callable_name, shown, what
+from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
 
 
 def jacrev(
@@ -25,6 +33,7 @@ def jacrev(
     *,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    holomorphic: bool = False,
     _preallocate_and_copy: bool = False,
 ) -> Callable[..., Any]:
     """The Jacobian by reverse mode: one pullback per element of the output, all at once.
@@ -35,11 +44,16 @@ def jacrev(
         has_aux: ``func`` returns ``(output, aux)``.
         chunk_size: how many pullbacks to run at a time; None: all. 1 runs them one after the other without vmap, so
             that ``func`` may have derivatives that vmap cannot batch.
+        holomorphic: ``func`` is promised to be holomorphic in the arguments that ``argnums`` names: they and the
+            outputs are complex, and the Jacobian holds complex derivatives.
 
     Returns:
-        A function of the same arguments. It returns, for every output tensor, the structure of the arguments that
-        ``argnums`` names, whose tensors have shape ``output.shape + argument.shape``; with ``has_aux`` a pair of that
-        and aux.
+        A function of the same arguments, which may have keyword arguments. It returns, for every output tensor, the
+        structure of the arguments that ``argnums`` names, whose tensors have shape ``output.shape + argument.shape``;
+        with ``has_aux`` a pair of that and aux.
+
+    Raises:
+        CallError: an argument or output is of another kind; without ``holomorphic`` that is a complex one.
 
     Example:
         >>> import torch
@@ -48,47 +62,82 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    call = differentiating("jacrev", func, argnums, has_aux)
+    call = differentiating("jacrev", func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
-    return jacobian_by_rows(call, func, argnums, has_aux, chunk_size)
+    return jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic)
+
+
+def jacrev_and_value(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    holomorphic: bool = False,
+) -> Callable[..., Any]:
+    """Like ``jacrev``, and the function's value, in one evaluation: ``(jacobian, value)``, or
+    ``(jacobian, (value, aux))``.
+
+    Example:
+        >>> import torch
+        >>> from functrans import jacrev_and_value
+        >>> jacobian, value = jacrev_and_value(torch.square)(torch.tensor([1.0, 2.0]))
+        >>> value
+        tensor([1., 4.])
+    """
+    call = differentiating("jacrev_and_value", func, argnums, has_aux, holomorphic)
+    check_chunk_size(call, chunk_size)
+    return jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic, with_value=True)
 
 
 def jacobian_by_rows(
-    call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None
+    call: Call,
+    func: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    chunk_size: int | None,
+    holomorphic: bool,
+    with_value: bool = False,
 ) -> Callable[..., Any]:
     @functools.wraps(func, updated=())
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        refuse_complex(call, "args", args)
+        check_numbers(call, holomorphic, args, argnums)
         out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs)
-        leaves, spec = tree_flatten(out)
-        refuse_complex(call, "output", out)
-        numels = [o.numel() for o in leaves]
-
-        def pull(basis: list[Tensor]) -> Any:
-            return pullback(tree_unflatten(spec, [shaped(b, o.shape) for b, o in zip(basis, leaves, strict=True)]))
-
-        if len(leaves) == 1 and leaves[0].dim() == 0:  # one row: no batch, and no basis
-            found = pullback(tree_unflatten(spec, [unit(leaves[0])]))
-            return (tree_unflatten(spec, [found]), aux) if has_aux else tree_unflatten(spec, [found])
-        behind = pullback.rows() if chunk_size != 1 else None  # type: ignore[attr-defined]
-        if behind is not None:
-            rows = vmap(behind[1], chunk_size=chunk_size)(behind[0])
-        elif chunk_size == 1 and sum(numels):
-            basis = standard_basis(leaves, numels)
-            rows = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
-        else:
-            rows = vmap(pull, chunk_size=chunk_size)(standard_basis(leaves, numels))
-        row_leaves, row_spec = tree_flatten(rows)
-        found = []
-        for i, o in enumerate(leaves):
-            start = sum(numels[:i])
-            own = row_leaves if len(leaves) == 1 else [r.narrow(0, start, numels[i]) for r in row_leaves]
-            block = [shaped(r, (*o.shape, *r.shape[1:])) for r in own]
-            found.append(tree_unflatten(row_spec, block))
-        result = tree_unflatten(spec, found)
-        return (result, aux) if has_aux else result
+        check_output_numbers(call, holomorphic, out)
+        result = rows_of(out, pullback, chunk_size)
+        if holomorphic:  # a pullback holds the conjugates
+            result = tree_map(conjugated, result)
+        return beside(result, out, aux, has_aux, with_value)
 
     return jacobian
+
+
+def rows_of(out: Any, pullback: Pullback, chunk_size: int | None) -> Any:
+    """What ``pullback`` makes of every row of the identity, in the shape of a Jacobian."""
+    leaves, spec = tree_flatten(out)
+    numels = [o.numel() for o in leaves]
+
+    def pull(basis: list[Tensor]) -> Any:
+        return pullback(tree_unflatten(spec, [shaped(b, o.shape) for b, o in zip(basis, leaves, strict=True)]))
+
+    if len(leaves) == 1 and leaves[0].dim() == 0:  # one row: no batch, and no basis
+        return tree_unflatten(spec, [pullback(tree_unflatten(spec, [unit(leaves[0])]))])
+    behind = pullback.rows() if chunk_size != 1 else None
+    if behind is not None:
+        rows = vmap(behind[1], chunk_size=chunk_size)(behind[0])
+    elif chunk_size == 1 and sum(numels):
+        basis = standard_basis(leaves, numels)
+        rows = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
+    else:
+        rows = vmap(pull, chunk_size=chunk_size)(standard_basis(leaves, numels))
+    row_leaves, row_spec = tree_flatten(rows)
+    found = []
+    for i, o in enumerate(leaves):
+        start = sum(numels[:i])
+        own = row_leaves if len(leaves) == 1 else [r.narrow(0, start, numels[i]) for r in row_leaves]
+        block = [shaped(r, (*o.shape, *r.shape[1:])) for r in own]
+        found.append(tree_unflatten(row_spec, block))
+    return tree_unflatten(spec, found)
 
 
 def jacfwd(
@@ -98,6 +147,7 @@ def jacfwd(
     *,
     randomness: str = "error",
     chunk_size: int | None = None,
+    holomorphic: bool = False,
 ) -> Callable[..., Any]:
     """The Jacobian by forward mode: one tangent per element of the arguments, all at once.
 
@@ -107,9 +157,13 @@ def jacfwd(
         has_aux: ``func`` returns ``(output, aux)``.
         randomness: as in ``vmap``, for random operators in ``func``.
         chunk_size: how many tangents to run at a time; None: all.
+        holomorphic: as in ``jacrev``.
 
     Returns:
         A function of the same arguments, with results as those of ``jacrev``.
+
+    Raises:
+        CallError: as ``jacrev``.
 
     Example:
         >>> import torch
@@ -117,19 +171,53 @@ def jacfwd(
         >>> jacfwd(torch.square)(torch.tensor([1.0, 2.0]))
         tensor([[2., 0.],
                 [0., 4.]])
+        >>> jacfwd(torch.square, holomorphic=True)(torch.tensor([1j]))
+        tensor([[0.+2.j]])
     """
-    call = differentiating("jacfwd", func, argnums, has_aux)
+    call = differentiating("jacfwd", func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
     check_randomness(call, randomness)
-    return jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size)
+    return jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic)
+
+
+def jacfwd_and_value(
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    randomness: str = "error",
+    chunk_size: int | None = None,
+    holomorphic: bool = False,
+) -> Callable[..., Any]:
+    """Like ``jacfwd``, and the function's value, in one evaluation: ``(jacobian, value)``, or
+    ``(jacobian, (value, aux))``.
+
+    Example:
+        >>> import torch
+        >>> from functrans import jacfwd_and_value
+        >>> jacobian, value = jacfwd_and_value(torch.square)(torch.tensor([1.0, 2.0]))
+        >>> value
+        tensor([1., 4.])
+    """
+    call = differentiating("jacfwd_and_value", func, argnums, has_aux, holomorphic)
+    check_chunk_size(call, chunk_size)
+    check_randomness(call, randomness)
+    return jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic, with_value=True)
 
 
 def jacobian_by_columns(
-    call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, randomness: str, chunk_size: int | None
+    call: Call,
+    func: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    randomness: str,
+    chunk_size: int | None,
+    holomorphic: bool,
+    with_value: bool = False,
 ) -> Callable[..., Any]:
     @functools.wraps(func, updated=())
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        refuse_complex(call, "args", args)
+        check_numbers(call, holomorphic, args, argnums)
         moving = pick(call, args, argnums)
         leaves, spec = tree_flatten(moving)
         check_arguments(call, args, argnums)
@@ -140,13 +228,13 @@ def jacobian_by_columns(
         def push(basis: list[Tensor]) -> Any:
             tangents = tree_unflatten(spec, [shaped(b, x.shape) for b, x in zip(basis, leaves, strict=True)])
             out, tangent, aux = jvp_with_argnums(call, func, args, tangents, argnums, False, has_aux, kwargs)
-            refuse_complex(call, "output", out)
-            return tangent, aux
+            check_output_numbers(call, holomorphic, out)
+            return tangent, (out if with_value else None), aux
 
         push.__name__ = f"jvp({callable_name(func)})"
 
-        push_all = vmap(push, out_dims=(0, None), randomness=randomness, chunk_size=chunk_size)
-        columns, aux = push_all(standard_basis(leaves, numels))
+        push_all = vmap(push, out_dims=(0, None, None), randomness=randomness, chunk_size=chunk_size)
+        columns, out, aux = push_all(standard_basis(leaves, numels))
         column_leaves, out_spec = tree_flatten(columns)
         found = []
         for c in column_leaves:
@@ -156,14 +244,26 @@ def jacobian_by_columns(
                 block.append(shaped(own.movedim(0, -1) if c.dim() > 1 else own, (*c.shape[1:], *x.shape)))
                 start += n
             found.append(tree_unflatten(spec, block))
-        result = tree_unflatten(out_spec, found)
-        return (result, aux) if has_aux else result
+        return beside(tree_unflatten(out_spec, found), out, aux, has_aux, with_value)
 
     return jacobian
 
 
+def beside(result: Any, value: Any, aux: Any, has_aux: bool, with_value: bool) -> Any:
+    """A Jacobian with what was asked for beside it."""
+    if with_value:
+        return result, (value, aux) if has_aux else value
+    return (result, aux) if has_aux else result
+
+
 def hessian(
-    func: Callable[..., Any], argnums: Argnums = 0, *, has_aux: bool = False, chunk_size: int | None = None
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+    randomness: str = "error",
+    holomorphic: bool = False,
 ) -> Callable[..., Any]:
     """The Hessian, forward over reverse: ``jacfwd(jacrev(func))``.
 
@@ -172,6 +272,8 @@ def hessian(
         argnums: position, or tuple of positions, of the arguments to differentiate for.
         has_aux: ``func`` returns ``(output, aux)``.
         chunk_size: how many columns to compute at a time; None: all.
+        randomness: as in ``vmap``, for random operators in ``func``, which are run for every column.
+        holomorphic: as in ``jacrev``.
 
     Returns:
         A function of the same arguments; for arguments x and y of ``argnums`` its result holds a tensor of shape
@@ -184,20 +286,73 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    call = differentiating("hessian", func, argnums, has_aux)
+    call = differentiating("hessian", func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
-    rows = jacobian_by_rows(call, func, argnums, has_aux, None)
-    return jacobian_by_columns(call, rows, argnums, has_aux, "error", chunk_size)
+    check_randomness(call, randomness)
+    rows = jacobian_by_rows(call, func, argnums, has_aux, None, holomorphic)
+    return jacobian_by_columns(call, rows, argnums, has_aux, randomness, chunk_size, holomorphic)
+
+
+def hvp(
+    func: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False
+) -> Any:
+    """The value of a scalar function, and the product of its Hessian and a vector, without the Hessian.
+
+    Forward over reverse, ``jvp(grad(func))``: it costs a few evaluations of ``func``, whatever the size of the primals.
+
+    Args:
+        func: takes ``*primals``, returns a real scalar tensor (with ``has_aux``, a pair of that and anything).
+        primals: a tuple of pytrees of floating-point tensors.
+        tangents: the vector, of the structure, shapes and dtypes of ``primals``.
+        has_aux: ``func`` returns ``(output, aux)``.
+
+    Returns:
+        ``(value, product)``, as ``torch.autograd.functional.hvp``; with ``has_aux`` ``(value, product, aux)``. The
+        product is a tuple of the structure, shapes and dtypes of ``primals``.
+
+    Raises:
+        CallError: primals and tangents do not match, or the output is no scalar.
+
+    Example:
+        >>> import torch
+        >>> from functrans import hvp
+        >>> hvp(lambda x: (x**3).sum(), (torch.tensor([1.0, 2.0]),), (torch.tensor([1.0, 1.0]),))
+        (tensor(9.), (tensor([ 6., 12.]),))
+    """
+    check_callable("hvp", func)
+    arguments = "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}"
+    call = Call("hvp", func, arguments)
+    check_flag(call, "has_aux", has_aux)
+
+    def gradient(*args: Any) -> Any:
+        return grad_and_value_of(call, func, tuple(range(len(args))), has_aux, False, args, {})
+
+    gradient.__name__ = f"grad({callable_name(func)})"
+    _, product, value = jvp_with_argnums(call, gradient, primals, tangents, ALL, False, True)
+    return (value[0], product, value[1]) if has_aux else (value, product)
+
+
+def check_numbers(call: Call, holomorphic: bool, args: tuple[Any, ...], argnums: Argnums) -> None:
+    """The arguments are real; those to differentiate for are complex where the function is ``holomorphic``."""
+    if holomorphic:
+        check_complex(call, "args", args, check_argnums(call, argnums, len(args)))
+    else:
+        refuse_complex(call, "args", args)
+
+
+def check_output_numbers(call: Call, holomorphic: bool, out: Any) -> None:
+    if holomorphic:
+        check_complex(call, "output", out)
+    else:
+        refuse_complex(call, "output", out)
 
 
 def refuse_complex(call: Call, root: str, values: Any) -> None:
     for place, x in enumerate(tree_flatten(values)[0]):
         if isinstance(x, Tensor) and x.is_complex():
-            cure = (
-                "Differentiate for torch.view_as_real(x)." if root == "args" else "Return torch.view_as_real(output)."
-            )
+            way = "Differentiate for torch.view_as_real(x)" if root == "args" else "Return torch.view_as_real(output)"
             got = f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}"
-            raise CallError(call, got, "real tensors", cure)
+            raise CallError(call, got, "real tensors", f"{way}, or pass holomorphic=True if the function is that.")
 
 
 def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:

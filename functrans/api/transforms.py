@@ -15,6 +15,7 @@ from functrans.api.arguments import (
     Inputs,
     argument_cure,
     check_argnums_kind,
+    check_complex,
     check_outputs,
     check_scalar,
     pick,
@@ -22,21 +23,25 @@ from functrans.api.arguments import (
     unwrap,
 )
 from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.linear_functions import Like, like
+from functrans.api.pullbacks import Pullback
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import Call, CallError, CallTypeError, CallValueError, MixedTransformsError
+from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what
 from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
-from functrans.core.tensor import WrapperTensor, check_layout
+from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, door_closed
-from functrans.core.torch_private import is_torch_func_active, set_forward_enabled
-from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
+from functrans.core.torch_private import set_forward_enabled
+from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
-def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+def grad(
+    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, holomorphic: bool = False
+) -> Callable[..., Any]:
     """The gradient of a scalar function.
 
     Args:
@@ -45,6 +50,9 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         argnums: position, or tuple of positions, of the arguments to differentiate for. Negative ones count from the
             end.
         has_aux: ``func`` returns a second value of any kind, passed on beside the gradient.
+        holomorphic: ``func`` is promised to be holomorphic in the arguments that ``argnums`` names: they and the output
+            are complex, and the result is the complex derivative df/dz. Without it the output is real, and the gradient
+            for a complex argument is the direction of steepest ascent, PyTorch's convention: the conjugate of JAX's.
 
     Returns:
         A function of the same arguments. It returns the gradient, of the structure, shapes and dtypes of the argument
@@ -63,17 +71,19 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
         >>> torch.allclose(grad(grad(torch.sin))(x), -x.sin())
         True
     """
-    call = differentiating("grad", func, argnums, has_aux)
+    call = differentiating("grad", func, argnums, has_aux, holomorphic)
 
     @functools.wraps(func, updated=())
     def gradient(*args: Any, **kwargs: Any) -> Any:
-        grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
+        grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return gradient
 
 
-def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+def grad_and_value(
+    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, holomorphic: bool = False
+) -> Callable[..., Any]:
     """Like ``grad``, and the function's value: returns ``(gradient, value)``, or ``(gradient, (value, aux))``.
 
     Example:
@@ -82,16 +92,18 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         >>> grad_and_value(lambda x: x**2)(torch.tensor(3.0))
         (tensor(6.), tensor(9.))
     """
-    call = differentiating("grad_and_value", func, argnums, has_aux)
+    call = differentiating("grad_and_value", func, argnums, has_aux, holomorphic)
 
     @functools.wraps(func, updated=())
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
-        return _grad_and_value(call, func, argnums, has_aux, args, kwargs)
+        return grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
 
     return gradient_and_value
 
 
-def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Any]:
+def value_and_grad(
+    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, holomorphic: bool = False
+) -> Callable[..., Any]:
     """Like ``grad_and_value``, in JAX's order: returns ``(value, gradient)``, or ``((value, aux), gradient)``.
 
     Example:
@@ -100,21 +112,24 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
         >>> value_and_grad(lambda x: x**2)(torch.tensor(3.0))
         (tensor(9.), tensor(6.))
     """
-    call = differentiating("value_and_grad", func, argnums, has_aux)
+    call = differentiating("value_and_grad", func, argnums, has_aux, holomorphic)
 
     @functools.wraps(func, updated=())
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
-        grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
+        grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
         return value, grads
 
     return value_and_gradient
 
 
-def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Call:
+def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any, holomorphic: Any = False) -> Call:
     """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
     if not callable(func):
         check_callable(transform, func)
     call = Call(transform, func, {"argnums": argnums} if has_aux is False else {"argnums": argnums, "has_aux": has_aux})
+    if holomorphic is not False:
+        call.arguments["holomorphic"] = holomorphic
+        check_flag(call, "holomorphic", holomorphic)
     if type(argnums) is not int:
         check_argnums_kind(call, argnums)
     if has_aux is not False:
@@ -122,11 +137,19 @@ def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Ca
     return call
 
 
-def _grad_and_value(
-    call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+def grad_and_value_of(
+    call: Call,
+    func: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    holomorphic: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Any, Any]:
     interpreter = GradInterpreter(func)
     inputs = Inputs(interpreter, call, argnums, args, kwargs)
+    if holomorphic:
+        check_complex(call, "args", args, inputs.order)
 
     def body() -> tuple[Any, Any, Any]:
         out = call_function(call, func, inputs.args, inputs.kwargs)
@@ -134,16 +157,23 @@ def _grad_and_value(
         if has_aux:
             out, aux = split_aux(call, out)
             aux = tree_map(functools.partial(unwrap, interpreter), aux)
-        check_scalar(call, out)
+        check_scalar(call, out, bool(holomorphic))
         return unwrap(interpreter, out), interpreter.index_of(out), aux
 
     value, index, aux = run_transformed(interpreter, body, enable_grad=True)
     cotangents = {} if index is None else interpreter.pull({index: unit(value)}, consume=True)
     grads = inputs.collect(cotangents)
+    if holomorphic:
+        grads = tree_map(conjugated, grads)
     inputs.write_back()
     if STATE.top is not None:
         note_results(2, grads, value, aux)
     return grads, (value, aux) if has_aux else value
+
+
+def conjugated(x: Tensor) -> Tensor:
+    """The conjugate, computed and not only noted; of a cotangent of a holomorphic function it is the derivative."""
+    return x.conj().resolve_conj()
 
 
 def unit(value: Tensor) -> Tensor:
@@ -186,11 +216,30 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
 
 def vjp_with_argnums(
     call: Call, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums, has_aux: bool, kwargs: Any = None
-) -> tuple[Any, Callable[..., Any], Any]:
+) -> tuple[Any, Pullback, Any]:
     """vjp with respect to some of the primals (for ALL the pullback returns a tuple)."""
-    if not primals and argnums is ALL:
-        raise CallTypeError(call, "no primals", "at least one", "The primals follow the function: vjp(f, x, y).")
     interpreter = GradInterpreter(func)
+    values, spec, pullback, aux = run_recorded(interpreter, call, func, primals, argnums, has_aux, kwargs)
+    if STATE.top is not None:
+        note_results(2, values, aux)
+    return tree_unflatten(spec, values), pullback, aux
+
+
+def run_recorded(
+    interpreter: GradInterpreter,
+    call: Call,
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    argnums: Argnums,
+    has_aux: bool,
+    kwargs: Any = None,
+    *,
+    conjugate: bool = False,
+) -> tuple[list[Tensor], TreeSpec, Pullback, Any]:
+    """Run ``func`` at the level of ``interpreter``: the outputs, their structure, the pullback, aux."""
+    if not primals and argnums is ALL:
+        cure = f"The primals follow the function: {call.transform}(f, x, y)."
+        raise CallTypeError(call, "no primals", "at least one", cure)
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {})
 
     def body() -> tuple[Any, Any, Any, Any]:
@@ -205,56 +254,8 @@ def vjp_with_argnums(
 
     values, indices, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
-    if STATE.top is not None:
-        note_results(2, values, aux)
-    versions = interpreter.saved_versions()
-    shapes = [(v.shape, v.dtype, v.device) for v in values]
-
-    def pullback(cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
-        """Cotangents of the primals, given cotangents of the output.
-
-        (The other arguments are torch.func's and have no effect.)
-        """
-        if is_torch_func_active():
-            raise MixedTransformsError(f"pullback of {call}")
-        leaves, given = leaves_like(cotangents, spec)
-        if given != spec:
-            raise CallError(
-                f"pullback of {call}", *difference("cotangents", cotangents, "the output", tree_unflatten(spec, values))
-            )
-        seeds: dict[int, Tensor] = {}
-        for place, (index, c, (shape, dtype, device)) in enumerate(zip(indices, leaves, shapes, strict=True)):
-            check_layout(c)
-            if (
-                not isinstance(c, Tensor)
-                or c.shape != shape
-                or (c.dtype is not dtype and not convertible(c, dtype))
-                or c.device != device
-            ):
-                path = path_of("cotangents", tree_unflatten(spec, values), place)
-                refuse_cotangent(f"pullback of {call}", c, path, values[place])
-            if index is not None:
-                c = c if c.dtype is dtype else c.to(dtype)
-                seeds[index] = seeds[index] + c if index in seeds else c
-        check_versions(versions)
-        found = inputs.collect(interpreter.pull(seeds, consume=False))
-        if STATE.top is not None:
-            note_results(1, found)
-        return found
-
-    def rows() -> tuple[Tensor, Callable[[Tensor], Any]] | None:
-        """For one output, a vector: rows of cotangents behind its last steps, the pullback of the rest for one row."""
-        if len(values) != 1 or indices[0] is None or values[0].dim() != 1 or values[0].dtype.is_complex:
-            return None
-        check_versions(versions)
-        behind = interpreter.rows_behind(indices[0], values[0].shape[0], values[0])
-        if behind is None:
-            return None
-        cotangents, index, end = behind
-        return cotangents, lambda row: inputs.collect(interpreter.pull({index: row}, consume=False, end=end))
-
-    pullback.rows = rows  # type: ignore[attr-defined]
-    return tree_unflatten(spec, values), pullback, aux
+    pullback = Pullback(call, interpreter, inputs, [like(v) for v in values], indices, spec, conjugate=conjugate)
+    return values, spec, pullback, aux
 
 
 def jvp(
@@ -327,8 +328,30 @@ def jvp_with_argnums(
             raise CallValueError(call, got, "a floating-point or complex dtype", "Convert it, e.g. with .float().")
         if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype or p.device != t.device:
             refuse_tangent(call, p, t, place, moving)
+    values, found, out_spec, aux, inputs = run_forward(
+        call, func, primals, tangent_leaves, argnums, strict, has_aux, kwargs
+    )
+    inputs.write_back()
+    out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
+    if STATE.top is not None:
+        note_results(2, values, out_tangents, aux)
+    return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
+
+
+def run_forward(
+    call: Call,
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: list[Tensor],
+    argnums: Argnums,
+    strict: bool,
+    has_aux: bool,
+    kwargs: Any = None,
+) -> tuple[list[Tensor], list[Tensor | None], TreeSpec, Any, Inputs]:
+    """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero), their structure, aux, and the
+    arguments, which are not written back yet."""
     interpreter = JvpInterpreter(func)
-    pairs = iter(tangent_leaves)
+    pairs = iter(tangents)
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
 
     def body() -> tuple[Any, Any, Any, Any]:
@@ -352,41 +375,14 @@ def jvp_with_argnums(
             )
         return values, found, out_spec, aux
 
-    values, found, out_spec, aux = run_transformed(interpreter, body)
-    inputs.write_back()
-    out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
-    if STATE.top is not None:
-        note_results(2, values, out_tangents, aux)
-    return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
+    return (*run_transformed(interpreter, body), inputs)
 
 
-def refuse_cotangent(call: str, c: Any, path: str, output: Tensor) -> None:
-    if not isinstance(c, Tensor):
-        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if output.dim() == 0 else ""
-        raise CallTypeError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(output.shape)}", cure)
-    if c.shape != output.shape:
-        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
-    if c.device != output.device:
-        raise CallError(
-            call,
-            f"a tensor on {c.device} as {path}",
-            f"the output's device, {output.device}",
-            f"Move it with .to({str(output.device)!r}).",
-        )
-    cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
-    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
-
-
-def convertible(c: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a cotangent can stand for one of the output's ``dtype``: all but a complex one for a real output."""
-    return not c.is_quantized and (dtype.is_complex or not c.is_complex())
-
-
-def refuse_tangent(call: Call, p: Tensor, t: Any, place: int, primals: Any) -> None:
+def refuse_tangent(call: Call | str, p: Tensor | Like, t: Any, place: int, primals: Any) -> None:
     path, primal = path_of("tangents", primals, place), path_of("primals", primals, place)
     if not isinstance(t, Tensor):
-        cure = ""
-        if t is None or t == 0:
+        cure = argument_cure(t)
+        if t is None or isinstance(t, int | float) and t == 0:
             cure = f"Pass torch.zeros_like({primal})."
         elif isinstance(t, int | float):
             cure = f"Pass torch.full_like({primal}, {t})."

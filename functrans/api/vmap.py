@@ -1,4 +1,4 @@
-"""The public transform of batching: vmap."""
+"""The public transforms of batching: vmap, chunk_vmap."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallIndexError, CallValueError, DeadWrapperError
 from functrans.core.errors.made_at import note_results
-from functrans.core.errors.wording import what
+from functrans.core.errors.wording import shown, what
 from functrans.core.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
-from functrans.core.tensor import WrapperTensor
+from functrans.core.tensor import WrapperTensor, strides_of
 from functrans.core.thread_state import STATE
 from functrans.functionalize.views import contents_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -76,6 +76,48 @@ def vmap(
     def batched(*args: Any, **kwargs: Any) -> Any:
         leaves, dims, spec, size = check_inputs(call, in_dims, args)
         if chunk_size is None or chunk_size >= size:
+            return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs)
+        return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size)
+
+    return batched
+
+
+def chunk_vmap(
+    func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = ERROR, chunks: int = 2
+) -> Callable[..., Any]:
+    """``vmap`` in a given number of chunks, one after the other, to save memory.
+
+    ``vmap(..., chunk_size=n)`` does the same by the number of examples in a chunk.
+
+    Args:
+        func: as in ``vmap``, and so are ``in_dims``, ``out_dims`` and ``randomness``.
+        chunks: how many chunks to cut the batch into, of one size but for the last, as ``torch.chunk`` does.
+
+    Returns:
+        A function of batched arguments, returning batched outputs.
+
+    Raises:
+        CallValueError: ``chunks`` is no positive int, and whatever ``vmap`` raises.
+
+    Example:
+        >>> import torch
+        >>> from functrans import chunk_vmap
+        >>> chunk_vmap(torch.sum, chunks=2)(torch.ones(3, 2))
+        tensor([2., 2., 2.])
+    """
+    if not callable(func):
+        check_callable("chunk_vmap", func)
+    call = Call("chunk_vmap", func, {"in_dims": in_dims, "out_dims": out_dims, "chunks": chunks})
+    check_in_dims(call, in_dims)
+    check_randomness(call, randomness)
+    if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
+        raise CallValueError(call, f"chunks={shown(chunks)}", "a positive int")
+
+    @functools.wraps(func, updated=())
+    def batched(*args: Any, **kwargs: Any) -> Any:
+        leaves, dims, spec, size = check_inputs(call, in_dims, args)
+        chunk_size = max(-(-size // chunks), 1)
+        if chunk_size >= size:
             return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs)
         return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size)
 
@@ -210,6 +252,9 @@ def run_chunks(
     """Run the batch in chunks; with randomness "same" every chunk starts from the same generator state."""
     state = torch.get_rng_state() if randomness == "same" else None
     outs = []
+    for x, d in zip(leaves, dims, strict=True):
+        if d is not None:
+            strides_of(x)  # refuses layouts that cannot be batched, before they are cut
     for start in range(0, size, chunk_size):
         length = min(chunk_size, size - start)
         part = [x if d is None else x.narrow(d, start, length) for x, d in zip(leaves, dims, strict=True)]

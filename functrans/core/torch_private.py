@@ -52,6 +52,7 @@ __all__ = [
     "push_function_mode",
     "push_mode",
     "push_packing",
+    "register_tree_node",
     "set_forward_enabled",
     "set_function_state",
     "set_grad_enabled",
@@ -178,6 +179,9 @@ DECOMPOSITION_TABLE: dict[Any, Any] = private(
 )
 TREE_NODES: dict[type, Any] = private(
     "torch.utils._pytree.SUPPORTED_NODES", "to know containers registered with PyTorch's pytrees"
+)
+register_tree_node: Any = private(
+    "torch.utils._pytree.register_pytree_node", "to let the pullbacks that it returns be pytrees"
 )
 BatchNormModule: Any = private("torch.nn.modules.batchnorm._BatchNorm", "to find batch norms among modules")
 no_setup_context = private(

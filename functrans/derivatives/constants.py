@@ -37,6 +37,24 @@ CONSTANT = {
     "a draw that PyTorch does not differentiate by its parameters": ("normal",),
 }  # fmt: skip
 
+#: Names of operators that answer a question about shapes or memory by a Python value.
+ABOUT_METADATA = frozenset((
+    "aten::is_same_size", "aten::is_set_to", "aten::_is_zerotensor", "aten::_has_same_storage_numel", "aten::sym_size",
+    "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset",
+))  # fmt: skip
+
+#: Operators that read nothing of their arguments but shape, dtype and device, so that their result is a constant of
+#: every transform.
+READS_NO_VALUES = frozenset(
+    getattr(getattr(aten, name), overload)
+    for name in (
+        "empty_like", "full_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "ones_like",
+        "rand_like", "randint_like", "randn_like", "zeros_like",
+    )
+    for overload in getattr(aten, name).overloads()
+    if "out" not in overload and "Tensor" not in overload
+)  # fmt: skip
+
 
 #: arguments of which only the places of the elements are used
 PLACES: dict[OpOverload, tuple[str, ...]] = {aten.sparse_mask.default: ("mask",)}

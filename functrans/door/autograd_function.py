@@ -29,10 +29,13 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import mode_stack_size
 from functrans.interpreters.function_context import as_tuple, is_setup_style, within
+from functrans.interpreters.functionalize import FunctionalizeInterpreter, apply_below
 from functrans.interpreters.grad.function import grad_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.function import jvp_rule
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.interpreters.linearize import LinearizeInterpreter, record_function
+from functrans.interpreters.transpose import TransposeInterpreter, transpose_rule
 from functrans.interpreters.vmap.function import vmap_rule
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
@@ -88,6 +91,9 @@ def send(owner: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
 #: level.
 FUNCTION_RULES: dict[type[Interpreter], Callable[..., Any]] = {
     GradInterpreter: grad_rule,
+    TransposeInterpreter: transpose_rule,
+    LinearizeInterpreter: record_function,
+    FunctionalizeInterpreter: apply_below,
     JvpInterpreter: jvp_rule,
     VmapInterpreter: vmap_rule,
 }

@@ -85,8 +85,8 @@ def as_shown(
     view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None
 ) -> WrapperTensor:
     """The view of a tensor whose contents moved, with the strides that it has by those that the tensor shows."""
-    probe = aten.empty_strided.default(viewed.shape, viewed.stride(), dtype=viewed.dtype, device="meta")
     with running_at(None), no_dispatch():
+        probe = aten.empty_strided.default(viewed.shape, viewed.stride(), dtype=viewed.dtype, device="meta")
         out = op(probe, *args[1:], **kwargs)
     wrapper = wrap_as(view.interpreter, view.value, view.shape, strides_of(out if index is None else out[index]))
     for name in view.interpreter.payload:

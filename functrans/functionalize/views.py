@@ -22,7 +22,7 @@ from functrans.core.errors.described import given
 from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
-from functrans.core.torch_private import OpOverload, set_grad_enabled
+from functrans.core.torch_private import OpOverload, no_dispatch, set_grad_enabled
 from functrans.functionalize.history import with_history_of
 from functrans.functionalize.layouts import as_shown, check_places
 from functrans.functionalize.memory import storage_offset_of
@@ -221,7 +221,7 @@ def _decided(
             return torch.empty(a.shape, dtype=a.dtype, device="meta")
         return torch.device("meta") if isinstance(a, torch.device) else a
 
-    with running_at(None), torch.no_grad():
+    with running_at(None), no_dispatch(), torch.no_grad():
         probe = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         try:
             out = op(probe, *map(on_meta, args), **{name: on_meta(value) for name, value in kwargs})

@@ -45,6 +45,10 @@ def square(x: Any, *_: Any, **__: Any) -> Any:
     return x**2
 
 
+def double(x: Any, *_: Any, **__: Any) -> Any:
+    return 2 * x
+
+
 @dataclasses.dataclass
 class Case:
     """A right call: the function, how it is called, and with what."""
@@ -88,13 +92,15 @@ def plain(func: Any, x: Any, y: Any, k: Any = None, **_: Any) -> Any:
 
 
 def of_grad(name: str) -> Case:
-    def call(func: Any, argnums: Any, has_aux: Any, x: Any, y: Any, k: Any) -> Any:
-        return getattr(library(), name)(func, argnums, has_aux)(x, y, k=k)
+    def call(func: Any, argnums: Any, has_aux: Any, holomorphic: Any, x: Any, y: Any, k: Any) -> Any:
+        options = {} if holomorphic is False else {"holomorphic": holomorphic}  # torch.func has no such option
+        return getattr(library(), name)(func, argnums, has_aux, **options)(x, y, k=k)
 
     arguments = {
         "func": lambda: total,
         "argnums": lambda: 0,
         "has_aux": lambda: False,
+        "holomorphic": lambda: False,
         "x": V.clone,
         "y": X.clone,
         "k": V.clone,
@@ -102,12 +108,19 @@ def of_grad(name: str) -> Case:
     return Case(name, call, arguments, plain=plain)
 
 
+JACOBIAN_OPTIONS: dict[str, Callable[[], Any]] = {
+    "has_aux": lambda: False, "chunk_size": lambda: None, "holomorphic": lambda: False,
+}  # fmt: skip
+
+
 def of_jacobian(name: str, **options: Callable[[], Any]) -> Case:
     def call(func: Any, argnums: Any, x: Any, y: Any, k: Any, **options: Any) -> Any:
+        if options["holomorphic"] is False:
+            del options["holomorphic"]
         return getattr(library(), name)(func, argnums, **options)(x, y, k=k)
 
     arguments = {"func": lambda: total, "argnums": lambda: 0, "x": V.clone, "y": X.clone, "k": V.clone}
-    return Case(name, call, {**arguments, "has_aux": lambda: False, "chunk_size": lambda: None, **options}, plain=plain)
+    return Case(name, call, {**arguments, **JACOBIAN_OPTIONS, **options}, plain=plain)
 
 
 def call_vmap(func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, x: Any, y: Any, k: Any) -> Any:
@@ -151,13 +164,45 @@ def registering(register: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def call_and(name: str) -> Callable[..., Any]:
+    """A call of what the transform ``name`` makes of a function."""
+
+    def call(func: Any, x: Any, y: Any, k: Any = None, **options: Any) -> Any:
+        kwargs = {} if k is None else {"k": k}
+        return getattr(library(), name)(func, **options)(x, y, **kwargs)
+
+    return call
+
+
 CASES = [
     of_grad("grad"),
     of_grad("grad_and_value"),
     of_grad("value_and_grad"),
     of_jacobian("jacrev"),
     of_jacobian("jacfwd", randomness=lambda: "error"),
-    of_jacobian("hessian"),
+    of_jacobian("hessian", randomness=lambda: "error"),
+    of_jacobian("jacrev_and_value"),
+    of_jacobian("jacfwd_and_value", randomness=lambda: "error"),
+    Case("chunk_vmap", call_and("chunk_vmap"),
+        {
+            "func": lambda: square, "in_dims": lambda: 0, "out_dims": lambda: 0, "randomness": lambda: "error",
+            "chunks": lambda: 2, "x": X.clone, "y": W.clone, "k": V.clone,
+        }, plain=plain),
+    Case("functionalize", call_and("functionalize"),
+        {"func": lambda: square, "remove": lambda: "mutations_and_views", "x": V.clone, "y": X.clone, "k": V.clone},
+        plain=plain),
+    Case("linearize", lambda func, x, y, t, **options: library().linearize(func, x, y, **options)[1](t, X),
+        {"func": lambda: square, "has_aux": lambda: False, "x": V.clone, "y": X.clone, "t": V.clone}, plain=plain),
+    Case("linear_transpose",
+        lambda func, x, y, cotangent: library().linear_transpose(func, x, y)(cotangent),
+        {"func": lambda: double, "x": V.clone, "y": X.clone, "cotangent": V.clone}, plain=plain),
+    Case("hvp", lambda func, primals, tangents, **options: library().hvp(func, primals, tangents, **options),
+        {"func": lambda: total, "primals": lambda: (V, X), "tangents": lambda: (V, X), "has_aux": lambda: False},
+        plain=lambda func, primals, **_: func(*primals)),
+    Case("rearrange", lambda tensor, pattern, **lengths: library().rearrange(tensor, pattern, **lengths),
+        {"tensor": X.clone, "pattern": lambda: "(a b) c -> c b a", "a": lambda: 2}, ()),
+    Case("debug_unwrap", lambda tensor, recurse: library().debug_unwrap(tensor, recurse=recurse),
+        {"tensor": V.clone, "recurse": lambda: True}, ()),
     Case(
         "vmap", call_vmap,
         {

@@ -200,6 +200,11 @@ class PayloadError(FunctransError, TypeError, takes="cls what"):
         attributes of tensors. Take another name."""
 
 
+class NonLinearError(FunctransError, takes="op transform why line"):
+    sentence = """{transform}: got {op}, and {why}; expected linear operators only, from the primals to the
+        output.{line} Use functrans.vjp at a point for a function that is not linear."""
+
+
 class NumberArgumentError(FunctransError, takes="function transform level"):
     sentence = """{function} takes a Python number where it was given a tensor of {transform} at level {level};
         expected a number, since its derivative would be lost. Write it as an expression of tensors (x.expand(size) for

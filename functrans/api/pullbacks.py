@@ -1,0 +1,169 @@
+"""The pullback: what ``vjp`` and ``linear_transpose`` return."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.api.arguments import Inputs, argument_cure
+from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
+from functrans.api.structures import difference, path_of
+from functrans.core.errors import CallError, CallTypeError, MixedTransformsError
+from functrans.core.errors.made_at import note_results
+from functrans.core.errors.wording import what
+from functrans.core.pytrees import TreeSpec, leaves_like, tree_map, tree_unflatten
+from functrans.core.tensor import check_layout
+from functrans.core.thread_state import STATE
+from functrans.core.torch_private import is_torch_func_active
+from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
+
+
+@is_tree_node
+class Pullback(LinearFunction):
+    """From cotangents of a function's output to cotangents of its primals, along the tape that was recorded.
+
+    It may be called repeatedly. As a pytree its leaves are the tensors that the tape saved; see NOTE [Recorded
+    functions are pytrees].
+    """
+
+    def __init__(
+        self,
+        call: Any,
+        interpreter: GradInterpreter,
+        inputs: Inputs,
+        outputs: list[Like],
+        indices: list[int | None],
+        spec: TreeSpec,
+        *,
+        conjugate: bool = False,
+    ) -> None:
+        self.call = call
+        self.interpreter = interpreter
+        #: per argument: the tape indices of its tensors, what these are like, and its structure
+        self.arguments = [
+            (inputs.leaf_indices[i], [like(x) for x in inputs.tracked[i][0]], inputs.tracked[i][2])
+            for i in inputs.order
+        ]
+        self.single = inputs.single
+        self.outputs = outputs
+        self.indices = indices
+        self.spec = spec
+        #: whether it is the transpose, and not its conjugate, that pullbacks of complex functions are
+        self.conjugate = conjugate
+        self.versions = interpreter.saved_versions()
+
+    @property
+    def name(self) -> str:
+        return f"pullback of {self.call}"
+
+    def saved(self) -> list[Any]:
+        return [saved for _, _, _, saved in self.interpreter.tape]
+
+    def with_leaves(self, leaves: list[Any]) -> Pullback:
+        new = copy.copy(self)
+        new.interpreter = copy.copy(self.interpreter)
+        new.interpreter.tape = [(*record[:3], s) for record, s in zip(self.interpreter.tape, leaves, strict=True)]
+        new.versions = new.interpreter.saved_versions()
+        return new
+
+    def same_as(self, other: Any) -> bool:
+        return type(other) is Pullback and self.static() == other.static()
+
+    def static(self) -> Any:
+        interpreter = self.interpreter
+        steps = [record[:3] for record in interpreter.tape]
+        return (
+            steps, interpreter.hooks, self.arguments, self.single, self.outputs, self.indices, self.spec,
+            self.conjugate,
+        )  # fmt: skip
+
+    def __call__(self, cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
+        """Cotangents of the primals, given cotangents of the output.
+
+        (The other arguments are torch.func's and have no effect.)
+        """
+        seeds = self.seeds(cotangents)
+        self.check_leaves()
+        check_versions(self.versions)
+        found = self.collect(self.interpreter.pull(seeds, consume=False))
+        if self.conjugate:
+            found = tree_map(lambda c: c.conj().resolve_conj(), found)
+        if STATE.top is not None:
+            note_results(1, found)
+        return found
+
+    def seeds(self, cotangents: Any) -> dict[int, Tensor]:
+        """The cotangents by tape index, checked."""
+        if is_torch_func_active():
+            raise MixedTransformsError(self.name)
+        spec, outputs = self.spec, self.outputs
+        leaves, given = leaves_like(cotangents, spec)
+        if given != spec:
+            expected = stand_ins(spec, outputs)
+            raise CallError(self.name, *difference("cotangents", cotangents, "the output", expected))
+        seeds: dict[int, Tensor] = {}
+        for place, (index, c, output) in enumerate(zip(self.indices, leaves, outputs, strict=True)):
+            check_layout(c)
+            dtype = output.dtype
+            if (
+                not isinstance(c, Tensor)
+                or c.shape != output.shape
+                or (c.dtype is not dtype and not convertible(c, dtype))
+                or c.device != output.device
+            ):
+                path = path_of("cotangents", stand_ins(spec, outputs), place)
+                refuse_cotangent(self.name, c, path, output)
+            if index is not None:
+                c = c if c.dtype is dtype else c.to(dtype)
+                c = c.conj() if self.conjugate else c
+                seeds[index] = seeds[index] + c if index in seeds else c
+        return seeds
+
+    def collect(self, cotangents: dict[int, Tensor]) -> Any:
+        """The cotangents of the arguments, zeros where none arrived, in their structure."""
+        found = []
+        for indices, likes, spec in self.arguments:
+            grads = [None if index is None else cotangents.get(index) for index in indices]
+            found.append(
+                tree_unflatten(spec, [x.zeros() if g is None else g for g, x in zip(grads, likes, strict=True)])
+            )
+        return found[0] if self.single else tuple(found)
+
+    def rows(self) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
+        """For one output, a vector: rows of cotangents behind its last steps, the pullback of the rest for one row."""
+        interpreter, index = self.interpreter, self.indices[0] if len(self.indices) == 1 else None
+        if index is None or self.outputs[0].dim() != 1 or self.outputs[0].dtype.is_complex:
+            return None
+        check_versions(self.versions)
+        output: Any = self.outputs[0]
+        behind = interpreter.rows_behind(index, output.shape[0], output)
+        if behind is None:
+            return None
+        cotangents, index, end = behind
+        return cotangents, lambda row: self.collect(interpreter.pull({index: row}, consume=False, end=end))
+
+
+def refuse_cotangent(call: str, c: Any, path: str, output: Like) -> None:
+    if not isinstance(c, Tensor):
+        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if output.dim() == 0 else ""
+        raise CallTypeError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(output.shape)}", cure)
+    if c.shape != output.shape:
+        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
+    if c.device != output.device:
+        raise CallError(
+            call,
+            f"a tensor on {c.device} as {path}",
+            f"the output's device, {output.device}",
+            f"Move it with .to({str(output.device)!r}).",
+        )
+    cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
+    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
+
+
+def convertible(c: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a cotangent can stand for one of the output's ``dtype``: all but a complex one for a real output."""
+    return not c.is_quantized and (dtype.is_complex or not c.is_complex())

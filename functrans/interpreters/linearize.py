@@ -1,0 +1,192 @@
+"""Writing down what is computed of tangents, so that it can be run again for others.
+
+``linearize`` runs its function at a jvp level above one of these. What the jvp level computes of primals alone runs one
+level down and is over; what it computes of tangents arrives here, and is recorded. The jvp of a function at a point is
+linear, so that is all that a call with other tangents has to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from functrans.core.dispatch import lower, map_tensors, unwrap
+from functrans.core.errors import InsideTransformError
+from functrans.core.interpreter import Interpreter
+from functrans.core.operators import OpInfo, op_info
+from functrans.core.tensor import WrapperTensor, carried_as, wrap
+from functrans.core.thread_state import lowered
+from functrans.core.torch_private import OpOverload, set_grad_enabled
+from functrans.derivatives.constants import ABOUT_METADATA
+from functrans.functionalize.history import with_history_of
+from functrans.interpreters.function_context import unwrapped
+from functrans.interpreters.grad.nodes import snapshot, tensors_in
+
+
+class Node(NamedTuple):
+    """A recorded value among a step's arguments."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A recorded operator; ``args`` and ``kwargs`` hold nodes, and what does not depend on the tangents."""
+
+    op: Callable[..., Any]
+    args: Any
+    kwargs: dict[str, Any]
+    #: the nodes of its outputs, None where one is no tensor
+    outs: list[int]
+    #: whether it was run under no_grad, which keeps a derivative around the call from following it
+    cut: bool
+
+    def run(self, values: dict[int, Tensor]) -> None:
+        """Run it again, on ``values`` by node, and add its outputs to them."""
+        args, kwargs = in_place_of_nodes(self.args, values), in_place_of_nodes(self.kwargs, values)
+        enabled = torch.is_grad_enabled()
+        try:
+            if self.cut:
+                set_grad_enabled(False)
+            out = self.op(*args, **kwargs)
+        finally:
+            set_grad_enabled(enabled)
+        values.update(zip(self.outs, tensors_in([out]), strict=True))
+
+
+def in_place_of_nodes(x: Any, values: dict[int, Tensor]) -> Any:
+    if type(x) is Node:
+        return values[x.number]
+    if type(x) is dict:
+        return {k: in_place_of_nodes(v, values) for k, v in x.items()}
+    return [in_place_of_nodes(v, values) for v in x] if type(x) in (list, tuple) else x
+
+
+def nodes_in(x: Any) -> list[int]:
+    if type(x) is Node:
+        return [x.number]
+    if type(x) is dict:
+        x = x.values()
+    elif type(x) not in (list, tuple):
+        return []
+    return [n for v in x for n in nodes_in(v)]
+
+
+class LinearizeInterpreter(Interpreter):
+    """Records every operator on a wrapper that has a *node*, the number by which later steps refer to it."""
+
+    kind = "linearize"
+    payload = ("node",)
+    differentiates = True
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        self.steps: list[Step] = []
+        self.nodes = 0
+        #: of the write that goes on: whether it is recorded, and whether it goes through ``detach()``
+        self.writing = True, False
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        wrapper = wrap(self, value)
+        wrapper.node = None
+        return wrapper
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return wrapper.node is None
+
+    def track(self, value: Tensor) -> WrapperTensor:
+        wrapper = wrap(self, value)
+        self.nodes += 1
+        wrapper.node = self.nodes
+        return wrapper
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        self.writing = recording, everywhere
+        return False  # what is written are numbers, which others will take the place of
+
+    def merge_payload(
+        self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """A step that gives new numbers the history of the old ones, for derivatives around the call."""
+        recording, everywhere = self.writing
+        nodes = [old.node, merged.node]
+        if (recording and not everywhere) or nodes == [None, None]:
+            return
+        given = [as_nodes(x.value, node) for x, node in zip((old, merged), nodes, strict=True)]
+        self.nodes += 1
+        merged.node = self.nodes
+        keep = partial(with_history_of, everywhere=everywhere)
+        self.steps.append(Step(keep, given, {}, [self.nodes], not recording))
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        return "constant" if wrapper.node is None else f"node={wrapper.node}"
+
+    def details(self) -> list[str]:
+        return [f"{len(self.steps)} steps"]
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        known: OpInfo = op_info(op)
+        values, below_kwargs, nodes = unwrap(self, op, args, kwargs)
+        if not nodes:
+            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
+        if known.random:
+            what = f"drawing random numbers by a tangent ({op})"
+            raise InsideTransformError(what, self.name, "a number drawn by the shape of the primal")
+        out = lower(self, op, values, below_kwargs)
+        if op._schema.name in ABOUT_METADATA:
+            return out
+        if not isinstance(out, Tensor | list | tuple):
+            what = f"reading numbers of a tangent ({op})"
+            raise InsideTransformError(what, self.name, "a derivative that is linear in the tangent")
+        wrapped = map_tensors(self.track, out)
+        names = known.arguments
+        given = [as_nodes(v, nodes.get(i)) for i, v in enumerate(values)]
+        given_kwargs = {name: as_nodes(v, nodes.get(names.index(name))) for name, v in below_kwargs.items()}
+        outs = [w.node for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
+        self.steps.append(Step(op, given, given_kwargs, outs, not torch.is_grad_enabled()))
+        return wrapped
+
+    def before_write(self, target: Tensor) -> None:
+        for i, step in enumerate(self.steps):
+            kwargs = {name: snapshot(v, target) for name, v in step.kwargs.items()}
+            self.steps[i] = replace(step, args=snapshot(step.args, target), kwargs=kwargs)
+
+    def steps_to(self, outputs: list[int]) -> list[Step]:
+        """The steps that these nodes depend on."""
+        needed, found = set(outputs), []
+        for step in reversed(self.steps):
+            if not needed.isdisjoint(step.outs):
+                needed.update(nodes_in(step.args), nodes_in(step.kwargs))
+                found.append(step)
+        return found[::-1]
+
+
+carried_as("node")
+
+
+def as_nodes(value: Any, nodes: Any) -> Any:
+    """An argument with nodes in place of what was recorded."""
+    if nodes is None:
+        return value
+    return [as_nodes(v, n) for v, n in zip(value, nodes, strict=True)] if type(nodes) is list else Node(nodes)
+
+
+def record_function(interpreter: LinearizeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
+    """An ``autograd.Function`` applied to tangents, by another's ``jvp``: a step as any other."""
+    mine, values = unwrapped(interpreter, args)
+    with lowered(interpreter):
+        out = cls.apply(*values)
+    nodes = [a.node if m else None for a, m in zip(args, mine, strict=True)]
+    if all(node is None for node in nodes):
+        return map_tensors(interpreter.constant, out)
+    wrapped = map_tensors(interpreter.track, out)
+    given = [as_nodes(v, n) for v, n in zip(values, nodes, strict=True)]
+    outs = [w.node for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
+    interpreter.steps.append(Step(cls.apply, given, {}, outs, not torch.is_grad_enabled()))
+    return wrapped
