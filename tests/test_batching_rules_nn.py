@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,73 @@ def test_rule_against_the_loop(op: OpOverload) -> None:
         for k, (args, kwargs) in enumerate(calls)
     )
     assert compared > 0, f"nothing exercises the rule of {op}"
+
+
+@pytest.mark.parametrize("op", rules_of(("convolution", "pooling", "batch_norm")), ids=str)
+def test_wherever_the_batch_is(op: OpOverload) -> None:
+    """Folding keeps the batch where the largest operand has it, so that every pair of places is a case of its own."""
+    calls = by_hand().get(op, []) + from_samples()[op]
+    chosen = calls[:3] if op not in (aten.convolution.default, aten.convolution_backward.default) else calls[:36]
+    compared = sum(check_rule(op, *call, max_subsets=8, everywhere=True) for call in chosen)
+    assert compared > len(chosen), f"nothing exercises the rule of {op}"
+
+
+def copied_by_rules(f: Any, *args: Any) -> list[int]:
+    """The numbers of elements of what ``f`` copies, other than in the kernels of convolutions."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        f(*args)
+    found = []
+    for event in profile.events():
+        outer, within = event.cpu_parent, []
+        while outer is not None:
+            within.append(outer.name)
+            outer = outer.cpu_parent
+        if event.name == "aten::copy_" and not any("_convolution" in n or "convolution_backward" in n for n in within):
+            found.append(math.prod(event.input_shapes[0]))
+    return found
+
+
+def test_an_ensemble_of_cnns_copies_no_activations() -> None:
+    """Its convolutions have the batch among the channels, behind N, and what follows leaves it there.
+
+    On the way back the cotangent comes from the linear layer with the batch in front, and is laid out anew once.
+    """
+    n, channels = 4, 3
+    net = nn.Sequential(
+        nn.Conv2d(1, channels, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(), nn.BatchNorm2d(channels).eval(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(channels * 4, 5),
+    ).double()  # fmt: skip
+    images = rand(n, 1, 8, 8)
+    params = {name: torch.randn(6, *p.shape, dtype=p.dtype) for name, p in net.named_parameters()}
+    logits = lambda params: functional_call(net, params, (images,))
+
+    forward = copied_by_rules(functrans.vmap(logits), params)
+    both = copied_by_rules(functrans.vmap(functrans.grad(lambda params: logits(params).square().sum())), params)
+    activations = 6 * n * channels * 2 * 2  # the smallest of them
+    assert [size for size in forward if size >= activations] == []
+    assert [size for size in both if size >= activations] == [activations]
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, 1), (-1, -1), (0, 1), (1, 0), (0, None), (1, None), (None, 1)])
+def test_second_derivatives_of_a_convolution_and_a_pooling(in_dims: tuple[int | None, int | None]) -> None:
+    """Against autograd of autograd, example by example, for weights and images batched anywhere."""
+    weights, images = rand(3, 4, 2, 3, 3), rand(3, 2, 2, 6, 6)
+
+    def loss(weight: Tensor, image: Tensor) -> Tensor:
+        hidden = F.avg_pool2d(F.conv2d(image, weight, padding=1).tanh(), 2)
+        return F.conv2d(hidden, weight.transpose(0, 1), padding=1).sin().sum()
+
+    def curvature(weight: Tensor, image: Tensor) -> Tensor:
+        of_weight, of_image = functrans.grad(loss, argnums=(0, 1))(weight, image)
+        return of_weight.square().sum() + of_image.pow(3).sum()
+
+    placed = [a[0] if d is None else a.movedim(0, d) for a, d in zip((weights, images), in_dims)]
+    got = functrans.vmap(functrans.grad(curvature, argnums=(0, 1)), in_dims)(*placed)
+    for i in range(3):
+        leaves = [a[0 if d is None else i].clone().requires_grad_() for a, d in zip((weights, images), in_dims)]
+        of_weight, of_image = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+        expected = torch.autograd.grad(of_weight.square().sum() + of_image.pow(3).sum(), leaves)
+        torch.testing.assert_close([g[i] for g in got], list(expected))
 
 
 def test_every_module_has_rules() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from functrans import cli
-from functrans.tour import Settings, run
+from functrans.tour import Settings, report, run
 from functrans.tour.privacy import privacy_spent, sampled_gaussian_renyi
 from functrans.tour.report import Report
 
@@ -102,3 +102,22 @@ def test_more_steps_and_less_noise_spend_more():
     assert 0 < privacy_spent(100, 0.178, 2.0, 1e-5) < spent < privacy_spent(300, 0.178, 1.5, 1e-5)
     assert spent < privacy_spent(300, 1.0, 2.0, 1e-5)
     assert spent < privacy_spent(300, 0.178, 2.0, 1e-7)
+
+
+@pytest.mark.parametrize(("seconds", "turns"), [(0.01, report.TURNS), (5.0, 2)])
+def test_times_are_the_shortest_of_turns(monkeypatch, seconds, turns):
+    """What only the first call of either pays is in neither time, and long computations are not repeated much."""
+    clock, called = [0.0], []
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+
+    def computing(name, takes):
+        def compute():
+            clock[0] += takes if name in called else takes + 0.5
+            called.append(name)
+            return name
+
+        return compute
+
+    results, shortest = report._timed(computing("ours", seconds), computing("theirs", 2 * seconds))
+    assert results == ["ours", "theirs"] and shortest == pytest.approx([seconds, 2 * seconds])
+    assert called == ["ours", "theirs"] * turns

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.broadcasting import broadcast_shapes
 from functrans.derivatives.helpers import conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
 
@@ -193,7 +194,7 @@ derivative(
 
 
 def masked_select_self(grad: Tensor, self: Tensor, mask: Tensor) -> Tensor:
-    whole = grad.new_zeros(torch.broadcast_shapes(self.shape, mask.shape)).masked_scatter(mask, grad)
+    whole = grad.new_zeros(broadcast_shapes(self.shape, mask.shape)).masked_scatter(mask, grad)
     return sum_to_shape(whole, self.shape)
 
 

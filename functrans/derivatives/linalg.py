@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.broadcasting import broadcast_shapes
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.helpers import conj, sum_to_shape
 from functrans.derivatives.matmul import adjoint
@@ -143,7 +144,7 @@ def triangular_solve(
     self: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's tangent reads the other triangle too (torch 2.13)."""
-    batch = torch.broadcast_shapes(self.shape[:-2], A.shape[:-2])
+    batch = broadcast_shapes(self.shape[:-2], A.shape[:-2])
     b, a = self.expand(*batch, *self.shape[-2:]), A.expand(*batch, *A.shape[-2:])
     turned, upper = (a.mT, not upper) if transpose else (a, upper)
     return torch.linalg.solve_triangular(turned, b, upper=upper, unitriangular=unitriangular), a.clone()

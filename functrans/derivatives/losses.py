@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
+from functrans.core.broadcasting import broadcast_shapes
 from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import DECOMPOSITIONS, DEFINED_LATE
 from functrans.derivatives.helpers import cast, sum_to_shape
@@ -33,7 +34,7 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
     names = [a.name for a in op._schema.arguments if a.name != "reduction"]
 
     def shape_of(values: dict[str, Any]) -> torch.Size:
-        return torch.broadcast_shapes(*(v.shape for n in names if isinstance(v := values[n], Tensor)))
+        return broadcast_shapes(*(v.shape for n in names if isinstance(v := values[n], Tensor)))
 
     def reverse(name: str, partial: Partial) -> Callable[..., Any]:
         def cotangent(v: dict[str, Any]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from functrans.core import thread_state
+from functrans.core.broadcasting import broadcast_shapes
 from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import InsideTransformError
 from functrans.core.operators import STAND_INS, OpInfo, op_info
@@ -80,12 +81,20 @@ def sum_to_size(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for name in ("atleast_1d", "atleast_2d", "atleast_3d")
         for o in ("default", "Sequence")
     ),
-    aten.broadcast_tensors.default, aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default,
+    aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default,
 )  # fmt: skip
 def by_its_views(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Composite operators that return views without their schema saying so: the door sees the views one by one."""
     with running_at(STATE.top):
         return known.op.decompose(*args, **kwargs)
+
+
+@stands_in_for(aten.broadcast_tensors.default)
+def broadcast_tensors(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As above; the definition is in Python, and imports sympy."""
+    (tensors,) = args
+    shape = broadcast_shapes(*(x.shape for x in tensors))
+    return [enter(aten.expand.default, x, shape) for x in tensors]
 
 
 @stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)

@@ -1,8 +1,8 @@
-"""PyTorch's own checks of an operator's arguments, asked of tensors that have shapes and dtypes and no data."""
+"""PyTorch's own checks of an operator's arguments, asked of tensors that stand for them: without data, or zeros."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,35 @@ from functrans.core.torch_private import DisableTorchFunction, OpOverload, no_di
 
 aten = torch.ops.aten
 
+META, CPU = torch.device("meta"), torch.device("cpu")
+
 
 def run_without_data(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Run ``op`` on arguments of the same shapes and dtypes that take no memory; raises what ``op`` raises for them."""
     with running_at(None), torch.no_grad(), no_dispatch(), DisableTorchFunction():
-        return op(*without_data(args), **{k: without_data(v) for k, v in kwargs.items()})
+        return op(*standing_in(args, META), **{k: standing_in(v, META) for k, v in kwargs.items()})
 
 
-def without_data(a: Any) -> Any:
-    """``a`` with tensors of the same shapes and dtypes that take no memory."""
+def run_on_zeros(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run ``op`` on zeros of the same shapes and dtypes, on the CPU; raises what ``op`` raises for them."""
+    with running_at(None), torch.no_grad(), no_dispatch(), DisableTorchFunction(), torch.random.fork_rng(devices=[]):
+        return op(*standing_in(args, CPU), **{k: standing_in(v, CPU) for k, v in kwargs.items()})
+
+
+def standing_in(a: Any, device: torch.device) -> Any:
+    """``a`` with tensors of the same shapes and dtypes on ``device``: zeros, where it has data."""
     if isinstance(a, Tensor):
-        return aten.empty.memory_format(list(a.shape), dtype=a.dtype, device="meta")
+        make = aten.empty.memory_format if device is META else aten.zeros.default
+        return make(list(a.shape), dtype=a.dtype, device=device)
     if type(a) is list or type(a) is tuple:
-        return [without_data(x) for x in a]
-    return torch.device("meta") if isinstance(a, torch.device) else a
+        return [standing_in(x, device) for x in a]
+    return device if isinstance(a, torch.device) else a
+
+
+def leaves(a: Any) -> Iterator[Any]:
+    """What stands in ``a``, an argument or a list of arguments."""
+    if type(a) is list or type(a) is tuple:
+        for x in a:
+            yield from leaves(x)
+    else:
+        yield a

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Times are the shortest of so many turns; after so many seconds two have to do.
+TURNS, LONG = 5, 2.0
+
 
 class Report:
     """Prints the tour and keeps account of its checks."""
@@ -26,15 +29,14 @@ class Report:
 
     def check(self, what: str, transformed: Callable[[], Any], plain: Callable[[], Any], names: tuple[str, str]) -> Any:
         """Compute the same thing both ways, print how far apart they are and what each took; return the first."""
-        ours, our_time = _timed(transformed)
-        theirs, their_time = _timed(plain)
+        (ours, theirs), (our_time, their_time) = _timed(transformed, plain)
         difference, size = _largest_difference(ours, theirs)
         agrees = difference <= 1e-9 * max(1.0, size)  # false for nan, too
         if not agrees:
             self.failed.append(what)
         self.line(f"{what}")
         self.line(f"    {names[0]:<34} {duration(our_time):>9}")
-        self.line(f"    {names[1]:<34} {duration(their_time):>9}")
+        self.line(f"    {names[1]:<34} {duration(their_time):>9}   {their_time / our_time:.2f} times as long")
         self.line(f"    {'largest difference':<34} {difference:>9.1e}   {'ok' if agrees else 'FAILED'}")
         return ours
 
@@ -46,15 +48,23 @@ class Report:
         yield from tqdm(range(steps), desc=f"  {what}", unit="step", mininterval=redraw, ascii=" -#", ncols=88)
 
 
-def _timed(compute: Callable[[], Any]) -> tuple[Any, float]:
-    seconds = 0.0
-    for _ in range(2):  # what is done once only (loading kernels, filling caches) is not what a step costs
-        start = time.perf_counter()
-        result = compute()
-        seconds = time.perf_counter() - start
-        if seconds > 1:
+def _timed(*computations: Callable[[], Any]) -> tuple[list[Any], list[float]]:
+    """What they return, and the shortest time of each.
+
+    They take turns, at least two each, so that neither is charged for what is done once only (loading kernels, filling
+    caches), or for what else the machine does.
+    """
+    shortest = [math.inf] * len(computations)
+    results: list[Any] = [None] * len(computations)
+    begun = time.perf_counter()
+    for turn in range(TURNS):
+        if turn > 1 and time.perf_counter() - begun > LONG:
             break
-    return result, seconds
+        for i, compute in enumerate(computations):
+            start = time.perf_counter()
+            results[i] = compute()
+            shortest[i] = min(shortest[i], time.perf_counter() - start)
+    return results, shortest
 
 
 def duration(seconds: float) -> str:

@@ -150,6 +150,13 @@ def subsets(places: Sequence[int], limit: int, rng: random.Random) -> list[tuple
     return first + rng.sample(rest, max(0, min(limit - len(first), len(rest))))
 
 
+def placements(ranks: Sequence[int], everywhere: bool, rng: random.Random) -> Iterable[tuple[int, ...]]:
+    """Batch dimensions for tensors of these ranks: some at random, or all combinations of those at the ends."""
+    if everywhere:
+        return itertools.product(*(sorted({0, min(1, rank), rank}) for rank in ranks))
+    return [tuple(rng.choice((0, rng.randint(0, rank))) for rank in ranks)]
+
+
 def check_rule(
     op: OpOverload,
     args: Sequence[Any],
@@ -163,9 +170,11 @@ def check_rule(
     rtol: float | None = None,
     atol: float | None = None,
     values: bool = True,
+    everywhere: bool = False,
 ) -> int:
     """Compare the rule of ``op`` with the loop, for several choices of batched tensors and batch dimensions.
 
+    ``everywhere`` tries the first, the second and the last batch dimension of each tensor with those of all others.
     Returns the number of comparisons: 0 if PyTorch refuses the examples or the rule always declines.
     ``values=False`` compares shapes and dtypes only (uninitialized memory).
     """
@@ -182,26 +191,27 @@ def check_rule(
                 rows, outputs = distinct_examples(op, leaves, spec, chosen, size)
             except Refused:
                 continue
-            physical, dims = list(leaves), [None] * len(leaves)
-            for k in chosen:
-                dims[k] = rng.choice((0, rng.randint(0, leaves[k].dim())))  # type: ignore[call-overload]
-                physical[k] = torch.stack(rows[k], dim=dims[k])
-                if size == 0:
-                    physical[k] = physical[k].narrow(dims[k], 0, 0)
-            what = describe(op, physical, dims, spec, size)
-            p_args, p_kwargs = tree_unflatten(physical, spec)
-            in_dims, _ = tree_unflatten(dims, spec)
-            try:
-                with before_autograd(), Pure():
-                    result, out_dims = rule(BatchInfo(size, randomness), in_dims, *p_args, **p_kwargs)
-            except RuleDeclined:
-                continue
-            except WrongRule as error:
-                raise WrongRule(f"{what}: {error}") from error
-            except Exception as error:
-                raise WrongRule(f"{what}: the loop works, the rule raises {type(error).__name__}: {error}") from error
-            compare(what, result, out_dims, outputs, size, rtol, atol, values)
-            compared += 1
+            for placed in placements([leaves[k].dim() for k in chosen], everywhere, rng):
+                physical, dims = list(leaves), [None] * len(leaves)
+                for k, dims[k] in zip(chosen, placed):  # type: ignore[call-overload]
+                    physical[k] = torch.stack(rows[k], dim=dims[k])
+                    if size == 0:
+                        physical[k] = physical[k].narrow(dims[k], 0, 0)
+                what = describe(op, physical, dims, spec, size)
+                p_args, p_kwargs = tree_unflatten(physical, spec)
+                in_dims, _ = tree_unflatten(dims, spec)
+                try:
+                    with before_autograd(), Pure():
+                        result, out_dims = rule(BatchInfo(size, randomness), in_dims, *p_args, **p_kwargs)
+                except RuleDeclined:
+                    continue
+                except WrongRule as error:
+                    raise WrongRule(f"{what}: {error}") from error
+                except Exception as error:
+                    raised = f"{type(error).__name__}: {error}"
+                    raise WrongRule(f"{what}: the loop works, the rule raises {raised}") from error
+                compare(what, result, out_dims, outputs, size, rtol, atol, values)
+                compared += 1
     return compared
 
 

@@ -3,9 +3,11 @@
 NOTE [Operators refuse examples, not batches]
 A rule runs an operator on physical tensors, which have a dimension more than the examples. An operator that wants
 matrices would take a batch of vectors for a matrix and answer, where a loop raises. So before a rule sees arguments of
-some ranks and dtypes for the first time, the operator is run on one example that has shapes and no data; PyTorch's own
-checks then say what they have to say. Where dtypes are mixed or unusual it is run on the first example. Later calls
-with the same ranks and dtypes cost a look-up, those of rules that count an example's dimensions themselves
+some ranks and dtypes for the first time, the operator is run on one example; PyTorch's own checks then say what they
+have to say. A small example of usual dtypes is one of zeros. If that is refused (a matrix of zeros is not everything's
+matrix), and if it is larger, it has shapes and no data; the checks for those are written in Python, and the first of
+them imports what takes a second (sympy, torch._dynamo). Where dtypes are mixed or unusual it is the first example.
+Later calls with the same ranks and dtypes cost a look-up, those of rules that count an example's dimensions themselves
 (``any_rank``) nothing. What is wrong with sizes, positions or numbers for other reasons the physical tensors show as
 well, or the rule.
 """
@@ -18,11 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.operators import PYTORCH_NAMESPACES
 from functrans.core.torch_private import OpOverload
-from functrans.functionalize.without_data import run_without_data
+from functrans.functionalize.without_data import leaves, run_on_zeros, run_without_data
 
 #: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)
+
+#: Up to so many elements an operator on zeros takes less time than the imports.
+SMALL = 1 << 20
 
 
 def kinds_of(args: Sequence[Any]) -> tuple[Any, ...]:
@@ -41,9 +47,12 @@ def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int
     See NOTE [Operators refuse examples, not batches].
     """
     found = dtypes(args)
-    if size and not (len(found) == 1 and found <= USUAL):
+    usual = len(found) == 1 and found <= USUAL
+    if size and not usual:
         with torch.random.fork_rng():
             run()  # what dtypes an operator takes together its kernel knows, not the checks
+        return
+    if usual and takes_zeros(op, args, kwargs):
         return
     try:
         run_without_data(op, args, kwargs)
@@ -55,11 +64,24 @@ def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int
             raise
 
 
+def takes_zeros(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether ``op`` is seen to take zeros of the arguments' shapes and dtypes; False also if it was not tried."""
+    given = [*leaves(args), *leaves([*kwargs.values()])]
+    sizes = [n for a in given if isinstance(a, Tensor) for n in (*a.shape, a.numel())]
+    if any(type(n) is not int or n > SMALL for n in sizes) or any(isinstance(a, torch.Generator) for a in given):
+        return False  # symbolic sizes are not to be fixed, and a generator of the user's is not to draw
+    if op.namespace not in PYTORCH_NAMESPACES:
+        return False  # code of the user's is not to run once more
+    try:
+        run_on_zeros(op, args, kwargs)
+    except REFUSALS:
+        return False
+    return True
+
+
 USUAL = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 
 def dtypes(a: Any) -> set[torch.dtype]:
     """The dtypes of all tensors in ``a``."""
-    if isinstance(a, Tensor):
-        return {a.dtype}
-    return set().union(*map(dtypes, a)) if type(a) is list or type(a) is tuple else set()
+    return {x.dtype for x in leaves(a) if isinstance(x, Tensor)}

@@ -19,6 +19,7 @@ from functrans.interpreters.vmap.rules.folding import (
     fold_c,
     fold_channel_vector,
     fold_n,
+    side_of_n,
     unfold_c,
     unfold_n,
 )
@@ -55,8 +56,9 @@ def normalize(
     shape = [extent for k, extent in enumerate(x.shape) if k != x_dim]
     if not training and x_dim is not None and all(bdim is None for bdim in vector_dims):
         # With given statistics the rows do not mix either, and N needs no rearrangement.
-        output, *others = as_tuple(op(fold_n(x, x_dim, size), *vectors, *rest))
-        return (unfold_n(output, size, shape[0]), *others), (0, *[None] * len(others))
+        side = side_of_n((x, x_dim))
+        output, *others = as_tuple(op(fold_n(x, x_dim, size, side), *vectors, *rest))
+        return (unfold_n(output, size, shape[0], side), *others), (side, *[None] * len(others))
     folded = [
         None if vector is None else fold_channel_vector(vector, bdim, size)
         for vector, bdim in zip(vectors, vector_dims)

@@ -17,6 +17,8 @@ from functrans.interpreters.vmap.rules.folding import (
     fold_c,
     fold_channel_vector,
     fold_n,
+    placeholder,
+    side_of_n,
     unfold_c,
     unfold_n,
 )
@@ -51,11 +53,6 @@ def logical_shape(x: Tensor, bdim: int | None) -> list[Any]:
     return shape
 
 
-def placeholder(like: Tensor, shape: Sequence[Any]) -> Tensor:
-    """Stands for a tensor of which only the shape matters."""
-    return like.new_zeros(()).expand(shape)
-
-
 @batching_rule(aten.convolution.default)
 def convolution_rule(
     info: BatchInfo,
@@ -85,12 +82,14 @@ def convolution_rule(
         if x_dim is None:
             output = aten.convolution.default(x, weight, None, *options, groups)
             return output + per_channel(bias, bias_dim, output.dim()), 0
-        n = x.shape[0 if x_dim != 0 else 1]
+        n, side = x.shape[0 if x_dim != 0 else 1], side_of_n((x, x_dim))
         inner = bias if bias_dim is None else None
-        output = unfold_n(aten.convolution.default(fold_n(x, x_dim, size), weight, inner, *options, groups), size, n)
+        output = aten.convolution.default(fold_n(x, x_dim, size, side), weight, inner, *options, groups)
+        output = unfold_n(output, size, n, side)
         if bias_dim is not None:
-            output = output + per_channel(bias, bias_dim, output.dim() - 1)
-        return output, 0
+            bias = per_channel(bias, bias_dim, output.dim() - 1)
+            output = output + (bias.squeeze(1) if side else bias)
+        return output, side
 
     weight = to_front(weight, weight_dim)
     channels = weight.shape[2] * groups if transposed else weight.shape[1]
@@ -133,12 +132,25 @@ def convolution_backward_rule(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Each gradient is a convolution of its own, of the two other tensors: which of those are batched decides."""
+    """Each gradient is a convolution of its own, of the two other tensors: which of those are batched decides.
+
+    Where all three are, one call of the kernel gives both gradients.
+    """
     size = info.batch_size
     options = (stride, padding, dilation, transposed, output_padding)
     grad_dim, x_dim, weight_dim = in_dims[:3]
     grads: list[Any] = [None, None, None]
     dims: list[int | None] = [None, None, None]
+    if size and all(output_mask[:2]) and None not in in_dims[:3]:
+        first, second, *kernel = logical_shape(weight, weight_dim)
+        slid = images_and_filters(grad_output, grad_dim, x, x_dim, transposed)
+        if not windows_pay(*slid, second, kernel, options[:3]):
+            folded = fold_c(grad_output, grad_dim, size), fold_c(x, x_dim, size), fold_n(weight, weight_dim, size)
+            mask, channels = [True, True, False], logical_shape(x, x_dim)[1]
+            of_x, of_weight, _ = aten.convolution_backward.default(*folded, None, *options, size * groups, mask)
+            grads[0], dims[0] = unfold_c(of_x, size, channels), 1
+            grads[1], dims[1] = unfold_n(of_weight, size, first), 0
+            output_mask = [False, False, output_mask[2]]
     if output_mask[0]:
         shape = logical_shape(x, x_dim)
         grads[0], dims[0] = input_gradient(size, grad_output, grad_dim, weight, weight_dim, shape, options, groups)
@@ -189,9 +201,10 @@ def input_gradient(
     if size == 0:
         return grad_output.new_zeros([0, *shape]), 0
     if weight_dim is None:
-        folded = fold_n(grad_output, grad_dim, size)
+        side = side_of_n((grad_output, grad_dim))
+        folded = fold_n(grad_output, grad_dim, size, side)
         grad = native_input_gradient(folded, weight, [size * n, channels, *spatial], options, groups)
-        return unfold_n(grad, size, n), 0
+        return unfold_n(grad, size, n, side), side
     weight = to_front(weight, weight_dim)
     wide = [n, size * channels, *spatial]
     if grad_dim is None:
@@ -221,9 +234,7 @@ def weight_gradient(
         return grad_output.new_zeros([0, *shape]), 0
     if grad_dim is not None and x_dim is not None:
         # Per-example gradients of a shared weight.
-        images, filters = (grad_output, x) if transposed else (x, grad_output)
-        image_dim, filter_dim = (grad_dim, x_dim) if transposed else (x_dim, grad_dim)
-        images, filters = to_front(images, image_dim), to_front(filters, filter_dim)
+        images, filters = images_and_filters(grad_output, grad_dim, x, x_dim, transposed)
         if windows_pay(images, filters, second, kernel, options[:3]):
             return windows_product(images, filters, shape, options[:3], groups), 0
         # Every example is a set of groups of its own.
@@ -247,6 +258,14 @@ def weight_gradient(
 BLOCK = 8
 # How many times the size of what is there already the windows may take.
 WINDOWS = 4
+
+
+def images_and_filters(
+    grad_output: Tensor, grad_dim: int, x: Tensor, x_dim: int, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """``[B, N, ...]``: what the weight slides over, and what it is multiplied with there."""
+    cotangent, x = to_front(grad_output, grad_dim), to_front(x, x_dim)
+    return (cotangent, x) if transposed else (x, cotangent)
 
 
 def windows_pay(

@@ -1,4 +1,10 @@
-"""Layers that already have a batch of their own: the vmap dimension is folded into it."""
+"""Layers that already have a batch of their own: the vmap dimension is folded into it.
+
+NOTE [Where the batch is folded into N]
+``[B, N, ...]`` and ``[N, B, ...]`` are both ``B * N`` images. Which of them a tensor is depends on what it comes from:
+an ensemble's convolutions have the batch among the channels, and give ``[N, B, ...]``. So the batch stays on the side
+of N where the largest operand has it, and nothing of that size is copied.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +19,27 @@ from functrans.interpreters.vmap.families import argument_place, tensor_position
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize
 
 
-def fold_n(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:
-    """``[N, ...]`` examples as ``[B * N, ...]``; an unbatched tensor is repeated (a view where possible)."""
+def side_of_n(*operands: tuple[Tensor, int | None]) -> int:
+    """0 or 1, the batch dimension of the largest batched operand; see NOTE [Where the batch is folded into N]."""
+    batched = [(x.numel(), bdim) for x, bdim in operands if bdim is not None]
+    return int(max(batched, key=lambda entry: entry[0])[1] == 1) if batched else 0
+
+
+def fold_n(x: Tensor, bdim: int | None, batch_size: int, side: int = 0) -> Tensor:
+    """``[N, ...]`` examples as ``[B * N, ...]``, or as ``[N * B, ...]`` with the batch on side 1 of N.
+
+    An unbatched tensor is repeated (a view where possible).
+    """
+    if side and bdim == 1:
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
     x = materialize(x, bdim, batch_size)
+    x = x.transpose(0, 1) if side else x
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
-def unfold_n(x: Tensor, batch_size: int, n: int) -> Tensor:
-    """``[B * N, ...]`` as ``[B, N, ...]``."""
-    return x.reshape(batch_size, n, *x.shape[1:])
+def unfold_n(x: Tensor, batch_size: int, n: int, side: int = 0) -> Tensor:
+    """The inverse: the batch dimension is ``side``."""
+    return x.reshape(n, batch_size, *x.shape[1:]) if side else x.reshape(batch_size, n, *x.shape[1:])
 
 
 def fold_c(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:
@@ -41,6 +59,11 @@ def fold_channel_vector(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:
     return x.reshape(x.shape[0] * x.shape[1])
 
 
+def placeholder(like: Tensor, shape: Sequence[Any]) -> Tensor:
+    """Stands for a tensor of which only the shape matters."""
+    return like.new_zeros(()).expand(shape)
+
+
 def empty_batch(op: OpOverload, in_dims: Sequence[Any], *args: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """A batch of no examples, for kernels that refuse it: the operator says on an example of zeros what it returns."""
     example = list(args)
@@ -53,25 +76,32 @@ def empty_batch(op: OpOverload, in_dims: Sequence[Any], *args: Any) -> tuple[tup
     return batches, tuple(None if one is None else 0 for one in batches)
 
 
-def fold_into_n(*ops: OpOverload, rank: int) -> None:
-    """Operators whose tensors are all ``[N, ...]`` of rank ``rank``, or all of one rank less, without N."""
+def fold_into_n(*ops: OpOverload, rank: int, shape_only: str | None = None) -> None:
+    """Operators whose tensors are all ``[N, ...]`` of rank ``rank``, or all of one rank less, without N.
+
+    Of the argument ``shape_only`` they read no element.
+    """
     place = caller_place()
     for op in ops:
-        BATCHING_RULES.add(op, fold_into_n_rule(op, rank), place=place)
+        BATCHING_RULES.add(op, fold_into_n_rule(op, rank, shape_only), place=place)
 
 
-def fold_into_n_rule(op: OpOverload, rank: int) -> Callable[..., tuple[Any, Any]]:
+def fold_into_n_rule(op: OpOverload, rank: int, shape_only: str | None) -> Callable[..., tuple[Any, Any]]:
     """The rule of one operator; all its outputs have an N as its inputs do."""
     positions = tensor_positions(op)
     indices = argument_place(op, "indices")
+    unread = None if shape_only is None else argument_place(op, shape_only)
 
     def folded(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         size = info.batch_size
         arguments = list(args)
         has_n = logical_rank(args[positions[0]], in_dims[positions[0]]) >= rank
+        side = side_of_n(*((args[k], in_dims[k]) for k in positions)) if has_n else 0
         for k in positions:
-            repeat = fold_n if has_n else materialize
-            arguments[k] = repeat(args[k], in_dims[k], size)
+            x = args[k]
+            if k == unread and in_dims[k] is None:
+                x = placeholder(x, x.shape)  # which is repeated without a copy
+            arguments[k] = fold_n(x, in_dims[k], size, side) if has_n else materialize(x, in_dims[k], size)
         if indices is not None:
             # adaptive_max_pool3d_backward reads its indices as contiguous, whatever their strides (torch 2.13).
             arguments[indices] = arguments[indices].contiguous()
@@ -80,7 +110,7 @@ def fold_into_n_rule(op: OpOverload, rank: int) -> Callable[..., tuple[Any, Any]
             return output, tuple(0 for _ in output) if isinstance(output, tuple) else 0
         n = args[positions[0]].shape[0 if in_dims[positions[0]] != 0 else 1]
         if isinstance(output, tuple):
-            return tuple(unfold_n(one, size, n) for one in output), tuple(0 for _ in output)
-        return unfold_n(output, size, n), 0
+            return tuple(unfold_n(one, size, n, side) for one in output), (side,) * len(output)
+        return unfold_n(output, size, n, side), side
 
     return folded

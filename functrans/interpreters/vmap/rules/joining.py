@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.broadcasting import broadcast_shapes
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front, wrap_dim
 
@@ -121,7 +122,7 @@ def broadcast_tensors(info: BatchInfo, in_dims: Dims, tensors: Sequence[Tensor])
     dims = in_dims[0]
     rank = max(x.dim() - (d is not None) for x, d in zip(tensors, dims))
     aligned = [x if d is None else pad_rank(x, d, rank) for x, d in zip(tensors, dims)]
-    shape = torch.broadcast_shapes(*(x.shape if d is None else x.shape[1:] for x, d in zip(aligned, dims)))
+    shape = broadcast_shapes(*(x.shape if d is None else x.shape[1:] for x, d in zip(aligned, dims)))
     outputs = tuple(
         x.expand(shape) if d is None else x.expand(info.batch_size, *shape) for x, d in zip(aligned, dims)
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.broadcasting import broadcast_shapes
 from functrans.core.rules import caller_place
 from functrans.core.torch_private import OpOverload
 from functrans.core.versions import present
@@ -217,7 +218,7 @@ def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
 
 def expanded_factors(factors: Tensor, pivots: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """linalg.ldl_solve reads beyond its factors where a leading dimension of size 1 broadcasts (torch 2.13)."""
-    leading = torch.broadcast_shapes(factors.shape[:-2], b.shape[:-2])
+    leading = broadcast_shapes(factors.shape[:-2], b.shape[:-2])
     return factors.expand(*leading, *factors.shape[-2:]), pivots.expand(*leading, *pivots.shape[-1:])
 
 

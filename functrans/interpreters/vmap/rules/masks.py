@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.broadcasting import broadcast_shapes
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule
 
@@ -20,6 +21,6 @@ def masked_select(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, mask: Tens
     if in_dims[1] is not None:
         raise RuleDeclined("masked_select: the mask is batched")
     x = pad_rank(x, in_dims[0], max(mask.dim(), 1))
-    shape = torch.broadcast_shapes(x.shape[1:], mask.shape)
+    shape = broadcast_shapes(x.shape[1:], mask.shape)
     chosen = mask.expand(shape).flatten().nonzero().squeeze(1)
     return x.expand(x.shape[0], *shape).flatten(1).index_select(1, chosen), 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from functrans.core.rules import caller_place
 from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import argument_place
-from functrans.interpreters.vmap.rules.folding import fold_c, fold_into_n, fold_n, unfold_c, unfold_n
+from functrans.interpreters.vmap.rules.folding import fold_c, fold_into_n, fold_n, side_of_n, unfold_c, unfold_n
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, materialize, to_front
 
 aten = torch.ops.aten
@@ -26,9 +26,7 @@ fold_into_n(
     aten.max_pool2d_with_indices.default,
     aten.max_pool2d_with_indices_backward.default,
     aten.avg_pool2d.default,
-    aten.avg_pool2d_backward.default,
     aten._adaptive_avg_pool2d.default,
-    aten._adaptive_avg_pool2d_backward.default,
     aten.adaptive_max_pool2d.default,
     aten.adaptive_max_pool2d_backward.default,
     aten.fractional_max_pool2d_backward.default,
@@ -41,15 +39,16 @@ fold_into_n(
     aten.max_pool3d_with_indices.default,
     aten.max_pool3d_with_indices_backward.default,
     aten.avg_pool3d.default,
-    aten.avg_pool3d_backward.default,
     aten._adaptive_avg_pool3d.default,
-    aten._adaptive_avg_pool3d_backward.default,
     aten.adaptive_max_pool3d.default,
     aten.adaptive_max_pool3d_backward.default,
     aten.fractional_max_pool3d_backward.default,
     aten.max_unpool3d.default,
     rank=5,
 )
+
+fold_into_n(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, rank=4, shape_only="self")
+fold_into_n(aten.avg_pool3d_backward.default, aten._adaptive_avg_pool3d_backward.default, rank=5, shape_only="self")
 
 for rank, upsampling in (
     (3, (aten.upsample_nearest1d, aten._upsample_nearest_exact1d, aten.upsample_linear1d)),
@@ -83,10 +82,11 @@ def sized_like_input_rule(op: OpOverload, size_place: int) -> Callable[..., tupl
     """The rule of one such operator."""
 
     def folded(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        arguments = [fold_n(x, in_dims[0], info.batch_size), *args]
+        side = side_of_n((x, in_dims[0]))
+        arguments = [fold_n(x, in_dims[0], info.batch_size, side), *args]
         n, *rest = arguments[size_place]
         arguments[size_place] = [info.batch_size * n, *rest]
-        return unfold_n(op(*arguments, **kwargs), info.batch_size, n), 0
+        return unfold_n(op(*arguments, **kwargs), info.batch_size, n, side), side
 
     return folded
 
