@@ -135,7 +135,6 @@ ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
     "numpy": lambda x: x.numpy(),
     "register_post_accumulate_grad_hook": lambda x: x.register_post_accumulate_grad_hook(print),
     "__reduce_ex__ by pickle": pickle.dumps,
-    "__reduce_ex__ by copy": copy.copy,
 }
 
 

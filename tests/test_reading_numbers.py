@@ -56,7 +56,6 @@ ASKED: list[tuple[str, Callable[[Any], Any]]] = [
     ("numpy()", lambda x: x.numpy()),
     ("numpy()", lambda x: x.__array__()),
     ("aten.nonzero", lambda x: x.reshape(1).nonzero()),
-    ("aten.equal", lambda x: torch.equal(x, x)),
 ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from functrans.api.checks import check_flag, check_kind
 from functrans.core.errors import CallError, CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
-from functrans.core.torch_private import BatchNormModule
+from functrans.core.torch_private import BatchNormModule, swap_parametrizations
 
 __all__ = ["functional_call", "replace_all_batch_norm_modules_", "stack_module_state"]
 
@@ -52,6 +52,10 @@ def functional_call(
     if type(tie_weights) is not bool or type(strict) is not bool:
         check_flag("functional_call(...)", "tie_weights", tie_weights)
         check_flag("functional_call(...)", "strict", strict)
+    own = tensors_of_shared(module) if isinstance(module, nn.Module) else []
+    if own and not tie_weights:
+        check_one_value_each(module, parameter_and_buffer_dicts)
+    computed = swap_parametrizations({})  # of the module's own parameters
     try:
         return torch.func.functional_call(
             module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict
@@ -59,6 +63,45 @@ def functional_call(
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
         check_functional_call(module, parameter_and_buffer_dicts, kwargs, strict)
         raise
+    finally:
+        swap_parametrizations(computed)
+        given = {id(x) for d in dicts_in(parameter_and_buffer_dicts) for x in d.values()} if own else ()
+        for part, name, tensor in own:
+            if id(getattr(part, name)) in given:
+                setattr(part, name, tensor)
+
+
+def check_one_value_each(module: nn.Module, dicts: Any) -> None:
+    """Refuse two values for what is one place of the module under two names: the last would win."""
+    values: dict[tuple[int, str], Any] = {}
+    for name, value in (item for d in dicts_in(dicts) for item in d.items()):
+        path, _, last = name.rpartition(".")
+        try:
+            place = id(module.get_submodule(path)), last
+        except AttributeError:
+            continue  # no name of this module's
+        if values.setdefault(place, value) is not value:
+            call = f"functional_call({type(module).__name__}, ...)"
+            raise CallValueError(call, f"another tensor for {shown(name)} than for the same module's other name", "one")
+
+
+def dicts_in(given: Any) -> Sequence[Any]:
+    return [given] if isinstance(given, dict) else given
+
+
+def tensors_of_shared(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Parameters and buffers of the modules that are in ``module`` under several names.
+
+    PyTorch exchanges these once for each name, and takes what came first for the module's own afterwards.
+    """
+    parts = [part for _, part in module.named_modules(remove_duplicate=False)]
+    if len(parts) == len(set(parts)):
+        return []
+    return [
+        (part, name, tensor)
+        for part in {part for part in parts if parts.count(part) > 1}
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+    ]
 
 
 def check_functional_call(module: Any, dicts: Any, kwargs: Any, strict: Any) -> None:
@@ -74,7 +117,7 @@ def check_functional_call(module: Any, dicts: Any, kwargs: Any, strict: Any) -> 
             if not isinstance(d, dict):
                 raise CallValueError(call, f"{what(d)} as parameter_and_buffer_dicts[{i}]", expected)
     tensors: dict[Any, Any] = {}
-    for d in [dicts] if isinstance(dicts, dict) else dicts:
+    for d in dicts_in(dicts):
         for name, value in d.items():
             if name in tensors:
                 raise CallValueError(call, f"{shown(name)} in more than one dict", "distinct names")

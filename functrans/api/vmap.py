@@ -137,6 +137,9 @@ def run_batched(
 ) -> Any:
     interpreter = VmapInterpreter(size, randomness, func)
     entered = [interpreter.batched(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, dims, strict=True)]
+    for x in entered:
+        if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
+            x.given = True
     args = tree_unflatten(spec, entered)
 
     def body() -> tuple[list[Any], Any, Any]:
@@ -159,9 +162,9 @@ def run_batched(
             written[id(wrapper)] = leaves[i], dims[i]
     if not written:
         return tree_unflatten(out_spec, results)
-    # What an in-place function returns is the caller's tensor, as without vmap.
+    # What an in-place function returns is the caller's tensor, as without vmap, unless it became a view (unsqueeze_).
     for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
-        if id(x) in written:
+        if id(x) in written and x.view_link is None:
             origin, dim = written[id(x)]
             if dim is not None and place is not None:
                 results[i] = origin if place % origin.dim() == dim else origin.movedim(dim, place)

@@ -59,6 +59,9 @@ class Interpreter:
         """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""
         raise NotImplementedError
 
+    def returned(self) -> None:
+        """The transformed function has returned: raise what makes its results wrong."""
+
     def constant(self, value: Tensor) -> WrapperTensor:
         """A wrapper of this level for a value of the level below that does not depend on what is transformed."""
         wrapper = wrap(self, value)
@@ -80,6 +83,10 @@ class Interpreter:
     def records(self, wrapper: WrapperTensor) -> bool:
         """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says
         of it."""
+        return False
+
+    def hides_layout(self, wrapper: WrapperTensor) -> bool:
+        """Whether ``wrapper`` shows gaps in memory that are there for the transform's sake."""
         return False
 
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:

@@ -77,7 +77,9 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
             STATE.top = interpreter
             if enable_grad and not before.grad:
                 set_grad_enabled(True)
-            return body()
+            out = body()
+            interpreter.returned()
+            return out
         finally:
             leave(interpreter, before)
     except BaseException:

@@ -51,6 +51,8 @@ class WrapperTensor(Refusing):
     version: int = 0
     moved: bool = False  # a write left the contents elsewhere in memory than shown; see functionalize/layouts.py
     shown_offset: int | None = None  # where the contents began before that
+    given: bool = False  # an argument of vmap that is not contiguous
+    quantifier: Any = None  # torch.all or torch.any, whose answer it is; see interpreters/vmap/checks.py
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
         expected = "wrap(interpreter, value), or interpreter.carry(value, ...)"
@@ -104,13 +106,24 @@ class WrapperTensor(Refusing):
     def is_floating_point(self) -> bool:
         return self.dtype.is_floating_point
 
+    def is_conj(self) -> bool:
+        return self.value.is_conj()
+
+    def is_neg(self) -> bool:
+        return self.value.is_neg()
+
     def storage_offset(self) -> int:
         return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
 
+    # A copy is a function of what is copied, and has its derivative. PyTorch's own copies are leaves of a graph.
+
+    def __copy__(self) -> Tensor:
+        return self.view_as(self)
+
     def __deepcopy__(self, memo: Any) -> Tensor:
-        copied = self.clone()
-        memo[id(self)] = copied
-        return copied
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        return memo[id(self)]
 
 
 TENSORS.add(WrapperTensor)
@@ -209,9 +222,9 @@ def wrap_as(
 ) -> WrapperTensor:
     """A wrapper around ``value`` that shows a shape of its own."""
     dtype, layout, device = value.dtype, value.layout, value.device
-    if shape or dtype not in SCALAR_INDICES:
+    if shape or dtype not in NOT_READ:
         wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device, False, requires_grad)
-    else:  # an integer for each example; see NOTE [Scalar indices]
+    else:  # an integer or a truth value for each example; see NOTE [Scalar indices]
         options = dtype, layout, device, False, False, None, False, False, INDEX_BATCHED_KEYS
         wrapper = make_wrapper(WrapperTensor, (), (), None, None, *options)
     wrapper.interpreter = interpreter
@@ -242,6 +255,8 @@ def wrap_like(interpreter: Interpreter, value: Any, like: Any) -> WrapperTensor:
 
 #: The dtypes of which a tensor without dimensions selects one row when it is an index.
 SCALAR_INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
+#: Those of which indexing must not read one without dimensions: a truth value selects all or nothing.
+NOT_READ = SCALAR_INDICES | {torch.bool}
 WRAPPERS = (WrapperTensor, PendingWrapper)
 
 

@@ -57,6 +57,7 @@ __all__ = [
     "set_function_state",
     "set_grad_enabled",
     "set_key_excluded",
+    "swap_parametrizations",
     "tensor_torch_function",
     "top_packing",
     "vmap_rule_of_library",
@@ -183,6 +184,17 @@ TREE_NODES: dict[type, Any] = private(
 register_tree_node: Any = private(
     "torch.utils._pytree.register_pytree_node", "to let the pullbacks that it returns be pytrees"
 )
+_parametrize: Any = private("torch.nn.utils.parametrize", "to know parametrize.cached()")
+private("torch.nn.utils.parametrize._cache", "to keep parametrize.cached() to parameters that are still those it saw")
+
+
+def swap_parametrizations(kept: dict[Any, Any]) -> dict[Any, Any]:
+    """Let ``parametrize.cached()`` keep what it computes in ``kept``; returns where it did so until now."""
+    before: dict[Any, Any] = _parametrize._cache
+    _parametrize._cache = kept
+    return before
+
+
 BatchNormModule: Any = private("torch.nn.modules.batchnorm._BatchNorm", "to find batch norms among modules")
 no_setup_context = private(
     "torch.autograd.function._SingleLevelFunction.setup_context", "to tell the two styles of autograd.Function"

@@ -369,6 +369,10 @@ def set_up() -> None:
         method: Any = getattr(Tensor, name, None)
         if method in ENTRANCES:
             setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
+    for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
+        ENTRANCES[function] = lambda input: input.is_conj()
+    for function in (torch.is_neg, Tensor.is_neg):
+        ENTRANCES[function] = lambda input: input.is_neg()
 
 
 set_up()

@@ -1,11 +1,12 @@
-"""Indexing by an integer tensor without dimensions, ``x[i]``, where each example has an ``i`` of its own.
+"""Indexing by a tensor without dimensions, an integer or a truth value, where each example has one of its own.
 
 NOTE [Scalar indices]
 PyTorch's indexing reads such an index as a Python number, which a batch does not have. It makes an exception for
 tensors that carry a dispatch key of torch.func's batched nested tensors: those are passed on to ``aten.index`` and
-``aten.index_put_``. So wrappers without dimensions and of an integer dtype carry that key, and every thread that has
-run a transform excludes it, so that nothing is ever dispatched to it. What arrives at the door is taken here for what
-it is outside of vmap: a selection, that comes before all indexing by tensors that have dimensions, and that is a view.
+``aten.index_put_``. So wrappers without dimensions and of an integer dtype, or bool, carry that key, and every thread
+that has run a transform excludes it, so that nothing is ever dispatched to it. What arrives at the door is taken here
+for what it is outside of vmap: an integer is a selection, that comes before all indexing by tensors that have
+dimensions, and that is a view; a truth value is a mask of a new dimension of size 1.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class CapturedAliasGroup(AliasGroup):
 @stands_in_for(aten.index.Tensor)
 def index(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x[indices]``: scalars first, each of them a view."""
-    if not any(is_scalar(i) for i in args[1]):
+    if not any(is_scalar(i) or is_scalar_mask(i) for i in args[1]):
         return as_usual(known, args, kwargs)
     scan(args, kwargs)
     x, rest = select_scalars(*args)
@@ -52,14 +53,18 @@ def index(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def index_put(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``x[indices] = values``, written through the views that the scalars are."""
     target, indices, values, *accumulate = args
-    if not any(is_scalar(i) for i in indices):
+    if not any(is_scalar(i) or is_scalar_mask(i) for i in indices):
         return run_write(known, args, kwargs)
     scan(args, kwargs)
     x, rest = select_scalars(target, indices)
-    if any(i is not None for i in rest):
-        enter(known.op, x, rest, values, *accumulate)
+    masks = [i for i in indices if is_scalar_mask(i)]
+    adding = bool(accumulate and accumulate[0])
+    if len(masks) == sum(i is not None for i in rest) <= 1 and values.dtype is x.dtype:
+        for mask in masks:  # all of x is written, or nothing
+            values = enter(aten.where.self, mask, values, enter(aten.zeros_like.default, x) if adding else x)
+        enter(aten.add_.Tensor if adding else aten.copy_.default, x, values)
     else:
-        enter(aten.add_.Tensor if accumulate and accumulate[0] else aten.copy_.default, x, values)
+        enter(known.op, x, rest, values, *accumulate)
     return target
 
 
@@ -67,13 +72,19 @@ def is_scalar(i: Any) -> bool:
     return type(i) is WrapperTensor and i.dtype in SCALAR_INDICES and i.dim() == 0
 
 
+def is_scalar_mask(i: Any) -> bool:
+    return type(i) is WrapperTensor and i.dtype is torch.bool and i.dim() == 0
+
+
 def select_scalars(x: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:
-    """``x`` where its scalar indices say, and the other indices."""
+    """``x`` where its scalar indices say, and the other indices, which have dimensions."""
     rest, dim = [], 0
     for i in indices:
         if is_scalar(i):
             x = select_at(x, dim, i)
             continue
+        if is_scalar_mask(i):
+            x, i = enter(aten.unsqueeze.default, x, dim), enter(aten.unsqueeze.default, i, 0)
         rest.append(i)
         mask = i is not None and i.dtype in (torch.bool, torch.uint8)
         dim += i.dim() if mask else 1

@@ -3,6 +3,12 @@
 A view wrapper links to the view it was taken from, down to the base. A write anywhere in the family bumps the version
 that the family shares (``AliasGroup``); a view whose ``synced_version`` is older is replayed from the base at its next
 use.
+
+NOTE [Layouts that a batch hides]
+Whether ``reshape`` and its like view or copy depends on strides. What is computed under vmap lies in memory as the
+batch does; where the batch is not outermost there, the examples show gaps that those of a loop do not have. Where the
+answer depends on these gaps it is not known, and the view is *doubtful*. Nothing comes of it unless a tensor on one
+side of it is written and one on the other side used afterwards, which is an error.
 """
 
 from __future__ import annotations
@@ -24,8 +30,8 @@ from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload, no_dispatch, set_grad_enabled
 from functrans.functionalize.history import with_history_of
-from functrans.functionalize.layouts import as_shown, check_places
-from functrans.functionalize.memory import storage_offset_of
+from functrans.functionalize.layouts import as_shown, check_places, dense_strides
+from functrans.functionalize.memory import places, positions, storage_offset_of
 
 aten = torch.ops.aten
 
@@ -36,17 +42,19 @@ class AliasGroup:
     ``content`` is the base's wrapper once that is no longer the wrapper the first view was taken from.
     """
 
-    __slots__ = ("content", "version")
+    __slots__ = ("content", "parted", "version")
 
     def __init__(self) -> None:
         self.version = 0
         self.content: WrapperTensor | None = None
+        #: whether a tensor beyond a doubtful view was written; see NOTE [Layouts that a batch hides]
+        self.parted = False
 
 
 class ViewLink:
     """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
 
-    __slots__ = ("args", "grad_mode", "group", "index", "kwargs", "op", "owner", "parent", "start")
+    __slots__ = ("args", "doubtful", "grad_mode", "group", "index", "kwargs", "op", "owner", "parent", "start")
 
     def __init__(
         self,
@@ -66,12 +74,20 @@ class ViewLink:
         self.kwargs = kwargs
         self.index = index
         self.grad_mode = torch.is_grad_enabled()
+        #: whether this step or one before may be a copy; see NOTE [Layouts that a batch hides]
+        self.doubtful: bool = parent is not None and parent.doubtful
         #: of a view by places in memory: where that from which it was taken began
         self.start: int | None = None
 
     def __repr__(self) -> str:
         before = "" if self.parent is None else f" after {self.parent!r}"
         return f"<ViewLink {self.op}({given(('...', *self.args), self.kwargs)}){before}>".replace("'...'", "...")
+
+    def doubtful_step(self) -> ViewLink:
+        step = self
+        while step.parent is not None and step.parent.doubtful:
+            step = step.parent
+        return step
 
     def base_content(self) -> WrapperTensor:
         return self.owner if self.group.content is None else self.group.content
@@ -98,6 +114,13 @@ class ViewLink:
     def refresh(self, view: WrapperTensor) -> None:
         """Bring ``view`` up to date with writes to its base or to other views of it."""
         if view.synced_version != self.group.version:
+            if self.doubtful or self.group.parted:
+                raise InsideTransformError(
+                    "using a tensor after another one was written that may share its memory (one is made of the other "
+                    f"by {self.doubtful_step().op}, which views or copies as strides say, and the batch hides these),",
+                    view.interpreter.name,
+                    "that operator on a .clone(memory_format=torch.contiguous_format)",
+                )
             with thread_state.door_closed():
                 set_content(view, self.replay())
             view.synced_version = self.group.version
@@ -124,12 +147,20 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     out = owner.process(op, args, kwargs)
     if type(viewed) is not WrapperTensor:  # a captured tensor seen through an inner level's index: no such view op
         return out
-    if out is viewed or (op in MAYBE_VIEWS and not is_view(viewed, op, args, kwargs)):
+    if out is viewed:
         return out
+    doubtful = False
+    if op in MAYBE_VIEWS:
+        viewing = is_view(viewed, op, args, kwargs)
+        if viewed.strides is not None and viewed.layout is torch.strided and hides_layout(viewed):
+            doubtful = viewing is not is_view(viewed, op, args, kwargs, dense_strides(viewed.shape, viewed.strides))
+        if not viewing and not doubtful:
+            return out
     if type(out) is WrapperTensor:
         if viewed.moved:
             out = as_shown(out, viewed, op, args, kwargs, None)
         link_view(out, viewed, op, args, kwargs, None)
+        out.view_link.doubtful |= doubtful
     elif type(out) in (list, tuple):
         if viewed.moved:
             out = type(out)([as_shown(part, viewed, op, args, kwargs, index) for index, part in enumerate(out)])
@@ -184,12 +215,43 @@ VIEWS_OF_CONTIGUOUS = frozenset((
 ))  # fmt: skip
 
 
-def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether ``op``, of ``MAYBE_VIEWS``, views ``viewed``, and does not copy it."""
+def hides_layout(x: WrapperTensor) -> bool:
+    """Whether ``x`` shows gaps in memory that a loop over some vmap's examples would not; see NOTE [Layouts that a
+    batch hides]."""
+    start = x if x.view_link is None else x.view_link.owner
+    if start.given and type(start.value) is not WrapperTensor:
+        return False  # the caller's own memory
+    layer: Any = x
+    while type(layer) is WrapperTensor:
+        if layer.interpreter.hides_layout(layer):
+            return True
+        layer = layer.value
+    return False
+
+
+def part(view: WrapperTensor) -> None:
+    """Let ``view``, which is doubtful and about to be written, be a tensor of its own.
+
+    Whatever else is of its family cannot be used any more.
+    """
+    link = view.view_link
+    link.group.parted = True
+    link.group.version += 1
+    owner = link.owner
+    if owner.view_link is None:
+        owner.view_link = ViewLink(owner, None, link.group, link.doubtful_step().op, (), {}, None)
+        owner.synced_version = -1
+    view.view_link = view.alias_group = None
+
+
+def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any], strides: Any = None) -> bool:
+    """Whether ``op``, of ``MAYBE_VIEWS``, views ``viewed``, or a tensor of other ``strides``, and does not copy it."""
     if viewed.layout is not torch.strided or (viewed.strides is None and op in VIEWS_OF_CONTIGUOUS):
         return True
+    if strides is None:
+        strides = tuple(viewed.stride())
     rest = (_described(args[1:]), _described(sorted(kwargs.items())))
-    return _decided(op, viewed.shape, tuple(viewed.stride()), viewed.dtype, viewed.device, *rest)
+    return _decided(op, viewed.shape, strides, viewed.dtype, viewed.device, *rest)
 
 
 class _Like(NamedTuple):
@@ -253,11 +315,19 @@ def write_back(steps: list[ViewLink], content: Tensor, new: Tensor, filled: bool
 
 def write_back_by_index(steps: list[ViewLink], before: Tensor, new: Tensor, filled: bool) -> Tensor:
     """Views that move elements without changing them: their own positions say where each one came from."""
+    for step in steps:
+        if step.op not in MOVES and step.op not in BY_INDEX:
+            raise InsideTransformError(f"a write through a view that {step.op} made", "a transform", "a copy of it")
     seen = torch.arange(math.prod(before.shape), device=before.device).reshape(before.shape)
     with running_at(None):
         for step in steps:
             seen = step.op(seen, *step.args, **step.kwargs)
             seen = seen if step.index is None else seen[step.index]
+    return put(seen, before, new, filled)
+
+
+def put(seen: Tensor, before: Tensor, new: Tensor, filled: bool) -> Tensor:
+    """``before`` with the elements of ``new`` where ``synced_version`` has their positions."""
     flat_positions = dispatch(aten.reshape.default, (seen, [-1]), {})
     flat = dispatch(aten.reshape.default, (before, [-1]), {})
     values = dispatch(aten.reshape.default, (new, [-1]), {})
@@ -280,11 +350,14 @@ def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     offset = start if offset is None else offset
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
     own_last = start + sum((n - 1) * s for n, s in zip(before.shape, before.stride(), strict=True))
-    if not start <= offset <= last <= own_last or own_last - start + 1 != math.prod(before.shape):
+    if start <= offset <= last <= own_last and own_last - start + 1 == math.prod(before.shape):
+        return _send(aten.as_strided_scatter.default, before, changed, *step.args)
+    seen = positions(places(size, stride, offset), places(before.shape, before.stride(), start))
+    if seen is None:
         raise InsideTransformError(
             "a write through as_strided beyond the tensor that it was called on", "a transform", "indices"
         )
-    return _send(aten.as_strided_scatter.default, before, changed, *step.args)
+    return put(seen, before, changed, False)
 
 
 #: Views of all elements, in their order, in another shape.
@@ -304,6 +377,19 @@ def _back_permute(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
 
 def _back_shape(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     return _send(aten.reshape.default, changed, list(before.shape))
+
+
+def _back_conjugated(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    """Computed, since a base is not conjugated lazily, which view_as_real asks."""
+    if step.op in (aten.mH.default, aten.adjoint.default, aten.matrix_H.default):
+        changed = _send(aten.mT.default, changed)
+    return _send(aten.conj_physical.default, changed)
+
+
+def _back_dtype(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    """The same bits in another dtype have no derivative, and leave that of what was there, as ``detach`` does."""
+    new = _send(aten.view.dtype, _send(aten.contiguous.default, changed), before.dtype)
+    return with_history_of(before, new, everywhere=True)
 
 
 def _back_again(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
@@ -332,9 +418,15 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
     aten.view_as_complex.default: lambda step, before, changed: torch.view_as_real(changed),
     **dict.fromkeys(
         (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default, aten.numpy_T.default,
-         aten.mT.default, aten._conj.default, aten._neg_view.default),
+         aten.mT.default),
         _back_again,
     ),
+    **dict.fromkeys(
+        (aten._conj.default, aten.conj.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default),
+        _back_conjugated,
+    ),
+    aten.view.dtype: _back_dtype,
+    aten._neg_view.default: lambda step, before, changed: _send(aten.neg.default, changed),
     **dict.fromkeys(RESHAPES, _back_shape),
     # conversions that had nothing to convert: where they copied, the link was cut
     **dict.fromkeys(
@@ -349,5 +441,15 @@ MOVES = frozenset(
     op for op, rule in WRITE_BACK.items()
     if rule in (_back_permute, _back_shape)
     or op in (aten.select.int, aten.slice.Tensor, aten.diagonal.default, aten.unbind.int, aten.alias.default)
-    or (rule is _back_again and op not in (aten._conj.default, aten._neg_view.default))
+    or rule is _back_again
+)  # fmt: skip
+
+#: Views without a way back of their own that do no more than that, either.
+BY_INDEX = frozenset(
+    getattr(getattr(aten, name), overload)
+    for name in (
+        "broadcast_to", "chunk", "dsplit", "expand", "expand_as", "hsplit", "linalg_diagonal", "moveaxis", "movedim",
+        "narrow", "split", "split_with_sizes", "tensor_split", "unfold", "vsplit",
+    )
+    for overload in getattr(aten, name).overloads()
 )  # fmt: skip

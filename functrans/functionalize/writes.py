@@ -42,7 +42,7 @@ from functrans.functionalize.history import with_history_of
 from functrans.functionalize.layouts import laid_out_like, note_moved, set_shape
 from functrans.functionalize.memory import storage_offset_of
 from functrans.functionalize.out_of_place import Functional, pure_form
-from functrans.functionalize.views import AliasGroup, ViewLink, link_view, run_view, write_back
+from functrans.functionalize.views import AliasGroup, ViewLink, link_view, part, run_view, write_back
 from functrans.functionalize.without_data import run_without_data
 
 aten = torch.ops.aten
@@ -126,6 +126,8 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
     new = unwrap_constants(new, target.interpreter, op, target)
     check_written_once(target.interpreter.level, op, reads)
     invalidate_saved(target)
+    if target.view_link is not None and target.view_link.doubtful:
+        part(target)
     if target.view_link is None:
         replace(target, new)
         if target.alias_group is not None:

@@ -236,6 +236,12 @@ class DataDependentError(FunctransError):
         super().__init__(what=what, i=interpreter, line=at_line(), cure=cure)
 
 
+class AnomalyError(FunctransError, takes="op name level position line"):
+    sentence = """{op} returned nan values in its {position}th output in the backward pass of {name} at level
+        {level}.{line} Anomaly detection (torch.autograd.set_detect_anomaly) is on: look for what has no derivative at
+        this place, such as sqrt at 0."""
+
+
 class BatchingRuleError(FunctransError, takes="rule got expected"):
     """A batching rule returned something else than the physical output and where its batch dimension is.
 

@@ -97,6 +97,26 @@ class Refusing(torch.Tensor):
             refuse(self, "Tensor.register_hook()", "an autograd.Function whose backward does what the hook does")
         return self.interpreter.add_hook(self, hook)  # type: ignore[attr-defined]
 
+    def retain_grad(self) -> None:
+        if not self.requires_grad:
+            raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
+        if not self.interpreter.records(self):
+            refuse(self, "Tensor.retain_grad()", "functrans.vjp inside, whose pullback returns cotangents")
+        self.interpreter.retain(self)  # type: ignore[attr-defined]
+
+    @property
+    def retains_grad(self) -> bool:  # type: ignore[override]
+        return any(x is self for x in getattr(self.interpreter, "retaining", ()))
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        """What ``retain_grad`` asked for, a value one level down; None until it is known."""
+        return self.__dict__.get("cotangent")
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.cotangent = value
+
     def tolist(self) -> Any:
         if self.dim() == 0:
             return self._asked("tolist")

@@ -22,6 +22,7 @@ from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
+from functrans.interpreters.grad.anomaly import NotedTape, check_numbers, checks_numbers
 from functrans.interpreters.grad.nodes import BackwardNode, ProgramNode, matrix_of
 from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, choose_method
@@ -45,10 +46,12 @@ class GradInterpreter(Interpreter, whole=True):
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
-        self.tape: list[Record] = []
+        self.tape: list[Record] = NotedTape() if torch.is_anomaly_enabled() else []
         self.last_index = 0
         #: functions that see, and may replace, the cotangent of an index
         self.hooks: dict[int, OrderedDict[int, Callable[..., Any]]] | None = None
+        #: wrappers that keep their cotangent; they need hooks, which see it first
+        self.retaining: list[WrapperTensor] = []
 
     def track(self, value: Tensor) -> WrapperTensor:
         """A wrapper for ``value`` that the tape follows."""
@@ -105,6 +108,12 @@ class GradInterpreter(Interpreter, whole=True):
         hooks[handle.id] = hook
         return handle
 
+    def retain(self, wrapper: WrapperTensor) -> None:
+        """Let a tracked ``wrapper`` keep its cotangent as ``wrapper.grad``; of one that is written, the last one's."""
+        if not wrapper.retains_grad:
+            self.hooks = self.hooks or {}
+            self.retaining.append(wrapper)
+
     def hooked(self, index: int, cotangent: Tensor) -> Tensor:
         cotangent = tensor_of(cotangent)
         for hook in list(self.hooks.get(index, {}).values()) if self.hooks else ():
@@ -113,6 +122,9 @@ class GradInterpreter(Interpreter, whole=True):
                 if not isinstance(new, Tensor) or spec(new) != spec(cotangent):
                     raise HookError(hook, described(new), described(cotangent))
                 cotangent = new
+        for wrapper in self.retaining:
+            if wrapper.tape_index == index:
+                wrapper.grad = cotangent if wrapper.grad is None else wrapper.grad + cotangent
         return cotangent
 
     def record(self, node: Any, outs: Any, ins: Any, saved: Any) -> None:
@@ -125,7 +137,7 @@ class GradInterpreter(Interpreter, whole=True):
         product of a matrix and a vector scales the matrix's rows. Returns these rows, the index that they are
         cotangents of, and how much of the tape is left to be walked; None if the last step is of another kind.
         """
-        if self.hooks is not None:
+        if self.hooks is not None or checks_numbers():
             return None
         with door_closed():
             diagonal: Any = torch.ones(size, dtype=like.dtype, device=like.device)
@@ -163,6 +175,7 @@ class GradInterpreter(Interpreter, whole=True):
             by index, the cotangents of the inputs.
         """
         tape = self.tape
+        checking = checks_numbers()
         for i in range((len(tape) if end is None else end) - 1, -1, -1):
             node, outs, ins, saved = tape[i]
             grad: Any
@@ -187,6 +200,8 @@ class GradInterpreter(Interpreter, whole=True):
             except Exception as error:
                 explain_pull(error, self, node.operator(saved), grad, isinstance(node, BackwardNode))
                 raise
+            if checking:
+                check_numbers(self, tape, i, node.operator(saved), found)
             for index, cotangent in zip(ins, found, strict=True):
                 if cotangent is None:
                     continue

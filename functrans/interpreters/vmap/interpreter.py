@@ -20,6 +20,7 @@ from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
+from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.programs import run_program
@@ -34,7 +35,6 @@ DATA_DEPENDENT = {
     for names, cure in (
         (("item", "_local_scalar_dense", "is_nonzero"),
          "use torch.where(condition, a, b) instead of branching on a value; keep numbers as tensors"),
-        (("equal",), "compare with (a == b).all() and keep the result as a tensor"),
         (("nonzero", "argwhere", "nonzero_numpy", "masked_select"),
          "use torch.where(mask, x, 0) or a fixed-size result such as torch.nonzero_static"),
         (("unique_dim", "_unique", "_unique2", "unique_consecutive", "unique_dim_consecutive"),
@@ -49,6 +49,7 @@ DATA_DEPENDENT = {
 NOT_DECOMPOSED = frozenset((aten._scaled_dot_product_flash_attention_for_cpu.default,))
 
 ITEM = (aten.item.default, aten._local_scalar_dense.default)
+TRUTH = (*ITEM, aten.is_nonzero.default)
 READING_A_NUMBER = "tensor.item(), or a tensor where PyTorch takes a number,"
 
 
@@ -63,6 +64,12 @@ class VmapInterpreter(Interpreter, whole=True):
         super().__init__(func)
         self.batch_size = batch_size
         self.info = BatchInfo(batch_size, randomness)
+        #: what is wrong if the function returns; see NOTE [Checks under vmap]
+        self.undecided: DataDependentError | None = None
+
+    def returned(self) -> None:
+        if self.undecided is not None:
+            raise self.undecided
 
     def batched(self, value: Tensor, bdim: int | None, of: Any = None) -> WrapperTensor:
         """A wrapper for the physical ``value``, batched along ``bdim``, which a rule for ``of`` may have got wrong."""
@@ -90,6 +97,12 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
         return self.batched(value, source.bdim)
+
+    def hides_layout(self, wrapper: WrapperTensor) -> bool:
+        if wrapper.bdim is None or wrapper.strides is None or wrapper.layout is not torch.strided:
+            return False
+        span = 1 + sum((n - 1) * s for n, s in zip(wrapper.shape, wrapper.strides, strict=True))
+        return self.batch_size > 1 and 0 < wrapper.value.stride(wrapper.bdim) < span
 
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:
         return False  # where the batch dimension is has nothing to do with derivatives
@@ -146,7 +159,12 @@ class VmapInterpreter(Interpreter, whole=True):
                 return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
+            if op in TRUTH and asked_for_all(args[0]):
+                return holds(self, args[0])
             raise DataDependentError(READING_A_NUMBER if op in ITEM else op, self, cure)
+        if op in CHECKS:
+            with running_at(self):
+                return CHECKS[op](*args, **kwargs)
         if known.composite:
             return decompose(self, op, args, kwargs)
         decomposition = DECOMPOSITION_TABLE.get(op)
