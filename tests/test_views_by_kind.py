@@ -15,7 +15,7 @@ from torch import Tensor
 from functrans import grad, jvp, vmap
 from functrans.core.errors import CapturedOnceError, InsideTransformError
 from functrans.core.operators import SPECIAL, VIEW, op_info
-from functrans.functionalize.views import BY_INDEX, WRITE_BACK
+from functrans.functionalize.write_back import BY_INDEX, WRITE_BACK
 
 aten = torch.ops.aten
 F64, C128 = torch.float64, torch.complex128

@@ -23,7 +23,8 @@ from functrans.core.operators import OpInfo
 from functrans.core.tensor import SCALAR_INDICES, WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.functionalize.hidden_effects import as_usual, enter, stands_in_for
-from functrans.functionalize.views import WRITE_BACK, AliasGroup, ViewLink, link_view
+from functrans.functionalize.views import AliasGroup, ViewLink, link_view
+from functrans.functionalize.write_back import WRITE_BACK
 from functrans.functionalize.writes import run_write, unwrap_constants
 
 aten = torch.ops.aten

@@ -14,8 +14,6 @@ side of it is written and one on the other side used afterwards, which is an err
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +27,8 @@ from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload, no_dispatch, set_grad_enabled
-from functrans.functionalize.history import with_history_of
 from functrans.functionalize.layouts import as_shown, check_places, dense_strides
-from functrans.functionalize.memory import places, positions, storage_offset_of
+from functrans.functionalize.memory import storage_offset_of
 
 aten = torch.ops.aten
 
@@ -290,166 +287,3 @@ def _decided(
         except RuntimeError:
             return True
         return out is probe or out._is_view()
-
-
-# --- writing back through one step ----------------------------------------------------------------------------------
-
-
-def write_back(steps: list[ViewLink], content: Tensor, new: Tensor, filled: bool) -> Tensor:
-    """What ``content`` becomes when its view by ``steps`` becomes ``new``; ``filled``: with one value everywhere."""
-    # From a step without a way back of its own on, the elements of several steps may share a place: they are looked at
-    # as one.
-    first = next((i for i, step in enumerate(steps) if step.op not in WRITE_BACK), len(steps))
-    if not MOVES.issuperset(step.op for step in steps[first:] if step.op in WRITE_BACK):
-        first = len(steps)
-    stages: list[Tensor] = [content]
-    for step in steps[:first] if first < len(steps) else steps[:-1]:
-        stages.append(step.apply(stages[-1]))
-    if first < len(steps):
-        new = write_back_by_index(steps[first:], stages.pop(), new, filled)
-    for step, before in zip(reversed(steps[:first]), reversed(stages), strict=True):
-        rule = WRITE_BACK.get(step.op)
-        new = rule(step, before, new) if rule is not None else write_back_by_index([step], before, new, False)
-    return new
-
-
-def write_back_by_index(steps: list[ViewLink], before: Tensor, new: Tensor, filled: bool) -> Tensor:
-    """Views that move elements without changing them: their own positions say where each one came from."""
-    for step in steps:
-        if step.op not in MOVES and step.op not in BY_INDEX:
-            raise InsideTransformError(f"a write through a view that {step.op} made", "a transform", "a copy of it")
-    seen = torch.arange(math.prod(before.shape), device=before.device).reshape(before.shape)
-    with running_at(None):
-        for step in steps:
-            seen = step.op(seen, *step.args, **step.kwargs)
-            seen = seen if step.index is None else seen[step.index]
-    return put(seen, before, new, filled)
-
-
-def put(seen: Tensor, before: Tensor, new: Tensor, filled: bool) -> Tensor:
-    """``before`` with the elements of ``new`` where ``synced_version`` has their positions."""
-    flat_positions = dispatch(aten.reshape.default, (seen, [-1]), {})
-    flat = dispatch(aten.reshape.default, (before, [-1]), {})
-    values = dispatch(aten.reshape.default, (new, [-1]), {})
-    if not filled and len(torch.unique(seen)) != math.prod(seen.shape):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
-            "Please clone() the tensor before performing the operation."
-        )
-    flat = dispatch(aten.index_put.default, (flat, [flat_positions], values), {})
-    return dispatch(aten.reshape.default, (flat, list(before.shape)), {})
-
-
-def _send(op: OpOverload, *args: Any) -> Any:
-    return dispatch(op, args, {})
-
-
-def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    size, stride, offset = (*step.args, None)[:3]
-    start = storage_offset_of(before)
-    offset = start if offset is None else offset
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    own_last = start + sum((n - 1) * s for n, s in zip(before.shape, before.stride(), strict=True))
-    if start <= offset <= last <= own_last and own_last - start + 1 == math.prod(before.shape):
-        return _send(aten.as_strided_scatter.default, before, changed, *step.args)
-    seen = positions(places(size, stride, offset), places(before.shape, before.stride(), start))
-    if seen is None:
-        raise InsideTransformError(
-            "a write through as_strided beyond the tensor that it was called on", "a transform", "indices"
-        )
-    return put(seen, before, changed, False)
-
-
-#: Views of all elements, in their order, in another shape.
-RESHAPES = (
-    aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default,
-    aten.reshape_as.default, aten.view_as.default, aten.flatten.using_ints, aten.unflatten.int, aten.ravel.default,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-)  # fmt: skip
-
-
-def _back_permute(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    inverse = [0] * before.dim()
-    for i, d in enumerate(step.args[0]):
-        inverse[d % before.dim()] = i
-    return _send(aten.permute.default, changed, inverse)
-
-
-def _back_shape(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    return _send(aten.reshape.default, changed, list(before.shape))
-
-
-def _back_conjugated(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    """Computed, since a base is not conjugated lazily, which view_as_real asks."""
-    if step.op in (aten.mH.default, aten.adjoint.default, aten.matrix_H.default):
-        changed = _send(aten.mT.default, changed)
-    return _send(aten.conj_physical.default, changed)
-
-
-def _back_dtype(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    """The same bits in another dtype have no derivative, and leave that of what was there, as ``detach`` does."""
-    new = _send(aten.view.dtype, _send(aten.contiguous.default, changed), before.dtype)
-    return with_history_of(before, new, everywhere=True)
-
-
-def _back_again(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    """Steps that are their own inverse."""
-    return _send(step.op, changed, *step.args)
-
-
-#: For a view's operator: (step, before, changed) -> the new contents of what it was taken from.
-WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
-    aten.as_strided.default: _back_as_strided,
-    aten.select.int: lambda step, before, changed: _send(aten.select_scatter.default, before, changed, *step.args),
-    aten.slice.Tensor: lambda step, before, changed: _send(aten.slice_scatter.default, before, changed, *step.args),
-    aten.diagonal.default: lambda step, before, changed: _send(
-        aten.diagonal_scatter.default, before, changed, *step.args
-    ),
-    aten.unbind.int: lambda step, before, changed: _send(
-        aten.select_scatter.default, before, changed, step.args[0] if step.args else 0, step.index
-    ),
-    aten.permute.default: _back_permute,
-    aten.detach.default: lambda step, before, changed: with_history_of(before, changed, everywhere=True),
-    aten.real.default: lambda step, before, changed: (
-        torch.complex(changed, before.imag) if before.is_complex() else changed
-    ),
-    aten.imag.default: lambda step, before, changed: torch.complex(before.real, changed),
-    aten.view_as_real.default: lambda step, before, changed: torch.view_as_complex(changed.contiguous()),
-    aten.view_as_complex.default: lambda step, before, changed: torch.view_as_real(changed),
-    **dict.fromkeys(
-        (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default, aten.numpy_T.default,
-         aten.mT.default),
-        _back_again,
-    ),
-    **dict.fromkeys(
-        (aten._conj.default, aten.conj.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default),
-        _back_conjugated,
-    ),
-    aten.view.dtype: _back_dtype,
-    aten._neg_view.default: lambda step, before, changed: _send(aten.neg.default, changed),
-    **dict.fromkeys(RESHAPES, _back_shape),
-    # conversions that had nothing to convert: where they copied, the link was cut
-    **dict.fromkeys(
-        (aten.alias.default, aten.contiguous.default, aten.positive.default, aten.resolve_conj.default,
-         aten.resolve_neg.default, aten.type_as.default, *(getattr(aten.to, o) for o in aten.to.overloads())),
-        lambda step, before, changed: changed,
-    ),
-}  # fmt: skip
-
-#: Those of them that move elements, and neither look into them nor ask for derivatives.
-MOVES = frozenset(
-    op for op, rule in WRITE_BACK.items()
-    if rule in (_back_permute, _back_shape)
-    or op in (aten.select.int, aten.slice.Tensor, aten.diagonal.default, aten.unbind.int, aten.alias.default)
-    or rule is _back_again
-)  # fmt: skip
-
-#: Views without a way back of their own that do no more than that, either.
-BY_INDEX = frozenset(
-    getattr(getattr(aten, name), overload)
-    for name in (
-        "broadcast_to", "chunk", "dsplit", "expand", "expand_as", "hsplit", "linalg_diagonal", "moveaxis", "movedim",
-        "narrow", "split", "split_with_sizes", "tensor_split", "unfold", "vsplit",
-    )
-    for overload in getattr(aten, name).overloads()
-)  # fmt: skip

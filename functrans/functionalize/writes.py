@@ -42,8 +42,9 @@ from functrans.functionalize.history import with_history_of
 from functrans.functionalize.layouts import laid_out_like, note_moved, set_shape
 from functrans.functionalize.memory import storage_offset_of
 from functrans.functionalize.out_of_place import Functional, pure_form
-from functrans.functionalize.views import AliasGroup, ViewLink, link_view, part, run_view, write_back
+from functrans.functionalize.views import AliasGroup, ViewLink, link_view, part, run_view
 from functrans.functionalize.without_data import run_without_data
+from functrans.functionalize.write_back import write_back
 
 aten = torch.ops.aten
 
