@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from functrans.api.checks import check_flag, check_kind
 from functrans.core.errors import CallError, CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
-from functrans.core.torch_private import BatchNormModule, swap_parametrizations
+from functrans.core.torch_private import BatchNormModule, keep_parametrizations, kept_parametrizations
 
 __all__ = ["functional_call", "replace_all_batch_norm_modules_", "stack_module_state"]
 
@@ -55,8 +55,9 @@ def functional_call(
     own = tensors_of_shared(module) if isinstance(module, nn.Module) else []
     if own and not tie_weights:
         check_one_value_each(module, parameter_and_buffer_dicts)
-    computed = swap_parametrizations({})  # of the module's own parameters
+    computed = kept_parametrizations()  # of the module's own parameters
     try:
+        keep_parametrizations({})
         return torch.func.functional_call(
             module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict
         )
@@ -64,7 +65,7 @@ def functional_call(
         check_functional_call(module, parameter_and_buffer_dicts, kwargs, strict)
         raise
     finally:
-        swap_parametrizations(computed)
+        keep_parametrizations(computed)
         given = {id(x) for d in dicts_in(parameter_and_buffer_dicts) for x in d.values()} if own else ()
         for part, name, tensor in own:
             if id(getattr(part, name)) in given:

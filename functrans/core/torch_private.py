@@ -40,6 +40,8 @@ __all__ = [
     "is_forward_enabled",
     "is_key_excluded",
     "is_torch_func_active",
+    "keep_parametrizations",
+    "kept_parametrizations",
     "make_wrapper",
     "mode_at",
     "mode_stack_size",
@@ -57,7 +59,6 @@ __all__ = [
     "set_function_state",
     "set_grad_enabled",
     "set_key_excluded",
-    "swap_parametrizations",
     "tensor_torch_function",
     "top_packing",
     "vmap_rule_of_library",
@@ -188,11 +189,15 @@ _parametrize: Any = private("torch.nn.utils.parametrize", "to know parametrize.c
 private("torch.nn.utils.parametrize._cache", "to keep parametrize.cached() to parameters that are still those it saw")
 
 
-def swap_parametrizations(kept: dict[Any, Any]) -> dict[Any, Any]:
-    """Let ``parametrize.cached()`` keep what it computes in ``kept``; returns where it did so until now."""
-    before: dict[Any, Any] = _parametrize._cache
+def kept_parametrizations() -> dict[Any, Any]:
+    """Where ``parametrize.cached()`` keeps what it computes."""
+    kept: dict[Any, Any] = _parametrize._cache
+    return kept
+
+
+def keep_parametrizations(kept: dict[Any, Any]) -> None:
+    """Let ``parametrize.cached()`` keep what it computes in ``kept``."""
     _parametrize._cache = kept
-    return before
 
 
 BatchNormModule: Any = private("torch.nn.modules.batchnorm._BatchNorm", "to find batch norms among modules")
