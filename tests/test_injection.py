@@ -10,12 +10,12 @@ import pytest
 from injection import violations
 
 from functrans.core.thread_state import Snapshot
-from functrans.functionalize import out_of_place
+from functrans.functionalization import out_of_place
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each exception is raised in a process of its own")
 
 #: Where state is switched, and what is found of an operator is kept.
-CORE = ("core/thread_state.py", "core/stack.py", "door/torch_dispatch.py", "functionalize/out_of_place.py")
+CORE = ("core/thread_state.py", "core/stack.py", "door/torch_dispatch.py", "functionalization/out_of_place.py")
 #: By default every so many lines of the rest; all of them take a quarter of an hour.
 EVERY = 30
 
@@ -56,5 +56,6 @@ def test_a_cache_that_is_filled_too_early_is_found() -> None:
 
     original = out_of_place.by_name
     with mock.patch.object(out_of_place, "by_name", filled_too_early):
-        found = list(violations(lambda shown, number: shown.startswith("functionalize/out_of_place.py"), ["writes"]))
+        chosen = lambda shown, number: shown.startswith("functionalization/out_of_place.py")
+        found = list(violations(chosen, ["writes"]))
     assert found and all("has no pure form" in text for text in found)

@@ -14,7 +14,7 @@ HOME = Path(functrans.__file__).parent
 #: The rooms, the lowest first; those of one line do not use each other.
 FLOORS = [
     {"core"},
-    {"functionalize"},
+    {"functionalization"},
     {"decompositions"},
     {"derivatives"},
     {"programs"},
@@ -117,6 +117,6 @@ def test_an_arrow_up_is_found(module: str, other: str) -> None:
 
 def test_a_circle_is_found() -> None:
     graph = {m: at_import(tree) - {m} for m, tree in MODULES.items()}
-    assert "core.dispatch" in graph["functionalize.views"]
-    graph["core.dispatch"] = graph["core.dispatch"] | {"functionalize.views"}
-    assert {"core.dispatch", "functionalize.views"} <= set(circle(graph))
+    assert "core.dispatch" in graph["functionalization.views"]
+    graph["core.dispatch"] = graph["core.dispatch"] | {"functionalization.views"}
+    assert {"core.dispatch", "functionalization.views"} <= set(circle(graph))

@@ -31,7 +31,7 @@ from functrans.extend import (
     rule_to_paste,
     run_transformed,
 )
-from functrans.functionalize.hidden_effects import stands_in_for
+from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import along_dim, reduction
 from functrans.interpreters.vmap.rules.random import RandomnessError, random_family

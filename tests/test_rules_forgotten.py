@@ -24,8 +24,8 @@ from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import Derivative
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, rules_in_scope
-from functrans.functionalize.hidden_effects import stands_in_for
-from functrans.functionalize.out_of_place import PURE_FORMS
+from functrans.functionalization.hidden_effects import stands_in_for
+from functrans.functionalization.out_of_place import PURE_FORMS
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
@@ -381,5 +381,5 @@ def test_a_module_of_the_package_is_what_its_name_imports() -> None:
 
 
 def test_the_decorator_of_stand_ins_is_that_of_the_table() -> None:
-    with pytest.raises(functrans.core.errors.DuplicateRuleError, match="functionalize/hidden_effects.py"):
+    with pytest.raises(functrans.core.errors.DuplicateRuleError, match="functionalization/hidden_effects.py"):
         stands_in_for(aten.dropout.default)(len)

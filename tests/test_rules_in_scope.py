@@ -23,7 +23,7 @@ from functrans.core.operators import STAND_INS, op_info
 from functrans.core.rules import SCOPES
 from functrans.derivatives.table import Derivative
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, batching_rule, overriding, rules_in_scope
-from functrans.functionalize.out_of_place import PURE_FORMS
+from functrans.functionalization.out_of_place import PURE_FORMS
 from functrans.programs import deriving
 from functrans.programs.operators import PROGRAMS, operator_program
 

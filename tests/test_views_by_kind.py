@@ -15,7 +15,7 @@ from torch import Tensor
 from functrans import grad, jvp, vmap
 from functrans.core.errors import CapturedOnceError, InsideTransformError
 from functrans.core.operators import SPECIAL, VIEW, op_info
-from functrans.functionalize.write_back import BY_INDEX, WRITE_BACK
+from functrans.functionalization.write_back import BY_INDEX, WRITE_BACK
 
 aten = torch.ops.aten
 F64, C128 = torch.float64, torch.complex128
@@ -32,7 +32,8 @@ def view_operators() -> set[Any]:
     """The operators whose results share memory with their first argument, by their schemas; those of named tensors
     (until PyTorch 2.11) are not written through."""
     found = set()
-    for name in dir(aten):
+    names = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")}
+    for name in sorted(names):
         packet = getattr(aten, name)
         for overload in packet.overloads() if hasattr(packet, "overloads") else ():
             op = getattr(packet, overload)
@@ -49,11 +50,14 @@ SPARSE = "parts of a sparse tensor; a write through them is refused"
 NOT_WRITTEN_THROUGH = {
     **dict.fromkeys(
         ("_indices", "_values", "ccol_indices", "coalesce", "col_indices", "crow_indices", "indices", "row_indices",
-         "values"), SPARSE,
+         "values", "_sparse_broadcast_to"), SPARSE,
+    ),
+    **dict.fromkeys(
+        ("_nested_get_values", "_nested_view_from_jagged"), "parts of a nested tensor, which no wrapper holds",
     ),
     **dict.fromkeys(
         ("_autocast_to_full_precision", "_autocast_to_reduced_precision", "_fw_primal", "_nested_view_from_buffer",
-         "pin_memory", "slice_inverse"), "of PyTorch's own; a write through them is refused",
+         "_test_autograd_multiple_dispatch_view", "pin_memory", "slice_inverse"), "of PyTorch's own; a write through them is refused",
     ),
 }  # fmt: skip
 

@@ -15,8 +15,8 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import tree_flatten, tree_unflatten
 from functrans.core.tensor import WrapperTensor, check_layout
-from functrans.functionalize.views import contents_of
-from functrans.functionalize.writes import invalidate_saved
+from functrans.functionalization.views import contents_of
+from functrans.functionalization.writes import invalidate_saved
 
 Argnums = int | tuple[int, ...]
 #: In place of argnums: every argument, as in vjp and jvp, where they are called primals.

@@ -14,7 +14,7 @@ from functrans.core.errors.wording import shown
 from functrans.core.pytrees import tree_map
 from functrans.core.stack import run_transformed
 from functrans.core.thread_state import STATE
-from functrans.functionalize.views import contents_of
+from functrans.functionalization.views import contents_of
 from functrans.interpreters.functionalize import FunctionalizeInterpreter
 
 REMOVE = ("mutations", "mutations_and_views")

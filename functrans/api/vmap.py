@@ -19,7 +19,7 @@ from functrans.core.pytrees import broadcast_prefix, leaves_like, tree_flatten, 
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
 from functrans.core.thread_state import STATE
-from functrans.functionalize.views import contents_of
+from functrans.functionalization.views import contents_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 #: how ``randomness`` is left out

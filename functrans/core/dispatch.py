@@ -1,7 +1,7 @@
 """How an operator gets from the door to an interpreter, and down the stack to plain PyTorch.
 
     y = torch.sin(x)                   x: a wrapper of level 2 around a wrapper of level 1 around plain data
-      └ door                           make it pure                    (door/torch_function.py, functionalize/writes.py)
+      └ door                           make it pure                (door/torch_function.py, functionalization/writes.py)
         └ dispatch                     top level among the arguments: 2
           └ level 2 .process           its rule lowers:
             └ lower, dispatch          a Python call; top level among the arguments: 1

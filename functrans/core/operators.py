@@ -33,7 +33,7 @@ SPECIAL = 3
 REPLACING = frozenset(f"aten::{n}" for n in ("copy_", "fill_", "zero_", "detach_", "uniform_", "normal_", "bernoulli_"))
 
 #: Functions that stand in for operators whose schema hides what they do: (known, args, kwargs) -> output. See
-#: functrans.functionalize.hidden_effects.
+#: functrans.functionalization.hidden_effects.
 STAND_INS: RuleTable[Any] = RuleTable("stand-ins", cached=True, writing=True)
 
 #: The namespaces whose operators are PyTorch's own. Of all others PyTorch may be told more at any time, and tells

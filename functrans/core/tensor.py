@@ -28,7 +28,7 @@ class WrapperTensor(Refusing):
         interpreter: the running transform it belongs to.
         value: the tensor one level down.
         what its transform keeps on it, under the names in ``interpreter.payload`` (see ``carried_as``).
-        view_link: how it was made from what it is a view of, or None (see functionalize/views.py).
+        view_link: how it was made from what it is a view of, or None (see functionalization/views.py).
         version: counts the writes it has seen.
     """
 
@@ -49,7 +49,7 @@ class WrapperTensor(Refusing):
     alias_group: Any = None  # a views.AliasGroup, once a view was taken
     synced_version: int = 0
     version: int = 0
-    moved: bool = False  # a write left the contents elsewhere in memory than shown; see functionalize/layouts.py
+    moved: bool = False  # a write left the contents elsewhere in memory than shown; see functionalization/layouts.py
     shown_offset: int | None = None  # where the contents began before that
     given: bool = False  # an argument of vmap that is not contiguous
     quantifier: Any = None  # torch.all or torch.any, whose answer it is; see interpreters/vmap/checks.py

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from functrans.core.operators import OpInfo
-from functrans.functionalize.hidden_effects import as_usual, enter, stands_in_for
-from functrans.functionalize.numbers_read import carries_derivative
+from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for
+from functrans.functionalization.numbers_read import carries_derivative
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from functrans.core.dispatch import base, scan
 from functrans.core.operators import OpInfo
 from functrans.core.thread_state import STATE, running_at
-from functrans.functionalize.hidden_effects import stands_in_for
+from functrans.functionalization.hidden_effects import stands_in_for
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.table import derivative
-from functrans.functionalize.memory import storage_offset_of
+from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from functrans.derivatives import splits, views  # noqa: F401 - whose entries are taken over
-from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
-from functrans.functionalize.copies import COPIES
+from functrans.derivatives.table import DERIVATIVES, derivative
+from functrans.functionalization.copies import COPIES
 
 aten = torch.ops.aten
 
@@ -16,4 +16,3 @@ for view, copy in COPIES.items():
         formulas: dict[str, Any] = entry.formulas
         derivative(copy, tangent=entry.tangent, **formulas)
 derivative(aten.lift_fresh_copy.default, tangent="linear", self=lambda grad: grad)
-no_derivative(aten.detach_copy.default)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functrans.derivatives.helpers import cast, conj, sum_to_shape
 from functrans.derivatives.table import derivative
-from functrans.functionalize.write_back import RESHAPES
+from functrans.functionalization.write_back import RESHAPES
 
 aten = torch.ops.aten
 linear = partial(derivative, tangent="linear")

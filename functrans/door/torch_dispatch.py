@@ -18,8 +18,8 @@ from functrans.core.schemas import normalized
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, set_key_excluded
-from functrans.functionalize import writes
-from functrans.functionalize.numbers_read import check_number_read
+from functrans.functionalization import writes
+from functrans.functionalization.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
 
 
@@ -32,8 +32,8 @@ class Door(Mode):
         """Every operator that code runs inside a transform enters here, once, but for those that take the short way
         (torch_function.py).
 
-        Writes and views become pure operators (functionalize/writes.py); what was made inside belongs to the innermost
-        transform.
+        Writes and views become pure operators (functionalization/writes.py); what was made inside belongs to the
+        innermost transform.
         """
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
         # tensors what they are. (Autograd's comes back in dispatch.base.)

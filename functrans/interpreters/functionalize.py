@@ -26,8 +26,8 @@ from functrans.core.torch_private import (
     set_forward_enabled,
     set_grad_enabled,
 )
-from functrans.functionalize.copies import COPIES
-from functrans.functionalize.views import contents_of
+from functrans.functionalization.copies import COPIES
+from functrans.functionalization.views import contents_of
 from functrans.interpreters.function_context import unwrapped
 
 aten = torch.ops.aten

@@ -24,7 +24,7 @@ from functrans.core.tensor import WrapperTensor, carried_as, wrap
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import OpOverload, set_grad_enabled
 from functrans.derivatives.constants import ABOUT_METADATA
-from functrans.functionalize.history import with_history_of
+from functrans.functionalization.history import with_history_of
 from functrans.interpreters.function_context import unwrapped
 from functrans.interpreters.grad.nodes import snapshot, tensors_in
 

@@ -24,7 +24,7 @@ from functrans.core.errors.refusals import NUMBERS
 from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered, running_at
-from functrans.functionalize.hidden_effects import as_usual, stands_in_for
+from functrans.functionalization.hidden_effects import as_usual, stands_in_for
 
 if TYPE_CHECKING:
     from functrans.interpreters.vmap.interpreter import VmapInterpreter

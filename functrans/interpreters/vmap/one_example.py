@@ -22,7 +22,7 @@ from torch import Tensor
 
 from functrans.core.operators import PYTORCH_NAMESPACES
 from functrans.core.torch_private import OpOverload
-from functrans.functionalize.without_data import leaves, run_on_zeros, run_without_data
+from functrans.functionalization.without_data import leaves, run_on_zeros, run_without_data
 
 #: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.errors import InsideTransformError
-from functrans.functionalize.memory import storage_offset_of
+from functrans.functionalization.memory import storage_offset_of
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from functrans.core.dispatch import map_tensors
-from functrans.functionalize.copies import COPIES
+from functrans.functionalization.copies import COPIES
 from functrans.interpreters.vmap.rules import view_writes, views  # noqa: F401 - whose rules are taken over
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 

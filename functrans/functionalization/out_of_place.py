@@ -11,7 +11,7 @@ from functrans.core import thread_state
 from functrans.core.operators import OpInfo, specialized_here
 from functrans.core.rules import SCOPES, RuleTable
 from functrans.core.torch_private import OpOverload
-from functrans.functionalize.layouts import copied_like
+from functrans.functionalization.layouts import copied_like
 
 aten = torch.ops.aten
 

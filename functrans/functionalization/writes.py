@@ -38,13 +38,13 @@ from functrans.core.torch_private import (
     is_key_excluded,
     set_key_excluded,
 )
-from functrans.functionalize.history import with_history_of
-from functrans.functionalize.layouts import laid_out_like, note_moved, set_shape
-from functrans.functionalize.memory import storage_offset_of
-from functrans.functionalize.out_of_place import Functional, pure_form
-from functrans.functionalize.views import AliasGroup, ViewLink, link_view, part, run_view
-from functrans.functionalize.without_data import run_without_data
-from functrans.functionalize.write_back import write_back
+from functrans.functionalization.history import with_history_of
+from functrans.functionalization.layouts import laid_out_like, note_moved, set_shape
+from functrans.functionalization.memory import storage_offset_of
+from functrans.functionalization.out_of_place import Functional, pure_form
+from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
+from functrans.functionalization.without_data import run_without_data
+from functrans.functionalization.write_back import write_back
 
 aten = torch.ops.aten
 

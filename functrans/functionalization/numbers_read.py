@@ -23,7 +23,7 @@ from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import OpOverload
-from functrans.functionalize.hidden_effects import as_usual, stands_in_for
+from functrans.functionalization.hidden_effects import as_usual, stands_in_for
 
 aten = torch.ops.aten
 

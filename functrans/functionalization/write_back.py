@@ -13,9 +13,9 @@ from functrans.core.dispatch import dispatch
 from functrans.core.errors import InsideTransformError
 from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload
-from functrans.functionalize.history import with_history_of
-from functrans.functionalize.memory import places, positions, storage_offset_of
-from functrans.functionalize.views import ViewLink
+from functrans.functionalization.history import with_history_of
+from functrans.functionalization.memory import places, positions, storage_offset_of
+from functrans.functionalization.views import ViewLink
 
 aten = torch.ops.aten
 

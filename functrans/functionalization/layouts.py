@@ -21,7 +21,7 @@ from functrans.core.errors import InsideTransformError
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
 from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload, no_dispatch, without_torch_function
-from functrans.functionalize.memory import storage_offset_of
+from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten
 

@@ -15,9 +15,9 @@ from functrans.core.operators import STAND_INS, OpInfo, op_info
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload
-from functrans.functionalize.layouts import check_places, dense_strides, memory_order, set_shape
-from functrans.functionalize.views import run_view
-from functrans.functionalize.writes import write
+from functrans.functionalization.layouts import check_places, dense_strides, memory_order, set_shape
+from functrans.functionalization.views import run_view
+from functrans.functionalization.writes import write
 
 aten = torch.ops.aten
 

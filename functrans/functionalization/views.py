@@ -27,8 +27,8 @@ from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload, no_dispatch, set_grad_enabled
-from functrans.functionalize.layouts import as_shown, check_places, dense_strides
-from functrans.functionalize.memory import storage_offset_of
+from functrans.functionalization.layouts import as_shown, check_places, dense_strides
+from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten
 

@@ -22,10 +22,10 @@ from functrans.core.errors.refusals import concrete
 from functrans.core.operators import OpInfo
 from functrans.core.tensor import SCALAR_INDICES, WrapperTensor
 from functrans.core.thread_state import STATE
-from functrans.functionalize.hidden_effects import as_usual, enter, stands_in_for
-from functrans.functionalize.views import AliasGroup, ViewLink, link_view
-from functrans.functionalize.write_back import WRITE_BACK
-from functrans.functionalize.writes import run_write, unwrap_constants
+from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for
+from functrans.functionalization.views import AliasGroup, ViewLink, link_view
+from functrans.functionalization.write_back import WRITE_BACK
+from functrans.functionalization.writes import run_write, unwrap_constants
 
 aten = torch.ops.aten
 
