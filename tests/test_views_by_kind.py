@@ -57,7 +57,8 @@ NOT_WRITTEN_THROUGH = {
     ),
     **dict.fromkeys(
         ("_autocast_to_full_precision", "_autocast_to_reduced_precision", "_fw_primal", "_nested_view_from_buffer",
-         "_test_autograd_multiple_dispatch_view", "pin_memory", "slice_inverse"), "of PyTorch's own; a write through them is refused",
+         "_test_autograd_multiple_dispatch_view", "pin_memory", "slice_inverse"),
+        "of PyTorch's own; a write through them is refused",
     ),
 }  # fmt: skip
 
