@@ -369,6 +369,7 @@ def test_used_after_its_vmap_it_says_so() -> None:
 A = torch.randn(3, 3, dtype=torch.float64)
 MASK = torch.tensor([True, False, True])
 INDEX = torch.tensor([2, 0, 2])
+GRID = torch.tensor([[[[0.1, -0.3], [0.5, 0.2]]]], dtype=torch.float64)
 
 
 def into_buffer(x: Tensor) -> Tensor:
@@ -402,6 +403,13 @@ LINEAR: dict[str, Callable[[Tensor], Any]] = {
     "an outer product": lambda x: torch.outer(x, Y),
     "einsum": lambda x: torch.einsum("ij,j,kj->ik", M, x, A),
     "a triangular system": lambda x: torch.linalg.solve_triangular(A.tril() + torch.eye(3), x[:, None], upper=False),
+    "a system": lambda x: torch.linalg.solve(A, x),
+    "a system with factors": lambda x: torch.linalg.lu_solve(*torch.linalg.lu_factor(A), x[:, None]),
+    "a cross product": lambda x: torch.linalg.cross(Y, x),
+    "samples of a grid": lambda x: nn.functional.grid_sample(x.outer(x.new_ones(3))[None, None], GRID),
+    "a mask that is drawn": lambda x: (torch.manual_seed(0), nn.functional.dropout(x, 0.5))[1],
+    "embeddings": lambda x: nn.functional.embedding(INDEX, x[:, None]),
+    "a loss that is linear": lambda x: nn.functional.nll_loss(x.expand(2, 3), INDEX[:2]),
     "Fourier, and its real part": lambda x: torch.fft.fft(x).real,
     "another dtype": lambda x: (x.float() * 2).double(),
     "a gradient of a quadratic": lambda x: grad(lambda x: x @ (A @ x) / 2)(x),
@@ -464,6 +472,9 @@ NOT_LINEAR: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a rectifier": (lambda x: x.relu(), "relu"),
     "an absolute value": (lambda x: x.abs(), "abs"),
     "a maximum": (lambda x: x.amax(), "amax"),
+    "the maximum of a bag": (
+        lambda x: nn.functional.embedding_bag(INDEX[None], x[:, None], mode="max"), "_embedding_bag",
+    ),
     "a comparison": (lambda x: torch.where(x > 0, x, 0.0), "gt"),
     "an index by values": (lambda x: A[x.argsort()] @ x, "sort"),
     "a cut": (lambda x: x.detach(), "detach"),

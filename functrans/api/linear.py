@@ -27,7 +27,7 @@ from functrans.core.thread_state import STATE
 from functrans.core.torch_private import is_torch_func_active
 from functrans.interpreters.grad.interpreter import check_versions
 from functrans.interpreters.grad.nodes import tensors_in
-from functrans.interpreters.linearize import LinearizeInterpreter, Node, Step
+from functrans.interpreters.linearize import LinearizeInterpreter, Step, Variable
 from functrans.interpreters.transpose import TransposeInterpreter, vanishes
 
 
@@ -71,35 +71,35 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
 
     def body() -> Any:
         tangents = [recorder.track(z) for z in zeros]
-        nodes = [t.node for t in tangents]
+        variables = [t.variable for t in tangents]
         values, found, out_spec, aux, inputs = run_forward(
             call, func, primals, tangents, ALL, False, has_aux  # type: ignore[arg-type]
         )  # fmt: skip
         for wrapper, origin in inputs.wrapped:
             if wrapper.version:
                 recorder.before_write(origin)
-        outputs = [node_of(recorder, t) for t in found]
+        outputs = [variable_of(recorder, t) for t in found]
         below = [unwrap(recorder, v) for v in values]
-        return below, nodes, outputs, out_spec, tree_map(lambda a: unwrap(recorder, a), aux), inputs
+        return below, variables, outputs, out_spec, tree_map(lambda a: unwrap(recorder, a), aux), inputs
 
-    values, nodes, outputs, out_spec, aux, inputs = run_transformed(recorder, body, enable_grad=True)
+    values, variables, outputs, out_spec, aux, inputs = run_transformed(recorder, body, enable_grad=True)
     inputs.write_back()
-    steps = recorder.steps_to([o.number for o in outputs if type(o) is Node])
+    steps = recorder.steps_to([o.number for o in outputs if type(o) is Variable])
     primals_like = [like(p) for p in leaves]
-    jvp_fn = JvpFunction(call, steps, nodes, primals_like, spec, outputs, [like(v) for v in values], out_spec)
+    jvp_fn = JvpFunction(call, steps, variables, primals_like, spec, outputs, [like(v) for v in values], out_spec)
     if STATE.top is not None:
         note_results(1, values, aux)
     out = tree_unflatten(out_spec, values)
     return (out, jvp_fn, aux) if has_aux else (out, jvp_fn)
 
 
-def node_of(recorder: LinearizeInterpreter, tangent: Tensor | None) -> Node | Tensor | None:
-    """The node of an output's tangent; a tensor that no tangent has a part in; or None, for zeros."""
+def variable_of(recorder: LinearizeInterpreter, tangent: Tensor | None) -> Variable | Tensor | None:
+    """The variable of an output's tangent; a tensor that no tangent has a part in; or None, for zeros."""
     if tangent is None:
         return None
     below = unwrap(recorder, tangent)
-    if type(tangent) is WrapperTensor and tangent.interpreter is recorder and tangent.node is not None:
-        return Node(tangent.node)
+    if type(tangent) is WrapperTensor and tangent.interpreter is recorder and tangent.variable is not None:
+        return Variable(tangent.variable)
     return below
 
 
@@ -139,11 +139,11 @@ class JvpFunction(LinearFunction):
     ) -> None:
         self.call = call
         self.steps = steps
-        #: the nodes of the tangents that are given
+        #: the variables of the tangents that are given
         self.inputs = inputs
         self.primals = primals
         self.spec = spec
-        #: the tangents of the outputs: nodes; a tensor that is always the same; None for zeros
+        #: the tangents of the outputs: variables; a tensor that is always the same; None for zeros
         self.outputs = outputs
         self.outputs_like = outputs_like
         self.out_spec = out_spec
@@ -202,7 +202,7 @@ class JvpFunction(LinearFunction):
         for step in self.steps:
             step.run(values)
         found = [
-            values[o.number] if type(o) is Node else x.zeros() if o is None else o.clone()
+            values[o.number] if type(o) is Variable else x.zeros() if o is None else o.clone()
             for o, x in zip(self.outputs, self.outputs_like, strict=True)
         ]
         if STATE.top is not None:

@@ -43,10 +43,10 @@ class Pullback(LinearFunction):
     ) -> None:
         self.call = call
         self.interpreter = interpreter
-        #: per argument: the tape indices of its tensors, what these are like, and its structure
+        #: per argument: the indices of its tensors, what these are like, and its structure
         self.arguments = [
-            (inputs.leaf_indices[i], [like(x) for x in inputs.tracked[i][0]], inputs.tracked[i][2])
-            for i in inputs.order
+            (inputs.leaf_indices[i], [like(x) for x in leaves], tree)
+            for i, (leaves, _, tree) in ((i, inputs.tracked[i]) for i in inputs.order)
         ]
         self.single = inputs.single
         self.outputs = outputs
@@ -76,10 +76,8 @@ class Pullback(LinearFunction):
     def static(self) -> Any:
         interpreter = self.interpreter
         steps = [record[:3] for record in interpreter.tape]
-        return (
-            steps, interpreter.hooks, self.arguments, self.single, self.outputs, self.indices, self.spec,
-            self.conjugate,
-        )  # fmt: skip
+        about = self.arguments, self.single, self.outputs, self.indices, self.spec, self.conjugate
+        return steps, interpreter.hooks, about
 
     def __call__(self, cotangents: Any, retain_graph: bool = True, create_graph: bool | None = None) -> Any:
         """Cotangents of the primals, given cotangents of the output.
@@ -97,7 +95,7 @@ class Pullback(LinearFunction):
         return found
 
     def seeds(self, cotangents: Any) -> dict[int, Tensor]:
-        """The cotangents by tape index, checked."""
+        """The cotangents by index, checked."""
         if is_torch_func_active():
             raise MixedTransformsError(self.name)
         spec, outputs = self.spec, self.outputs

@@ -17,7 +17,7 @@ from functrans.core.dispatch import lower, map_tensors
 from functrans.core.errors import InsideTransformError
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import PURE, VIEW, OpInfo, op_info
-from functrans.core.tensor import WrapperTensor, strides_of, wrap, wrap_as
+from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import (
     OpOverload,
@@ -41,12 +41,6 @@ class FunctionalizeInterpreter(Interpreter):
     def __init__(self, func: Callable[..., Any] | None = None, copies: bool = False) -> None:
         super().__init__(func)
         self.copies = copies
-
-    def constant(self, value: Tensor) -> WrapperTensor:
-        return wrap(self, value)
-
-    def is_constant(self, wrapper: WrapperTensor) -> bool:
-        return True
 
     def value_of(self, a: Any) -> Any:
         """An argument one level down."""

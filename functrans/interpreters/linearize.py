@@ -29,7 +29,7 @@ from functrans.interpreters.function_context import unwrapped
 from functrans.interpreters.grad.nodes import snapshot, tensors_in
 
 
-class Node(NamedTuple):
+class Variable(NamedTuple):
     """A recorded value among a step's arguments."""
 
     number: int
@@ -37,19 +37,19 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """A recorded operator; ``args`` and ``kwargs`` hold nodes, and what does not depend on the tangents."""
+    """A recorded operator; ``args`` and ``kwargs`` hold variables, and what does not depend on the tangents."""
 
     op: Callable[..., Any]
     args: Any
     kwargs: dict[str, Any]
-    #: the nodes of its outputs, None where one is no tensor
+    #: the variables of its outputs, None where one is no tensor
     outs: list[int]
     #: whether it was run under no_grad, which keeps a derivative around the call from following it
     cut: bool
 
     def run(self, values: dict[int, Tensor]) -> None:
-        """Run it again, on ``values`` by node, and add its outputs to them."""
-        args, kwargs = in_place_of_nodes(self.args, values), in_place_of_nodes(self.kwargs, values)
+        """Run it again, on ``values`` by variable, and add its outputs to them."""
+        args, kwargs = in_place_of_variables(self.args, values), in_place_of_variables(self.kwargs, values)
         enabled = torch.is_grad_enabled()
         try:
             if self.cut:
@@ -60,50 +60,42 @@ class Step:
         values.update(zip(self.outs, tensors_in([out]), strict=True))
 
 
-def in_place_of_nodes(x: Any, values: dict[int, Tensor]) -> Any:
-    if type(x) is Node:
+def in_place_of_variables(x: Any, values: dict[int, Tensor]) -> Any:
+    if type(x) is Variable:
         return values[x.number]
     if type(x) is dict:
-        return {k: in_place_of_nodes(v, values) for k, v in x.items()}
-    return [in_place_of_nodes(v, values) for v in x] if type(x) in (list, tuple) else x
+        return {k: in_place_of_variables(v, values) for k, v in x.items()}
+    return [in_place_of_variables(v, values) for v in x] if type(x) in (list, tuple) else x
 
 
-def nodes_in(x: Any) -> list[int]:
-    if type(x) is Node:
+def variables_in(x: Any) -> list[int]:
+    if type(x) is Variable:
         return [x.number]
     if type(x) is dict:
         x = x.values()
     elif type(x) not in (list, tuple):
         return []
-    return [n for v in x for n in nodes_in(v)]
+    return [n for v in x for n in variables_in(v)]
 
 
 class LinearizeInterpreter(Interpreter):
-    """Records every operator on a wrapper that has a *node*, the number by which later steps refer to it."""
+    """Records every operator on a wrapper that has a *variable*, the number by which later steps refer to it."""
 
     kind = "linearize"
-    payload = ("node",)
+    payload = ("variable",)
     differentiates = True
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
         self.steps: list[Step] = []
-        self.nodes = 0
+        self.variables = 0
         #: of the write that goes on: whether it is recorded, and whether it goes through ``detach()``
         self.writing = True, False
 
-    def constant(self, value: Tensor) -> WrapperTensor:
-        wrapper = wrap(self, value)
-        wrapper.node = None
-        return wrapper
-
-    def is_constant(self, wrapper: WrapperTensor) -> bool:
-        return wrapper.node is None
-
     def track(self, value: Tensor) -> WrapperTensor:
         wrapper = wrap(self, value)
-        self.nodes += 1
-        wrapper.node = self.nodes
+        self.variables += 1
+        wrapper.variable = self.variables
         return wrapper
 
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:
@@ -115,25 +107,25 @@ class LinearizeInterpreter(Interpreter):
     ) -> None:
         """A step that gives new numbers the history of the old ones, for derivatives around the call."""
         recording, everywhere = self.writing
-        nodes = [old.node, merged.node]
-        if (recording and not everywhere) or nodes == [None, None]:
+        variables = [old.variable, merged.variable]
+        if (recording and not everywhere) or variables == [None, None]:
             return
-        given = [as_nodes(x.value, node) for x, node in zip((old, merged), nodes, strict=True)]
-        self.nodes += 1
-        merged.node = self.nodes
+        given = [as_variables(x.value, variable) for x, variable in zip((old, merged), variables, strict=True)]
+        self.variables += 1
+        merged.variable = self.variables
         keep = partial(with_history_of, everywhere=everywhere)
-        self.steps.append(Step(keep, given, {}, [self.nodes], not recording))
+        self.steps.append(Step(keep, given, {}, [self.variables], not recording))
 
     def describe(self, wrapper: WrapperTensor) -> str:
-        return "constant" if wrapper.node is None else f"node={wrapper.node}"
+        return "constant" if wrapper.variable is None else f"variable={wrapper.variable}"
 
     def details(self) -> list[str]:
         return [f"{len(self.steps)} steps"]
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         known: OpInfo = op_info(op)
-        values, below_kwargs, nodes = unwrap(self, op, args, kwargs)
-        if not nodes:
+        values, below_kwargs, variables = unwrap(self, op, args, kwargs)
+        if not variables:
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         if known.random:
             what = f"drawing random numbers by a tangent ({op})"
@@ -146,9 +138,9 @@ class LinearizeInterpreter(Interpreter):
             raise InsideTransformError(what, self.name, "a derivative that is linear in the tangent")
         wrapped = map_tensors(self.track, out)
         names = known.arguments
-        given = [as_nodes(v, nodes.get(i)) for i, v in enumerate(values)]
-        given_kwargs = {name: as_nodes(v, nodes.get(names.index(name))) for name, v in below_kwargs.items()}
-        outs = [w.node for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
+        given = [as_variables(v, variables.get(i)) for i, v in enumerate(values)]
+        given_kwargs = {name: as_variables(v, variables.get(names.index(name))) for name, v in below_kwargs.items()}
+        outs = [w.variable for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
         self.steps.append(Step(op, given, given_kwargs, outs, not torch.is_grad_enabled()))
         return wrapped
 
@@ -158,23 +150,25 @@ class LinearizeInterpreter(Interpreter):
             self.steps[i] = replace(step, args=snapshot(step.args, target), kwargs=kwargs)
 
     def steps_to(self, outputs: list[int]) -> list[Step]:
-        """The steps that these nodes depend on."""
+        """The steps that these variables depend on."""
         needed, found = set(outputs), []
         for step in reversed(self.steps):
             if not needed.isdisjoint(step.outs):
-                needed.update(nodes_in(step.args), nodes_in(step.kwargs))
+                needed.update(variables_in(step.args), variables_in(step.kwargs))
                 found.append(step)
         return found[::-1]
 
 
-carried_as("node")
+carried_as("variable")
 
 
-def as_nodes(value: Any, nodes: Any) -> Any:
-    """An argument with nodes in place of what was recorded."""
-    if nodes is None:
+def as_variables(value: Any, variables: Any) -> Any:
+    """An argument with variables in place of what was recorded."""
+    if variables is None:
         return value
-    return [as_nodes(v, n) for v, n in zip(value, nodes, strict=True)] if type(nodes) is list else Node(nodes)
+    if type(variables) is list:
+        return [as_variables(v, n) for v, n in zip(value, variables, strict=True)]
+    return Variable(variables)
 
 
 def record_function(interpreter: LinearizeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
@@ -182,11 +176,11 @@ def record_function(interpreter: LinearizeInterpreter, cls: type[Function], args
     mine, values = unwrapped(interpreter, args)
     with lowered(interpreter):
         out = cls.apply(*values)
-    nodes = [a.node if m else None for a, m in zip(args, mine, strict=True)]
-    if all(node is None for node in nodes):
+    variables = [a.variable if m else None for a, m in zip(args, mine, strict=True)]
+    if all(variable is None for variable in variables):
         return map_tensors(interpreter.constant, out)
     wrapped = map_tensors(interpreter.track, out)
-    given = [as_nodes(v, n) for v, n in zip(values, nodes, strict=True)]
-    outs = [w.node for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
+    given = [as_variables(v, n) for v, n in zip(values, variables, strict=True)]
+    outs = [w.variable for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
     interpreter.steps.append(Step(cls.apply, given, {}, outs, not torch.is_grad_enabled()))
     return wrapped

@@ -35,7 +35,7 @@ from functrans.interpreters.jvp.fallback import is_zero
 
 
 class NonLinear(BackwardNode):
-    """In the place of a backward node: an operator that is not linear, why, and the user's line."""
+    """In the place of a node: an operator that is not linear, why, and the user's line."""
 
     def __init__(self, op: Any, why: str) -> None:
         self.op = op
@@ -60,7 +60,7 @@ class TransposeInterpreter(GradInterpreter):
             return lower(self, op, values, below_kwargs)
         entry = DERIVATIVES.get(op)
         tracked = {known.arguments[place] for place in indices}
-        known_to_grad = op in GRAD_RULES or (entry is not None and tracked <= entry.formulas.keys())
+        known_to_grad = op in GRAD_RULES or op in JOINTLY or (entry is not None and tracked <= entry.formulas.keys())
         if not known_to_grad and (known.composite or decomposition(op) is not None):
             return decompose(self, op, args, kwargs)
         group = group_of(op, entry, tracked, indices)
@@ -70,8 +70,8 @@ class TransposeInterpreter(GradInterpreter):
             return self.refuse_later(op, why, indices, lower(self, op, values, below_kwargs))
         out = super().process(op, args, kwargs)
         outs = tensors_in([out])
-        if any(o.dtype not in DIFFERENTIABLE for o in outs):
-            why = f"it returns {next(o.dtype for o in outs if o.dtype not in DIFFERENTIABLE)}"
+        if len(outs) == 1 and outs[0].dtype not in DIFFERENTIABLE:
+            why = f"it returns {outs[0].dtype}"
         elif is_zero_beside(known, group - tracked, indices, values, below_kwargs) or all(vanishes(o) for o in outs):
             return out
         else:
@@ -90,17 +90,17 @@ class TransposeInterpreter(GradInterpreter):
 
     def check_linear(self, outputs: list[int | None]) -> None:
         """Refuse what the outputs depend on and is not linear: the first in the order of computation."""
-        needed, found = set(outputs), None
+        needed, found = set(outputs) - {None}, None
         for node, outs, ins, _ in reversed(self.tape):
             if not needed.isdisjoint([outs] if type(outs) is int else outs):
-                needed.update(flat(ins))
+                needed.update(i for i in flat(ins) if i is not None)
                 found = node if type(node) is NonLinear else found
         if found is not None:
             raise NonLinearError(found.op, self.name, found.why, found.line)
 
 
 def flat(indices: Any) -> list[Any]:
-    return [s for index in indices for s in (flat(index) if isinstance(index, list | tuple) else [index])]
+    return [i for index in indices for i in (flat(index) if isinstance(index, list | tuple) else [index])]
 
 
 aten = torch.ops.aten
@@ -127,9 +127,11 @@ JOINTLY: dict[OpOverload, tuple[frozenset[str], ...]] = {
         (("self mat", "self vec"), (aten.addmv.default,)),
         (("self vec1", "self vec2"), (aten.addr.default,)),
         (("input bias", "weight bias"), (aten.linear.default, aten.convolution.default)),
-        (("B",), (aten.linalg_solve_triangular.default,)),
+        (("B",), (aten.linalg_solve_triangular.default, aten._linalg_solve_ex.default, aten.linalg_lu_solve.default)),
+        (("self", "other"), (aten.linalg_cross.default,)),
+        (("self",), (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)),
+        (("input",), (aten.native_dropout.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)),
         (("weight",), (aten.embedding.default,)),
-        (("weight", "per_sample_weights"), (aten._embedding_bag.default,)),
         (("grad_output",), (aten.threshold_backward.default, aten.leaky_relu_backward.default,
                             aten.hardtanh_backward.default, aten.softshrink_backward.default,
                             aten.hardswish_backward.default, aten.sigmoid_backward.default,
@@ -145,12 +147,12 @@ def group_of(
     op: OpOverload, entry: Derivative | None, tracked: set[str], indices: dict[int, Any]
 ) -> frozenset[str] | None:
     """Arguments, the tracked ones among them, in which ``op`` is linear; None if there are none."""
-    if entry is None or not tracked <= entry.formulas.keys():
+    if entry is not None and not tracked <= entry.formulas.keys():
         return None
-    if entry.tangent == "linear":
+    if entry is not None and entry.tangent == "linear":
         return frozenset(entry.formulas)
-    if entry.tangent == "multilinear":
-        return frozenset(tracked) if len([s for s in flat(indices.values()) if s is not None]) == 1 else None
+    if entry is not None and entry.tangent == "multilinear":
+        return frozenset(tracked) if len([i for i in flat(indices.values()) if i is not None]) == 1 else None
     return next((group for group in JOINTLY.get(op, ()) if tracked <= group), None)
 
 
@@ -175,9 +177,8 @@ def vanishes(x: Tensor) -> bool:
 
 def transpose_rule(interpreter: TransposeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An ``autograd.Function``, of which nothing says that it is linear."""
-    _, values = unwrapped(interpreter, args)
-    found = {i: interpreter.index_of(a) for i, a in enumerate(args)}
-    indices = {i: index for i, index in found.items() if index is not None}
+    mine, values = unwrapped(interpreter, args)
+    indices = {i: a.index for i, (a, m) in enumerate(zip(args, mine, strict=True)) if m and a.index is not None}
     with lowered(interpreter):
         out = cls.apply(*values)
     if not indices:
