@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_arguments, pick
 from functrans.api.checks import check_chunk_size, check_randomness
+from functrans.api.compiled import TRACED
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, jvp_with_argnums, unit, vjp_with_argnums
 from functrans.api.vmap import vmap
@@ -50,7 +52,22 @@ def jacrev(
     """
     call = differentiating("jacrev", func, argnums, has_aux)
     check_chunk_size(call, chunk_size)
-    return jacobian_by_rows(call, func, argnums, has_aux, chunk_size)
+    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size}
+    return traceable(jacrev, func, options, jacobian_by_rows(call, func, argnums, has_aux, chunk_size))
+
+
+def traceable(
+    transform: Callable[..., Any], func: Callable[..., Any], options: dict[str, Any], jacobian: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``jacobian``, which is ``transform(func, **options)``, known to Dynamo; see NOTE [Compiled transforms]."""
+
+    @functools.wraps(func, updated=())
+    def jacobian_or_traced(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(transform, func, options, args, kwargs)
+        return jacobian(*args, **kwargs)
+
+    return jacobian_or_traced
 
 
 def jacobian_by_rows(
@@ -121,7 +138,8 @@ def jacfwd(
     call = differentiating("jacfwd", func, argnums, has_aux)
     check_chunk_size(call, chunk_size)
     check_randomness(call, randomness)
-    return jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size)
+    options = {"argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size}
+    return traceable(jacfwd, func, options, jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size))
 
 
 def jacobian_by_columns(
@@ -187,7 +205,9 @@ def hessian(
     call = differentiating("hessian", func, argnums, has_aux)
     check_chunk_size(call, chunk_size)
     rows = jacobian_by_rows(call, func, argnums, has_aux, None)
-    return jacobian_by_columns(call, rows, argnums, has_aux, "error", chunk_size)
+    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size}
+    columns = jacobian_by_columns(call, rows, argnums, has_aux, "error", chunk_size)
+    return traceable(hessian, func, options, columns)
 
 
 def refuse_complex(call: Call, root: str, values: Any) -> None:

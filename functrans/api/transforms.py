@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import (
     ALL,
@@ -22,6 +23,7 @@ from functrans.api.arguments import (
     unwrap,
 )
 from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.compiled import TRACED
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError, MixedTransformsError
 from functrans.core.errors.made_at import note_results
@@ -67,6 +69,8 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
 
     @functools.wraps(func, updated=())
     def gradient(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs)
         grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
         return (grads, value[1]) if has_aux else grads
 
@@ -86,6 +90,8 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 
     @functools.wraps(func, updated=())
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(grad_and_value, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs)
         return _grad_and_value(call, func, argnums, has_aux, args, kwargs)
 
     return gradient_and_value
@@ -104,6 +110,8 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 
     @functools.wraps(func, updated=())
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(value_and_grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs)
         grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
         return value, grads
 
@@ -177,6 +185,8 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         >>> pullback(torch.tensor([1.0, 2.0]))
         (tensor([1., 2.]),)
     """
+    if is_dynamo_compiling():
+        return TRACED(vjp, func, {"has_aux": has_aux}, primals, {})
     check_callable("vjp", func)
     call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)
@@ -286,6 +296,8 @@ def jvp(
         >>> jvp(torch.exp, (torch.zeros(2),), (torch.tensor([1.0, 2.0]),))
         (tensor([1., 1.]), tensor([1., 2.]))
     """
+    if is_dynamo_compiling():
+        return TRACED(jvp, func, {"strict": strict, "has_aux": has_aux}, primals, {}, tangents)
     check_callable("jvp", func)
     call = Call(
         "jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}"

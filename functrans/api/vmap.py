@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_chunk_size, check_randomness
+from functrans.api.compiled import TRACED
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallIndexError, CallValueError, DeadWrapperError
@@ -74,6 +76,9 @@ def vmap(
 
     @functools.wraps(func, updated=())
     def batched(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
+            return TRACED(vmap, func, options, args, kwargs)
         leaves, dims, spec, size = check_inputs(call, in_dims, args)
         if chunk_size is None or chunk_size >= size:
             return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs)

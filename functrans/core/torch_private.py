@@ -7,6 +7,7 @@ Another PyTorch may have moved one: ``private`` then says which, at import. Noth
 from __future__ import annotations
 
 import pkgutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,11 @@ __all__ = [
     "DisableTorchDispatch",
     "DisableTorchFunction",
     "EnableTorchFunction",
+    "HigherOrderOperator",
     "Mode",
     "OpOverload",
     "autocast_enabled",
+    "dynamo_names",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
@@ -52,12 +55,14 @@ __all__ = [
     "push_function_mode",
     "push_mode",
     "push_packing",
+    "set_eval_frame",
     "set_forward_enabled",
     "set_function_state",
     "set_grad_enabled",
     "set_key_excluded",
     "tensor_torch_function",
     "top_packing",
+    "torch_pytree",
     "vmap_rule_of_library",
     "without_torch_function",
 ]
@@ -185,6 +190,41 @@ no_setup_context = private(
 )
 _FOR_RULES = "to find the vmap rules of torch.library.custom_op"
 _custom_operators: dict[str, Any] = private("torch._library.custom_ops.OPDEFS", _FOR_RULES)
+
+# What torch.compile traces with; the rest of Dynamo is looked up when it has been imported.
+_DYNAMO = "torch._dynamo."
+set_eval_frame = private("torch._C._dynamo.eval_frame.set_eval_frame", "to run a transform untraced")
+torch_pytree: Any = private("torch.utils._pytree", "to take arguments apart as Dynamo does")
+if TYPE_CHECKING:
+    from torch._ops import HigherOrderOperator
+else:
+    HigherOrderOperator = private("torch._ops.HigherOrderOperator", "to have Dynamo see a transform as one operator")
+
+
+def dynamo_names() -> SimpleNamespace:
+    """What functrans.api.compiled uses of Dynamo. Importing functrans does not import it, since that takes seconds."""
+    of_hops = _DYNAMO + "variables.higher_order_ops."
+    purpose = "to have Dynamo see a transform as one operator"
+    found = SimpleNamespace(
+        eval_frame=private(_DYNAMO + "eval_frame", "to run compiled functions inside transforms as they were written"),
+        operators=private(of_hops + "_hop_name_to_variable_class", purpose),
+        set_fullgraph_compiled_frame_count=getattr(
+            private("torch._C._dynamo.eval_frame", purpose), "set_fullgraph_compiled_frame_count", None
+        ),
+    )
+    for name in ("discard_graph_changes", "make_attr", "speculate_subgraph", "TorchHigherOrderOperatorVariable"):
+        setattr(found, name, private(of_hops + name, purpose))
+    for name in ("LazyVariableTracker", "ListVariable", "SymNodeVariable", "TupleVariable", "VariableTracker"):
+        setattr(found, name, private(_DYNAMO + "variables." + name, purpose))
+    found.disable = private(_DYNAMO + "disable", "to run a transform untraced")
+    for name in ("TorchDynamoException", "TorchRuntimeError", "unimplemented"):
+        setattr(found, name, private(_DYNAMO + "exc." + name, purpose))
+    found.wrap_fx_proxy = private(_DYNAMO + "variables.builder.wrap_fx_proxy", purpose)
+    # names that have moved or are new
+    hops, utils = private(of_hops.rstrip("."), purpose), private(_DYNAMO + "utils", purpose)
+    found.make_inlined = getattr(utils, "_make_inlined", None) or hops._make_inlined
+    found.items = getattr(utils, "unpack_iterable", None) or (lambda tx, vt: vt.unpack_var_sequence(tx))
+    return found
 
 
 def vmap_rule_of_library(op: OpOverload) -> Any:
