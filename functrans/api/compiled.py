@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
+from operator import getitem
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,10 +32,12 @@ from torch import Tensor
 
 from functrans.api.in_dims import check_inputs
 from functrans.core.errors import Call
+from functrans.core.stack import run_transformed
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
     HigherOrderOperator,
     dynamo_names,
+    run_as_written_while,
     torch_pytree,
 )
 
@@ -40,6 +45,10 @@ from functrans.core.torch_private import (
 AT_ONCE = ("jvp", "vjp")
 #: Those that switch grad mode on for the function.
 RECORDING = ("grad", "grad_and_value", "value_and_grad", "vjp", "jacrev", "hessian")
+
+#: Stands for a leaf that is in the graph, and for one that is an object which the function alone uses.
+HOLE: Any = type("Hole", (), {"__repr__": lambda self: "HOLE"})()
+OPAQUE: Any = type("Opaque", (), {"__repr__": lambda self: "an object"})()
 
 
 def transformed(
@@ -82,54 +91,85 @@ def example_of(x: Tensor, dim: int | None, differentiated: bool) -> Tensor:
         return x.detach().requires_grad_().clone()  # a leaf might not be written to
 
 
+class Tree:
+    """A tree of arguments or results: its leaves, with HOLE for what is in the graph, and how they stand in it."""
+
+    def __init__(self, leaves: list[Any], spec: Any) -> None:
+        self.leaves, self.spec = leaves, spec
+
+    @classmethod
+    def of_result(cls, result: Any) -> tuple[Tree, tuple[Any, ...]]:
+        """The tree of what a transform returned, and what goes into the graph of it."""
+        leaves, spec = torch_pytree.tree_flatten(result)
+        in_graph = [isinstance(x, Tensor) or is_pullback(x) for x in leaves]
+        tree = cls([HOLE if inside else x for x, inside in zip(leaves, in_graph, strict=True)], spec)
+        return tree, tuple(x for x, inside in zip(leaves, in_graph, strict=True) if inside)
+
+    def filled(self, values: Iterator[Any]) -> Any:
+        return torch_pytree.tree_unflatten(filled(self.leaves, values), self.spec)
+
+    def in_graph(self, like: Any) -> list[Any]:
+        """The leaves of ``like``, a tree of this structure, that are in the graph."""
+        return holes(self, self.spec.flatten_up_to(like))
+
+
+def filled(leaves: list[Any], values: Iterator[Any]) -> list[Any]:
+    return [next(values) if x is HOLE else x for x in leaves]
+
+
+def holes(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
+    return [x for x, own in zip(leaves, tree.leaves, strict=True) if own is HOLE]
+
+
+def is_pullback(x: Any) -> bool:
+    return getattr(x, "__qualname__", "").endswith("vjp_with_argnums.<locals>.pullback")
+
+
 class Node:
-    """One call of a transform in Dynamo's graph: what has to be known beside the tensors to run it."""
+    """One call of a transform in Dynamo's graph: what has to be known beside the tensors to run it.
 
-    def __init__(self, transform: Callable[..., Any], options: dict[str, Any], leaves: list[Any], spec: Any) -> None:
-        self.transform = transform
-        self.options = options
-        #: leaves of args and kwargs, with HOLE where a tensor or a symbolic number goes
-        self.leaves = leaves
-        self.spec = spec
-        self.tangents_spec: Any = None
-        self.tangents: list[Any] = []
-        #: what the function returns: HOLE where its graph has an output
-        self.outputs: list[Any] = []
-        self.out_spec: Any = None
-        #: what the transform returns, known after it ran
-        self.results: list[Any] = []
-        self.result_spec: Any = None
+    ``target`` makes the function that stands in the graph; ``results`` is known when it has run once, on fake tensors.
+    """
 
-    def target(self) -> Callable[..., Any]:
-        """The function that stands in the graph: from the function's graph and tensors to tensors."""
+    results: Tree
+
+    def __init__(self, transform: Callable[..., Any], options: dict[str, Any], arguments: Tree, tangents: Tree) -> None:
+        self.transform, self.options, self.arguments, self.tangents = transform, options, arguments, tangents
+
+    def target(self, outputs: Tree) -> Callable[..., Any]:
+        """From the function's graph, which returns ``outputs``, and tensors to tensors."""
 
         def call(graph: Callable[..., Any], *tensors: Any) -> tuple[Any, ...]:
             rest = iter(tensors)
-            leaves, tangents = filled(self.leaves, rest), filled(self.tangents, rest)
+            args, kwargs = self.arguments.filled(rest)
+            tangents = self.tangents.filled(rest)
             captured = tuple(rest)
 
             def func(*args: Any, **kwargs: Any) -> Any:
-                given = self.spec.flatten_up_to((args, kwargs))
-                seen = (x for x, own in zip(given, self.leaves, strict=True) if own is HOLE)
-                out = filled(self.outputs, iter(graph(*seen, *captured)))
-                return torch_pytree.tree_unflatten(out, self.out_spec)
+                return outputs.filled(iter(graph(*self.arguments.in_graph((args, kwargs)), *captured)))
 
-            args, kwargs = torch_pytree.tree_unflatten(leaves, self.spec)
-            extra = None if self.tangents_spec is None else torch_pytree.tree_unflatten(tangents, self.tangents_spec)
-            result = transformed(self.transform, func, self.options, args, kwargs, extra)
-            found, self.result_spec = torch_pytree.tree_flatten(result)
-            self.results = [HOLE if isinstance(x, Tensor) else x for x in found]
-            return tuple(x for x in found if isinstance(x, Tensor))
+            self.results, found = Tree.of_result(transformed(self.transform, func, self.options, args, kwargs, tangents))
+            return found
 
         call.__name__ = call.__qualname__ = f"functrans_{self.transform.__name__}"
         return call
 
 
-HOLE: Any = type("Hole", (), {"__repr__": lambda self: "HOLE"})()
+class PullbackNode:
+    """One call of a pullback in Dynamo's graph."""
 
+    results: Tree
 
-def filled(leaves: list[Any], values: Any) -> list[Any]:
-    return [next(values) if x is HOLE else x for x in leaves]
+    def __init__(self, arguments: Tree) -> None:
+        self.arguments = arguments
+
+    def target(self) -> Callable[..., Any]:
+        def functrans_pullback(pullback: Callable[..., Any], *tensors: Any) -> tuple[Any, ...]:
+            args, kwargs = self.arguments.filled(iter(tensors))
+            self.results, found = Tree.of_result(pullback(*args, **kwargs))
+            return found
+
+        return functrans_pullback
 
 
 def dims_of_example(transform: Callable[..., Any], options: dict[str, Any], args: Any, kwargs: Any) -> list[int | None]:
@@ -161,50 +201,23 @@ def dynamo_variable(names: Any) -> type:
         _HOP_NAME = "functrans_transform"
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            args, _ = names.LazyVariableTracker.realize_all((list(args), {}))
             transform = args[0].as_python_constant()
-            try:
-                return self.write(tx, transform, *args[1:])
-            except names.TorchRuntimeError as error:
-                broken(transform, error)
-            except names.TorchDynamoException:
-                raise
-            except Exception as error:
-                broken(transform, error)
+            with breaking(f"functrans.{transform.__name__}"):
+                return self.write(tx, transform, *names.LazyVariableTracker.realize_all(list(args[1:])))
 
-        def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any = None) -> Any:
-            if transform.__name__ == "vjp":
-                broken(transform, "its pullback cannot leave Dynamo's graph")
-            pair, spec = flat(tx, names.TupleVariable([args, kwargs]))
-            node = Node(transform, options.as_python_constant(), [kept(x) for x in pair], spec.as_python_constant())
-            given = [x for x, own in zip(pair, node.leaves, strict=True) if own is HOLE]
-            if extra is not None:
-                tangents, tangents_spec = flat(tx, extra)
-                node.tangents, node.tangents_spec = [kept(x) for x in tangents], tangents_spec.as_python_constant()
-                tangents = [x for x, own in zip(tangents, node.tangents, strict=True) if own is HOLE]
-            else:
-                tangents = []
-
-            values = filled(node.leaves, (x.as_proxy().node.meta["example_value"] for x in given))
-            dims = dims_of_example(transform, node.options, *torch_pytree.tree_unflatten(values, node.spec))
+        def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:
+            arguments, leaves, spec = flat(tx, names.TupleVariable([args, kwargs]))
+            tangents, tangent_leaves, _ = flat(tx, extra)
+            node = Node(transform, options.as_python_constant(), arguments, tangents)
+            given = holes(arguments, leaves)
+            values = arguments.filled(x.as_proxy().node.meta["example_value"] for x in given)
+            dims = holes(arguments, dims_of_example(transform, node.options, *values))
             with names.discard_graph_changes(tx):
-                examples = [
-                    names.wrap_fx_proxy(
-                        tx,
-                        tx.output.create_proxy(
-                            "call_function", example_of, (x.as_proxy(), dim, transform.__name__ != "vmap"), {}
-                        ),
-                    )
-                    if x.is_tensor()
-                    else x
-                    for x, dim in zip(
-                        given, (d for d, own in zip(dims, node.leaves, strict=True) if own is HOLE), strict=True
-                    )
-                ]
-            body = Body(func, [HOLE if own is HOLE else x for x, own in zip(pair, node.leaves, strict=True)], spec)
-            (_, outputs), graph, captured = names.speculate_subgraph(
+                examples = [example(tx, x, dim, transform) for x, dim in zip(given, dims, strict=True)]
+            own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
+            (_, found), graph, captured = names.speculate_subgraph(
                 tx,
-                body,
+                Body(func, own, spec),
                 examples,
                 {},
                 self._HOP_NAME,
@@ -213,49 +226,85 @@ def dynamo_variable(names: Any) -> type:
                 set_subgraph_inputs="manual",
                 should_flatten_outputs=True,
             )
-            node.outputs = [
-                constant if masked else HOLE
-                for constant, masked in zip(outputs.const_values, outputs.masks_to_filter_const_values, strict=True)
-            ]
-            node.out_spec = outputs.treespec.as_python_constant()
-            name = tx.output.install_subgraph(
-                "functrans_body", torch.fx.GraphModule(dict(tx.output.nn_modules), graph)
-            )
-            proxies = [x.as_proxy() for x in (*given, *tangents)]
-            found = names.wrap_fx_proxy(
-                tx,
-                tx.output.create_proxy(
-                    "call_function", node.target(), (names.make_attr(tx, name), *proxies, *captured), {}
-                ),
-            )
-            results = iter(names.items(tx, found))
-            leaves = [next(results) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results]
-            spec = names.VariableTracker.build(tx, node.result_spec)
-            return names.make_inlined(tx, torch_pytree.tree_unflatten)(names.ListVariable(leaves), spec)
+            constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
+            outputs = Tree([x if masked else HOLE for x, masked in constants], found.treespec.as_python_constant())
+            graph = torch.fx.GraphModule(dict(tx.output.nn_modules), graph)
+            name = names.make_attr(tx, tx.output.install_subgraph("functrans_body", graph))
+            proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]
+            return put(tx, node, node.target(outputs), (name, *proxies, *captured))
 
-    def flat(tx: Any, tree: Any) -> tuple[list[Any], Any]:
-        leaves, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(tree))
-        return names.LazyVariableTracker.realize_all(names.items(tx, leaves)), spec
+    class PullbackVariable(names.VariableTracker):
+        """What vjp returns beside the value: an object that stays inside of the graph."""
+
+        def __init__(self, proxy: Any, **more: Any) -> None:
+            super().__init__(**more)
+            self.proxy = proxy
+
+        def as_proxy(self) -> Any:
+            return self.proxy
+
+        def python_type(self) -> type:
+            return FunctionType
+
+        def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            with breaking("a pullback"):
+                keywords = names.ConstDictVariable({names.ConstantVariable.create(k): v for k, v in kwargs.items()}, dict)
+                arguments, leaves, _ = flat(tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
+                node = PullbackNode(arguments)
+                return put(tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves))))
+
+    def put(tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
+        """Write a call into the graph; what it returns, as Dynamo's variable."""
+        call = tx.output.create_proxy("call_function", target, args, {})
+        found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
+        variables = []
+        for i, x in enumerate(found):
+            proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
+            if is_pullback(x):
+                proxy.node.meta["example_value"] = x
+                variables.append(PullbackVariable(proxy))
+            else:
+                variables.append(names.wrap_fx_proxy(tx, proxy, example_value=x))
+        rest = iter(variables)
+        leaves = [next(rest) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results.leaves]
+        spec = names.VariableTracker.build(tx, node.results.spec)
+        return names.make_inlined(tx, torch_pytree.tree_unflatten)(names.ListVariable(leaves), spec)
+
+    def example(tx: Any, x: Any, dim: int | None, transform: Any) -> Any:
+        if not x.is_tensor():
+            return x
+        args = (x.as_proxy(), dim, transform.__name__ != "vmap")
+        return names.wrap_fx_proxy(tx, tx.output.create_proxy("call_function", example_of, args, {}))
+
+    def flat(tx: Any, variable: Any) -> tuple[Tree, list[Any], Any]:
+        """A variable's tree and its leaves, and Dynamo's variable for the structure."""
+        leaves, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(variable))
+        leaves = names.LazyVariableTracker.realize_all(names.items(tx, leaves))
+        return Tree([kept(x) for x in leaves], spec.as_python_constant()), leaves, spec
 
     def kept(x: Any) -> Any:
-        """What ``Node`` keeps of a leaf: a constant as it is, a hole for what is in the graph, else what it is to us."""
+        """What the tree keeps of a leaf: a hole if it is in the graph, a constant as it is, nothing of an object."""
         if x.is_tensor() or isinstance(x, names.SymNodeVariable):
             return HOLE
         return x.as_python_constant() if x.is_python_constant() else OPAQUE
 
-    def broken(transform: Any, reason: Any) -> None:
-        names.unimplemented(
-            gb_type="functrans transform outside of the graph",
-            context=f"{transform.__name__}: {type(reason).__name__}",
-            explanation=f"This call of functrans.{transform.__name__} cannot be written into a graph: {reason}",
-            hints=["Without fullgraph=True, the call is run outside of the graph, with the results of the uncompiled program."],
-            from_exc=reason if isinstance(reason, Exception) else None,
-        )
+    @contextmanager
+    def breaking(what: str) -> Iterator[None]:
+        """What cannot be written into the graph breaks it."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.TorchRuntimeError):
+                raise
+            names.unimplemented(
+                gb_type="functrans call that does not go into a graph",
+                context=f"{what}: {type(error).__name__}",
+                explanation=f"This call of {what} cannot be written into a graph: {error}",
+                hints=["Compile without fullgraph=True: the call then runs outside of the graph, with the same results."],
+                from_exc=error,
+            )
 
     return TracedVariable
-
-
-OPAQUE: Any = type("Opaque", (), {"__repr__": lambda self: "an object"})()
 
 
 def connect() -> None:
@@ -263,17 +312,8 @@ def connect() -> None:
     names = dynamo_names()
     names.operators[TRACED.__name__] = dynamo_variable(names)
     Traced.__call__ = names.disable(Traced.__call__)  # type: ignore[method-assign]
-    original = names.eval_frame._callback_from_stance
-
-    def callback_outside(callback: Any) -> Any:
-        if STATE.top is None:
-            return original(callback)
-        count = names.set_fullgraph_compiled_frame_count  # fullgraph=True asks for one frame that was compiled
-        if count is not None and count(1) < 0:
-            count(-1)
-        return None
-
-    names.eval_frame._callback_from_stance = callback_outside
+    names.skip_code(run_transformed.__code__)
+    run_as_written_while(lambda: STATE.top is not None)
 
 
 class WhenImported(MetaPathFinder):

@@ -64,7 +64,7 @@ def traceable(
     @functools.wraps(func, updated=())
     def jacobian_or_traced(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return TRACED(transform, func, options, args, kwargs)
+            return TRACED(transform, func, options, args, kwargs, None)
         return jacobian(*args, **kwargs)
 
     return jacobian_or_traced

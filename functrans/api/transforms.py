@@ -70,7 +70,7 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
     @functools.wraps(func, updated=())
     def gradient(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return TRACED(grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs)
+            return TRACED(grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs, None)
         grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
         return (grads, value[1]) if has_aux else grads
 
@@ -91,7 +91,7 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
     @functools.wraps(func, updated=())
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return TRACED(grad_and_value, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs)
+            return TRACED(grad_and_value, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs, None)
         return _grad_and_value(call, func, argnums, has_aux, args, kwargs)
 
     return gradient_and_value
@@ -111,7 +111,7 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
     @functools.wraps(func, updated=())
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return TRACED(value_and_grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs)
+            return TRACED(value_and_grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs, None)
         grads, value = _grad_and_value(call, func, argnums, has_aux, args, kwargs)
         return value, grads
 
@@ -186,7 +186,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         (tensor([1., 2.]),)
     """
     if is_dynamo_compiling():
-        return TRACED(vjp, func, {"has_aux": has_aux}, primals, {})
+        return TRACED(vjp, func, {"has_aux": has_aux}, primals, {}, None)
     check_callable("vjp", func)
     call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)

@@ -78,7 +78,7 @@ def vmap(
     def batched(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
-            return TRACED(vmap, func, options, args, kwargs)
+            return TRACED(vmap, func, options, args, kwargs, None)
         leaves, dims, spec, size = check_inputs(call, in_dims, args)
         if chunk_size is None or chunk_size >= size:
             return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs)

@@ -28,6 +28,7 @@ from functrans.core.torch_private import (
     VIEWS_AND_VERSIONS,
     is_torch_func_active,
     push_mode,
+    set_eval_frame,
     set_grad_enabled,
     set_key_excluded,
 )
@@ -63,9 +64,11 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
     interpreter.thread = get_ident()
+    dynamo = None
     try:
         try:
             if before.top is None:
+                dynamo = set_eval_frame(None)  # torch.compile leaves alone what is called from here
                 set_key_excluded(AUTOGRAD, True)
                 set_key_excluded(VIEWS_AND_VERSIONS, True)
                 if not STATE.prepared:
@@ -83,6 +86,9 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     except BaseException:
         leave(interpreter, before)  # once more: the exception may have come while the thread was put back
         raise
+    finally:
+        if dynamo is not None:
+            set_eval_frame(dynamo)
 
 
 def leave(interpreter: Interpreter, before: Snapshot) -> None:

@@ -7,6 +7,7 @@ Another PyTorch may have moved one: ``private`` then says which, at import. Noth
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ __all__ = [
     "push_function_mode",
     "push_mode",
     "push_packing",
+    "run_as_written_while",
     "set_eval_frame",
     "set_forward_enabled",
     "set_function_state",
@@ -191,40 +193,62 @@ no_setup_context = private(
 _FOR_RULES = "to find the vmap rules of torch.library.custom_op"
 _custom_operators: dict[str, Any] = private("torch._library.custom_ops.OPDEFS", _FOR_RULES)
 
-# What torch.compile traces with; the rest of Dynamo is looked up when it has been imported.
-_DYNAMO = "torch._dynamo."
-set_eval_frame = private("torch._C._dynamo.eval_frame.set_eval_frame", "to run a transform untraced")
+_FOR_DYNAMO = "to have torch.compile see a transform as one operator"
+_FOR_FRAMES = "to run transforms untraced, and what is compiled as it was written inside of them"
 torch_pytree: Any = private("torch.utils._pytree", "to take arguments apart as Dynamo does")
+set_eval_frame: Any = private("torch._C._dynamo.eval_frame.set_eval_frame", _FOR_FRAMES)
+_frames = private("torch._C._dynamo.eval_frame", _FOR_FRAMES)
 if TYPE_CHECKING:
     from torch._ops import HigherOrderOperator
 else:
-    HigherOrderOperator = private("torch._ops.HigherOrderOperator", "to have Dynamo see a transform as one operator")
+    HigherOrderOperator = private("torch._ops.HigherOrderOperator", _FOR_DYNAMO)
+
+#: What functrans/api/compiled.py uses of Dynamo, by module; looked up when Dynamo has been imported, which takes seconds.
+_OF_DYNAMO = {
+    "": "disable",
+    "eval_frame": "skip_code",
+    "exc": "TorchDynamoException TorchRuntimeError unimplemented",
+    "utils": "get_fake_value",
+    "variables": "ConstantVariable ConstDictVariable LazyVariableTracker ListVariable SymNodeVariable TupleVariable "
+    "VariableTracker",
+    "variables.builder": "wrap_fx_proxy",
+    "variables.higher_order_ops": "discard_graph_changes make_attr speculate_subgraph TorchHigherOrderOperatorVariable",
+}
 
 
 def dynamo_names() -> SimpleNamespace:
-    """What functrans.api.compiled uses of Dynamo. Importing functrans does not import it, since that takes seconds."""
-    of_hops = _DYNAMO + "variables.higher_order_ops."
-    purpose = "to have Dynamo see a transform as one operator"
-    found = SimpleNamespace(
-        eval_frame=private(_DYNAMO + "eval_frame", "to run compiled functions inside transforms as they were written"),
-        operators=private(of_hops + "_hop_name_to_variable_class", purpose),
-        set_fullgraph_compiled_frame_count=getattr(
-            private("torch._C._dynamo.eval_frame", purpose), "set_fullgraph_compiled_frame_count", None
-        ),
-    )
-    for name in ("discard_graph_changes", "make_attr", "speculate_subgraph", "TorchHigherOrderOperatorVariable"):
-        setattr(found, name, private(of_hops + name, purpose))
-    for name in ("LazyVariableTracker", "ListVariable", "SymNodeVariable", "TupleVariable", "VariableTracker"):
-        setattr(found, name, private(_DYNAMO + "variables." + name, purpose))
-    found.disable = private(_DYNAMO + "disable", "to run a transform untraced")
-    for name in ("TorchDynamoException", "TorchRuntimeError", "unimplemented"):
-        setattr(found, name, private(_DYNAMO + "exc." + name, purpose))
-    found.wrap_fx_proxy = private(_DYNAMO + "variables.builder.wrap_fx_proxy", purpose)
-    # names that have moved or are new
-    hops, utils = private(of_hops.rstrip("."), purpose), private(_DYNAMO + "utils", purpose)
-    found.make_inlined = getattr(utils, "_make_inlined", None) or hops._make_inlined
-    found.items = getattr(utils, "unpack_iterable", None) or (lambda tx, vt: vt.unpack_var_sequence(tx))
-    return found
+    """The names of Dynamo, which has been imported."""
+
+    def of_dynamo(module: str, name: str) -> Any:
+        return private(".".join(part for part in ("torch._dynamo", module, name) if part), _FOR_DYNAMO)
+
+    found = {name: of_dynamo(module, name) for module, names in _OF_DYNAMO.items() for name in names.split()}
+    try:
+        found["make_inlined"] = of_dynamo("utils", "_make_inlined")
+    except TorchMovedError:  # PyTorch 2.11
+        found["make_inlined"] = of_dynamo("variables.higher_order_ops", "_make_inlined")
+    try:
+        found["items"] = of_dynamo("utils", "unpack_iterable")
+    except TorchMovedError:  # PyTorch 2.11 and 2.12
+        found["items"] = lambda tx, variable: variable.unpack_var_sequence(tx)
+    found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
+    return SimpleNamespace(**found)
+
+
+def run_as_written_while(inside: Callable[[], bool]) -> None:
+    """Let compiled functions run what they were compiled from while ``inside()`` holds for a thread."""
+    module, name = private("torch._dynamo.eval_frame", _FOR_FRAMES), "_callback_from_stance"
+    original = private(f"torch._dynamo.eval_frame.{name}", _FOR_FRAMES)
+    set_count = getattr(_frames, "set_fullgraph_compiled_frame_count", None)  # from PyTorch 2.12 on
+
+    def callback(compiling: Any) -> Any:
+        if not inside():
+            return original(compiling)
+        if set_count is not None and set_count(1) < 0:  # fullgraph=True asks for a frame that was compiled
+            set_count(-1)
+        return None
+
+    setattr(module, name, callback)
 
 
 def vmap_rule_of_library(op: OpOverload) -> Any:
