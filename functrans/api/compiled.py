@@ -126,20 +126,33 @@ def is_pullback(x: Any) -> bool:
 
 
 class Node:
-    """One call of a transform in Dynamo's graph: what has to be known beside the tensors to run it.
-
-    ``target`` makes the function that stands in the graph; ``results`` is known when it has run once, on fake tensors.
-    """
+    """A call in Dynamo's graph that returns tensors; what it returned them in is known when it has run once."""
 
     results: Tree
+    failure: Exception | None = None
+
+    def run(self, call: Callable[[], Any]) -> tuple[Any, ...]:
+        try:
+            self.results, found = Tree.of_result(call())
+        except Exception as error:
+            self.failure = error
+            raise
+        return found
+
+
+class TransformNode(Node):
+    """One call of a transform in Dynamo's graph: what has to be known beside the tensors to run it.
+
+    ``target`` makes the function that stands in the graph, which runs for the first time on Dynamo's fake tensors.
+    """
 
     def __init__(self, transform: Callable[..., Any], options: dict[str, Any], arguments: Tree, tangents: Tree) -> None:
         self.transform, self.options, self.arguments, self.tangents = transform, options, arguments, tangents
 
-    def target(self, outputs: Tree) -> Callable[..., Any]:
-        """From the function's graph, which returns ``outputs``, and tensors to tensors."""
+    def target(self, graph: Callable[..., Any], outputs: Tree) -> Callable[..., Any]:
+        """From tensors to tensors, by the function's ``graph``, which returns ``outputs``."""
 
-        def call(graph: Callable[..., Any], *tensors: Any) -> tuple[Any, ...]:
+        def call(*tensors: Any) -> tuple[Any, ...]:
             rest = iter(tensors)
             args, kwargs = self.arguments.filled(rest)
             tangents = self.tangents.filled(rest)
@@ -148,17 +161,14 @@ class Node:
             def func(*args: Any, **kwargs: Any) -> Any:
                 return outputs.filled(iter(graph(*self.arguments.in_graph((args, kwargs)), *captured)))
 
-            self.results, found = Tree.of_result(transformed(self.transform, func, self.options, args, kwargs, tangents))
-            return found
+            return self.run(lambda: transformed(self.transform, func, self.options, args, kwargs, tangents))
 
         call.__name__ = call.__qualname__ = f"functrans_{self.transform.__name__}"
         return call
 
 
-class PullbackNode:
+class PullbackNode(Node):
     """One call of a pullback in Dynamo's graph."""
-
-    results: Tree
 
     def __init__(self, arguments: Tree) -> None:
         self.arguments = arguments
@@ -166,8 +176,7 @@ class PullbackNode:
     def target(self) -> Callable[..., Any]:
         def functrans_pullback(pullback: Callable[..., Any], *tensors: Any) -> tuple[Any, ...]:
             args, kwargs = self.arguments.filled(iter(tensors))
-            self.results, found = Tree.of_result(pullback(*args, **kwargs))
-            return found
+            return self.run(lambda: pullback(*args, **kwargs))
 
         return functrans_pullback
 
@@ -208,7 +217,7 @@ def dynamo_variable(names: Any) -> type:
         def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:
             arguments, leaves, spec = flat(tx, names.TupleVariable([args, kwargs]))
             tangents, tangent_leaves, _ = flat(tx, extra)
-            node = Node(transform, options.as_python_constant(), arguments, tangents)
+            node = TransformNode(transform, options.as_python_constant(), arguments, tangents)
             given = holes(arguments, leaves)
             values = arguments.filled(x.as_proxy().node.meta["example_value"] for x in given)
             dims = holes(arguments, dims_of_example(transform, node.options, *values))
@@ -228,10 +237,9 @@ def dynamo_variable(names: Any) -> type:
             )
             constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
             outputs = Tree([x if masked else HOLE for x, masked in constants], found.treespec.as_python_constant())
-            graph = torch.fx.GraphModule(dict(tx.output.nn_modules), graph)
-            name = names.make_attr(tx, tx.output.install_subgraph("functrans_body", graph))
+            target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
             proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]
-            return put(tx, node, node.target(outputs), (name, *proxies, *captured))
+            return put(tx, node, target, (*proxies, *captured))
 
     class PullbackVariable(names.VariableTracker):
         """What vjp returns beside the value: an object that stays inside of the graph."""
@@ -256,7 +264,12 @@ def dynamo_variable(names: Any) -> type:
     def put(tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
         """Write a call into the graph; what it returns, as Dynamo's variable."""
         call = tx.output.create_proxy("call_function", target, args, {})
-        found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
+        try:
+            found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
+        except names.TorchDynamoException:
+            if node.failure is None:
+                raise
+            raise node.failure from None
         variables = []
         for i, x in enumerate(found):
             proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
@@ -299,7 +312,7 @@ def dynamo_variable(names: Any) -> type:
             names.unimplemented(
                 gb_type="functrans call that does not go into a graph",
                 context=f"{what}: {type(error).__name__}",
-                explanation=f"This call of {what} cannot be written into a graph: {error}",
+                explanation=f"This call of {what} cannot be written into a graph. {type(error).__name__}: {error}",
                 hints=["Compile without fullgraph=True: the call then runs outside of the graph, with the same results."],
                 from_exc=error,
             )

@@ -120,7 +120,7 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
 
 def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any) -> Call:
     """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
-    if not callable(func):
+    if not (is_dynamo_compiling() or callable(func)):  # Dynamo does not know what is callable
         check_callable(transform, func)
     call = Call(transform, func, {"argnums": argnums} if has_aux is False else {"argnums": argnums, "has_aux": has_aux})
     if type(argnums) is not int:

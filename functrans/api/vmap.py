@@ -64,7 +64,7 @@ def vmap(
         >>> vmap(torch.dot, in_dims=(0, None))(x, y)
         tensor([21., 43.])
     """
-    if not callable(func):
+    if not (is_dynamo_compiling() or callable(func)):
         check_callable("vmap", func)
     call = Call("vmap", func, {"in_dims": in_dims, "out_dims": out_dims})
     if type(in_dims) is not int:

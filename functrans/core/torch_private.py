@@ -212,7 +212,7 @@ _OF_DYNAMO = {
     "variables": "ConstantVariable ConstDictVariable LazyVariableTracker ListVariable SymNodeVariable TupleVariable "
     "VariableTracker",
     "variables.builder": "wrap_fx_proxy",
-    "variables.higher_order_ops": "discard_graph_changes make_attr speculate_subgraph TorchHigherOrderOperatorVariable",
+    "variables.higher_order_ops": "discard_graph_changes speculate_subgraph TorchHigherOrderOperatorVariable",
 }
 
 
@@ -244,8 +244,8 @@ def run_as_written_while(inside: Callable[[], bool]) -> None:
     def callback(compiling: Any) -> Any:
         if not inside():
             return original(compiling)
-        if set_count is not None and set_count(1) < 0:  # fullgraph=True asks for a frame that was compiled
-            set_count(-1)
+        if set_count is not None:
+            set_count(-1)  # fullgraph=True does not ask for a frame that was compiled
         return None
 
     setattr(module, name, callback)
