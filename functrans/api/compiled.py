@@ -78,14 +78,14 @@ def call_with(func: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def example_of(x: Tensor, dim: int | None, differentiated: bool) -> Tensor:
+def example_of(x: Tensor, dim: int | None, moves: bool) -> Tensor:
     """What the function is to see of ``x`` while Dynamo traces it.
 
     If it requires grad, Dynamo writes an autograd.Function down as one, and not the operators of its forward.
     """
     if dim is not None:
         return x.select(dim, 0)
-    if not differentiated or not (x.is_floating_point() or x.is_complex()):
+    if not (moves and (x.is_floating_point() or x.is_complex())):
         return x
     with torch.enable_grad():
         return x.detach().requires_grad_().clone()  # a leaf might not be written to
@@ -96,14 +96,6 @@ class Tree:
 
     def __init__(self, leaves: list[Any], spec: Any) -> None:
         self.leaves, self.spec = leaves, spec
-
-    @classmethod
-    def of_result(cls, result: Any) -> tuple[Tree, tuple[Any, ...]]:
-        """The tree of what a transform returned, and what goes into the graph of it."""
-        leaves, spec = torch_pytree.tree_flatten(result)
-        in_graph = [isinstance(x, Tensor) or is_pullback(x) for x in leaves]
-        tree = cls([HOLE if inside else x for x, inside in zip(leaves, in_graph, strict=True)], spec)
-        return tree, tuple(x for x, inside in zip(leaves, in_graph, strict=True) if inside)
 
     def filled(self, values: Iterator[Any]) -> Any:
         return torch_pytree.tree_unflatten(filled(self.leaves, values), self.spec)
@@ -121,23 +113,25 @@ def holes(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
     return [x for x, own in zip(leaves, tree.leaves, strict=True) if own is HOLE]
 
 
-def is_pullback(x: Any) -> bool:
-    return getattr(x, "__qualname__", "").endswith("vjp_with_argnums.<locals>.pullback")
+#: What a graph holds of what a transform returns; the function is the pullback of vjp.
+HELD = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, FunctionType)
 
 
 class Node:
     """A call in Dynamo's graph that returns tensors; what it returned them in is known when it has run once."""
 
-    results: Tree
+    results: Tree | None = None
     failure: Exception | None = None
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, ...]:
         try:
-            self.results, found = Tree.of_result(call())
+            leaves, spec = torch_pytree.tree_flatten(call())
         except Exception as error:
             self.failure = error
             raise
-        return found
+        if self.results is None:
+            self.results = Tree([HOLE if isinstance(x, HELD) else x for x in leaves], spec)
+        return tuple(holes(self.results, leaves))
 
 
 class TransformNode(Node):
@@ -181,15 +175,20 @@ class PullbackNode(Node):
         return functrans_pullback
 
 
-def dims_of_example(transform: Callable[..., Any], options: dict[str, Any], args: Any, kwargs: Any) -> list[int | None]:
-    """For each leaf of the arguments, the dimension in which the function sees one example of it."""
-    rest = [None] * len(torch_pytree.tree_leaves(kwargs))
-    if transform.__name__ != "vmap":
-        return [None] * len(torch_pytree.tree_leaves(args)) + rest
-    in_dims = options["in_dims"]
-    leaves, dims, _, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
-    by_leaf = {id(x): d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)}
-    return [by_leaf.get(id(x)) for x in torch_pytree.tree_leaves(args)] + rest
+def sights(
+    transform: Callable[..., Any], options: dict[str, Any], args: Any, kwargs: Any
+) -> list[tuple[int | None, bool]]:
+    """For each leaf of the arguments, the dimension of which the function sees one example, and whether it moves."""
+    if transform.__name__ == "vmap":
+        in_dims = options["in_dims"]
+        leaves, dims, _, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
+        of_leaf = {id(x): d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)}
+        seen: list[tuple[int | None, bool]] = [(of_leaf.get(id(x)), False) for x in torch_pytree.tree_leaves(args)]
+    else:
+        argnums = options.get("argnums", tuple(range(len(args))))
+        moving = {i % len(args) for i in (argnums if isinstance(argnums, tuple) else (argnums,))}
+        seen = [(None, i in moving) for i, arg in enumerate(args) for _ in torch_pytree.tree_leaves(arg)]
+    return seen + [(None, False) for _ in torch_pytree.tree_leaves(kwargs)]
 
 
 def dynamo_variable(names: Any) -> type:
@@ -220,9 +219,9 @@ def dynamo_variable(names: Any) -> type:
             node = TransformNode(transform, options.as_python_constant(), arguments, tangents)
             given = holes(arguments, leaves)
             values = arguments.filled(x.as_proxy().node.meta["example_value"] for x in given)
-            dims = holes(arguments, dims_of_example(transform, node.options, *values))
+            seen = holes(arguments, sights(transform, node.options, *values))
             with names.discard_graph_changes(tx):
-                examples = [example(tx, x, dim, transform) for x, dim in zip(given, dims, strict=True)]
+                examples = [example(tx, x, *how) for x, how in zip(given, seen, strict=True)]
             own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
             (_, found), graph, captured = names.speculate_subgraph(
                 tx,
@@ -256,7 +255,9 @@ def dynamo_variable(names: Any) -> type:
 
         def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             with breaking("a pullback"):
-                keywords = names.ConstDictVariable({names.ConstantVariable.create(k): v for k, v in kwargs.items()}, dict)
+                keywords = names.ConstDictVariable(
+                    {names.ConstantVariable.create(k): v for k, v in kwargs.items()}, dict
+                )
                 arguments, leaves, _ = flat(tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
                 node = PullbackNode(arguments)
                 return put(tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves))))
@@ -273,7 +274,7 @@ def dynamo_variable(names: Any) -> type:
         variables = []
         for i, x in enumerate(found):
             proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
-            if is_pullback(x):
+            if isinstance(x, FunctionType):
                 proxy.node.meta["example_value"] = x
                 variables.append(PullbackVariable(proxy))
             else:
@@ -283,11 +284,11 @@ def dynamo_variable(names: Any) -> type:
         spec = names.VariableTracker.build(tx, node.results.spec)
         return names.make_inlined(tx, torch_pytree.tree_unflatten)(names.ListVariable(leaves), spec)
 
-    def example(tx: Any, x: Any, dim: int | None, transform: Any) -> Any:
+    def example(tx: Any, x: Any, dim: int | None, moves: bool) -> Any:
         if not x.is_tensor():
             return x
-        args = (x.as_proxy(), dim, transform.__name__ != "vmap")
-        return names.wrap_fx_proxy(tx, tx.output.create_proxy("call_function", example_of, args, {}))
+        call = tx.output.create_proxy("call_function", example_of, (x.as_proxy(), dim, moves), {})
+        return names.wrap_fx_proxy(tx, call)
 
     def flat(tx: Any, variable: Any) -> tuple[Tree, list[Any], Any]:
         """A variable's tree and its leaves, and Dynamo's variable for the structure."""
@@ -313,7 +314,9 @@ def dynamo_variable(names: Any) -> type:
                 gb_type="functrans call that does not go into a graph",
                 context=f"{what}: {type(error).__name__}",
                 explanation=f"This call of {what} cannot be written into a graph. {type(error).__name__}: {error}",
-                hints=["Compile without fullgraph=True: the call then runs outside of the graph, with the same results."],
+                hints=[
+                    "Compile without fullgraph=True: the call then runs outside of the graph, with the same results."
+                ],
                 from_exc=error,
             )
 

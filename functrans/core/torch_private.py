@@ -23,9 +23,12 @@ __all__ = [
     "DECOMPOSITION_TABLE",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
+    "KEY_OF_MODE",
     "NEGATIVE",
+    "PRE_DISPATCH",
     "PYTHON",
     "TENSOR_MODULE",
+    "TRACER_MODE",
     "TREE_NODES",
     "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR",
@@ -43,6 +46,7 @@ __all__ = [
     "function_state",
     "is_forward_enabled",
     "is_key_excluded",
+    "is_key_included",
     "is_torch_func_active",
     "make_wrapper",
     "mode_at",
@@ -62,9 +66,12 @@ __all__ = [
     "set_function_state",
     "set_grad_enabled",
     "set_key_excluded",
+    "set_key_included",
     "tensor_torch_function",
     "top_packing",
     "torch_pytree",
+    "tracers_before_autograd",
+    "unset_mode",
     "vmap_rule_of_library",
     "without_torch_function",
 ]
@@ -119,6 +126,16 @@ INDEX_BATCHED = private("torch._C._dispatch_key_parse", "to make a dispatch key 
 INDEX_BATCHED_KEYS = private("torch._C.DispatchKeySet", "to tell PyTorch's indexing not to read a number")(
     INDEX_BATCHED
 )
+
+# torch.export traces in front of autograd, where wrappers are; the tracer is moved to where the base is.
+_FOR_EXPORT = "to have torch.export trace behind autograd"
+PRE_DISPATCH = private(_KEY + "PreDispatch", _FOR_EXPORT)
+is_key_included = private("torch._C._dispatch_tls_is_dispatch_key_included", _FOR_EXPORT)
+set_key_included = private("torch._C._dispatch_tls_set_dispatch_key_included", _FOR_EXPORT)
+tracers_before_autograd = private("torch._ops.mode_stack_state_for_pre_dispatch", _FOR_EXPORT)
+unset_mode = private("torch._C._unset_dispatch_mode", _FOR_EXPORT)
+TRACER_MODE = private("torch._C._TorchDispatchModeKey.PROXY", _FOR_EXPORT)
+KEY_OF_MODE = "_dispatch_key"  # of the tracer while it is in front of autograd
 
 # Entering a TorchDispatchMode through its context manager costs several microseconds.
 mode_stack_size = private("torch._C._len_torch_dispatch_stack", "to know whether a mode was entered after its own")
@@ -203,7 +220,7 @@ if TYPE_CHECKING:
 else:
     HigherOrderOperator = private("torch._ops.HigherOrderOperator", _FOR_DYNAMO)
 
-#: What functrans/api/compiled.py uses of Dynamo, by module; looked up when Dynamo has been imported, which takes seconds.
+#: What functrans/api/compiled.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
 _OF_DYNAMO = {
     "": "disable",
     "eval_frame": "skip_code",
