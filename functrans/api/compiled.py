@@ -32,12 +32,14 @@ from torch import Tensor
 
 from functrans.api.in_dims import check_inputs
 from functrans.core.errors import Call
+from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
-from functrans.core.thread_state import STATE
+from functrans.core.thread_state import STATE, Snapshot
 from functrans.core.torch_private import (
     HigherOrderOperator,
     dynamo_names,
     run_as_written_while,
+    run_untraced,
     torch_pytree,
 )
 
@@ -328,7 +330,8 @@ def connect() -> None:
     names = dynamo_names()
     names.operators[TRACED.__name__] = dynamo_variable(names)
     Traced.__call__ = names.disable(Traced.__call__)  # type: ignore[method-assign]
-    names.skip_code(run_transformed.__code__)
+    for function in (Interpreter.__init__, Snapshot.__init__, run_transformed):
+        run_untraced(function)  # where a transform of somebody else's comes to it
     run_as_written_while(lambda: STATE.top is not None)
 
 

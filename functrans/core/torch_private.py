@@ -61,6 +61,7 @@ __all__ = [
     "push_mode",
     "push_packing",
     "run_as_written_while",
+    "run_untraced",
     "set_eval_frame",
     "set_forward_enabled",
     "set_function_state",
@@ -223,7 +224,6 @@ else:
 #: What functrans/api/compiled.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
 _OF_DYNAMO = {
     "": "disable",
-    "eval_frame": "skip_code",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
     "utils": "get_fake_value",
     "variables": "ConstantVariable ConstDictVariable LazyVariableTracker ListVariable SymNodeVariable TupleVariable "
@@ -250,6 +250,15 @@ def dynamo_names() -> SimpleNamespace:
         found["items"] = lambda tx, variable: variable.unpack_var_sequence(tx)
     found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
     return SimpleNamespace(**found)
+
+
+def run_untraced(function: Callable[..., Any]) -> None:
+    """Let Dynamo break the graph where ``function`` is called, and never trace its code.
+
+    (torch.compiler.disable would put another function in its place.)
+    """
+    private("torch._dynamo.trace_rules._disallowed_callable_ids", _FOR_FRAMES).add(id(function))
+    private("torch._dynamo.eval_frame.skip_code", _FOR_FRAMES)(function.__code__)
 
 
 def run_as_written_while(inside: Callable[[], bool]) -> None:
