@@ -3,7 +3,7 @@
 NOTE [Compiled transforms]
 Dynamo, which traces Python for torch.compile and torch.export, does not see how a transform works. What a transform
 returns asks whether it is being traced (``is_dynamo_compiling``, which Dynamo answers itself), and if so calls
-``TRACED``: for Dynamo a higher-order operator, whose meaning ``dynamo_variable`` hands over. It has the function traced
+``TRACED``: for Dynamo a higher-order operator, whose meaning ``dynamo_variables`` hands over. It has the function traced
 into a graph of its own, at the shapes that one example has, which makes all that the function captures (tensors of
 closures, parameters, buffers) inputs of that graph; then it writes one call into the graph around it, that of the
 transform proper on the function's graph. Whoever runs the graph around it, Python or AOTAutograd with its tracers,
@@ -18,6 +18,7 @@ Both are connected when torch._dynamo is imported, which functrans itself never 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +30,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.in_dims import check_inputs
 from functrans.core.errors import Call
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
-from functrans.core.thread_state import STATE, Snapshot
+from functrans.core.thread_state import STATE, Snapshot, unchanged
 from functrans.core.torch_private import (
     HigherOrderOperator,
     dynamo_names,
@@ -72,7 +74,23 @@ class Traced(HigherOrderOperator):
         return transformed(*args)
 
 
+class Untraced(HigherOrderOperator):
+    """Calls a function that Dynamo is not to look into: it breaks the graph."""
+
+    def __init__(self) -> None:
+        super().__init__("functrans_untraced")
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
 TRACED: Any = Traced()
+UNTRACED: Any = Untraced()
+
+
+def named_after(func: Callable[..., Any]) -> Callable[[Any], Any]:
+    """``functools.wraps``, which Dynamo does not trace for all functions, and which it has no use for."""
+    return unchanged if is_dynamo_compiling() else functools.wraps(func, updated=())
 
 
 def call_with(func: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
@@ -193,8 +211,8 @@ def sights(
     return seen + [(None, False) for _ in torch_pytree.tree_leaves(kwargs)]
 
 
-def dynamo_variable(names: Any) -> type:
-    """What Dynamo makes of ``TRACED``; the class is made here since its base is imported with Dynamo."""
+def dynamo_variables(names: Any) -> tuple[type, type]:
+    """What Dynamo makes of ``TRACED`` and ``UNTRACED``; the classes are made here since their base is Dynamo's."""
 
     class Body(names.VariableTracker):
         """The function, called by leaves: those that are in the graph are given, the others are in place."""
@@ -213,6 +231,8 @@ def dynamo_variable(names: Any) -> type:
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             transform = args[0].as_python_constant()
             with breaking(f"functrans.{transform.__name__}"):
+                if transform.__name__ == "vjp" and tx.output.root_tx.f_code is transform.__code__:
+                    raise NotImplementedError("Its pullback would leave the graph.")
                 return self.write(tx, transform, *names.LazyVariableTracker.realize_all(list(args[1:])))
 
         def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:
@@ -241,6 +261,13 @@ def dynamo_variable(names: Any) -> type:
             target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
             proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]
             return put(tx, node, target, (*proxies, *captured))
+
+    class UntracedVariable(names.TorchHigherOrderOperatorVariable):
+        _HOP_NAME = "functrans_untraced"
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            with breaking("a pullback"):
+                raise NotImplementedError("It was made outside of the graph.")
 
     class PullbackVariable(names.VariableTracker):
         """What vjp returns beside the value: an object that stays inside of the graph."""
@@ -322,14 +349,16 @@ def dynamo_variable(names: Any) -> type:
                 from_exc=error,
             )
 
-    return TracedVariable
+    return TracedVariable, UntracedVariable
 
 
 def connect() -> None:
     """Tell Dynamo, which has been imported, of transforms."""
     names = dynamo_names()
-    names.operators[TRACED.__name__] = dynamo_variable(names)
-    Traced.__call__ = names.disable(Traced.__call__)  # type: ignore[method-assign]
+    operators: list[type] = [Traced, Untraced]
+    for operator, name, variable in zip(operators, (TRACED.__name__, UNTRACED.__name__), dynamo_variables(names)):
+        names.operators[name] = variable
+        operator.__call__ = names.disable(operator.__call__)  # type: ignore[method-assign]
     for function in (Interpreter.__init__, Snapshot.__init__, run_transformed):
         run_untraced(function)  # where a transform of somebody else's comes to it
     run_as_written_while(lambda: STATE.top is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_arguments, pick
 from functrans.api.checks import check_chunk_size, check_randomness
-from functrans.api.compiled import TRACED
+from functrans.api.compiled import TRACED, named_after
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, jvp_with_argnums, unit, vjp_with_argnums
 from functrans.api.vmap import vmap
@@ -61,7 +60,7 @@ def traceable(
 ) -> Callable[..., Any]:
     """``jacobian``, which is ``transform(func, **options)``, known to Dynamo; see NOTE [Compiled transforms]."""
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def jacobian_or_traced(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return TRACED(transform, func, options, args, kwargs, None)
@@ -73,7 +72,7 @@ def traceable(
 def jacobian_by_rows(
     call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, chunk_size: int | None
 ) -> Callable[..., Any]:
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         refuse_complex(call, "args", args)
         out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs)
@@ -145,7 +144,7 @@ def jacfwd(
 def jacobian_by_columns(
     call: Call, func: Callable[..., Any], argnums: Argnums, has_aux: bool, randomness: str, chunk_size: int | None
 ) -> Callable[..., Any]:
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         refuse_complex(call, "args", args)
         moving = pick(call, args, argnums)

@@ -23,7 +23,7 @@ from functrans.api.arguments import (
     unwrap,
 )
 from functrans.api.checks import call_function, check_callable, check_flag
-from functrans.api.compiled import TRACED
+from functrans.api.compiled import TRACED, UNTRACED, named_after
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError, MixedTransformsError
 from functrans.core.errors.made_at import note_results
@@ -67,7 +67,7 @@ def grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) 
     """
     call = differentiating("grad", func, argnums, has_aux)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return TRACED(grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs, None)
@@ -88,7 +88,7 @@ def grad_and_value(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
     """
     call = differentiating("grad_and_value", func, argnums, has_aux)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return TRACED(grad_and_value, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs, None)
@@ -108,7 +108,7 @@ def value_and_grad(func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool
     """
     call = differentiating("value_and_grad", func, argnums, has_aux)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return TRACED(value_and_grad, func, {"argnums": argnums, "has_aux": has_aux}, args, kwargs, None)
@@ -225,6 +225,8 @@ def vjp_with_argnums(
 
         (The other arguments are torch.func's and have no effect.)
         """
+        if is_dynamo_compiling():
+            return UNTRACED(pullback, cotangents)
         if is_torch_func_active():
             raise MixedTransformsError(f"pullback of {call}")
         leaves, given = leaves_like(cotangents, spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_chunk_size, check_randomness
-from functrans.api.compiled import TRACED
+from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallIndexError, CallValueError, DeadWrapperError
@@ -74,7 +73,7 @@ def vmap(
     if chunk_size is not None:
         check_chunk_size(call, chunk_size)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
