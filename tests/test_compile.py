@@ -102,6 +102,11 @@ def writes(x: Tensor) -> Any:
     return seen, own
 
 
+def closure(x: Tensor) -> Tensor:
+    k = x * 2
+    return grad(lambda y: (y.sin() * k).sum())(x)
+
+
 def through_tree(x: Tensor) -> Any:
     def g(d: Any, n: int, *, k: Tensor) -> Any:
         return (d["b"] * d["a"][0] ** n * k).sum(), {"n": n, "b": d["b"] * 2, "name": "aux"}
@@ -172,7 +177,7 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         ),
     ),
     "third derivative": (lambda x: grad(lambda a: grad(grad(lambda c: c**4))(a) * a)(x[1]), lambda x: 36 * x[1] ** 2),
-    "closure": (lambda x: (lambda k: grad(lambda y: (y.sin() * k).sum())(x))(x * 2), lambda x: x.cos() * x * 2),
+    "closure": (closure, lambda x: x.cos() * x * 2),
     "partial": (
         lambda x: grad(functools.partial(lambda k, y: (k * y.sin()).sum(), x * 2))(x),
         lambda x: x.cos() * x * 2,

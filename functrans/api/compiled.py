@@ -3,9 +3,9 @@
 NOTE [Compiled transforms]
 Dynamo, which traces Python for torch.compile and torch.export, does not see how a transform works. What a transform
 returns asks whether it is being traced (``is_dynamo_compiling``, which Dynamo answers itself), and if so calls
-``TRACED``: for Dynamo a higher-order operator, whose meaning ``dynamo_variables`` hands over. It has the function traced
-into a graph of its own, at the shapes that one example has, which makes all that the function captures (tensors of
-closures, parameters, buffers) inputs of that graph; then it writes one call into the graph around it, that of the
+``TRACED``: for Dynamo a higher-order operator, whose meaning ``dynamo_variables`` hands over. It has the function
+traced into a graph of its own, at the shapes that one example has, which makes all that the function captures (tensors
+of closures, parameters, buffers) inputs of that graph; then it writes one call into the graph around it, that of the
 transform proper on the function's graph. Whoever runs the graph around it, Python or AOTAutograd with its tracers,
 thereby runs the transform as it is, with whatever stands in the graph inside: also transforms of the same kind.
 
@@ -284,9 +284,7 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
 
         def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             with breaking("a pullback"):
-                keywords = names.ConstDictVariable(
-                    {names.ConstantVariable.create(k): v for k, v in kwargs.items()}, dict
-                )
+                keywords = names.ConstDictVariable({names.ConstantVariable.create(k): v for k, v in kwargs.items()})
                 arguments, leaves, _ = flat(tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
                 node = PullbackNode(arguments)
                 return put(tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves))))
@@ -337,7 +335,7 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
         try:
             yield
         except Exception as error:
-            if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.TorchRuntimeError):
+            if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.fake_errors):
                 raise
             names.unimplemented(
                 gb_type="functrans call that does not go into a graph",

@@ -248,6 +248,10 @@ def dynamo_names() -> SimpleNamespace:
         found["items"] = of_dynamo("utils", "unpack_iterable")
     except TorchMovedError:  # PyTorch 2.11 and 2.12
         found["items"] = lambda tx, variable: variable.unpack_var_sequence(tx)
+    try:
+        found["fake_errors"] = (found["TorchRuntimeError"], of_dynamo("exc", "FakeTensorObservedException"))
+    except TorchMovedError:  # before PyTorch 2.14
+        found["fake_errors"] = (found["TorchRuntimeError"],)
     found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
     return SimpleNamespace(**found)
 
