@@ -510,3 +510,10 @@ def test_inductor(name: str) -> None:
     compiled = torch.compile(program, fullgraph=True)
     for point in (x.clone(), x + 1):
         torch.testing.assert_close(compiled(point.clone()), by_hand(point))
+
+
+@pytest.mark.slow
+def test_inductor_tells_graphs_apart_that_differ_in_the_function_alone() -> None:
+    for function, by_hand in ((torch.sin, x.cos()), (torch.cos, -x.sin()), (torch.exp, x.exp())):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(vmap(grad(function)), fullgraph=True)(x), by_hand)
