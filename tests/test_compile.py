@@ -386,6 +386,55 @@ def test_errors_are_those_of_the_uncompiled_program() -> None:
         torch.compile(lambda x: grad(lambda y: y * 2)(x), backend="eager", fullgraph=True)(x)
 
 
+class BentForward(torch.autograd.Function):
+    """Its tangent is 5, and neither that of its forward nor of its backward."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 7
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent * 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_custom_tangent_is_used(backend: str) -> None:
+    program = torch.compile(
+        lambda x: (jvp(BentForward.apply, (x,), (x,))[1], jacfwd(BentForward.apply)(x)), backend=backend
+    )
+    torch.testing.assert_close(program(x), (5 * x, 5 * eye))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_numbers_are_drawn_at_every_call(backend: str) -> None:
+    def noise(randomness: str) -> Callable[[Tensor], Tensor]:
+        return torch.compile(
+            vmap(lambda y: torch.rand(3) + 0 * y, randomness=randomness), backend=backend, fullgraph=True
+        )
+
+    different, same = noise("different"), noise("same")
+    first, second = different(rows), different(rows)
+    assert first.flatten().unique().numel() == 12 and not first.equal(second)
+    first, second = same(rows), same(rows)
+    assert first.unique(dim=0).shape[0] == 1 and not first.equal(second)
+
+    def dropped(x: Tensor) -> tuple[Tensor, Tensor]:
+        out, pullback = vjp(lambda y: nn.functional.dropout(y, 0.5), x)
+        return out, pullback(torch.ones(100))[0]
+
+    out, slopes = torch.compile(dropped, backend=backend, fullgraph=True)(torch.ones(100))
+    assert out.equal(slopes) and set(out.tolist()) == {0.0, 2.0}  # the pullback has the mask of its forward
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_function_inside_a_transform(backend: str, fullgraph: bool) -> None:
