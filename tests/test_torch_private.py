@@ -121,8 +121,8 @@ def test_home_has_only_resolved_names() -> None:
     """In the one file that may have them, private names are strings, which ``private`` looks up."""
     found = [text for _, text in private_names(TREES[HOME], OWN)]
     assert found == [
-        "torch._ops.OpOverload", "torch.utils._python_dispatch.TorchDispatchMode", "getattr(op, '_opoverload', None)",
-        "definition._vmap_fn",
+        "torch._ops.OpOverload", "torch.utils._python_dispatch.TorchDispatchMode", "torch._ops.HigherOrderOperator",
+        "getattr(op, '_opoverload', None)", "definition._vmap_fn",
     ]  # fmt: skip
 
 

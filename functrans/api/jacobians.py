@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, Argnums, check_argnums, check_arguments, check_complex, pick
 from functrans.api.checks import check_callable, check_chunk_size, check_flag, check_randomness
+from functrans.api.compiled import TRACED, named_after
 from functrans.api.pullbacks import Pullback
 from functrans.api.structures import path_of
 from functrans.api.transforms import (
     conjugated,
     differentiating,
+    grad_and_value,
     grad_and_value_of,
+    jvp,
     jvp_with_argnums,
     unit,
     vjp_with_argnums,
@@ -64,7 +67,22 @@ def jacrev(
     """
     call = differentiating("jacrev", func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
-    return jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic)
+    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic}
+    return traceable(jacrev, func, options, jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic))
+
+
+def traceable(
+    transform: Callable[..., Any], func: Callable[..., Any], options: dict[str, Any], jacobian: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``jacobian``, which is ``transform(func, **options)``, known to Dynamo; see NOTE [Compiled transforms]."""
+
+    @named_after(func)
+    def jacobian_or_traced(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(transform, func, options, args, kwargs, None)
+        return jacobian(*args, **kwargs)
+
+    return jacobian_or_traced
 
 
 def jacrev_and_value(
@@ -87,7 +105,9 @@ def jacrev_and_value(
     """
     call = differentiating("jacrev_and_value", func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
-    return jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic, with_value=True)
+    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic}
+    rows = jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic, with_value=True)
+    return traceable(jacrev_and_value, func, options, rows)
 
 
 def jacobian_by_rows(
@@ -99,7 +119,7 @@ def jacobian_by_rows(
     holomorphic: bool,
     with_value: bool = False,
 ) -> Callable[..., Any]:
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         check_numbers(call, holomorphic, args, argnums)
         out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs)
@@ -177,7 +197,12 @@ def jacfwd(
     call = differentiating("jacfwd", func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
     check_randomness(call, randomness)
-    return jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic)
+    options = {
+        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
+        "holomorphic": holomorphic,
+    }  # fmt: skip
+    columns = jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic)
+    return traceable(jacfwd, func, options, columns)
 
 
 def jacfwd_and_value(
@@ -202,7 +227,12 @@ def jacfwd_and_value(
     call = differentiating("jacfwd_and_value", func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
     check_randomness(call, randomness)
-    return jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic, with_value=True)
+    options = {
+        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
+        "holomorphic": holomorphic,
+    }  # fmt: skip
+    columns = jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic, with_value=True)
+    return traceable(jacfwd_and_value, func, options, columns)
 
 
 def jacobian_by_columns(
@@ -215,7 +245,7 @@ def jacobian_by_columns(
     holomorphic: bool,
     with_value: bool = False,
 ) -> Callable[..., Any]:
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         check_numbers(call, holomorphic, args, argnums)
         moving = pick(call, args, argnums)
@@ -290,7 +320,12 @@ def hessian(
     check_chunk_size(call, chunk_size)
     check_randomness(call, randomness)
     rows = jacobian_by_rows(call, func, argnums, has_aux, None, holomorphic)
-    return jacobian_by_columns(call, rows, argnums, has_aux, randomness, chunk_size, holomorphic)
+    options = {
+        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
+        "holomorphic": holomorphic,
+    }  # fmt: skip
+    columns = jacobian_by_columns(call, rows, argnums, has_aux, randomness, chunk_size, holomorphic)
+    return traceable(hessian, func, options, columns)
 
 
 def hvp(
@@ -319,6 +354,10 @@ def hvp(
         >>> hvp(lambda x: (x**3).sum(), (torch.tensor([1.0, 2.0]),), (torch.tensor([1.0, 1.0]),))
         (tensor(9.), (tensor([ 6., 12.]),))
     """
+    if is_dynamo_compiling():
+        gradient_and_value = grad_and_value(func, tuple(range(len(primals))), has_aux)
+        _, product, value = jvp(gradient_and_value, primals, tangents, has_aux=True)
+        return (value[0], product, value[1]) if has_aux else (value, product)
     check_callable("hvp", func)
     arguments = "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}"
     call = Call("hvp", func, arguments)

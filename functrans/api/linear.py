@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, refuse_argument, unwrap
 from functrans.api.checks import check_callable, check_flag
+from functrans.api.compiled import UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
 from functrans.api.pullbacks import Pullback
 from functrans.api.structures import difference, path_of
@@ -61,6 +64,8 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
         >>> jvp_fn
         <jvp of linearize(exp, ...): 1 record, 1 tensor saved, 8 bytes>
     """
+    if is_dynamo_compiling():
+        return UNTRACED(partial(linearize, has_aux=has_aux), func, *primals)
     check_callable("linearize", func)
     call = Call("linearize", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)
@@ -186,6 +191,8 @@ class JvpFunction(LinearFunction):
 
     def __call__(self, *tangents: Any) -> Any:
         """The tangent of the output, given tangents of the primals."""
+        if is_dynamo_compiling():
+            return UNTRACED(self, *tangents)
         if is_torch_func_active():
             raise MixedTransformsError(self.name)
         leaves, given = leaves_like(tangents, self.spec)
@@ -237,6 +244,8 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Pullback:
         >>> transposed(torch.tensor([1.0, 0.0]))
         (tensor([1., 2.]),)
     """
+    if is_dynamo_compiling():
+        return UNTRACED(linear_transpose, func, *primals)
     check_callable("linear_transpose", func)
     call = Call("linear_transpose", func, "...")
     check_primals(call, primals)

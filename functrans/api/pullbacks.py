@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Inputs, argument_cure
+from functrans.api.compiled import UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import CallError, CallTypeError, MixedTransformsError
@@ -84,6 +86,8 @@ class Pullback(LinearFunction):
 
         (The other arguments are torch.func's and have no effect.)
         """
+        if is_dynamo_compiling():
+            return UNTRACED(self, cotangents)
         seeds = self.seeds(cotangents)
         self.check_leaves()
         check_versions(self.versions)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import (
     ALL,
@@ -23,6 +24,7 @@ from functrans.api.arguments import (
     unwrap,
 )
 from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.compiled import TRACED, named_after
 from functrans.api.linear_functions import Like, like
 from functrans.api.pullbacks import Pullback
 from functrans.api.structures import difference, path_of
@@ -72,9 +74,12 @@ def grad(
         True
     """
     call = differentiating("grad", func, argnums, has_aux, holomorphic)
+    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic}
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def gradient(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(grad, func, options, args, kwargs, None)
         grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
         return (grads, value[1]) if has_aux else grads
 
@@ -93,9 +98,12 @@ def grad_and_value(
         (tensor(6.), tensor(9.))
     """
     call = differentiating("grad_and_value", func, argnums, has_aux, holomorphic)
+    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic}
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(grad_and_value, func, options, args, kwargs, None)
         return grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
 
     return gradient_and_value
@@ -113,9 +121,12 @@ def value_and_grad(
         (tensor(9.), tensor(6.))
     """
     call = differentiating("value_and_grad", func, argnums, has_aux, holomorphic)
+    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic}
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(value_and_grad, func, options, args, kwargs, None)
         grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
         return value, grads
 
@@ -124,7 +135,7 @@ def value_and_grad(
 
 def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any, holomorphic: Any = False) -> Call:
     """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
-    if not callable(func):
+    if not (is_dynamo_compiling() or callable(func)):  # Dynamo does not know what is callable
         check_callable(transform, func)
     call = Call(transform, func, {"argnums": argnums} if has_aux is False else {"argnums": argnums, "has_aux": has_aux})
     if holomorphic is not False:
@@ -207,6 +218,8 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         >>> pullback(torch.tensor([1.0, 2.0]))
         (tensor([1., 2.]),)
     """
+    if is_dynamo_compiling():
+        return TRACED(vjp, func, {"has_aux": has_aux}, primals, {}, None)
     check_callable("vjp", func)
     call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)
@@ -287,6 +300,8 @@ def jvp(
         >>> jvp(torch.exp, (torch.zeros(2),), (torch.tensor([1.0, 2.0]),))
         (tensor([1., 1.]), tensor([1., 2.]))
     """
+    if is_dynamo_compiling():
+        return TRACED(jvp, func, {"strict": strict, "has_aux": has_aux}, primals, {}, tangents)
     check_callable("jvp", func)
     call = Call(
         "jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_chunk_size, check_randomness
+from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallIndexError, CallValueError, DeadWrapperError
@@ -62,7 +63,7 @@ def vmap(
         >>> vmap(torch.dot, in_dims=(0, None))(x, y)
         tensor([21., 43.])
     """
-    if not callable(func):
+    if not (is_dynamo_compiling() or callable(func)):
         check_callable("vmap", func)
     call = Call("vmap", func, {"in_dims": in_dims, "out_dims": out_dims})
     if type(in_dims) is not int:
@@ -72,8 +73,11 @@ def vmap(
     if chunk_size is not None:
         check_chunk_size(call, chunk_size)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
+            return TRACED(vmap, func, options, args, kwargs, None)
         leaves, dims, spec, size = check_inputs(call, in_dims, args)
         if chunk_size is None or chunk_size >= size:
             return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs)
@@ -105,7 +109,7 @@ def chunk_vmap(
         >>> chunk_vmap(torch.sum, chunks=2)(torch.ones(3, 2))
         tensor([2., 2., 2.])
     """
-    if not callable(func):
+    if not (is_dynamo_compiling() or callable(func)):
         check_callable("chunk_vmap", func)
     call = Call("chunk_vmap", func, {"in_dims": in_dims, "out_dims": out_dims, "chunks": chunks})
     check_in_dims(call, in_dims)
@@ -113,8 +117,11 @@ def chunk_vmap(
     if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
         raise CallValueError(call, f"chunks={shown(chunks)}", "a positive int")
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunks": chunks}
+            return TRACED(chunk_vmap, func, options, args, kwargs, None)
         leaves, dims, spec, size = check_inputs(call, in_dims, args)
         chunk_size = max(-(-size // chunks), 1)
         if chunk_size >= size:

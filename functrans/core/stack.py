@@ -25,11 +25,19 @@ from functrans.core.thread_state import STATE, Snapshot
 from functrans.core.torch_private import (
     AUTOGRAD,
     INDEX_BATCHED,
+    KEY_OF_MODE,
+    PRE_DISPATCH,
+    TRACER_MODE,
     VIEWS_AND_VERSIONS,
+    is_key_included,
     is_torch_func_active,
     push_mode,
+    set_eval_frame,
     set_grad_enabled,
     set_key_excluded,
+    set_key_included,
+    tracers_before_autograd,
+    unset_mode,
 )
 
 
@@ -58,19 +66,22 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the
     new level's grad mode on.
     """
+    if STATE.top is None and is_key_included(PRE_DISPATCH):
+        with traced_behind_autograd():
+            return run_transformed(interpreter, body, enable_grad=enable_grad)
     before = Snapshot()
     check_enterable(interpreter, before)
     if is_torch_func_active():
         raise MixedTransformsError(interpreter.name)
     interpreter.thread = get_ident()
+    dynamo = None
     try:
         try:
             if before.top is None:
+                dynamo = set_eval_frame(None)  # torch.compile leaves alone what is called from here
                 set_key_excluded(AUTOGRAD, True)
                 set_key_excluded(VIEWS_AND_VERSIONS, True)
-                if not STATE.prepared:
-                    set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
-                    STATE.prepared = True
+                set_key_excluded(INDEX_BATCHED, True)  # for good: a wrapper may outlive its transform
                 STATE.packing = before.hooks
                 STATE.door_depth = len(before.modes) + 1
                 push_mode(thread_state.DOOR)
@@ -85,6 +96,9 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
     except BaseException:
         leave(interpreter, before)  # once more: the exception may have come while the thread was put back
         raise
+    finally:
+        if dynamo is not None:
+            set_eval_frame(dynamo)
 
 
 def leave(interpreter: Interpreter, before: Snapshot) -> None:
@@ -93,3 +107,25 @@ def leave(interpreter: Interpreter, before: Snapshot) -> None:
     before.restore()
     # Autocast caches its casts of captured weights; those made here belong to this transform.
     torch.clear_autocast_cache()
+
+
+class traced_behind_autograd:
+    """Context: torch.export, which traces in front of autograd and would see wrappers there, traces what ends at the
+    base.
+    """
+
+    def __enter__(self) -> None:
+        self.tracers = tracers_before_autograd()
+        self.tracer = self.tracers.get(0)
+        self.tracers.set(0, None)
+        set_key_included(PRE_DISPATCH, False)
+        if self.tracer is not None:
+            self.key = self.tracer.__dict__.pop(KEY_OF_MODE, None)  # PyTorch goes by it where it puts modes back
+            push_mode(self.tracer)
+
+    def __exit__(self, *exc: object) -> None:
+        if self.tracer is not None:
+            unset_mode(TRACER_MODE)
+            setattr(self.tracer, KEY_OF_MODE, self.key)
+        self.tracers.set(0, self.tracer)
+        set_key_included(PRE_DISPATCH, True)

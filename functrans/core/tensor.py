@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +96,7 @@ class WrapperTensor(Refusing):
         return self.shape[dim] if type(dim) is int and -len(self.shape) <= dim < len(self.shape) else super().size(dim)
 
     def numel(self) -> int:
-        return self.shape.numel()
+        return math.prod(self.shape)  # shape.numel() would fix symbolic sizes
 
     def __len__(self) -> int:
         return self.shape[0] if self.shape else super().__len__()

@@ -50,8 +50,6 @@ class _State(threading.local):
     door_depth: int = 0
     #: the saved-tensor hooks around the outermost transform
     packing: Any = None
-    #: whether INDEX_BATCHED is excluded in this thread
-    prepared: bool = False
     #: what NOTE [Numbers that are read] keeps
     number_read: Any = None
 

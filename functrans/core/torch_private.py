@@ -7,6 +7,8 @@ Another PyTorch may have moved one: ``private`` then says which, at import. Noth
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +23,12 @@ __all__ = [
     "DECOMPOSITION_TABLE",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
+    "KEY_OF_MODE",
     "NEGATIVE",
+    "PRE_DISPATCH",
     "PYTHON",
     "TENSOR_MODULE",
+    "TRACER_MODE",
     "TREE_NODES",
     "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR",
@@ -31,14 +36,17 @@ __all__ = [
     "DisableTorchDispatch",
     "DisableTorchFunction",
     "EnableTorchFunction",
+    "HigherOrderOperator",
     "Mode",
     "OpOverload",
     "autocast_enabled",
+    "dynamo_names",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
     "is_forward_enabled",
     "is_key_excluded",
+    "is_key_included",
     "is_torch_func_active",
     "keep_parametrizations",
     "kept_parametrizations",
@@ -55,12 +63,19 @@ __all__ = [
     "push_mode",
     "push_packing",
     "register_tree_node",
+    "run_as_written_while",
+    "run_untraced",
+    "set_eval_frame",
     "set_forward_enabled",
     "set_function_state",
     "set_grad_enabled",
     "set_key_excluded",
+    "set_key_included",
     "tensor_torch_function",
     "top_packing",
+    "torch_pytree",
+    "tracers_before_autograd",
+    "unset_mode",
     "vmap_rule_of_library",
     "without_torch_function",
 ]
@@ -115,6 +130,16 @@ INDEX_BATCHED = private("torch._C._dispatch_key_parse", "to make a dispatch key 
 INDEX_BATCHED_KEYS = private("torch._C.DispatchKeySet", "to tell PyTorch's indexing not to read a number")(
     INDEX_BATCHED
 )
+
+# torch.export traces in front of autograd, where wrappers are; the tracer is moved to where the base is.
+_FOR_EXPORT = "to have torch.export trace behind autograd"
+PRE_DISPATCH = private(_KEY + "PreDispatch", _FOR_EXPORT)
+is_key_included = private("torch._C._dispatch_tls_is_dispatch_key_included", _FOR_EXPORT)
+set_key_included = private("torch._C._dispatch_tls_set_dispatch_key_included", _FOR_EXPORT)
+tracers_before_autograd = private("torch._ops.mode_stack_state_for_pre_dispatch", _FOR_EXPORT)
+unset_mode = private("torch._C._unset_dispatch_mode", _FOR_EXPORT)
+TRACER_MODE = private("torch._C._TorchDispatchModeKey.PROXY", _FOR_EXPORT)
+KEY_OF_MODE = "_dispatch_key"  # of the tracer while it is in front of autograd
 
 # Entering a TorchDispatchMode through its context manager costs several microseconds.
 mode_stack_size = private("torch._C._len_torch_dispatch_stack", "to know whether a mode was entered after its own")
@@ -206,6 +231,75 @@ no_setup_context = private(
 )
 _FOR_RULES = "to find the vmap rules of torch.library.custom_op"
 _custom_operators: dict[str, Any] = private("torch._library.custom_ops.OPDEFS", _FOR_RULES)
+
+_FOR_DYNAMO = "to have torch.compile see a transform as one operator"
+_FOR_FRAMES = "to run transforms untraced, and what is compiled as it was written inside of them"
+torch_pytree: Any = private("torch.utils._pytree", "to take arguments apart as Dynamo does")
+set_eval_frame: Any = private("torch._C._dynamo.eval_frame.set_eval_frame", _FOR_FRAMES)
+_frames = private("torch._C._dynamo.eval_frame", _FOR_FRAMES)
+if TYPE_CHECKING:
+    from torch._ops import HigherOrderOperator
+else:
+    HigherOrderOperator = private("torch._ops.HigherOrderOperator", _FOR_DYNAMO)
+
+#: What functrans/api/compiled.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
+_OF_DYNAMO = {
+    "": "disable",
+    "exc": "TorchDynamoException TorchRuntimeError unimplemented",
+    "utils": "get_fake_value",
+    "variables": "ConstantVariable ConstDictVariable LazyVariableTracker ListVariable SymNodeVariable TupleVariable "
+    "VariableTracker",
+    "variables.builder": "wrap_fx_proxy",
+    "variables.higher_order_ops": "discard_graph_changes speculate_subgraph TorchHigherOrderOperatorVariable",
+}
+
+
+def dynamo_names() -> SimpleNamespace:
+    """The names of Dynamo, which has been imported."""
+
+    def of_dynamo(module: str, name: str) -> Any:
+        return private(".".join(part for part in ("torch._dynamo", module, name) if part), _FOR_DYNAMO)
+
+    found = {name: of_dynamo(module, name) for module, names in _OF_DYNAMO.items() for name in names.split()}
+    try:
+        found["make_inlined"] = of_dynamo("utils", "_make_inlined")
+    except TorchMovedError:  # PyTorch 2.11
+        found["make_inlined"] = of_dynamo("variables.higher_order_ops", "_make_inlined")
+    try:
+        found["items"] = of_dynamo("utils", "unpack_iterable")
+    except TorchMovedError:  # PyTorch 2.11 and 2.12
+        found["items"] = lambda tx, variable: variable.unpack_var_sequence(tx)
+    try:
+        found["fake_errors"] = (found["TorchRuntimeError"], of_dynamo("exc", "FakeTensorObservedException"))
+    except TorchMovedError:  # before PyTorch 2.14
+        found["fake_errors"] = (found["TorchRuntimeError"],)
+    found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
+    return SimpleNamespace(**found)
+
+
+def run_untraced(function: Callable[..., Any]) -> None:
+    """Let Dynamo break the graph where ``function`` is called, and never trace its code.
+
+    (torch.compiler.disable would put another function in its place.)
+    """
+    private("torch._dynamo.trace_rules._disallowed_callable_ids", _FOR_FRAMES).add(id(function))
+    private("torch._dynamo.eval_frame.skip_code", _FOR_FRAMES)(function.__code__)
+
+
+def run_as_written_while(inside: Callable[[], bool]) -> None:
+    """Let compiled functions run what they were compiled from while ``inside()`` holds for a thread."""
+    module, name = private("torch._dynamo.eval_frame", _FOR_FRAMES), "_callback_from_stance"
+    original = private(f"torch._dynamo.eval_frame.{name}", _FOR_FRAMES)
+    set_count = getattr(_frames, "set_fullgraph_compiled_frame_count", None)  # from PyTorch 2.12 on
+
+    def callback(compiling: Any) -> Any:
+        if not inside():
+            return original(compiling)
+        if set_count is not None:
+            set_count(-1)  # fullgraph=True does not ask for a frame that was compiled
+        return None
+
+    setattr(module, name, callback)
 
 
 def vmap_rule_of_library(op: OpOverload) -> Any:

@@ -6,6 +6,7 @@ partial derivatives of the pointwise function alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
             if v["reduction"] != NONE:
                 shape = shape_of(v)
                 if v["reduction"] == MEAN:
-                    grad = grad / shape.numel()
+                    grad = grad / math.prod(shape)
                 if slope.shape != shape:
                     grad = grad.expand(shape)
             return cast(sum_to_shape(grad * slope, v[name].shape), v[name].dtype)

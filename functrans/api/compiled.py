@@ -1,0 +1,392 @@
+"""torch.compile of programs that use transforms, and compiled functions inside of transforms.
+
+NOTE [Compiled transforms]
+Dynamo, which traces Python for torch.compile and torch.export, does not see how a transform works. What a transform
+returns asks whether it is being traced (``is_dynamo_compiling``, which Dynamo answers itself), and if so calls
+``TRACED``: for Dynamo a higher-order operator, whose meaning ``dynamo_variables`` hands over. It has the function
+traced into a graph of its own, at the shapes that one example has, which makes all that the function captures (tensors
+of closures, parameters, buffers) inputs of that graph; then it writes one call into the graph around it, that of the
+transform proper on the function's graph. Whoever runs the graph around it, Python or AOTAutograd with its tracers,
+thereby runs the transform as it is, with whatever stands in the graph inside: also transforms of the same kind.
+
+Where that does not go (the function has effects, reads numbers, cannot be traced, or what is asked for is an error),
+Dynamo breaks the graph, and the call takes place outside of it; under ``fullgraph=True``, that is Dynamo's error.
+
+Inside of a running transform, a compiled function is run as it was written: the transform has to see its operators.
+Both are connected when torch._dynamo is imported, which functrans itself never does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from functrans.api.in_dims import check_inputs
+from functrans.api.linear_functions import LinearFunction
+from functrans.core.errors import Call
+from functrans.core.interpreter import Interpreter
+from functrans.core.stack import run_transformed
+from functrans.core.thread_state import STATE, Snapshot, unchanged
+from functrans.core.torch_private import (
+    HigherOrderOperator,
+    dynamo_names,
+    run_as_written_while,
+    run_untraced,
+    torch_pytree,
+)
+
+#: Transforms that are called with the function and its arguments at once.
+AT_ONCE = ("jvp", "vjp")
+#: Those that switch grad mode on for the function.
+RECORDING = ("grad", "grad_and_value", "value_and_grad", "vjp", "jacrev", "jacrev_and_value", "hessian")
+
+#: Stands for a leaf that is in the graph, and for one that is an object which the function alone uses.
+HOLE: Any = type("Hole", (), {"__repr__": lambda self: "HOLE"})()
+OPAQUE: Any = type("Opaque", (), {"__repr__": lambda self: "an object"})()
+
+
+def transformed(
+    transform: Callable[..., Any], func: Any, options: dict[str, Any], args: Any, kwargs: Any, tangents: Any = None
+) -> Any:
+    """The call that ``TRACED`` stands for."""
+    if transform.__name__ not in AT_ONCE:
+        return transform(func, **options)(*args, **kwargs)
+    return transform(func, args, tangents, **options) if tangents is not None else transform(func, *args, **options)
+
+
+class Traced(HigherOrderOperator):
+    """The name under which Dynamo knows a call of a transform; called as any function, it is that call, untraced."""
+
+    def __init__(self) -> None:
+        super().__init__("functrans_transform")
+
+    def __call__(self, *args: Any) -> Any:
+        return transformed(*args)
+
+
+class Untraced(HigherOrderOperator):
+    """Calls a function that Dynamo is not to look into: it breaks the graph."""
+
+    def __init__(self) -> None:
+        super().__init__("functrans_untraced")
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+TRACED: Any = Traced()
+UNTRACED: Any = Untraced()
+
+
+def named_after(func: Callable[..., Any]) -> Callable[[Any], Any]:
+    """``functools.wraps``, which Dynamo does not trace for all functions, and which it has no use for."""
+    return unchanged if is_dynamo_compiling() else functools.wraps(func, updated=())
+
+
+def call_with(func: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
+    args, kwargs = torch_pytree.tree_unflatten(leaves, spec)
+    return func(*args, **kwargs)
+
+
+def example_of(x: Tensor, dim: int | None, moves: bool) -> Tensor:
+    """What the function is to see of ``x`` while Dynamo traces it.
+
+    If it requires grad, Dynamo writes an autograd.Function down as one, and not the operators of its forward.
+    """
+    if dim is not None:
+        return x.select(dim, 0)
+    if not (moves and (x.is_floating_point() or x.is_complex())):
+        return x
+    with torch.enable_grad():
+        return x.detach().requires_grad_().clone()  # a leaf might not be written to
+
+
+class Tree:
+    """A tree of arguments or results: its leaves, with HOLE for what is in the graph, and how they stand in it."""
+
+    def __init__(self, leaves: list[Any], spec: Any) -> None:
+        self.leaves, self.spec = leaves, spec
+
+    def filled(self, values: Iterator[Any]) -> Any:
+        return torch_pytree.tree_unflatten(filled(self.leaves, values), self.spec)
+
+    def in_graph(self, like: Any) -> list[Any]:
+        """The leaves of ``like``, a tree of this structure, that are in the graph."""
+        return holes(self, self.spec.flatten_up_to(like))
+
+
+def filled(leaves: list[Any], values: Iterator[Any]) -> list[Any]:
+    return [next(values) if x is HOLE else x for x in leaves]
+
+
+def holes(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
+    return [x for x, own in zip(leaves, tree.leaves, strict=True) if own is HOLE]
+
+
+#: What a graph holds of what a transform returns.
+HELD = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, LinearFunction)
+
+
+def is_linear(x: Any) -> bool:
+    """Whether ``x`` is a pullback: a tree to others, one object in a graph."""
+    return isinstance(x, LinearFunction)
+
+
+class Node:
+    """A call in Dynamo's graph that returns tensors; what it returned them in is known when it has run once."""
+
+    results: Tree | None = None
+    failure: Exception | None = None
+
+    def run(self, call: Callable[[], Any]) -> tuple[Any, ...]:
+        try:
+            leaves, spec = torch_pytree.tree_flatten(call(), is_leaf=is_linear)
+        except Exception as error:
+            self.failure = error
+            raise
+        if self.results is None:
+            self.results = Tree([HOLE if isinstance(x, HELD) else x for x in leaves], spec)
+        return tuple(holes(self.results, leaves))
+
+
+class TransformNode(Node):
+    """One call of a transform in Dynamo's graph: what has to be known beside the tensors to run it.
+
+    ``target`` makes the function that stands in the graph, which runs for the first time on Dynamo's fake tensors.
+    """
+
+    def __init__(self, transform: Callable[..., Any], options: dict[str, Any], arguments: Tree, tangents: Tree) -> None:
+        self.transform, self.options, self.arguments, self.tangents = transform, options, arguments, tangents
+
+    def target(self, graph: Callable[..., Any], outputs: Tree) -> Callable[..., Any]:
+        """From tensors to tensors, by the function's ``graph``, which returns ``outputs``."""
+
+        def call(*tensors: Any) -> tuple[Any, ...]:
+            rest = iter(tensors)
+            args, kwargs = self.arguments.filled(rest)
+            tangents = self.tangents.filled(rest)
+            captured = tuple(rest)
+
+            def func(*args: Any, **kwargs: Any) -> Any:
+                return outputs.filled(iter(graph(*self.arguments.in_graph((args, kwargs)), *captured)))
+
+            return self.run(lambda: transformed(self.transform, func, self.options, args, kwargs, tangents))
+
+        call.__name__ = call.__qualname__ = f"functrans_{self.transform.__name__}"
+        return call
+
+
+class PullbackNode(Node):
+    """One call of a pullback in Dynamo's graph."""
+
+    def __init__(self, arguments: Tree) -> None:
+        self.arguments = arguments
+
+    def target(self) -> Callable[..., Any]:
+        def functrans_pullback(pullback: Callable[..., Any], *tensors: Any) -> tuple[Any, ...]:
+            args, kwargs = self.arguments.filled(iter(tensors))
+            return self.run(lambda: pullback(*args, **kwargs))
+
+        return functrans_pullback
+
+
+def sights(
+    transform: Callable[..., Any], options: dict[str, Any], args: Any, kwargs: Any
+) -> list[tuple[int | None, bool]]:
+    """For each leaf of the arguments, the dimension of which the function sees one example, and whether it moves."""
+    if transform.__name__ in ("vmap", "chunk_vmap"):
+        in_dims = options["in_dims"]
+        leaves, dims, _, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
+        of_leaf = {id(x): d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)}
+        seen: list[tuple[int | None, bool]] = [(of_leaf.get(id(x)), False) for x in torch_pytree.tree_leaves(args)]
+    else:
+        argnums = options.get("argnums", tuple(range(len(args))))
+        moving = {i % len(args) for i in (argnums if isinstance(argnums, tuple) else (argnums,))}
+        seen = [(None, i in moving) for i, arg in enumerate(args) for _ in torch_pytree.tree_leaves(arg)]
+    return seen + [(None, False) for _ in torch_pytree.tree_leaves(kwargs)]
+
+
+def dynamo_variables(names: Any) -> tuple[type, type]:
+    """What Dynamo makes of ``TRACED`` and ``UNTRACED``; the classes are made here since their base is Dynamo's."""
+
+    class Body(names.VariableTracker):
+        """The function, called by leaves: those that are in the graph are given, the others are in place."""
+
+        def __init__(self, func: Any, leaves: list[Any], spec: Any, **more: Any) -> None:
+            super().__init__(**more)
+            self.func, self.leaves, self.spec = func, leaves, spec
+
+        def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            leaves = names.ListVariable(filled(self.leaves, iter(args)))
+            return names.make_inlined(tx, call_with)(self.func, leaves, self.spec)
+
+    class TracedVariable(names.TorchHigherOrderOperatorVariable):
+        _HOP_NAME = "functrans_transform"
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            transform = args[0].as_python_constant()
+            with breaking(f"functrans.{transform.__name__}"):
+                if transform.__name__ == "vjp" and tx.output.root_tx.f_code is transform.__code__:
+                    raise NotImplementedError("Its pullback would leave the graph.")
+                return self.write(tx, transform, *names.LazyVariableTracker.realize_all(list(args[1:])))
+
+        def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:
+            arguments, leaves, spec = flat(tx, names.TupleVariable([args, kwargs]))
+            tangents, tangent_leaves, _ = flat(tx, extra)
+            node = TransformNode(transform, options.as_python_constant(), arguments, tangents)
+            given = holes(arguments, leaves)
+            values = arguments.filled(x.as_proxy().node.meta["example_value"] for x in given)
+            seen = holes(arguments, sights(transform, node.options, *values))
+            with names.discard_graph_changes(tx):
+                examples = [example(tx, x, *how) for x, how in zip(given, seen, strict=True)]
+            own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
+            (_, found), graph, captured = names.speculate_subgraph(
+                tx,
+                Body(func, own, spec),
+                examples,
+                {},
+                self._HOP_NAME,
+                source_target=self.value,
+                enable_grad=True if transform.__name__ in RECORDING else None,
+                set_subgraph_inputs="manual",
+                should_flatten_outputs=True,
+            )
+            constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
+            outputs = Tree([x if masked else HOLE for x, masked in constants], found.treespec.as_python_constant())
+            target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
+            proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]
+            return put(tx, node, target, (*proxies, *captured))
+
+    class UntracedVariable(names.TorchHigherOrderOperatorVariable):
+        _HOP_NAME = "functrans_untraced"
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            with breaking("a pullback"):
+                raise NotImplementedError("It was made outside of the graph.")
+
+    class PullbackVariable(names.VariableTracker):
+        """What vjp returns beside the value: an object that stays inside of the graph."""
+
+        def __init__(self, proxy: Any, **more: Any) -> None:
+            super().__init__(**more)
+            self.proxy = proxy
+
+        def as_proxy(self) -> Any:
+            return self.proxy
+
+        def python_type(self) -> type:
+            return LinearFunction
+
+        def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            with breaking("a pullback"):
+                keywords = names.ConstDictVariable({names.ConstantVariable.create(k): v for k, v in kwargs.items()})
+                arguments, leaves, _ = flat(tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
+                node = PullbackNode(arguments)
+                return put(tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves))))
+
+    def put(tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
+        """Write a call into the graph; what it returns, as Dynamo's variable."""
+        call = tx.output.create_proxy("call_function", target, args, {})
+        try:
+            found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
+        except names.TorchDynamoException:
+            if node.failure is None:
+                raise
+            raise node.failure from None
+        variables = []
+        for i, x in enumerate(found):
+            proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
+            if is_linear(x):
+                proxy.node.meta["example_value"] = x
+                variables.append(PullbackVariable(proxy))
+            else:
+                variables.append(names.wrap_fx_proxy(tx, proxy, example_value=x))
+        rest = iter(variables)
+        leaves = [next(rest) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results.leaves]
+        spec = names.VariableTracker.build(tx, node.results.spec)
+        return names.make_inlined(tx, torch_pytree.tree_unflatten)(names.ListVariable(leaves), spec)
+
+    def example(tx: Any, x: Any, dim: int | None, moves: bool) -> Any:
+        if not x.is_tensor():
+            return x
+        call = tx.output.create_proxy("call_function", example_of, (x.as_proxy(), dim, moves), {})
+        return names.wrap_fx_proxy(tx, call)
+
+    def flat(tx: Any, variable: Any) -> tuple[Tree, list[Any], Any]:
+        """A variable's tree and its leaves, and Dynamo's variable for the structure."""
+        leaves, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(variable))
+        leaves = names.LazyVariableTracker.realize_all(names.items(tx, leaves))
+        return Tree([kept(x) for x in leaves], spec.as_python_constant()), leaves, spec
+
+    def kept(x: Any) -> Any:
+        """What the tree keeps of a leaf: a hole if it is in the graph, a constant as it is, nothing of an object."""
+        if x.is_tensor() or isinstance(x, names.SymNodeVariable):
+            return HOLE
+        return x.as_python_constant() if x.is_python_constant() else OPAQUE
+
+    @contextmanager
+    def breaking(what: str) -> Iterator[None]:
+        """What cannot be written into the graph breaks it."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.fake_errors):
+                raise
+            names.unimplemented(
+                gb_type="functrans call that does not go into a graph",
+                context=f"{what}: {type(error).__name__}",
+                explanation=f"This call of {what} cannot be written into a graph. {type(error).__name__}: {error}",
+                hints=[
+                    "Compile without fullgraph=True: the call then runs outside of the graph, with the same results."
+                ],
+                from_exc=error,
+            )
+
+    return TracedVariable, UntracedVariable
+
+
+def connect() -> None:
+    """Tell Dynamo, which has been imported, of transforms."""
+    names = dynamo_names()
+    operators: list[type] = [Traced, Untraced]
+    for operator, name, variable in zip(operators, (TRACED.__name__, UNTRACED.__name__), dynamo_variables(names)):
+        names.operators[name] = variable
+        operator.__call__ = names.disable(operator.__call__)  # type: ignore[method-assign]
+    for function in (Interpreter.__init__, Snapshot.__init__, run_transformed):
+        run_untraced(function)  # where a transform of somebody else's comes to it
+    run_as_written_while(lambda: STATE.top is not None)
+
+
+class WhenImported(MetaPathFinder):
+    """Calls ``connect`` when Dynamo has been imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_connect(module: Any) -> None:
+                execute(module)
+                connect()
+
+            spec.loader.exec_module = execute_and_connect  # type: ignore[method-assign]
+        return spec
+
+
+if "torch._dynamo" in sys.modules:
+    connect()
+else:
+    sys.meta_path.insert(0, WhenImported())
