@@ -218,10 +218,8 @@ def test_asking_for_the_number_is_allowed() -> None:
 # ------------------------------------------------------------------------------------------- zeros that are right
 
 CONSTANTS = sorted((str(op), op) for op in DERIVATIVES if DERIVATIVES.get(op).tangent == NO_TANGENT)
-#: zeros by convention, or asked for; see functrans.derivatives.constants
-CONVENTIONS = {
-    "aten.normal.Tensor_float", "aten.normal.float_Tensor", "aten.normal.Tensor_Tensor", "aten.detach_copy.default",
-}  # fmt: skip
+#: zeros by convention; see functrans.derivatives.constants
+CONVENTIONS = {"aten.normal.Tensor_float", "aten.normal.float_Tensor", "aten.normal.Tensor_Tensor"}
 #: their numbers are those that the memory had before, another time others
 UNINITIALIZED = {"aten.empty_like.default", "aten.new_empty.default", "aten.new_empty_strided.default"}
 
@@ -262,6 +260,7 @@ ZEROS = {
     "aten.nll_loss_forward.default": AUXILIARY,
     "aten.data.default": DETACHED,
     "aten.detach.default": DETACHED,
+    "aten.detach_copy.default": DETACHED,
 }
 
 

@@ -31,7 +31,6 @@ CONSTANT = {
         "floor_divide",
     ),
     "a Python number: whoever asks for it has left what is differentiated": ("item", "_local_scalar_dense"),
-    "made to leave what is differentiated": ("detach_copy",),
     "a draw from a discrete distribution": ("bernoulli", "multinomial"),
     # a convention of PyTorch's, whose formulas are zeros: the derivative along the path of one draw is that of
     # mean + std * randn_like(mean)

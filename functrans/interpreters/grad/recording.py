@@ -162,7 +162,7 @@ def borrow(
 WITHOUT_RULE = (take_apart, borrow)
 
 
-@GRAD_RULES.register(torch.ops.aten.detach.default)
+@GRAD_RULES.register(torch.ops.aten.detach.default, torch.ops.aten.detach_copy.default)
 def detach(self: GradInterpreter, op: OpOverload, values: Any, kwargs: Any) -> Any:
     """The constant that ``detach`` makes, at this level and at every level below."""
     return self.constant(lower(self, op, values, kwargs))

@@ -82,7 +82,7 @@ class JvpInterpreter(Interpreter, whole=True):
 carried_as("tangent", pending=True)
 
 
-@JVP_RULES.register(aten.detach.default)
+@JVP_RULES.register(aten.detach.default, aten.detach_copy.default)
 def detach(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
     """The constant that ``detach`` makes, at this level and at every level below."""
     return self.constant(lower(self, op, values, kwargs))
