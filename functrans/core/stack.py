@@ -20,14 +20,13 @@ import torch
 from functrans.core import thread_state
 from functrans.core.errors import MixedTransformsError
 from functrans.core.errors.misuse import check_enterable
+from functrans.core.export import traced_behind_autograd
 from functrans.core.interpreter import Interpreter
 from functrans.core.thread_state import STATE, Snapshot
 from functrans.core.torch_private import (
     AUTOGRAD,
     INDEX_BATCHED,
-    KEY_OF_MODE,
     PRE_DISPATCH,
-    TRACER_MODE,
     VIEWS_AND_VERSIONS,
     is_key_included,
     is_torch_func_active,
@@ -35,9 +34,6 @@ from functrans.core.torch_private import (
     set_eval_frame,
     set_grad_enabled,
     set_key_excluded,
-    set_key_included,
-    tracers_before_autograd,
-    unset_mode,
 )
 
 
@@ -107,25 +103,3 @@ def leave(interpreter: Interpreter, before: Snapshot) -> None:
     before.restore()
     # Autocast caches its casts of captured weights; those made here belong to this transform.
     torch.clear_autocast_cache()
-
-
-class traced_behind_autograd:
-    """Context: torch.export, which traces in front of autograd and would see wrappers there, traces what ends at the
-    base.
-    """
-
-    def __enter__(self) -> None:
-        self.tracers = tracers_before_autograd()
-        self.tracer = self.tracers.get(0)
-        self.tracers.set(0, None)
-        set_key_included(PRE_DISPATCH, False)
-        if self.tracer is not None:
-            self.key = self.tracer.__dict__.pop(KEY_OF_MODE, None)  # PyTorch goes by it where it puts modes back
-            push_mode(self.tracer)
-
-    def __exit__(self, *exc: object) -> None:
-        if self.tracer is not None:
-            unset_mode(TRACER_MODE)
-            setattr(self.tracer, KEY_OF_MODE, self.key)
-        self.tracers.set(0, self.tracer)
-        set_key_included(PRE_DISPATCH, True)
