@@ -122,7 +122,7 @@ def test_home_has_only_resolved_names() -> None:
     found = [text for _, text in private_names(TREES[HOME], OWN)]
     assert found == [
         "torch._ops.OpOverload", "torch.utils._python_dispatch.TorchDispatchMode", "torch._ops.HigherOrderOperator",
-        "getattr(op, '_opoverload', None)", "definition._vmap_fn",
+        "_parametrize._cache_enabled", "getattr(op, '_opoverload', None)", "definition._vmap_fn",
     ]  # fmt: skip
 
 

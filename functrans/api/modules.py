@@ -57,7 +57,8 @@ def functional_call(
         check_one_value_each(module, parameter_and_buffer_dicts)
     computed = kept_parametrizations()  # of the module's own parameters
     try:
-        keep_parametrizations({})
+        if computed is not None:
+            keep_parametrizations({})
         return torch.func.functional_call(
             module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict
         )
@@ -65,7 +66,8 @@ def functional_call(
         check_functional_call(module, parameter_and_buffer_dicts, kwargs, strict)
         raise
     finally:
-        keep_parametrizations(computed)
+        if computed is not None:
+            keep_parametrizations(computed)
         given = {id(x) for d in dicts_in(parameter_and_buffer_dicts) for x in d.values()} if own else ()
         for part, name, tensor in own:
             if id(getattr(part, name)) in given:

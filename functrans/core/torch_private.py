@@ -211,13 +211,14 @@ register_tree_node: Any = private(
     "torch.utils._pytree.register_pytree_node", "to let the pullbacks that it returns be pytrees"
 )
 _parametrize: Any = private("torch.nn.utils.parametrize", "to know parametrize.cached()")
-private("torch.nn.utils.parametrize._cache", "to keep parametrize.cached() to parameters that are still those it saw")
+_FOR_CACHED = "to keep parametrize.cached() to parameters that are still those it saw"
+private("torch.nn.utils.parametrize._cache", _FOR_CACHED)
+private("torch.nn.utils.parametrize._cache_enabled", _FOR_CACHED)
 
 
-def kept_parametrizations() -> dict[Any, Any]:
-    """Where ``parametrize.cached()`` keeps what it computes."""
-    kept: dict[Any, Any] = _parametrize._cache
-    return kept
+def kept_parametrizations() -> dict[Any, Any] | None:
+    """Where ``parametrize.cached()`` keeps what it computes; None outside of it."""
+    return _parametrize._cache if _parametrize._cache_enabled else None
 
 
 def keep_parametrizations(kept: dict[Any, Any]) -> None:

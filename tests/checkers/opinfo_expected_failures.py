@@ -4,14 +4,8 @@ Only errors may stand here. A wrong number fails the test whatever this file say
 composition has come to work: delete it.
 """
 
-from functrans.core.versions import INSTALLED
 
 _COUNT = "the number of rows depends on each example's numbers; torch.func answers as long as all have the same count"
-
-_EQUAL = (
-    "until 2.12 PyTorch's definition asks whether all ranks are whole numbers, "
-    "which is one answer for the whole batch in torch.func"
-)
 
 _STATISTICS = (
     "running statistics with in_dim None beside batched ones: a loop would update them once per example, one batched "
@@ -22,14 +16,6 @@ EXPECTED_FAILURES: dict[tuple[str, str], str] = {
     ("argwhere", "vmap"): _COUNT,
     ("argwhere", "vmap(vmap)"): _COUNT,
 }
-if INSTALLED < (2, 12):
-    EXPECTED_FAILURES.update(
-        {
-            (name, composition): _EQUAL
-            for name in ("quantile", "nanquantile")
-            for composition in ("vmap", "vmap(vmap)", "backward(vmap)")
-        }
-    )
 
 # The same for what only shows with all samples of an operator (``-m slow``).
 EXPECTED_FAILURES_OF_ALL_SAMPLES: dict[tuple[str, str], str] = {
