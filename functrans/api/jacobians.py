@@ -1,33 +1,23 @@
-"""Jacobians and Hessians: compositions of vjp, jvp and vmap."""
+"""Jacobians, Hessians and products with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from functrans.api.arguments import ALL, Argnums, check_argnums, check_arguments, check_complex, pick
-from functrans.api.checks import check_callable, check_chunk_size, check_flag, check_randomness
-from functrans.api.compiled import TRACED, named_after
-from functrans.api.pullbacks import Pullback
-from functrans.api.structures import path_of
+from functrans.api.arguments import ALL, Argnums
+from functrans.api.checks import check_callable, check_flag
+from functrans.api.rows_and_columns import by_columns, by_rows
 from functrans.api.transforms import (
-    conjugated,
-    differentiating,
     grad_and_value,
     grad_and_value_of,
     jvp,
     jvp_with_argnums,
-    unit,
-    vjp_with_argnums,
 )
-from functrans.api.vmap import vmap
-from functrans.core.errors import Call, CallError
-from functrans.core.errors.wording import callable_name, shown, what
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.core.errors import Call
+from functrans.core.errors.wording import callable_name, shown
 
 
 def jacrev(
@@ -65,24 +55,7 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    call = differentiating("jacrev", func, argnums, has_aux, holomorphic)
-    check_chunk_size(call, chunk_size)
-    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic}
-    return traceable(jacrev, func, options, jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic))
-
-
-def traceable(
-    transform: Callable[..., Any], func: Callable[..., Any], options: dict[str, Any], jacobian: Callable[..., Any]
-) -> Callable[..., Any]:
-    """``jacobian``, which is ``transform(func, **options)``, known to Dynamo; see NOTE [Compiled transforms]."""
-
-    @named_after(func)
-    def jacobian_or_traced(*args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return TRACED(transform, func, options, args, kwargs, None)
-        return jacobian(*args, **kwargs)
-
-    return jacobian_or_traced
+    return by_rows(jacrev, func, argnums, has_aux, chunk_size, holomorphic)
 
 
 def jacrev_and_value(
@@ -103,61 +76,7 @@ def jacrev_and_value(
         >>> value
         tensor([1., 4.])
     """
-    call = differentiating("jacrev_and_value", func, argnums, has_aux, holomorphic)
-    check_chunk_size(call, chunk_size)
-    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic}
-    rows = jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic, with_value=True)
-    return traceable(jacrev_and_value, func, options, rows)
-
-
-def jacobian_by_rows(
-    call: Call,
-    func: Callable[..., Any],
-    argnums: Argnums,
-    has_aux: bool,
-    chunk_size: int | None,
-    holomorphic: bool,
-    with_value: bool = False,
-) -> Callable[..., Any]:
-    @named_after(func)
-    def jacobian(*args: Any, **kwargs: Any) -> Any:
-        check_numbers(call, holomorphic, args, argnums)
-        out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs)
-        check_output_numbers(call, holomorphic, out)
-        result = rows_of(out, pullback, chunk_size)
-        if holomorphic:  # a pullback holds the conjugates
-            result = tree_map(conjugated, result)
-        return beside(result, out, aux, has_aux, with_value)
-
-    return jacobian
-
-
-def rows_of(out: Any, pullback: Pullback, chunk_size: int | None) -> Any:
-    """What ``pullback`` makes of every row of the identity, in the shape of a Jacobian."""
-    leaves, spec = tree_flatten(out)
-    numels = [o.numel() for o in leaves]
-
-    def pull(basis: list[Tensor]) -> Any:
-        return pullback(tree_unflatten(spec, [shaped(b, o.shape) for b, o in zip(basis, leaves, strict=True)]))
-
-    if len(leaves) == 1 and leaves[0].dim() == 0:  # one row: no batch, and no basis
-        return tree_unflatten(spec, [pullback(tree_unflatten(spec, [unit(leaves[0])]))])
-    behind = pullback.rows() if chunk_size != 1 else None
-    if behind is not None:
-        rows = vmap(behind[1], chunk_size=chunk_size)(behind[0])
-    elif chunk_size == 1 and sum(numels):
-        basis = standard_basis(leaves, numels)
-        rows = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
-    else:
-        rows = vmap(pull, chunk_size=chunk_size)(standard_basis(leaves, numels))
-    row_leaves, row_spec = tree_flatten(rows)
-    found = []
-    for i, o in enumerate(leaves):
-        start = sum(numels[:i])
-        own = row_leaves if len(leaves) == 1 else [r.narrow(0, start, numels[i]) for r in row_leaves]
-        block = [shaped(r, (*o.shape, *r.shape[1:])) for r in own]
-        found.append(tree_unflatten(row_spec, block))
-    return tree_unflatten(spec, found)
+    return by_rows(jacrev_and_value, func, argnums, has_aux, chunk_size, holomorphic, with_value=True)
 
 
 def jacfwd(
@@ -194,15 +113,7 @@ def jacfwd(
         >>> jacfwd(torch.square, holomorphic=True)(torch.tensor([1j]))
         tensor([[0.+2.j]])
     """
-    call = differentiating("jacfwd", func, argnums, has_aux, holomorphic)
-    check_chunk_size(call, chunk_size)
-    check_randomness(call, randomness)
-    options = {
-        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
-        "holomorphic": holomorphic,
-    }  # fmt: skip
-    columns = jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic)
-    return traceable(jacfwd, func, options, columns)
+    return by_columns(jacfwd, func, argnums, has_aux, randomness, chunk_size, holomorphic)
 
 
 def jacfwd_and_value(
@@ -224,66 +135,7 @@ def jacfwd_and_value(
         >>> value
         tensor([1., 4.])
     """
-    call = differentiating("jacfwd_and_value", func, argnums, has_aux, holomorphic)
-    check_chunk_size(call, chunk_size)
-    check_randomness(call, randomness)
-    options = {
-        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
-        "holomorphic": holomorphic,
-    }  # fmt: skip
-    columns = jacobian_by_columns(call, func, argnums, has_aux, randomness, chunk_size, holomorphic, with_value=True)
-    return traceable(jacfwd_and_value, func, options, columns)
-
-
-def jacobian_by_columns(
-    call: Call,
-    func: Callable[..., Any],
-    argnums: Argnums,
-    has_aux: bool,
-    randomness: str,
-    chunk_size: int | None,
-    holomorphic: bool,
-    with_value: bool = False,
-) -> Callable[..., Any]:
-    @named_after(func)
-    def jacobian(*args: Any, **kwargs: Any) -> Any:
-        check_numbers(call, holomorphic, args, argnums)
-        moving = pick(call, args, argnums)
-        leaves, spec = tree_flatten(moving)
-        check_arguments(call, args, argnums)
-        if not leaves:
-            raise CallError(call, f"{what(moving)} to differentiate for", "at least one tensor")
-        numels = [x.numel() for x in leaves]
-
-        def push(basis: list[Tensor]) -> Any:
-            tangents = tree_unflatten(spec, [shaped(b, x.shape) for b, x in zip(basis, leaves, strict=True)])
-            out, tangent, aux = jvp_with_argnums(call, func, args, tangents, argnums, False, has_aux, kwargs)
-            check_output_numbers(call, holomorphic, out)
-            return tangent, (out if with_value else None), aux
-
-        push.__name__ = f"jvp({callable_name(func)})"
-
-        push_all = vmap(push, out_dims=(0, None, None), randomness=randomness, chunk_size=chunk_size)
-        columns, out, aux = push_all(standard_basis(leaves, numels))
-        column_leaves, out_spec = tree_flatten(columns)
-        found = []
-        for c in column_leaves:
-            block, start = [], 0
-            for x, n in zip(leaves, numels, strict=True):
-                own = c if len(leaves) == 1 else c.narrow(0, start, n)
-                block.append(shaped(own.movedim(0, -1) if c.dim() > 1 else own, (*c.shape[1:], *x.shape)))
-                start += n
-            found.append(tree_unflatten(spec, block))
-        return beside(tree_unflatten(out_spec, found), out, aux, has_aux, with_value)
-
-    return jacobian
-
-
-def beside(result: Any, value: Any, aux: Any, has_aux: bool, with_value: bool) -> Any:
-    """A Jacobian with what was asked for beside it."""
-    if with_value:
-        return result, (value, aux) if has_aux else value
-    return (result, aux) if has_aux else result
+    return by_columns(jacfwd_and_value, func, argnums, has_aux, randomness, chunk_size, holomorphic, with_value=True)
 
 
 def hessian(
@@ -316,16 +168,7 @@ def hessian(
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
-    call = differentiating("hessian", func, argnums, has_aux, holomorphic)
-    check_chunk_size(call, chunk_size)
-    check_randomness(call, randomness)
-    rows = jacobian_by_rows(call, func, argnums, has_aux, None, holomorphic)
-    options = {
-        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
-        "holomorphic": holomorphic,
-    }  # fmt: skip
-    columns = jacobian_by_columns(call, rows, argnums, has_aux, randomness, chunk_size, holomorphic)
-    return traceable(hessian, func, options, columns)
+    return by_columns(hessian, func, argnums, has_aux, randomness, chunk_size, holomorphic, of_rows=True)
 
 
 def hvp(
@@ -369,49 +212,3 @@ def hvp(
     gradient.__name__ = f"grad({callable_name(func)})"
     _, product, value = jvp_with_argnums(call, gradient, primals, tangents, ALL, False, True)
     return (value[0], product, value[1]) if has_aux else (value, product)
-
-
-def check_numbers(call: Call, holomorphic: bool, args: tuple[Any, ...], argnums: Argnums) -> None:
-    """The arguments are real; those to differentiate for are complex where the function is ``holomorphic``."""
-    if holomorphic:
-        check_complex(call, "args", args, check_argnums(call, argnums, len(args)))
-    else:
-        refuse_complex(call, "args", args)
-
-
-def check_output_numbers(call: Call, holomorphic: bool, out: Any) -> None:
-    if holomorphic:
-        check_complex(call, "output", out)
-    else:
-        refuse_complex(call, "output", out)
-
-
-def refuse_complex(call: Call, root: str, values: Any) -> None:
-    for place, x in enumerate(tree_flatten(values)[0]):
-        if isinstance(x, Tensor) and x.is_complex():
-            way = "Differentiate for torch.view_as_real(x)" if root == "args" else "Return torch.view_as_real(output)"
-            got = f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}"
-            raise CallError(call, got, "real tensors", f"{way}, or pass holomorphic=True if the function is that.")
-
-
-def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return x if x.shape == shape else x.reshape(shape)
-
-
-def tree_stack(trees: list[Any]) -> Any:
-    """Trees of one structure as one tree, each leaf stacked."""
-    flat = [tree_flatten(tree) for tree in trees]
-    return tree_unflatten(flat[0][1], [torch.stack(leaves) for leaves in zip(*(f[0] for f in flat), strict=True)])
-
-
-def standard_basis(leaves: list[Tensor], numels: list[int]) -> list[Tensor]:
-    """Per leaf of ``n`` elements, the rows of the identity over all leaves that fall into it: shape (total, n)."""
-    total = sum(numels)
-    if len(leaves) == 1:
-        return [torch.eye(total, dtype=leaves[0].dtype, device=leaves[0].device)]
-    found, start = [], 0
-    for x, n in zip(leaves, numels, strict=True):
-        zeros = torch.zeros(total, n, dtype=x.dtype, device=x.device)
-        found.append(torch.diagonal_scatter(zeros, torch.ones(n, dtype=x.dtype, device=x.device), offset=-start))
-        start += n
-    return found

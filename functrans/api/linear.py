@@ -16,9 +16,10 @@ from functrans.api.arguments import ALL, refuse_argument, unwrap
 from functrans.api.checks import check_callable, check_flag
 from functrans.api.compiled import UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
+from functrans.api.mismatches import refuse_tangent
 from functrans.api.pullbacks import Pullback
 from functrans.api.structures import difference, path_of
-from functrans.api.transforms import refuse_tangent, run_forward, run_recorded
+from functrans.api.transforms import run_forward, run_recorded
 from functrans.core.errors import Call, CallError, CallTypeError, MixedTransformsError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what

@@ -6,17 +6,16 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from functrans.api.arguments import Inputs, argument_cure
+from functrans.api.arguments import Inputs
 from functrans.api.compiled import UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
+from functrans.api.mismatches import convertible, refuse_cotangent
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import CallError, CallTypeError, MixedTransformsError
+from functrans.core.errors import CallError, MixedTransformsError
 from functrans.core.errors.made_at import note_results
-from functrans.core.errors.wording import what
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_map, tree_unflatten
 from functrans.core.tensor import check_layout
 from functrans.core.thread_state import STATE
@@ -93,7 +92,7 @@ class Pullback(LinearFunction):
         check_versions(self.versions)
         found = self.collect(self.interpreter.pull(seeds, consume=False))
         if self.conjugate:
-            found = tree_map(lambda c: c.conj().resolve_conj(), found)
+            found = tree_map(conjugated, found)
         if STATE.top is not None:
             note_results(1, found)
         return found
@@ -149,23 +148,6 @@ class Pullback(LinearFunction):
         return cotangents, lambda row: self.collect(interpreter.pull({index: row}, consume=False, end=end))
 
 
-def refuse_cotangent(call: str, c: Any, path: str, output: Like) -> None:
-    if not isinstance(c, Tensor):
-        cure = "Pass zeros where there is none." if c is None else argument_cure(c) if output.dim() == 0 else ""
-        raise CallTypeError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(output.shape)}", cure)
-    if c.shape != output.shape:
-        raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
-    if c.device != output.device:
-        raise CallError(
-            call,
-            f"a tensor on {c.device} as {path}",
-            f"the output's device, {output.device}",
-            f"Move it with .to({str(output.device)!r}).",
-        )
-    cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
-    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
-
-
-def convertible(c: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a cotangent can stand for one of the output's ``dtype``: all but a complex one for a real output."""
-    return not c.is_quantized and (dtype.is_complex or not c.is_complex())
+def conjugated(x: Tensor) -> Tensor:
+    """The conjugate, computed and not only noted; of a cotangent of a holomorphic function it is the derivative."""
+    return x.conj().resolve_conj()

@@ -25,8 +25,9 @@ from functrans.api.arguments import (
 )
 from functrans.api.checks import call_function, check_callable, check_flag
 from functrans.api.compiled import TRACED, named_after
-from functrans.api.linear_functions import Like, like
-from functrans.api.pullbacks import Pullback
+from functrans.api.linear_functions import like
+from functrans.api.mismatches import refuse_tangent
+from functrans.api.pullbacks import Pullback, conjugated
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.errors.made_at import note_results
@@ -180,11 +181,6 @@ def grad_and_value_of(
     if STATE.top is not None:
         note_results(2, grads, value, aux)
     return grads, (value, aux) if has_aux else value
-
-
-def conjugated(x: Tensor) -> Tensor:
-    """The conjugate, computed and not only noted; of a cotangent of a holomorphic function it is the derivative."""
-    return x.conj().resolve_conj()
 
 
 def unit(value: Tensor) -> Tensor:
@@ -391,29 +387,3 @@ def run_forward(
         return values, found, out_spec, aux
 
     return (*run_transformed(interpreter, body), inputs)
-
-
-def refuse_tangent(call: Call | str, p: Tensor | Like, t: Any, place: int, primals: Any) -> None:
-    path, primal = path_of("tangents", primals, place), path_of("primals", primals, place)
-    if not isinstance(t, Tensor):
-        cure = argument_cure(t)
-        if t is None or isinstance(t, int | float) and t == 0:
-            cure = f"Pass torch.zeros_like({primal})."
-        elif isinstance(t, int | float):
-            cure = f"Pass torch.full_like({primal}, {t})."
-        raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
-    if p.shape != t.shape:
-        raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
-    if p.device != t.device:
-        raise CallError(
-            call,
-            f"a tensor on {t.device} as {path}",
-            f"the device of {primal}, {p.device}",
-            f"Move it with .to({str(p.device)!r}).",
-        )
-    raise CallError(
-        call,
-        f"a tensor of dtype {t.dtype} as {path}",
-        f"the dtype {p.dtype} of {primal}",
-        f"Convert it with .to({p.dtype}).",
-    )

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import optree
-import torch
 from torch import Tensor
 
 from functrans.core.torch_private import TREE_NODES
@@ -143,7 +142,3 @@ class _Context:
 
     def __hash__(self) -> int:
         return hash(type(self.value))
-
-
-def tensor_leaves(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]

@@ -8,7 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from functrans.core.interpreter import Interpreter
-from functrans.core.tensor import PendingWrapper, WrapperTensor
+from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor
+
+
+def are_alike(x: Any, y: Any) -> bool:
+    """Whether two arguments are wrappers of one level, contiguous and of one shape, as results then are."""
+    return (
+        type(x) in WRAPPERS
+        and type(y) in WRAPPERS
+        and x.interpreter is y.interpreter
+        and x.strides is None is y.strides
+        and bool(x.shape == y.shape)
+    )
 
 
 def unwrap_program(interpreter: Interpreter, args: Sequence[Any]) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
 CALLED = (
     "api/arguments", "api/functionalize", "api/jacobians", "api/linear", "api/modules", "api/pullbacks",
-    "api/rearrange", "api/transforms", "api/vmap",
+    "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap",
     "core/errors/made_at", "core/errors/refusals", "core/interpreter", "core/stack", "core/tensor",
     "door/autograd_function", "door/torch_dispatch", "door/torch_function", "extend", "interpreters/function_context",
     "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function",

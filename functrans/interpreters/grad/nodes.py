@@ -84,11 +84,12 @@ class TableNode(BackwardNode):
         self, entry: Derivative, names: list[str], place: dict[str, int]
     ) -> Callable[[list[Any], Any], list[Any]]:
         """``pull`` by one formula for all tracked arguments."""
-        formula, wanted = entry.joint, tuple(names)
+        formula: Any = entry.joint
+        wanted = tuple(names)
         picks = [None if need == "wanted" else place[need] for need in entry.needs["joint"]]
 
         def pull(saved: list[Any], grad: Any) -> list[Any]:
-            found = formula(*[wanted if p is None else grad if p < 0 else saved[p] for p in picks])  # type: ignore[misc]
+            found = formula(*[wanted if p is None else grad if p < 0 else saved[p] for p in picks])
             return [found[n] for n in names]
 
         return pull

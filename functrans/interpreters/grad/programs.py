@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
-from functrans.core.tensor import WRAPPERS, pend, wrap, wrap_like
+from functrans.core.tensor import pend, wrap, wrap_like
 from functrans.interpreters.grad.nodes import ProgramNode
-from functrans.interpreters.program_arguments import unwrap_program
+from functrans.interpreters.program_arguments import are_alike, unwrap_program
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
 
@@ -40,16 +40,13 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             return wrapper
     elif count == 2:
         x, y = args
-        both = type(x) in WRAPPERS and type(y) in WRAPPERS and x.interpreter is y.interpreter
         known = program.records.get((0, 1))
         if (
-            both
-            and known is not None
+            known is not None
             and not known.keeps
-            and x.strides is None is y.strides
+            and are_alike(x, y)
             and x._carried is not None
             and y._carried is not None
-            and x.shape == y.shape
             and torch.is_grad_enabled()
         ):
             values = (x._value, y._value)

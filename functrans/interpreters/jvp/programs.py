@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
-from functrans.core.tensor import WRAPPERS, WrapperTensor, pend, tensor_of, wrap, wrap_like
+from functrans.core.tensor import WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.core.torch_private import is_forward_enabled
-from functrans.interpreters.program_arguments import unwrap_program
+from functrans.interpreters.program_arguments import are_alike, unwrap_program
 from functrans.programs.deriving import tangent as tangent_of
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
@@ -36,17 +36,14 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
             return wrapper
     elif count == 2:
         x, y = args
-        both = type(x) in WRAPPERS and type(y) in WRAPPERS and x.interpreter is y.interpreter
         known = program.tangents.get((0, 1))
         if (
-            both
-            and known is not None
+            known is not None
             and known.plain
             and known.uses is None
-            and x.strides is None is y.strides
+            and are_alike(x, y)
             and x._carried is not None
             and y._carried is not None
-            and x.shape == y.shape
             and is_forward_enabled()
         ):
             out, tangent = lower(self, known.program, (x._value, y._value, x._carried, y._carried), NO_KWARGS)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors
-from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor, pend, tensor_of, wrap_like
+from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap_like
+from functrans.interpreters.program_arguments import are_alike
 from functrans.interpreters.vmap.elementwise import align
 from functrans.programs.program import Program
 
@@ -31,8 +32,7 @@ def run_program(self: VmapInterpreter, program: Program, args: Sequence[Any]) ->
             return wrapper
     elif count == 2:
         x, y = args
-        both = type(x) in WRAPPERS and type(y) in WRAPPERS and x.interpreter is y.interpreter
-        if both and x._carried == 0 == y._carried and x.strides is None is y.strides and x.shape == y.shape:
+        if are_alike(x, y) and x._carried == 0 == y._carried:
             wrapper = make(self, lower(self, program.inner, (x._value, y._value), NO_KWARGS), x)
             wrapper._carried = 0
             return wrapper

@@ -53,17 +53,16 @@ class Indices:
         present = [k for k, i in enumerate(self.values) if i is not None]
         self.first = present[0]
         self.adjacent = present[-1] - self.first == len(present) - 1
+        indexing = [(i, d) for i, d in zip(self.values, self.dims) if i is not None]
         #: rank of the broadcast indices of one example
-        self.rank = max(
-            1 if self.values[k].dtype in MASKS else logical_rank(self.values[k], self.dims[k])  # type: ignore[union-attr, arg-type]
-            for k in present
-        )
+        self.rank = max(1 if i.dtype in MASKS else logical_rank(i, d) for i, d in indexing)
         #: how many dimensions of an example are indexed
-        self.indexed = sum(self.values[k].dim() if self.values[k].dtype in MASKS else 1 for k in present)  # type: ignore[union-attr, misc]
+        self.indexed = sum(i.dim() if i.dtype in MASKS else 1 for i, _ in indexing)
+        self.masked = indexing[0][0].dtype in MASKS
 
     def single(self) -> bool:
         """Whether this is one vector of positions along one dimension, for which there are faster operators."""
-        return self.indexed == 1 and self.rank == 1 and self.values[self.first].dtype not in MASKS  # type: ignore[union-attr]
+        return self.indexed == 1 and self.rank == 1 and not self.masked
 
     def replace_masks(self) -> None:
         """A mask is as many indices as it has dimensions."""
