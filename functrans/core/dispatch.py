@@ -209,12 +209,18 @@ def unwrap(
 
 def unwrap_list(interpreter: Interpreter, items: Any) -> tuple[Any, list[Any] | None]:
     """The values of a list argument, and what ``interpreter`` keeps on each, if it keeps something on one."""
-    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in items]
-    if True not in mine:
-        return items, None
-    carried = [tensor_of(a._carried) if m else None for a, m in zip(items, mine, strict=True)]
-    values = [a.value if m else a for a, m in zip(items, mine, strict=True)]
-    return values, carried if any(c is not None for c in carried) else None
+    values: list[Any] = []
+    carried: list[Any] = []
+    for a in items:
+        kept = None
+        if type(a) is WrapperTensor and a.interpreter is interpreter:
+            kept = a._carried
+            if type(kept) is PendingWrapper:
+                kept = tensor_of(kept)
+            a = a.value
+        values.append(a)
+        carried.append(kept)
+    return values, carried if any(kept is not None for kept in carried) else None
 
 
 def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -37,7 +37,17 @@ from functrans.interpreters.failures import explain
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
-from functrans.programs.torch_functions import BINARY, DIRECT, DUNDERS, OPERATORS, OTHER_NAMES, UNARY, spellings
+from functrans.programs.torch_functions import (
+    BINARY,
+    DIM_BY_NAME,
+    DIRECT,
+    DUNDERS,
+    JOINING,
+    OPERATORS,
+    OTHER_NAMES,
+    UNARY,
+    spellings,
+)
 
 aten = torch.ops.aten
 STRIDED = torch.strided
@@ -110,6 +120,7 @@ def answers(kind: type) -> bool:
 
 #: Letters for the kinds of arguments in ``spellings.DIRECT``.
 KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", float: "f", type(None): "N"}
+LISTS = (list, tuple)
 ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, torch.device))
 
 
@@ -285,8 +296,13 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
     return entrance
 
 
-def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: int) -> Callable[..., Any]:
-    """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments."""
+def direct(
+    function: Callable[..., Any], patterns: dict[str, OpOverload], up: int, *, dim_by_name: bool = False
+) -> Callable[..., Any]:
+    """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments.
+
+    ``dim_by_name``: its second one may be given as ``dim=``.
+    """
     found: dict[tuple[type, ...], tuple[OpInfo | None, bool]] = {}
     above = up + 1
 
@@ -303,31 +319,75 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: in
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+        if dim_by_name and len(kwargs) == len(args) == 1 and type(kwargs.get("dim")) is int:
+            args, kwargs = (*args, kwargs["dim"]), {}
         if not (closed or kwargs or is_torch_func_active()):
             types = (*map(type, args),)
             known, listed = found.get(types) or meant(types)
             top = STATE.top
             if known is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
-                try:
-                    pop_mode(None)
-                    out = handle(known.op, known, (args[0], list(args[1:])) if listed else args, NO_KWARGS)
-                except BaseException as error:
-                    reopen()
-                    explain(error)
-                    raise
-                push_mode(DOOR)
-                kind = type(out)
-                if kind is WrapperTensor:
-                    frame = sys._getframe(up)
-                    code = frame.f_code
-                    if code.co_filename in USER_FILES:
-                        out.made_at = (code, frame.f_lasti)
-                    elif code.co_filename not in SENT_ON:
-                        note_site((out,), frame, up)
-                elif several(out):
-                    note_site(out, sys._getframe(up), up)
-                return out
+                return handled(known, (args[0], list(args[1:])) if listed else args, above)
         return otherwise(function, (), args, kwargs, above)
+
+    return entrance
+
+
+def handled(known: OpInfo, args: tuple[Any, ...], above: int) -> Any:
+    """Handle an operator that is called ``above`` frames up, as the door would."""
+    try:
+        pop_mode(None)
+        out = handle(known.op, known, args, NO_KWARGS)
+    except BaseException as error:
+        reopen()
+        explain(error)
+        raise
+    push_mode(DOOR)
+    kind = type(out)
+    if kind is WrapperTensor:
+        frame = sys._getframe(above)
+        code = frame.f_code
+        if code.co_filename in USER_FILES:
+            out.made_at = (code, frame.f_lasti)
+        elif code.co_filename not in SENT_ON:
+            note_site((out,), frame, above)
+    elif several(out):
+        note_site(out, sys._getframe(above), above)
+    return out
+
+
+def joining(function: Callable[..., Any], op: OpOverload, up: int) -> Callable[..., Any]:
+    """What takes the place of ``function`` of a list of tensors and a dimension."""
+    known = op_info(op)
+    above = up + 1
+
+    def entrance(*args: Any, **kwargs: Any) -> Any:
+        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+        top = STATE.top
+        known_form = len(args) == 2 and not kwargs or len(args) == 1 and kwargs.keys() <= {"dim"}
+        if known_form and not (closed or is_torch_func_active()) and top is not None and not top.carries_autograd:
+            tensors, dim = args[0], args[1] if len(args) == 2 else kwargs.get("dim", 0)
+            if type(dim) is int and type(tensors) in LISTS and all(map(is_strided, tensors)):
+                return handled(known, (tensors, dim), above)
+        return otherwise(function, (), args, kwargs, above)
+
+    return entrance
+
+
+def is_strided(x: Any) -> bool:
+    """Whether ``x`` is an ordinary tensor."""
+    return KINDS.get(type(x)) == "T" and x.layout is STRIDED
+
+
+def indexed(function: Callable[..., Any], up: int) -> Callable[..., Any]:
+    """What takes the place of ``x[index]``, which selects where the index is a number that is in range."""
+    select = direct(Tensor.select, DIRECT["select"], up + 1)
+
+    def entrance(x: Any, index: Any) -> Any:
+        if type(index) is int and type(x) is WrapperTensor and x.shape and not function_mode_enabled():
+            size = x.shape[0]
+            if type(size) is int and -size <= index < size:
+                return select(x, 0, index)
+        return otherwise(function, (), (x, index), {}, up + 1)
 
     return entrance
 
@@ -354,7 +414,9 @@ def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..
         return unary(function, lambda: operator_program(getattr(aten, name).default), up)
     if name in REFLECTED:
         return binary(function, REFLECTED[name], up, reflected=True)
-    return direct(function, DIRECT[name], up) if name in DIRECT else None
+    if name in JOINING:
+        return joining(function, JOINING[name], up)
+    return direct(function, DIRECT[name], up, dim_by_name=name in DIM_BY_NAME) if name in DIRECT else None
 
 
 def set_up() -> None:
@@ -369,6 +431,8 @@ def set_up() -> None:
         method: Any = getattr(Tensor, name, None)
         if method in ENTRANCES:
             setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
+    ENTRANCES[Tensor.__getitem__] = indexed(Tensor.__getitem__, 1 + frames_above(Tensor.__getitem__))
+    WrapperTensor.__getitem__ = indexed(Tensor.__getitem__, BY_METHOD)  # type: ignore[method-assign]
     for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
         ENTRANCES[function] = lambda input: input.is_conj()
     for function in (torch.is_neg, Tensor.is_neg):

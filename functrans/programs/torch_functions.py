@@ -75,6 +75,12 @@ DIRECT: dict[str, dict[str, OpOverload]] = {
     "where": {"TTT": aten.where.self},
 }
 
+#: Those of them whose second argument is given as ``dim=`` as well.
+DIM_BY_NAME = frozenset(("sum", "mean", "softmax", "log_softmax", "unsqueeze", "squeeze"))
+
+#: Functions of a list of tensors and a dimension.
+JOINING = {"cat": aten.cat.default, "concat": aten.cat.default, "stack": aten.stack.default}
+
 #: Python's operators.
 DUNDERS = {
     "__neg__": "neg", "__abs__": "abs", "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub",
@@ -98,7 +104,7 @@ def spellings() -> dict[Callable[..., Any], str]:
     """The function's name in ``OPERATORS``, by every torch function and method that means it."""
     found: dict[Callable[..., Any], str] = {}
     for place in (torch, Tensor, torch.nn.functional):
-        for name in (*OPERATORS, *OTHER_NAMES, *DIRECT):
+        for name in (*OPERATORS, *OTHER_NAMES, *DIRECT, *JOINING):
             function = getattr(place, name, None)
             if function is not None and function is not Tensor.where:  # which has its operands in another order
                 found[function] = OTHER_NAMES.get(name, name)

@@ -12,7 +12,7 @@ from functrans.core.dispatch import start
 from functrans.core.errors import DerivativeEntryError, ModifiedError
 from functrans.core.errors.described import shown
 from functrans.core.operators import OpInfo
-from functrans.core.rules import rules_of
+from functrans.core.rules import place_in, rules_of
 from functrans.core.tensor import WrapperTensor, tensor_of
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.helpers import sum_to_shape
@@ -121,14 +121,14 @@ class CheckedNode(BackwardNode):
             return [self.fit(name, f, g) for f, g in zip(found, given, strict=True)]
         if given is None or found is None:
             return None
-        what = f"registered at {DERIVATIVES.place(self.op)} has a formula for {name!r} that returned"
         if type(given) is list:
-            raise DerivativeEntryError(
-                self.op, f"{what} {described(found)} for a list of {len(given)} tensors; expected a list of as many"
-            )
-        return fitted(
-            found, given, lambda got, wanted: DerivativeEntryError(self.op, f"{what} {got}; expected {wanted}")
-        )
+            raise self.unfit(name, f"{described(found)} for a list of {len(given)} tensors", "a list of as many")
+        return fitted(found, given, lambda got, wanted: self.unfit(name, got, wanted))
+
+    def unfit(self, name: str, got: str, wanted: str) -> DerivativeEntryError:
+        place = place_in(self.op, DERIVATIVES) or "a place that has been forgotten since"
+        what = f"registered at {place} has a formula for {name!r} that returned {got}; expected {wanted}"
+        return DerivativeEntryError(self.op, what)
 
 
 #: Products of a matrix and the vector that is tracked: the matrix, and whether the vector stands in front of it.

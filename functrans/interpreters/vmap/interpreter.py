@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functrans.core.defaults import completed
-from functrans.core.dispatch import call_below, lower, map_tensors, unwrap
+from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors, unwrap
 from functrans.core.errors import BatchingRuleError, DataDependentError
 from functrans.core.errors.call_sites import definition, frames_to_user
 from functrans.core.interpreter import Interpreter
@@ -21,10 +21,11 @@ from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
-from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
 from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.programs import run_program
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
+from functrans.interpreters.vmap.seen_calls import SeenCall, look_of, remember
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 
 aten = torch.ops.aten
@@ -130,9 +131,14 @@ class VmapInterpreter(Interpreter, whole=True):
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
         try:
-            rule, rewrite, accepted = known.specialized[VmapInterpreter] if not SCOPES else rule_here(op, known)
+            rule, rewrite, accepted, seen = known.specialized[VmapInterpreter] if not SCOPES else rule_here(op, known)
         except KeyError:
-            rule, rewrite, accepted = rule_here(op, known)
+            rule, rewrite, accepted, seen = rule_here(op, known)
+        look = None
+        if seen is not None and not kwargs and (look := look_of(args, self.batch_size)) is not None:
+            call = seen.get(look)
+            if call is not None:
+                return self.again(call, args[0].value)
         values, below_kwargs, bdims = unwrap(self, op, args, kwargs)
         by_keyword = bool(kwargs) and any(place >= len(args) for place in bdims)
         if known.random:
@@ -150,7 +156,12 @@ class VmapInterpreter(Interpreter, whole=True):
                 if rewrite is not None and (rewritten := rewrite(dims, *values)) is not None:
                     op_below, physical, bdim = rewritten
                     out = lower(self, op_below, physical, below_kwargs)
-                    return self.batched(out, bdim) if isinstance(out, Tensor) else self._leave(op, out, bdim)
+                    if not isinstance(out, Tensor):
+                        return self._leave(op, out, bdim)
+                    shown = self.batched(out, bdim)
+                    if look is not None:
+                        remember(seen, look, values[0], op_below, physical, out, shown)  # type: ignore[arg-type]
+                    return shown
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
                 result = call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs)
             except RuleDeclined:
@@ -175,6 +186,15 @@ class VmapInterpreter(Interpreter, whole=True):
                 return out
         return self.loop(op, args, kwargs)
 
+    def again(self, call: SeenCall, value: Tensor) -> WrapperTensor:
+        """What ``call`` is for this tensor."""
+        out = lower(self, call.op, (value, *call.rest), NO_KWARGS)
+        if type(out) is not Tensor:
+            return self.batched(out, call.bdim)
+        wrapper = wrap_as(self, out, call.shape, call.strides)
+        wrapper.bdim = call.bdim
+        return wrapper
+
     def _run_random(
         self,
         op: OpOverload,
@@ -188,7 +208,7 @@ class VmapInterpreter(Interpreter, whole=True):
         """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator, or
         one by one."""
         drawing = not draws_nothing(op, values)
-        rule, *_ = rule_here(op, known)
+        rule = rule_here(op, known).rule
         randomness = self.info.randomness
         if not (batched or by_keyword) and (not drawing or (rule is not None and randomness == "same")):
             return map_tensors(self.constant, lower(self, op, values, kwargs))
@@ -295,16 +315,29 @@ class VmapInterpreter(Interpreter, whole=True):
 carried_as("bdim")
 
 
-def rule_here(op: OpOverload, known: OpInfo) -> tuple[Any, Any, set[Any] | None]:
-    """The rule of an operator in this context (None: there is none), what it is as one operator, and the kinds of
-    arguments that the operator is known to take (None: not asked for)."""
+class Specialized(NamedTuple):
+    """What becomes of an operator by the rules that hold in a context."""
+
+    rule: Any  # None: there is none
+    #: what the rule is as one operator; see ``families.one_operator``
+    rewrite: Callable[..., Any] | None
+    #: the kinds of arguments that the operator is known to take; None: it is not asked
+    accepted: set[Any] | None
+    #: what became of calls by how they look; None: it is not kept
+    seen: dict[Any, SeenCall] | None
+
+
+def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
+    """What becomes of ``op`` by the rules of this context."""
     specialized = specialized_here(known)
     found = specialized.get(VmapInterpreter)
     if found is None:
         ours = BATCHING_RULES.get(op)
         rule = ours or vmap_rule_of_library(op)
         accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
-        found = rule and completed(rule, op, 2, listed=True), getattr(rule, "rewrite", None), accepted
+        rewrite = getattr(rule, "rewrite", None)
+        kept = rewrite is not None and not known.random and len(tensor_positions(op)) == 1
+        found = Specialized(rule and completed(rule, op, 2, listed=True), rewrite, accepted, {} if kept else None)
         if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
             specialized[VmapInterpreter] = found
     return found

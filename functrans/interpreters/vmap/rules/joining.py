@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from functrans.core.broadcasting import broadcast_shapes
-from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
+from functrans.core.torch_private import OpOverload
+from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front, wrap_dim
 
 aten = torch.ops.aten
@@ -25,7 +26,19 @@ def materialized(info: BatchInfo, tensors: Sequence[Tensor], dims: Sequence[int 
     return [x if d == 0 else materialize(x, d, info.batch_size) for x, d in zip(tensors, dims)]
 
 
-@batching_rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
+def of_one_rank(op: OpOverload, new: int, otherwise: Any) -> Any:
+    """The rule of joining along a dimension, one of ``new`` more: one operator where all batches lie in front."""
+
+    def as_they_lie(in_dims: Dims, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+        rank = len(tensors[0].shape)
+        for x, bdim in zip(tensors, in_dims[0]):
+            if bdim != 0 or len(x.shape) != rank:
+                return None
+        return op, (tensors, wrap_dim(dim, rank - 1 + new) + 1), 0
+
+    return one_operator(as_they_lie, otherwise)
+
+
 def cat(info: BatchInfo, in_dims: Dims, tensors: Sequence[Tensor], dim: int = 0) -> Output:
     """All tensors have one rank, so that promotion sees no difference between an example and its batch."""
     parts = materialized(info, tensors, in_dims[0])
@@ -33,6 +46,10 @@ def cat(info: BatchInfo, in_dims: Dims, tensors: Sequence[Tensor], dim: int = 0)
     if any(x.dim() != rank + 1 for x in parts):
         parts = without_legacy_empties(parts, rank + 1, dim)
     return torch.cat(parts, wrap_dim(dim, rank) + 1), 0
+
+
+for _op in (aten.cat.default, aten.concat.default, aten.concatenate.default):
+    batching_rule(_op)(of_one_rank(aten.cat.default, 0, cat))
 
 
 def without_legacy_empties(parts: list[Tensor], rank: int, dim: int) -> list[Tensor]:
@@ -48,11 +65,13 @@ def without_legacy_empties(parts: list[Tensor], rank: int, dim: int) -> list[Ten
     return joined
 
 
-@batching_rule(aten.stack.default)
 def stack(info: BatchInfo, in_dims: Dims, tensors: Sequence[Tensor], dim: int = 0) -> Output:
     """The new dimension counts behind the batch."""
     parts = materialized(info, tensors, in_dims[0])
     return torch.stack(parts, wrap_dim(dim, parts[0].dim()) + 1), 0
+
+
+batching_rule(aten.stack.default)(of_one_rank(aten.stack.default, 1, stack))
 
 
 @batching_rule(aten.hstack.default)

@@ -18,7 +18,7 @@ from torch.nn.functional import linear as torch_linear
 
 from functrans.core.rules import caller_place
 from functrans.core.torch_private import OpOverload
-from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
+from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
 from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
@@ -112,11 +112,22 @@ def matmul_columns(x: Tensor, y: Tensor, y_dim: int) -> Output:
 # Products alone
 
 
-@batching_rule(aten.matmul.default, aten.linalg_matmul.default)
+def pair_as_it_lies(in_dims: Dims, x: Tensor, y: Tensor) -> Any:
+    """Batches in front whose product is one operator; what is frequent of ``matmul_pair``."""
+    if in_dims[0] != 0 or x.dim() != 3 or x.shape[2] == 1:
+        return None
+    if in_dims[1] is None:
+        return (aten.matmul.default, (x, y), 0) if y.dim() == 2 and x.is_contiguous() else None
+    return (aten.bmm.default, (x, y), 0) if in_dims[1] == 0 and y.dim() == 3 else None
+
+
 def matmul(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
     """Any ranks from 1 on."""
     expect_ranks(in_dims, x, y)
     return matmul_pair(x, in_dims[0], y, in_dims[1])
+
+
+batching_rule(aten.matmul.default, aten.linalg_matmul.default)(one_operator(pair_as_it_lies, matmul))
 
 
 def of_ranks(op: OpOverload, *ranks: int) -> Callable[..., Output]:
@@ -126,7 +137,8 @@ def of_ranks(op: OpOverload, *ranks: int) -> Callable[..., Output]:
         expect_ranks(in_dims, x, y, ranks=ranks)
         return matmul_pair(x, in_dims[0], y, in_dims[1])
 
-    BATCHING_RULES.add(op, multiply, place=caller_place())
+    rule = one_operator(pair_as_it_lies, multiply) if ranks == (2, 2) else multiply
+    BATCHING_RULES.add(op, rule, place=caller_place())
     return multiply
 
 
@@ -265,7 +277,14 @@ def addmm(
 # Layers
 
 
-@batching_rule(aten.linear.default)
+def layer_as_it_lies(in_dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """One layer for all examples."""
+    bdim = in_dims[0]
+    if bdim is None or bdim == x.dim() - 1 or any(d is not None for d in in_dims[1:]) or not x.is_contiguous():
+        return None
+    return aten.linear.default, (x, weight, bias), bdim
+
+
 def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Output:
     """The whole layer; a batched weight with an unbatched input is a layer with more outputs."""
     x_dim, weight_dim = in_dims[0], in_dims[1]
@@ -311,6 +330,9 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
         bias = bias if bias_dim is None else to_front(bias, bias_dim).unsqueeze(1)
         out = torch.baddbmm(bias, rows, weight.mT)
     return out if len(lead) == 1 else out.reshape(size, *lead, outputs), 0
+
+
+batching_rule(aten.linear.default)(one_operator(layer_as_it_lies, linear))
 
 
 @batching_rule(aten.bilinear.default)
