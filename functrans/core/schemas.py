@@ -53,7 +53,7 @@ def has_composite_kernel(op: OpOverload) -> bool:
 #: the overloads that take the same arguments.
 DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
-    "mm addmm matmul dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
+    "mm addmm matmul linear dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
     "addcmul amax amin bmm cumsum cumprod expand flip logsumexp mv reshape",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
@@ -64,7 +64,7 @@ DIRECT = {
     "self": "where",
 }
 _DIRECT = {
-    (name, overload): getattr(torch, name, None) or getattr(torch.Tensor, name)
+    (name, overload): getattr(torch, name, None) or getattr(torch.Tensor, name, None) or getattr(torch.nn.functional, name)
     for overload, names in DIRECT.items()
     for name in names.split()
 }

@@ -136,9 +136,13 @@ class VmapInterpreter(Interpreter, whole=True):
             rule, rewrite, accepted, seen = rule_here(op, known)
         look = None
         if seen is not None and not kwargs and (look := look_of(args, self.batch_size)) is not None:
-            call = seen.get(look)
-            if call is not None:
-                return self.again(call, args[0].value)
+            try:
+                call = seen.get(look)
+            except TypeError:  # a symbolic size
+                look = None
+            else:
+                if call is not None:
+                    return self.again(call, args[0].value)
         values, below_kwargs, bdims = unwrap(self, op, args, kwargs)
         by_keyword = bool(kwargs) and any(place >= len(args) for place in bdims)
         if known.random:

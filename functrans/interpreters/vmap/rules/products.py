@@ -114,6 +114,8 @@ def matmul_columns(x: Tensor, y: Tensor, y_dim: int) -> Output:
 
 def pair_as_it_lies(in_dims: Dims, x: Tensor, y: Tensor) -> Any:
     """Batches in front whose product is one operator; what is frequent of ``matmul_pair``."""
+    if in_dims[0] is None and x.dim() == 2 and in_dims[1] == 0 and y.dim() == 2:
+        return aten.linear.default, (y, x), 0
     if in_dims[0] != 0 or x.dim() != 3 or x.shape[2] == 1:
         return None
     if in_dims[1] is None:
