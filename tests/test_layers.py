@@ -20,6 +20,7 @@ FLOORS = [
     {"programs"},
     {"interpreters"},
     {"door", "api"},
+    {"extension"},
     {"extend"},
     {"__init__"},
     {"tour"},

@@ -44,8 +44,10 @@ from functrans.core.torch_private import (
 )
 
 
-def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+def dispatch(op: Operator, args: Any, kwargs: dict[str, Any], watcher: Interpreter | None = None) -> Any:
     """Send a pure ``op``, which may be a program, to the interpreter that has to interpret it.
+
+    ``watcher``: one that is asked about every operator; what would pass below it goes to it instead.
 
     The order of look-up: a wrapper of a transform that ended is an error; without wrappers the base runs ``op``; else
     the interpreter of the top level among the arguments' wrappers processes it, by (1) its rule for ``op``, (2) the
@@ -80,6 +82,8 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
     else:
         if kwargs and any(type(a) not in WITHOUT_TENSORS for a in kwargs.values()):
             owner = scan(args, kwargs)[0]
+    if watcher is not None and (owner is None or owner.level < watcher.level):
+        owner = watcher
     if owner is None:
         return base(op, args, kwargs)
     if known.program and (not owner.whole or (SCOPES and op.scope is not scope_here())):
@@ -232,7 +236,7 @@ def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, A
     below = interpreter.below
     if below is not None and op_info(op).random:
         return below.process(op, args, kwargs)  # every level decides whether its examples draw for themselves
-    return dispatch(op, args, kwargs)
+    return dispatch(op, args, kwargs, None if below is None else below.watcher)
 
 
 def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -243,15 +247,16 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return start(op, args, kwargs)
     if depth == 0:
         return base(op, args, kwargs)
+    watcher = None if STATE.top is None else STATE.top.watcher
     if modes < depth:
-        return dispatch(op, args, kwargs)
+        return dispatch(op, args, kwargs, watcher)
     if modes > depth:
         with door_closed():
-            return dispatch(op, args, kwargs)
+            return dispatch(op, args, kwargs, watcher)
     door = None
     try:
         door = pop_mode(None)
-        return dispatch(op, args, kwargs)
+        return dispatch(op, args, kwargs, watcher)
     finally:
         if door is not None:
             push_mode(door)

@@ -32,10 +32,14 @@ class Interpreter:
     #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed
     #: (interpreters/autograd_fallback.py).
     carries_autograd: ClassVar[bool] = False
+    #: Whether it is asked about every operator that code above it runs, on captured tensors too.
+    sees_everything: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
     #: Whether ``process`` takes programs as they are; for others they are taken apart. See functrans.programs.
     whole: ClassVar[bool] = False
+    #: the next interpreter, from this one down, that sees everything
+    watcher: Interpreter | None = None
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
@@ -50,6 +54,7 @@ class Interpreter:
         self.level: int = 1 if self.below is None else self.below.level + 1
         self.alive = True
         self.func = func
+        self.watcher = self if self.sees_everything else None if self.below is None else self.below.watcher
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()
         self.outer_modes_on: bool = self.outer_grad_mode and self.outer_forward_mode

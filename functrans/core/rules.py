@@ -101,10 +101,22 @@ class RuleTable(Generic[Rule]):
         cached: whether something is kept of what is made of its rules; see NOTE [What is made of rules].
         writing: whether it is asked about operators that write to their arguments. (Interpreters never see those.)
         kind: the class of its rules; None: anything that can be called.
+        default: what happens to an operator without a rule: the name of a policy, or a function
+            ``(interpreter, op, args, kwargs)``. Whose table it is gives it its meaning; see
+            functrans/extension/without_rule.py.
     """
 
-    def __init__(self, title: str, *, cached: bool = False, writing: bool = False, kind: type | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        *,
+        cached: bool = False,
+        writing: bool = False,
+        kind: type | None = None,
+        default: str | Callable[..., Any] = "error",
+    ) -> None:
         self.title = title
+        self.default = default
         self.cached = cached
         self.writing = writing
         self.kind = kind

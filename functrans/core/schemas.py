@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from functrans.core.torch_private import COMPOSITE, OpOverload
 
@@ -53,8 +54,8 @@ def has_composite_kernel(op: OpOverload) -> bool:
 #: the overloads that take the same arguments.
 DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
-    "mm addmm matmul linear dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin acos "
-    "addcmul amax amin bmm cumsum cumprod expand flip logsumexp mv reshape",
+    "mm addmm matmul linear dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin "
+    "acos addcmul amax amin bmm cumsum cumprod expand flip logsumexp mv reshape",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
     "Tensor_Scalar": "pow",
@@ -64,7 +65,7 @@ DIRECT = {
     "self": "where",
 }
 _DIRECT = {
-    (name, overload): getattr(torch, name, None) or getattr(torch.Tensor, name, None) or getattr(torch.nn.functional, name)
+    (name, overload): next(getattr(place, name) for place in (torch, torch.Tensor, functional) if hasattr(place, name))
     for overload, names in DIRECT.items()
     for name in names.split()
 }

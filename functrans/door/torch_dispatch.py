@@ -81,6 +81,8 @@ def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[st
         return writes.run(known, args, kwargs)
     top = STATE.top
     owner = top if known.random else scan(args, kwargs)[0]
+    if owner is not top and top is not None and top.watcher is not None:
+        owner = top.watcher if owner is None or owner.level < top.watcher.level else owner
     if owner is top or owner is None:
         out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import NO_KWARGS, lift
+from functrans.core.dispatch import NO_KWARGS, dispatch, lift
 from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
@@ -137,9 +137,14 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: 
     top = STATE.top
     if owner is not top and owner.thread != get_ident():
         check_thread(owner)
+    watcher = None if owner is top or top is None else top.watcher
     try:
         pop_mode(None)  # as PyTorch does while a handler runs
-        out = owner.process(program, args, NO_KWARGS)  # type: ignore[arg-type]
+        if watcher is None:
+            out = owner.process(program, args, NO_KWARGS)  # type: ignore[arg-type]
+        else:
+            out = dispatch(program, args, NO_KWARGS, watcher)
+            owner = watcher if watcher.level > owner.level else owner
     except BaseException as error:
         reopen()
         explain(error)

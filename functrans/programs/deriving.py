@@ -145,11 +145,10 @@ def fused(program: Program, tensors: Iterable[int]) -> Program:
 def formula_of(op: OpOverload, i: int) -> tuple[Derivative, str] | None:
     """The table's entry and the name of its ``i``-th argument; None if the operator's outputs have no derivative."""
     entry = DERIVATIVES.get(op)
-    assert entry is not None
-    if entry.tangent == NO_TANGENT:
+    if entry is not None and entry.tangent == NO_TANGENT:
         return None
     name = op_info(op).arguments[i]
-    if name not in entry.formulas:
+    if entry is None or name not in entry.formulas:  # None: another thread has taken it out meanwhile
         raise Untraceable(op)
     return entry, name
 

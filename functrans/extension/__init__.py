@@ -1,0 +1,1 @@
+"""What ``functrans.extend`` offers: a transform by a table, levels that look on, operations that visit every level."""

@@ -1,0 +1,118 @@
+"""Levels that give operators no meaning of their own: one that looks on, and one that only answers primitives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from functrans.core.dispatch import lower, map_tensors
+from functrans.core.interpreter import Interpreter
+from functrans.core.operators import op_info
+from functrans.core.pytrees import tree_map
+from functrans.core.tensor import WrapperTensor, wrap
+from functrans.core.thread_state import lowered
+from functrans.core.torch_private import OpOverload
+from functrans.decompositions.table import decompose
+
+
+class PassThrough(Interpreter):
+    """A level that sees every operator, and lets it run one level down.
+
+    A subclass sets ``kind`` and overrides ``before`` or ``after``. Both run one level down, with values of that level;
+    what stands around it (an outer grad, vmap, ...) has its say about what they compute. Operators on captured tensors
+    and on none are seen as well. (Not seen: views of captured tensors, and writes to them, which no level interprets.)
+
+    Example:
+        >>> import torch
+        >>> from functrans import grad
+        >>> from functrans.extend import PassThrough, transform
+        >>> class Names(PassThrough):
+        ...     kind = "names"
+        ...     def before(self, op, args, kwargs):
+        ...         print(op)
+        >>> transform(Names, torch.dot)(torch.ones(2), torch.ones(2))
+        aten.dot.default
+        tensor(2.)
+    """
+
+    kind = "pass through"
+    sees_everything = True
+    #: Whether composite operators are seen as the operators that they are made of.
+    pieces: bool = False
+
+    def before(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """``op`` is about to run."""
+
+    def after(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        """``op`` has run, and returned ``out``. What this returns takes its place, unless it is None."""
+
+    def enter(self, leaf: Any) -> Any:
+        """What the function gets for a leaf of its arguments: the same."""
+        return leaf
+
+    def leave(self, leaf: Any) -> Any:
+        """What the caller gets for a leaf of the result: a tensor's value one level down."""
+        if type(leaf) is not WrapperTensor or leaf.interpreter is not self:
+            return leaf
+        if leaf.view_link is not None:
+            leaf.view_link.refresh(leaf)
+        return leaf.value
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return wrap(self, value)
+
+    def is_constant(self, wrapper: WrapperTensor) -> bool:
+        return True
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.pieces and op_info(op).composite:
+            return decompose(self, op, args, kwargs)
+
+        def value(a: Any) -> Any:
+            return a.value if type(a) is WrapperTensor and a.interpreter is self else a
+
+        values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
+        with lowered(self):
+            self.before(op, values, below_kwargs)
+        out = lower(self, op, values, below_kwargs)
+        with lowered(self):
+            instead = self.after(op, values, below_kwargs, out)
+        return map_tensors(self.constant, out if instead is None else instead)
+
+
+class Handler(Interpreter):
+    """A level without wrappers: operators pass it by, and cost what they cost without it.
+
+    It is there for ``Primitive``s, whose rules find it on the stack (an effect handler, a named scope, an environment).
+
+    Example:
+        >>> import torch
+        >>> from functrans import grad
+        >>> from functrans.extend import Handler, Primitive, transform
+        >>> temperature = Primitive("temperature", lambda: 1.0)
+        >>> class Heated(Handler):
+        ...     kind = "heated"
+        >>> @temperature.rule(Heated)
+        ... def hotter(level):
+        ...     return 2 * temperature.below(level)
+        >>> f = lambda x: x**2 * temperature()
+        >>> grad(f)(torch.tensor(3.0)), transform(Heated, grad(f))(torch.tensor(3.0))
+        (tensor(6.), tensor(12.))
+    """
+
+    kind = "handler"
+
+    def enter(self, leaf: Any) -> Any:
+        """What the function gets for a leaf of its arguments: the same."""
+        return leaf
+
+    def leave(self, leaf: Any) -> Any:
+        """What the caller gets for a leaf of the result: the same."""
+        return leaf
+
+    def constant(self, value: Tensor) -> Any:
+        return value
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return lower(self, op, args, kwargs)  # only what is random comes here

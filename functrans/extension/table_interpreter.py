@@ -1,0 +1,182 @@
+"""A transform that is a table of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from functrans.api.checks import check_kind
+from functrans.core.defaults import completed
+from functrans.core.dispatch import lower, map_tensors
+from functrans.core.errors import CallTypeError, CarriedValueError, MissingRuleError
+from functrans.core.interpreter import Interpreter
+from functrans.core.operators import op_info
+from functrans.core.rules import RuleTable, place_in
+from functrans.core.tensor import WrapperTensor, wrap
+from functrans.core.thread_state import lowered
+from functrans.core.torch_private import OpOverload
+from functrans.decompositions.table import decompose
+from functrans.derivatives.constants import READS_NO_VALUES
+from functrans.extension.calls import check_operator
+from functrans.extension.missing_rule import missing_rule_error
+from functrans.extension.rule_results import check_below, check_carried, checked_result
+from functrans.extension.without_rule import policy_of, refused
+
+
+class Carried:
+    """A value and what a transform carries beside it, outside of the transform: an argument or result of ``transform``.
+
+    Args:
+        value: a tensor.
+        payload: by name, what is carried beside it. Each is an attribute too.
+
+    Example:
+        >>> import torch
+        >>> from functrans.extend import Carried
+        >>> interval = Carried(torch.tensor(1.0), upper=torch.tensor(2.0))
+        >>> interval.value, interval.upper
+        (tensor(1.), tensor(2.))
+    """
+
+    def __init__(self, value: Tensor, /, **payload: Any) -> None:
+        check_kind("Carried(value, **payload)", "value", value, Tensor, "a tensor")
+        self.value = value
+        self.payload = payload
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["payload"][name]
+        except KeyError:
+            raise AttributeError(f"Carried(...) has no {name!r}; it carries {sorted(self.payload)}") from None
+
+    def __repr__(self) -> str:
+        return f"Carried({self.value}{''.join(f', {name}={carried}' for name, carried in self.payload.items())})"
+
+
+class TableInterpreter(Interpreter):
+    """A transform that is a table of rules.
+
+    A subclass sets ``kind``, ``payload`` (the names of what a wrapper carries beside ``value``) and ``rules``. An
+    operator none of whose arguments carries a payload runs one level down, and its result is a constant. For the others
+    the order is: a rule, the decomposition of a composite operator, and then what the table's ``default`` says, which
+    is MissingRuleError if nothing else is asked for. Nothing passes through in silence. (``ones_like`` and its kind
+    read no values of their arguments; without a rule their result is a constant too.)
+
+    A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a
+    wrapper of this interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None
+    on a constant. It runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)``
+    makes, for each output of the operator and of its shape; anything else is a RuleResultError.
+    """
+
+    #: The transform's rules; one table per transform.
+    rules: ClassVar[RuleTable[Callable[..., Any]]]
+    #: What is done with an operator without a rule: ``rules.default`` as a function.
+    without_rule: ClassVar[Callable[..., Any]] = staticmethod(refused)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if hasattr(cls, "rules"):
+            cls.without_rule = staticmethod(policy_of(cls.rules.title, cls.rules.default))
+
+    def enter(self, leaf: Any) -> Any:
+        """What the transformed function gets for a leaf of its arguments; runs one level down.
+
+        A ``Carried`` becomes a wrapper of this level. Everything else stays as it is: a tensor is a constant.
+        """
+        return self.carry(leaf.value, **leaf.payload) if isinstance(leaf, Carried) else leaf
+
+    def leave(self, leaf: Any) -> Any:
+        """What the caller gets for a leaf of the transformed function's result; runs one level down.
+
+        A wrapper that carries something becomes a ``Carried``, a constant its value; what is no tensor stays as it is.
+        """
+        if not isinstance(leaf, Tensor):
+            return leaf
+        wrapper = self.own(leaf)
+        if self.is_constant(wrapper):
+            return wrapper.value
+        return Carried(wrapper.value, **{name: getattr(wrapper, name) for name in self.payload})
+
+    def carry(self, value: Tensor, **payload: Any) -> WrapperTensor:
+        """A wrapper of this level around ``value``, with its payload; names left out are None.
+
+        The value is a tensor of a level below, and so is every tensor in the payload, which may be any Python value.
+
+        Raises:
+            CarriedValueError: one of them belongs to this level, or to one further in.
+        """
+        if not isinstance(value, Tensor):
+            raise CarriedValueError(
+                self, "value", f"a {type(value).__name__}", "a tensor", "Numbers and the like are payload."
+            )
+        check_below(self, "value", value)
+        for name, carried in payload.items():
+            check_carried(self, name, carried)
+        wrapper = wrap(self, value)
+        for name in self.payload:
+            setattr(wrapper, name, payload.pop(name, None))
+        if payload:
+            raise CallTypeError(
+                f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}"
+            )
+        return wrapper
+
+    def own(self, x: Tensor) -> WrapperTensor:
+        """``x`` as a wrapper of this level: itself, or the constant that it is here."""
+        if type(x) is WrapperTensor:
+            if x.view_link is not None and x.interpreter.alive:
+                x.view_link.refresh(x)
+            if x.interpreter is self:
+                return x
+        return self.constant(x)
+
+    def constant(self, value: Tensor) -> WrapperTensor:
+        return self.carry(value)
+
+    def describe(self, wrapper: WrapperTensor) -> str:
+        return "constant" if self.is_constant(wrapper) else ""
+
+    def parts(self, wrapper: WrapperTensor) -> dict[str, Any]:
+        return {} if self.is_constant(wrapper) else {name: getattr(wrapper, name) for name in self.payload}
+
+    def rule_place(self, op: Any) -> str | None:
+        return place_in(op, self.rules)
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        carrying = False
+
+        def value(a: Any) -> Any:
+            nonlocal carrying
+            if type(a) is WrapperTensor and a.interpreter is self:
+                carrying = carrying or not self.is_constant(a)
+                return a.value
+            return [value(v) for v in a] if type(a) in (list, tuple) else a
+
+        values, kwarg_values = [value(a) for a in args], {k: value(a) for k, a in kwargs.items()}
+        rule = self.rules.get(op)
+        if not carrying or (rule is None and op in READS_NO_VALUES):
+            return map_tensors(self.constant, lower(self, op, values, kwarg_values))
+        if rule is None:
+            if op_info(op).composite:
+                return decompose(self, op, args, kwargs)
+            return self.without_rule(self, op, args, kwargs)
+
+        def mine(a: Any) -> Any:
+            if isinstance(a, Tensor):
+                return self.own(a)
+            return [mine(v) for v in a] if type(a) in (list, tuple) else a
+
+        entered, entered_kwargs = [mine(a) for a in args], {k: mine(a) for k, a in kwargs.items()}
+        with lowered(self):
+            out = completed(rule, op, 1)(self, *entered, **entered_kwargs)
+        return checked_result(self, op, out, entered, entered_kwargs)
+
+
+def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
+    """The error for an operator without a rule: names operator, transform, levels and file, with the lines to paste."""
+    call = "missing_rule(interpreter, op)"
+    check_kind(call, "interpreter", interpreter, TableInterpreter, "a TableInterpreter")
+    check_operator(call, op)
+    return missing_rule_error(interpreter, op)

@@ -1,0 +1,79 @@
+"""A new transform as a function of functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from functrans.api.checks import call_function, check_callable
+from functrans.core.errors import CallTypeError
+from functrans.core.errors.wording import what
+from functrans.core.interpreter import Interpreter
+from functrans.core.pytrees import tree_map
+from functrans.core.stack import run_transformed
+from functrans.core.thread_state import lowered
+
+
+class Transforming(Protocol):
+    """An interpreter that says what enters and what leaves, as TableInterpreter, PassThrough and Handler do."""
+
+    def enter(self, leaf: Any) -> Any: ...
+    def leave(self, leaf: Any) -> Any: ...
+
+
+def transform(
+    interpreter: Transforming | Callable[[Callable[..., Any]], Transforming], func: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``func`` under a transform of one's own: arguments enter, results leave, as pytrees and by keyword.
+
+    Args:
+        interpreter: a subclass of ``TableInterpreter``, ``PassThrough`` or ``Handler``, or a function that makes an
+            interpreter of ``func``: a new one for every call. An interpreter itself does too, for one call, since it
+            runs once.
+        func: the function to transform.
+
+    Returns:
+        A function of the same arguments. Each of their leaves goes through ``interpreter.enter``, and each of the
+        result's through ``interpreter.leave``: unless a subclass says otherwise, a ``Carried(value, name=...)`` among
+        them is a value with a payload, and everything else a constant.
+
+    Raises:
+        CallTypeError: ``interpreter`` is none of these.
+
+    Example:
+        >>> import torch
+        >>> from functrans.extend import Carried, RuleTable, TableInterpreter, transform
+        >>> class Dual(TableInterpreter):
+        ...     kind, payload, rules = "dual", ("slope",), RuleTable("dual numbers", default="jvp")
+        >>> f = transform(Dual, lambda x, scale: {"square": scale * x * x, "scale": scale})
+        >>> f(Carried(torch.tensor(3.0), slope=torch.tensor(1.0)), scale=torch.tensor(2.0))
+        {'square': Carried(18.0, slope=12.0), 'scale': tensor(2.)}
+    """
+    call = "transform(interpreter, func)"
+    check_callable("transform", func)
+    if not is_transforming(interpreter) and not callable(interpreter):
+        expected = "a subclass of TableInterpreter, PassThrough or Handler, or what makes one"
+        raise CallTypeError(call, f"{what(interpreter)} as interpreter", expected)
+
+    @functools.wraps(func, updated=())
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        running: Any = interpreter if isinstance(interpreter, Interpreter) else interpreter(func)  # type: ignore[operator]
+        if not is_transforming(running):
+            made = "an interpreter" if running is interpreter else f"{what(running)} made by {what(interpreter)}"
+            raise CallTypeError(call, made, "one with the methods enter and leave", "TableInterpreter has them.")
+
+        def body() -> Any:
+            with lowered(running):
+                entered, by_keyword = tree_map(running.enter, args), tree_map(running.enter, kwargs)
+            out = call_function(call, func, entered, by_keyword)
+            with lowered(running):
+                return tree_map(running.leave, out)
+
+        return run_transformed(running, body)
+
+    return transformed
+
+
+def is_transforming(x: Any) -> bool:
+    return isinstance(x, Interpreter) and hasattr(x, "enter") and hasattr(x, "leave")

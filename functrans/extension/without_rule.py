@@ -1,0 +1,174 @@
+"""What a transform by a table does with an operator that has no rule: the policies that ``RuleTable(default=…)`` names.
+
+Each is a function ``(interpreter, op, args, kwargs)``, as an author's own may be, and is asked last: after the rules,
+after what carries nothing, and after a composite operator was taken apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functrans.api.transforms import jvp
+from functrans.core.dispatch import lower, map_tensors
+from functrans.core.errors import RegistrationError
+from functrans.core.errors.wording import shown
+from functrans.core.operators import DIFFERENTIABLE
+from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import lowered, running_at
+from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
+from functrans.extension.missing_rule import missing_rule_error
+
+if TYPE_CHECKING:
+    from functrans.extension.table_interpreter import TableInterpreter
+
+
+class OperatorFunction(NamedTuple):
+    """An operator's call as a function of what carries a payload; made by ``as_function``."""
+
+    #: takes a tensor for each of ``values``; returns a tuple of the operator's floating-point and complex outputs
+    f: Callable[..., tuple[Tensor, ...]]
+    #: the wrappers that carry a payload, in the order of the arguments
+    carrying: tuple[WrapperTensor, ...]
+    #: their values, one level down
+    values: tuple[Tensor, ...]
+    #: takes a wrapper for each of ``f``'s outputs, after ``f`` has run; returns what the operator returns
+    rebuild: Callable[[Sequence[WrapperTensor]], Any]
+
+
+def as_function(
+    interpreter: TableInterpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> OperatorFunction:
+    """An operator, called with wrappers of ``interpreter``, as a differentiable function of those that carry a payload.
+
+    The other arguments are fixed: constants and numbers, and tensors that no derivative can be of (integers, truth
+    values). A tensor that is passed twice is one of ``carrying``.
+
+    Args:
+        interpreter: whose wrappers are meant.
+        op: the operator overload.
+        args: its positional arguments, as ``process`` and a policy get them.
+        kwargs: its keyword-only arguments.
+
+    Returns:
+        ``(f, carrying, values, rebuild)``. ``f`` is called one level down, as a rule's code runs. An operator of whole
+        numbers or truth values has an ``f`` without outputs; ``rebuild([])`` returns them as constants all the same.
+
+    Example:
+        >>> import torch
+        >>> from functrans import jvp
+        >>> from functrans.extend import RuleTable, TableInterpreter, as_function, lowered, transform
+        >>> def push_forward(interpreter, op, args, kwargs):
+        ...     f, carrying, values, rebuild = as_function(interpreter, op, args, kwargs)
+        ...     with lowered(interpreter):
+        ...         outs, slopes = jvp(f, values, tuple(x.slope for x in carrying))
+        ...     return rebuild([interpreter.carry(y, slope=t) for y, t in zip(outs, slopes)])
+        >>> class Forward(TableInterpreter):
+        ...     kind, payload, rules = "forward", ("slope",), RuleTable("forward", default=push_forward)
+        >>> from functrans.extend import Carried
+        >>> out = transform(Forward, lambda x: (x * x).sin())(Carried(torch.tensor(2.0), slope=torch.tensor(1.0)))
+        >>> torch.allclose(out.slope, 4 * torch.tensor(4.0).cos())
+        True
+    """
+    leaves, spec = tree_flatten((list(args), kwargs))
+    fixed = [a.value if type(a) is WrapperTensor and a.interpreter is interpreter else a for a in leaves]
+    places: dict[int, list[int]] = {}
+    for i, a in enumerate(leaves):
+        mine = type(a) is WrapperTensor and a.interpreter is interpreter and a.dtype in DIFFERENTIABLE
+        if mine and not interpreter.is_constant(a):
+            places.setdefault(id(a), []).append(i)
+    carrying = tuple(leaves[where[0]] for where in places.values())
+    found: list[Any] = []
+
+    def f(*values: Tensor) -> tuple[Tensor, ...]:
+        given = list(fixed)
+        for where, value in zip(places.values(), values, strict=True):
+            for i in where:
+                given[i] = value
+        positional, by_keyword = tree_unflatten(spec, given)
+        found[:] = tree_flatten(op(*positional, **by_keyword))
+        return tuple(out for out in found[0] if is_smooth(out))
+
+    def rebuild(outs: Sequence[WrapperTensor]) -> Any:
+        if not found:
+            with lowered(interpreter):
+                f(*(x.value for x in carrying))
+        rest = iter(outs)
+        whole = [
+            next(rest) if is_smooth(out) else interpreter.constant(out) if isinstance(out, Tensor) else out
+            for out in found[0]
+        ]
+        return tree_unflatten(found[1], whole)
+
+    return OperatorFunction(f, carrying, tuple(x.value for x in carrying), rebuild)
+
+
+def is_smooth(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype in DIFFERENTIABLE
+
+
+def by_jvp(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Each name of the payload is a tangent, which the operator's derivative pushes forward."""
+    f, carrying, values, rebuild = as_function(interpreter, op, args, kwargs)
+    if not values:  # what carries a tangent is a whole number, which has none
+        return passed(interpreter, op, args, kwargs)
+    pushed: dict[str, Any] = {}
+    with lowered(interpreter):
+        outs = f(*values)
+        for name in interpreter.payload:
+            tangents = [getattr(x, name) for x in carrying]
+            if any(t is not None for t in tangents):
+                zeros = (torch.zeros_like(v) if t is None else t for t, v in zip(tangents, values, strict=True))
+                outs, pushed[name] = jvp(f, values, tuple(zeros))
+    return rebuild([
+        interpreter.carry(out, **{name: tangents[i] for name, tangents in pushed.items()})
+        for i, out in enumerate(outs)
+    ])  # fmt: skip
+
+
+def passed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operator runs one level down, and its results carry nothing."""
+
+    def value(a: Any) -> Any:
+        return a.value if type(a) is WrapperTensor and a.interpreter is interpreter else a
+
+    values, below_kwargs = tree_map(value, list(args)), tree_map(value, kwargs)
+    return map_tensors(interpreter.constant, lower(interpreter, op, values, below_kwargs))
+
+
+def decomposed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """PyTorch's decomposition of an operator that is not composite (``torch._decomp``), if it has one."""
+    definition = DECOMPOSITION_TABLE.get(op)
+    if definition is not None:
+        with running_at(interpreter):
+            out = definition(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    return refused(interpreter, op, args, kwargs)
+
+
+def refused(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """MissingRuleError."""
+    raise missing_rule_error(interpreter, op)
+
+
+POLICIES: dict[str, Callable[..., Any]] = {
+    "error": refused,
+    "jvp": by_jvp,
+    "decompose": decomposed,
+    "pass": passed,
+}
+
+
+def policy_of(title: str, default: Any) -> Callable[..., Any]:
+    """The function that a table's ``default`` means."""
+    if callable(default):
+        return default
+    if isinstance(default, str) and default in POLICIES:
+        return POLICIES[default]
+    expected = f"one of {', '.join(map(repr, POLICIES))}, or a function (interpreter, op, args, kwargs)"
+    raise RegistrationError(f"{title}: got default={shown(default)}; expected {expected}.")
