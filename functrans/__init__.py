@@ -27,6 +27,8 @@ from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
+from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
+from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 
 derivatives.load()
 load_batching_rules()
@@ -34,8 +36,13 @@ watch(DERIVATIVES, BATCHING_RULES, DECOMPOSITIONS, GRAD_RULES, JVP_RULES, STAND_
 
 __all__ = [
     "FunctransError",
+    "all_gather",
+    "axis_index",
     "batching_rule",
     "chunk_vmap",
+    "custom_jvp",
+    "custom_vjp",
+    "custom_vmap",
     "debug_unwrap",
     "derivative",
     "functional_call",
@@ -51,6 +58,10 @@ __all__ = [
     "jvp",
     "linear_transpose",
     "linearize",
+    "pmax",
+    "pmean",
+    "pmin",
+    "psum",
     "rearrange",
     "replace_all_batch_norm_modules_",
     "stack_module_state",

@@ -21,7 +21,7 @@ FLOORS = [
     {"interpreters"},
     {"door", "api"},
     {"extension"},
-    {"extend"},
+    {"extend", "shipped"},
     {"__init__"},
     {"tour"},
     {"cli"},

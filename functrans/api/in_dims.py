@@ -27,10 +27,11 @@ def check_in_dims(call: Call, in_dims: Any) -> None:
 
 
 def check_inputs(
-    call: Call, in_dims: int | tuple[Any, ...], args: tuple[Any, ...]
+    call: Call, in_dims: int | tuple[Any, ...], args: tuple[Any, ...], axis_size: int | None = None
 ) -> tuple[list[Any], list[int | None], Any, int]:
-    """Flattened arguments with the dimension of each, non-negative; and the batch size."""
-    if not args:
+    """Flattened arguments with the dimension of each, non-negative; and the batch size, which is ``axis_size`` where
+    that is given."""
+    if not args and axis_size is None:
         raise CallValueError(call, "no positional arguments", "at least one", "Keyword arguments are never batched.")
     leaves, spec = tree_flatten(args)
     dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
@@ -59,9 +60,11 @@ def check_inputs(
             differ = True
     if differ:
         refuse_sizes(call, list(zip(paths("args", args), leaves, found, strict=True)))
-    if size is None:
-        raise CallValueError(call, "no argument with a batch", "an int for at least one in in_dims")
-    return leaves, found, spec, size
+    if size is None and axis_size is None:
+        raise CallValueError(call, "no argument with a batch", "an int for at least one in in_dims, or an axis_size")
+    if None not in (size, axis_size) and size != axis_size:
+        raise CallValueError(call, f"batches of size {size} with axis_size={axis_size}", f"axis_size={size}, or none")
+    return leaves, found, spec, axis_size if size is None else size  # type: ignore[return-value]
 
 
 def refuse_leaf(call: Call, leaf: Any, dim: Any, path: str) -> None:

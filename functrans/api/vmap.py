@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ def vmap(
     randomness: str = ERROR,
     *,
     chunk_size: int | None = None,
+    axis_name: Hashable | None = None,
+    axis_size: int | None = None,
 ) -> Callable[..., Any]:
     """``func`` on every example of a batch at once.
 
@@ -47,12 +49,15 @@ def vmap(
         randomness: what random operators do: ``"error"``, ``"different"`` draws for each example, or the ``"same"`` for
             all.
         chunk_size: run at most this many examples at a time, to save memory; None: all.
+        axis_name: a name for the batch, by which ``psum``, ``pmean``, ``all_gather``, ... combine the examples.
+        axis_size: the number of examples. It has to be given where no argument is batched, and agree where one is.
 
     Returns:
         A function of batched arguments, returning batched outputs.
 
     Raises:
-        CallValueError: ``in_dims`` or ``out_dims`` do not fit, or batch sizes differ.
+        CallValueError: ``in_dims`` or ``out_dims`` do not fit, batch sizes differ, or a batch with an ``axis_name`` is
+            to be cut into chunks.
         DataDependentError: ``func`` does something whose result depends on an example's numbers.
         RandomnessError: a random operator ran with ``randomness="error"``.
 
@@ -72,18 +77,31 @@ def vmap(
         check_randomness(call, randomness)
     if chunk_size is not None:
         check_chunk_size(call, chunk_size)
+    if axis_name is not None or axis_size is not None:
+        check_axis(call, axis_name, axis_size)
 
     @named_after(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
+            options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size,
+                       "axis_name": axis_name, "axis_size": axis_size}  # fmt: skip
             return TRACED(vmap, func, options, args, kwargs, None)
-        leaves, dims, spec, size = check_inputs(call, in_dims, args)
+        leaves, dims, spec, size = check_inputs(call, in_dims, args, axis_size)
         if chunk_size is None or chunk_size >= size:
-            return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs)
+            return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, axis_name)
+        if axis_name is not None:
+            got = f"chunk_size={chunk_size} for {size} examples with axis_name={axis_name!r}"
+            raise CallValueError(call, got, "a batch in one piece, whose examples see each other", "Leave one out.")
         return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size)
 
     return batched
+
+
+def check_axis(call: Call, axis_name: Any, axis_size: Any) -> None:
+    if isinstance(axis_name, tuple) or not isinstance(axis_name, Hashable):
+        raise CallValueError(call, f"axis_name={shown(axis_name)}", "one name: a string, or another hashable value")
+    if axis_size is not None and (type(axis_size) is not int or axis_size < 0):
+        raise CallValueError(call, f"axis_size={shown(axis_size)}", "a number of examples, or None")
 
 
 def chunk_vmap(
@@ -141,8 +159,11 @@ def run_batched(
     out_dims: Any,
     randomness: str,
     kwargs: dict[str, Any],
+    axis_name: Hashable | None = None,
 ) -> Any:
     interpreter = VmapInterpreter(size, randomness, func)
+    if axis_name is not None:
+        interpreter.axis_name = axis_name
     entered = [interpreter.batched(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, dims, strict=True)]
     for x in entered:
         if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:

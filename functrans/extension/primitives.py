@@ -18,6 +18,10 @@ from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, lowered, running_at
 from functrans.extension.calls import check_running
+from functrans.extension.primitive_derivatives import PrimitiveDerivative
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.interpreters.linearize import LinearizeInterpreter
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
@@ -82,8 +86,7 @@ class Primitive:
         for cls in classes:
             if not (isinstance(cls, type) and issubclass(cls, Interpreter)):
                 raise CallTypeError(f"{self.name}.rule(*classes)", what(cls), "classes of interpreters")
-            if cls in self.rules and self.rules[cls][1] != place:
-                raise DuplicateRuleError(f"rules of {self.name}", cls.__name__, self.rules[cls][1])
+            self.check_new(cls, place)
         if not classes:
             raise CallTypeError(f"{self.name}.rule(*classes)", "no class", "at least one class of interpreters")
 
@@ -93,6 +96,49 @@ class Primitive:
             return rule
 
         return decorate
+
+    def derivative(
+        self, *, pullback: Callable[..., Any] | None = None, tangent: Callable[..., Any] | None = None
+    ) -> None:
+        """Say how levels of grad and jvp differentiate the primitive by its positional arguments that are tensors.
+
+        Both functions run one level down, with the values of that level, and are differentiated by the levels below.
+        What they return is not checked further than by what it meets.
+
+        Args:
+            pullback: called as ``pullback(grad, result, *args, **kwargs)``; returns a cotangent for each positional
+                argument (None where there is none), or one for the first. ``grad`` is the cotangent of the result, or a
+                list of them if that is a tuple.
+            tangent: called as ``tangent(tangents, result, *args, **kwargs)``, with a tangent for each positional
+                argument (None where there is none); returns the tangent of the result, or one for each.
+
+        Example:
+            >>> import torch
+            >>> from functrans import grad, jvp
+            >>> from functrans.extend import Primitive
+            >>> scaled = Primitive("scaled", lambda x, by: x * by)
+            >>> scaled.derivative(
+            ...     pullback=lambda grad, result, x, by: scaled(grad, by),
+            ...     tangent=lambda tangents, result, x, by: scaled(tangents[0], by),
+            ... )
+            >>> f = lambda x: scaled(x, 3.0) ** 2
+            >>> grad(f)(torch.tensor(1.0)), grad(grad(f))(torch.tensor(1.0))
+            (tensor(18.), tensor(18.))
+            >>> jvp(f, (torch.tensor(1.0),), (torch.tensor(1.0),))
+            (tensor(9.), tensor(18.))
+        """
+        rules = PrimitiveDerivative(self, pullback, tangent)
+        place = caller_place()
+        by_class: dict[type[Interpreter], Callable[..., Any]] = {
+            GradInterpreter: rules.at_grad, JvpInterpreter: rules.at_jvp, LinearizeInterpreter: rules.at_linearize,
+        }  # fmt: skip
+        for cls, rule in by_class.items():
+            self.check_new(cls, place)
+            self.rules[cls] = rule, place
+
+    def check_new(self, cls: type[Interpreter], place: str) -> None:
+        if cls in self.rules and self.rules[cls][1] != place:
+            raise DuplicateRuleError(f"rules of {self.name}", cls.__name__, self.rules[cls][1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         top = STATE.top

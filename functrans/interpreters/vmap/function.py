@@ -58,6 +58,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
 
     def inside(body: Callable[[VmapInterpreter], Any]) -> Any:
         interpreter = VmapInterpreter(outer.batch_size, outer.info.randomness, cls)
+        interpreter.axis_name = outer.axis_name
         return run_transformed(interpreter, lambda: body(interpreter))
 
     def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,9 @@ class VmapInterpreter(Interpreter, whole=True):
     kind = "vmap"
     payload = ("bdim",)
     repeats_writes = True
+
+    #: the name by which collective operations find it; see shipped/collectives.py
+    axis_name: Hashable | None = None
 
     def __init__(self, batch_size: int, randomness: str, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
@@ -120,7 +123,8 @@ class VmapInterpreter(Interpreter, whole=True):
         return f"bdim={wrapper.bdim}"
 
     def details(self) -> list[str]:
-        return [f"batch_size={self.batch_size}", f"randomness={self.info.randomness!r}"]
+        named = [] if self.axis_name is None else [f"axis_name={self.axis_name!r}"]
+        return [f"batch_size={self.batch_size}", f"randomness={self.info.randomness!r}", *named]
 
     def rule_place(self, op: Any) -> str | None:
         found = place_in(op, BATCHING_RULES)

@@ -1,0 +1,221 @@
+"""Sums and the like over the examples of a vmap that was given a name: ``vmap(f, axis_name="batch")``.
+
+Each is a ``Primitive``: it goes down the stack to the vmap of that name, and through those of other names. Their
+derivatives are JAX's: the derivative of the sum of what all examples compute, so that ``psum`` is its own transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.errors import CallTypeError, CallValueError
+from functrans.core.errors.wording import shown, what
+from functrans.core.interpreter import Interpreter
+from functrans.core.pytrees import tree_map
+from functrans.core.stack import interpreter_stack
+from functrans.core.tensor import WrapperTensor
+from functrans.extension.primitives import Primitive
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.interpreters.vmap.table import materialize
+
+AxisName = Hashable | tuple[Hashable, ...]
+
+
+def psum(x: Any, axis_name: AxisName) -> Any:
+    """The sum over all examples of the vmap of this name; the same for every example.
+
+    Args:
+        x: a tensor, a number, or a pytree of these. What does not depend on the example is multiplied by their number.
+        axis_name: the ``axis_name`` of a vmap around this call, or a tuple of several, summed over together.
+
+    Returns:
+        The sum, in the structure of ``x``.
+
+    Raises:
+        CallValueError: no vmap of this name is running.
+
+    Example:
+        >>> import torch
+        >>> from functrans import psum, vmap
+        >>> vmap(lambda x: x / psum(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
+        tensor([0.2500, 0.7500])
+    """
+    return over("psum", x, axis_name, summed)
+
+
+def pmean(x: Any, axis_name: AxisName) -> Any:
+    """The mean over all examples of the vmap of this name; see ``psum``.
+
+    Example:
+        >>> import torch
+        >>> from functrans import pmean, vmap
+        >>> vmap(lambda x: x - pmean(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
+        tensor([-1.,  1.])
+    """
+    return over("pmean", x, axis_name, lambda t, name: summed(t, name) / axis_level("pmean", name).batch_size)
+
+
+def pmax(x: Any, axis_name: AxisName) -> Any:
+    """The greatest of all examples of the vmap of this name, element by element; see ``psum``.
+
+    Its derivative is that of ``amax``, which shares it among examples that are equal.
+
+    Example:
+        >>> import torch
+        >>> from functrans import pmax, vmap
+        >>> vmap(lambda x: x == pmax(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
+        tensor([False,  True])
+    """
+    return over("pmax", x, axis_name, lambda t, name: gathered(t, name).amax(0))
+
+
+def pmin(x: Any, axis_name: AxisName) -> Any:
+    """The least of all examples of the vmap of this name, element by element; see ``pmax``.
+
+    Example:
+        >>> import torch
+        >>> from functrans import pmin, vmap
+        >>> vmap(lambda x: x - pmin(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
+        tensor([0., 2.])
+    """
+    return over("pmin", x, axis_name, lambda t, name: gathered(t, name).amin(0))
+
+
+def all_gather(x: Any, axis_name: Hashable, *, axis: int = 0) -> Any:
+    """What all examples of the vmap of this name have, along a new dimension; the same for every example.
+
+    Args:
+        x: a tensor, a number, or a pytree of these.
+        axis_name: the ``axis_name`` of a vmap around this call.
+        axis: where the new dimension goes.
+
+    Raises:
+        CallValueError: no vmap of this name is running, or ``axis`` is no dimension of the result.
+
+    Example:
+        >>> import torch
+        >>> from functrans import all_gather, vmap
+        >>> vmap(lambda x: x - all_gather(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
+        tensor([[ 0., -2.],
+                [ 2.,  0.]])
+    """
+    call = "all_gather(x, axis_name)"
+    if type(axis) is not int:
+        raise CallTypeError(call, f"{what(axis)} as axis", "an int")
+
+    def gather(t: Tensor, name: Hashable) -> Tensor:
+        rank = t.dim() + 1
+        if not -rank <= axis < rank:
+            raise CallValueError(call, f"axis={axis} for a result of {rank} dimensions", f"{-rank} <= axis < {rank}")
+        return gathered(t, name).movedim(0, axis)
+
+    return over("all_gather", x, axis_name, gather)
+
+
+def axis_index(axis_name: Hashable) -> Tensor:
+    """Which example of the vmap of this name it is: 0, 1, ..., an int64 tensor without dimensions.
+
+    Example:
+        >>> import torch
+        >>> from functrans import axis_index, vmap
+        >>> vmap(lambda x: x * axis_index("batch"), axis_name="batch")(torch.ones(3))
+        tensor([0., 1., 2.])
+    """
+    axis_level("axis_index", axis_name)
+    return index(axis_name)
+
+
+def axis_level(function: str, axis_name: Hashable) -> VmapInterpreter:
+    """The innermost vmap of this name."""
+    names = []
+    for level in interpreter_stack():
+        if isinstance(level, VmapInterpreter) and level.axis_name is not None:
+            if level.axis_name == axis_name:
+                return level
+            names.append(repr(level.axis_name))
+    running = f"those that run are {', '.join(names)}" if names else "none of a name is running"
+    raise CallValueError(
+        f"{function}(..., axis_name={shown(axis_name)})",
+        "that name",
+        f"the axis_name of a vmap around the call; {running}",
+        "Write vmap(f, axis_name=...).",
+    )
+
+
+def over(function: str, x: Any, axis_name: AxisName, combine: Callable[[Tensor, Hashable], Tensor]) -> Any:
+    """``combine`` of every leaf of ``x``, for one name after the other."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    levels = [axis_level(function, name) for name in names]
+    if len({id(level) for level in levels}) < len(levels):
+        raise CallValueError(f"{function}(..., axis_name={axis_name!r})", "a name twice", "each name once")
+
+    def leaf(t: Any) -> Any:
+        if not isinstance(t, Tensor | bool | int | float | complex):
+            raise CallTypeError(f"{function}(x, axis_name)", f"{what(t)} in x", "tensors and numbers")
+        t = torch.as_tensor(t)
+        for name in names:
+            t = combine(t, name)
+        return t
+
+    return tree_map(leaf, x)
+
+
+def no_level(*args: Any) -> Any:
+    raise AssertionError("axis_level has found the vmap")
+
+
+summed = Primitive("psum", no_level)
+gathered = Primitive("all_gather", no_level)
+index = Primitive("axis_index", no_level)
+
+
+def below(primitive: Primitive, level: VmapInterpreter, x: Any, name: Hashable) -> Any:
+    """The answer of a level further down, for each example of this one."""
+    if not is_mine(level, x):
+        return NotImplemented
+    out = primitive.below(level, x.value, name)
+    return level.batched(out, None if x.bdim is None else x.bdim + (primitive is gathered))
+
+
+def is_mine(level: Interpreter, x: Any) -> bool:
+    return type(x) is WrapperTensor and x.interpreter is level
+
+
+def examples(level: VmapInterpreter, x: Any) -> Tensor:
+    """What all examples have, along a dimension in front."""
+    value, bdim = (x.value, x.bdim) if is_mine(level, x) else (x, None)
+    return materialize(value, bdim, level.batch_size)
+
+
+@summed.rule(VmapInterpreter)
+def _(level: VmapInterpreter, x: Tensor, name: Hashable) -> Any:
+    return below(summed, level, x, name) if level.axis_name != name else examples(level, x).sum(0)
+
+
+@gathered.rule(VmapInterpreter)
+def _(level: VmapInterpreter, x: Tensor, name: Hashable) -> Any:
+    return below(gathered, level, x, name) if level.axis_name != name else examples(level, x)
+
+
+@index.rule(VmapInterpreter)
+def _(level: VmapInterpreter, name: Hashable) -> Any:
+    return NotImplemented if level.axis_name != name else level.batched(torch.arange(level.batch_size), 0)
+
+
+def pull_gathered(grad: Tensor, result: Tensor, x: Tensor, name: Hashable) -> Tensor:
+    """Of what all examples make of the gathered values, that which belongs to this one."""
+    return summed(grad, name).index_select(0, index(name).view(1)).squeeze(0)
+
+
+summed.derivative(
+    pullback=lambda grad, result, x, name: summed(grad, name),
+    tangent=lambda tangents, result, x, name: summed(tangents[0], name),
+)
+gathered.derivative(
+    pullback=pull_gathered,
+    tangent=lambda tangents, result, x, name: gathered(tangents[0], name),
+)
