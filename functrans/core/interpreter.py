@@ -64,6 +64,10 @@ class Interpreter:
         """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""
         raise NotImplementedError
 
+    def owns(self, x: Any) -> bool:
+        """Whether ``x`` is a wrapper of this interpreter."""
+        return type(x) is WrapperTensor and x.interpreter is self
+
     def returned(self) -> None:
         """The transformed function has returned: raise what makes its results wrong."""
 

@@ -48,12 +48,12 @@ class PassThrough(Interpreter):
         """``op`` has run, and returned ``out``. What this returns takes its place, unless it is None."""
 
     def enter(self, leaf: Any) -> Any:
-        """What the function gets for a leaf of its arguments: the same."""
-        return leaf
+        """What the function gets for a leaf of its arguments: a tensor as one of this level."""
+        return self.constant(leaf) if isinstance(leaf, Tensor) else leaf
 
     def leave(self, leaf: Any) -> Any:
         """What the caller gets for a leaf of the result: a tensor's value one level down."""
-        if type(leaf) is not WrapperTensor or leaf.interpreter is not self:
+        if not self.owns(leaf):
             return leaf
         if leaf.view_link is not None:
             leaf.view_link.refresh(leaf)
@@ -70,7 +70,7 @@ class PassThrough(Interpreter):
             return decompose(self, op, args, kwargs)
 
         def value(a: Any) -> Any:
-            return a.value if type(a) is WrapperTensor and a.interpreter is self else a
+            return a.value if self.owns(a) else a
 
         values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
         with lowered(self):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
 from functrans.core.errors import MissingRuleError
-from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import is_forward_enabled
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
@@ -53,7 +52,7 @@ class PrimitiveDerivative:
 
     def at_jvp(self, level: JvpInterpreter, *args: Any, **kwargs: Any) -> Any:
         """Pushed forward."""
-        tangents = tuple(a.tangent if is_of(level, a) else None for a in args)
+        tangents = tuple(a.tangent if level.owns(a) else None for a in args)
         if all(t is None for t in tangents):
             return NotImplemented
         values = values_of(level, args)
@@ -69,7 +68,7 @@ class PrimitiveDerivative:
 
     def at_linearize(self, level: LinearizeInterpreter, *args: Any, **kwargs: Any) -> Any:
         """A step of the linear function, where it was applied to a tangent."""
-        variables = [a.variable if is_of(level, a) else None for a in args]
+        variables = [a.variable if level.owns(a) else None for a in args]
         if all(variable is None for variable in variables):
             return NotImplemented
         values = values_of(level, args)
@@ -99,9 +98,5 @@ class PrimitiveNode(BackwardNode):
         return [found[i] if i < len(found) else None for i in self.places]
 
 
-def is_of(level: Interpreter, x: Any) -> bool:
-    return type(x) is WrapperTensor and x.interpreter is level
-
-
 def values_of(level: Interpreter, args: Sequence[Any]) -> list[Any]:
-    return [a.value if is_of(level, a) else a for a in args]
+    return [a.value if level.owns(a) else a for a in args]

@@ -33,7 +33,8 @@ class Primitive:
     Python values: a distribution, a name, a closure, nothing at all.
 
     A level answers by a rule for its interpreter's class (or a class that this is derived from), called as
-    ``rule(level, *args, **kwargs)``, which runs one level down. It may return ``NotImplemented`` (not for me: the
+    ``rule(level, *args, **kwargs)``, which runs one level down. It is asked whether the arguments are of the level
+    (``level.owns(x)``) or not. It may return ``NotImplemented`` (not for me: the
     primitive goes on below), call ``primitive.below(level, *args, **kwargs)`` itself, or return the result: tensors of
     its own level or of levels below.
 
@@ -65,7 +66,7 @@ class Primitive:
         call = "Primitive(name, base)"
         check_kind(call, "name", name, str, "a string")
         check_callable("Primitive", base)
-        self.name = name
+        self.name = self.__name__ = name
         self.base = base
         self.rules: dict[type[Interpreter], tuple[Callable[..., Any], str]] = {}
 
@@ -172,16 +173,14 @@ class Primitive:
     def values_below(self, level: Interpreter, args: Any) -> Any:
         """The arguments one level below ``level``, where they must be constants."""
         for leaf in tree_flatten(args)[0]:
-            if type(leaf) is not WrapperTensor:
-                continue
-            if not leaf.interpreter.alive:
+            if type(leaf) is WrapperTensor and not leaf.interpreter.alive:
                 raise DeadWrapperError(leaf)
-            if leaf.interpreter is level and not level.is_constant(leaf):
+            if level.owns(leaf) and not level.is_constant(leaf):
                 levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
                 raise MissingRuleError(
                     self.name, level, f"Levels: {levels}. Register one: @{self.name}.rule({type(level).__name__})."
                 )
-        return tree_map(lambda x: x.value if type(x) is WrapperTensor and x.interpreter is level else x, args)
+        return tree_map(lambda x: x.value if level.owns(x) else x, args)
 
 
 def at_top(x: Any, top: Interpreter) -> Any:

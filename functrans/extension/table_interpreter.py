@@ -158,10 +158,8 @@ class TableInterpreter(Interpreter):
         rule = self.rules.get(op)
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
-        if rule is None:
-            if op_info(op).composite:
-                return decompose(self, op, args, kwargs)
-            return self.without_rule(self, op, args, kwargs)
+        if rule is None and op_info(op).composite:
+            return decompose(self, op, args, kwargs)
 
         def mine(a: Any) -> Any:
             if isinstance(a, Tensor):
@@ -169,6 +167,8 @@ class TableInterpreter(Interpreter):
             return [mine(v) for v in a] if type(a) in (list, tuple) else a
 
         entered, entered_kwargs = [mine(a) for a in args], {k: mine(a) for k, a in kwargs.items()}
+        if rule is None:
+            return self.without_rule(self, op, entered, entered_kwargs)
         with lowered(self):
             out = completed(rule, op, 1)(self, *entered, **entered_kwargs)
         return checked_result(self, op, out, entered, entered_kwargs)

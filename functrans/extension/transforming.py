@@ -6,13 +6,17 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from functrans.api.checks import call_function, check_callable
-from functrans.core.errors import CallTypeError
+from functrans.core.errors import CallError, CallTypeError
 from functrans.core.errors.wording import what
 from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import tree_map
 from functrans.core.stack import run_transformed
+from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered
+from functrans.functionalization.views import contents_of
 
 
 class Transforming(Protocol):
@@ -63,16 +67,36 @@ def transform(
             made = "an interpreter" if running is interpreter else f"{what(running)} made by {what(interpreter)}"
             raise CallTypeError(call, made, "one with the methods enter and leave", "TableInterpreter has them.")
 
+        entered: list[tuple[WrapperTensor, Any]] = []
+
+        def enter(leaf: Any) -> Any:
+            wrapper = running.enter(leaf)
+            if running.owns(wrapper):
+                entered.append((wrapper, leaf))
+            return wrapper
+
         def body() -> Any:
             with lowered(running):
-                entered, by_keyword = tree_map(running.enter, args), tree_map(running.enter, kwargs)
-            out = call_function(call, func, entered, by_keyword)
+                given = tree_map(enter, args), tree_map(enter, kwargs)
+            out = call_function(call, func, *given)
             with lowered(running):
                 return tree_map(running.leave, out)
 
-        return run_transformed(running, body)
+        out = run_transformed(running, body)
+        for wrapper, leaf in entered:
+            if wrapper.version:
+                write_back(call, running, contents_of(wrapper), leaf)
+        return out
 
     return transformed
+
+
+def write_back(call: str, interpreter: Any, wrapper: WrapperTensor, origin: Any) -> None:
+    """Write an argument that was written inside for the caller, as a call without the transform would have."""
+    if not isinstance(origin, Tensor) or not interpreter.is_constant(wrapper):
+        got = f"a write to {what(origin)}, an argument, with what carries a payload of {interpreter.name}"
+        raise CallError(call, got, "a write to what the function makes", "Clone it first, and return the clone.")
+    origin.copy_(wrapper.value)
 
 
 def is_transforming(x: Any) -> bool:

@@ -21,6 +21,7 @@ from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extension.missing_rule import missing_rule_error
 
 if TYPE_CHECKING:
@@ -75,10 +76,10 @@ def as_function(
         True
     """
     leaves, spec = tree_flatten((list(args), kwargs))
-    fixed = [a.value if type(a) is WrapperTensor and a.interpreter is interpreter else a for a in leaves]
+    fixed = [a.value if interpreter.owns(a) else a for a in leaves]
     places: dict[int, list[int]] = {}
     for i, a in enumerate(leaves):
-        mine = type(a) is WrapperTensor and a.interpreter is interpreter and a.dtype in DIFFERENTIABLE
+        mine = interpreter.owns(a) and a.dtype in DIFFERENTIABLE
         if mine and not interpreter.is_constant(a):
             places.setdefault(id(a), []).append(i)
     carrying = tuple(leaves[where[0]] for where in places.values())
@@ -90,21 +91,30 @@ def as_function(
             for i in where:
                 given[i] = value
         positional, by_keyword = tree_unflatten(spec, given)
-        found[:] = tree_flatten(op(*positional, **by_keyword))
-        return tuple(out for out in found[0] if is_smooth(out))
+        leaves_out, spec_out = tree_flatten(op(*positional, **by_keyword))
+        # what is smooth is given to rebuild; it is not kept
+        found[:] = [SMOOTH if is_smooth(out) else out for out in leaves_out], spec_out
+        return tuple(out for out in leaves_out if is_smooth(out))
 
     def rebuild(outs: Sequence[WrapperTensor]) -> Any:
         if not found:
             with lowered(interpreter):
                 f(*(x.value for x in carrying))
         rest = iter(outs)
+        if any(isinstance(out, WrapperTensor) and out.interpreter.level >= interpreter.level for out in found[0]):
+            with lowered(interpreter):  # f was run by a transform, of which nothing may stay
+                f(*(x.value for x in carrying))
         whole = [
-            next(rest) if is_smooth(out) else interpreter.constant(out) if isinstance(out, Tensor) else out
+            next(rest) if out is SMOOTH else interpreter.constant(out) if isinstance(out, Tensor) else out
             for out in found[0]
         ]
         return tree_unflatten(found[1], whole)
 
     return OperatorFunction(f, carrying, tuple(x.value for x in carrying), rebuild)
+
+
+#: in the place of an output that has a derivative
+SMOOTH: Any = object()
 
 
 def is_smooth(x: Any) -> bool:
@@ -114,11 +124,14 @@ def is_smooth(x: Any) -> bool:
 def by_jvp(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Each name of the payload is a tangent, which the operator's derivative pushes forward."""
     f, carrying, values, rebuild = as_function(interpreter, op, args, kwargs)
-    if not values:  # what carries a tangent is a whole number, which has none
+    entry = DERIVATIVES.get(op)
+    if not values or (entry is not None and entry.tangent == NO_TANGENT):  # whole numbers have no tangent
         return passed(interpreter, op, args, kwargs)
     pushed: dict[str, Any] = {}
+    outs: tuple[Tensor, ...] = ()
     with lowered(interpreter):
-        outs = f(*values)
+        if entry is None and not f(*values):
+            return rebuild([])
         for name in interpreter.payload:
             tangents = [getattr(x, name) for x in carrying]
             if any(t is not None for t in tangents):
@@ -134,7 +147,7 @@ def passed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dic
     """The operator runs one level down, and its results carry nothing."""
 
     def value(a: Any) -> Any:
-        return a.value if type(a) is WrapperTensor and a.interpreter is interpreter else a
+        return a.value if interpreter.owns(a) else a
 
     values, below_kwargs = tree_map(value, list(args)), tree_map(value, kwargs)
     return map_tensors(interpreter.constant, lower(interpreter, op, values, below_kwargs))

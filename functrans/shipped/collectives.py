@@ -14,10 +14,8 @@ from torch import Tensor
 
 from functrans.core.errors import CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
-from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import tree_map
 from functrans.core.stack import interpreter_stack
-from functrans.core.tensor import WrapperTensor
 from functrans.extension.primitives import Primitive
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
@@ -175,19 +173,15 @@ index = Primitive("axis_index", no_level)
 
 def below(primitive: Primitive, level: VmapInterpreter, x: Any, name: Hashable) -> Any:
     """The answer of a level further down, for each example of this one."""
-    if not is_mine(level, x):
+    if not level.owns(x):
         return NotImplemented
     out = primitive.below(level, x.value, name)
     return level.batched(out, None if x.bdim is None else x.bdim + (primitive is gathered))
 
 
-def is_mine(level: Interpreter, x: Any) -> bool:
-    return type(x) is WrapperTensor and x.interpreter is level
-
-
 def examples(level: VmapInterpreter, x: Any) -> Tensor:
     """What all examples have, along a dimension in front."""
-    value, bdim = (x.value, x.bdim) if is_mine(level, x) else (x, None)
+    value, bdim = (x.value, x.bdim) if level.owns(x) else (x, None)
     return materialize(value, bdim, level.batch_size)
 
 

@@ -59,7 +59,7 @@ class VjpRule:
             return self.func(*tensors)  # nobody takes a derivative: it is code as any other
         if owner is None:
             return self.at_base(*tensors)
-        mine = [type(x) is WrapperTensor and x.interpreter is owner for x in tensors]
+        mine = [owner.owns(x) for x in tensors]
         values = tuple(x.value if m else x for x, m in zip(tensors, mine, strict=True))
         if all(owner.is_constant(x) for x, m in zip(tensors, mine, strict=True) if m):
             with lowered(owner):
