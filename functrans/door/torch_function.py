@@ -436,8 +436,8 @@ def set_up() -> None:
         method: Any = getattr(Tensor, name, None)
         if method in ENTRANCES:
             setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
+    # Not a method as well: what has one in Python is a sequence to torch.tensor([x]), which would ask for its length.
     ENTRANCES[Tensor.__getitem__] = indexed(Tensor.__getitem__, 1 + frames_above(Tensor.__getitem__))
-    WrapperTensor.__getitem__ = indexed(Tensor.__getitem__, BY_METHOD)  # type: ignore[method-assign]
     for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
         ENTRANCES[function] = lambda input: input.is_conj()
     for function in (torch.is_neg, Tensor.is_neg):
