@@ -29,6 +29,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
+from functrans.shipped.jet import jet
 
 derivatives.load()
 load_batching_rules()
@@ -55,6 +56,7 @@ __all__ = [
     "jacfwd_and_value",
     "jacrev",
     "jacrev_and_value",
+    "jet",
     "jvp",
     "linear_transpose",
     "linearize",

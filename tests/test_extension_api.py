@@ -381,7 +381,7 @@ def test_a_primitive_with_rules_for_the_transforms() -> None:
     torch.testing.assert_close(jvp(lambda x: p(x, 2.0), (x,), (x,))[1], 200 * x)
     torch.testing.assert_close(jacfwd(lambda x: p(x, 2.0))(x), 200 * torch.eye(4, dtype=x.dtype))
     square = lambda x: p(x, 2.0) ** 2
-    # the pullback p(2·p(x, 2), 20) is pulled back by p(·, 200) and p(·, 20), and pushed forward by p(·, 200), p(·, 2000)
+    # the pullback p(2·p(x, 2), 20) is pulled back by p(·, 200) and p(·, 20), pushed forward by p(·, 200) and p(·, 2000)
     torch.testing.assert_close(vmap(grad(grad(square)))(x), torch.full_like(x, 200.0 * 2 * 20))
     torch.testing.assert_close(vmap(lambda x: jvp(grad(square), (x,), (x,))[1])(x), 2000 * 2 * 200 * x)
 

@@ -144,6 +144,10 @@ class TableInterpreter(Interpreter):
     def rule_place(self, op: Any) -> str | None:
         return place_in(op, self.rules)
 
+    def rule_for(self, op: OpOverload) -> Callable[..., Any] | None:
+        """The rule of ``op``, or None; a subclass may know more than its table."""
+        return self.rules.get(op)
+
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         carrying = False
 
@@ -155,7 +159,7 @@ class TableInterpreter(Interpreter):
             return [value(v) for v in a] if type(a) in (list, tuple) else a
 
         values, kwarg_values = [value(a) for a in args], {k: value(a) for k, a in kwargs.items()}
-        rule = self.rules.get(op)
+        rule = self.rule_for(op)
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
         if rule is None and op_info(op).composite:

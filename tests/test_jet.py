@@ -1,0 +1,246 @@
+"""Taylor mode against nested forward mode along the same curve."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from functrans import grad, hessian, jacfwd, jet, jvp, vmap
+from functrans.core.errors import CallTypeError, CallValueError
+from functrans.core.stack import interpreter_stack
+from functrans.extend import derivative
+
+W = torch.tensor([[1.0, -0.5, 0.3], [0.2, 0.8, -1.1], [0.4, 0.1, 1.3]], dtype=torch.float64)
+B = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+
+
+def view_write(x: Tensor) -> Tensor:
+    y = x * 1.0
+    y[1:].mul_(x[:2])
+    return y
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    # pointwise, with and without their result in the formula
+    "sin": torch.sin,
+    "exp": torch.exp,
+    "tanh": torch.tanh,
+    "x * x * x": lambda x: x * x * x,
+    "division": lambda x: 1 / (1 + x * x),
+    "power": lambda x: (x.abs() + 1) ** 2.5,
+    "atan2": lambda x: torch.atan2(x, x * x + 1),
+    "erf": torch.erf,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "softplus": F.softplus,
+    "relu": lambda x: (x * x.sin()).relu(),
+    "clamp": lambda x: x.clamp(-0.5, 0.5) ** 2,
+    "where": lambda x: torch.where(x > 0, x**3, -x),
+    "sinc": torch.sinc,
+    "lgamma": lambda x: (x.abs() + 1).lgamma(),
+    "digamma": lambda x: (x.abs() + 1).digamma(),
+    "polygamma": lambda x: torch.polygamma(1, x.abs() + 1),
+    "i0": torch.special.i0,
+    "complex": lambda x: torch.complex(x, x * x).exp().abs(),
+    # linear and multilinear
+    "linear": lambda x: F.linear(x, W, B).tanh(),
+    "mm": lambda x: (x.outer(x) @ W).sum(0),
+    "addmm": lambda x: torch.addmm(x.outer(x), W * x, x.outer(x)),
+    "bilinear": lambda x: F.bilinear(x[None], x[None], torch.ones(2, 3, 3, dtype=x.dtype)),
+    "einsum": lambda x: torch.einsum("i,ij,j->i", x, W, x),
+    "conv": lambda x: F.conv1d(x.view(1, 1, 3) * x[0], x[:2].view(1, 1, 2)),
+    "cat": lambda x: torch.cat([x, x * x, W[0]]),
+    "stack": lambda x: torch.stack([x, x.sin()]),
+    "index": lambda x: x[torch.tensor([2, 0])] * x[0],
+    "fft": lambda x: torch.fft.fft(x).abs(),
+    # reductions and what is made of them
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(0),
+    "layer_norm": lambda x: F.layer_norm(x, (3,), B, W[0]),
+    "logsumexp": lambda x: x.logsumexp(0),
+    "norm": torch.norm,
+    "var_mean": torch.var_mean,
+    "prod": torch.prod,
+    "cumprod": lambda x: x.cumprod(0),
+    "max": lambda x: x.max(0).values,
+    "amax": lambda x: (x * x).amax(),
+    "sort": lambda x: (x * x).sort().values,
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor(1)),
+    "attention": lambda x: F.scaled_dot_product_attention((x.outer(x) + W)[None], (W * x)[None], (W + x)[None]),
+    # matrices
+    "inv": lambda x: torch.linalg.inv(W + torch.diag(x)),
+    "solve": lambda x: torch.linalg.solve(W + torch.diag(x), x),
+    "det": lambda x: torch.linalg.det(W + x.outer(x)),
+    "eigvalsh": lambda x: torch.linalg.eigvalsh(W + W.T + torch.diag(x)),
+    "svdvals": lambda x: torch.linalg.svdvals(W + torch.diag(x)),
+    "matrix_exp": lambda x: torch.matrix_exp(W * x),
+    # writes
+    "in place": lambda x: x.clone().mul_(x).add_(1).sin_(),
+    "through a view": view_write,
+}
+
+
+def curve(x: Tensor, terms: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The curve with these derivatives at 0."""
+    return lambda t: x + sum(term * t ** (k + 1) / math.factorial(k + 1) for k, term in enumerate(terms))
+
+
+def by_nesting(f: Callable[..., Any], order: int) -> list[Any]:
+    """The derivatives at 0 of a function of a number."""
+    t, one = torch.zeros(2, dtype=torch.float64)[0], torch.tensor(1.0, dtype=torch.float64)
+    found = []
+    for _ in range(order):
+        f = functools.partial(lambda inner, t: jvp(inner, (t,), (one,))[1], f)
+        found.append(f(t))
+    return found
+
+
+def some(order: int, *shape: int) -> list[Tensor]:
+    return [torch.randn(*shape, dtype=torch.float64) for _ in range(order)]
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_kind_of_operator(name: str, order: int) -> None:
+    torch.manual_seed(0)
+    f = FUNCTIONS[name]
+    x, terms = some(1, 3)[0], some(order, 3)
+    value, series = jet(f, (x,), (terms,))
+    close(value, f(x))
+    expected = by_nesting(lambda t: f(curve(x, terms)(t)), order)
+    if isinstance(series, tuple):
+        close([list(s) for s in series], [list(s) for s in zip(*expected)])
+    else:
+        close(series, expected)
+
+
+@pytest.mark.parametrize("name", ["tanh", "x * x * x", "softmax", "linear", "solve", "prod", "atan2", "cat"])
+def test_under_and_over_other_transforms(name: str) -> None:
+    torch.manual_seed(0)
+    f = FUNCTIONS[name]
+    x, a, b, c = some(4, 3)
+    along = lambda x: jet(f, (x,), ([a, b, c],))[1][2]
+    truth = lambda x: by_nesting(lambda t: f(curve(x, [a, b, c])(t)), 3)[2]
+    rows = torch.stack([x, a + 1, b * 2])
+    close(vmap(along)(rows), torch.stack([truth(row) for row in rows]))
+    close(grad(lambda x: along(x).sum())(x), grad(lambda x: truth(x).sum())(x))
+    close(jvp(along, (x,), (b,))[1], jvp(truth, (x,), (b,))[1])
+    over_rows = lambda rows: jet(vmap(f), (rows,), ([rows, 2 * rows],))[1][1]
+    close(over_rows(rows), torch.stack([jet(f, (row,), ([row, 2 * row],))[1][1] for row in rows]))
+    slope = lambda x: grad(lambda x: f(x).sum())(x)
+    close(jet(slope, (x,), ([a, b, c],))[1], by_nesting(lambda t: slope(curve(x, [a, b, c])(t)), 3))
+    # a jet of a jet: third derivatives of the second derivative along another line
+    zero = torch.zeros(3, dtype=torch.float64)
+    inner = lambda x: jet(f, (x,), ([b, zero],))[1][1]
+    outer = by_nesting(lambda t: by_nesting(lambda s: f(curve(x, [a])(t) + s * b), 2)[1], 3)
+    close(jet(inner, (x,), ([a, zero, zero],))[1], outer)
+
+
+def test_several_arguments_and_a_tree_of_results() -> None:
+    x, y = some(2, 3)
+    series = some(3, 3), some(3, 3)
+
+    def f(x: Tensor, y: Tensor) -> dict[str, Any]:
+        return {"product": x * y, "fixed": B * 2, "index": x.argmax(), "n": 3, "none": None}
+
+    value, terms = jet(f, (x, y), series)
+    close(terms["product"], by_nesting(lambda t: curve(x, series[0])(t) * curve(y, series[1])(t), 3))
+    close(terms["fixed"], [torch.zeros_like(B)] * 3)
+    assert value["index"] == x.argmax() and value["n"] == 3 and value["none"] is None
+    assert terms["index"] is None and terms["n"] is None
+
+
+def test_order_ten_of_known_series() -> None:
+    x, one, zero = (torch.tensor(v, dtype=torch.float64) for v in (0.5, 1.0, 0.0))
+    line = [one, *[zero] * 9]
+    cycle = [x.cos(), -x.sin(), -x.cos(), x.sin()]
+    close(jet(torch.sin, (x,), (line,))[1], [cycle[k % 4] for k in range(10)])
+    close(jet(torch.exp, (x,), (line,))[1], [x.exp()] * 10)
+    close(jet(lambda x: 1 / x, (x,), (line,))[1], [(-1) ** k * math.factorial(k) / x ** (k + 1) for k in range(1, 11)])
+    close(jet(lambda x: x**3, (x,), (line,))[1], [3 * x**2, 6 * x, 6 * one, *[zero] * 7])
+
+
+def test_against_derivatives_of_a_network() -> None:
+    """Along a line, the second term is the Hessian's quadratic form, and the third that of the third derivatives."""
+    weights = torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    f = lambda x: (x @ weights[0]).tanh() @ weights[1]
+    x, v = some(2, 3)
+    _, (first, second, third) = jet(f, (x,), ([v, v * 0, v * 0],))
+    close(first, grad(f)(x) @ v)
+    close(second, v @ hessian(f)(x) @ v)
+    close(third, torch.einsum("ijk,i,j,k", jacfwd(hessian(f))(x), v, v, v))
+
+
+def test_detach_and_constants() -> None:
+    x, v = some(2, 3)
+    close(jet(lambda x: x.detach() * x, (x,), ([v, v],))[1], [x * v, x * v])
+    value, terms = jet(lambda x: B, (x,), ([v, v],))
+    assert torch.equal(value, B) and all(not t.any() for t in terms)
+
+
+def test_an_operator_of_ones_own() -> None:
+    @torch.library.custom_op("test_jet::cube", mutates_args=())
+    def cube(x: Tensor) -> Tensor:
+        return x**3
+
+    derivative(torch.ops.test_jet.cube.default, x=lambda grad, x: 3 * x**2 * grad, tangent="elementwise")
+    x, terms = some(1, 3)[0], some(3, 3)
+    close(jet(cube, (x,), (terms,))[1], jet(lambda x: x**3, (x,), (terms,))[1])
+
+
+def test_an_autograd_function() -> None:
+    class Square(torch.autograd.Function):
+        """With three times its derivative."""
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+            return 6 * ctx.saved_tensors[0] * tangent
+
+    x, v = some(2, 3)
+    close(jet(Square.apply, (x,), ([v, v * 0],))[1], [6 * x * v, 6 * v * v])
+
+
+def test_arguments_that_are_written() -> None:
+    x, v = torch.ones(2), torch.ones(2)
+    value, (first,) = jet(lambda x: x.mul_(3), (x,), ([v],))
+    assert x.tolist() == value.tolist() == first.tolist() == [3.0, 3.0]
+
+
+def test_bad_input() -> None:
+    x = torch.zeros(2)
+    for primals, series, kind, said in (
+        (x, ([x],), CallTypeError, "as primals"),
+        ((x,), x, CallTypeError, "as series"),
+        ((x,), ([x], [x]), CallValueError, "2 lists in series for 1 primals"),
+        ((1.0,), ([x],), CallTypeError, r"as primals\[0\]"),
+        ((x.long(),), ([x],), CallTypeError, r"as primals\[0\]"),
+        ((x,), ([],), CallValueError, r"0 terms as series\[0\]"),
+        ((x, x), ([x], [x, x]), CallValueError, r"2 terms as series\[1\]"),
+        ((x,), ([1.0],), CallTypeError, r"as series\[0\]\[0\]"),
+        ((x,), ([x.double()],), CallValueError, r"as series\[0\]\[0\]"),
+        ((x,), ([torch.zeros(3)],), CallValueError, r"as series\[0\]\[0\]"),
+    ):
+        with pytest.raises(kind, match=said):
+            jet(torch.sin, primals, series)  # type: ignore[arg-type]
+    with pytest.raises(CallTypeError):
+        jet(3, (x,), ([x],))  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        jet(lambda x: x / (1 // 0), (x,), ([x],))
+    assert interpreter_stack() == []
