@@ -31,6 +31,7 @@ from functrans.shipped import jet_rules  # noqa: F401
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 from functrans.shipped.jet import jet
+from functrans.shipped.laplacian import laplacian
 
 derivatives.load()
 load_batching_rules()
@@ -59,6 +60,7 @@ __all__ = [
     "jacrev_and_value",
     "jet",
     "jvp",
+    "laplacian",
     "linear_transpose",
     "linearize",
     "pmax",
