@@ -27,7 +27,7 @@ from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
-from functrans.shipped import jet_rules  # noqa: F401
+from functrans.shipped import jet_rules, laplacian_rules  # noqa: F401
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 from functrans.shipped.jet import jet

@@ -96,17 +96,43 @@ recurrence(aten.sqrt.default, lambda n, x, y: over(minus(x[n], leibniz(y, y, n, 
 recurrence(aten.reciprocal.default, lambda n, x, y: over(minus(None, leibniz(x, y, n, first=1)), x[0]))
 
 
+def shaped(jet: JetInterpreter, out: Tensor, terms: list[Any]) -> WrapperTensor:
+    """An output with these derivatives, which are broadcast and promoted as it is."""
+    return jet.with_terms(out, [None if t is None else t.expand(out.shape).to(out.dtype) for t in terms])
+
+
+def operand(jet: JetInterpreter, x: Any) -> Any:
+    return series_of(jet, x) if isinstance(x, Tensor) else [x, *[None] * jet.order]
+
+
+@JetInterpreter.rules.register(aten.mul.Tensor)
+def mul(jet: JetInterpreter, x: Any, y: Any) -> WrapperTensor:
+    a, b = operand(jet, x), operand(jet, y)
+    return shaped(jet, torch.mul(a[0], b[0]), [leibniz(a, b, n) for n in range(1, jet.order + 1)])
+
+
+def sum_of(op: OpOverload, sign: int) -> None:
+    @JetInterpreter.rules.register(op)
+    def rule(jet: JetInterpreter, x: Any, y: Any, *, alpha: Any = 1) -> WrapperTensor:
+        a, b = operand(jet, x), operand(jet, y)
+        factor = sign * alpha
+        second = [t if t is None or factor == 1 else t * factor for t in b[1:]]
+        terms = [t if s is None else s if t is None else s + t for s, t in zip(a[1:], second, strict=True)]
+        return shaped(jet, op(a[0], b[0], alpha=alpha), terms)
+
+
+sum_of(aten.add.Tensor, 1)
+sum_of(aten.sub.Tensor, -1)
+
+
 @JetInterpreter.rules.register(aten.div.Tensor)
 def div(jet: JetInterpreter, x: Any, y: Any) -> WrapperTensor:
     """z·y = x."""
-    numerator: list[Any] = series_of(jet, x) if isinstance(x, Tensor) else [x, *[None] * jet.order]
-    denominator: list[Any] = series_of(jet, y) if isinstance(y, Tensor) else [y, *[None] * jet.order]
-    found: list[Any] = [torch.div(numerator[0], denominator[0])]
+    numerator, denominator = operand(jet, x), operand(jet, y)
+    found = [torch.div(numerator[0], denominator[0])]
     for n in range(1, jet.order + 1):
-        top = minus(numerator[n], leibniz(denominator, found, n, first=1))
-        out = over(top, denominator[0])
-        found.append(out if out is None else out.expand(found[0].shape).to(found[0].dtype))
-    return jet.with_terms(found[0], found[1:])
+        found.append(over(minus(numerator[n], leibniz(denominator, found, n, first=1)), denominator[0]))  # type: ignore[arg-type]
+    return shaped(jet, found[0], found[1:])
 
 
 def waves(jet: JetInterpreter, x: WrapperTensor, functions: tuple[Any, Any], sign: int) -> tuple[Series, Series]:

@@ -241,13 +241,21 @@ class ByTable:
         ones = torch.ones_like(value)
         first = slope(value, out)
         _, second = jvp(slope, (value, out), (ones, first.expand_as(out)))
-        slopes, squares = x.slopes, (x.slopes * x.slopes).sum(0)
-        bend = second * squares
-        if x.bend is not None:
-            bend = bend + first * x.bend
-        if value.shape != out.shape:  # it was broadcast against a constant
-            slopes = slopes.reshape(len(slopes), *[1] * (out.dim() - value.dim()), *value.shape)
-        return level.moving(out, first * slopes, bend)
+        return bent(level, x, out, first, second)
+
+
+def bent(level: LaplacianInterpreter, x: Any, out: Tensor, first: Tensor, second: Tensor) -> WrapperTensor:
+    """The result of a function with these derivatives, element by element."""
+    bend = second * (x.slopes * x.slopes).sum(0)
+    if x.bend is not None:
+        bend = bend + first * x.bend
+    return level.moving(out, first * broadcast(x.slopes, out.dim()), bend)
+
+
+def broadcast(slopes: Tensor, rank: int) -> Tensor:
+    """Slopes of a tensor that is broadcast to ``rank`` dimensions."""
+    missing = rank - (slopes.dim() - 1)
+    return slopes if missing <= 0 else slopes.reshape(len(slopes), *[1] * missing, *slopes.shape[1:])
 
 
 #: The rules that were made, by operator.
