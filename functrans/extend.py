@@ -32,7 +32,9 @@ from functrans.extension.calls import (
     running_at,
     wrap,
 )
+from functrans.extension.checkers import CheckFailedError, check_batching_rule, check_derivative, check_transform
 from functrans.extension.levels import Handler, PassThrough
+from functrans.extension.missing_rules import missing_rules
 from functrans.extension.primitives import Primitive
 from functrans.extension.rule_scopes import overriding, rules_in_scope
 from functrans.extension.table_interpreter import Carried, TableInterpreter, missing_rule
@@ -49,6 +51,7 @@ __all__ = [
     "BatchInfo",
     "Carried",
     "CarriedValueError",
+    "CheckFailedError",
     "CustomFunctionError",
     "DerivativeEntryError",
     "DuplicateRuleError",
@@ -68,6 +71,9 @@ __all__ = [
     "WrapperTensor",
     "as_function",
     "batching_rule",
+    "check_batching_rule",
+    "check_derivative",
+    "check_transform",
     "decompose",
     "derivative",
     "interpreter_stack",
@@ -75,6 +81,7 @@ __all__ = [
     "lowered",
     "map_tensors",
     "missing_rule",
+    "missing_rules",
     "no_derivative",
     "op_info",
     "overriding",

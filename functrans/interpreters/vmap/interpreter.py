@@ -67,7 +67,7 @@ class VmapInterpreter(Interpreter, whole=True):
     def __init__(self, batch_size: int, randomness: str, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
         self.batch_size = batch_size
-        self.info = BatchInfo(batch_size, randomness)
+        self.info = BatchInfo(batch_size, randomness, self)
         #: what is wrong if the function returns; see NOTE [Checks under vmap]
         self.undecided: DataDependentError | None = None
 

@@ -29,6 +29,18 @@ class BatchInfo(NamedTuple):
 
     batch_size: int
     randomness: str
+    #: the vmap itself; None where a rule is tried without one
+    interpreter: Any = None
+
+    @property
+    def level(self) -> int | None:
+        """Its level."""
+        return None if self.interpreter is None else self.interpreter.level
+
+    @property
+    def axis_name(self) -> Any:
+        """Its name, None if it has none."""
+        return None if self.interpreter is None else self.interpreter.axis_name
 
 
 BATCHING_RULES: RuleTable[BatchingRule] = RuleTable("vmap batching rules", cached=True)
