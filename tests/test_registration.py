@@ -28,9 +28,9 @@ from functrans.extend import (
     RuleTable,
     TableInterpreter,
     no_derivative,
-    rule_to_paste,
     run_transformed,
 )
+from functrans.extension.missing_rule import rule_to_paste
 from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import along_dim, reduction

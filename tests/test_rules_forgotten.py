@@ -383,3 +383,20 @@ def test_a_module_of_the_package_is_what_its_name_imports() -> None:
 def test_the_decorator_of_stand_ins_is_that_of_the_table() -> None:
     with pytest.raises(functrans.core.errors.DuplicateRuleError, match="functionalization/hidden_effects.py"):
         stands_in_for(aten.dropout.default)(len)
+
+
+def test_a_cell_that_runs_again_replaces_its_rule() -> None:
+    """Registration from one place is the author's change of mind; from two it is a mistake."""
+    op = torch.ops.aten.erfinv.default
+
+    def cell(factor: float) -> None:
+        functrans.derivative(op, self=lambda grad, result: factor * grad, tangent="elementwise")
+
+    x = torch.tensor(0.5)
+    with functrans.extend.overriding(DERIVATIVES, op):
+        for factor in (2.0, 3.0):
+            cell(factor)
+            assert functrans.grad(torch.erfinv)(x) == factor
+            assert functrans.vmap(functrans.grad(torch.erfinv))(x.expand(2)).tolist() == [factor] * 2
+        with pytest.raises(functrans.core.errors.DuplicateRuleError, match="test_rules_forgotten.py"):
+            functrans.derivative(op, self=lambda grad: grad, tangent="elementwise")

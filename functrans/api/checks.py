@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from functrans.core.errors import Call, CallTypeError, CallValueError
@@ -44,6 +45,19 @@ def check_kind(call: Call | str, name: str, value: Any, kind: Any, expected: str
     """``value``, the argument ``name``, is of ``kind``, which ``expected`` says in words."""
     if not isinstance(value, kind):
         raise CallTypeError(call, f"{what(value)} as {name}", expected, cure)
+
+
+def check_dense(call: Call | str, name: str, value: Any, expected: str = "a tensor", *, kinds: str = "bifc") -> None:
+    """``value``, the argument ``name``, is a strided tensor of numbers that PyTorch computes with.
+
+    ``kinds`` names those: b truth values, i integers, f floating-point, c complex.
+    """
+    if isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided and not value.is_quantized:
+        dtype = value.dtype
+        kind = "f" if dtype.is_floating_point else "c" if dtype.is_complex else "b" if dtype is torch.bool else "i"
+        if kind in kinds and not (kind == "f" and dtype.itemsize == 1):
+            return
+    raise CallTypeError(call, f"{what(value)} as {name}", expected)
 
 
 def call_function(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -141,12 +141,15 @@ class RuleTable(Generic[Rule]):
         raise RegistrationError(f"{self.title}: got {shown(rule)} as the rule of {op}; expected {expected}.")
 
     def add(self, op: OpOverload, rule: Rule, *, place: str | None = None) -> None:
-        """Register ``rule`` for ``op``; ``place`` is the ``file:line`` that messages show."""
+        """Register ``rule`` for ``op``; ``place`` is the ``file:line`` that messages show.
+
+        A second one from the same place, as when the cell of a notebook runs again, takes the first one's.
+        """
         self.check(op)
         self.check_rule(op, rule)
         place = place or caller_place()
         with _LOCK:
-            if op in self:
+            if op in self and self.place(op) != place:
                 raise DuplicateRuleError(self.title, op, self.place(op))
             scope = covering(self, op)
             if scope is not None:

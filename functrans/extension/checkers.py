@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.api.checks import check_callable
+from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.transforms import grad, jvp, vjp
 from functrans.api.vmap import vmap
 from functrans.core.errors import CallTypeError, FunctransError
@@ -65,12 +65,15 @@ def check_derivative(func: Callable[..., Any], *args: Any, order: int = 2, **kwa
         >>> check_derivative(torch.cumsum, torch.arange(3.0).double(), 0)
     """
     check_callable("check_derivative", func)
+    call = "check_derivative(func, *args)"
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dtype.is_floating_point]
     for i in places:
-        if args[i].dtype is not torch.float64:
-            raise CallTypeError("check_derivative(func, *args)", f"{shown(args[i])} as argument {i}", "float64")
+        check_dense(call, f"argument {i}", args[i], "a tensor of dtype float64", kinds="f")
+        if args[i].dtype is not torch.float64 or args[i].device.type == "meta":
+            raise CallTypeError(call, f"{shown(args[i])} as argument {i}", "a tensor of dtype float64, with data")
     if not places:
-        raise CallTypeError("check_derivative(func, *args)", "no floating-point tensor", "at least one")
+        raise CallTypeError(call, "no floating-point tensor", "at least one")
+    call_function(call, func, args, kwargs)
     with checking(callable_name(func)):
         for count in range(1, len(places) + 1):
             for chosen in itertools.combinations(places, count):
@@ -129,6 +132,8 @@ def pair(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor]:
 
 
 def same(name: str, what: str, found: Sequence[Any], expected: Sequence[Any], exact: float = EXACT) -> None:
+    if len(found) != len(expected):
+        raise CheckFailedError(name, what, f"{len(found)} outputs", str(len(expected)))
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         where = what if len(found) == 1 else f"{what}, output {i}"
         if not isinstance(b, Tensor):
@@ -174,8 +179,16 @@ def check_batching_rule(
     """
     check_callable("check_batching_rule", func)
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    if not places:
-        raise CallTypeError("check_batching_rule(func, *args)", "no tensor among the arguments", "at least one")
+    if not places or any(args[i].device.type == "meta" for i in places):
+        got = "a tensor without data" if places else "no tensor among the arguments"
+        raise CallTypeError("check_batching_rule(func, *args)", got, "tensors with data, at least one")
+    call = "check_batching_rule(func, *args)"
+    for i in places:
+        check_dense(call, f"argument {i}", args[i])
+    for out in tree_flatten(call_function(call, func, args, kwargs))[0]:
+        check_dense(call, "result of the function", out, "tensors")
+        if out.device.type == "meta":
+            raise CallTypeError(call, f"{shown(out)} as result of the function", "a tensor with data")
     name = callable_name(func)
     with checking(name):
         rows = [args, *(varied(args) for _ in range(3))] if examples is None else list(examples)
@@ -251,6 +264,12 @@ def check_transform(
     check_callable("check_transform", transformed)
     check_callable("check_transform", oracle)
     name = callable_name(transformed)
+    for i, a in enumerate(args):
+        if isinstance(a, Tensor):
+            check_dense("check_transform(transformed, oracle, *args)", f"argument {i}", a)
+    if differentiable and not any(isinstance(a, Tensor) and a.dtype is torch.float64 for a in args):
+        cure = "Or give differentiable=False."
+        raise CallTypeError("check_transform(...)", "no double to differentiate by", "one at least", cure)
     with checking(name):
         same(name, "its value", tree_flatten(transformed(*args))[0], tree_flatten(oracle(*args))[0])
         rows = [args, varied(args), varied(args)]
@@ -268,8 +287,6 @@ def check_derivatives_of(
     name: str, transformed: Callable[..., Any], oracle: Callable[..., Any], args: Any, batch: Any, in_dims: Any
 ) -> None:
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dtype is torch.float64]
-    if not places:
-        raise CallTypeError("check_transform(...)", "no double to differentiate by", "one", "Or differentiable=False.")
 
     def total(f: Callable[..., Any]) -> Callable[..., Tensor]:
         def value(*tracked: Tensor) -> Tensor:

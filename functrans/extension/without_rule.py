@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functrans.api.checks import check_kind
 from functrans.api.transforms import jvp
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.errors import RegistrationError
@@ -22,6 +23,7 @@ from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
+from functrans.extension.calls import check_running
 from functrans.extension.missing_rule import missing_rule_error
 
 if TYPE_CHECKING:
@@ -75,6 +77,10 @@ def as_function(
         >>> torch.allclose(out.slope, 4 * torch.tensor(4.0).cos())
         True
     """
+    call = "as_function(interpreter, op, args, kwargs)"
+    check_running(call, interpreter)
+    check_kind(call, "args", args, list | tuple, "a list or tuple with the operator's positional arguments")
+    check_kind(call, "kwargs", kwargs, dict, "a dict with the operator's keyword-only arguments")
     leaves, spec = tree_flatten((list(args), kwargs))
     fixed = [a.value if interpreter.owns(a) else a for a in leaves]
     places: dict[int, list[int]] = {}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.api.checks import check_dense
 from functrans.core.errors import CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
 from functrans.core.pytrees import tree_map
@@ -129,6 +130,11 @@ def axis_index(axis_name: Hashable) -> Tensor:
 
 def axis_level(function: str, axis_name: Hashable) -> VmapInterpreter:
     """The innermost vmap of this name."""
+    try:
+        hash(axis_name)
+    except TypeError:
+        got = f"{what(axis_name)} as axis_name"
+        raise CallTypeError(f"{function}(...)", got, "a name, or a tuple of some") from None
     names = []
     for level in interpreter_stack():
         if isinstance(level, VmapInterpreter) and level.axis_name is not None:
@@ -152,9 +158,13 @@ def over(function: str, x: Any, axis_name: AxisName, combine: Callable[[Tensor, 
         raise CallValueError(f"{function}(..., axis_name={axis_name!r})", "a name twice", "each name once")
 
     def leaf(t: Any) -> Any:
-        if not isinstance(t, Tensor | bool | int | float | complex):
-            raise CallTypeError(f"{function}(x, axis_name)", f"{what(t)} in x", "tensors and numbers")
-        t = torch.as_tensor(t)
+        call = f"{function}(x, axis_name)"
+        if not isinstance(t, Tensor):
+            if not isinstance(t, bool | int | float | complex) or (isinstance(t, int) and not -(2**63) <= t < 2**63):
+                raise CallTypeError(call, f"{what(t)} in x", "tensors and numbers")
+            t = torch.as_tensor(t)
+        ordered = function in ("pmax", "pmin")
+        check_dense(call, "x", t, "a real tensor" if ordered else "a tensor", kinds="bif" if ordered else "bifc")
         for name in names:
             t = combine(t, name)
         return t

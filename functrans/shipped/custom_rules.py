@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.api.checks import check_callable
+from functrans.api.checks import call_function, check_callable, check_signature
 from functrans.api.transforms import jvp, vjp
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.errors.wording import callable_name, shown, what
@@ -80,6 +80,13 @@ class WithRule:
     def error(self, kind: type[CallError], *said: str) -> CallError:
         return kind(Call(self.kind, self.func, {}), *said)
 
+    def checked(self, nondiff_argnums: Any) -> tuple[int, ...]:
+        """Positions of arguments, as a tuple."""
+        found = tuple(nondiff_argnums) if isinstance(nondiff_argnums, tuple | list) else (nondiff_argnums,)
+        if not all(type(i) is int and i >= 0 for i in found):
+            raise self.error(CallTypeError, f"{what(nondiff_argnums)} as nondiff_argnums", "a tuple of positions")
+        return found
+
     def without_rule(self) -> CallError:
         return self.error(CallError, "a call of the function", f"its rule first: {self.definition}")
 
@@ -87,12 +94,17 @@ class WithRule:
         """All arguments by position, as rules get them."""
         if not kwargs:
             return args
+        check_signature(Call(self.kind, self.func, {}), self.func, args, kwargs)
         signature = inspect.signature(self.func).bind(*args, **kwargs)
         signature.apply_defaults()
         if signature.kwargs:
             got = f"keyword-only arguments {sorted(signature.kwargs)}"
             raise self.error(CallTypeError, got, "arguments that can be given by position, as the rules get them")
         return signature.args
+
+    def run(self, function: Any, args: Sequence[Any]) -> Any:
+        """Call what the user gave."""
+        return call_function(Call(self.kind, self.func, {}), function, tuple(args), {})
 
     def apply(self, function: type[Function], given: Arguments) -> Any:
         """``function`` on the tensors of ``given``; it leaves the structure of the result in ``function.results``."""
@@ -148,7 +160,7 @@ class custom_vjp(WithRule):
 
     def __init__(self, func: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         super().__init__(func)
-        self.fixed = tuple(nondiff_argnums)
+        self.fixed = self.checked(nondiff_argnums)
 
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         """Give the rule; see the class."""
@@ -160,9 +172,12 @@ class custom_vjp(WithRule):
         if self.fwd is None or self.bwd is None:
             raise self.without_rule()
         args = self.bound(args, kwargs)
+        if any(i >= len(args) for i in self.fixed):
+            got = f"nondiff_argnums={self.fixed} in a call with {len(args)} arguments"
+            raise self.error(CallValueError, got, "positions of arguments that are given")
         given = Arguments(args, self.fixed)
         if not given.tensors:
-            return self.func(*args)
+            return self.run(self.func, args)
         results: list[Results] = []
 
         def note(out: Any) -> tuple[Tensor, ...]:
@@ -170,7 +185,7 @@ class custom_vjp(WithRule):
             return results[0].tensors
 
         def fwd(*tensors: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
-            pair = self.fwd(*given.whole(tensors))  # type: ignore[misc]
+            pair = self.run(self.fwd, given.whole(tensors))
             if not isinstance(pair, tuple) or len(pair) != 2:
                 raise self.error(CallValueError, f"{what(pair)} from fwd", "a pair (output, residuals)")
             leaves, spec = tree_flatten(pair[1])
@@ -180,11 +195,12 @@ class custom_vjp(WithRule):
         def bwd(residuals: Sequence[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
             fixed = [args[i] for i in self.fixed]
             cotangent = results[0].whole(grads)
-            found = self.bwd(*fixed, tree_unflatten(residual_specs[0], list(residuals)), cotangent)  # type: ignore[misc]
+            saved = tree_unflatten(residual_specs[0], list(residuals))
+            found = self.run(self.bwd, (*fixed, saved, cotangent))
             return self.cotangents(given, args, found)
 
         residual_specs: list[Any] = []
-        rule = VjpRule(self, lambda *tensors: note(self.func(*given.whole(tensors))), fwd, bwd)
+        rule = VjpRule(self, lambda *tensors: note(self.run(self.func, given.whole(tensors))), fwd, bwd)
         outs = rule(*given.tensors)
         return results[0].whole(outs)
 
@@ -247,7 +263,7 @@ class custom_jvp(WithRule):
 
     def __init__(self, func: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         super().__init__(func)
-        self.fixed = tuple(nondiff_argnums)
+        self.fixed = self.checked(nondiff_argnums)
 
     def defjvp(self, rule: Callable[..., Any]) -> Callable[..., Any]:
         """Give the rule; see the class."""
@@ -259,9 +275,12 @@ class custom_jvp(WithRule):
         if self.rule is None:
             raise self.without_rule()
         args = self.bound(args, kwargs)
+        if any(i >= len(args) for i in self.fixed):
+            got = f"nondiff_argnums={self.fixed} in a call with {len(args)} arguments"
+            raise self.error(CallValueError, got, "positions of arguments that are given")
         given = Arguments(args, self.fixed)
         if not given.tensors:
-            return self.func(*args)
+            return self.run(self.func, args)
         return self.apply(self.function(given, args), given)
 
     def pushed(
@@ -271,7 +290,7 @@ class custom_jvp(WithRule):
         fixed = [args[i] for i in self.fixed]
         moving = [i for i in range(len(args)) if i not in self.fixed]
         primals, pushed = given.whole(values), given.whole(tangents)
-        pair = self.rule(*fixed, tuple(primals[i] for i in moving), tuple(pushed[i] for i in moving))  # type: ignore[misc]
+        pair = self.run(self.rule, (*fixed, tuple(primals[i] for i in moving), tuple(pushed[i] for i in moving)))
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise self.error(CallValueError, f"{what(pair)} from its rule", "a pair (output, tangent)")
         out, tangent = Results(pair[0]), Results(pair[1])
@@ -291,7 +310,7 @@ class custom_jvp(WithRule):
 
             @staticmethod
             def forward(*tensors: Tensor) -> Any:
-                out = Results(custom.func(*given.whole(tensors)))
+                out = Results(custom.run(custom.func, given.whole(tensors)))
                 found[:] = [out]
                 return unlike(out.tensors, tensors)
 
@@ -377,7 +396,7 @@ class custom_vmap(WithRule):
         args = self.bound(args, kwargs)
         given = Arguments(args)
         if not given.tensors:
-            return self.func(*args)
+            return self.run(self.func, args)
         return self.apply(self.function(given), given)
 
     def function(self, given: Arguments) -> type[Function]:
@@ -389,7 +408,7 @@ class custom_vmap(WithRule):
 
             @staticmethod
             def forward(*tensors: Tensor) -> Any:
-                out = Results(custom.func(*given.whole(tensors)))
+                out = Results(custom.run(custom.func, given.whole(tensors)))
                 found[:] = [out]
                 return unlike(out.tensors, tensors)
 
@@ -405,7 +424,7 @@ class custom_vmap(WithRule):
                 in_front = [x if d is None else x.movedim(d, 0) for x, d in zip(tensors, in_dims, strict=True)]
                 flags = Arguments(given.whole(batched))
                 everywhere = tree_unflatten(given.spec, [flag is True for flag in flags.leaves])
-                pair = custom.rule(info.batch_size, list(everywhere), *given.whole(in_front))  # type: ignore[misc]
+                pair = custom.run(custom.rule, (info.batch_size, list(everywhere), *given.whole(in_front)))
                 if not isinstance(pair, tuple) or len(pair) != 2:
                     raise custom.error(CallValueError, f"{what(pair)} from its rule", "a pair (output, out_batched)")
                 out = Results(pair[0])
@@ -441,7 +460,7 @@ class custom_vmap(WithRule):
             tensors = list(values)
             for i, x in zip(smooth, moving, strict=True):
                 tensors[i] = x
-            out = Results(self.func(*given.whole(tensors)))
+            out = Results(self.run(self.func, given.whole(tensors)))
             return tuple(x for x, s in zip(out.tensors, out.smooth, strict=True) if s)
 
         return f

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.api.checks import call_function, check_callable
+from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.transforms import jvp
 from functrans.core.dispatch import map_tensors
 from functrans.core.errors import Call, CallTypeError, CallValueError
@@ -88,15 +88,13 @@ def check_series(call: Call, primals: Any, series: Any) -> int:
     if len(primals) != len(series):
         raise CallValueError(call, f"{len(series)} lists in series for {len(primals)} primals", "one for each")
     for i, (x, terms) in enumerate(zip(primals, series, strict=True)):
-        if not isinstance(x, Tensor) or x.dtype not in DIFFERENTIABLE:
-            raise CallTypeError(call, f"{what(x)} as primals[{i}]", "a floating-point or complex tensor")
+        check_dense(call, f"primals[{i}]", x, "a floating-point or complex tensor", kinds="fc")
         if not isinstance(terms, tuple | list) or not terms or len(terms) != len(series[0]):
             got = f"{len(terms)} terms" if isinstance(terms, tuple | list) else what(terms)
             raise CallValueError(call, f"{got} as series[{i}]", "a list of terms, as many for each primal")
         for k, t in enumerate(terms):
-            if not isinstance(t, Tensor):
-                raise CallTypeError(call, f"{what(t)} as series[{i}][{k}]", "a tensor")
-            if t.shape != x.shape or t.dtype != x.dtype:
+            check_dense(call, f"series[{i}][{k}]", t)
+            if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
                 raise CallValueError(call, f"{shown(t)} as series[{i}][{k}]", f"one like its primal, {shown(x)}")
     return len(series[0])
 

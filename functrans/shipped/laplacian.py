@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.checks import call_function, check_callable, check_dense, check_flag
 from functrans.api.transforms import jvp
 from functrans.api.vmap import vmap
 from functrans.core.dispatch import map_tensors
-from functrans.core.errors import Call, CallTypeError, CallValueError
+from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.wording import shown, what
 from functrans.core.operators import DIFFERENTIABLE, op_info
 from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
@@ -83,23 +83,24 @@ def laplacian(
     check_callable("laplacian", f)
     call = Call("laplacian", f, {})
     check_flag("laplacian(f)", "with_value", with_value)
-    if samples is not None and (type(samples) is not int or samples < 1 or directions is not None):
+    if samples is not None and (type(samples) is not int or not 0 < samples < 2**31 or directions is not None):
         got = f"samples={shown(samples)}" + (" with directions" if directions is not None else "")
         raise CallValueError(call, got, "a positive number of samples, or directions")
 
     @functools.wraps(f, updated=())
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            raise CallTypeError(call, f"{what(x)} as first argument", "a real floating-point tensor")
+        check_dense(call, "first argument", x, "a real floating-point tensor", kinds="f")
         along = directions
         if along is None and samples is not None:
             signs = torch.randint(0, 2, (samples, *x.shape), device=x.device).to(x.dtype) * 2 - 1
             along = signs * samples**-0.5
         elif along is None:
             along = torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(x.numel(), *x.shape)
-        elif not isinstance(along, Tensor) or along.dim() == 0 or along.shape[1:] != x.shape or along.dtype != x.dtype:
+        else:
             expected = f"a tensor of dtype {x.dtype} and shape [D, {', '.join(map(str, x.shape))}]"
-            raise CallValueError(call, f"{what(along)} as directions", expected)
+            check_dense(call, "directions", along, expected)
+            if along.dim() == 0 or along.shape[1:] != x.shape or along.dtype != x.dtype:
+                raise CallValueError(call, f"{what(along)} as directions", expected)
         interpreter = LaplacianInterpreter(len(along), f)
 
         def body() -> list[Any]:

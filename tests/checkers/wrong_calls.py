@@ -123,8 +123,11 @@ def of_jacobian(name: str, **options: Callable[[], Any]) -> Case:
     return Case(name, call, {**arguments, **JACOBIAN_OPTIONS, **options}, plain=plain)
 
 
-def call_vmap(func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, x: Any, y: Any, k: Any) -> Any:
-    return library().vmap(func, in_dims, out_dims, randomness, chunk_size=chunk_size)(x, y, k=k)
+def call_vmap(
+    func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, x: Any, y: Any, k: Any, **named: Any
+) -> Any:
+    named = {name: value for name, value in named.items() if value is not None}  # torch.func has no such options
+    return library().vmap(func, in_dims, out_dims, randomness, chunk_size=chunk_size, **named)(x, y, k=k)
 
 
 def call_vjp(func: Any, has_aux: Any, x: Any, y: Any, cotangent: Any) -> Any:
@@ -207,10 +210,68 @@ CASES = [
         "vmap", call_vmap,
         {
             "func": lambda: square, "in_dims": lambda: 0, "out_dims": lambda: 0, "randomness": lambda: "error",
-            "chunk_size": lambda: None,
+            "chunk_size": lambda: None, "axis_name": lambda: None, "axis_size": lambda: None,
             "x": X.clone, "y": W.clone, "k": V.clone,
         }, plain=plain,
     ),
+    Case("jet", lambda f, primals, series: functrans.jet(f, primals, series),
+        {"f": lambda: square, "primals": lambda: (V,), "series": lambda: ([V, V],)}, ("f",),
+        plain=lambda f, primals, **_: f(*primals)),
+    Case("laplacian", lambda f, x, y, **options: functrans.laplacian(f, **options)(x, y),
+        {
+            "f": lambda: total, "with_value": lambda: False, "directions": lambda: None, "samples": lambda: None,
+            "x": V.clone, "y": X.clone,
+        }, ("f",), plain=lambda f, x, y, **_: f(x, y)),
+    *(
+        Case(name, lambda name=name, **arguments: functrans.vmap(
+            lambda x: getattr(functrans, name)(**{"x": x, **arguments} if name != "axis_index" else arguments),
+            axis_name="batch")(X),
+            {**arguments, "axis_name": lambda: "batch"}, (), extends=True)
+        for name, arguments in {
+            **{name: {"x": V.clone} for name in ("psum", "pmean", "pmax", "pmin")},
+            "all_gather": {"x": V.clone, "axis": lambda: 0}, "axis_index": {},
+        }.items()
+    ),
+    Case("custom_vjp", lambda func, nondiff_argnums, fwd, bwd, x: functrans.grad(
+        with_rule(functrans.custom_vjp(func, nondiff_argnums), "defvjp", fwd, bwd))(x),
+        {
+            "func": lambda: total, "nondiff_argnums": lambda: (), "fwd": lambda: lambda x: (total(x), x),
+            "bwd": lambda: lambda x, grad: (2 * x * grad,), "x": V.clone,
+        }, ("func", "fwd", "bwd"), plain=lambda func, fwd, bwd, x, **_: (func(x), bwd(fwd(x)[1], total(x)))),
+    Case("custom_jvp", lambda func, nondiff_argnums, rule, x: functrans.grad(
+        with_rule(functrans.custom_jvp(func, nondiff_argnums), "defjvp", rule))(x),
+        {
+            "func": lambda: total, "nondiff_argnums": lambda: (),
+            "rule": lambda: lambda primals, tangents: (total(*primals), (2 * primals[0] * tangents[0]).sum()),
+            "x": V.clone,
+        }, ("func", "rule"), plain=lambda func, rule, x, **_: (func(x), rule((x,), (x,)))),
+    Case("custom_vmap", lambda func, rule, x: functrans.vmap(
+        with_rule(functrans.custom_vmap(func), "def_vmap", rule))(x),
+        {"func": lambda: square, "rule": lambda: lambda size, batched, x: (x**2, True), "x": X.clone},
+        ("func", "rule"), plain=lambda func, rule, x: (func(x), rule(2, [True], x))),
+    Case("transform", lambda interpreter, func, x: extend.transform(interpreter, func)(x),
+        {"interpreter": lambda: Counting, "func": lambda: square, "x": V.clone}, ("interpreter", "func"),
+        plain=lambda interpreter, func, x: (interpreter(func), func(x))),
+    Case("Carried", lambda value, count: extend.Carried(value, count=count), {"value": V.clone, "count": V.clone}, ()),
+    Case("as_function",
+        body_of(lambda i, interpreter, op, args, kwargs:
+            extend.as_function(i if interpreter is IT else interpreter, op, args, kwargs)),
+        {"interpreter": lambda: IT, "op": lambda: aten.sin.default, "args": lambda: (V,), "kwargs": dict}, (),
+        extends=True),
+    Case("Primitive", lambda name, base, x: extend.Primitive(name, base)(x),
+        {"name": lambda: "name", "base": lambda: square, "x": V.clone}, ("base",),
+        plain=lambda base, x, **_: base(x)),
+    Case("Primitive.rule", lambda cls: extend.Primitive("p", square).rule(cls), {"cls": lambda: Counting}, (),
+        extends=True),
+    Case("missing_rules", lambda cls, func, x: extend.missing_rules(cls, func, x),
+        {"cls": lambda: Counting, "func": lambda: square, "x": V.clone}, plain=lambda func, x, **_: func(x)),
+    Case("check_derivative", lambda func, x: extend.check_derivative(func, x, order=1),
+        {"func": lambda: torch.sin, "x": V.double}, ("func",), plain=lambda func, x: func(x).sum().backward()),
+    Case("check_batching_rule", lambda func, x: extend.check_batching_rule(func, x),
+        {"func": lambda: torch.sin, "x": V.clone}, ("func",), plain=lambda func, x: func(x)),
+    Case("check_transform", lambda transformed, oracle, x: extend.check_transform(transformed, oracle, x),
+        {"transformed": lambda: total, "oracle": lambda: total, "x": V.double}, ("transformed", "oracle"),
+        plain=lambda transformed, oracle, x: (transformed(x), oracle(x))),
     Case("vjp", call_vjp,
         {"func": lambda: square, "has_aux": lambda: False, "x": V.clone, "y": X.clone, "cotangent": V.clone},
         plain=plain),
@@ -310,6 +371,11 @@ CASES = [
     Case("RuleTable.remove", lambda op: extend.RuleTable("table").remove(op), {"op": lambda: aten.sin.default}, (),
         extends=True),
 ]  # fmt: skip
+
+
+def with_rule(custom: Any, method: str, *rules: Any) -> Any:
+    getattr(custom, method)(*rules)
+    return custom
 
 
 def within(context: Any) -> Any:
