@@ -32,6 +32,7 @@ from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what
+from functrans.core.leftovers import as_here
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
@@ -363,7 +364,7 @@ def run_forward(
     arguments, which are not written back yet."""
     interpreter = JvpInterpreter(func)
     pairs = iter(tangents)
-    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
+    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, as_here(next(pairs))))
 
     def body() -> tuple[Any, Any, Any, Any]:
         set_forward_enabled(True)

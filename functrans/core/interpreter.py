@@ -36,6 +36,10 @@ class Interpreter:
     on_base: bool = False
     #: Whether ``process`` takes programs as they are; for others they are taken apart. See functrans.programs.
     whole: ClassVar[bool] = False
+    #: Whether the value of a wrapper says all there is to say of it once the transform has ended.
+    values_remain: ClassVar[bool] = False
+    #: What its wrappers stand for while code runs in its place; see NOTE [Leftovers].
+    stand_in: Any = None
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 

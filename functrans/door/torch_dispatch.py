@@ -8,10 +8,11 @@ from typing import Any
 
 from functrans.core import thread_state
 from functrans.core.dispatch import base, lift, scan
-from functrans.core.errors import OtherThreadError
+from functrans.core.errors import DeadWrapperError, OtherThreadError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import arguments_as_here
 from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
@@ -49,6 +50,11 @@ class Door(Mode):
             if STATE.number_read is not None:
                 check_number_read(op, args, kwargs)
             out = handle(op, known, args, kwargs or {})
+        except DeadWrapperError:
+            given = arguments_as_here(known, args, kwargs or {})
+            if given is None:
+                raise
+            return self.__torch_dispatch__(op, types, *given)
         except Exception as error:
             explain(error)
             raise

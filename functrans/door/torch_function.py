@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from types import FunctionType
 from typing import Any
@@ -16,18 +17,23 @@ from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import has_leftovers
 from functrans.core.operators import OpInfo, op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
+    AUTOGRAD,
+    VIEWS_AND_VERSIONS,
     OpOverload,
     autocast_enabled,
     function_mode_enabled,
+    is_key_excluded,
     is_torch_func_active,
     mode_stack_size,
     pop_mode,
     push_mode,
+    set_key_excluded,
     tensor_torch_function,
     without_torch_function,
 )
@@ -81,6 +87,9 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     """
     if function in LOST:
         kwargs = recovered(function, kwargs)
+    if STATE.top is None and not is_key_excluded(AUTOGRAD) and has_leftovers((*args, *kwargs.values())):
+        with behind_autograd():
+            return otherwise(function, types, args, kwargs, up + 1)
     if len(types) != 1 or types[0] is not WrapperTensor:
         others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
         for t in others:
@@ -101,6 +110,18 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     elif several(out):
         note_site(out, sys._getframe(up), up)
     return out
+
+
+@contextmanager
+def behind_autograd() -> Iterator[None]:
+    """Outside of transforms: for a call that the door answers, which PyTorch's autograd would take for a view."""
+    try:
+        set_key_excluded(AUTOGRAD, True)
+        set_key_excluded(VIEWS_AND_VERSIONS, True)
+        yield
+    finally:
+        set_key_excluded(AUTOGRAD, False)
+        set_key_excluded(VIEWS_AND_VERSIONS, False)
 
 
 def answers(kind: type) -> bool:
@@ -169,7 +190,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
             x.view_link.refresh(x)
         owner = x.interpreter
         if not owner.alive:
-            raise DeadWrapperError(x)
+            return otherwise(function, (), (x,), kwargs, above)  # see NOTE [Leftovers]
         try:
             program = found[0] if not SCOPES else program_here(found, 0, find)
         except KeyError:
@@ -313,6 +334,8 @@ def direct(function: Callable[..., Any], patterns: dict[str, OpOverload], up: in
                     out = handle(known.op, known, (args[0], list(args[1:])) if listed else args, NO_KWARGS)
                 except BaseException as error:
                     reopen()
+                    if type(error) is DeadWrapperError:
+                        return otherwise(function, (), args, kwargs, above)
                     explain(error)
                     raise
                 push_mode(DOOR)

@@ -31,7 +31,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.operators import STAND_INS, VIEW, WRITE, OpInfo, kind_here
 from functrans.core.rules import SCOPES
 from functrans.core.tensor import WrapperTensor, set_content, strides_of
-from functrans.core.thread_state import STATE, running_at
+from functrans.core.thread_state import STATE, door_closed, running_at
 from functrans.core.torch_private import (
     VIEWS_AND_VERSIONS,
     OpOverload,
@@ -135,6 +135,17 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
             target.alias_group.version += 1
     else:
         write_through(target, new, filled=op in FILLS)
+
+
+def write_outside_of_operators(target: Any, new: Tensor, what: Any) -> None:
+    """``write``, for what enters the door by itself and updates ``target``."""
+    excluded = is_key_excluded(VIEWS_AND_VERSIONS)
+    set_key_excluded(VIEWS_AND_VERSIONS, False)
+    try:
+        with door_closed():
+            write(target, new, what)
+    finally:
+        set_key_excluded(VIEWS_AND_VERSIONS, excluded)
 
 
 #: Writes of one value to all elements, which may share their places.

@@ -47,6 +47,7 @@ class TransposeInterpreter(GradInterpreter):
     """Records linear operators as grad does, and notes the others. See NOTE [What is linear]."""
 
     kind = "linear_transpose"
+    values_remain = False  # they are zeros
 
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:
         return False  # a linear function has no values beside its derivative
@@ -178,7 +179,7 @@ def vanishes(x: Tensor) -> bool:
 def transpose_rule(interpreter: TransposeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An ``autograd.Function``, of which nothing says that it is linear."""
     mine, values = unwrapped(interpreter, args)
-    indices = {i: a.index for i, (a, m) in enumerate(zip(args, mine, strict=True)) if m and a.index is not None}
+    indices = {i: a.tape_index for i, (a, m) in enumerate(zip(args, mine, strict=True)) if m and a.tape_index is not None}
     with lowered(interpreter):
         out = cls.apply(*values)
     if not indices:

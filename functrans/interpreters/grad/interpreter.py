@@ -43,6 +43,7 @@ class GradInterpreter(Interpreter, whole=True):
     kind = "grad"
     payload = ("tape_index",)
     differentiates = True
+    values_remain = True
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
