@@ -364,7 +364,8 @@ def run_forward(
     arguments, which are not written back yet."""
     interpreter = JvpInterpreter(func)
     pairs = iter(tangents)
-    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, as_here(next(pairs))))
+    dual = lambda v: interpreter.dual(v, as_here(next(pairs)))  # noqa: E731
+    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, dual)
 
     def body() -> tuple[Any, Any, Any, Any]:
         set_forward_enabled(True)

@@ -144,7 +144,8 @@ def run_batched(
     kwargs: dict[str, Any],
 ) -> Any:
     interpreter = VmapInterpreter(size, randomness, func)
-    entered = [interpreter.batched(as_here(x), d) if isinstance(x, Tensor) else x for x, d in zip(leaves, dims, strict=True)]
+    pairs = zip(leaves, dims, strict=True)
+    entered = [interpreter.batched(as_here(x), d) if isinstance(x, Tensor) else x for x, d in pairs]
     for x in entered:
         if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
             x.given = True

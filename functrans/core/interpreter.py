@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from functrans.core.errors import InsideTransformError
 from functrans.core.errors.misuse import check_payload
 from functrans.core.errors.wording import callable_name
 from functrans.core.tensor import WrapperTensor, wrap
@@ -88,6 +89,15 @@ class Interpreter:
         """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says
         of it."""
         return False
+
+    def grad_fn(self, wrapper: WrapperTensor) -> Any:
+        """What ``grad_fn`` of ``wrapper`` is: what knows how it was made, and takes hooks; None if nothing does."""
+        return wrapper.value.grad_fn
+
+    def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Any]) -> Any:
+        """Run ``hook`` on the gradient of ``wrapper``, for which a level that records it is asked."""
+        cure = "an autograd.Function whose backward does what the hook does"
+        raise InsideTransformError("Tensor.register_hook()", self.name, cure)
 
     def hides_layout(self, wrapper: WrapperTensor) -> bool:
         """Whether ``wrapper`` shows gaps in memory that are there for the transform's sake."""

@@ -104,7 +104,9 @@ class suspended:
 
     __slots__ = ("before", "interpreter", "stand_in")
 
-    def __init__(self, interpreter: Interpreter, stand_in: Callable[[WrapperTensor], Any] = attrgetter("value")) -> None:
+    def __init__(
+        self, interpreter: Interpreter, stand_in: Callable[[WrapperTensor], Any] = attrgetter("value")
+    ) -> None:
         self.interpreter = interpreter
         self.stand_in = stand_in
 

@@ -28,7 +28,7 @@ from functrans.core.errors.made_at import note_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import all_as_here
 from functrans.core.thread_state import STATE, lowered, running_at
-from functrans.core.torch_private import mode_stack_size
+from functrans.core.torch_private import ModuleHook, mode_stack_size
 from functrans.functionalization.writes import write_outside_of_operators
 from functrans.interpreters.function_context import as_tuple, is_setup_style, within
 from functrans.interpreters.functionalize import FunctionalizeInterpreter, apply_below
@@ -49,12 +49,37 @@ def _original_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     return _original.__get__(None, cls)(*args, **kwargs)
 
 
+class BackwardHookFunction(Function):
+    """What a module's backward hooks put around its inputs and outputs, in place of PyTorch's own.
+
+    That one asks its inputs whether they require grad, which values one level down do not say. (Modules compare names.)
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return args
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents
+
+
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """``Function.apply``: the Function goes down the interpreter stack as one operator."""
     top = STATE.top
     if top is None or top.carries_autograd or mode_stack_size() < STATE.door_depth:
         # at the base, where an operator that PyTorch differentiates by a Function is run, too
         return _original_apply(cls, *args, **kwargs)
+    if cls is ModuleHook:
+        cls = BackwardHookFunction
     if is_setup_style(cls) or kwargs:
         signature = inspect.signature(cls.forward).bind(*(args if is_setup_style(cls) else (None, *args)), **kwargs)
         signature.apply_defaults()

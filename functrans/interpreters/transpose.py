@@ -178,8 +178,8 @@ def vanishes(x: Tensor) -> bool:
 
 def transpose_rule(interpreter: TransposeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An ``autograd.Function``, of which nothing says that it is linear."""
-    mine, values = unwrapped(interpreter, args)
-    indices = {i: a.tape_index for i, (a, m) in enumerate(zip(args, mine, strict=True)) if m and a.tape_index is not None}
+    _, values = unwrapped(interpreter, args)
+    indices = {i: index for i, index in enumerate(map(interpreter.index_of, args)) if index is not None}
     with lowered(interpreter):
         out = cls.apply(*values)
     if not indices:

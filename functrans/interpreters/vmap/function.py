@@ -164,6 +164,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
     if not overrides(cls, "jvp"):
         Batched.jvp = Function.jvp  # type: ignore[method-assign]
     Batched.__name__ = f"Batched{cls.__name__}"
+    Batched.function, Batched.in_dims = cls, in_dims  # type: ignore[attr-defined]
     return Batched
 
 
