@@ -100,6 +100,14 @@ class Inputs:
             found.append(tree_unflatten(spec, filled))
         return found[0] if self.single else tuple(found)
 
+    def leave(self, x: Any) -> Any:
+        """``x`` one level down. What an in-place function returns is the caller's tensor, as without the transform."""
+        if type(x) is WrapperTensor and x.version and contents_of(x) is x:
+            origin = next((origin for wrapper, origin in self.wrapped if wrapper is x), None)
+            if origin is not None:
+                return origin
+        return unwrap(self.interpreter, x)
+
     def write_back(self) -> None:
         """Write the arguments that were written inside for the caller, as a call without the transform would have."""
         for wrapper, origin in self.wrapped:

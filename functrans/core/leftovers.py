@@ -14,9 +14,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from operator import attrgetter
+from threading import get_ident
 from typing import Any
 
-from functrans.core.errors import DeadWrapperError
+from functrans.core.errors import DeadWrapperError, OtherThreadError
 from functrans.core.errors.call_sites import frames_to_user, made_where
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import OpInfo
@@ -94,6 +95,15 @@ def arguments_as_here(known: OpInfo, args: Any, kwargs: Any) -> Any:
             raise DeadWrapperError(given) from None
     new = all_as_here((args, kwargs))
     return None if new[0] is args and new[1] is kwargs else new
+
+
+def check_thread(owner: Interpreter) -> None:
+    """Refuse a wrapper of another thread's transform.
+
+    (What the autograd engine calls on shadows comes from threads of its own.)
+    """
+    if owner.thread is not None and owner.thread != get_ident():
+        raise OtherThreadError(owner)
 
 
 class suspended:

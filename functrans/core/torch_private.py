@@ -80,6 +80,7 @@ __all__ = [
     "tensor_torch_function",
     "top_packing",
     "torch_pytree",
+    "torch_utils",
     "tracers_before_autograd",
     "trackers",
     "unset_mode",
@@ -219,6 +220,8 @@ register_tree_node: Any = private(
 )
 _parametrize: Any = private("torch.nn.utils.parametrize", "to know parametrize.cached()")
 ModuleHook = private("torch.nn.modules._functions.BackwardHookFunction", "to have backward hooks of modules run")
+torch_utils: Any = private("torch._utils", "to have tensors loaded inside of transforms")
+private("torch._utils._rebuild_tensor", "to have tensors loaded inside of transforms")
 _FOR_HOOKS = "to have hooks on several gradients, and what follows modules by them, run inside of transforms"
 MultiHandle: Any = private("torch.autograd.graph._MultiHandle", _FOR_HOOKS)
 graph_task: Any = private("torch._C._current_graph_task_id", _FOR_HOOKS)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from threading import get_ident
 from typing import Any
 
 from functrans.core import thread_state
 from functrans.core.dispatch import base, lift, scan
-from functrans.core.errors import DeadWrapperError, OtherThreadError
+from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
-from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import arguments_as_here
+from functrans.core.leftovers import arguments_as_here, check_thread
 from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
@@ -93,12 +91,3 @@ def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[st
         check_thread(owner)
         out = owner.process(op, args, kwargs)
     return out if owner is top else lift(out, owner, top)
-
-
-def check_thread(owner: Interpreter) -> None:
-    """Refuse a wrapper of another thread's transform.
-
-    (What the autograd engine calls on shadows comes from threads of its own.)
-    """
-    if owner.thread is not None and owner.thread != get_ident():
-        raise OtherThreadError(owner)

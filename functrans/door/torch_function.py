@@ -17,7 +17,7 @@ from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
 from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import has_leftovers
+from functrans.core.leftovers import check_thread, has_leftovers
 from functrans.core.operators import OpInfo, op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.tensor import WrapperTensor
@@ -38,7 +38,7 @@ from functrans.core.torch_private import (
     without_torch_function,
 )
 from functrans.door.lost_arguments import LOST, recovered
-from functrans.door.torch_dispatch import DOOR, check_thread, handle
+from functrans.door.torch_dispatch import DOOR, handle
 from functrans.interpreters.failures import explain
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program, traced_program
@@ -62,6 +62,8 @@ def frames_above(function: Callable[..., Any]) -> int:
 
 #: By torch function or method: what takes its place on wrappers.
 ENTRANCES: dict[Callable[..., Any], Callable[..., Any]] = {}
+#: Those functions among them that are called with tensors of other types beside wrappers.
+OF_ANY_TYPES: set[Callable[..., Any]] = set()
 
 
 @classmethod  # type: ignore[misc]
@@ -70,7 +72,7 @@ def torch_function(
 ) -> Any:
     """A torch function was called with a wrapper among its arguments."""
     entrance = ENTRANCES.get(func)
-    if entrance is None or len(types) > 1:
+    if entrance is None or (len(types) > 1 and func not in OF_ANY_TYPES):
         return otherwise(func, types, args, kwargs or {}, 4 if type(func) is FunctionType else 2)  # 1 + frames_above
     return entrance(*args, **kwargs) if kwargs else entrance(*args)
 

@@ -28,6 +28,7 @@ from functrans.core.errors import (
     WriteShapeError,
 )
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import check_thread
 from functrans.core.operators import STAND_INS, VIEW, WRITE, OpInfo, kind_here
 from functrans.core.rules import SCOPES
 from functrans.core.tensor import WrapperTensor, set_content, strides_of
@@ -72,6 +73,8 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     owner = scan(args, kwargs)[0]
     targets = [_argument(known, i, args, kwargs) for i in known.written]
     draws_inside = known.random and STATE.top is not None
+    if owner is not None and owner is not STATE.top:
+        check_thread(owner)
     if owner is None and not draws_inside:
         return write_captured(known, targets, args, kwargs)
     try:
