@@ -44,6 +44,7 @@ __all__ = [
     "MultiHandle",
     "OpOverload",
     "autocast_enabled",
+    "debug_mode",
     "dynamo_names",
     "forward_class",
     "function_mode_enabled",
@@ -227,6 +228,14 @@ MultiHandle: Any = private("torch.autograd.graph._MultiHandle", _FOR_HOOKS)
 graph_task: Any = private("torch._C._current_graph_task_id", _FOR_HOOKS)
 private("torch.utils.module_tracker.ModuleTracker._maybe_set_engine_callback", _FOR_HOOKS)
 ENGINE_CALLBACK = "_maybe_set_engine_callback"
+
+
+def debug_mode() -> Any:
+    """PyTorch's DebugMode; None in a version that has none."""
+    try:
+        return pkgutil.resolve_name("torch.utils._debug_mode.DebugMode")
+    except (ImportError, AttributeError):
+        return None
 
 
 def trackers() -> list[type[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -16,7 +17,7 @@ from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
-from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, set_key_excluded
+from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, debug_mode, set_key_excluded
 from functrans.functionalization import writes
 from functrans.functionalization.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
@@ -91,3 +92,21 @@ def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[st
         check_thread(owner)
         out = owner.process(op, args, kwargs)
     return out if owner is top else lift(out, owner, top)
+
+
+def shown_in(mode: Any) -> None:
+    """Have PyTorch's DebugMode inside of a transform write down operators on wrappers, as it does with plain tensors.
+
+    It leaves tensors of other classes to them: of each it expects the operators that it is made of.
+    """
+    original = mode.__torch_dispatch__
+
+    @functools.wraps(original)
+    def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return original(self, func, tuple(t for t in types if t is not WrapperTensor), args, kwargs)
+
+    mode.__torch_dispatch__ = dispatch
+
+
+if debug_mode() is not None:
+    shown_in(debug_mode())

@@ -95,7 +95,7 @@ class ShadowInterpreter(Interpreter):
         return False
 
     def grad_fn(self, wrapper: WrapperTensor) -> Any:
-        return without_torch_function(Tensor.grad_fn.__get__, (), (wrapper,), {})  # type: ignore[attr-defined]
+        return without_torch_function(Tensor.grad_fn.__get__, (), (wrapper,), {})  # type: ignore[union-attr]
 
 
 def _below(shadow: ShadowInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
