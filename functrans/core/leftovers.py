@@ -47,11 +47,14 @@ def as_here(x: Any) -> Any:
 
 def refresh(x: WrapperTensor, suspended: bool) -> None:
     """Bring a view up to date; if its transform has ended and what it is a view of was written since, refuse it."""
-    try:
-        x.interpreter.alive = suspended
-        x.view_link.refresh(x)
-    finally:
-        x.interpreter.alive = False
+    if suspended:
+        try:
+            x.interpreter.alive = True
+            x.view_link.refresh(x)
+        finally:
+            x.interpreter.alive = False
+    elif x.synced_version != x.view_link.group.version:
+        raise DeadWrapperError(x) from None
 
 
 def warn_of(x: WrapperTensor) -> None:

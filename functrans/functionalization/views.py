@@ -112,6 +112,8 @@ class ViewLink:
     def refresh(self, view: WrapperTensor) -> None:
         """Bring ``view`` up to date with writes to its base or to other views of it."""
         if view.synced_version != self.group.version:
+            if not view.interpreter.alive:
+                return  # what it stands for is seen to where it is read: NOTE [Leftovers]
             if self.doubtful or self.group.parted:
                 raise InsideTransformError(
                     "using a tensor after another one was written that may share its memory (one is made of the other "
