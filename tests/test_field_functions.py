@@ -1,4 +1,4 @@
-"""What users do with ``autograd.Function``: methods that close over tensors of levels, writes to inputs, checkpoints."""
+"""``autograd.Function`` as users write it: methods that close over tensors of levels, writes to inputs, checkpoints."""
 
 from __future__ import annotations
 

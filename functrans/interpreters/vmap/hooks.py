@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functrans.core.errors import InsideTransformError
+from functrans.core.errors import DeadWrapperError, InsideTransformError
 from functrans.core.leftovers import as_here, suspended
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
@@ -26,8 +26,15 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
     """``hook``, which takes tuples of gradients, on physical ones that are batched along ``dims``; what it returns
     replaces those of the first tuple."""
 
+    def kept(x: WrapperTensor) -> Any:
+        """A gradient that a hook kept for another one, as modules' hooks do."""
+        if outer.stand_in is None:
+            raise DeadWrapperError(x)
+        return outer.stand_in(x)
+
     def physical(*grads: tuple[Any, ...]) -> Any:
         inner = type(outer)(outer.batch_size, outer.info.randomness, hook)
+        inner.stand_in = kept
 
         def entered(given: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:
             return tuple(inner.batched(g, d) if isinstance(g, Tensor) else g for g, d in zip(given, dims, strict=True))
