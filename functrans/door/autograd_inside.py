@@ -17,6 +17,7 @@ from functrans.core.pytrees import tree_flatten, tree_map
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, running_at
+from functrans.core.torch_private import without_torch_function
 from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
 
 
@@ -30,6 +31,9 @@ def at_base(x: Any) -> Any:
 
 def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
     """``torch.autograd.grad`` with a wrapper among its arguments."""
+    if any(type(x) is WrapperTensor and x.interpreter.carries_autograd for x in tree_flatten((outputs, inputs))[0]):
+        # a derivative that is borrowed from PyTorch
+        return without_torch_function(torch.autograd.grad, (), (outputs, inputs, grad_outputs), options)
     given = tree_map(at_base, (outputs, inputs, grad_outputs))
     if STATE.top is not None and not any(x.requires_grad for x in tree_flatten(given[0])[0] if isinstance(x, Tensor)):
         what = "torch.autograd.grad of what PyTorch has not recorded"
