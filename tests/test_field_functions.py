@@ -65,7 +65,7 @@ ORDERS = (lambda x, w: w * x * x, lambda x, w: 3 * w * x, lambda x, w: 4 * w + 0
 @pytest.mark.parametrize("order", [c for n in (0, 1, 2) for c in itertools.product((grad, slope), repeat=n)])
 def test_a_function_may_close_over_tensors_of_any_level(order: tuple[Any, ...], setup: bool) -> None:
     def derivative(w: Tensor) -> Callable[[Tensor], Tensor]:
-        f = lambda x: scaling(w, setup).apply(x) * x  # noqa: E731
+        f = lambda x: scaling(w, setup).apply(x) * x
         for transform in order:
             f = transform(f)
         return f
@@ -77,8 +77,8 @@ def test_a_function_may_close_over_tensors_of_any_level(order: tuple[Any, ...], 
     agree(vmap(lambda w: derivative(w)(X[0]))(W), expected(X[0], W))
     agree(vmap(lambda x: vmap(lambda w: derivative(w)(x))(W))(X), expected(X[:, None], W))
     agree(vmap(lambda w: vmap(lambda x: derivative(w)(x))(X), out_dims=1)(W), expected(X[:, None], W))
-    inner = lambda x, w: scaling(w, setup).apply(x) * x  # noqa: E731
-    total = lambda x: vmap(inner)(x, W).sum()  # noqa: E731
+    inner = lambda x, w: scaling(w, setup).apply(x) * x
+    total = lambda x: vmap(inner)(x, W).sum()
     if order == (grad,):
         agree(grad(total)(X), expected(X, W))
         agree(jacrev(lambda x: vmap(inner)(x, W))(X), torch.diag(expected(X, W)))
@@ -90,7 +90,7 @@ def test_a_function_may_close_over_tensors_of_any_level(order: tuple[Any, ...], 
 
 def test_what_is_closed_over_is_a_constant_and_backward_is_differentiated() -> None:
     """As in PyTorch, where forward records nothing and backward what it computes."""
-    f = lambda x, w: scaling(w, True).apply(x) * x  # noqa: E731
+    f = lambda x, w: scaling(w, True).apply(x) * x
     x, w = X[0].clone().requires_grad_(), W[0].clone().requires_grad_()
     (g,) = torch.autograd.grad(f(x, w), x, create_graph=True)
     (mixed,) = torch.autograd.grad(g, w)
@@ -247,7 +247,7 @@ def test_writes_that_are_not_declared_are_refused() -> None:
             mark(ctx, x)
             return x
 
-    mark = lambda ctx, x: ctx.mark_dirty(x)  # noqa: E731
+    mark = lambda ctx, x: ctx.mark_dirty(x)
     with pytest.raises(CustomFunctionError, match="writes to an input in its forward"):
         grad(lambda x: Undeclared.apply(x * 1).sum())(X)
     with pytest.raises(CustomFunctionError, match=r"declare the write with ctx.mark_dirty in the method itself"):
@@ -276,16 +276,16 @@ CHECKPOINTED: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpoints_of_both_kinds(name: str, reentrant: bool) -> None:
-    f = lambda x: checkpoint(NET, x, use_reentrant=reentrant)  # noqa: E731
+    f = lambda x: checkpoint(NET, x, use_reentrant=reentrant)
     found, expected = CHECKPOINTED[name](f), CHECKPOINTED[name](NET)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
-    sequential = lambda x: checkpoint_sequential(NET, 2, x, use_reentrant=reentrant)  # noqa: E731
+    sequential = lambda x: checkpoint_sequential(NET, 2, x, use_reentrant=reentrant)
     torch.testing.assert_close(CHECKPOINTED[name](sequential), expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpoint_draws_the_same_numbers_again(reentrant: bool) -> None:
-    dropped = lambda x: nn.functional.dropout(x, 0.5) * x  # noqa: E731
+    dropped = lambda x: nn.functional.dropout(x, 0.5) * x
     torch.manual_seed(1)
     found = grad(lambda x: checkpoint(dropped, x, use_reentrant=reentrant).sum())(X)
     torch.manual_seed(1)

@@ -110,7 +110,7 @@ def test_what_a_hook_returns_is_checked() -> None:
         ((torch.ones(2, dtype=F64),), "the hook returned a torch.float64 tensor of shape"),
         ((None, None), "the hook returned 2 gradients for the gradient, expected 1"),
     ):
-        handle_of = lambda y, r=returned: y.grad_fn.register_hook(lambda into, out: r)  # noqa: E731
+        handle_of = lambda y, r=returned: y.grad_fn.register_hook(lambda into, out: r)
 
         def f(x: Tensor, handle_of: Callable[[Tensor], Any] = handle_of) -> Tensor:
             y = x.cumsum(0)
@@ -156,7 +156,7 @@ def test_hooks_of_tensors_at_every_level() -> None:
     agree(grad(lambda x: vmap(hooked, in_dims=(1, 0))(x, FACTORS).sum())(ROWS.T), expected.T)
     agree(by_autograd(lambda rows: vmap(hooked)(rows, FACTORS).sum(), ROWS), expected)
     agree(grad(lambda rows: vmap(vmap(hooked))(rows.view(2, 2, 3), FACTORS.view(2, 2)).sum())(ROWS), expected)
-    twice = lambda x, c: grad(hooked)(x, c).pow(2).sum()  # noqa: E731
+    twice = lambda x, c: grad(hooked)(x, c).pow(2).sum()
     agree(vmap(grad(twice))(ROWS, FACTORS), 128 * ROWS * FACTORS[:, None] ** 2)
 
 
@@ -180,7 +180,7 @@ def test_hooks_on_several_gradients() -> None:
     def f(a: Tensor, b: Tensor) -> Tensor:
         c, d = a * b, a + b
         for mode in ("all", "any"):
-            look = lambda g: shown.append([x is not None for x in g] if isinstance(g, list) else "any")  # noqa: E731
+            look = lambda g: shown.append([x is not None for x in g] if isinstance(g, list) else "any")
             graph.register_multi_grad_hook((a, b, c, d), look, mode=mode)
         return c.sum()
 

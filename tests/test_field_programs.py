@@ -69,7 +69,7 @@ def test_composite_functions(name: str) -> None:
     agree(vmap(f, in_dims=-1)(*last), looped(f, *batches))
     if name in ("vander", "norms"):  # of which PyTorch has no derivative
         return
-    total = lambda *xs: (f(*xs) ** 2).sum()  # noqa: E731
+    total = lambda *xs: (f(*xs) ** 2).sum()
     xs = [x.clone().requires_grad_() for x in batches]
     expected = torch.autograd.grad(sum(total(*e) for e in zip(*xs, strict=True)), xs[0])[0]
     agree(vmap(grad(total))(*batches), expected)
@@ -94,7 +94,7 @@ def test_metadata_is_changed_in_place(name: str) -> None:
     change = IN_PLACE[name]
     x = torch.randn(5, 1, 3, dtype=F64)
     for write in (lambda y: y * 2, lambda y: y.mul_(2), lambda y: (y[0].mul_(2), y)[1] * 1):
-        f = lambda row, write=write: write(change(row))  # noqa: E731
+        f = lambda row, write=write: write(change(row))
         mine = x.clone()
         rows = [row.clone() for row in x]
         agree(vmap(f)(mine), torch.stack([f(row) for row in rows]))
@@ -141,7 +141,7 @@ def test_views_that_are_returned_share_the_callers_memory() -> None:
         for example in loop:
             view(example).mul_(3)
         agree(mine, loop)
-        written = lambda x, view=view: (view(x).mul_(2), x * 1)[1]  # noqa: E731
+        written = lambda x, view=view: (view(x).mul_(2), x * 1)[1]
         agree(vmap(written)(pairs.clone()), looped(written, pairs))
 
 
