@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -241,6 +242,21 @@ def test_a_tracker_knows_the_module_that_runs_and_is_at_the_beginning_again() ->
             run(ROWS)
             assert tracker.parents == {"Global"}
     assert all("Global" in parents for parents in seen) and len(seen) == 2
+
+
+@pytest.mark.slow  # the import
+@pytest.mark.parametrize("place", ["inside", "around"])
+def test_a_memory_tracker(place: str) -> None:
+    mem_tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    net = network()
+
+    def f(x: Tensor) -> Tensor:
+        with mem_tracker.MemTracker() if place == "inside" else nullcontext():
+            return net(x).sum()
+
+    with mem_tracker.MemTracker() if place == "around" else nullcontext():
+        found = grad(f)(X)
+    agree(found, by_autograd(f, X))
 
 
 def test_modes_inside_see_the_operators_that_the_level_sees() -> None:

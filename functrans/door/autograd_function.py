@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.core.dispatch import lift, scan
-from functrans.core.errors import CustomFunctionError
+from functrans.core.errors import CustomFunctionError, DeadWrapperError
 from functrans.core.errors.made_at import note_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import all_as_here
@@ -90,8 +90,10 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             )
     if cls is CheckpointFunction:  # its backward would run autograd, which sees nothing of what a level records
         return args[0](*args[2:])
-    args = all_as_here(args)
-    scan([leaf for a in args for leaf in within(a)])
+    try:
+        scan([leaf for a in args for leaf in within(a)])
+    except DeadWrapperError:
+        args = all_as_here(args)
     out = send(top, cls, args) if not writes_inputs(cls) else send_writing(top, cls, args)
     note_site(as_tuple(out), sys._getframe(0), 0)
     return out

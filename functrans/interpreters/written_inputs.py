@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.autograd.function import Function
@@ -19,11 +20,15 @@ from torch.autograd.function import Function
 from functrans.core.errors import CustomFunctionError
 from functrans.interpreters.function_context import as_tuple, is_setup_style, overrides
 
+_known: WeakKeyDictionary[type[Function], bool] = WeakKeyDictionary()
+
 
 def writes_inputs(cls: type[Function]) -> bool:
     """Whether a method of ``cls`` calls ``ctx.mark_dirty``."""
-    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in (cls.forward, cls.setup_context)]
-    return any(code is not None and "mark_dirty" in code.co_names for code in codes)
+    if cls not in _known:
+        codes = [getattr(inspect.unwrap(method), "__code__", None) for method in (cls.forward, cls.setup_context)]
+        _known[cls] = any(code is not None and "mark_dirty" in code.co_names for code in codes)
+    return _known[cls]
 
 
 class Marking:
