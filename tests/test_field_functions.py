@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from functrans import functional_call, grad, hessian, jacfwd, jacrev, jvp, linear_transpose, vjp, vmap
+from functrans import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linear_transpose,
+    linearize,
+    vjp,
+    vmap,
+)
 from functrans.core.errors import CapturedOnceError, CustomFunctionError, NonLinearError
 
 F64 = torch.float64
@@ -86,6 +98,22 @@ def test_a_function_may_close_over_tensors_of_any_level(order: tuple[Any, ...], 
         agree(jacfwd(lambda x: vmap(inner)(x, W))(X), torch.diag(expected(X, W)))
     if order == (grad, slope):
         agree(hessian(total)(X), torch.diag(expected(X, W)))
+
+
+def test_other_levels_between() -> None:
+    f = lambda x, w: scaling(w, True).apply(x) * x
+    batched = lambda x, w: vmap(f)(x, w)
+    agree(functionalize(batched)(X, W), W * X * X)
+    agree(functionalize(vmap(grad(f)))(X, W), 3 * W * X)
+    agree(vmap(functionalize(grad(f)))(X, W), 3 * W * X)
+    agree(grad(lambda x: functionalize(batched)(x, W).sum())(X), 3 * W * X)
+    agree(linearize(lambda x: batched(x, W), X)[1](X), 3 * W * X * X)
+    agree(linearize(batched, X, W)[1](X, W), 3 * W * X * X)  # by w there is none
+    agree(vmap(lambda x, w: linearize(lambda x: f(x, w), x)[1](x))(X, W), 3 * W * X * X)
+    with pytest.raises(CustomFunctionError, match=r"closes over a tensor of linear_transpose"):  # which is not 0
+        linear_transpose(lambda w: scaling(w, True).apply(X), W)
+    x = X.clone().requires_grad_()
+    agree(torch.autograd.grad(batched(x, W).sum(), x)[0], 3 * W * X)
 
 
 def test_what_is_closed_over_is_a_constant_and_backward_is_differentiated() -> None:

@@ -25,15 +25,19 @@ from functrans.core.pytrees import tree_map
 from functrans.core.tensor import WrapperTensor
 
 
-def as_here(x: Any) -> Any:
-    """``x``, or what it stands for if it is a wrapper of a transform that does not run; see NOTE [Leftovers]."""
+def as_here(x: Any, expected: bool = False) -> Any:
+    """``x``, or what it stands for if it is a wrapper of a transform that does not run; see NOTE [Leftovers].
+
+    ``expected``: it is a value of a transform in whose place code runs, with which those around it may have ended.
+    """
     given, ended = x, False
     while type(x) is WrapperTensor and not x.interpreter.alive:
         interpreter = x.interpreter
         stand_in = interpreter.stand_in
         if x.view_link is not None:
             refresh(x, stand_in is not None)
-        ended = ended or stand_in is None
+        expected = expected or stand_in is not None
+        ended = ended or not expected
         if interpreter.values_remain or interpreter.is_constant(x):
             x = x.value
         elif stand_in is None:

@@ -30,7 +30,7 @@ from functrans.core.leftovers import all_as_here
 from functrans.core.thread_state import STATE, lowered, running_at
 from functrans.core.torch_private import ModuleHook, mode_stack_size
 from functrans.functionalization.writes import write_outside_of_operators
-from functrans.interpreters.function_context import as_tuple, is_setup_style, within
+from functrans.interpreters.function_context import as_tuple, is_setup_style, within, without
 from functrans.interpreters.functionalize import FunctionalizeInterpreter, apply_below
 from functrans.interpreters.grad.function import grad_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -120,7 +120,7 @@ def send(level: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
             return FUNCTION_RULES[kind](level, cls, args)
     owner = scan([leaf for a in args for leaf in within(a)])[0]
     if owner is not level:
-        with lowered(level):
+        with without(level, cls), lowered(level):
             return lift(cls.apply(*args), level.below, level)
     raise CustomFunctionError(
         cls,

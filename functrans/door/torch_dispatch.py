@@ -53,7 +53,10 @@ class Door(Mode):
             given = arguments_as_here(known, args, kwargs or {})
             if given is None:
                 raise
-            return self.__torch_dispatch__(op, types, *given)
+            try:
+                return self.__torch_dispatch__(op, types, *given)
+            except Exception as error:
+                raise error from error.__cause__  # and not from what was seen to
         except Exception as error:
             explain(error)
             raise

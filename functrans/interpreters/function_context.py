@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -153,6 +153,16 @@ def run_below(
                 trial = cls.forward(ctx, *values)
             ctx.replace(as_tuple(trial), as_tuple(out))
     return out, ctx
+
+
+def without(interpreter: Interpreter, cls: type[Function]) -> suspended:
+    """Context: methods of ``cls`` run in the place of ``interpreter``, whose values say too little to close over."""
+
+    def refuse(x: WrapperTensor) -> NoReturn:
+        what = f"closes over a tensor of {interpreter.name}"
+        raise CustomFunctionError(cls, what, "Pass it to apply, as an argument.")
+
+    return suspended(interpreter, refuse)
 
 
 def versions(values: Sequence[Any]) -> list[int]:

@@ -27,7 +27,7 @@ from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.constants import ABOUT_METADATA, READS_NO_VALUES
 from functrans.derivatives.table import DERIVATIVES, Derivative
-from functrans.interpreters.function_context import unwrapped
+from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, tensors_in
 from functrans.interpreters.grad.recording import GRAD_RULES
@@ -180,7 +180,7 @@ def transpose_rule(interpreter: TransposeInterpreter, cls: type[Function], args:
     """An ``autograd.Function``, of which nothing says that it is linear."""
     _, values = unwrapped(interpreter, args)
     indices = {i: index for i, index in enumerate(map(interpreter.index_of, args)) if index is not None}
-    with lowered(interpreter):
+    with without(interpreter, cls), lowered(interpreter):
         out = cls.apply(*values)
     if not indices:
         return map_tensors(interpreter.constant, out)

@@ -70,7 +70,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
 
     def inside(body: Callable[[VmapInterpreter], Any]) -> Any:
         interpreter = VmapInterpreter(outer.batch_size, outer.info.randomness, cls)
-        with suspended(outer, lambda x: interpreter.rewrap(x, as_here(x.value))):
+        with suspended(outer, lambda x: interpreter.rewrap(x, as_here(x.value, expected=True))):
             return run_transformed(interpreter, lambda: body(interpreter))
 
     def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:

@@ -54,7 +54,7 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
             new = new if isinstance(new, tuple) else (new,)
             return tuple(left(x, d) for x, d in zip(new, dims[0], strict=True))
 
-        with suspended(outer, lambda x: inner.rewrap(x, as_here(x.value))):
+        with suspended(outer, lambda x: inner.rewrap(x, as_here(x.value, expected=True))):
             return run_transformed(inner, body)
 
     return physical
