@@ -18,7 +18,7 @@ import torch
 import functrans
 from functrans.core import errors
 from functrans.core.errors import FunctransError
-from functrans.core.errors.refusals import REFUSED
+from functrans.core.errors.refusals import OF_VALUES, REFUSED
 
 HOME = Path(functrans.__file__).parent
 KINDS = {k: v for k, v in vars(errors).items() if inspect.isclass(v) and issubclass(v, FunctransError)}
@@ -132,7 +132,11 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
 ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
     "backward": lambda x: x.backward(x, retain_graph=True),
     "data_ptr": lambda x: x.data_ptr(),
+    "apply_": lambda x: x.apply_(lambda number: number),
+    "map_": lambda x: torch.ones(2).map_(x, lambda a, b: a),
+    "map2_": lambda x: torch.ones(2).map2_(x, torch.ones(2), lambda a, b, c: a),
     "numpy": lambda x: x.numpy(),
+    "__dlpack__ by from_dlpack": torch.from_dlpack,
     "register_post_accumulate_grad_hook": lambda x: x.register_post_accumulate_grad_hook(print),
     "__reduce_ex__ by pickle": pickle.dumps,
 }
@@ -142,7 +146,7 @@ ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("how", ASKED)
 def test_what_a_wrapper_refuses_names_the_call_and_the_cure(how: str, transform: str) -> None:
     cures = "Return the tensor" if transform == "vmap" else "Call .detach()"
-    what, cure = REFUSED.get(how.split()[0], (how + "()", None))
+    what, cure = {**REFUSED, **OF_VALUES}[how.split()[0]]
 
     def f(x: torch.Tensor) -> torch.Tensor:
         with pytest.raises(FunctransError) as caught:
@@ -155,4 +159,4 @@ def test_what_a_wrapper_refuses_names_the_call_and_the_cure(how: str, transform:
 
 
 def test_every_refusal_is_asked_for() -> None:
-    assert {how.split()[0] for how in ASKED} == {*REFUSED, "numpy"}
+    assert {how.split()[0] for how in ASKED} == {*REFUSED, *OF_VALUES}

@@ -220,7 +220,7 @@ def test_errors_pass_and_leave_the_thread_as_it_was() -> None:
         functionalize(f)(x)
     kept: list[Tensor] = []
     functionalize(lambda x: kept.append(x * 2))(X)
-    with pytest.raises(FunctransError, match="after that transform had ended"):
-        kept[0] + 1
-    with pytest.raises(FunctransError):
-        jacrev(functionalize(lambda x: x + kept[0]))(X)
+    with pytest.warns(UserWarning, match="after that transform had ended"):  # one value, which is taken
+        torch.testing.assert_close(kept[0] + 1, 2 * X + 1)
+    with pytest.warns(UserWarning, match="after that transform had ended"):
+        torch.testing.assert_close(jacrev(functionalize(lambda x: x + kept[0]))(X), jacrev(torch.clone)(X))

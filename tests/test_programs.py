@@ -444,7 +444,7 @@ def test_tensors_of_ended_transforms_are_refused_with_their_line() -> None:
         kept.append(x * 2)  # made here
         return x.sum()
 
-    grad(f)(double(2))
+    vmap(f)(double(3, 2))
     line = f.__code__.co_firstlineno + 1
     for use in (
         lambda x: x * 1.0,

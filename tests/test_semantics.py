@@ -125,10 +125,19 @@ def test_escaped_wrapper_is_refused(transformed: Callable[..., Any], use: Callab
         return x * 3
 
     transformed(leak)
-    with pytest.raises(DeadWrapperError) as info:
-        use(escaped[0])
+    value, written = escaped[0].value.clone(), use.__code__.co_names == ("add_",)
+    if written or escaped[0].interpreter.kind == "vmap":
+        with pytest.raises(DeadWrapperError) as info:
+            use(escaped[0])
+        text = str(info.value)
+    else:  # of one value, which is read as the constant that it is
+        with pytest.warns(UserWarning, match="was used after that transform had ended") as caught:
+            found = use(escaped[0])
+        torch.testing.assert_close(found, use(value), rtol=0, atol=0)
+        text = str(caught[0].message)
+    torch.testing.assert_close(escaped[0].value, value, rtol=0, atol=0)
     # the message names the transform and where the value was made
-    assert "leak" in str(info.value) or "lambda" in str(info.value)
+    assert "leak" in text or "lambda" in text
     assert_clean()
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from functrans.api.structures import path_of
-from functrans.core.errors import Call, CallError, CallValueError, DeadWrapperError
+from functrans.core.errors import Call, CallError, CallValueError
 from functrans.core.errors.wording import what
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import as_here
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import tree_flatten, tree_unflatten
 from functrans.core.tensor import WrapperTensor, check_layout
@@ -68,7 +69,7 @@ class Inputs:
         self.leaf_indices = {i: [getattr(w, "tape_index", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
     def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
-        wrapper = track(leaf)
+        wrapper = track(as_here(leaf))
         self.wrapped.append((wrapper, leaf))
         return wrapper
 
@@ -85,7 +86,7 @@ class Inputs:
     def _constant(self, leaf: Tensor) -> WrapperTensor:
         wrapper = self.constants.get(id(leaf))
         if wrapper is None:  # a tensor that is passed twice is one tensor inside, too
-            wrapper = self.constants[id(leaf)] = self.interpreter.constant(leaf)
+            wrapper = self.constants[id(leaf)] = self.interpreter.constant(as_here(leaf))
             self.wrapped.append((wrapper, leaf))
         return wrapper
 
@@ -98,6 +99,14 @@ class Inputs:
             filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
             found.append(tree_unflatten(spec, filled))
         return found[0] if self.single else tuple(found)
+
+    def leave(self, x: Any) -> Any:
+        """``x`` one level down. What an in-place function returns is the caller's tensor, as without the transform."""
+        if type(x) is WrapperTensor and x.version and contents_of(x) is x:
+            origin = next((origin for wrapper, origin in self.wrapped if wrapper is x), None)
+            if origin is not None:
+                return origin
+        return unwrap(self.interpreter, x)
 
     def write_back(self) -> None:
         """Write the arguments that were written inside for the caller, as a call without the transform would have."""
@@ -267,8 +276,5 @@ def unwrap(interpreter: Interpreter, x: Any) -> Any:
     if type(x) is WrapperTensor:
         if x.view_link is not None and x.interpreter.alive:
             x.view_link.refresh(x)
-        if x.interpreter is interpreter:
-            return x.value
-        if not x.interpreter.alive:
-            raise DeadWrapperError(x)
+        return x.value if x.interpreter is interpreter else as_here(x)
     return x

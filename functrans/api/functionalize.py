@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from functrans.api.arguments import Inputs, unwrap
+from functrans.api.arguments import Inputs
 from functrans.api.checks import call_function, check_callable
 from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.made_at import note_results
@@ -14,7 +14,6 @@ from functrans.core.errors.wording import shown
 from functrans.core.pytrees import tree_map
 from functrans.core.stack import run_transformed
 from functrans.core.thread_state import STATE
-from functrans.functionalization.views import contents_of
 from functrans.interpreters.functionalize import FunctionalizeInterpreter
 
 REMOVE = ("mutations", "mutations_and_views")
@@ -59,16 +58,8 @@ def functionalize(func: Callable[..., Any], *, remove: str = "mutations") -> Cal
     def functionalized(*args: Any, **kwargs: Any) -> Any:
         interpreter = FunctionalizeInterpreter(func, copies=remove == "mutations_and_views")
         inputs = Inputs(interpreter, call, (), args, kwargs, interpreter.constant)
-        callers = {id(wrapper): origin for wrapper, origin in inputs.wrapped}
-
-        def leave(x: Any) -> Any:
-            """What an in-place function returns is the caller's tensor, as without the transform."""
-            if id(x) in callers and contents_of(x) is x:
-                return callers[id(x)]
-            return unwrap(interpreter, x)
-
         result = run_transformed(
-            interpreter, lambda: tree_map(leave, call_function(call, func, inputs.args, inputs.kwargs))
+            interpreter, lambda: tree_map(inputs.leave, call_function(call, func, inputs.args, inputs.kwargs))
         )
         inputs.write_back()
         if STATE.top is not None:

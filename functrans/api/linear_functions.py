@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.errors import CallError
+from functrans.core.leftovers import as_here
 from functrans.core.pytrees import TreeSpec, tree_unflatten
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
 from functrans.core.torch_private import register_tree_node
@@ -161,6 +162,15 @@ def unflatten(leaves: Any, skeleton: Skeleton) -> LinearFunction:
     pairs = zip(leaves, skeleton.shapes, strict=True)
     function.misfit = next(((x.shape, s) for x, s in pairs if isinstance(x, Tensor) and x.shape != s), None)
     return function
+
+
+def as_here_leaves(function: Kind) -> Kind:
+    """``function``, recorded inside of a transform that has ended, with what its leaves stand for by now.
+
+    See NOTE [Leftovers].
+    """
+    leaves, skeleton = flatten(function)
+    return unflatten([as_here(x) for x in leaves], skeleton)  # type: ignore[return-value]
 
 
 def is_tree_node(cls: type[Kind]) -> type[Kind]:

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Inputs
 from functrans.api.compiled import UNTRACED
-from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
+from functrans.api.linear_functions import Like, LinearFunction, as_here_leaves, is_tree_node, like, stand_ins
 from functrans.api.mismatches import convertible, refuse_cotangent
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import CallError, MixedTransformsError
@@ -90,7 +90,9 @@ class Pullback(LinearFunction):
         seeds = self.seeds(cotangents)
         self.check_leaves()
         check_versions(self.versions)
-        found = self.collect(self.interpreter.pull(seeds, consume=False))
+        around = self.interpreter.below
+        interpreter = self.interpreter if around is None or around.alive else as_here_leaves(self).interpreter
+        found = self.collect(interpreter.pull(seeds, consume=False))
         if self.conjugate:
             found = tree_map(conjugated, found)
         if STATE.top is not None:

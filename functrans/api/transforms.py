@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,6 @@ from functrans.api.arguments import (
     check_scalar,
     pick,
     split_aux,
-    unwrap,
 )
 from functrans.api.checks import call_function, check_callable, check_flag
 from functrans.api.compiled import TRACED, named_after
@@ -32,6 +30,7 @@ from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what
+from functrans.core.leftovers import as_here
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
@@ -168,9 +167,9 @@ def grad_and_value_of(
         aux = None
         if has_aux:
             out, aux = split_aux(call, out)
-            aux = tree_map(functools.partial(unwrap, interpreter), aux)
+            aux = tree_map(inputs.leave, aux)
         check_scalar(call, out, bool(holomorphic))
-        return unwrap(interpreter, out), interpreter.index_of(out), aux
+        return inputs.leave(out), interpreter.index_of(out), aux
 
     value, index, aux = run_transformed(interpreter, body, enable_grad=True)
     cotangents = {} if index is None else interpreter.pull({index: unit(value)}, consume=True)
@@ -256,10 +255,10 @@ def run_recorded(
         aux = None
         if has_aux:
             out, aux = split_aux(call, out)
-            aux = tree_map(functools.partial(unwrap, interpreter), aux)
+            aux = tree_map(inputs.leave, aux)
         leaves, spec = tree_flatten(out)
         check_outputs(call, out, leaves, differentiable=True)
-        return [unwrap(interpreter, o) for o in leaves], [interpreter.index_of(o) for o in leaves], spec, aux
+        return [inputs.leave(o) for o in leaves], [interpreter.index_of(o) for o in leaves], spec, aux
 
     values, indices, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
@@ -363,7 +362,8 @@ def run_forward(
     arguments, which are not written back yet."""
     interpreter = JvpInterpreter(func)
     pairs = iter(tangents)
-    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, lambda v: interpreter.dual(v, next(pairs)))
+    dual = lambda v: interpreter.dual(v, as_here(next(pairs)))
+    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, dual)
 
     def body() -> tuple[Any, Any, Any, Any]:
         set_forward_enabled(True)
@@ -371,10 +371,10 @@ def run_forward(
         aux = None
         if has_aux:
             out, aux = split_aux(call, out)
-            aux = tree_map(functools.partial(unwrap, interpreter), aux)
+            aux = tree_map(inputs.leave, aux)
         out_leaves, out_spec = tree_flatten(out)
         check_outputs(call, out, out_leaves)
-        values = [unwrap(interpreter, o) for o in out_leaves]
+        values = [inputs.leave(o) for o in out_leaves]
         found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in out_leaves]
         if strict and any(t is None for t in found):
             independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))

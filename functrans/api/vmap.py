@@ -13,9 +13,10 @@ from functrans.api.checks import call_function, check_callable, check_chunk_size
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import Call, CallIndexError, CallValueError, DeadWrapperError
+from functrans.core.errors import Call, CallIndexError, CallValueError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what
+from functrans.core.leftovers import as_here
 from functrans.core.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
@@ -164,7 +165,8 @@ def run_batched(
     interpreter = VmapInterpreter(size, randomness, func)
     if axis_name is not None:
         interpreter.axis_name = axis_name
-    entered = [interpreter.batched(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, dims, strict=True)]
+    pairs = zip(leaves, dims, strict=True)
+    entered = [interpreter.batched(as_here(x), d) if isinstance(x, Tensor) else x for x, d in pairs]
     for x in entered:
         if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
             x.given = True
@@ -240,8 +242,8 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
             x, bdim = x.value, x.bdim
             if bdim == place:
                 return x
-        elif not x.interpreter.alive:
-            raise DeadWrapperError(x)
+        else:
+            x = as_here(x)
     elif not isinstance(x, Tensor):
         return x
     if place is None:

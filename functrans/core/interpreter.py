@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from functrans.core.errors import InsideTransformError
 from functrans.core.errors.misuse import check_payload
 from functrans.core.errors.wording import callable_name
 from functrans.core.tensor import WrapperTensor, wrap
@@ -40,6 +41,10 @@ class Interpreter:
     whole: ClassVar[bool] = False
     #: the next interpreter, from this one down, that sees everything
     watcher: Interpreter | None = None
+    #: Whether the value of a wrapper says all there is to say of it once the transform has ended.
+    values_remain: ClassVar[bool] = False
+    #: What its wrappers stand for while code runs in its place; see NOTE [Leftovers].
+    stand_in: Any = None
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
@@ -93,6 +98,15 @@ class Interpreter:
         """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says
         of it."""
         return False
+
+    def grad_fn(self, wrapper: WrapperTensor) -> Any:
+        """What ``grad_fn`` of ``wrapper`` is: what knows how it was made, and takes hooks; None if nothing does."""
+        return wrapper.value.grad_fn
+
+    def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Any]) -> Any:
+        """Run ``hook`` on the gradient of ``wrapper``, for which a level that records it is asked."""
+        cure = "an autograd.Function whose backward does what the hook does"
+        raise InsideTransformError("Tensor.register_hook()", self.name, cure)
 
     def hides_layout(self, wrapper: WrapperTensor) -> bool:
         """Whether ``wrapper`` shows gaps in memory that are there for the transform's sake."""

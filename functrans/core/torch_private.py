@@ -7,6 +7,7 @@ Another PyTorch may have moved one: ``private`` then says which, at import. Noth
 from __future__ import annotations
 
 import pkgutil
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ __all__ = [
     "COMPOSITE",
     "CONJUGATE",
     "DECOMPOSITION_TABLE",
+    "ENGINE_CALLBACK",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
     "KEY_OF_MODE",
@@ -38,12 +40,17 @@ __all__ = [
     "EnableTorchFunction",
     "HigherOrderOperator",
     "Mode",
+    "ModuleHook",
+    "MultiHandle",
     "OpOverload",
     "autocast_enabled",
+    "debug_mode",
     "dynamo_names",
+    "forward_class",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
+    "graph_task",
     "is_forward_enabled",
     "is_key_excluded",
     "is_key_included",
@@ -74,7 +81,9 @@ __all__ = [
     "tensor_torch_function",
     "top_packing",
     "torch_pytree",
+    "torch_utils",
     "tracers_before_autograd",
+    "trackers",
     "unset_mode",
     "vmap_rule_of_library",
     "without_torch_function",
@@ -211,6 +220,35 @@ register_tree_node: Any = private(
     "torch.utils._pytree.register_pytree_node", "to let the pullbacks that it returns be pytrees"
 )
 _parametrize: Any = private("torch.nn.utils.parametrize", "to know parametrize.cached()")
+ModuleHook = private("torch.nn.modules._functions.BackwardHookFunction", "to have backward hooks of modules run")
+torch_utils: Any = private("torch._utils", "to have tensors loaded inside of transforms")
+private("torch._utils._rebuild_tensor", "to have tensors loaded inside of transforms")
+_FOR_HOOKS = "to have hooks on several gradients, and what follows modules by them, run inside of transforms"
+MultiHandle: Any = private("torch.autograd.graph._MultiHandle", _FOR_HOOKS)
+graph_task: Any = private("torch._C._current_graph_task_id", _FOR_HOOKS)
+private("torch.utils.module_tracker.ModuleTracker._maybe_set_engine_callback", _FOR_HOOKS)
+ENGINE_CALLBACK = "_maybe_set_engine_callback"
+
+
+def debug_mode() -> Any:
+    """PyTorch's DebugMode; None in a version that has none."""
+    try:
+        return pkgutil.resolve_name("torch.utils._debug_mode.DebugMode")
+    except (ImportError, AttributeError):
+        return None
+
+
+def trackers() -> list[type[Any]]:
+    """The classes of trackers of modules that are imported by now."""
+    names = ("torch.utils.module_tracker", "ModuleTracker"), ("torch.distributed._tools.mod_tracker", "ModTracker")
+    return [getattr(sys.modules[module], name) for module, name in names if module in sys.modules]
+
+
+def forward_class(node: Any) -> Any:
+    """The autograd.Function that ``node``, a ``grad_fn``, is of; None for another."""
+    return getattr(node, "_forward_cls", None)
+
+
 _FOR_CACHED = "to keep parametrize.cached() to parameters that are still those it saw"
 private("torch.nn.utils.parametrize._cache", _FOR_CACHED)
 private("torch.nn.utils.parametrize._cache_enabled", _FOR_CACHED)

@@ -2,7 +2,8 @@
 
 A parameter of a lazy module gets its shape that way, wherever the module is made or called first; what is then written
 into it (its initial values) is a write to a captured tensor like any other. And so does the copy that ``copy.deepcopy``
-makes of a captured tensor; the copy belongs to the innermost transform, as all that is made inside.
+makes of a captured tensor, or ``torch.load`` of a file; it belongs to the innermost transform, as all that is made
+inside.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functrans.core.dispatch import lift
 from functrans.core.errors import InsideTransformError
 from functrans.core.stack import interpreter_stack
 from functrans.core.thread_state import STATE, running_at
+from functrans.core.torch_private import torch_utils
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 
@@ -70,3 +72,13 @@ def deepcopy(self: Tensor, memo: Any) -> Any:
 
 
 Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+
+rebuilt = at_base(torch_utils._rebuild_tensor)
+
+
+@functools.wraps(rebuilt)
+def rebuild(*args: Any, **kwargs: Any) -> Any:
+    return lift(rebuilt(*args, **kwargs), None, STATE.top)
+
+
+torch_utils._rebuild_tensor = rebuild

@@ -23,12 +23,14 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.core.dispatch import lift, scan
-from functrans.core.errors import CustomFunctionError
+from functrans.core.errors import CustomFunctionError, DeadWrapperError
 from functrans.core.errors.made_at import note_site
 from functrans.core.interpreter import Interpreter
-from functrans.core.thread_state import STATE, running_at
-from functrans.core.torch_private import mode_stack_size
-from functrans.interpreters.function_context import as_tuple, is_setup_style, within
+from functrans.core.leftovers import all_as_here
+from functrans.core.thread_state import STATE, lowered, running_at
+from functrans.core.torch_private import ModuleHook, mode_stack_size
+from functrans.functionalization.writes import write_outside_of_operators
+from functrans.interpreters.function_context import as_tuple, is_setup_style, within, without
 from functrans.interpreters.functionalize import FunctionalizeInterpreter, apply_below
 from functrans.interpreters.grad.function import grad_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -38,6 +40,7 @@ from functrans.interpreters.linearize import LinearizeInterpreter, record_functi
 from functrans.interpreters.transpose import TransposeInterpreter, transpose_rule
 from functrans.interpreters.vmap.function import vmap_rule
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.interpreters.written_inputs import on_copies, writes_inputs
 
 _original: Any = Function.__dict__["apply"]
 
@@ -46,12 +49,37 @@ def _original_apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     return _original.__get__(None, cls)(*args, **kwargs)
 
 
+class BackwardHookFunction(Function):
+    """What a module's backward hooks put around its inputs and outputs, in place of PyTorch's own.
+
+    That one asks its inputs whether they require grad, which values one level down do not say. (Modules compare names.)
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return args
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return tangents
+
+
 def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """``Function.apply``: the Function goes down the interpreter stack as one operator."""
     top = STATE.top
     if top is None or top.carries_autograd or mode_stack_size() < STATE.door_depth:
         # at the base, where an operator that PyTorch differentiates by a Function is run, too
         return _original_apply(cls, *args, **kwargs)
+    if cls is ModuleHook:
+        cls = BackwardHookFunction
     if is_setup_style(cls) or kwargs:
         signature = inspect.signature(cls.forward).bind(*(args if is_setup_style(cls) else (None, *args)), **kwargs)
         signature.apply_defaults()
@@ -60,29 +88,43 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             raise CustomFunctionError(
                 cls, f"was called with keyword-only arguments {sorted(signature.kwargs)}", "Make them positional."
             )
-    if cls is CheckpointFunction:
-        raise CustomFunctionError(
-            cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False)."
-        )
-    owner = scan([leaf for a in args for leaf in within(a)])[0]
-    out = send(owner, cls, args)
-    if owner is not top:
-        out = lift(out, owner, top)
+    if cls is CheckpointFunction:  # its backward would run autograd, which sees nothing of what a level records
+        return args[0](*args[2:])
+    try:
+        scan([leaf for a in args for leaf in within(a)])
+    except DeadWrapperError:
+        args = all_as_here(args)
+    out = send(top, cls, args) if not writes_inputs(cls) else send_writing(top, cls, args)
     note_site(as_tuple(out), sys._getframe(0), 0)
     return out
 
 
-def send(owner: Interpreter | None, cls: type[Function], args: Sequence[Any]) -> Any:
-    """Apply ``cls`` at ``owner``'s level, on arguments of that level."""
-    if owner is None:
+def send_writing(top: Interpreter, cls: type[Function], args: Sequence[Any]) -> Any:
+    """Apply ``cls``, which writes to its inputs; see NOTE [Functions that write]."""
+    written: dict[int, int] = {}
+    out = send(top, on_copies(cls, written), args)
+    outs = list(as_tuple(out))
+    for i, j in written.items():
+        write_outside_of_operators(args[i], outs[j], f"{cls.__name__}.apply")
+        outs[j] = args[i]
+    return tuple(outs) if isinstance(out, tuple) else outs[0]
+
+
+def send(level: Interpreter | None, cls: type[Function], args: Sequence[Any]) -> Any:
+    """Apply ``cls`` at ``level``, the top, which may have a part in it by what its methods close over alone."""
+    if level is None:
         with running_at(None):
             return _original_apply(cls, *args)
-    for kind in type(owner).__mro__:
+    for kind in type(level).__mro__:
         if kind in FUNCTION_RULES:
-            return FUNCTION_RULES[kind](owner, cls, args)
+            return FUNCTION_RULES[kind](level, cls, args)
+    owner = scan([leaf for a in args for leaf in within(a)])[0]
+    if owner is not level:
+        with without(level, cls), lowered(level):
+            return lift(cls.apply(*args), level.below, level)
     raise CustomFunctionError(
         cls,
-        f"was applied inside {owner.name}, which has no rule for it",
+        f"was applied inside {level.name}, which has no rule for it",
         "Add one to functrans.door.autograd_function.FUNCTION_RULES.",
     )
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from threading import get_ident
 from typing import Any
 
 from functrans.core import thread_state
 from functrans.core.dispatch import base, lift, scan
-from functrans.core.errors import OtherThreadError
+from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
-from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import arguments_as_here, check_thread
 from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
-from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, set_key_excluded
+from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, debug_mode, set_key_excluded
 from functrans.functionalization import writes
 from functrans.functionalization.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
@@ -49,6 +49,14 @@ class Door(Mode):
             if STATE.number_read is not None:
                 check_number_read(op, args, kwargs)
             out = handle(op, known, args, kwargs or {})
+        except DeadWrapperError:
+            given = arguments_as_here(known, args, kwargs or {})
+            if given is None:
+                raise
+            try:
+                return self.__torch_dispatch__(op, types, *given)
+            except Exception as error:
+                raise error from error.__cause__  # and not from what was seen to
         except Exception as error:
             explain(error)
             raise
@@ -91,10 +99,19 @@ def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[st
     return out if owner is top else lift(out, owner, top)
 
 
-def check_thread(owner: Interpreter) -> None:
-    """Refuse a wrapper of another thread's transform.
+def shown_in(mode: Any) -> None:
+    """Have PyTorch's DebugMode inside of a transform write down operators on wrappers, as it does with plain tensors.
 
-    (What the autograd engine calls on shadows comes from threads of its own.)
+    It leaves tensors of other classes to them: of each it expects the operators that it is made of.
     """
-    if owner.thread is not None and owner.thread != get_ident():
-        raise OtherThreadError(owner)
+    original = mode.__torch_dispatch__
+
+    @functools.wraps(original)
+    def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return original(self, func, tuple(t for t in types if t is not WrapperTensor), args, kwargs)
+
+    mode.__torch_dispatch__ = dispatch
+
+
+if debug_mode() is not None:
+    shown_in(debug_mode())

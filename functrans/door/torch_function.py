@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from types import FunctionType
 from typing import Any
@@ -16,23 +17,28 @@ from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import check_thread, has_leftovers
 from functrans.core.operators import OpInfo, op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
+    AUTOGRAD,
+    VIEWS_AND_VERSIONS,
     OpOverload,
     autocast_enabled,
     function_mode_enabled,
+    is_key_excluded,
     is_torch_func_active,
     mode_stack_size,
     pop_mode,
     push_mode,
+    set_key_excluded,
     tensor_torch_function,
     without_torch_function,
 )
 from functrans.door.lost_arguments import LOST, recovered
-from functrans.door.torch_dispatch import DOOR, check_thread, handle
+from functrans.door.torch_dispatch import DOOR, handle
 from functrans.interpreters.failures import explain
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program, traced_program
@@ -66,6 +72,8 @@ def frames_above(function: Callable[..., Any]) -> int:
 
 #: By torch function or method: what takes its place on wrappers.
 ENTRANCES: dict[Callable[..., Any], Callable[..., Any]] = {}
+#: Those functions among them that are called with tensors of other types beside wrappers.
+OF_ANY_TYPES: set[Callable[..., Any]] = set()
 
 
 @classmethod  # type: ignore[misc]
@@ -74,7 +82,7 @@ def torch_function(
 ) -> Any:
     """A torch function was called with a wrapper among its arguments."""
     entrance = ENTRANCES.get(func)
-    if entrance is None or len(types) > 1:
+    if entrance is None or (len(types) > 1 and func not in OF_ANY_TYPES):
         return otherwise(func, types, args, kwargs or {}, 4 if type(func) is FunctionType else 2)  # 1 + frames_above
     return entrance(*args, **kwargs) if kwargs else entrance(*args)
 
@@ -91,6 +99,9 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     """
     if function in LOST:
         kwargs = recovered(function, kwargs)
+    if STATE.top is None and not is_key_excluded(AUTOGRAD) and has_leftovers((*args, *kwargs.values())):
+        with behind_autograd():
+            return otherwise(function, types, args, kwargs, up + 1)
     if len(types) != 1 or types[0] is not WrapperTensor:
         others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
         for t in others:
@@ -111,6 +122,18 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     elif several(out):
         note_site(out, sys._getframe(up), up)
     return out
+
+
+@contextmanager
+def behind_autograd() -> Iterator[None]:
+    """Outside of transforms: for a call that the door answers, which PyTorch's autograd would take for a view."""
+    try:
+        set_key_excluded(AUTOGRAD, True)
+        set_key_excluded(VIEWS_AND_VERSIONS, True)
+        yield
+    finally:
+        set_key_excluded(AUTOGRAD, False)
+        set_key_excluded(VIEWS_AND_VERSIONS, False)
 
 
 def answers(kind: type) -> bool:
@@ -185,7 +208,7 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
             x.view_link.refresh(x)
         owner = x.interpreter
         if not owner.alive:
-            raise DeadWrapperError(x)
+            return otherwise(function, (), (x,), kwargs, above)  # see NOTE [Leftovers]
         try:
             program = found[0] if not SCOPES else program_here(found, 0, find)
         except KeyError:
@@ -331,10 +354,16 @@ def direct(
             known, listed = found.get(types) or meant(types)
             top = STATE.top
             if known is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
-                return handled(known, (args[0], list(args[1:])) if listed else args, above)
+                out = handled(known, (args[0], list(args[1:])) if listed else args, above)
+                if out is not LEFTOVER:
+                    return out
         return otherwise(function, (), args, kwargs, above)
 
     return entrance
+
+
+#: what ``handled`` returns where a transform that has ended left an argument: PyTorch's way knows what to do with it
+LEFTOVER: Any = object()
 
 
 def handled(known: OpInfo, args: tuple[Any, ...], above: int) -> Any:
@@ -344,6 +373,8 @@ def handled(known: OpInfo, args: tuple[Any, ...], above: int) -> Any:
         out = handle(known.op, known, args, NO_KWARGS)
     except BaseException as error:
         reopen()
+        if type(error) is DeadWrapperError:
+            return LEFTOVER
         explain(error)
         raise
     push_mode(DOOR)
@@ -372,7 +403,9 @@ def joining(function: Callable[..., Any], op: OpOverload, up: int) -> Callable[.
         if known_form and not (closed or is_torch_func_active()) and top is not None and not top.carries_autograd:
             tensors, dim = args[0], args[1] if len(args) == 2 else kwargs.get("dim", 0)
             if type(dim) is int and type(tensors) in LISTS and all(map(is_strided, tensors)):
-                return handled(known, (tensors, dim), above)
+                out = handled(known, (tensors, dim), above)
+                if out is not LEFTOVER:
+                    return out
         return otherwise(function, (), args, kwargs, above)
 
     return entrance

@@ -23,6 +23,7 @@ from functrans.core import thread_state
 from functrans.core.dispatch import base, dispatch, lift, scan
 from functrans.core.errors import InsideTransformError
 from functrans.core.errors.described import given
+from functrans.core.leftovers import check_thread
 from functrans.core.operators import OpInfo
 from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
@@ -111,6 +112,8 @@ class ViewLink:
     def refresh(self, view: WrapperTensor) -> None:
         """Bring ``view`` up to date with writes to its base or to other views of it."""
         if view.synced_version != self.group.version:
+            if not view.interpreter.alive:
+                return  # what it stands for is seen to where it is read: NOTE [Leftovers]
             if self.doubtful or self.group.parted:
                 raise InsideTransformError(
                     "using a tensor after another one was written that may share its memory (one is made of the other "
@@ -140,6 +143,8 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         if STATE.top is not None and not _shares_memory(out, args[0]):
             out = lift(out, None, STATE.top)
         return out
+    if owner is not STATE.top:
+        check_thread(owner)
     viewed = args[0]
     out = owner.process(op, args, kwargs)
     if type(viewed) is not WrapperTensor:  # a captured tensor seen through an inner level's index: no such view op

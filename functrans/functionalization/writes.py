@@ -28,10 +28,11 @@ from functrans.core.errors import (
     WriteShapeError,
 )
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import check_thread
 from functrans.core.operators import STAND_INS, VIEW, WRITE, OpInfo, kind_here
 from functrans.core.rules import SCOPES
 from functrans.core.tensor import WrapperTensor, set_content, strides_of
-from functrans.core.thread_state import STATE, running_at
+from functrans.core.thread_state import STATE, door_closed, running_at
 from functrans.core.torch_private import (
     VIEWS_AND_VERSIONS,
     OpOverload,
@@ -72,6 +73,8 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     owner = scan(args, kwargs)[0]
     targets = [_argument(known, i, args, kwargs) for i in known.written]
     draws_inside = known.random and STATE.top is not None
+    if owner is not None and owner is not STATE.top:
+        check_thread(owner)
     if owner is None and not draws_inside:
         return write_captured(known, targets, args, kwargs)
     try:
@@ -135,6 +138,17 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
             target.alias_group.version += 1
     else:
         write_through(target, new, filled=op in FILLS)
+
+
+def write_outside_of_operators(target: Any, new: Tensor, what: Any) -> None:
+    """``write``, for what enters the door by itself and updates ``target``."""
+    excluded = is_key_excluded(VIEWS_AND_VERSIONS)
+    set_key_excluded(VIEWS_AND_VERSIONS, False)
+    try:
+        with door_closed():
+            write(target, new, what)
+    finally:
+        set_key_excluded(VIEWS_AND_VERSIONS, excluded)
 
 
 #: Writes of one value to all elements, which may share their places.

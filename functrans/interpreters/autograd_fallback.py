@@ -36,6 +36,7 @@ from functrans.core.torch_private import (
     set_forward_enabled,
     set_grad_enabled,
     set_key_excluded,
+    without_torch_function,
 )
 from functrans.derivatives.constants import PLACES
 
@@ -92,6 +93,9 @@ class ShadowInterpreter(Interpreter):
 
     def is_constant(self, wrapper: WrapperTensor) -> bool:
         return False
+
+    def grad_fn(self, wrapper: WrapperTensor) -> Any:
+        return without_torch_function(Tensor.grad_fn.__get__, (), (wrapper,), {})  # type: ignore[union-attr]
 
 
 def _below(shadow: ShadowInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:

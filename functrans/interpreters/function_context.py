@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.autograd.function import Function
 from functrans.core.dispatch import WITHOUT_TENSORS
 from functrans.core.errors import CustomFunctionError
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import suspended
 from functrans.core.pytrees import tree_flatten, tree_map
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered
@@ -69,7 +70,8 @@ class Context:
         return self._saved_forward if self._forward_mode and self._saved_forward else self._saved
 
     def mark_dirty(self, *tensors: Tensor) -> None:
-        raise CustomFunctionError(self._cls, "writes to an input (ctx.mark_dirty)", "Return a new tensor instead.")
+        cure = "Call ctx.mark_dirty in the method itself, or return a new tensor."
+        raise CustomFunctionError(self._cls, "marks an input as written in another function that it calls", cure)
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         self._non_differentiable = tensors
@@ -138,8 +140,12 @@ def run_below(
 ) -> tuple[Any, Context]:
     """The output one level down, and a context that holds values of that level."""
     ctx = Context(cls, needs)
-    with lowered(interpreter):
+    with suspended(interpreter), lowered(interpreter):
+        before = versions(values)
         out = cls.apply(*values)
+        if versions(values) != before:
+            cure = "Write to a clone(), or declare the write with ctx.mark_dirty in the method itself."
+            raise CustomFunctionError(cls, "writes to an input in its forward", cure)
         if is_setup_style(cls):
             cls.setup_context(ctx, tuple(values), out)
         else:
@@ -147,6 +153,25 @@ def run_below(
                 trial = cls.forward(ctx, *values)
             ctx.replace(as_tuple(trial), as_tuple(out))
     return out, ctx
+
+
+def without(interpreter: Interpreter, cls: type[Function]) -> suspended:
+    """Context: methods of ``cls`` run in the place of ``interpreter``, whose values say too little to close over."""
+
+    def refuse(x: WrapperTensor) -> NoReturn:
+        what = f"closes over a tensor of {interpreter.name}"
+        raise CustomFunctionError(cls, what, "Pass it to apply, as an argument.")
+
+    return suspended(interpreter, refuse)
+
+
+def versions(values: Sequence[Any]) -> list[int]:
+    """How often the tensors among ``values`` were written."""
+    return [
+        v.version if type(v) is WrapperTensor else v._version
+        for v in values
+        if isinstance(v, Tensor) and (type(v) is WrapperTensor or not v.is_inference())
+    ]
 
 
 class Refusal:

@@ -28,7 +28,7 @@ from functrans.core.torch_private import (
 )
 from functrans.functionalization.copies import COPIES
 from functrans.functionalization.views import contents_of
-from functrans.interpreters.function_context import unwrapped
+from functrans.interpreters.function_context import unwrapped, without
 
 aten = torch.ops.aten
 
@@ -114,6 +114,6 @@ class FunctionalizeInterpreter(Interpreter):
 def apply_below(interpreter: FunctionalizeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An ``autograd.Function`` goes on as one operator: a derivative around it has to find its backward."""
     _, values = unwrapped(interpreter, args)
-    with lowered(interpreter):
+    with without(interpreter, cls), lowered(interpreter):
         out = cls.apply(*values)
     return map_tensors(interpreter.constant, out)

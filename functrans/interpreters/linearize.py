@@ -25,7 +25,7 @@ from functrans.core.thread_state import lowered
 from functrans.core.torch_private import OpOverload, set_grad_enabled
 from functrans.derivatives.constants import ABOUT_METADATA
 from functrans.functionalization.history import with_history_of
-from functrans.interpreters.function_context import unwrapped
+from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.grad.nodes import snapshot, tensors_in
 
 
@@ -174,7 +174,7 @@ def as_variables(value: Any, variables: Any) -> Any:
 def record_function(interpreter: LinearizeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An ``autograd.Function`` applied to tangents, by another's ``jvp``: a step as any other."""
     mine, values = unwrapped(interpreter, args)
-    with lowered(interpreter):
+    with without(interpreter, cls), lowered(interpreter):
         out = cls.apply(*values)
     variables = [a.variable if m else None for a, m in zip(args, mine, strict=True)]
     if all(variable is None for variable in variables):

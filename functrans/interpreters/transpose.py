@@ -27,7 +27,7 @@ from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.constants import ABOUT_METADATA, READS_NO_VALUES
 from functrans.derivatives.table import DERIVATIVES, Derivative
-from functrans.interpreters.function_context import unwrapped
+from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, tensors_in
 from functrans.interpreters.grad.recording import GRAD_RULES
@@ -47,6 +47,7 @@ class TransposeInterpreter(GradInterpreter):
     """Records linear operators as grad does, and notes the others. See NOTE [What is linear]."""
 
     kind = "linear_transpose"
+    values_remain = False  # they are zeros
 
     def keeps_history(self, recording: bool, everywhere: bool) -> bool:
         return False  # a linear function has no values beside its derivative
@@ -177,9 +178,9 @@ def vanishes(x: Tensor) -> bool:
 
 def transpose_rule(interpreter: TransposeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An ``autograd.Function``, of which nothing says that it is linear."""
-    mine, values = unwrapped(interpreter, args)
-    indices = {i: a.index for i, (a, m) in enumerate(zip(args, mine, strict=True)) if m and a.index is not None}
-    with lowered(interpreter):
+    _, values = unwrapped(interpreter, args)
+    indices = {i: index for i, index in enumerate(map(interpreter.index_of, args)) if index is not None}
+    with without(interpreter, cls), lowered(interpreter):
         out = cls.apply(*values)
     if not indices:
         return map_tensors(interpreter.constant, out)

@@ -218,11 +218,10 @@ class ModifiedError(FunctransError, takes="op"):
 
 
 class HookError(FunctransError):
-    sentence = """Tensor.register_hook({name}): the hook returned {got} for the gradient, {expected}. Return one like
-        it, or None."""
+    sentence = """{how}({name}): the hook returned {got} for the gradient, {expected}. Return one like it, or None."""
 
-    def __init__(self, hook: Any, got: str, expected: str) -> None:
-        super().__init__(name=getattr(hook, "__name__", hook), got=got, expected=expected)
+    def __init__(self, hook: Any, got: str, expected: str, how: str = "Tensor.register_hook") -> None:
+        super().__init__(how=how, name=getattr(hook, "__name__", hook), got=got, expected=expected)
 
 
 class DataDependentError(FunctransError):

@@ -16,10 +16,17 @@ from functrans.core.torch_private import PYTHON, is_key_excluded
 
 #: The methods that no wrapper has an answer to; None where NoDataError knows the cure.
 REFUSED = {
-    "__reduce_ex__": ("pickling a tensor", "the transform's outputs, after it returned"),
+    **{name: (f"Tensor.{name}()", "operators of torch, which compute with all elements at once")
+       for name in ("apply_", "map_", "map2_")},
     "backward": ("Tensor.backward()", "functrans.grad or functrans.vjp"),
     "data_ptr": ("data_ptr()", None),
     "register_post_accumulate_grad_hook": ("Tensor.register_post_accumulate_grad_hook()", "Tensor.register_hook()"),
+}  # fmt: skip
+#: Those that a wrapper answers as its value does, where that says all of it.
+OF_VALUES = {
+    "numpy": ("numpy()", None),
+    "__dlpack__": ("DLPack", None),
+    "__reduce_ex__": ("pickling", None),
 }
 
 _KEEP = (
@@ -93,9 +100,11 @@ class Refusing(torch.Tensor):
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         if not self.requires_grad:
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
-        if not self.interpreter.records(self):
-            refuse(self, "Tensor.register_hook()", "an autograd.Function whose backward does what the hook does")
-        return self.interpreter.add_hook(self, hook)  # type: ignore[attr-defined]
+        return self.interpreter.add_hook(self, hook)
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        return self.interpreter.grad_fn(self)
 
     def retain_grad(self) -> None:
         if not self.requires_grad:
@@ -122,10 +131,6 @@ class Refusing(torch.Tensor):
             return self._asked("tolist")
         return [row.tolist() for row in self.unbind(0)]
 
-    def numpy(self, *, force: bool = False) -> Any:
-        value = concrete(self)
-        return refuse(self, "numpy()", None) if value is None else value.numpy(force=force)
-
     def __array__(self, dtype: Any = None) -> Any:
         array = self.numpy()
         return array if dtype is None else array.astype(dtype, copy=False)
@@ -149,12 +154,22 @@ class Refusing(torch.Tensor):
         return to(self._asked(to.__name__))
 
 
+def of_value(name: str, what: str, cure: str | None) -> Callable[..., Any]:
+    def method(self: Refusing, *args: Any, **kwargs: Any) -> Any:
+        value = concrete(self)
+        return refuse(self, what, cure) if value is None else getattr(value, name)(*args, **kwargs)
+
+    return method
+
+
 def conversion(to: Callable[[Any], Any]) -> Callable[[Refusing], Any]:
     return lambda self: self._number(to)  # not functools.partialmethod, whose frame would hide the one that asks
 
 
 for method, refusal in REFUSED.items():
     setattr(Refusing, method, refused(*refusal))
+for method, refusal in OF_VALUES.items():
+    setattr(Refusing, method, of_value(method, *refusal))
 for to in (bool, int, float, complex, operator.index):
     setattr(Refusing, f"__{to.__name__}__", conversion(to))
 

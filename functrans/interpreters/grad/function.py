@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import map_tensors
+from functrans.core.leftovers import suspended
 from functrans.core.thread_state import lowered
 from functrans.interpreters.function_context import (
     Context,
@@ -28,7 +31,7 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
     indices = [interpreter.index_of(a) for a in args]
     needs = tuple(s is not None for s in indices)
     if not any(needs) or not torch.is_grad_enabled():
-        with lowered(interpreter):
+        with suspended(interpreter), lowered(interpreter):
             out = cls.apply(*values)
         return map_tensors(interpreter.constant, out)
     out, ctx = run_below(interpreter, cls, values, needs)
@@ -39,7 +42,7 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
         else o
         for o in outs
     )
-    saved = FunctionRecord(cls, ctx, outs, [shape_of(v) for v in values])
+    saved = FunctionRecord(interpreter, cls, ctx, outs, [shape_of(v) for v in values])
     made = [interpreter.index_of(w) for w in wrapped]
     interpreter.record(FUNCTION_NODE, made, [s for s in indices if s is not None], saved)
     return wrapped if isinstance(out, tuple) else wrapped[0]
@@ -48,7 +51,15 @@ def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[
 class FunctionRecord:
     """One tracked call of a Function."""
 
-    def __init__(self, cls: type[Function], ctx: Context, outs: tuple[Any, ...], inputs: list[Any]) -> None:
+    def __init__(
+        self,
+        interpreter: GradInterpreter,
+        cls: type[Function],
+        ctx: Context,
+        outs: tuple[Any, ...],
+        inputs: list[Any],
+    ) -> None:
+        self.interpreter = ref(interpreter)  # which holds the record
         self.cls = cls
         self.ctx = ctx
         self.outs = outs
@@ -74,7 +85,9 @@ class FunctionNode:
                 torch.zeros_like(o) if g is None and isinstance(o, Tensor) else g
                 for g, o in zip(grad, saved.outs, strict=True)
             ]
-        found = gradients(saved.cls, ctx, grad, saved.inputs)
+        interpreter = saved.interpreter()
+        with nullcontext() if interpreter is None else suspended(interpreter):  # None: nothing can refer to it
+            found = gradients(saved.cls, ctx, grad, saved.inputs)
         return [f for f, needed in zip(found, ctx.needs_input_grad, strict=True) if needed]
 
     def protect(self, saved: FunctionRecord, target: Tensor) -> FunctionRecord:

@@ -14,6 +14,7 @@ from functrans.core.dispatch import lower, map_tensors, start, unwrap
 from functrans.core.errors import HookError, ModifiedError
 from functrans.core.errors.described import given, shown
 from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import suspended
 from functrans.core.operators import DIFFERENTIABLE, OpInfo, specialized_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
@@ -23,6 +24,7 @@ from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.grad.anomaly import NotedTape, check_numbers, checks_numbers
+from functrans.interpreters.grad.grad_fn import grad_fn_of
 from functrans.interpreters.grad.nodes import BackwardNode, ProgramNode, matrix_of
 from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, choose_method
@@ -43,6 +45,7 @@ class GradInterpreter(Interpreter, whole=True):
     kind = "grad"
     payload = ("tape_index",)
     differentiates = True
+    values_remain = True
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
@@ -50,6 +53,8 @@ class GradInterpreter(Interpreter, whole=True):
         self.last_index = 0
         #: functions that see, and may replace, the cotangent of an index
         self.hooks: dict[int, OrderedDict[int, Callable[..., Any]]] | None = None
+        #: what is called when a walk back is over, and whether once only; it needs hooks, too
+        self.finishing: list[tuple[Callable[[], Any], bool]] = []
         #: wrappers that keep their cotangent; they need hooks, which see it first
         self.retaining: list[WrapperTensor] = []
 
@@ -99,14 +104,24 @@ class GradInterpreter(Interpreter, whole=True):
     def records(self, wrapper: WrapperTensor) -> bool:
         return wrapper.tape_index is not None
 
+    def grad_fn(self, wrapper: WrapperTensor) -> Any:
+        return wrapper.value.grad_fn if wrapper.tape_index is None else grad_fn_of(self, wrapper.tape_index)
+
     def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Run ``hook`` on the cotangent of a tracked ``wrapper``; what it returns, if not None, takes its place."""
+        if wrapper.tape_index is None:
+            return super().add_hook(wrapper, hook)
         if self.hooks is None:
             self.hooks = {}
         hooks = self.hooks.setdefault(wrapper.tape_index, OrderedDict())
         handle = RemovableHandle(hooks)
         hooks[handle.id] = hook
         return handle
+
+    def at_end(self, function: Callable[[], Any], *, once: bool = False) -> None:
+        """Call ``function`` at the end of every walk back along the tape, or of the one that goes on."""
+        self.hooks = self.hooks or {}
+        self.finishing.append((function, once))
 
     def retain(self, wrapper: WrapperTensor) -> None:
         """Let a tracked ``wrapper`` keep its cotangent as ``wrapper.grad``; of one that is written, the last one's."""
@@ -117,7 +132,8 @@ class GradInterpreter(Interpreter, whole=True):
     def hooked(self, index: int, cotangent: Tensor) -> Tensor:
         cotangent = tensor_of(cotangent)
         for hook in list(self.hooks.get(index, {}).values()) if self.hooks else ():
-            new = hook(cotangent)
+            with suspended(self):  # what it closes over is read one level down
+                new = hook(cotangent)
             if new is not None:
                 if not isinstance(new, Tensor) or spec(new) != spec(cotangent):
                     raise HookError(hook, described(new), described(cotangent))
@@ -216,6 +232,9 @@ class GradInterpreter(Interpreter, whole=True):
         cotangents = {index: tensor_of(cotangent) for index, cotangent in cotangents.items()}
         if self.hooks is not None:
             cotangents = {index: self.hooked(index, cotangent) for index, cotangent in cotangents.items()}
+            for function, _ in list(self.finishing):
+                function()
+            self.finishing = [entry for entry in self.finishing if not entry[1]]
         if consume:
             tape.clear()
         return cotangents

@@ -11,6 +11,7 @@ from torch.autograd.function import Function
 
 from functrans.core.dispatch import map_tensors
 from functrans.core.errors import CustomFunctionError
+from functrans.core.leftovers import suspended
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import is_forward_enabled
@@ -29,16 +30,20 @@ def jvp_rule(interpreter: JvpInterpreter, cls: type[Function], args: Sequence[An
     mine, values = unwrapped(interpreter, args)
     tangents = [a.tangent if m else None for a, m in zip(args, mine, strict=True)]
     if all(t is None for t in tangents) or not is_forward_enabled():
-        with lowered(interpreter):
+        with suspended(interpreter), lowered(interpreter):
             out = cls.apply(*values)
         return map_tensors(interpreter.constant, out)
     if not overrides(cls, "jvp"):
+        with suspended(interpreter), lowered(interpreter):
+            out = cls.apply(*values)
+        if all(isinstance(o, Tensor) and not o.numel() for o in as_tuple(out)):
+            return map_tensors(interpreter.constant, out)  # nothing of it moves: checkpoint's, of torch 2.11
         raise CustomFunctionError(
             cls, f"was applied inside {interpreter.name} and has no jvp", "Define the staticmethod jvp(ctx, *tangents)."
         )
     out, ctx = run_below(interpreter, cls, values, tuple(t is not None for t in tangents))
     ctx._forward_mode = True
-    with lowered(interpreter):
+    with suspended(interpreter), lowered(interpreter):
         if ctx.materialize_grads:
             tangents = [
                 torch.zeros_like(v) if t is None and isinstance(v, Tensor) and v.dtype in DIFFERENTIABLE else t

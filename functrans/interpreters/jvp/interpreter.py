@@ -36,6 +36,7 @@ class JvpInterpreter(Interpreter, whole=True):
     kind = "jvp"
     payload = ("tangent",)
     differentiates = True
+    values_remain = True
 
     def dual(self, value: Tensor, tangent: Tensor | None) -> WrapperTensor:
         wrapper = wrap(self, value)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import WITHOUT_TENSORS, map_tensors
 from functrans.core.errors import CustomFunctionError
+from functrans.core.leftovers import as_here, suspended
 from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
@@ -34,16 +35,27 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
 
     _, values = unwrapped(interpreter, args)
     in_dims = tuple(None if type(a) in WITHOUT_TENSORS else tree_map(bdim, a) for a in args)
+    closed_over: list[WrapperTensor] = []
+
+    def closes_over(x: WrapperTensor) -> NoReturn:
+        closed_over.append(x)
+        raise CustomFunctionError(
+            cls, "closes over a batched tensor in its vmap staticmethod", "Pass it to apply, as an argument."
+        )
+
     if all(d is None for d in tree_flatten(in_dims)[0]):
-        with lowered(interpreter):
-            out = cls.apply(*values)
-        return map_tensors(interpreter.constant, out)
-    if overrides(cls, "vmap"):
+        try:
+            with suspended(interpreter, closes_over), lowered(interpreter):
+                return map_tensors(interpreter.constant, cls.apply(*values))
+        except CustomFunctionError:
+            if not closed_over:
+                raise
+    elif overrides(cls, "vmap"):
         if cls.generate_vmap_rule:
             raise CustomFunctionError(
                 cls, "has both generate_vmap_rule=True and a vmap staticmethod", "Keep one of them."
             )
-        with lowered(interpreter):
+        with suspended(interpreter, closes_over), lowered(interpreter):
             result = cls.vmap(interpreter.info, in_dims, *values)
         return interpreter.leave(cls, result)
     batched = batched_function(cls, interpreter, in_dims)
@@ -59,7 +71,8 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
     def inside(body: Callable[[VmapInterpreter], Any]) -> Any:
         interpreter = VmapInterpreter(outer.batch_size, outer.info.randomness, cls)
         interpreter.axis_name = outer.axis_name
-        return run_transformed(interpreter, lambda: body(interpreter))
+        with suspended(outer, lambda x: interpreter.rewrap(x, as_here(x.value, expected=True))):
+            return run_transformed(interpreter, lambda: body(interpreter))
 
     def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:
         if type(x) is WrapperTensor and x.interpreter is interpreter:
@@ -152,6 +165,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
     if not overrides(cls, "jvp"):
         Batched.jvp = Function.jvp  # type: ignore[method-assign]
     Batched.__name__ = f"Batched{cls.__name__}"
+    Batched.function, Batched.in_dims = cls, in_dims  # type: ignore[attr-defined]
     return Batched
 
 

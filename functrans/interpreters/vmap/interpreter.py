@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functrans.core.defaults import completed
 from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors, unwrap
-from functrans.core.errors import BatchingRuleError, DataDependentError
+from functrans.core.errors import BatchingRuleError, DataDependentError, InsideTransformError
 from functrans.core.errors.call_sites import definition, frames_to_user
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import OpInfo, specialized_here
@@ -22,6 +22,7 @@ from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_r
 from functrans.decompositions.table import decompose
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
+from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
 from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.programs import run_program
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
@@ -101,6 +102,17 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
         return self.batched(value, source.bdim)
+
+    def grad_fn(self, wrapper: WrapperTensor) -> Any:
+        node = wrapper.value.grad_fn
+        return node if node is None or wrapper.bdim is None else BatchedGradFn(self, node)
+
+    def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Any]) -> Any:
+        """Run ``hook`` on the gradients of the examples, which a level below computes for all."""
+        if wrapper.bdim is None:
+            cure = "it outside of vmap: the gradient is one for all examples"
+            raise InsideTransformError("Tensor.register_hook() of a tensor that is not batched", self.name, cure)
+        return wrapper.value.register_hook(on_batch(self, hook, wrapper.bdim))
 
     def hides_layout(self, wrapper: WrapperTensor) -> bool:
         if wrapper.bdim is None or wrapper.strides is None or wrapper.layout is not torch.strided:
