@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
 from functrans.core.errors import Call
@@ -207,6 +208,8 @@ def sights(
     if transform.__name__ in ("vmap", "chunk_vmap"):
         in_dims = options["in_dims"]
         leaves, dims, _, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
+        if any(map(is_container, leaves)):
+            raise NotImplementedError("It has a container among its arguments, which batches itself.")
         of_leaf = {id(x): d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)}
         seen: list[tuple[int | None, bool]] = [(of_leaf.get(id(x)), False) for x in torch_pytree.tree_leaves(args)]
     else:

@@ -16,6 +16,7 @@ import torch
 from functrans.core.errors import TorchMovedError
 
 __all__ = [
+    "ADD_BATCH_DIM",
     "ATTRIBUTES",
     "AUTOGRAD",
     "COMPOSITE",
@@ -25,8 +26,10 @@ __all__ = [
     "INDEX_BATCHED_KEYS",
     "KEY_OF_MODE",
     "NEGATIVE",
+    "PLACES_OF_TORCH_FUNC",
     "PRE_DISPATCH",
     "PYTHON",
+    "REMOVE_BATCH_DIM",
     "TENSOR_MODULE",
     "TRACER_MODE",
     "TREE_NODES",
@@ -44,6 +47,8 @@ __all__ = [
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
+    "functorch_core",
+    "functorch_vmap",
     "is_forward_enabled",
     "is_key_excluded",
     "is_key_included",
@@ -197,6 +202,26 @@ pop_packing = private(
 is_torch_func_active = private(
     "torch._C._are_functorch_transforms_active", "to refuse to run inside a transform of torch.func"
 )
+_FOR_CLIENTS = "to answer for its own wrappers where others ask PyTorch's private names"
+functorch_core: Any = private("torch._C._functorch", _FOR_CLIENTS)
+functorch_vmap: Any = private("torch._functorch.vmap", _FOR_CLIENTS)
+for _name in ("apis", "batch_norm_replacement", "eager_transforms", "functional_call"):
+    private(f"torch._functorch.{_name}", "to put its functions in the place of torch.func's")
+#: The methods that a container which batches itself has (api/containers.py); they are named as PyTorch's functions.
+ADD_BATCH_DIM, REMOVE_BATCH_DIM = "_add_batch_dim", "_maybe_remove_batch_dim"
+#: The modules of PyTorch that others import the names of torch.func from; for each, the attributes that it has for its
+#: own use.
+PLACES_OF_TORCH_FUNC: dict[str, tuple[str, ...]] = {
+    "torch": (),
+    "torch.func": (),
+    "torch._C._functorch": (),
+    "torch._functorch.apis": (),
+    "torch._functorch.batch_norm_replacement": (),
+    "torch._functorch.eager_transforms": ("vmap", "get_unwrapped", "is_functorch_wrapped_tensor"),
+    "torch._functorch.einops": (),
+    "torch._functorch.functional_call": (),
+    "torch._functorch.vmap": (),
+}
 make_wrapper = private("torch.Tensor._make_wrapper_subclass", "to make tensors that have metadata and no data")
 TENSOR_MODULE: Any = private("torch._tensor", "to tell the code of Tensor's methods, which hands calls on")
 no_dispatch = private("torch.utils._mode_utils.no_dispatch", "to make tensors past all modes")
