@@ -34,6 +34,7 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
+from functrans.api.private_names import PAIRS
 from functrans.core.errors import Call
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
@@ -367,6 +368,8 @@ def connect() -> None:
         operator.__call__ = names.disable(operator.__call__)  # type: ignore[method-assign]
     for function in (Interpreter.__init__, Snapshot.__init__, run_transformed):
         run_untraced(function)  # where a transform of somebody else's comes to it
+    for _, answer in PAIRS:
+        run_untraced(answer)  # a function that is traced gets examples, which are no wrappers
     run_as_written_while(lambda: STATE.top is not None)
 
 

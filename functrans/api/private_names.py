@@ -89,23 +89,61 @@ def vmap_of(level: Any, name: str) -> VmapInterpreter | None:
     return interpreter
 
 
-def enter(x: Tensor, in_dim: int, level: Any, interpreter: VmapInterpreter) -> WrapperTensor:
-    """``x`` of the level below, batched along ``in_dim``."""
-    if not interpreter.alive:
-        got = f"a level of {interpreter.name}, which has ended"
-        raise CallTypeError("_add_batch_dim(...)", got, "the level of a vmap that is running")
-    value = x
-    while type(value) is WrapperTensor and value.interpreter.level >= interpreter.level:
-        # what is made inside is a constant there: a stack, say, of the tensors that a container has for the examples
-        if not value.interpreter.is_constant(value):
-            got = f"a tensor of {value.interpreter.name} at level {value.interpreter.level}"
-            expected = f"one from outside of {interpreter.name} at level {interpreter.level}"
-            raise CallTypeError("_add_batch_dim(...)", got, expected)
-        value = current(value).value
-    wrapper = interpreter.batched(value, in_dim % x.dim())
-    if isinstance(level, Level) and value is x:
-        level.entered.append((wrapper, x, in_dim % x.dim()))
-    return wrapper
+def taken_down(x: Any, interpreter: VmapInterpreter, name: str, to: int) -> Any:
+    """What ``x`` is at level ``to``: what was made further up is a constant there, if it has anything to do here."""
+    while type(x) is WrapperTensor and x.interpreter.level > to and x.interpreter.alive:
+        if not x.interpreter.is_constant(x):
+            got = f"a tensor of {x.interpreter.name} at level {x.interpreter.level}"
+            where = "outside of" if to < interpreter.level else "inside of no more than"
+            expected = f"one from {where} {interpreter.name} at level {interpreter.level}"
+            raise CallTypeError(f"{name}(...)", got, expected)
+        x = current(x).value
+    return x
+
+
+def adding(original: Answer) -> Answer:
+    def asked(tensor: Tensor, batch_dim: int, level: int) -> Tensor:
+        interpreter = vmap_of(level, "_add_batch_dim")
+        if interpreter is None:
+            return original(tensor, batch_dim, level)
+        if not interpreter.alive:
+            got = f"a level of {interpreter.name}, which has ended"
+            raise CallTypeError("_add_batch_dim(...)", got, "the level of a vmap that is running")
+        value = taken_down(tensor, interpreter, "_add_batch_dim", interpreter.level - 1)
+        wrapper = interpreter.batched(value, batch_dim % value.dim())
+        if isinstance(level, Level) and value is tensor:
+            level.entered.append((wrapper, value, wrapper.bdim))
+        return wrapper
+
+    return asked
+
+
+def removing(original: Answer) -> Answer:
+    def asked(tensor: Tensor, level: int, batch_size: int, out_dim: int) -> Tensor:
+        interpreter = vmap_of(level, "_remove_batch_dim")
+        if interpreter is None:
+            return original(tensor, level, batch_size, out_dim)
+        call = Call("_remove_batch_dim", interpreter.func, {"out_dim": out_dim})
+        return out_of(interpreter, tensor, out_dim, "_remove_batch_dim", call)
+
+    return asked
+
+
+def removing_maybe(original: Answer) -> Answer:
+    def asked(name: str, batched_output: Any, vmap_level: int, batch_size: int, out_dim: int | None) -> Any:
+        interpreter = vmap_of(vmap_level, "_maybe_remove_batch_dim")
+        if interpreter is None:
+            return original(name, batched_output, vmap_level, batch_size, out_dim)
+        call = Call("vmap", interpreter.func, {"out_dims": out_dim})
+        return out_of(interpreter, batched_output, out_dim, "_maybe_remove_batch_dim", call)
+
+    return asked
+
+
+def out_of(interpreter: VmapInterpreter, x: Any, out_dim: int | None, name: str, call: Call) -> Any:
+    """``x`` one level below ``interpreter``'s, its batch at ``out_dim``."""
+    x = taken_down(x, interpreter, name, interpreter.level)
+    return leave(call, interpreter, current(x) if type(x) is WrapperTensor else x, out_dim, x, 0)
 
 
 def about_tensor(answer: Answer) -> Callable[[Answer], Answer]:
@@ -123,37 +161,6 @@ def about_tensor(answer: Answer) -> Callable[[Answer], Answer]:
 def about_level(original: Answer) -> Answer:
     def asked() -> Any:
         return original() if STATE.top is None or is_torch_func_active() else Level(STATE.top)
-
-    return asked
-
-
-def adding(original: Answer) -> Answer:
-    def asked(tensor: Tensor, batch_dim: int, level: int) -> Tensor:
-        interpreter = vmap_of(level, "_add_batch_dim")
-        if interpreter is None:
-            return original(tensor, batch_dim, level)
-        return enter(tensor, batch_dim, level, interpreter)
-
-    return asked
-
-
-def removing(original: Answer) -> Answer:
-    def asked(tensor: Tensor, level: int, batch_size: int, out_dim: int) -> Tensor:
-        interpreter = vmap_of(level, "_remove_batch_dim")
-        if interpreter is None:
-            return original(tensor, level, batch_size, out_dim)
-        return leave(Call("_remove_batch_dim", interpreter.func, {}), interpreter, tensor, out_dim, tensor, 0)
-
-    return asked
-
-
-def removing_maybe(original: Answer) -> Answer:
-    def asked(name: str, batched_output: Any, vmap_level: int, batch_size: int, out_dim: int | None) -> Any:
-        interpreter = vmap_of(vmap_level, "_maybe_remove_batch_dim")
-        if interpreter is None:
-            return original(name, batched_output, vmap_level, batch_size, out_dim)
-        call = Call("vmap", interpreter.func, {"out_dims": out_dim})
-        return leave(call, interpreter, batched_output, out_dim, batched_output, 0)
 
     return asked
 

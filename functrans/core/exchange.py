@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from functrans.core.torch_private import PLACES_OF_TORCH_FUNC
+from functrans.core.torch_private import PLACES_OF_TORCH_FUNC, forget_rules_of_dynamo
 
 
 def exchange(pairs: Iterable[tuple[Any, Any]]) -> None:
@@ -28,3 +28,4 @@ def exchange(pairs: Iterable[tuple[Any, Any]]) -> None:
             found = new_of.get(id(value))
             if found is not None and attribute not in kept:
                 namespace[attribute] = found[1]
+    forget_rules_of_dynamo()

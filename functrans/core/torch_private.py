@@ -7,6 +7,7 @@ Another PyTorch may have moved one: ``private`` then says which, at import. Noth
 from __future__ import annotations
 
 import pkgutil
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ __all__ = [
     "OpOverload",
     "autocast_enabled",
     "dynamo_names",
+    "forget_rules_of_dynamo",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
@@ -310,6 +312,12 @@ def run_untraced(function: Callable[..., Any]) -> None:
     """
     private("torch._dynamo.trace_rules._disallowed_callable_ids", _FOR_FRAMES).add(id(function))
     private("torch._dynamo.eval_frame.skip_code", _FOR_FRAMES)(function.__code__)
+
+
+def forget_rules_of_dynamo() -> None:
+    """Let Dynamo look up anew what the names of PyTorch's functions stand for, which it does once."""
+    if "torch._dynamo.trace_rules" in sys.modules:
+        private("torch._dynamo.trace_rules.clear_lru_cache", _FOR_FRAMES)()
 
 
 def run_as_written_while(inside: Callable[[], bool]) -> None:
