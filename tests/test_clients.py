@@ -365,3 +365,63 @@ def test_posteriors_variational_inference_comes_to_the_posterior():
         state, _ = transform.update(state, None)
     close(state.params["w"], target, atol=0.1, rtol=0)
     close(state.log_sd_diag["w"].exp(), torch.tensor([0.5, 0.5]), atol=0.1, rtol=0)
+
+
+# dattri
+
+
+def logistic_regression():
+    """A regularized one: its loss, what it is given, and its Hessian."""
+    inputs, targets, weights = torch.randn(20, 4), torch.arange(20.0) % 2, torch.randn(4)
+
+    def loss(weights, inputs, targets):
+        terms = nn.functional.binary_cross_entropy_with_logits(inputs @ weights, targets)
+        return terms + 0.15 * weights @ weights
+
+    p = torch.sigmoid(inputs @ weights)
+    hessian = (inputs * (p * (1 - p))[:, None]).T @ inputs / 20 + 0.3 * torch.eye(4)
+    return loss, (weights, inputs, targets), hessian
+
+
+@needs("dattri")
+@pytest.mark.parametrize("mode", ["rev-rev", "rev-fwd"])
+def test_dattri_products_with_the_hessian_and_its_inverse(mode):
+    from dattri.func.hessian import hvp, ihvp_cg, ihvp_explicit, ihvp_lissa
+
+    loss, given, hessian = logistic_regression()
+    vectors = torch.randn(3, 4)
+    close(hvp(loss, mode=mode)(given, vectors[0]), hessian @ vectors[0])
+    solutions = torch.linalg.solve(hessian, vectors.T).T
+    close(ihvp_explicit(loss)(given, vectors), solutions, rtol=1e-4, atol=1e-5)
+    close(ihvp_cg(loss, max_iter=4, mode=mode)(given, vectors), solutions, rtol=1e-4, atol=1e-5)
+    summed = ihvp_lissa(loss, batch_size=20, num_repeat=1, recursion_depth=100, scaling=1, mode=mode)
+    close(summed(given, vectors, in_dims=(None, 0, 0)), solutions, rtol=1e-4, atol=1e-5)
+
+
+@needs("dattri")
+@pytest.mark.parametrize("name", ["IFAttributorExplicit", "IFAttributorCG"])
+def test_dattri_influence_functions(name):
+    from dattri.algorithm import influence_function
+    from dattri.task import AttributionTask
+
+    model, inputs, targets = nn.Linear(4, 2), torch.randn(20, 4), torch.arange(20) % 2
+    parameters = list(model.parameters())
+
+    def loss(params, data):
+        x, y = data
+        return nn.functional.cross_entropy(torch.func.functional_call(model, params, x), y)
+
+    def batches(count):
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs[:count], targets[:count]), count)
+
+    task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
+    options = {"max_iter": 10} if name == "IFAttributorCG" else {}
+    attributor = getattr(influence_function, name)(task=task, regularization=0.1, **options)
+    attributor.cache(batches(20))
+    with torch.no_grad():
+        scores = attributor.attribute(batches(20), batches(5))
+
+    losses = [nn.functional.cross_entropy(model(x[None]), t[None]) for x, t in zip(inputs, targets, strict=True)]
+    gradients = torch.stack([gradient(loss, parameters) for loss in losses]).detach()
+    hessian = hessian_matrix(sum(losses) / 20, parameters) + 0.1 * torch.eye(10)
+    close(scores, gradients @ torch.linalg.solve(hessian, gradients[:5].T), rtol=1e-3, atol=1e-5)
