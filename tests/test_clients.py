@@ -425,3 +425,28 @@ def test_dattri_influence_functions(name):
     gradients = torch.stack([gradient(loss, parameters) for loss in losses]).detach()
     hessian = hessian_matrix(sum(losses) / 20, parameters) + 0.1 * torch.eye(10)
     close(scores, gradients @ torch.linalg.solve(hessian, gradients[:5].T), rtol=1e-3, atol=1e-5)
+
+
+# pypose
+
+
+@needs("pypose")
+@pytest.mark.parametrize("name", ["modjacrev", "modjacfwd"])
+def test_pypose_jacobian_of_a_module(name):
+    from pypose.optim import functional
+
+    model, inputs = network(3, 4, 2), torch.randn(5, 3, dtype=torch.float64)
+    found = getattr(functional, name)(model, inputs)
+    parameters = dict(model.named_parameters())
+    expected = jacobian_matrix(model(inputs), list(parameters.values()))
+    close(torch.cat([found[name].reshape(10, -1) for name in parameters], 1), expected)
+
+
+@needs("pypose")
+@pytest.mark.xfail(reason="a LieTensor, which has a __torch_function__, is not kept inside of transforms", strict=True)
+def test_pypose_derivatives_along_a_group():
+    import pypose
+
+    pose, points = pypose.randn_SE3(1, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    found = pypose.func.jacrev(lambda pose, points: pose @ points, 1)(pose, points)
+    close(found.squeeze(), pose.rotation().matrix().squeeze())
