@@ -16,7 +16,7 @@ import torch
 
 import functrans
 from functrans.api.private_names import answer, answer_no_more
-from functrans.core.exchange import exchange
+from functrans.core.exchange import put_in, take_out
 
 __all__ = ["Installation", "install"]
 
@@ -55,7 +55,7 @@ class Installation:
             _installed -= 1
             answer_no_more()
             if _installed == 0:
-                exchange([(new, old) for old, new in PAIRS])
+                take_out(PAIRS)
 
     def __enter__(self) -> Installation:  # noqa: PYI034 - Self is not in typing before 3.11
         return self
@@ -89,5 +89,5 @@ def install() -> Installation:
     with _lock:
         _installed += 1
         answer()
-        exchange(PAIRS)
+        put_in(PAIRS)
     return Installation()

@@ -125,11 +125,15 @@ def state():
 before = state()
 with compat.install():
     inside = state()
+    import torch._dynamo, torch.nn.attention.flex_attention  # which PyTorch imports late
+    assert torch.equal(torch.func.vmap(torch.sin)(torch.ones(2)), torch.ones(2).sin())
 changed = {key for key in before if inside[key] != before[key]}
 assert {name.partition(".")[0] for name, _ in changed} == {"torch"}, changed
 assert ("torch", "vmap") in changed and ("torch._C._functorch", "is_batchedtensor") in changed
 after = state()
-assert {key for key in before if after[key] != before[key]} == set()
+assert {key for key in changed if after[key] != before[key]} == set()
+ours = {id(new) for _, new in compat.PAIRS + functrans.api.private_names.PAIRS}
+assert {key for key, value in after.items() if value in ours and not key[0].startswith("functrans")} == set()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
@@ -435,6 +439,10 @@ class TestContainers:
         box = boxed(kind, 3, a=torch.zeros(3, 2))
         out = vmap(lambda box, y: box["a"][0].add_(y))(box, x)
         assert torch.equal(out, x) and torch.equal(box["a"], torch.stack([x, torch.zeros(3)], 1))
+
+    def test_one_that_is_made_inside(self, vmap, kind):
+        out = vmap(lambda row: boxed(kind, 2, a=row))(rows)
+        assert out.batch_size == (3, 2) and torch.equal(out["a"], rows)
 
     def test_a_view_that_was_written_through(self, vmap, kind):
         def f(box, y):

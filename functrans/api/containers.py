@@ -9,7 +9,7 @@ arguments and results, calls its methods, and lets these names answer for our le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -71,14 +71,6 @@ def entered(container: Any, in_dim: int | None, level: Level) -> Any:
 def brought_back(container: Any, out_dim: int, level: Level, size: int, name: str) -> Any:
     """``container`` one level down, with its batch at ``out_dim``, which is not negative."""
     return getattr(container, REMOVE_BATCH_DIM)(name, vmap_level=level, batch_size=size, out_dim=out_dim)
-
-
-def tensors_in(leaf: Any) -> Iterator[Any]:
-    """A leaf that is a tensor, or the tensors of a container."""
-    if is_container(leaf):
-        yield from leaf.values(True, True)
-    else:
-        yield leaf
 
 
 def part(x: Any, dim: int, start: int, length: int) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from functrans.api.containers import Level
 from functrans.api.out_dims import leave
 from functrans.core.errors import Call, CallTypeError
-from functrans.core.exchange import exchange
+from functrans.core.exchange import put_in, take_out
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
@@ -33,8 +33,8 @@ def shown(x: Any) -> Any:
     return x
 
 
-def current(x: Any) -> Any:
-    """``x`` with what was written to a view of it, or through one."""
+def current(x: WrapperTensor) -> WrapperTensor:
+    """``x``, brought up to date with what was written to what it shares memory with."""
     if x.view_link is not None and x.interpreter.alive:
         x.view_link.refresh(x)
     return x
@@ -210,7 +210,7 @@ def answer() -> None:
     global _wanted
     with _lock:
         _wanted += 1
-        exchange(PAIRS)
+        put_in(PAIRS)
 
 
 def answer_no_more() -> None:
@@ -218,7 +218,7 @@ def answer_no_more() -> None:
     with _lock:
         _wanted -= 1
         if _wanted == 0:
-            exchange([(new, old) for old, new in PAIRS])
+            take_out(PAIRS)
 
 
 @functools.cache

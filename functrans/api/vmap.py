@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_chunk_size, check_randomness
 from functrans.api.compiled import TRACED, named_after
-from functrans.api.containers import Level, is_container, part, tensors_in, whole
+from functrans.api.containers import Level, is_container, part, whole
 from functrans.api.containers import entered as batched_container
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.out_dims import check_out_dims, leave
-from functrans.api.private_names import answer_for_good
+from functrans.api.private_names import answer_for_good, current
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.made_at import note_results
@@ -167,9 +166,14 @@ def run_batched(
     def body() -> tuple[list[Any], Any, Any]:
         out = call_function(call, func, args, kwargs)
         out_leaves, out_spec = tree_flatten(out, whole())
-        for x in chain.from_iterable(map(tensors_in, out_leaves)) if level is not None else out_leaves:
-            if type(x) is WrapperTensor and x.view_link is not None and x.interpreter.alive:
-                x.view_link.refresh(x)
+        for x in out_leaves:
+            if type(x) is WrapperTensor:
+                current(x)
+            elif is_container(x):
+                answer_for_good()
+                for tensor in x.values(True, True):
+                    if type(tensor) is WrapperTensor:
+                        current(tensor)
         return out_leaves, out_spec, out
 
     out_leaves, out_spec, out = run_transformed(interpreter, body)

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from functrans.core.torch_private import PLACES_OF_TORCH_FUNC, forget_rules_of_dynamo
 
+Pairs = Iterable[tuple[Any, Any]]
 
-def exchange(pairs: Iterable[tuple[Any, Any]]) -> None:
-    """Wherever a module that is loaded has the first of a pair as an attribute, let it have the second.
 
-    Modules of functrans keep what they have, and so do PyTorch's own: it works with its transforms itself. Of these
-    only the places change that others import the names from.
+def put_in(pairs: Pairs) -> None:
+    """Wherever a loaded module has the first of a pair as an attribute, let it have the second.
+
+    PyTorch's own modules keep what they have, for they work with its transforms themselves; but for the places that
+    others import the names from.
     """
-    new_of = {id(old): (old, new) for old, new in pairs}  # which keeps what has the id
-    for name, module in list(sys.modules.items()):
-        package = name.partition(".")[0]
-        if package == "functrans" or (package in ("torch", "functorch") and name not in PLACES_OF_TORCH_FUNC):
-            continue
-        namespace = getattr(module, "__dict__", None)  # anything may stand in sys.modules
-        if type(namespace) is not dict:
-            continue
-        kept = PLACES_OF_TORCH_FUNC.get(name, ())
-        for attribute, value in list(namespace.items()):
-            found = new_of.get(id(value))
-            if found is not None and attribute not in kept:
-                namespace[attribute] = found[1]
+    for name, namespace in namespaces():
+        if name.partition(".")[0] not in ("torch", "functorch"):
+            exchange(namespace, pairs)
+        elif name in PLACES_OF_TORCH_FUNC:
+            exchange(namespace, pairs, kept=PLACES_OF_TORCH_FUNC[name])
+
+
+def take_out(pairs: Pairs) -> None:
+    """Undo ``put_in``, also where a module has been imported since; PyTorch imports some of its own late."""
+    back = [(new, old) for old, new in pairs]
+    for _, namespace in namespaces():
+        exchange(namespace, back)
     forget_rules_of_dynamo()
+
+
+def namespaces() -> list[tuple[str, dict[str, Any]]]:
+    """The attributes of every loaded module, by its name; without those of functrans, which stay as they are."""
+    found = [(name, getattr(module, "__dict__", None)) for name, module in list(sys.modules.items())]
+    # anything may stand in sys.modules
+    return [(name, d) for name, d in found if type(d) is dict and name.partition(".")[0] != "functrans"]
+
+
+def exchange(namespace: dict[str, Any], pairs: Pairs, kept: Collection[str] = ()) -> None:
+    new_of = {id(old): new for old, new in pairs}
+    for name, value in list(namespace.items()):
+        if id(value) in new_of and name not in kept:
+            namespace[name] = new_of[id(value)]
