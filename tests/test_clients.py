@@ -297,6 +297,56 @@ def test_tensordict_gradients_by_example():
         close(found[tuple(name.split("."))], torch.stack(expected))
 
 
+# torchrl
+
+
+@needs("torchrl")
+def test_torchrl_loss_of_several_q_networks_at_once():
+    from tensordict import TensorDict
+    from torchrl.data import Bounded
+    from torchrl.modules import Actor, ValueOperator
+    from torchrl.objectives import TD3Loss
+    from torchrl.objectives.utils import ValueEstimators
+
+    class Value(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 1)
+
+        def forward(self, observation, action):
+            return self.layer(torch.cat([observation, action], -1))
+
+    spec = Bounded(-torch.ones(2), torch.ones(2), (2,))
+    actor = Actor(nn.Sequential(nn.Linear(4, 2), nn.Tanh()), spec=spec)
+    value = ValueOperator(Value(), in_keys=["observation", "action"])
+    options = {"num_qvalue_nets": 3, "loss_function": "l2", "policy_noise": 0.0}
+    loss = TD3Loss(actor, value, action_spec=spec, **options)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=0.9)
+    state, action, following, reward = torch.randn(5, 4), torch.rand(5, 2), torch.randn(5, 4), torch.randn(5, 1)
+    ended = torch.zeros(5, 1, dtype=torch.bool)
+    step = {"observation": following, "reward": reward, "done": ended, "terminated": ended}
+    found = loss(TensorDict({"observation": state, "action": action, "next": step}, [5]))
+
+    def act(observation):
+        layer = [p.detach() for p in loss.actor_network_params.values(True, True)]
+        weight, bias = sorted(layer, key=Tensor.dim, reverse=True)
+        return torch.tanh(observation @ weight.T + bias)
+
+    def of_each(params, observation, action):
+        weights, biases = params["module", "layer", "weight"], params["module", "layer", "bias"]
+        pair = torch.cat([observation, action], -1)
+        return [pair @ weight.T + bias for weight, bias in zip(weights, biases, strict=True)]
+
+    params = loss.qvalue_network_params
+    target = reward + 0.9 * torch.stack(of_each(params.data, following, act(following))).amin(0)
+    expected = sum((value - target).square().mean() for value in of_each(params, state, action))
+    close(found["loss_qvalue"], expected)
+    close(found["loss_actor"], -of_each(params.data, state, act(state))[0].mean())
+    weight = params["module", "layer", "weight"]
+    (own,) = torch.autograd.grad(found["loss_qvalue"], weight, retain_graph=True)
+    close(own, torch.autograd.grad(expected, weight)[0])
+
+
 # posteriors
 
 
