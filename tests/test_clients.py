@@ -297,6 +297,51 @@ def test_tensordict_gradients_by_example():
         close(found[tuple(name.split("."))], torch.stack(expected))
 
 
+@needs("tensordict")
+@pytest.mark.parametrize("how", ["set_", "update_", "items", "arithmetic"])
+def test_tensordict_writes_reach_the_caller(how):
+    import tensordict
+
+    start = torch.randn(3, 4)
+    data = tensordict.TensorDict({"a": start.clone(), "nested": {"b": torch.randn(3, 4)}}, [3])
+
+    def write(data):
+        twice = data["a"] * 2
+        if how == "set_":
+            data.set_("a", twice)
+        elif how == "update_":
+            data.update_({"a": twice})
+        elif how == "items":
+            data["a"][:] = twice
+        else:
+            data.mul_(2)
+        return data
+
+    out = torch.vmap(write)(data)
+    assert out.batch_size == (3,)
+    close(out["a"], 2 * start)
+    close(data["a"], 2 * start)
+
+
+@needs("tensordict")
+def test_tensordict_derivatives_of_every_kind():
+    import tensordict
+
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    data = tensordict.TensorDict({"a": a, "nested": {"b": b}}, [3])
+    f = lambda data: (data["a"].sin() * data["nested", "b"]).sum()
+    outside = torch.func.grad(lambda data: torch.vmap(f)(data).sum())(data)
+    inside = torch.vmap(torch.func.grad(f))(data)
+    for found in (outside, inside):
+        assert found.batch_size == (3,)
+        close(found["a"], a.cos() * b)
+        close(found["nested", "b"], a.sin())
+    tangents = torch.vmap(lambda data: torch.func.jvp(f, (data,), (data,))[1])(data)
+    close(tangents, (a.cos() * a * b + a.sin() * b).sum(1))
+    mixed = torch.vmap(torch.func.hessian(f))(data)["a"]["nested", "b"]
+    close(mixed, torch.diag_embed(a.cos()))
+
+
 # torchrl
 
 
