@@ -15,6 +15,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")])
 SOURCES = sorted(path for folder in ("functrans", "tests", "benchmarks") for path in (ROOT / folder).glob("**/*.py"))
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`[^`]*`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NOTE = re.compile(r"NOTE \[([^\]\n]+)\]")
 #: A note stands on a line of its own; anywhere else it is referred to.
@@ -69,7 +70,7 @@ def test_every_python_block_of_a_page_runs_and_asserts(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    prose = CODE.sub("", FENCE.sub("", page.read_text(encoding="utf-8")))
     for target in LINK.findall(prose):
         if not target.startswith(("http:", "https:", "#")):
             path = page.parent / target.partition("#")[0]

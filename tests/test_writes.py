@@ -11,7 +11,7 @@ import torch
 from plain import Plain, difference
 
 from functrans import FunctransError, grad, jvp, vjp, vmap
-from functrans.core.errors import CapturedOnceError, CapturedWriteError
+from functrans.core.errors import CapturedOnceError, CapturedWriteError, NoFormulaError
 
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 Y = torch.tensor([1.3, 0.2, -0.4], dtype=torch.float64)
@@ -418,3 +418,75 @@ def test_a_copy_that_might_have_been_a_view_stays_as_it_is(name: str, written: s
         (vmap(f)(x), torch.stack([f(row) for row in x])),
     ):
         torch.testing.assert_close(got, expected)
+
+
+# operators that write lists of tensors
+
+
+def foreach_writes():
+    """Every overload that writes a list in place, with arguments after the list, by their types."""
+    made = {
+        "Tensor[]": [torch.full((3, 2), 0.5).double(), torch.full((3, 1), 3.0).double()],
+        "number": 1.5,
+        "Scalar": 1.5,
+        "number[]": [1.5, 0.5],
+        "List[number]": [1.5, 0.5],
+        "Tensor": torch.tensor(1.5, dtype=torch.float64),
+    }
+    names = {schema.name.removeprefix("aten::") for schema in torch._C._jit_get_all_schemas()}
+    for name in sorted(n for n in names if n.startswith("_foreach") and n.endswith("_")):
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            rest = [a for a in op._schema.arguments[1:] if not a.has_default_value()]
+            args = [made[str(a.type).replace("List[Tensor]", "Tensor[]")] for a in rest]
+            if rest and rest[-1].name == "scalars" and isinstance(args[-1], torch.Tensor):
+                args[-1] = torch.tensor([1.5, 0.5])
+            yield pytest.param(op, args, id=f"{name}.{overload}")
+
+
+@pytest.mark.parametrize(("op", "args"), foreach_writes())
+def test_lists_that_are_written(op, args):
+    """Under vmap as in a loop over the examples, under grad as by differences: PyTorch's own operator in both."""
+    first = torch.tensor([[0.2, 0.7], [0.1, 0.6], [0.3, 0.9]], dtype=torch.float64)
+    second = torch.tensor([[0.4], [0.2], [0.6]], dtype=torch.float64)
+    lists = [a for a in args if isinstance(a, list) and isinstance(a[0], torch.Tensor)]
+
+    def f(a, b, *flat):
+        given = iter([list(flat[i : i + 2]) for i in range(0, len(flat), 2)])
+        own = [next(given) if any(x is y for y in lists) else x for x in args]
+        a, b = a * 1, b * 1
+        view = a[:1]
+        op([a, b], *own)
+        return a, b, view
+
+    inputs = [first, second, *[x for a in lists for x in a]]
+    found = vmap(f)(*inputs)
+    expected = [torch.stack(out) for out in zip(*[f(*example) for example in zip(*inputs, strict=True)], strict=True)]
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, equal_nan=True)
+
+    total = lambda a, b, *flat: sum((x * x).sum() for x in f(a, b, *flat))
+    if op._overloadname == "Tensor" and "addc" in str(op):  # scalars in a tensor: no formula here, none in PyTorch
+        with pytest.raises(NoFormulaError):
+            grad(total)(*inputs)
+        return
+    found = grad(total, argnums=(0, 1))(*inputs)
+    for place, own in enumerate(found):
+        direction = torch.linspace(0.5, 1, own.numel(), dtype=own.dtype).view(own.shape)
+        up, down = list(inputs), list(inputs)
+        up[place], down[place] = inputs[place] + 1e-6 * direction, inputs[place] - 1e-6 * direction
+        difference = (total(*up) - total(*down)) / 2e-6
+        torch.testing.assert_close((own * direction).sum(), difference, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("other", [lambda a: a, lambda a: a[:1]], ids=["the same", "a view"])
+def test_a_list_that_shares_memory_is_refused(other):
+    def f(a):
+        a = a * 1
+        torch._foreach_add_([a, other(a)], 1.0)
+        return a.sum()
+
+    for call in (lambda: vmap(f)(torch.ones(3, 2)), lambda: grad(f)(torch.ones(2))):
+        with pytest.raises(FunctransError, match="in which tensors share memory"):
+            call()

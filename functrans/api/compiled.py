@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
+from functrans.api.private_names import PAIRS
 from functrans.core.errors import Call
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
@@ -207,6 +209,8 @@ def sights(
     if transform.__name__ in ("vmap", "chunk_vmap"):
         in_dims = options["in_dims"]
         leaves, dims, _, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
+        if any(map(is_container, leaves)):
+            raise NotImplementedError("It has a container among its arguments, which batches itself.")
         of_leaf = {id(x): d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)}
         seen: list[tuple[int | None, bool]] = [(of_leaf.get(id(x)), False) for x in torch_pytree.tree_leaves(args)]
     else:
@@ -364,6 +368,8 @@ def connect() -> None:
         operator.__call__ = names.disable(operator.__call__)  # type: ignore[method-assign]
     for function in (Interpreter.__init__, Snapshot.__init__, run_transformed):
         run_untraced(function)  # where a transform of somebody else's comes to it
+    for _, answer in PAIRS:
+        run_untraced(answer)  # a function that is traced gets examples, which are no wrappers
     run_as_written_while(lambda: STATE.top is not None)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from functrans.api.containers import is_container, whole
 from functrans.api.structures import difference, path_of, paths
 from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.wording import what
@@ -33,8 +34,9 @@ def check_inputs(
     that is given."""
     if not args and axis_size is None:
         raise CallValueError(call, "no positional arguments", "at least one", "Keyword arguments are never batched.")
-    leaves, spec = tree_flatten(args)
-    dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args)
+    is_leaf = whole()
+    leaves, spec = tree_flatten(args, is_leaf)
+    dims = [in_dims] * len(leaves) if isinstance(in_dims, int) else broadcast_prefix(in_dims, args, is_leaf)
     if dims is None:
         as_many = isinstance(in_dims, int) or len(in_dims) == len(args)
         cure = "" if as_many else "in_dims has one entry per positional argument."
@@ -46,12 +48,12 @@ def check_inputs(
         if dim is None:
             found.append(None)
             continue
-        if type(dim) is not int or not isinstance(leaf, Tensor):
-            refuse_leaf(call, leaf, dim, path_of("args", args, place))
+        if type(dim) is not int or not (isinstance(leaf, Tensor) or is_container(leaf)):
+            refuse_leaf(call, leaf, dim, path_of("args", args, place, is_leaf))
         check_layout(leaf)
         rank = leaf.dim()
         if not -rank <= dim < rank:
-            refuse_in_dim(call, dim, rank, path_of("args", args, place))
+            refuse_in_dim(call, dim, rank, path_of("args", args, place, is_leaf))
         dim %= rank
         found.append(dim)
         if size is None:
@@ -59,7 +61,7 @@ def check_inputs(
         elif size != leaf.shape[dim]:
             differ = True
     if differ:
-        refuse_sizes(call, list(zip(paths("args", args), leaves, found, strict=True)))
+        refuse_sizes(call, list(zip(paths("args", args, is_leaf), leaves, found, strict=True)))
     if size is None and axis_size is None:
         raise CallValueError(call, "no argument with a batch", "an int for at least one in in_dims, or an axis_size")
     if None not in (size, axis_size) and size != axis_size:

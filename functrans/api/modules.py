@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call as call_with
 
 from functrans.api.checks import check_flag, check_kind
 from functrans.core.errors import CallError, CallTypeError, CallValueError
@@ -59,7 +60,7 @@ def functional_call(
     try:
         if computed is not None:
             keep_parametrizations({})
-        return torch.func.functional_call(
+        return call_with(
             module, parameter_and_buffer_dicts, args, kwargs, tie_weights=tie_weights, strict=strict
         )
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):

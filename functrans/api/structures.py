@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -12,14 +13,17 @@ from functrans.core.pytrees import NAMESPACE
 PLURALS = ("args", "primals")
 
 
-def path_of(root: str, tree: Any, index: int) -> str:
+IsLeaf = Callable[[Any], bool] | None
+
+
+def path_of(root: str, tree: Any, index: int, is_leaf: IsLeaf = None) -> str:
     """Where leaf ``index`` of ``tree`` stands: ``args[1]['weight']`` for ``root`` "args"."""
-    return paths(root, tree)[index]
+    return paths(root, tree, is_leaf)[index]
 
 
-def paths(root: str, tree: Any) -> list[str]:
+def paths(root: str, tree: Any, is_leaf: IsLeaf = None) -> list[str]:
     """Where each leaf of ``tree`` stands."""
-    return [a.codify(root) for a in optree.tree_accessors(tree, none_is_leaf=True, namespace=NAMESPACE)]
+    return [a.codify(root) for a in optree.tree_accessors(tree, is_leaf, none_is_leaf=True, namespace=NAMESPACE)]
 
 
 def difference(root: str, given: Any, of: str, expected: Any, *, prefix: bool = False) -> tuple[str, str]:

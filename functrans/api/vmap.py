@@ -11,13 +11,17 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_chunk_size, check_randomness
 from functrans.api.compiled import TRACED, named_after
+from functrans.api.containers import Level, is_container, part, whole
+from functrans.api.containers import entered as batched_container
 from functrans.api.in_dims import check_in_dims, check_inputs
+from functrans.api.out_dims import check_out_dims, leave
+from functrans.api.private_names import answer_for_good, current
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import Call, CallIndexError, CallValueError
+from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.made_at import note_results
-from functrans.core.errors.wording import shown, what
+from functrans.core.errors.wording import shown
 from functrans.core.leftovers import as_here
-from functrans.core.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
+from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
 from functrans.core.thread_state import STATE
@@ -165,8 +169,17 @@ def run_batched(
     interpreter = VmapInterpreter(size, randomness, func)
     if axis_name is not None:
         interpreter.axis_name = axis_name
-    pairs = zip(leaves, dims, strict=True)
-    entered = [interpreter.batched(as_here(x), d) if isinstance(x, Tensor) else x for x, d in pairs]
+    level: Level | None = None  # which containers ask for
+    entered: list[Any] = []
+    for x, d in zip(leaves, dims, strict=True):
+        if isinstance(x, Tensor):
+            entered.append(interpreter.batched(as_here(x), d))
+        elif is_container(x):
+            answer_for_good()
+            level = level or Level(interpreter)
+            entered.append(batched_container(x, d, level))
+        else:
+            entered.append(x)
     for x in entered:
         if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
             x.given = True
@@ -174,10 +187,15 @@ def run_batched(
 
     def body() -> tuple[list[Any], Any, Any]:
         out = call_function(call, func, args, kwargs)
-        out_leaves, out_spec = tree_flatten(out)
+        out_leaves, out_spec = tree_flatten(out, whole())
         for x in out_leaves:
-            if type(x) is WrapperTensor and x.view_link is not None and x.interpreter.alive:
-                x.view_link.refresh(x)
+            if type(x) is WrapperTensor:
+                current(x)
+            elif is_container(x):
+                answer_for_good()
+                for tensor in x.values(True, True):
+                    if type(tensor) is WrapperTensor:
+                        current(tensor)
         return out_leaves, out_spec, out
 
     out_leaves, out_spec, out = run_transformed(interpreter, body)
@@ -190,6 +208,9 @@ def run_batched(
         if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:
             write_back(call, interpreter, wrapper, leaves[i], dims[i], path_of("args", args, i))
             written[id(wrapper)] = leaves[i], dims[i]
+    for wrapper, origin, bdim in level.entered if level is not None else ():
+        if wrapper.version:
+            write_back(call, interpreter, wrapper, origin, bdim, "a container's tensor")
     if not written:
         return tree_unflatten(out_spec, results)
     # What an in-place function returns is the caller's tensor, as without vmap, unless it became a view (unsqueeze_).
@@ -219,57 +240,6 @@ def write_back(
     origin.copy_(value)
 
 
-def check_out_dims(call: Call, out_dims: Any, out: Any, leaves: list[Any], spec: Any) -> list[int | None]:
-    if type(out_dims) is int or out_dims is None:
-        return [out_dims] * len(leaves)
-    if isinstance(out, Tensor) and isinstance(out_dims, tuple) and len(out_dims) == 1:
-        places: list[Any] | None = list(out_dims)
-    else:
-        places = broadcast_prefix(out_dims, out)
-    if places is None:
-        raise CallValueError(call, *difference("out_dims", out_dims, "output", out, prefix=True))
-    for i, d in enumerate(places):
-        if d is not None and type(d) is not int:
-            raise CallValueError(call, f"{what(d)} as out_dim of {path_of('output', out, i)}", "an int or None")
-    return places
-
-
-def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, out: Any, index: int) -> Any:
-    """Leaf ``index`` of ``out`` with its batch dimension at ``place``; what is no tensor stays as it is."""
-    bdim = None
-    if type(x) is WrapperTensor:
-        if x.interpreter is interpreter:
-            x, bdim = x.value, x.bdim
-            if bdim == place:
-                return x
-        else:
-            x = as_here(x)
-    elif not isinstance(x, Tensor):
-        return x
-    if place is None:
-        if bdim is not None:
-            got = f"{path_of('output', out, index)}, which differs between examples, with out_dim None"
-            raise CallValueError(
-                call, got, "an output that is the same for every example", "Give it an out_dim, such as 0."
-            )
-        return x
-    rank = x.dim() + (bdim is None)
-    if not -rank <= place < rank:
-        got = (
-            f"out_dim {place} for {path_of('output', out, index)}, "
-            f"which has {rank} dimension{'s' * (rank != 1)} with the batch"
-        )
-        raise CallIndexError(call, got, f"{-rank} <= out_dim < {rank}")
-    place %= rank
-    if bdim is None:
-        if x.layout is not torch.strided:
-            return torch.stack([x] * interpreter.batch_size, place)
-        shape = list(x.shape)
-        shape.insert(place, interpreter.batch_size)
-        return x.unsqueeze(place).expand(shape)
-    return x if bdim == place else x.movedim(bdim, place)
-
-
 def run_chunks(
     call: Call,
     func: Callable[..., Any],
@@ -286,16 +256,16 @@ def run_chunks(
     state = torch.get_rng_state() if randomness == "same" else None
     outs = []
     for x, d in zip(leaves, dims, strict=True):
-        if d is not None:
+        if d is not None and isinstance(x, Tensor):
             strides_of(x)  # refuses layouts that cannot be batched, before they are cut
     for start in range(0, size, chunk_size):
         length = min(chunk_size, size - start)
-        part = [x if d is None else x.narrow(d, start, length) for x, d in zip(leaves, dims, strict=True)]
+        chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
         if state is not None:
             torch.set_rng_state(state)
-        outs.append(run_batched(call, func, part, dims, spec, length, out_dims, randomness, kwargs))
-    out_spec = tree_flatten(outs[0])[1]
-    flat = [leaves_like(o, out_spec) for o in outs]
+        outs.append(run_batched(call, func, chunk, dims, spec, length, out_dims, randomness, kwargs))
+    out_spec = tree_flatten(outs[0], whole())[1]
+    flat = [leaves_like(o, out_spec, whole()) for o in outs]
     for out, (_, own) in zip(outs, flat, strict=True):
         if own != out_spec:
             raise CallValueError(call, *difference("output", out, "the first chunk's", outs[0]))
@@ -303,5 +273,6 @@ def run_chunks(
     joined = []
     for i, place in enumerate(places):
         parts = [leaves_[i] for leaves_, _ in flat]
-        joined.append(parts[0] if place is None or not isinstance(parts[0], Tensor) else torch.cat(parts, dim=place))
+        joins = place is not None and (isinstance(parts[0], Tensor) or is_container(parts[0]))
+        joined.append(torch.cat(parts, dim=place) if joins else parts[0])  # type: ignore[arg-type]
     return tree_unflatten(out_spec, joined)

@@ -15,8 +15,8 @@ NAMESPACE = "torch"
 TreeSpec = optree.PyTreeSpec
 
 
-def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Leaves and structure of ``tree``; None is a leaf."""
+def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeSpec]:
+    """Leaves and structure of ``tree``; None is a leaf, and so is what ``is_leaf`` says."""
     kind = type(tree)
     if kind in TENSORS:
         return [tree], LEAF
@@ -26,10 +26,10 @@ def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
                 break
         else:
             return list(tree), TUPLES[len(tree)]
-    leaves, spec = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    leaves, spec = optree.tree_flatten(tree, is_leaf, none_is_leaf=True, namespace=NAMESPACE)
     for leaf in leaves:
         if type(leaf) in TREE_NODES and not isinstance(leaf, Tensor) and _adopt(type(leaf)):
-            return tree_flatten(tree)
+            return tree_flatten(tree, is_leaf)
     return leaves, spec
 
 
@@ -62,20 +62,24 @@ def tree_map(function: Callable[[Any], Any], tree: Any) -> Any:
     return tree_unflatten(spec, [function(leaf) for leaf in leaves])
 
 
-def broadcast_prefix(prefix: Any, tree: Any) -> list[Any] | None:
+def broadcast_prefix(
+    prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any] | None:
     """``prefix``, a tree with the structure of ``tree``'s upper part, given once per leaf; None if it does not fit."""
     try:
-        return optree.broadcast_prefix(in_order_of(prefix, tree), tree, none_is_leaf=True, namespace=NAMESPACE)
+        return optree.broadcast_prefix(in_order_of(prefix, tree), tree, is_leaf, none_is_leaf=True, namespace=NAMESPACE)
     except ValueError:
         return None
 
 
-def leaves_like(tree: Any, spec: TreeSpec) -> tuple[list[Any], TreeSpec]:
+def leaves_like(
+    tree: Any, spec: TreeSpec, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], TreeSpec]:
     """Leaves and structure of ``tree``, whose dicts are taken in the order of those in ``spec``."""
-    leaves, own = tree_flatten(tree)
+    leaves, own = tree_flatten(tree, is_leaf)
     if own == spec or own.num_leaves != spec.num_leaves:
         return leaves, own
-    return tree_flatten(in_order_of(tree, tree_unflatten(spec, [None] * spec.num_leaves)))
+    return tree_flatten(in_order_of(tree, tree_unflatten(spec, [None] * spec.num_leaves)), is_leaf)
 
 
 DICTS = (dict, OrderedDict, defaultdict)

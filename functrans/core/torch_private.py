@@ -17,6 +17,7 @@ import torch
 from functrans.core.errors import TorchMovedError
 
 __all__ = [
+    "ADD_BATCH_DIM",
     "ATTRIBUTES",
     "AUTOGRAD",
     "COMPOSITE",
@@ -27,8 +28,10 @@ __all__ = [
     "INDEX_BATCHED_KEYS",
     "KEY_OF_MODE",
     "NEGATIVE",
+    "PLACES_OF_TORCH_FUNC",
     "PRE_DISPATCH",
     "PYTHON",
+    "REMOVE_BATCH_DIM",
     "TENSOR_MODULE",
     "TRACER_MODE",
     "TREE_NODES",
@@ -46,10 +49,13 @@ __all__ = [
     "autocast_enabled",
     "debug_mode",
     "dynamo_names",
+    "forget_rules_of_dynamo",
     "forward_class",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
+    "functorch_core",
+    "functorch_vmap",
     "graph_task",
     "is_forward_enabled",
     "is_key_excluded",
@@ -206,6 +212,26 @@ pop_packing = private(
 is_torch_func_active = private(
     "torch._C._are_functorch_transforms_active", "to refuse to run inside a transform of torch.func"
 )
+_FOR_CLIENTS = "to answer for its own wrappers where others ask PyTorch's private names"
+functorch_core: Any = private("torch._C._functorch", _FOR_CLIENTS)
+functorch_vmap: Any = private("torch._functorch.vmap", _FOR_CLIENTS)
+for _name in ("apis", "batch_norm_replacement", "eager_transforms", "functional_call"):
+    private(f"torch._functorch.{_name}", "to put its functions in the place of torch.func's")
+#: The methods that a container which batches itself has (api/containers.py); they are named as PyTorch's functions.
+ADD_BATCH_DIM, REMOVE_BATCH_DIM = "_add_batch_dim", "_maybe_remove_batch_dim"
+#: The modules of PyTorch that others import the names of torch.func from; for each, the attributes that it has for its
+#: own use.
+PLACES_OF_TORCH_FUNC: dict[str, tuple[str, ...]] = {
+    "torch": (),
+    "torch.func": (),
+    "torch._C._functorch": (),
+    "torch._functorch.apis": (),
+    "torch._functorch.batch_norm_replacement": (),
+    "torch._functorch.eager_transforms": ("vmap", "get_unwrapped", "is_functorch_wrapped_tensor"),
+    "torch._functorch.einops": (),
+    "torch._functorch.functional_call": (),
+    "torch._functorch.vmap": (),
+}
 make_wrapper = private("torch.Tensor._make_wrapper_subclass", "to make tensors that have metadata and no data")
 TENSOR_MODULE: Any = private("torch._tensor", "to tell the code of Tensor's methods, which hands calls on")
 no_dispatch = private("torch.utils._mode_utils.no_dispatch", "to make tensors past all modes")
@@ -323,6 +349,12 @@ def run_untraced(function: Callable[..., Any]) -> None:
     """
     private("torch._dynamo.trace_rules._disallowed_callable_ids", _FOR_FRAMES).add(id(function))
     private("torch._dynamo.eval_frame.skip_code", _FOR_FRAMES)(function.__code__)
+
+
+def forget_rules_of_dynamo() -> None:
+    """Let Dynamo look up anew what the names of PyTorch's functions stand for, which it does once."""
+    if "torch._dynamo.trace_rules" in sys.modules:
+        private("torch._dynamo.trace_rules.clear_lru_cache", _FOR_FRAMES)()
 
 
 def run_as_written_while(inside: Callable[[], bool]) -> None:

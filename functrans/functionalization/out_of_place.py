@@ -49,6 +49,14 @@ def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return copied_like(target, source)
 
 
+def pure_copies(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return [pure_copy(pair, {}) for pair in zip(args[0], args[1], strict=True)]
+
+
+def pure_zeros(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return [pure_zero((x,), {}) for x in args[0]]
+
+
 def pure_zero(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return thread_state.DOOR.enter(aten.zeros_like.default, args, kwargs)
 
@@ -61,6 +69,8 @@ def pure_polygamma(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 PURE_FORMS: RuleTable[Callable[..., Any]] = RuleTable("pure forms", cached=True, writing=True)
 PURE_FORMS.add(aten.copy_.default, pure_copy)
 PURE_FORMS.add(aten.zero_.default, pure_zero)
+PURE_FORMS.add(aten._foreach_copy_.default, pure_copies)
+PURE_FORMS.add(aten._foreach_zero_.default, pure_zeros)
 PURE_FORMS.add(aten.polygamma_.default, pure_polygamma)
 
 

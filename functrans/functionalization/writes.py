@@ -88,6 +88,8 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         raise NoPureFormError(op)
     if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
         return write_metadata(known, functional.op, targets[0], args, kwargs)
+    if any(isinstance(target, list | tuple) for target in targets):
+        targets = written_lists(known, targets)
     new = functional(args, kwargs)
     news = list(new) if isinstance(new, tuple | list) else [new]
     if len(news) > len(targets):  # pure form returns the operator's own outputs first, then what is written
@@ -104,6 +106,25 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if not known.returns_written:
         return None
     return targets[0] if len(targets) == 1 else tuple(targets)
+
+
+def written_lists(known: OpInfo, targets: list[Any]) -> list[Any]:
+    """The tensors to write where an operator writes lists of them, as ``torch._foreach_add_`` does.
+
+    What it writes is computed for all of them first, so none may be written through another.
+    """
+    flat = [x for target in targets for x in (target if isinstance(target, list | tuple) else [target])]
+    places = {family_of(x) if type(x) is WrapperTensor else x.untyped_storage().data_ptr() for x in flat}
+    if len(places) < len(flat):
+        top = scan(flat, {})[0] or STATE.top
+        what = f"{known.op} of a list in which tensors share memory"
+        raise InsideTransformError(what, "a transform" if top is None else top.name, "a call for each of them")
+    return flat
+
+
+def family_of(x: WrapperTensor) -> int:
+    """What is the same for tensors that share memory."""
+    return id(x.view_link.group if x.view_link is not None else x.alias_group or x)
 
 
 def _argument(known: OpInfo, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

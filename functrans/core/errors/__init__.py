@@ -127,7 +127,7 @@ class InsideTransformError(FunctransError, takes="what transform cure"):
 
 class MixedTransformsError(FunctransError, takes="transform"):
     sentence = """{transform} was called inside a transform of torch.func, which cannot see into it. Use functrans for
-        the outer transform too."""
+        the outer transform too; functrans.compat.install() does so for a whole program."""
 
 
 class NoDataError(FunctransError):
