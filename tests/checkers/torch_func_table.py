@@ -285,7 +285,7 @@ JAX = [
         "tests/test_collectives.py::test_values",
         "under vmaps of that name ([named_axes.md](named_axes.md))",
     ),
-    row("lax.ppermute, all_to_all, psum_scatter", "no", "not hasattr(functrans, 'ppermute')", "`all_gather`, and an index"),
+    row("lax.ppermute, all_to_all, psum_scatter", "no", "not hasattr(functrans, 'ppermute')", "`all_gather` has it all"),
     row(
         "lax.cond, lax.scan, lax.while_loop",
         "differs",
