@@ -28,6 +28,7 @@ from functrans.api.extension_calls import (
 )
 from functrans.api.rule_results import check_below, check_carried, checked_result
 from functrans.api.rule_scopes import overriding, rules_in_scope
+from functrans.control_flow.table import DEFINITIONS
 from functrans.core.defaults import completed
 from functrans.core.errors import (
     CallTypeError,
@@ -52,6 +53,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batchin
 
 __all__ = [
     "BATCHING_RULES",
+    "DEFINITIONS",
     "DERIVATIVES",
     "BatchInfo",
     "CarriedValueError",

@@ -19,6 +19,7 @@ FLOORS = [
     {"derivatives"},
     {"programs"},
     {"interpreters"},
+    {"control_flow"},
     {"door", "api"},
     {"extend"},
     {"__init__"},

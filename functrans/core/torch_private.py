@@ -6,6 +6,7 @@ Another PyTorch may have moved one: ``private`` then says which, at import. Noth
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ __all__ = [
     "DisableTorchDispatch",
     "DisableTorchFunction",
     "EnableTorchFunction",
+    "FakeTensor",
     "HigherOrderOperator",
     "Mode",
     "OpOverload",
@@ -51,11 +53,14 @@ __all__ = [
     "keep_parametrizations",
     "kept_parametrizations",
     "make_wrapper",
+    "math_attention",
     "mode_at",
+    "mode_of_kind",
     "mode_stack_size",
     "no_dispatch",
     "no_setup_context",
     "overload_of_library",
+    "pairwise_scan",
     "pop_function_mode",
     "pop_mode",
     "pop_packing",
@@ -71,6 +76,7 @@ __all__ = [
     "set_grad_enabled",
     "set_key_excluded",
     "set_key_included",
+    "structure_kept",
     "tensor_torch_function",
     "top_packing",
     "torch_pytree",
@@ -140,6 +146,24 @@ tracers_before_autograd = private("torch._ops.mode_stack_state_for_pre_dispatch"
 unset_mode = private("torch._C._unset_dispatch_mode", _FOR_EXPORT)
 TRACER_MODE = private("torch._C._TorchDispatchModeKey.PROXY", _FOR_EXPORT)
 KEY_OF_MODE = "_dispatch_key"  # of the tracer while it is in front of autograd
+
+# Operators that take functions; NOTE [Control flow] says what they come to.
+mode_of_kind = private("torch._C._get_dispatch_mode", "to know whether what happens at the base is traced")
+FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor", "to know whether a truth value can be read")
+pairwise_scan = private(
+    "torch._higher_order_ops.associative_scan.generic_associative_scan", "to combine by pairs in associative_scan"
+)
+math_attention = private("torch._higher_order_ops.flex_attention.math_attention", "to run flex_attention as operators")
+
+
+def structure_kept(function: Callable[..., Any], name: str) -> Any:
+    """The tree structure that ``while_loop`` or ``associative_scan`` keeps in what it calls its operator with, by the
+    name that it has there; None: the function is somebody else's."""
+    if isinstance(function, functools.partial):
+        return function.keywords.get(name)
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[names.index(name)].cell_contents if name in names else None  # type: ignore[index]
+
 
 # Entering a TorchDispatchMode through its context manager costs several microseconds.
 mode_stack_size = private("torch._C._len_torch_dispatch_stack", "to know whether a mode was entered after its own")

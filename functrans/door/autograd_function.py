@@ -22,12 +22,13 @@ from typing import Any
 from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from functrans.core.dispatch import lift, scan
+from functrans.core.dispatch import entered, lift, scan
 from functrans.core.errors import CustomFunctionError
 from functrans.core.errors.made_at import note_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import mode_stack_size
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.function_context import as_tuple, is_setup_style, within
 from functrans.interpreters.functionalize import FunctionalizeInterpreter, apply_below
 from functrans.interpreters.grad.function import grad_rule
@@ -64,6 +65,7 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         raise CustomFunctionError(
             cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False)."
         )
+    args = entered(top, args, {})[0]
     owner = scan([leaf for a in args for leaf in within(a)])[0]
     out = send(owner, cls, args)
     if owner is not top:
@@ -94,6 +96,7 @@ FUNCTION_RULES: dict[type[Interpreter], Callable[..., Any]] = {
     TransposeInterpreter: transpose_rule,
     LinearizeInterpreter: record_function,
     FunctionalizeInterpreter: apply_below,
+    BranchInterpreter: apply_below,
     JvpInterpreter: jvp_rule,
     VmapInterpreter: vmap_rule,
 }

@@ -6,8 +6,10 @@ import sys
 from threading import get_ident
 from typing import Any
 
+import functrans.control_flow.definitions
+from functrans.control_flow.table import run_higher_order
 from functrans.core import thread_state
-from functrans.core.dispatch import base, lift, scan
+from functrans.core.dispatch import base, entered, lift, scan
 from functrans.core.errors import OtherThreadError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
@@ -17,7 +19,7 @@ from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
-from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, set_key_excluded
+from functrans.core.torch_private import CONJUGATE, NEGATIVE, HigherOrderOperator, Mode, OpOverload, set_key_excluded
 from functrans.functionalization import writes
 from functrans.functionalization.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
@@ -25,6 +27,8 @@ from functrans.interpreters.failures import explain
 
 class Door(Mode):
     """Brings in the operators that have no wrapper among their arguments: factories, random ones, captured tensors."""
+
+    supports_higher_order_operators = True
 
     def __torch_dispatch__(
         self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -42,6 +46,8 @@ class Door(Mode):
         try:
             known: OpInfo = op._functrans  # type: ignore[attr-defined]
         except AttributeError:
+            if isinstance(op, HigherOrderOperator):
+                return run_higher_order(op, args, kwargs or {})
             known = op_info(op)
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
@@ -77,9 +83,11 @@ thread_state.DOOR = DOOR = Door()
 
 def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``op``, whose arguments stand where its schema has them."""
+    top = STATE.top
+    if top is not None and top.within is not None:
+        args, kwargs = entered(top, args, kwargs)
     if (known.kind if not SCOPES else kind_here(known)) != PURE:
         return writes.run(known, args, kwargs)
-    top = STATE.top
     owner = top if known.random else scan(args, kwargs)[0]
     if owner is top or owner is None:
         out = base(op, args, kwargs) if owner is None else owner.process(op, args, kwargs)
