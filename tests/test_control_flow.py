@@ -26,7 +26,16 @@ from functrans.core.errors import (
     RuleResultError,
     UndecidedError,
 )
-from functrans.extend import DEFINITIONS, RuleTable, TableInterpreter, interpreter_stack, run_transformed, running_at
+from functrans.extend import (
+    DEFINITIONS,
+    DERIVATIVES,
+    RuleTable,
+    TableInterpreter,
+    interpreter_stack,
+    overriding,
+    run_transformed,
+    running_at,
+)
 
 F64 = torch.float64
 tree = torch.utils._pytree
@@ -270,6 +279,53 @@ def map_of_trees(do: Any, x: Tensor, w: Tensor) -> Tensor:
 @program
 def map_with_cond(do: Any, x: Tensor, w: Tensor) -> Tensor:
     return do.map(lambda y: do.cond(y > 0, lambda: y.sqrt(), lambda: y * w.sum()), x)
+
+
+@program
+def cond_with_grad(do: Any, x: Tensor, w: Tensor) -> Tensor:
+    """A transform inside of a branch uses what is captured: tensors that would divide by zero elsewhere."""
+    total = x.sum()
+
+    def slope() -> Tensor:
+        if do is Python:
+            return 2 * x / total + (total * w.abs()).sqrt() + 1 / total
+        return grad(lambda y: (y**2 / total + y * (total * w.abs()).sqrt()).sum())(x) + grad(lambda y: y / total)(w[0])
+
+    return do.cond(total > 0, slope, lambda: w * x)
+
+
+@program
+def cond_with_vmap(do: Any, x: Tensor, w: Tensor) -> Tensor:
+    """The argument of a vmap inside of a branch is captured."""
+    rows = torch.outer(x.abs(), w.abs()) * x.sum()
+
+    def roots() -> Tensor:
+        if do is Python:
+            return rows.sqrt().sum(0) + rows[:, 0].log().sum()
+        return vmap(torch.sqrt)(rows).sum(0) + vmap(lambda row: row[0].log())(rows).sum()
+
+    return do.cond(rows.min() > 0, roots, lambda: w * x)
+
+
+@program
+def cond_with_borrowed_derivative(do: Any, x: Tensor, w: Tensor) -> Tensor:
+    total = x.sum()
+
+    def slope() -> Tensor:
+        if do is Python:
+            return -w / total**2
+        with overriding(DERIVATIVES, torch.ops.aten.reciprocal.default):
+            return w * grad(torch.reciprocal)(total)
+
+    return do.cond(total > 0, slope, lambda: w * x)
+
+
+@program
+def cond_with_pullback(do: Any, x: Tensor, w: Tensor) -> Tensor:
+    """Of a function outside of the branch."""
+    total = x.sum()
+    pull = vjp(lambda t: t.exp() * w, total)[1] if do is Torch else lambda c: [(c * w).sum() * total.exp()]
+    return do.cond(total > 0, lambda: pull(x)[0] * w, lambda: w * x)
 
 
 XS = torch.tensor(
