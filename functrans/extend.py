@@ -26,7 +26,7 @@ from functrans.api.extension_calls import (
     running_at,
     wrap,
 )
-from functrans.api.rule_results import check_below, check_carried, checked_result
+from functrans.api.rule_results import check_below, check_carried, checked_result, checked_tree
 from functrans.api.rule_scopes import overriding, rules_in_scope
 from functrans.control_flow.table import DEFINITIONS
 from functrans.core.defaults import completed
@@ -46,7 +46,7 @@ from functrans.core.rules import RuleTable, place_in
 from functrans.core.schemas import schema_default
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import OpOverload
+from functrans.core.torch_private import HigherOrderOperator, OpOverload, torch_pytree
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
@@ -100,7 +100,9 @@ class TableInterpreter(Interpreter):
     A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a
     wrapper of this interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None
     on a constant. It runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)``
-    makes, for each output of the operator and of its shape; anything else is a RuleResultError.
+    makes, for each output of the operator and of its shape; anything else is a RuleResultError. The functions among the
+    arguments of an operator such as ``torch.ops.higher_order.cond`` are code of this level: a rule calls them inside
+    ``with running_at(interpreter):``.
     """
 
     #: The transform's rules; one table per transform.
@@ -179,6 +181,19 @@ class TableInterpreter(Interpreter):
         with lowered(self):
             out = completed(rule, op, 1)(self, *entered, **entered_kwargs)
         return checked_result(self, op, out, entered, entered_kwargs)
+
+    def process_higher_order(self, op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule = self.rules.get(op)  # type: ignore[arg-type]
+        if rule is None:
+            return NotImplemented
+
+        def mine(a: Any) -> Any:
+            return self.own(a) if isinstance(a, Tensor) else a
+
+        entered, entered_kwargs = torch_pytree.tree_map(mine, (args, kwargs))
+        with lowered(self):
+            out = rule(self, *entered, **entered_kwargs)
+        return checked_tree(self, op, out)
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:

@@ -137,7 +137,8 @@ def cond_in_cond(do: Any, x: Tensor, w: Tensor) -> Tensor:
     def inner(y: Tensor) -> Tensor:
         return do.cond(y[0] > w[0], lambda: (y[0] - w[0]).sqrt() * y, lambda: (w[0] - y[0]).log() * w)
 
-    return do.cond(x.sum() > 0, lambda y: inner(y) + x.sum().log(), lambda y: inner(2 * y) * (0.5 - x.sum()).rsqrt(), (x,))
+    total = x.sum()
+    return do.cond(total > 0, lambda y: inner(y) + total.log(), lambda y: inner(2 * y) * (0.5 - total).rsqrt(), (x,))
 
 
 @program

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from functrans.core.dispatch import scan
 from functrans.core.errors import CallError, CallTypeError, MissingRuleError, UndecidedError
-from functrans.core.errors.wording import callable_name, shown
+from functrans.core.errors.described import shown
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import running_at
-from functrans.core.torch_private import TRACER_MODE, FakeTensor, mode_of_kind, torch_pytree
+from functrans.core.torch_private import TRACING_MODES, FakeTensor, mode_of_kind, torch_pytree
 from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+
+
+class Sides(NamedTuple):
+    """What is compared, for messages: the function called, where the one comes from, what the other is."""
+
+    call: str
+    given: str
+    expected: str
 
 
 class Split:
@@ -37,7 +46,7 @@ class Split:
         """``function`` for those examples that take it: where the truth value is ``taken``. The results for the
         others mean nothing."""
         takes = self.mask if taken else ~self.mask
-        branch = BranchInterpreter(function, takes, self.example(taken))
+        branch = BranchInterpreter(inspect.unwrap(function), takes, self.example(taken))
 
         def body() -> Any:
             entered = [torch_pytree.tree_map(branch.enter, a) for a in args]
@@ -54,38 +63,32 @@ class Split:
                 places[owner], rest = rest % size, rest.div(size, rounding_mode="floor")
         return places
 
-    def choose(self, op: str, taken: Callable[..., Any], yes: Any, no: Any) -> Any:
-        """``yes`` for the examples where the truth value holds, ``no`` for the others: trees alike.
-
-        ``taken``: the function that ``yes`` comes from, for messages.
-        """
+    def choose(self, sides: Sides, yes: Any, no: Any) -> Any:
+        """``yes`` for the examples where the truth value holds, ``no`` for the others: trees alike."""
         (leaves, spec), (others, other_spec) = torch_pytree.tree_flatten(yes), torch_pytree.tree_flatten(no)
-        check_alike(op, taken, leaves, others, spec == other_spec)
+        check_alike(sides, leaves, others, spec == other_spec)
         chosen = [torch.where(self.mask, a, b) if isinstance(a, Tensor) else a for a, b in zip(leaves, others)]
         return torch_pytree.tree_unflatten(chosen, spec)
 
 
-def check_alike(op: str, function: Callable[..., Any], given: Sequence[Any], expected: Sequence[Any], same: bool) -> None:
-    """Refuse what ``function`` returned if it is not ``expected`` in structure, shapes and dtypes.
+def check_alike(sides: Sides, given: Sequence[Any], expected: Sequence[Any], same: bool = True) -> None:
+    """Refuse results that are not as expected: in number, in structure (``same``), in shape and dtype.
 
     Other values than tensors have to be equal, where one will stand for the other.
     """
-    call = f"torch.ops.higher_order.{op}({callable_name(function)}, ...)"
+    function, source, like = sides
     if not same or len(given) != len(expected):
-        raise CallError(
-            call,
-            f"{len(given)} results from {callable_name(function)}",
-            f"the structure of what they stand beside, of {len(expected)}",
-            "Return the same containers and the same number of tensors.",
-        )
+        number = f"{len(given)} results of {source}"
+        cure = "Return the same number of tensors in the same containers."
+        raise CallError(function, number, f"the structure of {like}, of {len(expected)}", cure)
     for i, (a, b) in enumerate(zip(given, expected, strict=True)):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             alike = a.shape == b.shape and a.dtype is b.dtype
         else:
             alike = not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and a == b
         if not alike:
-            what = f"{shown(a)} as result {i} of {callable_name(function)}"
-            raise CallError(call, what, shown(b), "Return tensors of one shape and dtype, and numbers as tensors.")
+            cure = "Return tensors of one shape and dtype, and as tensors the numbers that differ."
+            raise CallError(function, f"{shown(a)} as result {i} of {source}", f"{shown(b)}, like {like}", cure)
 
 
 def decide(op: Any, truth: Any) -> bool | Split:
@@ -94,21 +97,22 @@ def decide(op: Any, truth: Any) -> bool | Split:
     Raises:
         UndecidedError: it belongs to a new transform that has no rule for ``op``.
     """
-    if not isinstance(truth, Tensor):
-        if isinstance(truth, bool | int | float | torch.SymBool):
-            return bool(truth)
-        raise CallTypeError(f"torch.ops.higher_order.{op}", f"{shown(truth)} as predicate", "a truth value")
-    if truth.numel() != 1:
-        raise CallError(f"torch.ops.higher_order.{op}", f"{shown(truth)} as predicate", "a tensor with one element")
-    mask = truth.reshape(())
+    if isinstance(truth, bool | int | float | torch.SymBool):
+        return bool(truth)
+    if not isinstance(truth, Tensor) or truth.numel() != 1:
+        expected = "a bool, or a tensor with one element"
+        raise CallTypeError(f"torch.ops.higher_order.{op}", f"{shown(truth)} as predicate", expected)
+    mask = truth.reshape(()) if truth.shape else truth
     mask = mask if mask.dtype is torch.bool else mask != 0
     base, owners, unknown = at_base(mask)
-    readable = not isinstance(base, FakeTensor) and mode_of_kind(TRACER_MODE) is None
+    readable = not isinstance(base, FakeTensor) and all(mode_of_kind(kind) is None for kind in TRACING_MODES)
     if readable and not owners:
         try:
             return bool(mask)
         except MissingRuleError as error:
-            raise UndecidedError(op, unknown or mask.interpreter) from error
+            if unknown is None:
+                raise
+            raise UndecidedError(op, unknown) from error
     if unknown is not None:
         raise UndecidedError(op, unknown)
     if readable:

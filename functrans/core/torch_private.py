@@ -30,6 +30,7 @@ __all__ = [
     "PYTHON",
     "TENSOR_MODULE",
     "TRACER_MODE",
+    "TRACING_MODES",
     "TREE_NODES",
     "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR",
@@ -41,8 +42,10 @@ __all__ = [
     "HigherOrderOperator",
     "Mode",
     "OpOverload",
+    "associative_module",
     "autocast_enabled",
     "dynamo_names",
+    "flex_module",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
@@ -51,16 +54,15 @@ __all__ = [
     "is_key_included",
     "is_torch_func_active",
     "keep_parametrizations",
+    "kept_by",
     "kept_parametrizations",
     "make_wrapper",
-    "math_attention",
     "mode_at",
     "mode_of_kind",
     "mode_stack_size",
     "no_dispatch",
     "no_setup_context",
     "overload_of_library",
-    "pairwise_scan",
     "pop_function_mode",
     "pop_mode",
     "pop_packing",
@@ -76,7 +78,6 @@ __all__ = [
     "set_grad_enabled",
     "set_key_excluded",
     "set_key_included",
-    "structure_kept",
     "tensor_torch_function",
     "top_packing",
     "torch_pytree",
@@ -149,16 +150,18 @@ KEY_OF_MODE = "_dispatch_key"  # of the tracer while it is in front of autograd
 
 # Operators that take functions; NOTE [Control flow] says what they come to.
 mode_of_kind = private("torch._C._get_dispatch_mode", "to know whether what happens at the base is traced")
+_modes = private("torch._C._TorchDispatchModeKey", "to know the modes that trace")
+TRACING_MODES = (_modes.PROXY, _modes.FAKE, _modes.FUNCTIONAL)
 FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor", "to know whether a truth value can be read")
-pairwise_scan = private(
-    "torch._higher_order_ops.associative_scan.generic_associative_scan", "to combine by pairs in associative_scan"
-)
-math_attention = private("torch._higher_order_ops.flex_attention.math_attention", "to run flex_attention as operators")
+associative_module: Any = private("torch._higher_order_ops.associative_scan", "to scan by a function of one pair")
+private("torch._higher_order_ops.associative_scan.generic_associative_scan", "to scan by a function of one pair")
+flex_module: Any = private("torch.nn.attention.flex_attention", "to have derivatives of flex_attention on the CPU")
+private("torch.nn.attention.flex_attention._validate_device", "to have derivatives of flex_attention on the CPU")
 
 
-def structure_kept(function: Callable[..., Any], name: str) -> Any:
-    """The tree structure that ``while_loop`` or ``associative_scan`` keeps in what it calls its operator with, by the
-    name that it has there; None: the function is somebody else's."""
+def kept_by(function: Callable[..., Any], name: str) -> Any:
+    """What ``while_loop`` or ``associative_scan`` keeps in the function that it calls its operator with, by the name
+    that it has there: a tree structure, the user's function. None: the function is somebody else's."""
     if isinstance(function, functools.partial):
         return function.keywords.get(name)
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())

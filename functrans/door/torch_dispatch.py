@@ -6,7 +6,7 @@ import sys
 from threading import get_ident
 from typing import Any
 
-import functrans.control_flow.definitions
+from functrans.control_flow import definitions  # noqa: F401
 from functrans.control_flow.table import run_higher_order
 from functrans.core import thread_state
 from functrans.core.dispatch import base, entered, lift, scan
