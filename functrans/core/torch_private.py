@@ -22,6 +22,7 @@ __all__ = [
     "COMPOSITE",
     "CONJUGATE",
     "DECOMPOSITION_TABLE",
+    "FLEX_ATTENTION",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
     "KEY_OF_MODE",
@@ -45,7 +46,6 @@ __all__ = [
     "associative_module",
     "autocast_enabled",
     "dynamo_names",
-    "flex_module",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
@@ -70,6 +70,7 @@ __all__ = [
     "push_mode",
     "push_packing",
     "register_tree_node",
+    "replace_in_flex_attention",
     "run_as_written_while",
     "run_untraced",
     "set_eval_frame",
@@ -155,8 +156,13 @@ TRACING_MODES = (_modes.PROXY, _modes.FAKE, _modes.FUNCTIONAL)
 FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor", "to know whether a truth value can be read")
 associative_module: Any = private("torch._higher_order_ops.associative_scan", "to scan by a function of one pair")
 private("torch._higher_order_ops.associative_scan.generic_associative_scan", "to scan by a function of one pair")
-flex_module: Any = private("torch.nn.attention.flex_attention", "to have derivatives of flex_attention on the CPU")
-private("torch.nn.attention.flex_attention._validate_device", "to have derivatives of flex_attention on the CPU")
+FLEX_ATTENTION = "torch.nn.attention.flex_attention"
+
+
+def replace_in_flex_attention(make: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Let ``make`` of it stand for the check of devices in front of flex_attention, which has been imported."""
+    check = private(FLEX_ATTENTION + "._validate_device", "to have derivatives of flex_attention on the CPU")
+    private(FLEX_ATTENTION, "to have derivatives of flex_attention on the CPU")._validate_device = make(check)
 
 
 def kept_by(function: Callable[..., Any], name: str) -> Any:

@@ -11,8 +11,15 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.control_flow.definitions import generic_associative_scan
+from functrans.core.imports import when_imported
 from functrans.core.thread_state import STATE
-from functrans.core.torch_private import associative_module, flex_module, kept_by, torch_pytree
+from functrans.core.torch_private import (
+    FLEX_ATTENTION,
+    associative_module,
+    kept_by,
+    replace_in_flex_attention,
+    torch_pytree,
+)
 
 _cond = type(torch.ops.higher_order.cond)
 _original_cond = _cond.__call__
@@ -52,17 +59,18 @@ def scan_pairs(operator: Callable[..., Any], leaves: Sequence[Tensor], *args: An
     return _original_scan(operator, leaves, *args, **kwargs)
 
 
-_original_check = flex_module._validate_device
+def without_derivatives(original: Callable[..., None]) -> Callable[..., None]:
+    """The check of devices of flex_attention, of which PyTorch has no derivative on the CPU."""
 
+    @functools.wraps(original)
+    def check(query: Tensor, key: Tensor, value: Tensor) -> None:
+        if not is_dynamo_compiling() and STATE.top is not None:
+            query, key, value = query.detach(), key.detach(), value.detach()
+        original(query, key, value)
 
-@functools.wraps(_original_check)
-def check_device(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """PyTorch has no derivative of flex_attention on the CPU."""
-    if not is_dynamo_compiling() and STATE.top is not None:
-        query, key, value = query.detach(), key.detach(), value.detach()
-    _original_check(query, key, value)
+    return check
 
 
 _cond.__call__ = call_cond  # type: ignore[method-assign]
 associative_module.generic_associative_scan = scan_pairs
-flex_module._validate_device = check_device
+when_imported(FLEX_ATTENTION, lambda: replace_in_flex_attention(without_derivatives))
