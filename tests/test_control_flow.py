@@ -15,8 +15,19 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.autograd import forward_ad
 
-import functrans
-from functrans import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+from functrans import (
+    functional_call,
+    functionalize,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linear_transpose,
+    linearize,
+    vjp,
+    vmap,
+)
 from functrans.core.errors import (
     BranchWriteError,
     CallError,
@@ -223,6 +234,21 @@ def cond_in_while(do: Any, x: Tensor, w: Tensor) -> Tensor:
         return y - 0.75, z
 
     return do.while_loop(lambda y, z: y > 0, body, (x.abs().sum(), x))[1]
+
+
+@program
+def loops_in_cond(do: Any, x: Tensor, w: Tensor) -> Tensor:
+    """Loops that would not end, or divide by zero, for examples that do not take the branch."""
+
+    def halved() -> Tensor:
+        n, y = do.while_loop(lambda n, y: y > 0.1, lambda n, y: (n + y.sqrt(), y - y * w[0].abs() / 2), (x[0], x.sum()))
+        return n * x + do.scan(lambda c, v: (c * v / y, c + v.log()), y, x.abs())[1]
+
+    def mapped() -> Tensor:
+        out = do.map(lambda v: (v * w) / (1 - x.sum()), x)
+        return do.associative_scan(lambda a, b: a * b + a, out, 0)[2]
+
+    return do.cond((x.sum() > 0) & (x != 0).all(), halved, mapped)
 
 
 @program
@@ -459,3 +485,448 @@ def test_against_python(name: str, way: str) -> None:
     expected = oracle(lambda x, w: PROGRAMS[name](Python, x, w))
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert interpreter_stack() == []
+
+
+def test_a_truth_value_has_no_derivative() -> None:
+    x = torch.tensor(0.3, dtype=F64)
+    assert grad(lambda x: torch.cond(x, lambda: x * 2, lambda: x * 3))(x) == 2
+    assert grad(lambda x: torch.cond(x * 0, lambda: x * 2, lambda: x * 3))(x) == 3
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+@pytest.mark.parametrize("reverse", [False, True])
+def test_associative_scan_of_every_length(length: int, reverse: bool) -> None:
+    generator = torch.Generator().manual_seed(length)
+    xs = torch.randn(4, 2, length, 2, 2, dtype=F64, generator=generator)
+    found = vmap(lambda x: Torch.associative_scan(torch.matmul, x, 1, reverse))(xs)
+    expected = torch.stack([Python.associative_scan(torch.matmul, x, 1, reverse) for x in xs])
+    torch.testing.assert_close(found, expected)
+    slopes = vmap(grad(lambda x: Torch.associative_scan(torch.matmul, x, 1, reverse).sin().sum()))(xs)
+    expected = [gradient(lambda x: Python.associative_scan(torch.matmul, x, 1, reverse).sin(), x) for x in xs]
+    torch.testing.assert_close(slopes, torch.stack(expected))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_pointwise_associative_scan(length: int) -> None:
+    """What comes to the operator on a GPU: a function that takes many pairs at once."""
+    xs = torch.linspace(0.5, 1.5, 3 * length, dtype=F64).view(3, length)
+    scan = torch.ops.higher_order.associative_scan
+    (found,) = vmap(lambda x: scan(lambda a, b, c: [a * b * c], [x], (torch.tensor(2.0, dtype=F64),)))(xs)
+    torch.testing.assert_close(found, (2 * xs).cumprod(1) / 2)
+    slopes = vmap(grad(lambda x: scan(lambda a, b: [a * b], [x], ())[0].sum()))(xs)
+    torch.testing.assert_close(slopes, torch.stack([gradient(lambda x: x.cumprod(0), x) for x in xs]))
+
+
+def test_a_derivative_that_is_infinite_where_the_branch_is_taken() -> None:
+    """By what all examples share: infinite for those that take the branch, zero for the others, and nowhere NaN."""
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        return torch.cond(x > 0, lambda: w.sqrt() + x, lambda: x * 2)
+
+    xs, w = torch.tensor([1.0, -1.0, 2.0]), torch.tensor(0.0)
+    assert vmap(grad(f, argnums=1), in_dims=(0, None))(xs, w).tolist() == [torch.inf, 0, torch.inf]
+    assert grad(lambda w: vmap(f, in_dims=(0, None))(xs, w).sum())(w) == torch.inf
+
+
+@pytest.mark.parametrize(
+    "taken", [torch.tensor([True, True]), torch.tensor([False, False]), torch.tensor([True, False])]
+)
+def test_a_branch_that_nobody_takes_is_not_run(taken: Tensor) -> None:
+    called = []
+
+    def branch(name: str) -> Tensor:
+        called.append(name)
+        return torch.ones(())
+
+    vmap(lambda t: torch.cond(t, lambda: branch("yes"), lambda: branch("no")))(taken)
+    assert called == ["yes"] * bool(taken.any()) + ["no"] * bool((~taken).any())
+
+
+def test_no_examples() -> None:
+    none = torch.zeros(0, 3)
+    assert vmap(lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))(none).shape == (0, 3)
+
+
+def test_a_body_does_not_see_examples_that_are_done() -> None:
+    seen = []
+
+    def body(x: Tensor) -> tuple[Tensor]:
+        seen.append(str(x))
+        return (x - 1,)
+
+    (out,) = vmap(lambda x: while_loop(lambda x: x > 0, body, (x,)))(torch.tensor([1, 3, 2]))
+    assert out.tolist() == [0, 0, 0] and len(seen) == 3
+    assert "[0, 2, 1]" not in seen[1] and "[2, 2, 1]" in seen[1]
+
+
+def test_a_number_that_is_carried_stays_one_where_all_examples_agree() -> None:
+    def loop(x: Tensor) -> Any:
+        n, y = while_loop(lambda n, y: n < 3, lambda n, y: (n + 1, y * 2), (0, x))
+        assert n == 3 and isinstance(n, int)
+        return y
+
+    assert vmap(loop)(torch.ones(2)).tolist() == [8, 8]
+
+
+def test_no_iterations() -> None:
+    def loop(x: Tensor) -> Tensor:
+        d, (n,) = while_loop(lambda d, n: n[0] > 5, lambda d, n: ({"x": d["x"] * 2}, [n[0] - 1]), ({"x": x}, [x[0]]))
+        return d["x"] * n
+
+    x = torch.tensor([2.0, 3.0])
+    assert grad(lambda x: loop(x).sum())(x).tolist() == [7, 2]
+    assert vmap(loop)(torch.stack([x, x + 5])).tolist() == [[4, 6], [140, 160]]  # two iterations: 5 · 4 · (7, 8)
+
+
+class Root(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return cotangent * 7 * x.rsqrt()  # recognizably its own
+
+
+def test_a_custom_function_in_a_branch() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.cond(x > 0, lambda: Root.apply(x), lambda: x)
+
+    assert vmap(grad(f))(torch.tensor([4.0, -1.0, 0.0])).tolist() == [3.5, 1, 1]
+    assert grad(lambda x: vmap(f)(x).sum())(torch.tensor([4.0, -1.0, 0.0])).tolist() == [3.5, 1, 1]
+
+
+def test_no_grad_in_a_branch_is_for_what_is_in_it() -> None:
+    """Also if something captured is used there first."""
+
+    def f(x: Tensor) -> Tensor:
+        def branch() -> Tensor:
+            with torch.no_grad():
+                constant = x.sqrt()
+            return x * constant
+
+        return torch.cond(x > 0, branch, lambda: x)
+
+    assert vmap(grad(f))(torch.tensor([4.0, -1.0, 9.0])).tolist() == [2, 1, 3]
+
+
+def test_a_module_in_a_branch() -> None:
+    layer = torch.nn.Linear(3, 3, dtype=F64)
+    weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def f(cond: Any) -> Any:
+        return lambda weights, x: cond(x.sum() > 0, lambda x: functional_call(layer, weights, x), torch.sin, (x,)).sum()
+
+    def by_hand(name: str, x: Tensor) -> Tensor:
+        return gradient(lambda p: f(Python.cond)({**weights, name: p}, x), weights[name])
+
+    found = vmap(grad(f(torch.cond)), in_dims=(None, 0))(weights, XS)
+    for name, slopes in found.items():
+        torch.testing.assert_close(slopes, torch.stack([by_hand(name, x) for x in XS]))
+
+
+def test_random_numbers_in_a_branch() -> None:
+    def f(x: Tensor) -> Tensor:
+        return torch.cond(x > 0, lambda: x + torch.rand(()), lambda: -x)
+
+    xs = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    out = vmap(f, randomness="different")(xs)
+    assert out[1] == 1 and bool(((out[[0, 2, 3]] > 1) & (out[[0, 2, 3]] < 2)).all()) and len(set(out.tolist())) == 4
+    same = vmap(f, randomness="same")(xs)
+    assert len(set(same[[0, 2, 3]].tolist())) == 1
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(f)(xs)
+
+
+def test_transposes_and_functionalize() -> None:
+    flags, xs = torch.tensor([True, False]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    f = vmap(lambda t, x: torch.cond(t, lambda x: x * 2, lambda x: x.flip(0) * 3, (x,)))
+    (found,) = linear_transpose(lambda x: f(flags, x), xs)(xs)
+    assert found.tolist() == [[2, 4], [12, 9]]
+    assert functionalize(f)(flags, xs).tolist() == [[2, 4], [12, 9]]
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+captured = torch.zeros(2)
+
+
+def add_to_captured(x: Tensor) -> Tensor:
+    captured.add_(1)
+    return x * 1
+
+
+def write_view(x: Tensor) -> Tensor:
+    x[0].fill_(3)
+    return x.clone()
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [add_to_captured, write_view, lambda x: x.mul_(2).clone(), lambda x: torch.sin(x, out=captured),
+     lambda x: torch.nn.functional.batch_norm(x.expand(3, 2), captured, captured + 1, training=True)[0]],
+)  # fmt: skip
+def test_a_branch_must_not_write_what_it_was_given_or_captured(branch: Any) -> None:
+    xs = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
+    with pytest.raises(BranchWriteError, match=r"branch\(.*\) writes a tensor of shape \(2,\).*Write to a clone"):
+        vmap(lambda x: torch.cond(x.sum() > 0, branch, lambda x: x * 2, (x,)))(xs)
+    assert captured.tolist() == [0, 0] and xs.tolist() == [[1, 2], [-1, -2]]
+    assert interpreter_stack() == []
+
+
+def test_a_branch_for_all_examples_may_write() -> None:
+    """As without a branch."""
+    xs = torch.tensor([[1.0, 2.0], [1.0, -0.5]])
+    f = vmap(lambda x: torch.cond(x.sum() > 0, lambda x: x.mul_(2) + 1, lambda x: x * 2, (x,)))
+    assert f(xs).tolist() == [[3, 5], [3, 0]] and xs.tolist() == [[2, 4], [2, -1]]
+
+
+@pytest.mark.parametrize(
+    ("yes", "no", "message"),
+    [
+        (
+            lambda x: x[:1],
+            torch.sin,
+            r"torch.cond: got float32\[1\] as result 0 of true_fn; expected float32\[2\], like",
+        ),
+        (lambda x: x.double(), torch.sin, r"got float64\[2\] as result 0 of true_fn; expected float32\[2\]"),
+        (
+            lambda x: (x, x),
+            torch.sin,
+            "got 2 results of true_fn; expected the structure of the result of false_fn, of 1",
+        ),
+        (lambda x: (x, 3), lambda x: (x, 4), "got 3 as result 1 of true_fn; expected 4"),
+        (lambda x: (x, 3), lambda x: (x, 3.0), "got 3 as result 1 of true_fn; expected 3.0"),
+        (lambda x: (x, 3), lambda x: (x, x), r"got 3 as result 1 of true_fn; expected float32\[2\]"),
+    ],
+)
+def test_branches_that_do_not_fit(yes: Any, no: Any, message: str) -> None:
+    with pytest.raises(CallError, match=message):
+        vmap(lambda x: torch.cond(x.sum() > 0, yes, no, (x,)))(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: while_loop(lambda x: x, lambda x: (x,), (x,)),
+            r"while_loop: got float32\[\] from cond_fn; expected a bool",
+        ),
+        (
+            lambda x: while_loop(lambda x: x < 9, lambda x: (x.double() + 1,), (x,)),
+            r"got float64\[\] as result 0 of body_fn",
+        ),
+        (
+            lambda x: while_loop(lambda x: x < 9, lambda x: (x + 1, x), (x,)),
+            "got 2 results of body_fn; expected the structure",
+        ),
+        (
+            lambda x: scan(lambda c, y: (c.double(), y), x, x[None]),
+            "scan: got float64.*as result 0 of combine_fn.*the carry",
+        ),
+        (lambda x: Torch.associative_scan(lambda a, b: a.double(), x.expand(3), 0), "associative_scan: got float64"),
+        (lambda x: torch.ops.higher_order.cond(x.expand(2), torch.sin, torch.cos, (x,)), r"got .*\[2\] as predicate"),
+    ],
+)
+@pytest.mark.parametrize(
+    "transform", [lambda f: vmap(f)(torch.tensor([1.0, 2.0])), lambda f: grad(f)(torch.tensor(1.0))]
+)
+def test_functions_that_do_not_fit(call: Any, message: str, transform: Any) -> None:
+    with pytest.raises((CallError, CallTypeError), match=message):
+        transform(call)
+
+
+def test_other_values_are_not_read_in_a_branch() -> None:
+    def branch(x: Tensor) -> Tensor:
+        return x if x[0] > 0 else -x
+
+    with pytest.raises(DataDependentError, match=r"inside vmap\(<lambda>\) at level 1"):
+        vmap(lambda x: torch.cond(x.sum() > 0, branch, torch.sin, (x,)))(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
+
+
+def test_an_exception_in_a_branch_passes() -> None:
+    class OwnError(Exception):
+        pass
+
+    def fail(x: Tensor) -> Tensor:
+        raise OwnError
+
+    with pytest.raises(OwnError):
+        vmap(grad(lambda x: torch.cond(x > 0, fail, torch.sin, (x,))))(torch.tensor([1.0, -2.0]))
+    assert interpreter_stack() == []
+
+
+def test_a_tensor_of_a_branch_that_has_ended() -> None:
+    kept = []
+    xs = torch.tensor([1.0, -2.0])
+    vmap(lambda x: torch.cond(x > 0, lambda x: (kept.append(x * 2), x * 1)[1], torch.sin, (x,)))(xs)
+    with pytest.raises(
+        RuntimeError, match=r"belongs to branch\(<lambda>\) at level 2 was used after .* made at .*control_flow.py"
+    ):
+        vmap(lambda x: torch.cond(x > 0, lambda x: x + kept[0], torch.sin, (x,)))(xs)
+
+
+# --- other operators, and new transforms ----------------------------------------------------------------------------
+
+
+def test_an_operator_without_definition() -> None:
+    hints = torch.ops.higher_order.hints_wrapper
+
+    def f(x: Tensor) -> Tensor:
+        return hints(lambda x: x.sin(), (x,), {}, hints={})
+
+    with pytest.raises(
+        HigherOrderError,
+        match=r"grad\(f\) at level 1 has no rule for torch.ops.higher_order.hints_wrapper,.*DEFINITIONS",
+    ):
+        grad(f)(torch.tensor(0.0))
+    with overriding(DEFINITIONS, hints):
+        DEFINITIONS.add(hints, lambda body, args, kwargs, hints: body(*args, **kwargs))
+        assert vmap(grad(f))(torch.zeros(2)).tolist() == [1, 1]
+
+
+class Interval(TableInterpreter):
+    kind = "interval"
+    payload = ("upper",)
+    rules = RuleTable("interval")
+
+
+def ends(x: Any) -> tuple[Tensor, Tensor]:
+    return x.value, x.value if x.upper is None else x.upper
+
+
+for _op in (torch.ops.aten.gt.Scalar, torch.ops.aten.exp.default):
+    Interval.rules.add(_op, lambda i, x, *rest, op=_op: i.carry(op(x.value, *rest), upper=op(ends(x)[1], *rest)))
+
+
+@Interval.rules.register(torch.ops.aten.add.Tensor)
+def add(interval: Any, x: Any, y: Any) -> Any:
+    (a, b), (c, d) = (ends(x), ends(y) if isinstance(y, Tensor) else (y, y))
+    return interval.carry(a + c, upper=b + d)
+
+
+def bounds(f: Any, low: Any, high: Any) -> tuple[Tensor, Tensor]:
+    interval = Interval(f)
+    return run_transformed(interval, lambda: ends(interval.own(f(interval.carry(low, upper=high)))))
+
+
+def piecewise(x: Tensor) -> Tensor:
+    return torch.cond(x > 0, lambda x: x.exp(), lambda x: x + 0.5, (x,))
+
+
+def hull(interval: Any, pred: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+    surely, maybe = ends(pred)
+    with running_at(interval):
+        yes, no = (ends(interval.own(branch(*operands))) for branch in (true_fn, false_fn))
+    low = torch.where(surely, yes[0], torch.where(maybe, torch.minimum(yes[0], no[0]), no[0]))
+    high = torch.where(surely, yes[1], torch.where(maybe, torch.maximum(yes[1], no[1]), no[1]))
+    return interval.carry(low, upper=high)
+
+
+def test_a_new_transform_has_a_rule_of_its_own() -> None:
+    cond = torch.ops.higher_order.cond
+    low, high = torch.tensor([-2.0, -1.0, 1.0]), torch.tensor([-1.0, 0.5, 2.0])
+    with pytest.raises(
+        UndecidedError, match=r"interval\(piecewise\) at level 1 has no rule for torch.ops.higher_order.cond"
+    ):
+        bounds(piecewise, low[0], high[0])
+    with overriding(Interval.rules, cond):
+        Interval.rules.add(cond, hull)
+        found = vmap(lambda low, high: torch.stack(bounds(piecewise, low, high)))(low, high)
+        expected = torch.tensor([[-1.5, -0.5], [-0.5, torch.tensor(0.5).exp()], [torch.e, torch.tensor(2.0).exp()]])
+        torch.testing.assert_close(found, expected)
+        slope = grad(lambda high: bounds(piecewise, low[1], high)[1])(high[1])
+        torch.testing.assert_close(slope, high[1].exp())
+        with pytest.raises(UndecidedError, match="in no other transform inside"):
+            bounds(lambda x: grad(piecewise)(x), low[0], high[0])
+    with overriding(Interval.rules, cond):
+        Interval.rules.add(cond, lambda interval, pred, true_fn, false_fn, operands: (operands[0], operands[0].value))
+        with pytest.raises(
+            RuleResultError, match=r"the rule for cond of interval.*got float32\[\] of no level as result 1"
+        ):
+            bounds(piecewise, low[0], high[0])
+
+
+def test_what_is_constant_for_a_new_transform_decides() -> None:
+    one = torch.tensor(1.0)
+    assert bounds(lambda x: torch.cond(one > 0, torch.exp, torch.add, (x,)), one, one * 2) == (
+        one.exp(),
+        (one * 2).exp(),
+    )
+    found = bounds(lambda x: scan(lambda c, y: (c + y, y.exp()), x, one.expand(2))[0], one, one * 2)
+    assert found == (3, 4)
+
+
+def test_flex_attention() -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, heads, 4, 8, dtype=F64, generator=generator) for heads in (4, 2, 2))
+    slopes = torch.tensor([0.5, -0.2, 0.1, 1.0], dtype=F64)
+    places = torch.arange(4)
+    hidden = places[:, None] < places + 1  # of the first query all
+    mask = flex.create_block_mask(lambda b, h, i, j: i >= j + 1, 2, 4, 4, 4, device="cpu")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + slopes[h] * (i - j).abs()
+
+        return flex.flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, enable_gqa=True)
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = q @ k.transpose(-1, -2) / 8**0.5 + slopes[:, None, None] * (places[:, None] - places).abs()
+        weights = scores.exp().masked_fill(hidden, 0)
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-9) @ v
+
+    found = vmap(attention, in_dims=(0, 0, 0, None))(q, k, v, slopes)
+    torch.testing.assert_close(found, torch.stack([by_hand(*one, slopes) for one in zip(q, k, v)]))
+    for argnum in range(4):
+        given = [q[0], k[0], v[0], slopes]
+
+        def of(f: Any, x: Tensor, argnum: int = argnum, given: Any = given) -> Tensor:
+            return f(*given[:argnum], x, *given[argnum + 1 :]).sin()
+
+        x, t = given[argnum], given[argnum].cos()
+        torch.testing.assert_close(grad(lambda x: of(attention, x).sum())(x), gradient(lambda x: of(by_hand, x), x))
+        torch.testing.assert_close(
+            jvp(lambda x: of(attention, x), (x,), (t,))[1], along(lambda x: of(by_hand, x), x, t)
+        )
+
+
+def test_in_a_graph() -> None:
+    """What is traced cannot be read: both branches are in the graph."""
+
+    def program(xs: Tensor) -> Tensor:
+        return vmap(grad(lambda x: torch.cond(x.sum() > 0, lambda x: x.sum().sqrt(), lambda x: x.sum(), (x,))))(xs)
+
+    def unbatched(x: Tensor) -> Tensor:
+        return grad(lambda x: torch.cond(x.sum() > 0, lambda x: x.sum().sqrt(), lambda x: x.sum(), (x,)))(x)
+
+    xs = torch.tensor([[1.0, 3.0], [-1.0, -2.0], [4.0, 5.0]])
+    for f in (program, unbatched):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(f)(xs)
+        for given in (xs, -xs, xs.abs(), -xs.abs()):
+            torch.testing.assert_close(graph(given), f(given))
+            assert f(given).isfinite().all()
+
+
+def test_compiled() -> None:
+    torch.compiler.reset()
+
+    def loss(x: Tensor) -> Tensor:
+        y = torch.cond(x.sum() > 0, lambda x: x.sum().sqrt(), lambda x: x.sum(), (x,))
+        return y * scan(lambda c, v: (c * v, c + v), y, x)[1].sum()
+
+    xs = torch.tensor([[1.0, 3.0], [-1.0, -2.0], [4.0, 5.0]])
+    f = vmap(grad(loss))
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+    for given in (xs, -xs, xs.abs()):
+        torch.testing.assert_close(compiled(given), f(given))
+    torch.compiler.reset()

@@ -44,11 +44,11 @@ class Door(Mode):
         set_key_excluded(CONJUGATE, False)
         set_key_excluded(NEGATIVE, False)
         try:
-            known: OpInfo = op._functrans  # type: ignore[attr-defined]
+            known: OpInfo | None = op._functrans  # type: ignore[attr-defined]
         except AttributeError:
-            if isinstance(op, HigherOrderOperator):
-                return run_higher_order(op, args, kwargs or {})
-            known = op_info(op)
+            known = None if isinstance(op, HigherOrderOperator) else op_info(op)
+        if known is None:
+            return run_higher_order(op, args, kwargs or {})  # type: ignore[arg-type]
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:
