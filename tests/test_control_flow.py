@@ -37,6 +37,7 @@ from functrans.core.errors import (
     RuleResultError,
     UndecidedError,
 )
+from functrans.core.versions import INSTALLED
 from functrans.extend import (
     DEFINITIONS,
     DERIVATIVES,
@@ -49,6 +50,8 @@ from functrans.extend import (
 )
 
 F64 = torch.float64
+#: Before, PyTorch stacks the results of ``scan`` along the first dimension, whatever ``dim`` is.
+SCANS_ALONG_DIM = INSTALLED >= (2, 13)
 tree = torch.utils._pytree
 
 
@@ -96,7 +99,7 @@ class Python:
         for x in cls.steps(xs, dim, reverse):
             init, y = f(init, x)
             out.append(y)
-        return init, cls.together(out, dim, reverse)
+        return init, cls.together(out, dim if SCANS_ALONG_DIM else 0, reverse)
 
     @classmethod
     def map(cls, f: Any, xs: Any, *args: Any) -> Any:
