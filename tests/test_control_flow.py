@@ -34,6 +34,7 @@ from functrans.core.errors import (
     CallTypeError,
     DataDependentError,
     HigherOrderError,
+    NotAnOverloadError,
     RuleResultError,
     UndecidedError,
 )
@@ -43,6 +44,8 @@ from functrans.extend import (
     DERIVATIVES,
     RuleTable,
     TableInterpreter,
+    batching_rule,
+    derivative,
     interpreter_stack,
     overriding,
     run_transformed,
@@ -777,6 +780,29 @@ def test_a_tensor_of_a_branch_that_has_ended() -> None:
 
 
 # --- other operators, and new transforms ----------------------------------------------------------------------------
+
+
+def test_tables_of_the_package_take_no_functions() -> None:
+    expected = r"got torch.ops.higher_order.cond, which takes functions.*functrans.extend.DEFINITIONS"
+    for register in (batching_rule, lambda op: derivative(op, self=lambda grad: grad)):
+        with pytest.raises(NotAnOverloadError, match=expected):
+            register(torch.ops.higher_order.cond)
+
+
+@pytest.mark.parametrize("transform", [lambda f: grad(lambda x: f(x).sum()), vmap])
+def test_steps_that_do_not_fit(transform: Any) -> None:
+    """Each result may be fit for a tensor of its own."""
+    dtypes = iter([torch.float32, torch.float64])
+    numbers = iter([1, 2])
+    x = torch.ones(2, 2)
+    with pytest.raises(
+        CallError, match="map: got float64.* as result 0 of f; expected float32.* like that of the first"
+    ):
+        transform(lambda x: torch_map(lambda y: y.to(next(dtypes)), x))(x)
+    with pytest.raises(
+        CallError, match="scan: got 2 as result 1 of combine_fn; expected 1, like that of the first step"
+    ):
+        transform(lambda x: scan(lambda c, y: (c + y, (y * 1, next(numbers))), x[0] * 0, x)[0])(x)
 
 
 def test_an_operator_without_definition() -> None:

@@ -87,7 +87,7 @@ def check_alike(sides: Sides, given: Sequence[Any], expected: Sequence[Any], sam
         else:
             alike = not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and a == b
         if not alike:
-            cure = "Return tensors of one shape and dtype, and as tensors the numbers that differ."
+            cure = "Return tensors of one shape and dtype each time, and as tensors the numbers that differ."
             raise CallError(function, f"{shown(a)} as result {i} of {source}", f"{shown(b)}, like {like}", cure)
 
 

@@ -24,8 +24,10 @@ higher_order: Any = torch.ops.higher_order
 
 BRANCHES = Sides("torch.cond", "true_fn", "the result of false_fn")
 BODY = Sides("while_loop", "body_fn", "what was carried so far")
+EACH = Sides("map", "f", "that of the first step")
 PAIR = Sides("associative_scan", "combine_fn", "an element")
 STEP = Sides("scan", "combine_fn", "the carry so far")
+OUTPUT = Sides("scan", "combine_fn", "that of the first step")
 
 
 @DEFINITIONS.register(higher_order.cond)
@@ -97,7 +99,7 @@ def scan(
         check_alike(STEP, new, carried)
         carried = new
         collected.append(out)
-    return like_results([*carried, *stacked(collected)], spec)
+    return like_results([*carried, *stacked(OUTPUT, collected)], spec)
 
 
 @DEFINITIONS.register(higher_order.map_impl)
@@ -106,7 +108,7 @@ def map_impl(f: Callable[..., Any], xs: Sequence[Tensor], pos_args: Sequence[Any
     for slices in zip(*[x.unbind(0) for x in xs], strict=True):
         leaves, spec = torch_pytree.tree_flatten(f(*slices, *pos_args))
         collected.append(leaves)
-    return like_results(stacked(collected), spec)
+    return like_results(stacked(EACH, collected), spec)
 
 
 @DEFINITIONS.register(higher_order.associative_scan)
@@ -147,8 +149,10 @@ def interleaved(even: Tensor, odd: Tensor) -> Tensor:
     return pairs if len(even) == len(odd) else torch.cat([pairs, even[-1:]])
 
 
-def stacked(collected: Sequence[Sequence[Any]]) -> list[Any]:
+def stacked(sides: Sides, collected: Sequence[Sequence[Any]]) -> list[Any]:
     """The results of all steps as one; what is no tensor has to be the same in each."""
+    for results in collected[1:]:
+        check_alike(sides, results, collected[0])
     return [torch.stack(group) if isinstance(group[0], Tensor) else group[0] for group in zip(*collected, strict=True)]
 
 
