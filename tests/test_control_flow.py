@@ -44,6 +44,7 @@ from functrans.extend import (
     DERIVATIVES,
     RuleTable,
     TableInterpreter,
+    WrapperTensor,
     batching_rule,
     derivative,
     interpreter_stack,
@@ -609,6 +610,29 @@ def test_a_custom_function_in_a_branch() -> None:
     assert grad(lambda x: vmap(f)(x).sum())(torch.tensor([4.0, -1.0, 0.0])).tolist() == [3.5, 1, 1]
 
 
+def test_a_custom_function_of_what_is_captured() -> None:
+    """In a container, too: what it gets is of an example that takes the branch."""
+    seen = []
+
+    class Looking(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor, more: Any) -> Tensor:
+            seen.extend([x, *more.values()])
+            return x * more["scale"]
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+    def f(x: Tensor) -> Tensor:
+        return torch.cond(x > 0, lambda: Looking.apply(x, {"scale": x}), lambda: x)
+
+    assert vmap(f)(torch.tensor([4.0, -1.0, 0.0])).tolist() == [16, -1, 0]
+    assert seen and all(bool((at_base(x) > 0).all()) for x in seen)
+
+
 def test_no_grad_in_a_branch_is_for_what_is_in_it() -> None:
     """Also if something captured is used there first."""
 
@@ -857,6 +881,41 @@ def hull(interval: Any, pred: Any, true_fn: Any, false_fn: Any, operands: Any) -
     low = torch.where(surely, yes[0], torch.where(maybe, torch.minimum(yes[0], no[0]), no[0]))
     high = torch.where(surely, yes[1], torch.where(maybe, torch.maximum(yes[1], no[1]), no[1]))
     return interval.carry(low, upper=high)
+
+
+@Interval.rules.register(torch.ops.aten.where.self)
+def where(interval: Any, condition: Any, x: Any, y: Any) -> Any:
+    low, high = (torch.where(condition.value, a, b) for a, b in zip(ends(x), ends(y), strict=True))
+    return interval.carry(low, upper=high)
+
+
+def test_what_a_new_transform_carries_enters_a_branch() -> None:
+    """Below and above the vmap whose examples differ; the logarithms of what is not positive would be NaN."""
+    flags, low = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([1.0, -2.0, 2.0])
+
+    def f(flag: Tensor, x: Any) -> Tensor:
+        return torch.cond(flag > 0, lambda: x.log(), lambda: x.exp())
+
+    def by_hand(flag: Tensor, x: Tensor) -> Tensor:
+        return x.log() if flag > 0 else x.exp()
+
+    with overriding(Interval.rules, torch.ops.aten.log.default):
+
+        @Interval.rules.register(torch.ops.aten.log.default)
+        def log(interval: Any, x: Any) -> Any:
+            assert all(bool((end > 0).all()) for end in map(at_base, ends(x)))
+            return interval.carry(x.value.log(), upper=ends(x)[1].log())
+
+        found = vmap(lambda flag, low: torch.stack(bounds(lambda x: f(flag, x), low, low + 1)))(flags, low)
+        expected = [torch.stack([by_hand(flag, x), by_hand(flag, x + 1)]) for flag, x in zip(flags, low, strict=True)]
+        torch.testing.assert_close(found, torch.stack(expected))
+        found = bounds(lambda x: vmap(lambda flag: f(flag, x))(flags), low[2], low[2] + 1)
+        expected = [torch.stack([by_hand(flag, x) for flag in flags]) for x in (low[2], low[2] + 1)]
+        torch.testing.assert_close(found, tuple(expected))
+
+
+def at_base(x: Any) -> Tensor:
+    return at_base(x.value) if type(x) is WrapperTensor else x
 
 
 def test_a_new_transform_has_a_rule_of_its_own() -> None:

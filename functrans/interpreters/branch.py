@@ -66,6 +66,8 @@ class BranchInterpreter(Interpreter, whole=True):
         if not isinstance(a, Tensor):
             if type(a) in WRAPPERS:  # pending
                 return a if a.interpreter.level >= self.level else self.enter(tensor_of(a))
+            if type(a) is dict:
+                return {name: self.enter(v) for name, v in a.items()}
             return type(a)([self.enter(v) for v in a]) if type(a) in (list, tuple) else a
         if type(a) is WrapperTensor and a.interpreter.level >= self.level:
             return a
@@ -94,7 +96,8 @@ class BranchInterpreter(Interpreter, whole=True):
         """Whether ``x``, or its derivative, may be another for examples that do not take the branch."""
         while type(x) is WrapperTensor:
             i = x.interpreter
-            if i in self.example if isinstance(i, VmapInterpreter) and x.bdim is not None else not i.is_constant(x):
+            batched = isinstance(i, VmapInterpreter) and x.bdim is not None
+            if i in self.example if batched else not i.is_constant(x):
                 return True
             x = x.value
         return x.requires_grad
