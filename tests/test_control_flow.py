@@ -3,13 +3,14 @@ gives, example by example."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._higher_order_ops.associative_scan import associative_scan
+from torch._higher_order_ops.associative_scan import associative_scan, wrap_combine_fn_flat
 from torch._higher_order_ops.map import map as torch_map
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
@@ -522,6 +523,25 @@ def test_pointwise_associative_scan(length: int) -> None:
     torch.testing.assert_close(found, (2 * xs).cumprod(1) / 2)
     slopes = vmap(grad(lambda x: scan(lambda a, b: [a * b], [x], ())[0].sum()))(xs)
     torch.testing.assert_close(slopes, torch.stack([gradient(lambda x: x.cumprod(0), x) for x in xs]))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_pointwise_associative_scan_of_a_tree(length: int) -> None:
+    """As PyTorch comes to the operator, and with what it takes back."""
+    xs = {"a": torch.linspace(0.5, 1.5, length), "b": (torch.linspace(-1, 1, length),)}
+    leaves, spec = tree.tree_flatten(xs)
+
+    def recurrence(s: Any, t: Any) -> Any:
+        return {"a": s["a"] * t["a"], "b": (t["a"] * s["b"][0] + t["b"][0],)}
+
+    flat = functools.partial(wrap_combine_fn_flat, combine_fn=recurrence, spec=spec, num_leaves=2)
+    found = vmap(lambda *leaves: torch.ops.higher_order.associative_scan(flat, list(leaves), ()))(
+        *[torch.stack([x, 2 * x]) for x in leaves]
+    )
+    for i, scale in enumerate((1, 2)):
+        scaled = tree.tree_map(lambda x, scale=scale: scale * x, xs)
+        expected = Python.associative_scan(recurrence, scaled, 0)
+        torch.testing.assert_close(tree.tree_map(lambda x, i=i: x[i], found), expected)
 
 
 def test_a_derivative_that_is_infinite_where_the_branch_is_taken() -> None:
