@@ -1025,6 +1025,14 @@ def test_in_a_graph() -> None:
             assert f(given).isfinite().all()
 
 
+def test_a_write_in_a_branch_of_a_graph() -> None:
+    f = functionalize(lambda x: torch.cond(x.sum() > 0, lambda x: x.add_(1) * 2, lambda x: x.sin(), (x,)))
+    x = torch.ones(3)
+    assert f(x).tolist() == [4, 4, 4] and x.tolist() == [2, 2, 2]
+    with pytest.raises(BranchWriteError, match="while a graph is traced"):
+        torch.fx.experimental.proxy_tensor.make_fx(f)(x)
+
+
 def test_compiled() -> None:
     torch.compiler.reset()
 

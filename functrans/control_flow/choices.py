@@ -57,6 +57,8 @@ class Split:
     def example(self, taken: bool) -> dict[Interpreter, Tensor]:
         """The first example whose truth value is ``taken``, as its place in each batch (a tensor of one index)."""
         places: dict[Interpreter, Tensor] = {}
+        if not self.owners:
+            return places
         with running_at(None), torch.no_grad():
             rest = (self.base == taken).reshape(-1).int().argmax().reshape(1)
             for owner, size in zip(reversed(self.owners), reversed(self.base.shape), strict=True):

@@ -202,9 +202,9 @@ class UndecidedError(MissingRuleError, takes="op interpreter"):
 
 
 class BranchWriteError(FunctransError):
-    sentence = """{branch} writes a tensor of shape {shape} that it was given or captured. Examples differ in which
-        branch they take, and those that do not take this one must not be written to. Write to a clone() inside of the
-        branch, and return it."""
+    sentence = """{branch} writes a tensor of shape {shape} that it was given or captured. Both branches are run, since
+        examples differ in which one they take (or cannot be asked, while a graph is traced), and those that do not take
+        this one must not be written to. Write to a clone() inside of the branch, and return it."""
 
     def __init__(self, branch: Any, target: Any) -> None:
         super().__init__(branch=branch.name, shape=tuple(target.shape))
