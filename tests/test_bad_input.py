@@ -20,7 +20,8 @@ from functrans.core.errors import CallError
 
 #: Public names that are no functions to be called wrongly here.
 NO_CALLS = {
-    "BATCHING_RULES", "DERIVATIVES", "BatchInfo", "CarriedValueError", "CustomFunctionError", "DerivativeEntryError",
+    "BATCHING_RULES", "DEFINITIONS", "DERIVATIVES", "BatchInfo", "CarriedValueError", "CustomFunctionError",
+    "DerivativeEntryError",
     "DuplicateRuleError", "FunctransError", "Interpreter",
     "MissingRuleError", "RuleError",
     "RuleResultError", "RuleTable", "TableInterpreter", "WrapperTensor",
