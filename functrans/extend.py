@@ -2,11 +2,13 @@
 
 A derivative is an entry in a table (``derivative``), a batching rule a function (``batching_rule``). A new transform is
 a subclass of ``TableInterpreter`` with a table of rules, or of ``Interpreter`` where its meaning for an operator is no
-table. See docs/extending.md.
+table. See docs/extending.md. An operator that takes functions is defined by plain torch code for all transforms
+(``DEFINITIONS``); see docs/control_flow.md.
 """
 
 from __future__ import annotations
 
+from functrans.control_flow.table import DEFINITIONS
 from functrans.core.errors import (
     CarriedValueError,
     CustomFunctionError,
@@ -47,6 +49,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batchin
 
 __all__ = [
     "BATCHING_RULES",
+    "DEFINITIONS",
     "DERIVATIVES",
     "BatchInfo",
     "Carried",

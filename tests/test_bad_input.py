@@ -20,8 +20,9 @@ from functrans.core.errors import CallError
 
 #: Public names that are no functions to be called wrongly here.
 NO_CALLS = {
-    "BATCHING_RULES", "DERIVATIVES", "BatchInfo", "CarriedValueError", "CheckFailedError", "CustomFunctionError",
-    "DerivativeEntryError", "DuplicateRuleError", "FunctransError", "GradInterpreter", "Handler", "Interpreter",
+    "BATCHING_RULES", "DEFINITIONS", "DERIVATIVES", "BatchInfo", "CarriedValueError", "CheckFailedError",
+    "CustomFunctionError", "DerivativeEntryError", "DuplicateRuleError", "FunctransError", "GradInterpreter",
+    "Handler", "Interpreter",
     "JvpInterpreter", "MissingRuleError", "PassThrough", "RuleError",
     "RuleResultError", "RuleTable", "TableInterpreter", "VmapInterpreter", "WrapperTensor",
 }  # fmt: skip

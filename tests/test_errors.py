@@ -40,6 +40,7 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "RuleError": (CALL, ValueError("of {the rule}\n"), "rules.py:2", "user.py:3"),
     "NoDataError": ("numpy()", WRAPPER),
     "CapturedWriteError": (OP, torch.ones(2), INTERPRETER, 0),
+    "BranchWriteError": (INTERPRETER, torch.ones(2)),
     "HookError": (len, "{got}", "{expected}"),
     "DataDependentError": (OP, INTERPRETER, "{cure}"),
     "LayoutError": (torch.ones(2),),

@@ -19,6 +19,7 @@ FLOORS = [
     {"derivatives"},
     {"programs"},
     {"interpreters"},
+    {"control_flow"},
     {"door", "api"},
     {"extension"},
     {"extend", "shipped"},

@@ -23,7 +23,7 @@ from functrans.core.operators import STAND_INS
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import Derivative
 from functrans.door.autograd_function import FUNCTION_RULES
-from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, rules_in_scope
+from functrans.extend import BATCHING_RULES, DEFINITIONS, DERIVATIVES, RuleTable, rules_in_scope
 from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.functionalization.out_of_place import PURE_FORMS
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -223,6 +223,11 @@ CASES = {
     "stand-in of a write": Case(
         STAND_INS, aten.sin_.default, lambda: vmap(lambda x: x.clone().sin_())(X),
         lambda known, args, kwargs: args[0].fill_(MARK)
+    ),
+    "definition": Case(
+        DEFINITIONS, torch.ops.higher_order.cond,
+        lambda: vmap(lambda x: torch.cond(x > 1, torch.sin, torch.cos, (x,)))(X),
+        lambda pred, true_fn, false_fn, operands: seven(operands[0]),
     ),
     "random rule": Case(
         RANDOM_RULES, aten.rand_like.default, lambda: vmap(torch.rand_like, randomness="different")(X),

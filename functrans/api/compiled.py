@@ -19,11 +19,8 @@ Both are connected when torch._dynamo is imported, which functrans itself never 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.abc import MetaPathFinder
 from operator import getitem
 from typing import Any
 
@@ -36,6 +33,7 @@ from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
 from functrans.api.private_names import PAIRS
 from functrans.core.errors import Call
+from functrans.core.imports import when_imported
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.thread_state import STATE, Snapshot, unchanged
@@ -373,26 +371,4 @@ def connect() -> None:
     run_as_written_while(lambda: STATE.top is not None)
 
 
-class WhenImported(MetaPathFinder):
-    """Calls ``connect`` when Dynamo has been imported."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "torch._dynamo":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_connect(module: Any) -> None:
-                execute(module)
-                connect()
-
-            spec.loader.exec_module = execute_and_connect  # type: ignore[method-assign]
-        return spec
-
-
-if "torch._dynamo" in sys.modules:
-    connect()
-else:
-    sys.meta_path.insert(0, WhenImported())
+when_imported("torch._dynamo", connect)

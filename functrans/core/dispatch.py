@@ -232,9 +232,11 @@ def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, A
     """Run ``op`` one level below ``interpreter``, on values of that level: a Python call, no trip through PyTorch."""
     if interpreter.on_base:
         return base(op, args, kwargs)
-    if not interpreter.outer_modes_on and modes_differ(interpreter):
-        return in_outer_modes(interpreter, lower, op, args, kwargs)
     below = interpreter.below
+    if not interpreter.lowers_plainly:
+        if modes_differ(interpreter):
+            return in_outer_modes(interpreter, lower, op, args, kwargs)
+        args, kwargs = entered(below, args, kwargs)
     if below is not None and op_info(op).random:
         return below.process(op, args, kwargs)  # every level decides whether its examples draw for themselves
     return dispatch(op, args, kwargs, None if below is None else below.watcher)
@@ -242,6 +244,7 @@ def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, A
 
 def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Dispatch ``op`` from code that runs at a level, where the door is open."""
+    args, kwargs = entered(STATE.top, args, kwargs)
     depth, modes = STATE.door_depth, mode_stack_size()
     if function_mode_enabled():
         with DisableTorchFunction():
@@ -261,6 +264,14 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     finally:
         if door is not None:
             push_mode(door)
+
+
+def entered(level: Interpreter | None, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments as code at ``level`` sees them: see NOTE [Branches] in interpreters/branch.py."""
+    within = None if level is None else level.within
+    if within is None:
+        return args, kwargs
+    return tuple([within.enter(a) for a in args]), {name: within.enter(a) for name, a in kwargs.items()}
 
 
 def modes_differ(interpreter: Interpreter) -> bool:
@@ -288,7 +299,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
     What ``lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already,
     and at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
     """
-    if not interpreter.outer_modes_on or forward_ad._current_level >= 0:
+    if not interpreter.lowers_plainly or forward_ad._current_level >= 0:
         with lowered(interpreter):
             return function(*args, **kwargs)
     top = STATE.top

@@ -13,7 +13,7 @@ from functrans.core.errors.misuse import check_payload
 from functrans.core.errors.wording import callable_name
 from functrans.core.tensor import WrapperTensor, wrap
 from functrans.core.thread_state import STATE
-from functrans.core.torch_private import OpOverload, is_forward_enabled
+from functrans.core.torch_private import HigherOrderOperator, OpOverload, is_forward_enabled
 
 
 class Interpreter:
@@ -37,6 +37,10 @@ class Interpreter:
     sees_everything: ClassVar[bool] = False
     #: Whether lowering an operator is running it at the base, in the grad mode that is on.
     on_base: bool = False
+    #: Whether lowering is otherwise a mere call: no mode to switch, no branch below.
+    lowers_plainly: bool = True
+    #: The branch that code at this level is in, or None; see NOTE [Branches] in interpreters/branch.py.
+    within: Any = None
     #: Whether ``process`` takes programs as they are; for others they are taken apart. See functrans.programs.
     whole: ClassVar[bool] = False
     #: the next interpreter, from this one down, that sees everything
@@ -62,8 +66,10 @@ class Interpreter:
         self.watcher = self if self.sees_everything else None if self.below is None else self.below.watcher
         self.outer_grad_mode: bool = torch.is_grad_enabled()
         self.outer_forward_mode: bool = is_forward_enabled()
-        self.outer_modes_on: bool = self.outer_grad_mode and self.outer_forward_mode
-        self.on_base = self.below is None and self.outer_modes_on
+        self.within = None if self.below is None else self.below.within
+        outer_modes_on = self.outer_grad_mode and self.outer_forward_mode
+        self.lowers_plainly = outer_modes_on and self.within is None
+        self.on_base = self.below is None and outer_modes_on
 
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""
@@ -72,6 +78,13 @@ class Interpreter:
     def owns(self, x: Any) -> bool:
         """Whether ``x`` is a wrapper of this interpreter."""
         return type(x) is WrapperTensor and x.interpreter is self
+
+    def process_higher_order(self, op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator that takes functions, such as ``cond``, which was called at this level.
+
+        NotImplemented: do as its definition in operators does (functrans.control_flow), which come to ``process``.
+        """
+        return NotImplemented
 
     def returned(self) -> None:
         """The transformed function has returned: raise what makes its results wrong."""

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from functrans.core.errors import DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.core.errors.wording import shown
-from functrans.core.torch_private import OpOverload, overload_of_library
+from functrans.core.torch_private import HigherOrderOperator, OpOverload, overload_of_library
 
 Rule = TypeVar("Rule")
 
@@ -125,6 +125,8 @@ class RuleTable(Generic[Rule]):
 
     def check(self, op: Any) -> None:
         """Refuse what is no operator overload, or one that is never looked up here."""
+        if isinstance(op, HigherOrderOperator) and not self.cached:
+            return  # it takes functions: a table of a new transform may have a rule for it
         if not isinstance(op, OpOverload):
             raise NotAnOverloadError(self.title, op, overload_of_library(op))
         if not self.writing and any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments):

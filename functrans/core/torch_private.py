@@ -6,6 +6,7 @@ Another PyTorch may have moved one: ``private`` then says which, at import. Noth
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ __all__ = [
     "CONJUGATE",
     "DECOMPOSITION_TABLE",
     "ENGINE_CALLBACK",
+    "FLEX_ATTENTION",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
     "KEY_OF_MODE",
@@ -34,6 +36,7 @@ __all__ = [
     "REMOVE_BATCH_DIM",
     "TENSOR_MODULE",
     "TRACER_MODE",
+    "TRACING_MODES",
     "TREE_NODES",
     "VIEWS_AND_VERSIONS",
     "ZERO_TENSOR",
@@ -41,11 +44,13 @@ __all__ = [
     "DisableTorchDispatch",
     "DisableTorchFunction",
     "EnableTorchFunction",
+    "FakeTensor",
     "HigherOrderOperator",
     "Mode",
     "ModuleHook",
     "MultiHandle",
     "OpOverload",
+    "associative_module",
     "autocast_enabled",
     "debug_mode",
     "dynamo_names",
@@ -62,9 +67,11 @@ __all__ = [
     "is_key_included",
     "is_torch_func_active",
     "keep_parametrizations",
+    "kept_by",
     "kept_parametrizations",
     "make_wrapper",
     "mode_at",
+    "mode_of_kind",
     "mode_stack_size",
     "no_dispatch",
     "no_setup_context",
@@ -76,6 +83,7 @@ __all__ = [
     "push_mode",
     "push_packing",
     "register_tree_node",
+    "replace_in_flex_attention",
     "run_as_written_while",
     "run_untraced",
     "set_eval_frame",
@@ -155,6 +163,31 @@ tracers_before_autograd = private("torch._ops.mode_stack_state_for_pre_dispatch"
 unset_mode = private("torch._C._unset_dispatch_mode", _FOR_EXPORT)
 TRACER_MODE = private("torch._C._TorchDispatchModeKey.PROXY", _FOR_EXPORT)
 KEY_OF_MODE = "_dispatch_key"  # of the tracer while it is in front of autograd
+
+# Operators that take functions; NOTE [Control flow] says what they come to.
+mode_of_kind = private("torch._C._get_dispatch_mode", "to know whether what happens at the base is traced")
+_modes = private("torch._C._TorchDispatchModeKey", "to know the modes that trace")
+TRACING_MODES = (_modes.PROXY, _modes.FAKE, _modes.FUNCTIONAL)
+FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor", "to know whether a truth value can be read")
+associative_module: Any = private("torch._higher_order_ops.associative_scan", "to scan by a function of one pair")
+private("torch._higher_order_ops.associative_scan.generic_associative_scan", "to scan by a function of one pair")
+FLEX_ATTENTION = "torch.nn.attention.flex_attention"
+
+
+def replace_in_flex_attention(make: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Let ``make`` of it stand for the check of devices in front of flex_attention, which has been imported."""
+    check = private(FLEX_ATTENTION + "._validate_device", "to have derivatives of flex_attention on the CPU")
+    private(FLEX_ATTENTION, "to have derivatives of flex_attention on the CPU")._validate_device = make(check)
+
+
+def kept_by(function: Callable[..., Any], name: str) -> Any:
+    """What ``while_loop`` or ``associative_scan`` keeps in the function that it calls its operator with, by the name
+    that it has there: a tree structure, the user's function. None: the function is somebody else's."""
+    if isinstance(function, functools.partial):
+        return function.keywords.get(name)
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[names.index(name)].cell_contents if name in names else None  # type: ignore[index]
+
 
 # Entering a TorchDispatchMode through its context manager costs several microseconds.
 mode_stack_size = private("torch._C._len_torch_dispatch_stack", "to know whether a mode was entered after its own")

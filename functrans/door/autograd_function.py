@@ -22,7 +22,7 @@ from typing import Any
 from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from functrans.core.dispatch import lift, scan
+from functrans.core.dispatch import entered, lift, scan
 from functrans.core.errors import CustomFunctionError, DeadWrapperError
 from functrans.core.errors.made_at import note_site
 from functrans.core.interpreter import Interpreter
@@ -30,6 +30,7 @@ from functrans.core.leftovers import all_as_here
 from functrans.core.thread_state import STATE, lowered, running_at
 from functrans.core.torch_private import ModuleHook, mode_stack_size
 from functrans.functionalization.writes import write_outside_of_operators
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.function_context import as_tuple, is_setup_style, within, without
 from functrans.interpreters.functionalize import FunctionalizeInterpreter, apply_below
 from functrans.interpreters.grad.function import grad_rule
@@ -90,6 +91,7 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             )
     if cls is CheckpointFunction:  # its backward would run autograd, which sees nothing of what a level records
         return args[0](*args[2:])
+    args = entered(top, args, {})[0]
     try:
         scan([leaf for a in args for leaf in within(a)])
     except DeadWrapperError:
@@ -136,6 +138,7 @@ FUNCTION_RULES: dict[type[Interpreter], Callable[..., Any]] = {
     TransposeInterpreter: transpose_rule,
     LinearizeInterpreter: record_function,
     FunctionalizeInterpreter: apply_below,
+    BranchInterpreter: apply_below,
     JvpInterpreter: jvp_rule,
     VmapInterpreter: vmap_rule,
 }

@@ -6,8 +6,10 @@ import functools
 import sys
 from typing import Any
 
+from functrans.control_flow import definitions  # noqa: F401
+from functrans.control_flow.table import run_higher_order
 from functrans.core import thread_state
-from functrans.core.dispatch import base, lift, scan
+from functrans.core.dispatch import base, entered, lift, scan
 from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
@@ -17,7 +19,15 @@ from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
-from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, debug_mode, set_key_excluded
+from functrans.core.torch_private import (
+    CONJUGATE,
+    NEGATIVE,
+    HigherOrderOperator,
+    Mode,
+    OpOverload,
+    debug_mode,
+    set_key_excluded,
+)
 from functrans.functionalization import writes
 from functrans.functionalization.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
@@ -25,6 +35,8 @@ from functrans.interpreters.failures import explain
 
 class Door(Mode):
     """Brings in the operators that have no wrapper among their arguments: factories, random ones, captured tensors."""
+
+    supports_higher_order_operators = True
 
     def __torch_dispatch__(
         self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,9 +52,11 @@ class Door(Mode):
         set_key_excluded(CONJUGATE, False)
         set_key_excluded(NEGATIVE, False)
         try:
-            known: OpInfo = op._functrans  # type: ignore[attr-defined]
+            known: OpInfo | None = op._functrans  # type: ignore[attr-defined]
         except AttributeError:
-            known = op_info(op)
+            known = None if isinstance(op, HigherOrderOperator) else op_info(op)
+        if known is None:
+            return run_higher_order(op, args, kwargs or {})  # type: ignore[arg-type]
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:
@@ -85,9 +99,11 @@ thread_state.DOOR = DOOR = Door()
 
 def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``op``, whose arguments stand where its schema has them."""
+    top = STATE.top
+    if top is not None and top.within is not None:
+        args, kwargs = entered(top, args, kwargs)
     if (known.kind if not SCOPES else kind_here(known)) != PURE:
         return writes.run(known, args, kwargs)
-    top = STATE.top
     owner = top if known.random else scan(args, kwargs)[0]
     if owner is not top and top is not None and top.watcher is not None:
         owner = top.watcher if owner is None or owner.level < top.watcher.level else owner

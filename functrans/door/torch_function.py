@@ -158,8 +158,11 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: 
     ``above``: how many frames up the code is that called the function.
     """
     top = STATE.top
-    if owner is not top and owner.thread != get_ident():
-        check_thread(owner)
+    if owner is not top:
+        if owner.thread != get_ident():
+            check_thread(owner)
+        if top is not None and top.within is not None and owner.level < top.within.level:
+            owner = top.within  # which takes captured tensors in
     watcher = None if owner is top or top is None else top.watcher
     try:
         pop_mode(None)  # as PyTorch does while a handler runs

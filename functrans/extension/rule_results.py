@@ -17,9 +17,16 @@ from functrans.core.dispatch import WITHOUT_TENSORS
 from functrans.core.errors import CarriedValueError, DeadWrapperError, RuleResultError
 from functrans.core.errors.described import shown
 from functrans.core.interpreter import Interpreter
+from functrans.core.operators import Operator
 from functrans.core.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import DisableTorchFunction, OpOverload, no_dispatch
+from functrans.core.torch_private import (
+    DisableTorchFunction,
+    HigherOrderOperator,
+    OpOverload,
+    no_dispatch,
+    torch_pytree,
+)
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter
@@ -92,8 +99,16 @@ def checked_result(
     )
 
 
+def checked_tree(interpreter: Interpreter, op: HigherOrderOperator, out: Any) -> Any:
+    """What a rule returned for an operator that takes functions, if its tensors are of this level; else an error."""
+    for i, x in enumerate(torch_pytree.tree_leaves(out)):
+        if isinstance(x, Tensor):
+            checked_output(interpreter, op, f" as result {i}", "Tensor", x, None, ())
+    return out
+
+
 def checked_output(
-    interpreter: Interpreter, op: OpOverload, which: str, kind: str, out: Any, shape: Any, args: Sequence[Any]
+    interpreter: Interpreter, op: Operator, which: str, kind: str, out: Any, shape: Any, args: Sequence[Any]
 ) -> Any:
     if kind.startswith("List[") and "Tensor" in kind:
         if type(out) not in (tuple, list):
@@ -136,7 +151,7 @@ def checked_output(
     return out
 
 
-def wrong(interpreter: Interpreter, op: OpOverload, got: str, expected: str, cure: str) -> RuleResultError:
+def wrong(interpreter: Interpreter, op: Operator, got: str, expected: str, cure: str) -> RuleResultError:
     return RuleResultError(op, interpreter, interpreter.rule_place(op) or "an unknown place", got, expected, cure)
 
 

@@ -16,12 +16,12 @@ from functrans.core.operators import op_info
 from functrans.core.rules import RuleTable, place_in
 from functrans.core.tensor import WrapperTensor, wrap
 from functrans.core.thread_state import lowered
-from functrans.core.torch_private import OpOverload
+from functrans.core.torch_private import HigherOrderOperator, OpOverload, torch_pytree
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.extension.calls import check_operator
 from functrans.extension.missing_rule import missing_rule_error
-from functrans.extension.rule_results import check_below, check_carried, checked_result
+from functrans.extension.rule_results import check_below, check_carried, checked_result, checked_tree
 from functrans.extension.without_rule import policy_of, refused
 
 
@@ -67,7 +67,9 @@ class TableInterpreter(Interpreter):
     A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a
     wrapper of this interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None
     on a constant. It runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)``
-    makes, for each output of the operator and of its shape; anything else is a RuleResultError.
+    makes, for each output of the operator and of its shape; anything else is a RuleResultError. The functions among the
+    arguments of an operator such as ``torch.ops.higher_order.cond`` are code of this level: a rule calls them inside
+    ``with running_at(interpreter):``.
     """
 
     #: The transform's rules; one table per transform.
@@ -144,7 +146,7 @@ class TableInterpreter(Interpreter):
     def rule_place(self, op: Any) -> str | None:
         return place_in(op, self.rules)
 
-    def rule_for(self, op: OpOverload) -> Callable[..., Any] | None:
+    def rule_for(self, op: Any) -> Callable[..., Any] | None:
         """The rule of ``op``, or None; a subclass may know more than its table."""
         return self.rules.get(op)
 
@@ -176,6 +178,19 @@ class TableInterpreter(Interpreter):
         with lowered(self):
             out = completed(rule, op, 1)(self, *entered, **entered_kwargs)
         return checked_result(self, op, out, entered, entered_kwargs)
+
+    def process_higher_order(self, op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule = self.rule_for(op)
+        if rule is None:
+            return NotImplemented
+
+        def mine(a: Any) -> Any:
+            return self.own(a) if isinstance(a, Tensor) else a
+
+        entered, entered_kwargs = torch_pytree.tree_map(mine, (args, kwargs))
+        with lowered(self):
+            out = rule(self, *entered, **entered_kwargs)
+        return checked_tree(self, op, out)
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:

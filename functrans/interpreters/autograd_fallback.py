@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans.core.dispatch import base, dispatch, map_tensors
+from functrans.core.dispatch import base, dispatch, entered, map_tensors
 from functrans.core.errors import MissingRuleError, NoFormulaError
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
@@ -60,7 +60,7 @@ class ShadowInterpreter(Interpreter):
         self.func = borrower.func
         self.outer_grad_mode = True
         self.outer_forward_mode = True
-        self.outer_modes_on = True
+        self.within = None if self.below is None else self.below.within
         #: the grad mode of the level below, which the autograd engine overrides while it runs
         self.grad_mode = torch.is_grad_enabled() and borrower.outer_grad_mode
 
@@ -101,7 +101,7 @@ class ShadowInterpreter(Interpreter):
 def _below(shadow: ShadowInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     if op_info(op).random:
         return base(op, args, kwargs) if shadow.below is None else shadow.below.process(op, args, kwargs)
-    return dispatch(op, args, kwargs)
+    return dispatch(op, *entered(shadow.below, args, kwargs))
 
 
 def shadow_of(shadow: ShadowInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:

@@ -146,11 +146,11 @@ class JetInterpreter(TableInterpreter):
             return value, None
         return value, [torch.zeros_like(value) if t is None else t for t in terms]
 
-    def rule_for(self, op: OpOverload) -> Callable[..., Any] | None:
+    def rule_for(self, op: Any) -> Callable[..., Any] | None:
         rule = self.rules.get(op)
         if rule is not None:
             return rule
-        entry = DERIVATIVES.get(op)
+        entry = DERIVATIVES.get(op) if isinstance(op, OpOverload) else None
         if entry is None or entry.tangent is None:
             return None
         known = METHODS.get(op)
@@ -363,7 +363,12 @@ def detach(jet: JetInterpreter, x: WrapperTensor) -> WrapperTensor:
 
 def function_rule(interpreter: JetInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An autograd.Function: its own ``jvp``, and the derivatives of that."""
-    return derived(interpreter, cls.apply, [interpreter.own(a) if isinstance(a, Tensor) else a for a in args], {})
+    given = [interpreter.own(a) if isinstance(a, Tensor) else a for a in args]
+    if all(interpreter.is_constant(a) for a in given if interpreter.owns(a)):
+        with lowered(interpreter):
+            return map_tensors(interpreter.constant, cls.apply(*map(value_of, given)))
+    return derived(interpreter, cls.apply, given, {})
+
 
 
 FUNCTION_RULES[JetInterpreter] = function_rule

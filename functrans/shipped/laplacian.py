@@ -154,11 +154,11 @@ class LaplacianInterpreter(TableInterpreter):
             slopes = torch.zeros(self.count, *value.shape, dtype=value.dtype, device=value.device)
         return value, slopes, torch.zeros_like(value) if bend is None else bend
 
-    def rule_for(self, op: OpOverload) -> Callable[..., Any] | None:
+    def rule_for(self, op: Any) -> Callable[..., Any] | None:
         rule = self.rules.get(op)
         if rule is not None:
             return rule
-        entry = DERIVATIVES.get(op)
+        entry = DERIVATIVES.get(op) if isinstance(op, OpOverload) else None
         if entry is None or entry.tangent is None:
             return None
         known = METHODS.get(op)
@@ -310,7 +310,12 @@ def detach(level: LaplacianInterpreter, x: WrapperTensor) -> WrapperTensor:
 
 def function_rule(interpreter: LaplacianInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An autograd.Function: its own ``jvp``, differentiated."""
-    return derived(interpreter, cls.apply, [interpreter.own(a) if isinstance(a, Tensor) else a for a in args], {})
+    given = [interpreter.own(a) if isinstance(a, Tensor) else a for a in args]
+    if all(interpreter.is_constant(a) for a in given if interpreter.owns(a)):
+        with lowered(interpreter):
+            return map_tensors(interpreter.constant, cls.apply(*map(value_of, given)))
+    return derived(interpreter, cls.apply, given, {})
+
 
 
 FUNCTION_RULES[LaplacianInterpreter] = function_rule

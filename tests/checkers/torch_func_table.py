@@ -285,13 +285,12 @@ JAX = [
         "tests/test_collectives.py::test_values",
         "under vmaps of that name ([named_axes.md](named_axes.md))",
     ),
-    row("lax.ppermute, all_to_all, psum_scatter", "no", "not hasattr(functrans, 'ppermute')", "`all_gather` has it all"),
+    row("lax.ppermute, all_to_all, psum_scatter", "no", "not hasattr(functrans, 'ppermute')", "`all_gather`"),
     row(
-        "lax.cond, lax.scan, lax.while_loop",
-        "differs",
-        "equal(grad(lambda x: (x.sin() if x.sum() > 0 else x).sum())(x), x.cos())",
-        "Python's own `if`, `for` and `while`, whose conditions must not be batched (use `torch.where`); "
-        "`torch.cond` inside of a transform is an error",
+        "lax.cond, lax.scan, lax.while_loop, lax.map, lax.associative_scan",
+        "yes",
+        "tests/test_control_flow.py::test_against_python",
+        "`torch.cond` and its kind under every transform ([control_flow.md](control_flow.md)), or Python's own `if`",
     ),
 ]
 

@@ -181,6 +181,35 @@ class MissingRuleError(FunctransError, NotImplementedError, takes="op interprete
         super().__init__(op, interpreter, why)
 
 
+class HigherOrderError(MissingRuleError, takes="op interpreter"):
+    sentence = """{interpreter.name} at level {interpreter.level} has no rule for torch.ops.higher_order.{op}, an
+        operator that takes functions. Call it outside of the transform, or say what it is in terms of other operators:
+        functrans.extend.DEFINITIONS.add(torch.ops.higher_order.{op}, definition), where definition(*args, **kwargs) is
+        plain torch code that calls the functions among its arguments."""
+
+    def __init__(self, op: Any, interpreter: Any) -> None:
+        FunctransError.__init__(self, op, interpreter)
+
+
+class UndecidedError(MissingRuleError, takes="op interpreter"):
+    sentence = """{interpreter.name} at level {interpreter.level} has no rule for torch.ops.higher_order.{op}, whose
+        predicate has a meaning of that transform's own: no branch is taken by it. Register one for the operator in the
+        table of the transform, which is asked where {op} is called at its level, in no other transform inside; or
+        choose by torch.where."""
+
+    def __init__(self, op: Any, interpreter: Any) -> None:
+        FunctransError.__init__(self, op, interpreter)
+
+
+class BranchWriteError(FunctransError):
+    sentence = """{branch} writes a tensor of shape {shape} that it was given or captured. Both branches are run, since
+        examples differ in which one they take (or cannot be asked, while a graph is traced), and those that do not take
+        this one must not be written to. Write to a clone() inside of the branch, and return it."""
+
+    def __init__(self, branch: Any, target: Any) -> None:
+        super().__init__(branch=branch.name, shape=tuple(target.shape))
+
+
 class NoFormulaError(MissingRuleError):
     sentence = """{interpreter.name} at level {interpreter.level} has no rule for {op}. PyTorch has no formula for this
         derivative ({why}), which is not taken for zero here. Register one with

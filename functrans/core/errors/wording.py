@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 OpOverloadPacket = type(torch.ops.aten.sin)
+HigherOrderOperator: Any = type(torch.ops.higher_order.cond).__base__
 
 
 def what(x: Any) -> str:
@@ -84,6 +85,8 @@ def what_was_named(op: Any) -> str:
     """What was given for an operator overload."""
     if isinstance(op, OpOverloadPacket):
         return f"the packet torch.ops.{op}, which stands for all its overloads"
+    if isinstance(op, HigherOrderOperator):
+        return f"torch.ops.higher_order.{op}, which takes functions"
     return f"the function {op.__qualname__}" if inspect.isfunction(op) else what(op)
 
 
@@ -91,6 +94,8 @@ def overloads_meant(op: Any, title: str, overload: Any) -> str:
     """What to write instead of ``op``, which may be a custom operator with an ``overload``."""
     if isinstance(op, OpOverloadPacket):
         return f"Name one of its overloads: {overload_names(str(op), op)}."
+    if isinstance(op, HigherOrderOperator):
+        return "What it is for all transforms is defined in functrans.extend.DEFINITIONS."
     if overload is not None:
         return f"Write torch.ops.{overload} for this custom operator."
     if isinstance(op, str):
