@@ -86,7 +86,8 @@ class Inputs:
         wrapper = self.constants.get(id(leaf))
         if wrapper is None:  # a tensor that is passed twice is one tensor inside, too
             wrapper = self.constants[id(leaf)] = self.interpreter.constant(leaf)
-            self.wrapped.append((wrapper, leaf))
+            if wrapper is not leaf:
+                self.wrapped.append((wrapper, leaf))
         return wrapper
 
     def collect(self, cotangents: dict[int, Tensor]) -> Any:

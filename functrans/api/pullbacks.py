@@ -140,8 +140,7 @@ class Pullback(LinearFunction):
         if index is None or self.outputs[0].dim() != 1 or self.outputs[0].dtype.is_complex:
             return None
         check_versions(self.versions)
-        output: Any = self.outputs[0]
-        behind = interpreter.rows_behind(index, output.shape[0], output)
+        behind = interpreter.rows_behind(index, self.outputs[0].ones())
         if behind is None:
             return None
         cotangents, index, end = behind

@@ -35,8 +35,9 @@ from functrans.core.errors.wording import shown, what
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
+from functrans.core.subclasses import ones_for
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, door_closed
+from functrans.core.thread_state import STATE
 from functrans.core.torch_private import set_forward_enabled
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -185,8 +186,7 @@ def grad_and_value_of(
 
 def unit(value: Tensor) -> Tensor:
     """The cotangent that a scalar's gradient starts from: a plain 1, whatever levels and batches ``value`` is of."""
-    with door_closed():
-        return torch.ones((), dtype=value.dtype, device=value.device)
+    return ones_for(value)
 
 
 def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
