@@ -1,8 +1,7 @@
-"""Derivatives of conversions to the sparse COO layout, of its constructor, and of products of a sparse and a dense matrix
-by the dense one.
+"""Derivatives of conversions to the sparse COO layout, of its constructor, and of ``torch.sparse.mm``.
 
-PyTorch's own of the former go through ``_values``, which has no derivative, so that second and forward derivatives would
-be lost in silence; those of the latter would have wrappers hold the sparse matrix, which may be compressed.
+PyTorch's own of the former go through ``_values``, which has no derivative, so that second and forward derivatives
+would be lost in silence; that of the product would have a wrapper hold the sparse matrix, which may be compressed.
 """
 
 from __future__ import annotations

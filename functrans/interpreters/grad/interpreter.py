@@ -130,8 +130,9 @@ class GradInterpreter(Interpreter, whole=True):
         self.tape.append((node, outs, ins, saved))
 
     def rows_behind(self, index: int, diagonal: Any) -> tuple[Tensor, int, int] | None:
-        """What the last steps to the vector ``index`` make of the rows of the identity, whose diagonal is given, without
-        multiplying it out.
+        """What the last steps to the vector ``index`` make of the rows of the identity, without multiplying it out.
+
+        ``diagonal``: the ones on the identity's diagonal.
 
         Through pointwise steps a row of the identity stays a row of a diagonal matrix, and pulling that through the
         product of a matrix and a vector scales the matrix's rows. Returns these rows, the index that they are
