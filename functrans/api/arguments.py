@@ -11,6 +11,7 @@ from torch import Tensor
 from functrans.api.structures import path_of
 from functrans.core.errors import Call, CallError, CallValueError, DeadWrapperError
 from functrans.core.errors.wording import what
+from functrans.core.facades import Facade, are_plain, bare, class_of_gradients, of_class, shown_like
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import tree_flatten, tree_unflatten
@@ -59,7 +60,8 @@ class Inputs:
                     refuse_argument(call, leaf, self.named, i, args, place)
             wrappers = [self._enter(leaf, track) for leaf in leaves]
             self.tracked[i] = (leaves, wrappers, spec)
-            entered[i] = tree_unflatten(spec, wrappers)
+            shown = wrappers if are_plain(leaves) else list(map(shown_like, wrappers, leaves))
+            entered[i] = tree_unflatten(spec, shown)
         for i, a in enumerate(args):
             if i not in self.tracked:
                 entered[i] = self._constants(a)
@@ -68,6 +70,7 @@ class Inputs:
         self.leaf_indices = {i: [getattr(w, "tape_index", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
     def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
+        leaf = bare(leaf)
         wrapper = track(leaf)
         self.wrapped.append((wrapper, leaf))
         return wrapper
@@ -85,10 +88,11 @@ class Inputs:
     def _constant(self, leaf: Tensor) -> WrapperTensor:
         wrapper = self.constants.get(id(leaf))
         if wrapper is None:  # a tensor that is passed twice is one tensor inside, too
-            wrapper = self.constants[id(leaf)] = self.interpreter.constant(leaf)
-            if wrapper is not leaf:
-                self.wrapped.append((wrapper, leaf))
-        return wrapper
+            origin = bare(leaf)
+            wrapper = self.constants[id(leaf)] = self.interpreter.constant(origin)
+            if wrapper is not origin:
+                self.wrapped.append((wrapper, origin))
+        return shown_like(wrapper, leaf)
 
     def collect(self, cotangents: dict[int, Tensor]) -> Any:
         """The cotangents of the tracked arguments, zeros where none arrived, in the arguments' structure."""
@@ -96,8 +100,8 @@ class Inputs:
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if index is None else cotangents.get(index) for index in self.leaf_indices[i]]
-            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
-            found.append(tree_unflatten(spec, filled))
+            filled = [torch.zeros_like(bare(p)) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+            found.append(tree_unflatten(spec, gradients_by(leaves, filled)))
         return found[0] if self.single else tuple(found)
 
     def write_back(self) -> None:
@@ -263,6 +267,14 @@ def output_cure(x: Any) -> str:
     return ""
 
 
+def gradients_by(leaves: list[Any], gradients: list[Tensor]) -> list[Tensor]:
+    """``gradients`` by ``leaves``, each of the class that it has; see NOTE [Facades]."""
+    if are_plain(leaves):
+        return gradients
+    kinds = [class_of_gradients(x) for x in leaves]
+    return [g if kind is None else of_class(bare(g), kind) for g, kind in zip(gradients, kinds, strict=True)]
+
+
 def unwrap(interpreter: Interpreter, x: Any) -> Any:
     """The value one level down of ``x`` if it belongs to ``interpreter``, else ``x``."""
     if type(x) is WrapperTensor:
@@ -272,4 +284,6 @@ def unwrap(interpreter: Interpreter, x: Any) -> Any:
             return x.value
         if not x.interpreter.alive:
             raise DeadWrapperError(x)
+    elif isinstance(x, Facade):
+        return shown_like(unwrap(interpreter, x.wrapper), x)
     return x

@@ -16,6 +16,7 @@ from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallIndexError, CallValueError, DeadWrapperError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what
+from functrans.core.facades import Facade, are_plain, bare, shown_like
 from functrans.core.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
@@ -143,16 +144,19 @@ def run_batched(
     kwargs: dict[str, Any],
 ) -> Any:
     interpreter = VmapInterpreter(size, randomness, func)
+    given = leaves
+    if not are_plain(leaves):
+        leaves = [bare(x) for x in leaves]
     entered = [interpreter.batched(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, dims, strict=True)]
     for x in entered:
         if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
             x.given = True
-    args = tree_unflatten(spec, entered)
+    args = tree_unflatten(spec, entered if given is leaves else list(map(shown_like, entered, given)))
 
     def body() -> tuple[list[Any], Any, Any]:
         out = call_function(call, func, args, kwargs)
         out_leaves, out_spec = tree_flatten(out)
-        for x in out_leaves:
+        for x in map(bare, out_leaves):
             if type(x) is WrapperTensor and x.view_link is not None and x.interpreter.alive:
                 x.view_link.refresh(x)
         return out_leaves, out_spec, out
@@ -171,6 +175,7 @@ def run_batched(
         return tree_unflatten(out_spec, results)
     # What an in-place function returns is the caller's tensor, as without vmap, unless it became a view (unsqueeze_).
     for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
+        x = bare(x)
         if id(x) in written and x.view_link is None:
             origin, dim = written[id(x)]
             if dim is not None and place is not None:
@@ -221,6 +226,8 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
                 return x
         elif not x.interpreter.alive:
             raise DeadWrapperError(x)
+    elif isinstance(x, Facade):
+        return shown_like(leave(call, interpreter, x.wrapper, place, out, index), x)
     elif not isinstance(x, Tensor):
         return x
     if place is None:

@@ -55,6 +55,7 @@ __all__ = [
     "mode_stack_size",
     "no_dispatch",
     "no_setup_context",
+    "nowrap_functions",
     "overload_of_library",
     "pop_function_mode",
     "pop_mode",
@@ -71,6 +72,7 @@ __all__ = [
     "set_grad_enabled",
     "set_key_excluded",
     "set_key_included",
+    "tensor_as_subclass",
     "tensor_torch_function",
     "top_packing",
     "torch_pytree",
@@ -177,6 +179,10 @@ autocast_enabled = private(
 )
 without_torch_function = private(
     "torch._C._disabled_torch_function_impl", "to hand a call to PyTorch's own argument parser"
+)
+tensor_as_subclass: Any = private("torch._C.TensorBase.as_subclass", "to give a tensor a class and to take it off")
+nowrap_functions = private(
+    "torch.overrides.get_default_nowrap_functions", "to know the functions that do not keep a tensor's class"
 )
 tensor_torch_function = private(
     "torch.Tensor.__torch_function__.__func__", "to tell tensor subclasses that have one of their own"
@@ -332,6 +338,7 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
     "_op": ("torch.ops.aten.sin.default", "to call an operator without what an overload object adds"),
     "_can_decompose": ("torch.ops.aten.sin.default", "to know whether an operator is made of others"),
     "_is_view": ("torch.Tensor", "to know whether an operator viewed or copied"),
+    "_values": ("torch.Tensor", "to reach what a jagged nested tensor is made of"),
     "_version": ("torch.Tensor", "to notice that a tensor that was saved has been written"),
     "_cdata": ("torch.UntypedStorage", "to know whether two tensors share memory"),
     "_current_level": ("torch.autograd.forward_ad", "to know whether forward AD of PyTorch itself is on"),

@@ -17,6 +17,7 @@ from torch.nn import parameter
 
 from functrans.core.dispatch import lift
 from functrans.core.errors import InsideTransformError
+from functrans.core.facades import as_subclass
 from functrans.core.stack import interpreter_stack
 from functrans.core.thread_state import STATE, running_at
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -70,3 +71,4 @@ def deepcopy(self: Tensor, memo: Any) -> Any:
 
 
 Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+Tensor.as_subclass = as_subclass  # type: ignore[assignment, method-assign]

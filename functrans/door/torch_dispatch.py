@@ -14,6 +14,7 @@ from functrans.core.dispatch import base, lift, scan
 from functrans.core.errors import OtherThreadError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
+from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
@@ -39,9 +40,10 @@ class Door(Mode):
         innermost transform.
         """
         if types and types is not OURS and (len(types) > 1 or types[0] is not WrapperTensor):
-            nested = nested_class((*args, *(kwargs or {}).values()))
+            args, kwargs = bare(args), bare(kwargs or {})
+            nested = nested_class((*args, *kwargs.values()))
             if nested is not None:
-                return run_apart(nested, op, types, args, kwargs or {})
+                return run_apart(nested, op, types, args, kwargs)
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
         # tensors what they are. (Autograd's comes back in dispatch.base.)
         set_key_excluded(CONJUGATE, False)
