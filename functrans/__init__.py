@@ -21,7 +21,7 @@ from functrans.decompositions import least_squares, recurrent, transformer  # no
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.door import at_base, autograd_function, torch_function  # noqa: F401
-from functrans.functionalization import hidden_effects, numbers_read, scalar_index  # noqa: F401
+from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules

@@ -53,10 +53,12 @@ class Facade(Tensor):
         return shown_as(out, cls.shown, known)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return thread_state.DOOR.__torch_dispatch__(func, (), bare(args), bare(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{self.shown.__name__}, {self.wrapper!r}"
 
     def __copy__(self) -> Tensor:
@@ -91,7 +93,7 @@ def are_plain(leaves: list[Any]) -> bool:
     return TENSORS.issuperset(map(type, leaves))
 
 
-def is_kept(kind: type) -> bool:
+def is_kept(kind: Any) -> bool:
     if not issubclass(kind, Tensor) or kind is Tensor or answers_operators(kind):
         return False
     return kind.__torch_function__ is not without_torch_function

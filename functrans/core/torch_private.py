@@ -21,8 +21,10 @@ __all__ = [
     "COMPOSITE",
     "CONJUGATE",
     "DECOMPOSITION_TABLE",
+    "FUNCTIONAL_COLLECTIVES",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
+    "IN_PLACE_COLLECTIVES",
     "KEY_OF_MODE",
     "NEGATIVE",
     "PRE_DISPATCH",
@@ -41,6 +43,7 @@ __all__ = [
     "OpOverload",
     "autocast_enabled",
     "dynamo_names",
+    "finished_work",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
@@ -329,6 +332,31 @@ class Mode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+#: The functional collectives, and those with a derivative by PyTorch; none where PyTorch was built without them.
+FUNCTIONAL_COLLECTIVES: list[Any] = []
+#: The collectives that write in place what other processes send.
+IN_PLACE_COLLECTIVES: list[OpOverload] = []
+if torch.distributed.is_available():
+    _FOR_COLLECTIVES = "to know collectives"
+    FUNCTIONAL_COLLECTIVES += [
+        private(f"torch.ops.{name}", _FOR_COLLECTIVES) for name in ("_c10d_functional", "_c10d_functional_autograd")
+    ]
+    IN_PLACE_COLLECTIVES += [
+        private(f"torch.ops.c10d.{name}.default", _FOR_COLLECTIVES)
+        for name in (
+            "_allgather_base_", "_reduce_scatter_base_", "allgather_", "allgather_coalesced_",
+            "allgather_into_tensor_coalesced_", "allreduce_", "allreduce_coalesced_", "alltoall_", "alltoall_base_",
+            "broadcast_", "gather_", "recv_", "recv_any_source_", "reduce_", "reduce_scatter_",
+            "reduce_scatter_tensor_coalesced_", "scatter_", "send",
+        )
+    ]  # fmt: skip
+
+
+def finished_work() -> Any:
+    """What an in-place collective returns to be waited for, of one that is over."""
+    return torch.distributed.Work.boxed(private("torch._C._distributed_c10d.FakeWork", _FOR_COLLECTIVES)())
 
 
 #: Attributes that are read off objects where they are used, many for every operator: where each is found, and its use.
