@@ -20,7 +20,7 @@ from functrans.core.operators import STAND_INS
 from functrans.decompositions import least_squares, recurrent, transformer  # noqa: F401
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
-from functrans.door import at_base, autograd_function, torch_function  # noqa: F401
+from functrans.door import at_base, autograd_function, dtensor, torch_function  # noqa: F401
 from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES

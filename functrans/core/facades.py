@@ -96,7 +96,8 @@ def are_plain(leaves: list[Any]) -> bool:
 def is_kept(kind: Any) -> bool:
     if not issubclass(kind, Tensor) or kind is Tensor or answers_operators(kind):
         return False
-    return kind.__torch_function__ is not without_torch_function
+    protocol: Any = kind.__torch_function__
+    return protocol is not without_torch_function
 
 
 def class_of_gradients(x: Any) -> type | None:
