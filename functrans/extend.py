@@ -40,6 +40,7 @@ from functrans.core.errors import (
     RuleError,
     RuleResultError,
 )
+from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.rules import RuleTable, place_in
 from functrans.core.schemas import schema_default
@@ -119,7 +120,7 @@ class TableInterpreter(Interpreter):
         check_below(self, "value", value)
         for name, carried in payload.items():
             check_carried(self, name, carried)
-        wrapper = wrap(self, value)
+        wrapper = wrap(self, bare(value))
         for name in self.payload:
             setattr(wrapper, name, payload.pop(name, None))
         if payload:

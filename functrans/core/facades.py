@@ -23,7 +23,7 @@ from torch import Tensor
 from functrans.core import thread_state
 from functrans.core.errors.refusals import Refusing
 from functrans.core.pytrees import TENSORS
-from functrans.core.subclasses import answers_operators
+from functrans.core.subclasses import keeps_class
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import (
@@ -31,7 +31,6 @@ from functrans.core.torch_private import (
     nowrap_functions,
     tensor_as_subclass,
     tensor_torch_function,
-    without_torch_function,
 )
 
 
@@ -61,6 +60,9 @@ class Facade(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{self.shown.__name__}, {self.wrapper!r}"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.wrapper, spec) if spec else repr(self)
+
     def __copy__(self) -> Tensor:
         return shown_like(copy.copy(self.wrapper), self)
 
@@ -82,22 +84,15 @@ for _name, _found in vars(Refusing).items():
         setattr(Facade, _name, of_wrapper(_name))
 
 
-def class_to_keep(x: Any) -> type | None:
+def class_to_keep(x: Any) -> Any:
     """The user's class of ``x``, if it is one with ``__torch_function__`` alone; of a facade what it shows."""
     kind = type(x)
-    return None if kind in TENSORS else getattr(kind, "shown", None) or (kind if is_kept(kind) else None)
+    return None if kind in TENSORS else getattr(kind, "shown", None) or (kind if keeps_class(kind) else None)
 
 
 def are_plain(leaves: list[Any]) -> bool:
     """Whether no class of the user's is among ``leaves``, as a rule."""
     return TENSORS.issuperset(map(type, leaves))
-
-
-def is_kept(kind: Any) -> bool:
-    if not issubclass(kind, Tensor) or kind is Tensor or answers_operators(kind):
-        return False
-    protocol: Any = kind.__torch_function__
-    return protocol is not without_torch_function
 
 
 def class_of_gradients(x: Any) -> type | None:
@@ -138,7 +133,7 @@ def bare(x: Any) -> Any:
         return kind([bare(v) for v in x])
     if kind is dict:
         return {k: bare(v) for k, v in x.items()}
-    return reclassed(x, Tensor) if is_kept(kind) else x
+    return reclassed(x, Tensor) if keeps_class(kind) else x
 
 
 def reclassed(x: Tensor, kind: type) -> Tensor:
@@ -176,4 +171,4 @@ def as_subclass(self: Tensor, cls: type[Tensor]) -> Tensor:
     cls = getattr(cls, "shown", cls)
     if type(self) is not WrapperTensor and not isinstance(self, Facade):
         return reclassed(self, cls)
-    return facade(bare(self), cls) if is_kept(cls) else bare(self)
+    return facade(bare(self), cls) if keeps_class(cls) else bare(self)

@@ -6,11 +6,14 @@ zeros) is made by the tensor's own factories, so that it is of the class, and pl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import door_closed
+from functrans.core.torch_private import without_torch_function
 
 
 def model_of(x: Tensor) -> Tensor | None:
@@ -18,6 +21,23 @@ def model_of(x: Tensor) -> Tensor | None:
     while type(x) is WrapperTensor:
         x = x.value
     return None if type(x) is Tensor or not answers_operators(type(x)) else x
+
+
+#: by class, what ``keeps_class`` says
+_keeping: dict[type, bool] = {}
+
+
+class KeptClassMet(Exception):
+    """An operator came to the door with a tensor whose class is kept in front of it; see NOTE [Facades]."""
+
+
+def keeps_class(kind: Any) -> bool:
+    """Whether ``kind`` is a subclass of Tensor with ``__torch_function__`` and nothing else."""
+    found = _keeping.get(kind)
+    if found is None:
+        plain = not issubclass(kind, Tensor) or kind is Tensor or answers_operators(kind)
+        found = _keeping[kind] = not plain and kind.__torch_function__ is not without_torch_function
+    return found
 
 
 def answers_operators(kind: type) -> bool:

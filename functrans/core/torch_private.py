@@ -340,6 +340,7 @@ FUNCTIONAL_COLLECTIVES: list[Any] = []
 IN_PLACE_COLLECTIVES: list[OpOverload] = []
 if torch.distributed.is_available():
     _FOR_COLLECTIVES = "to know collectives"
+    private("torch.distributed._functional_collectives", _FOR_COLLECTIVES)  # which defines some, and their derivatives
     FUNCTIONAL_COLLECTIVES += [
         private(f"torch.ops.{name}", _FOR_COLLECTIVES) for name in ("_c10d_functional", "_c10d_functional_autograd")
     ]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from functrans.core.dispatch import lift, scan
 from functrans.core.errors import CustomFunctionError
 from functrans.core.errors.made_at import note_site
-from functrans.core.facades import Facade, bare
+from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import mode_stack_size
@@ -53,7 +53,7 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     if top is None or top.carries_autograd or mode_stack_size() < STATE.door_depth:
         # at the base, where an operator that PyTorch differentiates by a Function is run, too
         return _original_apply(cls, *args, **kwargs)
-    args = tuple(bare(a) if isinstance(a, Facade) else a for a in args)
+    args = bare(args)
     if is_setup_style(cls) or kwargs:
         signature = inspect.signature(cls.forward).bind(*(args if is_setup_style(cls) else (None, *args)), **kwargs)
         signature.apply_defaults()

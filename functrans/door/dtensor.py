@@ -143,7 +143,11 @@ def redistribute(x: Any) -> Callable[..., Tensor]:
 
 
 def to_local(x: Any) -> Callable[..., Tensor]:
-    return lambda *, grad_placements=None: ToLocal.apply(x, grad_placements)
+    def to_local(*, grad_placements: Any = None) -> Any:
+        placements_of(x)  # refuses a batch of which each rank has some examples only
+        return ToLocal.apply(x, grad_placements)
+
+    return to_local
 
 
 def full_tensor(x: Any) -> Callable[..., Tensor]:

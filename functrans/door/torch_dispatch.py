@@ -19,6 +19,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
+from functrans.core.subclasses import KeptClassMet
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import CONJUGATE, NEGATIVE, Mode, OpOverload, set_key_excluded
@@ -58,6 +59,8 @@ class Door(Mode):
             if STATE.number_read is not None:
                 check_number_read(op, args, kwargs)
             out = handle(op, known, args, kwargs or {})
+        except KeptClassMet:
+            return self.__torch_dispatch__(op, types, bare(args), bare(kwargs or {}))
         except Exception as error:
             explain(error)
             raise
