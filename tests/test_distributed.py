@@ -155,7 +155,7 @@ def collectives_of_a_batch(mesh: Any) -> None:
     b = batches[rank]
     for in_dim in (0, 1):
         given = b.movedim(0, in_dim).contiguous()
-        run = lambda f: vmap(lambda r: f(r) * 1, in_dims=in_dim)(given)  # noqa: B023
+        run = lambda f: vmap(lambda r: f(r.contiguous()) * 1, in_dims=in_dim)(given)  # noqa: B023
         assert torch.equal(run(lambda r: fc.all_reduce(r, "sum", mesh)), total)
         assert torch.equal(run(lambda r: fc.all_gather_tensor(r, 0, mesh)), torch.cat(batches, 1))
         assert torch.equal(run(lambda r: fc.reduce_scatter_tensor(r, "sum", 0, mesh)), total[:, rank : rank + 1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from functrans import grad, hessian, hvp, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -131,7 +132,9 @@ def test_a_class_that_computes_with_nothing_else(name: str) -> None:
     for transformed, by_hand in UNDER.values():
         got = transformed(f, Strict(X))
         assert type(got) is Strict
-        torch.testing.assert_close(got.inner, by_hand(f, X))
+        with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative in plain autograd
+            expected = by_hand(f, X)
+        torch.testing.assert_close(got.inner, expected)
 
 
 def test_what_nothing_depends_on_is_of_the_class() -> None:
