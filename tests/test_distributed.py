@@ -5,6 +5,7 @@ Each case is a function of this file; ``ranks`` runs all of them in one pair of 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import socket
@@ -21,6 +22,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from functrans import (
+    functional_call,
     grad,
     grad_and_value,
     hessian,
@@ -212,6 +214,25 @@ def data_parallel_modules(mesh: Any) -> None:
     torch.testing.assert_close(vmap(parallel)(X), plain(X))
     torch.testing.assert_close(vmap(grad(lambda x: parallel(x).sum()))(X), expected)
     torch.testing.assert_close(jvp(lambda x: parallel(x).sum(), (X,), (X,))[1], (expected * X).sum())
+
+
+@case
+def sharded_modules(mesh: Any) -> None:
+    """FSDP2: the module as it was, with its parameters gathered, can be called; the module with hooks cannot."""
+    plain = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    for p in plain.parameters():
+        dist.broadcast(p.data, 0)
+    sharded = copy.deepcopy(plain)
+    importlib.import_module("torch.distributed.fsdp").fully_shard(sharded, mesh=mesh)
+    full = {name: p.full_tensor().detach() for name, p in sharded.named_parameters()}
+    each = vmap(grad(lambda p, x: functional_call(plain, p, (x,)).sum()), (None, 0))(full, X)
+    weight = plain[0].weight
+    torch.testing.assert_close(each["0.weight"].sum(0), torch.autograd.grad(plain(X).sum(), weight)[0])
+    for call in (lambda f: vmap(f)(X), lambda f: grad(lambda x: f(x).sum())(X), lambda f: jvp(f, (X,), (X,))):
+        sharded = copy.deepcopy(plain)  # a call that fails leaves the hooks in the middle of it
+        importlib.import_module("torch.distributed.fsdp").fully_shard(sharded, mesh=mesh)
+        with pytest.raises(InsideTransformError, match=r"with full_tensor\(\) of each parameter"):
+            call(sharded)
 
 
 def run_cases(rank: int, port: int, folder: str) -> None:

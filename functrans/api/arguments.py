@@ -14,7 +14,7 @@ from functrans.core.errors.wording import what
 from functrans.core.facades import Facade, are_plain, bare, class_of_gradients, of_class, shown_like
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.core.pytrees import TENSORS, tree_flatten, tree_unflatten
 from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.functionalization.views import contents_of
 from functrans.functionalization.writes import invalidate_saved
@@ -70,7 +70,8 @@ class Inputs:
         self.leaf_indices = {i: [getattr(w, "tape_index", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
     def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
-        leaf = bare(leaf)
+        if type(leaf) not in TENSORS:
+            leaf = bare(leaf)
         wrapper = track(leaf)
         self.wrapped.append((wrapper, leaf))
         return wrapper
@@ -92,7 +93,7 @@ class Inputs:
             wrapper = self.constants[id(leaf)] = self.interpreter.constant(origin)
             if wrapper is not origin:
                 self.wrapped.append((wrapper, origin))
-        return shown_like(wrapper, leaf)
+        return wrapper if type(leaf) in TENSORS else shown_like(wrapper, leaf)
 
     def collect(self, cotangents: dict[int, Tensor]) -> Any:
         """The cotangents of the tracked arguments, zeros where none arrived, in the arguments' structure."""

@@ -23,8 +23,9 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.core.dispatch import lift, scan
-from functrans.core.errors import CustomFunctionError
+from functrans.core.errors import CustomFunctionError, InsideTransformError
 from functrans.core.errors.made_at import note_site
+from functrans.core.errors.refusals import FSDP, FULL_PARAMETERS, OF_FSDP
 from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.thread_state import STATE, running_at
@@ -66,6 +67,8 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         raise CustomFunctionError(
             cls, "runs autograd inside its backward", "Call checkpoint(..., use_reentrant=False)."
         )
+    if cls.__module__.startswith(FSDP):
+        raise InsideTransformError(OF_FSDP, top.name, FULL_PARAMETERS)
     owner = scan([leaf for a in args for leaf in within(a)])[0]
     out = send(owner, cls, args)
     if owner is not top:
