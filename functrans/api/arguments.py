@@ -15,7 +15,7 @@ from functrans.core.facades import Facade, are_plain, bare, class_of_gradients, 
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import TENSORS, tree_flatten, tree_unflatten
-from functrans.core.tensor import WrapperTensor, check_layout
+from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.functionalization.views import contents_of
 from functrans.functionalization.writes import invalidate_saved
 
@@ -206,6 +206,9 @@ def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool 
         if not isinstance(leaf, Tensor):
             cure = output_cure(leaf) or "Return it as aux, with has_aux=True."
             raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
+        if type(leaf) is Tensor:  # a constant: one that no wrapper could hold came out as it was
+            strides_of(leaf)
+        check_layout(leaf)
         if differentiable and leaf.dtype not in DIFFERENTIABLE:
             aux = "" if call.transform == "linear_transpose" else ": return it as aux, with has_aux=True"
             raise CallError(

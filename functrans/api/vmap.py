@@ -19,7 +19,7 @@ from functrans.core.errors.wording import shown, what
 from functrans.core.facades import Facade, are_plain, bare, shown_like
 from functrans.core.pytrees import broadcast_prefix, leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
-from functrans.core.tensor import WrapperTensor, strides_of
+from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.core.thread_state import STATE
 from functrans.functionalization.views import contents_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -237,6 +237,9 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
                 call, got, "an output that is the same for every example", "Give it an out_dim, such as 0."
             )
         return x
+    if bdim is None:
+        check_layout(x)
+        strides_of(x)  # refuses layouts that cannot be batched
     rank = x.dim() + (bdim is None)
     if not -rank <= place < rank:
         got = (
