@@ -44,11 +44,11 @@ def answers_operators(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", None) is not Tensor.__torch_dispatch__
 
 
-# Constants for ``x``: at the base, whatever levels ``x`` is of, on its device and of its class there.
+# Constants for ``x``, on its device and of its class at the base, whatever levels it is of.
 
 
 def ones_for(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Ones, of ``x``'s dtype unless another is given."""
+    """Ones, at the base, of ``x``'s dtype unless another is given."""
     dtype = dtype or x.dtype
     with door_closed():
         model = model_of(x)
@@ -57,17 +57,14 @@ def ones_for(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 
 def range_for(x: Tensor, n: int) -> Tensor:
     """0, 1, ..., n - 1."""
-    with door_closed():
-        model = model_of(x)
-        if model is None:
-            return torch.arange(n, device=x.device)
-        return model.new_ones((n,), dtype=torch.int64).cumsum(0) - 1
+    if model_of(x) is None:
+        return torch.arange(n, device=x.device)
+    return ones_for(x, n, dtype=torch.int64).cumsum(0) - 1
 
 
 def identity_for(x: Tensor, rows: int, columns: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
     """The identity matrix, of ``x``'s dtype unless another is given."""
     dtype, columns = dtype or x.dtype, rows if columns is None else columns
-    with door_closed():
-        if model_of(x) is None:
-            return torch.eye(rows, columns, dtype=dtype, device=x.device)
-        return (range_for(x, rows).unsqueeze(1) == range_for(x, columns)).to(dtype)
+    if model_of(x) is None:
+        return torch.eye(rows, columns, dtype=dtype, device=x.device)
+    return (range_for(x, rows).unsqueeze(1) == range_for(x, columns)).to(dtype)

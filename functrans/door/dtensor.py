@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from functrans.core.errors import InsideTransformError
+from functrans.core.errors.misuse import RESERVED
 from functrans.core.interpreter import Interpreter
 from functrans.core.subclasses import model_of
 from functrans.core.tensor import WrapperTensor
@@ -168,12 +169,17 @@ FOUND: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def attribute(self: WrapperTensor, name: str) -> Any:
-    """An attribute that wrappers do not have themselves."""
-    found = FOUND.get(name)
-    if found is not None and module() is not None and isinstance(model_of(self), module().DTensor):
+def attribute(name: str, found: Callable[[Any], Any]) -> property:
+    """The attribute ``name`` of wrappers, which only those of DTensors have."""
+
+    def get(self: WrapperTensor) -> Any:
+        if module() is None or not isinstance(model_of(self), module().DTensor):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         return found(self)
-    raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    return property(get)
 
 
-WrapperTensor.__getattr__ = attribute  # type: ignore[method-assign]
+for _name, _found in FOUND.items():
+    setattr(WrapperTensor, _name, attribute(_name, _found))
+RESERVED.update(FOUND)
