@@ -360,13 +360,3 @@ def trilinear(
     rank = operands[0].dim() - 1 + len(expand1)
     shifted = [[wrap_dim(d, rank) + 1 for d in dims] for dims in (expand1, expand2, expand3, sumdim)]
     return aten._trilinear.default(*operands, *shifted, wrap_dim(unroll_dim, rank) + 1), 0
-
-
-@batching_rule(aten._sparse_mm.default)
-def sparse_mm(info: BatchInfo, in_dims: Dims, sparse: Tensor, dense: Tensor) -> Output:
-    """A batch of dense matrices joins their columns."""
-    if in_dims[0] is not None:
-        raise RuleDeclined("sparse.mm: there is no batch of sparse matrices")
-    dense = dense.movedim(in_dims[1], 1)
-    out = aten._sparse_mm.default(sparse, dense.flatten(1))
-    return out.unflatten(1, dense.shape[1:]), 1
