@@ -24,11 +24,12 @@ from functrans.door import (  # noqa: F401
     at_base,
     autograd_function,
     autograd_inside,
+    dtensor,
     gradient_hooks,
     higher_order,
     torch_function,
 )
-from functrans.functionalization import hidden_effects, numbers_read, scalar_index  # noqa: F401
+from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules

@@ -11,11 +11,12 @@ from torch import Tensor
 from functrans.api.structures import path_of
 from functrans.core.errors import Call, CallError, CallValueError
 from functrans.core.errors.wording import what
+from functrans.core.facades import Facade, are_plain, bare, class_of_gradients, of_class, shown_like
 from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import as_here
 from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import tree_flatten, tree_unflatten
-from functrans.core.tensor import WrapperTensor, check_layout
+from functrans.core.pytrees import TENSORS, tree_flatten, tree_unflatten
+from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.functionalization.views import contents_of
 from functrans.functionalization.writes import invalidate_saved
 
@@ -60,7 +61,8 @@ class Inputs:
                     refuse_argument(call, leaf, self.named, i, args, place)
             wrappers = [self._enter(leaf, track) for leaf in leaves]
             self.tracked[i] = (leaves, wrappers, spec)
-            entered[i] = tree_unflatten(spec, wrappers)
+            shown = wrappers if are_plain(leaves) else list(map(shown_like, wrappers, leaves))
+            entered[i] = tree_unflatten(spec, shown)
         for i, a in enumerate(args):
             if i not in self.tracked:
                 entered[i] = self._constants(a)
@@ -69,6 +71,8 @@ class Inputs:
         self.leaf_indices = {i: [getattr(w, "tape_index", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
 
     def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
+        if type(leaf) not in TENSORS:
+            leaf = bare(leaf)
         wrapper = track(as_here(leaf))
         self.wrapped.append((wrapper, leaf))
         return wrapper
@@ -86,9 +90,11 @@ class Inputs:
     def _constant(self, leaf: Tensor) -> WrapperTensor:
         wrapper = self.constants.get(id(leaf))
         if wrapper is None:  # a tensor that is passed twice is one tensor inside, too
-            wrapper = self.constants[id(leaf)] = self.interpreter.constant(as_here(leaf))
-            self.wrapped.append((wrapper, leaf))
-        return wrapper
+            origin = bare(leaf)
+            wrapper = self.constants[id(leaf)] = self.interpreter.constant(as_here(origin))
+            if wrapper is not origin:
+                self.wrapped.append((wrapper, origin))
+        return wrapper if type(leaf) in TENSORS else shown_like(wrapper, leaf)
 
     def collect(self, cotangents: dict[int, Tensor]) -> Any:
         """The cotangents of the tracked arguments, zeros where none arrived, in the arguments' structure."""
@@ -96,8 +102,8 @@ class Inputs:
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if index is None else cotangents.get(index) for index in self.leaf_indices[i]]
-            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
-            found.append(tree_unflatten(spec, filled))
+            filled = [torch.zeros_like(bare(p)) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+            found.append(tree_unflatten(spec, gradients_by(leaves, filled)))
         return found[0] if self.single else tuple(found)
 
     def leave(self, x: Any) -> Any:
@@ -209,6 +215,9 @@ def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool 
         if not isinstance(leaf, Tensor):
             cure = output_cure(leaf) or "Return it as aux, with has_aux=True."
             raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
+        if type(leaf) is Tensor:  # a constant: one that no wrapper could hold came out as it was
+            strides_of(leaf)
+        check_layout(leaf)
         if differentiable and leaf.dtype not in DIFFERENTIABLE:
             aux = "" if call.transform == "linear_transpose" else ": return it as aux, with has_aux=True"
             raise CallError(
@@ -271,10 +280,20 @@ def output_cure(x: Any) -> str:
     return ""
 
 
+def gradients_by(leaves: list[Any], gradients: list[Tensor]) -> list[Tensor]:
+    """``gradients`` by ``leaves``, each of the class that it has; see NOTE [Facades]."""
+    if are_plain(leaves):
+        return gradients
+    kinds = [class_of_gradients(x) for x in leaves]
+    return [g if kind is None else of_class(bare(g), kind) for g, kind in zip(gradients, kinds, strict=True)]
+
+
 def unwrap(interpreter: Interpreter, x: Any) -> Any:
     """The value one level down of ``x`` if it belongs to ``interpreter``, else ``x``."""
     if type(x) is WrapperTensor:
         if x.view_link is not None and x.interpreter.alive:
             x.view_link.refresh(x)
         return x.value if x.interpreter is interpreter else as_here(x)
+    if isinstance(x, Facade):
+        return shown_like(unwrap(interpreter, x.wrapper), x)
     return x

@@ -23,6 +23,7 @@ from functrans.api.transforms import run_forward, run_recorded
 from functrans.core.errors import Call, CallError, CallTypeError, MixedTransformsError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what
+from functrans.core.facades import bare
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
@@ -72,7 +73,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
     check_flag(call, "has_aux", has_aux)
     check_primals(call, primals)
     leaves, spec = tree_flatten(primals)
-    zeros = [torch.zeros_like(p) for p in leaves]
+    zeros = [torch.zeros_like(bare(p)) for p in leaves]
     recorder = LinearizeInterpreter(func)
 
     def body() -> Any:
@@ -91,8 +92,8 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
     values, variables, outputs, out_spec, aux, inputs = run_transformed(recorder, body, enable_grad=True)
     inputs.write_back()
     steps = recorder.steps_to([o.number for o in outputs if type(o) is Variable])
-    primals_like = [like(p) for p in leaves]
-    jvp_fn = JvpFunction(call, steps, variables, primals_like, spec, outputs, [like(v) for v in values], out_spec)
+    primals_like = [like(bare(p)) for p in leaves]
+    jvp_fn = JvpFunction(call, steps, variables, primals_like, spec, outputs, [like(bare(v)) for v in values], out_spec)
     if STATE.top is not None:
         note_results(1, values, aux)
     out = tree_unflatten(out_spec, values)
@@ -206,7 +207,7 @@ class JvpFunction(LinearFunction):
                 refuse_tangent(self.name, p, t, place, stand_ins(self.spec, self.primals))
         self.check_leaves()
         check_versions(self.versions)
-        values = dict(zip(self.inputs, leaves, strict=True))
+        values = dict(zip(self.inputs, map(bare, leaves), strict=True))
         for step in self.steps:
             step.run(values)
         found = [

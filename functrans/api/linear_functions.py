@@ -19,7 +19,9 @@ from torch import Tensor
 from functrans.core.errors import CallError
 from functrans.core.leftovers import as_here
 from functrans.core.pytrees import TreeSpec, tree_unflatten
+from functrans.core.subclasses import model_of, ones_for
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
+from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import register_tree_node
 
 Kind = TypeVar("Kind", bound="LinearFunction")
@@ -36,12 +38,33 @@ class Like(NamedTuple):
     def zeros(self) -> Tensor:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device, layout=self.layout)
 
+    def ones(self) -> Tensor:
+        with door_closed():
+            return torch.ones(self.shape, dtype=self.dtype, device=self.device)
+
     def dim(self) -> int:
         return len(self.shape)
 
 
+class OfAClass(Like):
+    """The same of a tensor whose class answers operators itself."""
+
+    model: Tensor
+
+    def zeros(self) -> Tensor:
+        return self.model.new_zeros(self.shape, dtype=self.dtype)
+
+    def ones(self) -> Tensor:
+        return ones_for(self.model, *self.shape)
+
+
 def like(x: Tensor) -> Like:
-    return Like(x.shape, x.dtype, x.device, x.layout)
+    model = model_of(x)
+    if model is None:
+        return Like(x.shape, x.dtype, x.device, x.layout)
+    found = OfAClass(x.shape, x.dtype, x.device, x.layout)
+    found.model = model
+    return found
 
 
 def stand_ins(spec: TreeSpec, likes: list[Like]) -> Any:

@@ -11,9 +11,10 @@ from functrans.api.containers import Level, brought_back, is_container, whole
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallIndexError, CallValueError
 from functrans.core.errors.wording import callable_name, what
+from functrans.core.facades import Facade, shown_like
 from functrans.core.leftovers import as_here
 from functrans.core.pytrees import broadcast_prefix
-from functrans.core.tensor import WrapperTensor
+from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 
@@ -44,6 +45,8 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
                 return x
         else:
             x = as_here(x)
+    elif isinstance(x, Facade):
+        return shown_like(leave(call, interpreter, x.wrapper, place, out, index), x)
     elif not isinstance(x, Tensor):
         if not is_container(x):
             return x
@@ -57,6 +60,9 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
                 call, got, "an output that is the same for every example", "Give it an out_dim, such as 0."
             )
         return x
+    if bdim is None and not within:
+        check_layout(x)
+        strides_of(x)  # refuses layouts that cannot be batched
     rank = x.dim() + (bdim is None)  # of a container: with the batch that is put into it
     if not -rank <= place < rank:
         got = (

@@ -16,6 +16,7 @@ from functrans.api.mismatches import convertible, refuse_cotangent
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import CallError, MixedTransformsError
 from functrans.core.errors.made_at import note_results
+from functrans.core.facades import bare, class_of_gradients, of_class
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_map, tree_unflatten
 from functrans.core.tensor import check_layout
 from functrans.core.thread_state import STATE
@@ -44,9 +45,9 @@ class Pullback(LinearFunction):
     ) -> None:
         self.call = call
         self.interpreter = interpreter
-        #: per argument: the indices of its tensors, what these are like, and its structure
+        #: per argument: the indices of its tensors, what these are like, its structure, the classes of gradients
         self.arguments = [
-            (inputs.leaf_indices[i], [like(x) for x in leaves], tree)
+            (inputs.leaf_indices[i], [like(bare(x)) for x in leaves], tree, [class_of_gradients(x) for x in leaves])
             for i, (leaves, _, tree) in ((i, inputs.tracked[i]) for i in inputs.order)
         ]
         self.single = inputs.single
@@ -121,6 +122,7 @@ class Pullback(LinearFunction):
                 path = path_of("cotangents", stand_ins(spec, outputs), place)
                 refuse_cotangent(self.name, c, path, output)
             if index is not None:
+                c = bare(c)
                 c = c if c.dtype is dtype else c.to(dtype)
                 c = c.conj() if self.conjugate else c
                 seeds[index] = seeds[index] + c if index in seeds else c
@@ -129,11 +131,11 @@ class Pullback(LinearFunction):
     def collect(self, cotangents: dict[int, Tensor]) -> Any:
         """The cotangents of the arguments, zeros where none arrived, in their structure."""
         found = []
-        for indices, likes, spec in self.arguments:
+        for indices, likes, spec, kinds in self.arguments:
             grads = [None if index is None else cotangents.get(index) for index in indices]
-            found.append(
-                tree_unflatten(spec, [x.zeros() if g is None else g for g, x in zip(grads, likes, strict=True)])
-            )
+            filled = [x.zeros() if g is None else g for g, x in zip(grads, likes, strict=True)]
+            shown = [g if kind is None else of_class(g, kind) for g, kind in zip(filled, kinds, strict=True)]
+            found.append(tree_unflatten(spec, shown))
         return found[0] if self.single else tuple(found)
 
     def rows(self) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
@@ -142,8 +144,7 @@ class Pullback(LinearFunction):
         if index is None or self.outputs[0].dim() != 1 or self.outputs[0].dtype.is_complex:
             return None
         check_versions(self.versions)
-        output: Any = self.outputs[0]
-        behind = interpreter.rows_behind(index, output.shape[0], output)
+        behind = interpreter.rows_behind(index, self.outputs[0].ones())
         if behind is None:
             return None
         cotangents, index, end = behind

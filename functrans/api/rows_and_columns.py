@@ -24,6 +24,7 @@ from functrans.api.vmap import vmap
 from functrans.core.errors import Call, CallError
 from functrans.core.errors.wording import callable_name, what
 from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.core.subclasses import identity_for, model_of
 
 
 def traceable(
@@ -220,10 +221,13 @@ def standard_basis(leaves: list[Tensor], numels: list[int]) -> list[Tensor]:
     """Per leaf of ``n`` elements, the rows of the identity over all leaves that fall into it: shape (total, n)."""
     total = sum(numels)
     if len(leaves) == 1:
-        return [torch.eye(total, dtype=leaves[0].dtype, device=leaves[0].device)]
+        return [identity_for(leaves[0], total)]
     found, start = [], 0
     for x, n in zip(leaves, numels, strict=True):
-        zeros = torch.zeros(total, n, dtype=x.dtype, device=x.device)
-        found.append(torch.diagonal_scatter(zeros, torch.ones(n, dtype=x.dtype, device=x.device), offset=-start))
+        if model_of(x) is None:
+            zeros = torch.zeros(total, n, dtype=x.dtype, device=x.device)
+            found.append(torch.diagonal_scatter(zeros, torch.ones(n, dtype=x.dtype, device=x.device), offset=-start))
+        else:
+            found.append(identity_for(x, total).narrow(1, start, n))
         start += n
     return found

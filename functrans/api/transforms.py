@@ -18,6 +18,7 @@ from functrans.api.arguments import (
     check_complex,
     check_outputs,
     check_scalar,
+    gradients_by,
     pick,
     split_aux,
 )
@@ -30,12 +31,14 @@ from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown, what
+from functrans.core.facades import bare
 from functrans.core.leftovers import as_here
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
+from functrans.core.subclasses import ones_for
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, door_closed
+from functrans.core.thread_state import STATE
 from functrans.core.torch_private import set_forward_enabled
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -169,10 +172,10 @@ def grad_and_value_of(
             out, aux = split_aux(call, out)
             aux = tree_map(inputs.leave, aux)
         check_scalar(call, out, bool(holomorphic))
-        return inputs.leave(out), interpreter.index_of(out), aux
+        return inputs.leave(out), interpreter.index_of(bare(out)), aux
 
     value, index, aux = run_transformed(interpreter, body, enable_grad=True)
-    cotangents = {} if index is None else interpreter.pull({index: unit(value)}, consume=True)
+    cotangents = {} if index is None else interpreter.pull({index: unit(bare(value))}, consume=True)
     grads = inputs.collect(cotangents)
     if holomorphic:
         grads = tree_map(conjugated, grads)
@@ -184,8 +187,7 @@ def grad_and_value_of(
 
 def unit(value: Tensor) -> Tensor:
     """The cotangent that a scalar's gradient starts from: a plain 1, whatever levels and batches ``value`` is of."""
-    with door_closed():
-        return torch.ones((), dtype=value.dtype, device=value.device)
+    return ones_for(value)
 
 
 def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
@@ -258,11 +260,11 @@ def run_recorded(
             aux = tree_map(inputs.leave, aux)
         leaves, spec = tree_flatten(out)
         check_outputs(call, out, leaves, differentiable=True)
-        return [inputs.leave(o) for o in leaves], [interpreter.index_of(o) for o in leaves], spec, aux
+        return [inputs.leave(o) for o in leaves], [interpreter.index_of(bare(o)) for o in leaves], spec, aux
 
     values, indices, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
-    pullback = Pullback(call, interpreter, inputs, [like(v) for v in values], indices, spec, conjugate=conjugate)
+    pullback = Pullback(call, interpreter, inputs, [like(bare(v)) for v in values], indices, spec, conjugate=conjugate)
     return values, spec, pullback, aux
 
 
@@ -342,7 +344,8 @@ def jvp_with_argnums(
         call, func, primals, tangent_leaves, argnums, strict, has_aux, kwargs
     )
     inputs.write_back()
-    out_tangents = [torch.zeros_like(v) if t is None else t for v, t in zip(values, found, strict=True)]
+    out_tangents = [torch.zeros_like(bare(v)) if t is None else t for v, t in zip(values, found, strict=True)]
+    out_tangents = gradients_by(values, out_tangents)
     if STATE.top is not None:
         note_results(2, values, out_tangents, aux)
     return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
@@ -361,7 +364,7 @@ def run_forward(
     """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero), their structure, aux, and the
     arguments, which are not written back yet."""
     interpreter = JvpInterpreter(func)
-    pairs = iter(tangents)
+    pairs = map(bare, tangents)
     dual = lambda v: interpreter.dual(v, as_here(next(pairs)))
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, dual)
 
@@ -375,7 +378,8 @@ def run_forward(
         out_leaves, out_spec = tree_flatten(out)
         check_outputs(call, out, out_leaves)
         values = [inputs.leave(o) for o in out_leaves]
-        found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in out_leaves]
+        below = map(bare, out_leaves)
+        found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in below]
         if strict and any(t is None for t in found):
             independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
             raise CallError(

@@ -20,6 +20,7 @@ from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown
+from functrans.core.facades import are_plain, bare, shown_like
 from functrans.core.leftovers import as_here
 from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
@@ -169,6 +170,9 @@ def run_batched(
     interpreter = VmapInterpreter(size, randomness, func)
     if axis_name is not None:
         interpreter.axis_name = axis_name
+    given = leaves
+    if not are_plain(leaves):
+        leaves = [bare(x) for x in leaves]
     level: Level | None = None  # which containers ask for
     entered: list[Any] = []
     for x, d in zip(leaves, dims, strict=True):
@@ -183,12 +187,12 @@ def run_batched(
     for x in entered:
         if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
             x.given = True
-    args = tree_unflatten(spec, entered)
+    args = tree_unflatten(spec, entered if given is leaves else list(map(shown_like, entered, given)))
 
     def body() -> tuple[list[Any], Any, Any]:
         out = call_function(call, func, args, kwargs)
         out_leaves, out_spec = tree_flatten(out, whole())
-        for x in out_leaves:
+        for x in map(bare, out_leaves):
             if type(x) is WrapperTensor:
                 current(x)
             elif is_container(x):
@@ -215,6 +219,7 @@ def run_batched(
         return tree_unflatten(out_spec, results)
     # What an in-place function returns is the caller's tensor, as without vmap, unless it became a view (unsqueeze_).
     for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
+        x = bare(x)
         if id(x) in written and x.view_link is None:
             origin, dim = written[id(x)]
             if dim is not None and place is not None:

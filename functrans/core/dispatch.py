@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from functrans.core import thread_state
 from functrans.core.errors import DeadWrapperError
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import Operator, OpInfo, op_info
 from functrans.core.rules import SCOPES, scope_here
+from functrans.core.subclasses import KeptClassMet, keeps_class
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
 from functrans.core.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
 from functrans.core.torch_private import (
@@ -107,7 +109,8 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
     """The interpreter of the top level among the wrappers in ``args``, and whether PyTorch's autograd follows one of
     the other tensors.
 
-    Brings views up to date on the way, and refuses what a transform that has ended left behind.
+    Brings views up to date on the way, and refuses what a transform that has ended left behind, and tensors whose class
+    the door has to take off.
     """
     owner: Interpreter | None = None
     recorded = False
@@ -127,6 +130,9 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
                     owner = i
         elif kind in WITHOUT_TENSORS:
             pass
+        elif kind is Parameter:
+            if a.requires_grad:
+                recorded = True
         elif kind is list or kind is tuple or kind is dict:
             if kind is not dict and a and type(a[0]) is int:
                 continue  # a size or the like
@@ -134,8 +140,11 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
             recorded = recorded or inside
             if i is not None and (owner is None or i.level > owner.level):
                 owner = i
-        elif isinstance(a, Tensor) and a.requires_grad:
-            recorded = True
+        elif isinstance(a, Tensor):
+            if keeps_class(kind):
+                raise KeptClassMet
+            if a.requires_grad:
+                recorded = True
     return owner, recorded
 
 
@@ -147,10 +156,12 @@ def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         if kind is Tensor:
             if a.requires_grad:
                 return base_recorded(op, args, kwargs)
-        elif kind not in WITHOUT_TENSORS:
-            if scan((a,))[1]:
+        elif isinstance(a, Tensor):
+            if a.requires_grad:
                 return base_recorded(op, args, kwargs)
-            ordinary = ordinary and not isinstance(a, Tensor)  # a subclass would be asked by a torch function
+            ordinary = False  # a subclass would be asked by a torch function
+        elif kind not in WITHOUT_TENSORS and scan((a,))[1]:
+            return base_recorded(op, args, kwargs)
     if forward_ad._current_level >= 0 or (kwargs and scan(kwargs.values())[1]):
         return base_recorded(op, args, kwargs)
     if kwargs or not ordinary or function_mode_enabled():

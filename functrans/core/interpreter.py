@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functrans.core.errors import InsideTransformError
+from functrans.core.errors import InsideTransformError, LayoutError
 from functrans.core.errors.misuse import check_payload
 from functrans.core.errors.wording import callable_name
 from functrans.core.tensor import WrapperTensor, wrap
@@ -90,8 +90,14 @@ class Interpreter:
         """The transformed function has returned: raise what makes its results wrong."""
 
     def constant(self, value: Tensor) -> WrapperTensor:
-        """A wrapper of this level for a value of the level below that does not depend on what is transformed."""
-        wrapper = wrap(self, value)
+        """A wrapper of this level for a value of the level below that does not depend on what is transformed.
+
+        What no wrapper can hold (nested and compressed tensors) stays as it is: a tensor of the base, as if captured.
+        """
+        try:
+            wrapper = wrap(self, value)
+        except LayoutError:
+            return value  # type: ignore[return-value]
         for name in self.payload:
             setattr(wrapper, name, None)
         return wrapper

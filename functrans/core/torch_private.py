@@ -26,8 +26,10 @@ __all__ = [
     "DECOMPOSITION_TABLE",
     "ENGINE_CALLBACK",
     "FLEX_ATTENTION",
+    "FUNCTIONAL_COLLECTIVES",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
+    "IN_PLACE_COLLECTIVES",
     "KEY_OF_MODE",
     "NEGATIVE",
     "PLACES_OF_TORCH_FUNC",
@@ -54,6 +56,7 @@ __all__ = [
     "autocast_enabled",
     "debug_mode",
     "dynamo_names",
+    "finished_work",
     "forget_rules_of_dynamo",
     "forward_class",
     "function_mode_enabled",
@@ -75,6 +78,7 @@ __all__ = [
     "mode_stack_size",
     "no_dispatch",
     "no_setup_context",
+    "nowrap_functions",
     "overload_of_library",
     "pop_function_mode",
     "pop_mode",
@@ -92,6 +96,7 @@ __all__ = [
     "set_grad_enabled",
     "set_key_excluded",
     "set_key_included",
+    "tensor_as_subclass",
     "tensor_torch_function",
     "top_packing",
     "torch_pytree",
@@ -225,6 +230,10 @@ autocast_enabled = private(
 )
 without_torch_function = private(
     "torch._C._disabled_torch_function_impl", "to hand a call to PyTorch's own argument parser"
+)
+tensor_as_subclass: Any = private("torch._C.TensorBase.as_subclass", "to give a tensor a class and to take it off")
+nowrap_functions = private(
+    "torch.overrides.get_default_nowrap_functions", "to know the functions that do not keep a tensor's class"
 )
 tensor_torch_function = private(
     "torch.Tensor.__torch_function__.__func__", "to tell tensor subclasses that have one of their own"
@@ -428,6 +437,32 @@ class Mode(TorchDispatchMode):
         return False
 
 
+#: The functional collectives, and those with a derivative by PyTorch; none where PyTorch was built without them.
+FUNCTIONAL_COLLECTIVES: list[Any] = []
+#: The collectives that write in place what other processes send.
+IN_PLACE_COLLECTIVES: list[OpOverload] = []
+if torch.distributed.is_available():
+    _FOR_COLLECTIVES = "to know collectives"
+    private("torch.distributed._functional_collectives", _FOR_COLLECTIVES)  # which defines some, and their derivatives
+    FUNCTIONAL_COLLECTIVES += [
+        private(f"torch.ops.{name}", _FOR_COLLECTIVES) for name in ("_c10d_functional", "_c10d_functional_autograd")
+    ]
+    IN_PLACE_COLLECTIVES += [
+        private(f"torch.ops.c10d.{name}.default", _FOR_COLLECTIVES)
+        for name in (
+            "_allgather_base_", "_reduce_scatter_base_", "allgather_", "allgather_coalesced_",
+            "allgather_into_tensor_coalesced_", "allreduce_", "allreduce_coalesced_", "alltoall_", "alltoall_base_",
+            "broadcast_", "gather_", "recv_", "recv_any_source_", "reduce_", "reduce_scatter_",
+            "reduce_scatter_tensor_coalesced_", "scatter_", "send",
+        )
+    ]  # fmt: skip
+
+
+def finished_work() -> Any:
+    """What an in-place collective returns to be waited for, of one that is over."""
+    return torch.distributed.Work.boxed(private("torch._C._distributed_c10d.FakeWork", _FOR_COLLECTIVES)())
+
+
 #: Attributes that are read off objects where they are used, many for every operator: where each is found, and its use.
 ATTRIBUTES: dict[str, tuple[str, str]] = {
     "_schema": ("torch.ops.aten.sin.default", "to know the arguments and results of an operator"),
@@ -435,6 +470,7 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
     "_op": ("torch.ops.aten.sin.default", "to call an operator without what an overload object adds"),
     "_can_decompose": ("torch.ops.aten.sin.default", "to know whether an operator is made of others"),
     "_is_view": ("torch.Tensor", "to know whether an operator viewed or copied"),
+    "_values": ("torch.Tensor", "to reach what a jagged nested tensor is made of"),
     "_version": ("torch.Tensor", "to notice that a tensor that was saved has been written"),
     "_cdata": ("torch.UntypedStorage", "to know whether two tensors share memory"),
     "_current_level": ("torch.autograd.forward_ad", "to know whether forward AD of PyTorch itself is on"),

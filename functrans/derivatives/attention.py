@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.subclasses import ones_for
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
@@ -56,7 +57,7 @@ def scores_of(
     """What the softmax is taken of, and whether a row of it may be masked as a whole."""
     scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(-2, -1))
     if is_causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        above = ones_for(scores, *scores.shape[-2:], dtype=torch.bool).triu(1)
         return scores.masked_fill(above, -math.inf), False
     if mask is None:
         return scores, False

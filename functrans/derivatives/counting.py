@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.subclasses import range_for
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.table import derivative
@@ -33,7 +34,7 @@ derivative(
 def taken(found: Any, x: Tensor, dim: int | None, wanted: bool) -> Any:
     """``found``, with its values taken from ``x``: each from the first place where its inverse index stands."""
     values, inverse, counts = found
-    places = torch.arange(inverse.numel(), device=inverse.device)
+    places = range_for(inverse, inverse.numel())
     size = values.shape[0 if dim is None else dim]
     first = places.new_full((size,), inverse.numel()).scatter_reduce(0, inverse.flatten(), places, "amin")
     values = x.flatten()[first] if dim is None else x.index_select(dim, first)

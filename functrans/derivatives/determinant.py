@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans.core import thread_state
+from functrans.core.subclasses import identity_for, range_for
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import is_torch_func_active
@@ -84,7 +85,7 @@ def adjugate_near_diagonal(B: Tensor, s: Tensor) -> Tensor:
     n = s.shape[-1]
     most = min(n, MOST)
     largest = s[..., :1]
-    last = torch.arange(n, device=s.device) >= n - most
+    last = range_for(s, n) >= n - most
     null = (s <= largest * (n * torch.finfo(s.dtype).eps)) | ((s <= largest * SMALL) & last)
     size = null.sum(-1)[..., None, None]
     other = (~null).to(B.dtype)
@@ -103,7 +104,7 @@ def symmetric_function(S: Tensor, k: Tensor, most: int) -> tuple[Tensor, Tensor]
     By Faddeev and LeVerrier, with ``T[0] = I``: ``e[j] = tr(S T[j-1]) / j`` and ``T[j] = e[j] I - S T[j-1]``,
     and the gradient of ``e[j]`` is ``T[j-1]``.
     """
-    identity = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
+    identity = identity_for(S, S.shape[-1])
     polynomial, slope = (k == 0).to(S.dtype), torch.zeros_like(S)
     T = identity.expand_as(S)
     for j in range(1, most + 1):

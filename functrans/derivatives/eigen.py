@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.subclasses import identity_for
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.table import derivative
@@ -20,7 +21,7 @@ aten = torch.ops.aten
 
 def turned(P: Tensor, values: Tensor) -> Tensor:
     """``P[i, j] / (values[j] - values[i])``, and 0 on the diagonal."""
-    diagonal = torch.eye(values.shape[-1], dtype=torch.bool, device=values.device)
+    diagonal = identity_for(values, values.shape[-1], dtype=torch.bool)
     gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
     return (P / gaps.masked_fill(diagonal, 1)).masked_fill(diagonal, 0)
 

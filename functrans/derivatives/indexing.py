@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.broadcasting import broadcast_shapes
+from functrans.core.subclasses import range_for
 from functrans.derivatives.helpers import conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
 
@@ -32,7 +33,7 @@ def won(grad: Tensor, shape: Sequence[int], write: Write, read: Read) -> Tensor:
     ``write(x, numbers)`` writes ``numbers``, of shape ``shape``, into ``x``, and ``read`` reads where they were
     written.
     """
-    numbers = torch.arange(math.prod(shape), device=grad.device).reshape(shape)
+    numbers = range_for(grad, math.prod(shape)).reshape(shape)
     return read(write(torch.zeros_like(grad, dtype=torch.int64), numbers)) == numbers
 
 

@@ -123,6 +123,8 @@ def matmul_other(grad: Tensor, self: Tensor, other: Tensor) -> Tensor:
         if other.dim() == 1:
             return grad * conj(self)
         return conj(self).unsqueeze(-1) * grad.unsqueeze(-2)
+    if other.dim() == 1 and self.dim() == 2:  # it may be sparse
+        return adjoint(self).mv(grad)
     if other.dim() == 1:
         return adjoint(self.reshape(-1, self.shape[-1])).mv(grad.reshape(-1))
     if other.dim() == 2 and self.dim() > 2:

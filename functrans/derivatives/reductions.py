@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.subclasses import identity_for
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, subtrahend, where_or_zero
 from functrans.derivatives.named import named
@@ -66,7 +67,7 @@ derivative(aten.nansum.default, tangent=nansum_tangent, self=nansum_self)
 
 def trace_self(grad: Tensor, self: Tensor) -> Tensor:
     rows, columns = self.shape
-    on_diagonal = torch.eye(rows, columns, dtype=torch.bool, device=self.device)
+    on_diagonal = identity_for(self, rows, columns, dtype=torch.bool)
     return where_or_zero(on_diagonal, grad)
 
 

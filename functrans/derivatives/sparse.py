@@ -1,7 +1,7 @@
-"""Derivatives of conversions to the sparse COO layout and of its constructor.
+"""Derivatives of conversions to the sparse COO layout, of its constructor, and of ``torch.sparse.mm``.
 
-PyTorch's own go through ``_values``, which has no derivative, so that second and forward derivatives would be lost in
-silence.
+PyTorch's own of the former go through ``_values``, which has no derivative, so that second and forward derivatives
+would be lost in silence; that of the product would have a wrapper hold the sparse matrix, which may be compressed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -25,3 +26,4 @@ def sparse_values(grad: Tensor, indices: Tensor) -> Tensor:
 for _op in (aten._to_sparse.default, aten._to_sparse.sparse_dim):
     derivative(_op, tangent="linear", self=dense)
 derivative(aten._sparse_coo_tensor_with_dims_and_tensors.default, tangent="linear", values=sparse_values)
+derivative(aten._sparse_mm.default, tangent="multilinear", dense=lambda grad, sparse: adjoint(sparse).mm(grad))

@@ -18,6 +18,7 @@ from torch.nn import parameter
 
 from functrans.core.dispatch import lift
 from functrans.core.errors import InsideTransformError
+from functrans.core.facades import as_subclass
 from functrans.core.stack import interpreter_stack
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import torch_utils
@@ -72,6 +73,7 @@ def deepcopy(self: Tensor, memo: Any) -> Any:
 
 
 Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+Tensor.as_subclass = as_subclass  # type: ignore[assignment, method-assign]
 
 rebuilt = at_base(torch_utils._rebuild_tensor)
 

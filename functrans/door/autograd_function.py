@@ -23,8 +23,10 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.core.dispatch import entered, lift, scan
-from functrans.core.errors import CustomFunctionError, DeadWrapperError
+from functrans.core.errors import CustomFunctionError, DeadWrapperError, InsideTransformError
 from functrans.core.errors.made_at import note_site
+from functrans.core.errors.refusals import FSDP, FULL_PARAMETERS, OF_FSDP
+from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import all_as_here
 from functrans.core.thread_state import STATE, lowered, running_at
@@ -81,6 +83,7 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         return _original_apply(cls, *args, **kwargs)
     if cls is ModuleHook:
         cls = BackwardHookFunction
+    args = bare(args)
     if is_setup_style(cls) or kwargs:
         signature = inspect.signature(cls.forward).bind(*(args if is_setup_style(cls) else (None, *args)), **kwargs)
         signature.apply_defaults()
@@ -91,6 +94,8 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             )
     if cls is CheckpointFunction:  # its backward would run autograd, which sees nothing of what a level records
         return args[0](*args[2:])
+    if cls.__module__.startswith(FSDP):
+        raise InsideTransformError(OF_FSDP, top.name, FULL_PARAMETERS)
     args = entered(top, args, {})[0]
     try:
         scan([leaf for a in args for leaf in within(a)])

@@ -6,6 +6,9 @@ import functools
 import sys
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from functrans.control_flow import definitions  # noqa: F401
 from functrans.control_flow.table import run_higher_order
 from functrans.core import thread_state
@@ -13,12 +16,14 @@ from functrans.core.dispatch import base, entered, lift, scan
 from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import note_site, several
+from functrans.core.facades import bare
 from functrans.core.leftovers import arguments_as_here, check_thread
 from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
+from functrans.core.subclasses import KeptClassMet
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE
+from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import (
     CONJUGATE,
     NEGATIVE,
@@ -47,6 +52,11 @@ class Door(Mode):
         Writes and views become pure operators (functionalization/writes.py); what was made inside belongs to the
         innermost transform.
         """
+        if types and types is not OURS and (len(types) > 1 or types[0] is not WrapperTensor):
+            args, kwargs = bare(args), bare(kwargs or {})
+            nested = nested_class((*args, *kwargs.values()))
+            if nested is not None:
+                return run_apart(nested, op, types, args, kwargs)
         # While a handler runs, PyTorch excludes every key above it: among them those that make conj() and .imag of base
         # tensors what they are. (Autograd's comes back in dispatch.base.)
         set_key_excluded(CONJUGATE, False)
@@ -71,6 +81,8 @@ class Door(Mode):
                 return self.__torch_dispatch__(op, types, *given)
             except Exception as error:
                 raise error from error.__cause__  # and not from what was seen to
+        except KeptClassMet:
+            return self.__torch_dispatch__(op, types, bare(args), bare(kwargs or {}))
         except Exception as error:
             explain(error)
             raise
@@ -113,6 +125,37 @@ def handle(op: OpOverload, known: OpInfo, args: tuple[Any, ...], kwargs: dict[st
         check_thread(owner)
         out = owner.process(op, args, kwargs)
     return out if owner is top else lift(out, owner, top)
+
+
+def nested_class(args: Any) -> Any:
+    """The class of a nested tensor among ``args`` that is made of others, which may be wrappers: a jagged one."""
+    for a in args:
+        if isinstance(a, list | tuple):
+            found = nested_class(a)
+            if found is not None:
+                return found
+        elif isinstance(a, Tensor) and type(a) not in (Tensor, WrapperTensor) and a.is_nested:
+            return type(a)
+    return None
+
+
+VALUES = (torch.ops.aten.values.default, torch.ops.aten._nested_get_values.default)
+
+
+def run_apart(nested: Any, op: OpOverload, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run ``op`` as a nested tensor's class says, by operators of the level on the tensors it is made of.
+
+    No wrapper can be around it; so wrappers are in it.
+    """
+    if op in VALUES:  # which detach, since autograd is thought to be in front of it
+        return args[0]._values
+    with running_at(STATE.top):
+        try:
+            return nested.__torch_dispatch__(op, types, args, kwargs)
+        except NotImplementedError:
+            if not op_info(op).composite:
+                raise
+            return op.decompose(*args, **kwargs)
 
 
 def shown_in(mode: Any) -> None:

@@ -16,10 +16,12 @@ from functrans.core.dispatch import NO_KWARGS, dispatch, lift
 from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
+from functrans.core.facades import Facade
 from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import check_thread, has_leftovers
 from functrans.core.operators import OpInfo, op_info
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
+from functrans.core.subclasses import keeps_class
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
@@ -94,8 +96,7 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     """PyTorch's own way, on which other tensor subclasses among the arguments have their say first, as if wrappers had
     none.
 
-    One that does not answer for itself only wants results of its type, which a wrapper cannot be. ``up``: how many
-    frames up ``function`` was called.
+    ``up``: how many frames up ``function`` was called.
     """
     if function in LOST:
         kwargs = recovered(function, kwargs)
@@ -137,6 +138,9 @@ def behind_autograd() -> Iterator[None]:
 
 
 def answers(kind: type) -> bool:
+    """Whether a class has its say: one that answers operators only where it has more than ``Tensor``'s protocol."""
+    if keeps_class(kind) or issubclass(kind, Facade):
+        return True
     protocol = getattr(kind, "__torch_function__", without_torch_function)
     return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not tensor_torch_function
 

@@ -11,6 +11,7 @@ from functrans.api.checks import check_kind
 from functrans.core.defaults import completed
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.errors import CallTypeError, CarriedValueError, MissingRuleError
+from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.rules import RuleTable, place_in
@@ -116,7 +117,7 @@ class TableInterpreter(Interpreter):
         check_below(self, "value", value)
         for name, carried in payload.items():
             check_carried(self, name, carried)
-        wrapper = wrap(self, value)
+        wrapper = wrap(self, bare(value))
         for name in self.payload:
             setattr(wrapper, name, payload.pop(name, None))
         if payload:

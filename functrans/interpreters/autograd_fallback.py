@@ -27,7 +27,7 @@ from functrans.core.dispatch import base, dispatch, entered, map_tensors
 from functrans.core.errors import MissingRuleError, NoFormulaError
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
-from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
+from functrans.core.tensor import WrapperTensor, check_layout, strides_of, wrap_as
 from functrans.core.thread_state import Snapshot, running_at, unchanged
 from functrans.core.torch_private import (
     AUTOGRAD,
@@ -105,6 +105,7 @@ def _below(shadow: ShadowInterpreter, op: OpOverload, args: Any, kwargs: dict[st
 
 
 def shadow_of(shadow: ShadowInterpreter, value: Tensor, requires_grad: bool = False) -> WrapperTensor:
+    check_layout(value)
     return wrap_as(shadow, value, value.shape, strides_of(value), requires_grad)
 
 

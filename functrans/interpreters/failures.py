@@ -17,8 +17,10 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from functrans.core import dispatch
-from functrans.core.errors import FunctransError, RuleError
+from functrans.core.errors import FunctransError, LayoutError, RuleError
 from functrans.core.errors.call_sites import TORCH, is_users, place, user_site
 from functrans.core.errors.described import given
 from functrans.core.interpreter import Interpreter
@@ -43,6 +45,8 @@ class FailedCall:
         self.op = op
         self.what = what
         self.given = given(args, kwargs)
+        #: a nested tensor among the arguments, which rules do not know
+        self.nested = next((a for a in args if isinstance(a, Tensor) and a.is_nested), None)
         self.registered = interpreter.rule_place(op)
         self.traceback = traceback
 
@@ -121,6 +125,9 @@ def explain(error: BaseException) -> None:
     calls = calls_in(error.__traceback__)
     if not calls:
         return
+    nested = next((call.nested for call in calls if call.nested is not None), None)
+    if nested is not None:
+        raise LayoutError(nested) from error
     outside = sys._getframe(2)
     if not isinstance(error, RuleError) and not is_kernels(error, calls[-1].traceback):
         site = user_site(outside)

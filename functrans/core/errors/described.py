@@ -16,6 +16,8 @@ def given(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
 
 
 def shown(a: Any) -> str:
+    if isinstance(a, Tensor) and a.is_nested:
+        return "a nested tensor"
     if isinstance(a, Tensor) or is_wrapper(a):
         return f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}"
     if isinstance(a, list | tuple):

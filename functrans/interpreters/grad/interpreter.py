@@ -18,7 +18,6 @@ from functrans.core.leftovers import suspended
 from functrans.core.operators import DIFFERENTIABLE, OpInfo, specialized_here
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
-from functrans.core.thread_state import door_closed
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
@@ -146,8 +145,10 @@ class GradInterpreter(Interpreter, whole=True):
     def record(self, node: Any, outs: Any, ins: Any, saved: Any) -> None:
         self.tape.append((node, outs, ins, saved))
 
-    def rows_behind(self, index: int, size: int, like: Tensor) -> tuple[Tensor, int, int] | None:
+    def rows_behind(self, index: int, diagonal: Any) -> tuple[Tensor, int, int] | None:
         """What the last steps to the vector ``index`` make of the rows of the identity, without multiplying it out.
+
+        ``diagonal``: the ones on the identity's diagonal.
 
         Through pointwise steps a row of the identity stays a row of a diagonal matrix, and pulling that through the
         product of a matrix and a vector scales the matrix's rows. Returns these rows, the index that they are
@@ -155,8 +156,7 @@ class GradInterpreter(Interpreter, whole=True):
         """
         if self.hooks is not None or checks_numbers():
             return None
-        with door_closed():
-            diagonal: Any = torch.ones(size, dtype=like.dtype, device=like.device)
+        size = diagonal.shape[0]
         end, found = len(self.tape), None
         while end:
             node, outs, ins, saved = self.tape[end - 1]

@@ -146,7 +146,9 @@ def matrix_of(node: Any, saved: list[Any], rows: int) -> Tensor | None:
         return None
     name, transposed = MATRICES.get((node.op, node.names), ("", False))
     matrix = saved[node.place[name]] if name in node.place else None
-    if matrix is None or matrix.dim() != 2 or matrix.shape[1 if transposed else 0] != rows:
+    if matrix is None or matrix.layout is not torch.strided or matrix.dim() != 2:
+        return None
+    if matrix.shape[1 if transposed else 0] != rows:
         return None
     return matrix.transpose(0, 1) if transposed else matrix
 

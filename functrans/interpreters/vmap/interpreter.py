@@ -323,6 +323,7 @@ class VmapInterpreter(Interpreter, whole=True):
         if isinstance(first, Tensor):
             if any(o.shape != first.shape for o in outs):
                 raise DataDependentError(op, self, "its result has another shape for each example")
+            strides_of(first)  # refuses layouts that cannot be batched
             return self.batched(torch.stack(outs), 0)
         if isinstance(first, tuple | list):
             stacked = [self._stack(op, list(group)) for group in zip(*outs, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.subclasses import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize
 
@@ -31,7 +32,7 @@ def bincount(info: BatchInfo, in_dims: Dims, x: Tensor, weights: Tensor | None =
     if weights is not None and logical_rank(weights, weights_dim) != 1:
         raise RuleDeclined("bincount takes a vector of weights")
     x = materialize(x, in_dims[0], size).long()
-    bins = (x * size + torch.arange(size, device=x.device).unsqueeze(1)).reshape(-1)
+    bins = (x * size + range_for(x, size).unsqueeze(1)).reshape(-1)
     if weights is not None:
         weights = materialize(weights, weights_dim, size)
         if weights.shape != x.shape:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.subclasses import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank
 from functrans.interpreters.vmap.rules.scatter import (
     index_select,
@@ -35,7 +36,7 @@ add_slices = writing_positions_rule(aten.index_add.default, scatter_scaled)
 
 def batch_index(x: Tensor, size: int, rank: int) -> Tensor:
     """``arange(B)`` with ``rank`` dimensions of size 1 behind it: every example its own row."""
-    return torch.arange(size, device=x.device).view(size, *[1] * rank)
+    return range_for(x, size).view(size, *[1] * rank)
 
 
 class Indices:

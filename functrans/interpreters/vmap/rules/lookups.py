@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.subclasses import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
 from functrans.interpreters.vmap.rules.scatter import end_to_end, index_select, own_rows
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
@@ -83,7 +84,7 @@ def embedding_dense_backward(
     grad, indices = materialize(grad, in_dims[0], size), to_front(indices, in_dims[1])
     if padding_idx >= 0:
         grad = grad.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
-    first = torch.arange(size, device=indices.device).view(size, *[1] * (indices.dim() - 1)) * num_weights
+    first = range_for(indices, size).view(size, *[1] * (indices.dim() - 1)) * num_weights
     out = aten.embedding_dense_backward.default(grad, indices + first, size * num_weights, -1, scale_grad_by_freq)
     return out.unflatten(0, (size, num_weights)), 0
 
@@ -123,7 +124,7 @@ def embedding_bag(
     if include_last_offset:
         offsets = offsets[:, :-1]  # the last one is the number of indices
     bags = offsets.shape[1]
-    first = torch.arange(size, device=offsets.device).unsqueeze(1) * length
+    first = range_for(offsets, size).unsqueeze(1) * length
     starts = (offsets.clamp(0, length) + first).to(indices.dtype).reshape(-1)
     if per_sample_weights is not None:
         per_sample_weights = materialize(per_sample_weights, in_dims[6], size).reshape(-1)
@@ -135,7 +136,7 @@ def embedding_bag(
     if mode == BAG_MAX and weight_dim is not None:
         maximal = maximal.remainder(rows)
     if bag_of.shape[0] == size * length and length:
-        bag_of = bag_of.view(size, length) - torch.arange(size, device=bag_of.device).unsqueeze(1) * bags
+        bag_of = bag_of.view(size, length) - range_for(bag_of, size).unsqueeze(1) * bags
         return (out, bag_of, bag_size, maximal), (0, 0, 0, 0)
     return (out, bag_of, bag_size, maximal), (0, None, 0, 0)
 

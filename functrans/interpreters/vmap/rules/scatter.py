@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.rules import caller_place
+from functrans.core.subclasses import range_for
 from functrans.core.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
 from functrans.interpreters.vmap.rules.views import product
@@ -124,9 +125,7 @@ def own_rows(index: Tensor, extent: int) -> Tensor:
     What is outside of its own example is outside of them all, so that the operator refuses it.
     """
     size = index.shape[0]
-    first = torch.arange(0, size * extent, max(extent, 1), device=index.device)
-    if extent == 0:
-        first = first.new_zeros(size)
+    first = range_for(index, size) * extent
     first = first.view(size, *[1] * (index.dim() - 1))
     inside = (index >= 0) & (index < extent)
     return torch.where(inside, index + first, size * extent).reshape(-1)
