@@ -538,7 +538,6 @@ def test_pypose_jacobian_of_a_module(name):
 
 
 @needs("pypose")
-@pytest.mark.xfail(reason="a LieTensor, which has a __torch_function__, is not kept inside of transforms", strict=True)
 def test_pypose_derivatives_along_a_group():
     import pypose
 
