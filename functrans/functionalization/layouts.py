@@ -20,7 +20,7 @@ from functrans.core.dispatch import dispatch
 from functrans.core.errors import InsideTransformError
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
 from functrans.core.thread_state import running_at
-from functrans.core.torch_private import OpOverload, no_dispatch, without_torch_function
+from functrans.core.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
 from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten
@@ -111,6 +111,7 @@ def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
     """Let ``wrapper``, whose contents are about to change, have the shape and strides of ``like``."""
     shape, strides = like.shape, like.stride()
     with no_dispatch():
-        # metadata only: a wrapper has no data
-        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides), {})
+        # Metadata only, a wrapper has no data; but PyTorch knows how much there would be, and checks what is larger.
+        room = make_wrapper(type(wrapper), shape, strides, None, None, wrapper.dtype, wrapper.layout, wrapper.device)
+        without_torch_function(Tensor.set_, (), (wrapper, room), {})
     wrapper.shape, wrapper.strides = shape, strides_of(like)
