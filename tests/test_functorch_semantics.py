@@ -1,0 +1,194 @@
+"""What PyTorch's own tests of torch.func ask, in words and with oracles of our own: loops, and plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from loop import for_each
+from torch import Tensor
+from torch.autograd.functional import jacobian
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from functrans import functionalize, jvp, vjp, vmap
+from functrans.core.errors import InsideTransformError
+
+DOUBLE = torch.float64
+#: Each transform as one that gives the function's value.
+TRANSFORMS: dict[str, Callable[[Any], Any]] = {
+    "vmap": lambda f: lambda x: vmap(f)(x.unsqueeze(0)).squeeze(0),
+    "vjp": lambda f: lambda x: vjp(f, x)[0],
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x,))[0],
+    "functionalize": functionalize,
+    "functionalize, without views": lambda f: functionalize(f, remove="mutations_and_views"),
+    "vmap of vjp": lambda f: lambda x: vmap(lambda x: vjp(f, x)[0])(x.unsqueeze(0)).squeeze(0),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# out= of another size
+
+SHAPES = [(), (0,), (2,), (0, 3), (4,), (6,), (3, 3), (1, 4)]
+
+
+def squares_into(shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+    def f(x: Tensor) -> Tensor:
+        out = torch.empty(shape, dtype=DOUBLE)
+        torch.mul(x, x, out=out)
+        out.view(2, 2)[0].mul_(x.sum())
+        return out
+
+    return f
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_an_output_becomes_as_large_as_it_must(transform: str, shape: tuple[int, ...]) -> None:
+    """And is viewed and written then as all others are."""
+    x = torch.randn(4, dtype=DOUBLE)
+    got, expected = TRANSFORMS[transform](squares_into(shape))(x), squares_into(shape)(x)
+    assert got.stride() == expected.stride()
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_output_that_grew_has_its_derivative(shape: tuple[int, ...]) -> None:
+    x = torch.randn(4, dtype=DOUBLE)
+    expected = jacobian(lambda x: torch.cat([x[:2] ** 2 * x.sum(), x[2:] ** 2]), x)
+    pullback = vjp(squares_into(shape), x)[1]
+    torch.testing.assert_close(vmap(pullback)(torch.eye(4, dtype=DOUBLE))[0], expected)
+    columns = vmap(lambda t: jvp(squares_into(shape), (x,), (t,))[1], out_dims=1)(torch.eye(4, dtype=DOUBLE))
+    torch.testing.assert_close(columns, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is recorded is recorded for other numbers
+
+INDEXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "one": lambda x, i: x[i[0]],
+    "the last dimension": lambda x, i: x[..., i[1]],
+    "two": lambda x, i: x[i[0], i[1]],
+    "the operator": lambda x, i: torch.ops.aten.index(x, [i[0], i[1]]),
+    "the operator, of a tensor for a list": lambda x, i: torch.ops.aten.index(x, i),
+    "written": lambda x, i: x.clone().index_put_((i[0],), x.sum()),
+    "written through": lambda x, i: (y := x * 2, y[i[0]].mul_(3), y)[2],
+}
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", INDEXED)
+def test_a_recorded_index_is_not_read(name: str, mode: str) -> None:
+    """A constant of all levels that is an index: the graph holds for other indices."""
+    f = INDEXED[name]
+    x, xs = torch.randn(3, 3), torch.randn(2, 3, 3)
+    first, second = torch.tensor([0, 1]), torch.tensor([2, -1])
+    graph = make_fx(functionalize(f), tracing_mode=mode)(x, first)
+    assert torch.equal(graph(x, second), f(x, second))
+    batched = make_fx(vmap(f, in_dims=(0, None)), tracing_mode=mode)(xs, first)
+    assert torch.equal(batched(xs, second), for_each(f, in_dims=(0, None))(xs, second))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Views
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "squeeze": lambda x: x.squeeze(),
+    "squeeze of one dimension": lambda x: x.squeeze(0),
+    "squeeze of two": lambda x: x.squeeze((0, 1)),
+    "transpose": lambda x: x.transpose(0, 0),
+    "t": lambda x: x[0].t(),
+    "permute": lambda x: x.permute(0, 1),
+    "movedim": lambda x: x.movedim(0, 0),
+    "expand": lambda x: x.expand(4, 6),
+    "slice": lambda x: x[:],
+    "narrow": lambda x: x.narrow(0, 0, 4),
+    "view": lambda x: x.view_as(x),
+    "unflatten": lambda x: x.unflatten(0, (4,)),
+    "split": lambda x: x.split(4)[0],
+    "detach": lambda x: x.detach(),
+    "complex numbers": lambda x: torch.view_as_complex(x.unflatten(1, (3, 2))),
+    "pairs of numbers": lambda x: x.view(torch.complex128),
+    "halves": lambda x: x.view(torch.int32),
+    "real": lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(1, (3, 2)))),
+}
+
+
+@pytest.mark.parametrize("in_dim", [0, 1])
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_of_every_example_is_a_view_of_the_batch(name: str, in_dim: int) -> None:
+    """Also where there is nothing to do: a tensor of its own, in the caller's memory."""
+    f, x = VIEWS[name], torch.randn(4, 4, 6, dtype=DOUBLE)
+    got = vmap(f, in_dims=in_dim)(x)
+    assert got is not x and got.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert torch.equal(got, for_each(f, in_dims=in_dim)(x))
+
+
+PLACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.as_strided((3, 2), x.stride()[::-1]),
+    "column": lambda x: x.as_strided((2,), x.stride()[:1], x.storage_offset() + x.stride(1)),
+    "diagonal": lambda x: x.as_strided((2,), (sum(x.stride()),)),
+    "every other": lambda x: x.as_strided((2,), (2 * x.stride(1),)),
+    "repeated": lambda x: x.as_strided((4, 2, 3), (0, *x.stride())),
+    "nothing": lambda x: x.as_strided((0, 2), x.stride()),
+}
+#: Batches of matrices of 2 x 3: how they lie in memory, and which dimension counts them.
+LAYOUTS: dict[str, tuple[Callable[[], Tensor], int]] = {
+    "side by side": (lambda: torch.randn(5, 2, 3), 0),
+    "columns first": (lambda: torch.randn(5, 3, 2).mT, 0),
+    "one within the other": (lambda: torch.randn(2, 3, 5), 2),
+    "rows by turns": (lambda: torch.randn(2, 5, 3), 1),
+    "rows by turns, within something": (lambda: torch.randn(2, 2, 5, 3)[1], 1),
+    "with gaps": (lambda: torch.randn(2, 4, 5, 3, 7)[:, 2, :, :, 1], 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PLACES)
+def test_the_places_of_an_example(name: str, layout: str) -> None:
+    """as_strided finds an example's elements wherever they are."""
+    make, in_dim = LAYOUTS[layout]
+    x, f = make(), PLACES[name]
+    expected = torch.stack([f(row) for row in x.unbind(in_dim)])
+    assert torch.equal(vmap(f, in_dims=in_dim)(x), expected)
+
+
+def test_the_places_between_an_examples_elements() -> None:
+    """They hold other examples, or what the function does not know of."""
+    with pytest.raises(InsideTransformError, match="places that are not its own"):
+        vmap(lambda x: x.as_strided((2,), (1,)), in_dims=1)(torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match="same length"):
+        vmap(lambda x: x.as_strided((2, 1), (1,)))(torch.randn(3, 5))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What an operator asks of its arguments is asked where a rule takes it apart
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("batched", [(0, 0, 0), (0, 0, None), (0, None, 0), (0, None, None), (None, 0, 0),
+                                     (None, 0, None), (None, None, 0)], ids=str)  # fmt: skip
+def test_a_convolutions_bias(batched: tuple[int | None, ...], groups: int, transposed: bool) -> None:
+    """Of one number for each channel, and of the input's dtype."""
+    conv = torch.conv_transpose2d if transposed else torch.conv2d
+    x, weight = torch.randn(2, 4, 5, 5), torch.randn(4, 4 // groups, 3, 3)
+    good = torch.randn(4)
+
+    def call(bias: Tensor) -> tuple[Any, list[Tensor]]:
+        def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return conv(x, weight, bias, groups=groups)
+
+        given = [a if d is None else torch.stack([a, 2 * a]) for a, d in zip((x, weight, bias), batched, strict=True)]
+        return f, given
+
+    f, given = call(good)
+    torch.testing.assert_close(vmap(f, in_dims=batched)(*given), for_each(f, in_dims=batched)(*given))
+    for bad in (good.double(), good.long(), good[:1], good[:2], good.repeat(2), good.unsqueeze(0), good[0]):
+        f, given = call(bad)
+        with pytest.raises(RuntimeError):
+            f(x, weight, bad)
+        with pytest.raises(RuntimeError):
+            vmap(f, in_dims=batched)(*given)
