@@ -192,3 +192,23 @@ def test_a_convolutions_bias(batched: tuple[int | None, ...], groups: int, trans
             f(x, weight, bad)
         with pytest.raises(RuntimeError):
             vmap(f, in_dims=batched)(*given)
+
+
+SUMS_OF_PRODUCTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "addmm": ((2, 3), (2, 2), (2, 1)),
+    "baddbmm": ((1, 2, 3), (1, 2, 2), (1, 2, 1)),
+    "addbmm": ((2, 3), (4, 2, 2), (4, 2, 1)),
+    "addmv": ((3,), (1, 2), (2,)),
+    "addr": ((2, 3), (2,), (1,)),
+}
+
+
+@pytest.mark.parametrize("batched", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, None), (0, 0, 0)])
+@pytest.mark.parametrize("name", SUMS_OF_PRODUCTS)
+def test_an_addend_does_not_expand_the_product(name: str, batched: tuple[int | None, ...]) -> None:
+    f, shapes = getattr(torch, name), SUMS_OF_PRODUCTS[name]
+    with pytest.raises(RuntimeError):
+        f(*map(torch.ones, shapes))
+    given = [torch.ones(s if d is None else (2, *s)) for s, d in zip(shapes, batched, strict=True)]
+    with pytest.raises(RuntimeError):
+        vmap(f, in_dims=batched)(*given)
