@@ -212,3 +212,40 @@ def test_an_addend_does_not_expand_the_product(name: str, batched: tuple[int | N
     given = [torch.ones(s if d is None else (2, *s)) for s, d in zip(shapes, batched, strict=True)]
     with pytest.raises(RuntimeError):
         vmap(f, in_dims=batched)(*given)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# PyTorch's own autograd, of captured tensors
+
+
+def test_autograd_inside_of_what_was_captured() -> None:
+    """Its graph is found whether the output was computed outside or inside; cotangents are of the transforms."""
+    x, y = torch.randn(3, dtype=DOUBLE, requires_grad=True), torch.randn(3, dtype=DOUBLE)
+    outside = x.exp() * y
+    expected = torch.diag(x.exp() * y).detach()
+    for output in (lambda: outside, lambda: x.exp() * y):
+
+        def pulled(v: Tensor) -> Tensor:
+            return torch.autograd.grad([output()], [x], grad_outputs=[v], retain_graph=True)[0]  # noqa: B023
+
+        def differentiable(v: Tensor) -> Tensor:
+            return torch.autograd.grad(output(), x, v, create_graph=True)[0]  # noqa: B023
+
+        torch.testing.assert_close(vmap(pulled)(torch.eye(3, dtype=DOUBLE)), expected)
+        torch.testing.assert_close(jvp(pulled, (y,), (y,))[1], expected @ y)
+        _, pullback = vjp(differentiable, y)
+        torch.testing.assert_close(vmap(pullback)(torch.eye(3, dtype=DOUBLE))[0].detach(), expected)
+    by_name = vmap(lambda v: torch.autograd.grad((x * y).sum(), {"x": x})["x"] * v)(torch.eye(3, dtype=DOUBLE))
+    torch.testing.assert_close(by_name, torch.diag(y))
+
+
+def test_autograd_inside_does_not_know_of_transforms() -> None:
+    """What depends on the argument has no graph of PyTorch's: that is said, and no zero."""
+    x = torch.randn(3, requires_grad=True)
+    for f in (
+        lambda v: torch.autograd.grad(v.sin().sum(), v)[0].sum(),
+        lambda v: torch.autograd.grad((v * x).sin().sum(), x)[0].sum(),
+    ):
+        for transformed in (lambda v: vjp(f, v), lambda v: jvp(f, (v,), (v,)), vmap(f)):  # noqa: B023
+            with pytest.raises(RuntimeError, match="does not require grad"):
+                transformed(torch.randn(3))

@@ -15,8 +15,10 @@ from functrans.core.dispatch import NO_KWARGS, lift
 from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
 from functrans.core.errors.made_at import SENT_ON, note_site, several
+from functrans.core.errors.refusals import concrete
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import OpInfo, op_info
+from functrans.core.pytrees import tree_map
 from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
@@ -81,6 +83,8 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     """
     if function in LOST:
         kwargs = recovered(function, kwargs)
+    elif function is torch.autograd.grad:  # of what captured tensors alone were made into: constants hold its graph
+        args = tree_map(without_constants, args)
     if len(types) != 1 or types[0] is not WrapperTensor:
         others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
         for t in others:
@@ -101,6 +105,12 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     elif several(out):
         note_site(out, sys._getframe(up), up)
     return out
+
+
+def without_constants(x: Any) -> Any:
+    """The plain tensor that ``x`` is at every level, or ``x``."""
+    plain = concrete(x) if type(x) is WrapperTensor else None
+    return x if plain is None else plain
 
 
 def answers(kind: type) -> bool:

@@ -216,11 +216,15 @@ def squeezed(in_dims: Dims, x: Tensor, dim: int) -> Any:
 
 
 def as_it_is(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
+    return x, in_dims[0]
+
+
+def viewed(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
     """A view all the same: what vmap returns of it is a tensor of its own, and not the caller's."""
     return aten.alias.default(x), in_dims[0]
 
 
-batching_rule(aten.squeeze.dim)(any_rank(one_operator(squeezed, as_it_is)))
+batching_rule(aten.squeeze.dim)(any_rank(one_operator(squeezed, viewed)))
 
 
 @batching_rule(aten.squeeze.default, aten.squeeze.dims)
