@@ -249,3 +249,56 @@ def test_autograd_inside_does_not_know_of_transforms() -> None:
         for transformed in (lambda v: vjp(f, v), lambda v: jvp(f, (v,), (v,)), vmap(f)):  # noqa: B023
             with pytest.raises(RuntimeError, match="does not require grad"):
                 transformed(torch.randn(3))
+
+
+def test_leaves() -> None:
+    """As in PyTorch: what has no gradient, and what it is taken for."""
+    captured = torch.randn(3, requires_grad=True)
+    made: dict[str, Callable[[Tensor], Tensor]] = {
+        "argument": lambda x: x,
+        "result": lambda x: x.sin(),
+        "view": lambda x: x[:2],
+        "written": lambda x: x.clone().mul_(2),
+        "one of several": lambda x: x.unbind()[0],
+        "pointwise, of several": lambda x: torch.addcmul(x, x, x),
+        "constant": lambda x: torch.ones(3) * 2,
+        "detached": lambda x: x.sin().detach(),
+        "integer": lambda x: x.argmax(),
+        "of what was captured": lambda x: captured.exp(),
+    }
+    for name, f in made.items():
+        expected = f(torch.randn(3, requires_grad=True)).is_leaf
+        found: list[bool] = []
+
+        def note(x: Tensor) -> Tensor:
+            found.append(f(x).is_leaf)  # noqa: B023
+            return x.sum()
+
+        x = torch.randn(3)
+        vjp(note, x)
+        if name != "argument":  # here it is one, and a result around
+            vjp(lambda x: vmap(note)(x.unsqueeze(0)), x)
+            vjp(lambda x: jvp(note, (x.exp(),), (x,))[0], x)
+        vmap(lambda x: vjp(note, x)[0])(x.unsqueeze(0))
+        assert set(found) == {expected}, (name, found, expected)
+
+
+def test_whether_two_tensors_are_one_in_memory_is_not_known() -> None:
+    for transform in (vmap(lambda x: (x.is_set_to(x), x)[1]), lambda x: vjp(lambda x: (x.is_set_to(x), x)[1], x)):
+        with pytest.raises(InsideTransformError, match="is_set_to"):
+            transform(torch.randn(3))
+
+
+@pytest.mark.parametrize("transform", [vmap, lambda f: lambda x: vjp(f, x), lambda f: lambda x: jvp(f, (x,), (x,))])
+def test_a_functions_refusal_is_that_of_what_is_not_implemented(transform: Any) -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, *, factor: Tensor) -> Tensor:
+            return factor * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+    with pytest.raises(NotImplementedError, match="keyword-only"):
+        transform(lambda x: Scaled.apply(x, factor=x))(torch.randn(3))

@@ -85,6 +85,10 @@ class Interpreter:
         of it."""
         return False
 
+    def computed(self, wrapper: WrapperTensor) -> bool:
+        """Whether ``wrapper``, which is recorded, is a result, and no argument."""
+        return False
+
     def hides_layout(self, wrapper: WrapperTensor) -> bool:
         """Whether ``wrapper`` shows gaps in memory that are there for the transform's sake."""
         return False

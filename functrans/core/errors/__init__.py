@@ -265,7 +265,7 @@ class LayoutError(FunctransError):
         super().__init__(came=came, cure=cure)
 
 
-class CustomFunctionError(FunctransError, takes="cls what cure"):
+class CustomFunctionError(FunctransError, NotImplementedError, takes="cls what cure"):
     sentence = "autograd.Function {cls.__name__} {what}. {cure}"
 
 

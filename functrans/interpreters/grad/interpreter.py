@@ -99,6 +99,10 @@ class GradInterpreter(Interpreter, whole=True):
     def records(self, wrapper: WrapperTensor) -> bool:
         return wrapper.tape_index is not None
 
+    def computed(self, wrapper: WrapperTensor) -> bool:
+        outputs = (outs if isinstance(outs, list) else [outs] for _, outs, _, _ in self.tape)
+        return any(wrapper.tape_index in outs for outs in outputs)
+
     def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Run ``hook`` on the cotangent of a tracked ``wrapper``; what it returns, if not None, takes its place."""
         if self.hooks is None:
