@@ -9,6 +9,7 @@ import pytest
 import torch
 from loop import for_each
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -302,3 +303,12 @@ def test_a_functions_refusal_is_that_of_what_is_not_implemented(transform: Any) 
 
     with pytest.raises(NotImplementedError, match="keyword-only"):
         transform(lambda x: Scaled.apply(x, factor=x))(torch.randn(3))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_tensors_without_data_are_captured(transform: str) -> None:
+    """PyTorch asks a FakeTensor for its device by something that looks like an operator, and is none."""
+    with FakeTensorMode():
+        captured, x = torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=DOUBLE)
+        out = TRANSFORMS[transform](lambda x: x * captured.to(x.device) + torch.ones(3, device=captured.device))(x)
+    assert out.shape == (3,) and out.dtype is DOUBLE and out.device.type == "cpu"
