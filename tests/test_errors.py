@@ -132,6 +132,7 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
 ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
     "backward": lambda x: x.backward(x, retain_graph=True),
     "data_ptr": lambda x: x.data_ptr(),
+    "is_set_to": lambda x: x.is_set_to(x),
     "numpy": lambda x: x.numpy(),
     "register_post_accumulate_grad_hook": lambda x: x.register_post_accumulate_grad_hook(print),
     "__reduce_ex__ by pickle": pickle.dumps,

@@ -160,6 +160,9 @@ def test_the_places_between_an_examples_elements() -> None:
     """They hold other examples, or what the function does not know of."""
     with pytest.raises(InsideTransformError, match="places that are not its own"):
         vmap(lambda x: x.as_strided((2,), (1,)), in_dims=1)(torch.randn(3, 5))
+    with pytest.raises(InsideTransformError, match="computed while examples lay between"):
+        # in a loop a copy has rows of 5, here of 15
+        vmap(lambda x: x.clone().as_strided((2,), (5,)), in_dims=2)(torch.randn(2, 5, 3))
     with pytest.raises(RuntimeError, match="same length"):
         vmap(lambda x: x.as_strided((2, 1), (1,)))(torch.randn(3, 5))
 

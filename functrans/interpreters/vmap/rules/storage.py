@@ -1,7 +1,8 @@
 """Batching rules of ``as_strided`` and its like, which name places in memory.
 
 An example's places are those between its first and its last element, if no other example's are between them; else
-those of its elements. ``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
+those of its elements. (That is so in the caller's memory; for what was computed, see ``hidden_effects.as_strided``.)
+``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
 """
 
 from __future__ import annotations
