@@ -315,3 +315,32 @@ def test_tensors_without_data_are_captured(transform: str) -> None:
         captured, x = torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=DOUBLE)
         out = TRANSFORMS[transform](lambda x: x * captured.to(x.device) + torch.ones(3, device=captured.device))(x)
     assert out.shape == (3,) and out.dtype is DOUBLE and out.device.type == "cpu"
+
+
+SAME: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "to a device": lambda y, x: y.to(torch.device("cpu")),
+    "to a device and dtype": lambda y, x: y.to("cpu", DOUBLE),
+    "to a layout": lambda y, x: torch.ops.aten.to.dtype_layout(y, dtype=DOUBLE, layout=torch.strided, device=x.device),
+    "to another tensor's": lambda y, x: y.to(x),
+    "type_as": lambda y, x: y.type_as(x),
+    "view_as": lambda y, x: y.view_as(x),
+    "expand_as": lambda y, x: y.expand_as(x),
+    "reshape_as": lambda y, x: y.reshape_as(x),
+}
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+@pytest.mark.parametrize("name", SAME)
+def test_what_was_written_with_gaps_is_given_on(name: str, in_dim: int) -> None:
+    """Arguments that say where a tensor is, or how another one looks."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.new_empty_strided((4, 4), (8, 2)).copy_(x)
+        y[:, 1:].mul_(3)
+        z = SAME[name](y, x)
+        y[0].mul_(2)
+        return z
+
+    x = torch.randn(3, 4, 4, dtype=DOUBLE).movedim(0, in_dim).contiguous()
+    expected = torch.stack([f(row) for row in x.unbind(in_dim)])
+    assert torch.equal(vmap(f, in_dims=in_dim)(x), expected)

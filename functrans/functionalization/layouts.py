@@ -87,12 +87,19 @@ def as_shown(
     """The view of a tensor whose contents moved, with the strides that it has by those that the tensor shows."""
     with running_at(None), no_dispatch():
         probe = aten.empty_strided.default(viewed.shape, viewed.stride(), dtype=viewed.dtype, device="meta")
-        out = op(probe, *args[1:], **kwargs)
+        out = op(probe, *map(on_meta, args[1:]), **{name: on_meta(value) for name, value in kwargs.items()})
     wrapper = wrap_as(view.interpreter, view.value, view.shape, strides_of(out if index is None else out[index]))
     for name in view.interpreter.payload:
         setattr(wrapper, name, getattr(view, name))
     wrapper.moved = True
     return wrapper
+
+
+def on_meta(a: Any) -> Any:
+    """An argument for an operator that runs without data."""
+    if isinstance(a, Tensor):
+        return torch.empty(a.shape, dtype=a.dtype, device="meta")
+    return torch.device("meta") if isinstance(a, torch.device) else a
 
 
 def check_places(x: Tensor) -> None:
