@@ -344,3 +344,18 @@ def test_what_was_written_with_gaps_is_given_on(name: str, in_dim: int) -> None:
     x = torch.randn(3, 4, 4, dtype=DOUBLE).movedim(0, in_dim).contiguous()
     expected = torch.stack([f(row) for row in x.unbind(in_dim)])
     assert torch.equal(vmap(f, in_dims=in_dim)(x), expected)
+
+
+def test_nothing_is_written_anywhere() -> None:
+    """Through an empty view its place does not matter, as where PyTorch's autograd pulls back through views."""
+
+    def f(x: Tensor) -> Tensor:
+        nothing = x.new_zeros(0, 3)
+        nothing.as_strided((0, 2), (3, 1), 4).add_(1)
+        return x.sum() + nothing.sum()
+
+    for transform in TRANSFORMS.values():
+        assert transform(f)(torch.ones(3)) == 3
+    x = torch.randn(0, 3, 3, requires_grad=True)
+    out = torch.nn.functional.pad(x, (1, 2), mode="circular")
+    assert vmap(lambda v: torch.autograd.grad(out, x, v)[0])(torch.randn(2, *out.shape)).shape == (2, 0, 3, 3)
