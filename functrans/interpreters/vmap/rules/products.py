@@ -189,7 +189,8 @@ def add_product(
     sizes = addend.shape[addend.dim() - min(rank, addend.dim()) :]
     if any(a != 1 and a != b for a, b in zip(reversed(sizes), reversed(out.shape))):
         # Refused here: PyTorch's own pieces of addmm would expand the product.
-        raise RuntimeError(f"an addend of shape {list(sizes)} does not expand to the product, of {list(out.shape)[-rank:]}")
+        product_shape = list(out.shape)[-rank:]
+        raise RuntimeError(f"an addend of shape {list(sizes)} does not expand to the product, of {product_shape}")
     if beta == 0:
         out = out if alpha == 1 else out * alpha
         return out, None if out_dim is None else 0
