@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from functrans import functionalize, jvp, vjp, vmap
-from functrans.core.errors import InsideTransformError
+from functrans import functionalize, grad, jvp, vjp, vmap
+from functrans.core.errors import CapturedOnceError, InsideTransformError
 
 DOUBLE = torch.float64
 #: Each transform as one that gives the function's value.
@@ -359,3 +359,56 @@ def test_nothing_is_written_anywhere() -> None:
     x = torch.randn(0, 3, 3, requires_grad=True)
     out = torch.nn.functional.pad(x, (1, 2), mode="circular")
     assert vmap(lambda v: torch.autograd.grad(out, x, v)[0])(torch.randn(2, *out.shape)).shape == (2, 0, 3, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What all examples share
+
+UPDATES: dict[str, Callable[[Tensor], Any]] = {
+    "add_": lambda c: c.add_(1),
+    "through a view": lambda c: c[0].mul_(2),
+    "out=": lambda c: torch.add(c, 1, out=c),
+    "out=, of a view": lambda c: torch.add(c[1:], 1, out=c[1:]),
+    "of a gradient's argument": lambda c: grad(lambda c: c.add_(1).sum())(c),
+    "of a tangent's argument": lambda c: jvp(lambda c: c.mul_(2), (c,), (c.clone(),)),
+    "of an inner vmap's argument": lambda c: vmap(lambda y: y.add_(1))(c),
+    "functionalized": lambda c: functionalize(lambda c: c.add_(1))(c),
+}
+REPLACEMENTS: dict[str, Callable[[Tensor], Any]] = {
+    "copy_": lambda c: c.copy_(torch.arange(3.0)),
+    "zero_": lambda c: c.zero_(),
+    "out=": lambda c: torch.sin(torch.ones(3), out=c),
+    "an element": lambda c: c.__setitem__(0, 5.0),
+    "of a gradient's argument": lambda c: grad(lambda c: (c.zero_(), c.sum())[1])(c),
+    "a copy": lambda c: c.clone().add_(1),
+}
+
+
+def under_vmap(write: Callable[[Tensor], Any], captured: bool) -> Tensor:
+    """A tensor that is written where ``vmap`` runs over other ones."""
+    shared, x = torch.ones(3), torch.randn(4)
+    if captured:
+        vmap(lambda x: (write(shared), x)[1])(x)
+    else:
+        vmap(lambda x, c: (write(c), x)[1], in_dims=(0, None))(x, shared)
+    return shared
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_that_a_loop_would_repeat_is_refused(name: str, captured: bool) -> None:
+    once, twice = torch.ones(3), torch.ones(3)
+    UPDATES[name](once)
+    UPDATES[name](twice), UPDATES[name](twice)
+    assert not torch.equal(once, twice)
+    with pytest.raises(CapturedOnceError, match="in_dim None"):
+        under_vmap(UPDATES[name], captured)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_what_a_loop_would_write_again_the_same_is_written(name: str, captured: bool) -> None:
+    expected = torch.ones(3)
+    for _ in range(4):
+        REPLACEMENTS[name](expected)
+    assert torch.equal(under_vmap(REPLACEMENTS[name], captured), expected)

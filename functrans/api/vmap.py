@@ -21,6 +21,7 @@ from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
 from functrans.core.thread_state import STATE
 from functrans.functionalization.views import contents_of
+from functrans.functionalization.writes import write_for_caller
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 #: how ``randomness`` is left out
@@ -144,9 +145,12 @@ def run_batched(
 ) -> Any:
     interpreter = VmapInterpreter(size, randomness, func)
     entered = [interpreter.batched(x, d) if isinstance(x, Tensor) else x for x, d in zip(leaves, dims, strict=True)]
-    for x in entered:
-        if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
-            x.given = True
+    for x, dim in zip(entered, dims, strict=True):
+        if type(x) is WrapperTensor and x.interpreter is interpreter:
+            if x.strides is not None:
+                x.given = True
+            if dim is None:
+                x.shared = True
     args = tree_unflatten(spec, entered)
 
     def body() -> tuple[list[Any], Any, Any]:
@@ -182,8 +186,8 @@ def write_back(
     call: Call, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None, path: str
 ) -> None:
     """Write an argument that was written inside for the caller."""
-    wrapper = contents_of(wrapper)
-    value, bdim = wrapper.value, wrapper.bdim
+    contents = contents_of(wrapper)
+    value, bdim = contents.value, contents.bdim
     if dim is None and bdim is not None:
         raise CallValueError(
             call,
@@ -193,7 +197,7 @@ def write_back(
         )
     if dim is not None:
         value = value.unsqueeze(dim).expand(origin.shape) if bdim is None else value.movedim(bdim, dim)
-    origin.copy_(value)
+    write_for_caller(origin, wrapper, value)
 
 
 def check_out_dims(call: Call, out_dims: Any, out: Any, leaves: list[Any], spec: Any) -> list[int | None]:
