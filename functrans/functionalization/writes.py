@@ -254,7 +254,7 @@ def last_level(target: Tensor) -> int:
 
 
 def write_for_caller(origin: Tensor, wrapper: WrapperTensor, value: Tensor) -> None:
-    """Let ``origin``, an argument of a transform that has ended, have the ``value`` that ``wrapper`` was written there."""
+    """Let ``origin``, an argument of a transform that has ended, have the ``value`` written to ``wrapper`` there."""
     check_written_once(last_level(origin), aten.copy_.default, wrapper.updated)
     origin.copy_(value)
 

@@ -159,8 +159,8 @@ class CapturedWriteError(FunctransError):
 class CapturedOnceError(FunctransError, takes="op interpreter"):
     sentence = """{op} updates a tensor that was captured from outside {interpreter.name}, or given to it with in_dim
         None. A loop over the {interpreter.batch_size} examples would update it each time, but under vmap the function
-        runs once. Update the tensor outside of vmap, or return the update from the function and reduce over the batch. (Batch norm in
-        training mode does this: see functrans.replace_all_batch_norm_modules_.)"""
+        runs once. Update the tensor outside of vmap, or return the update from the function and reduce over the batch.
+        (Batch norm in training mode does this: see functrans.replace_all_batch_norm_modules_.)"""
 
 
 class NoPureFormError(FunctransError, takes="op"):
