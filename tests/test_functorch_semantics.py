@@ -412,3 +412,65 @@ def test_what_a_loop_would_write_again_the_same_is_written(name: str, captured: 
     for _ in range(4):
         REPLACEMENTS[name](expected)
     assert torch.equal(under_vmap(REPLACEMENTS[name], captured), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Leading dimensions that broadcast
+
+LOWER = torch.eye(3, dtype=DOUBLE) * 3
+
+
+def factor(a: Tensor) -> Tensor:
+    return a.tril(-1) + LOWER
+
+
+#: Of two operands whose last two dimensions are 3 x 3 and 3 x 2, or as the rule says.
+BROADCAST: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, int], tuple[int, int]]] = {
+    "solve": (lambda a, b: torch.linalg.solve(factor(a), b), (3, 3), (3, 2)),
+    "solve_triangular": (lambda a, b: torch.linalg.solve_triangular(factor(a), b, upper=False), (3, 3), (3, 2)),
+    "solve_triangular, from the right": (
+        lambda a, b: torch.linalg.solve_triangular(factor(a), b, upper=False, left=False), (3, 3), (2, 3),
+    ),
+    "cholesky_solve": (lambda a, b: torch.cholesky_solve(b, factor(a)), (3, 3), (3, 2)),
+    "lu_solve": (lambda a, b: torch.linalg.lu_solve(*torch.linalg.lu_factor(factor(a)), b), (3, 3), (3, 2)),
+    "lstsq": (lambda a, b: torch.linalg.lstsq(factor(a), b).solution, (3, 3), (3, 2)),
+    "matmul": (torch.matmul, (3, 3), (3, 2)),
+    "cross": (lambda a, b: torch.linalg.cross(a, b), (2, 3), (2, 3)),
+    "vecdot": (torch.linalg.vecdot, (2, 3), (2, 3)),
+    "cdist, p=1": (lambda a, b: torch.cdist(a, b, p=1.0), (4, 3), (2, 3)),
+    "cdist, p=2": (torch.cdist, (4, 3), (2, 3)),
+    "cdist by a product": (
+        lambda a, b: torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist"), (4, 3), (2, 3),
+    ),
+    "where": (lambda a, b: torch.where(a > 0, a, b), (2, 3), (2, 3)),
+    "atan2": (torch.atan2, (2, 3), (2, 3)),
+}  # fmt: skip
+LEADING = [((2,), ()), ((), (2,)), ((2,), (1,)), ((1,), (2,)), ((2, 1), (4,)), ((4,), (2, 1)), ((2,), (2,))]
+#: These want as many dimensions of both.
+OF_ONE_RANK = ("lstsq", "cross")
+PAIRS = [(name, pair) for name in BROADCAST for pair in LEADING if name not in OF_ONE_RANK or len({*map(len, pair)}) == 1]
+
+
+@pytest.mark.parametrize(("name", "leading"), PAIRS, ids=str)
+def test_a_broadcast_operands_cotangent_has_its_shape(name: str, leading: Any) -> None:
+    """Of both operands at once and of each alone, without vmap, inside of it, and around it."""
+    f, *ends = BROADCAST[name]
+    a, b = (torch.randn(*lead, *end, dtype=DOUBLE) for lead, end in zip(leading, ends, strict=True))
+
+    def pulled(f: Any, *operands: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in operands]
+        out = f(*leaves)
+        return torch.autograd.grad(out, leaves, torch.arange(out.numel(), dtype=DOUBLE).cos().view(out.shape))
+
+    def ours(f: Any, *operands: Tensor) -> tuple[Tensor, ...]:
+        out, pullback = vjp(f, *operands)
+        return pullback(torch.arange(out.numel(), dtype=DOUBLE).cos().view(out.shape))
+
+    torch.testing.assert_close(ours(f, a, b), pulled(f, a, b))
+    torch.testing.assert_close(ours(lambda a: f(a, b), a), pulled(lambda a: f(a, b), a))
+    torch.testing.assert_close(ours(lambda b: f(a, b), b), pulled(lambda b: f(a, b), b))
+    for dims in ((0, 0), (0, None), (None, 0)):
+        xs = [x if d is None else torch.stack([x, x / 2]) for x, d in zip((a, b), dims, strict=True)]
+        inside = vmap(lambda a, b: ours(f, a, b), in_dims=dims)(*xs)
+        torch.testing.assert_close(inside, for_each(lambda a, b: pulled(f, a, b), in_dims=dims)(*xs))
+        torch.testing.assert_close(ours(vmap(f, in_dims=dims), *xs), pulled(for_each(f, in_dims=dims), *xs))  # type: ignore[arg-type]
