@@ -405,6 +405,19 @@ def test_an_update_that_a_loop_would_repeat_is_refused(name: str, captured: bool
         under_vmap(UPDATES[name], captured)
 
 
+@pytest.mark.parametrize("draw", [
+    Tensor.random_, Tensor.normal_, Tensor.bernoulli_, Tensor.cauchy_, Tensor.exponential_, Tensor.log_normal_,
+    Tensor.uniform_, lambda c: c.geometric_(0.5),
+])  # fmt: skip
+def test_the_same_draw_for_all_examples_replaces_what_they_share(draw: Callable[[Tensor], Tensor]) -> None:
+    given, expected = torch.ones(3), torch.ones(3)
+    torch.manual_seed(0)
+    draw(expected)
+    torch.manual_seed(0)
+    vmap(lambda x, c: (draw(c), x)[1], in_dims=(0, None), randomness="same")(torch.ones(4), given)
+    assert torch.equal(given, expected)
+
+
 @pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("name", REPLACEMENTS)
 def test_what_a_loop_would_write_again_the_same_is_written(name: str, captured: bool) -> None:
