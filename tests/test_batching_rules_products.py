@@ -189,7 +189,6 @@ def test_nothing_to_sum_is_a_multiplication() -> None:
         (aten.bmm.default, (0, None), (values(3, 1, 2, 4), values(2, 4, 5))),
         (aten.dot.default, (0, 0), (values(3), values(3))),
         (aten.linear.default, (0, None, None), (values(4), values(5, 4), None)),
-        (aten.baddbmm.default, (0, None, None), (values(3, 4, 5), values(1, 4, 2), values(1, 2, 1))),
     ],
 )
 def test_examples_that_pytorch_refuses_are_declined(op: OpOverload, in_dims: tuple, args: tuple) -> None:

@@ -136,6 +136,7 @@ ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
     "apply_": lambda x: x.apply_(lambda number: number),
     "map_": lambda x: torch.ones(2).map_(x, lambda a, b: a),
     "map2_": lambda x: torch.ones(2).map2_(x, torch.ones(2), lambda a, b, c: a),
+    "is_set_to": lambda x: x.is_set_to(x),
     "numpy": lambda x: x.numpy(),
     "__dlpack__ by from_dlpack": torch.from_dlpack,
     "register_post_accumulate_grad_hook": lambda x: x.register_post_accumulate_grad_hook(print),

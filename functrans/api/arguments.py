@@ -18,7 +18,7 @@ from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import TENSORS, tree_flatten, tree_unflatten
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.functionalization.views import contents_of
-from functrans.functionalization.writes import invalidate_saved
+from functrans.functionalization.writes import invalidate_saved, write_for_caller
 
 Argnums = int | tuple[int, ...]
 #: In place of argnums: every argument, as in vjp and jvp, where they are called primals.
@@ -120,7 +120,7 @@ class Inputs:
             if wrapper.version:
                 self.interpreter.before_write(origin)
                 invalidate_saved(origin)
-                origin.copy_(contents_of(wrapper).value)
+                write_for_caller(origin, wrapper, contents_of(wrapper).value)
 
 
 def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:

@@ -27,6 +27,7 @@ from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
 from functrans.core.thread_state import STATE
 from functrans.functionalization.views import contents_of
+from functrans.functionalization.writes import write_for_caller
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 #: how ``randomness`` is left out
@@ -184,9 +185,12 @@ def run_batched(
             entered.append(batched_container(x, d, level))
         else:
             entered.append(x)
-    for x in entered:
-        if type(x) is WrapperTensor and x.interpreter is interpreter and x.strides is not None:
-            x.given = True
+    for x, dim in zip(entered, dims, strict=True):
+        if type(x) is WrapperTensor and x.interpreter is interpreter:
+            if x.strides is not None:
+                x.given = True
+            if dim is None:
+                x.shared = True
     args = tree_unflatten(spec, entered if given is leaves else list(map(shown_like, entered, given)))
 
     def body() -> tuple[list[Any], Any, Any]:
@@ -231,8 +235,8 @@ def write_back(
     call: Call, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None, path: str
 ) -> None:
     """Write an argument that was written inside for the caller."""
-    wrapper = contents_of(wrapper)
-    value, bdim = wrapper.value, wrapper.bdim
+    contents = contents_of(wrapper)
+    value, bdim = contents.value, contents.bdim
     if dim is None and bdim is not None:
         raise CallValueError(
             call,
@@ -242,7 +246,7 @@ def write_back(
         )
     if dim is not None:
         value = value.unsqueeze(dim).expand(origin.shape) if bdim is None else value.movedim(bdim, dim)
-    origin.copy_(value)
+    write_for_caller(origin, wrapper, value)
 
 
 def run_chunks(

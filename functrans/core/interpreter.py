@@ -127,6 +127,10 @@ class Interpreter:
         cure = "an autograd.Function whose backward does what the hook does"
         raise InsideTransformError("Tensor.register_hook()", self.name, cure)
 
+    def computed(self, wrapper: WrapperTensor) -> bool:
+        """Whether ``wrapper``, which is recorded, is a result, and no argument."""
+        return False
+
     def hides_layout(self, wrapper: WrapperTensor) -> bool:
         """Whether ``wrapper`` shows gaps in memory that are there for the transform's sake."""
         return False

@@ -30,7 +30,10 @@ SPECIAL = 3
 
 
 #: In-place operators whose result does not depend on the old contents.
-REPLACING = frozenset(f"aten::{n}" for n in ("copy_", "fill_", "zero_", "detach_", "uniform_", "normal_", "bernoulli_"))
+REPLACING = frozenset(f"aten::{n}" for n in (
+    "copy_", "fill_", "zero_", "detach_", "uniform_", "normal_", "bernoulli_", "random_", "cauchy_", "exponential_",
+    "geometric_", "log_normal_",
+))  # fmt: skip
 
 #: Functions that stand in for operators whose schema hides what they do: (known, args, kwargs) -> output. See
 #: functrans.functionalization.hidden_effects.

@@ -53,6 +53,8 @@ class WrapperTensor(Refusing):
     moved: bool = False  # a write left the contents elsewhere in memory than shown; see functionalization/layouts.py
     shown_offset: int | None = None  # where the contents began before that
     given: bool = False  # an argument of vmap that is not contiguous
+    shared: bool = False  # an argument of vmap that is the same for every example
+    updated: bool = False  # whether a write made its contents of what they were
     quantifier: Any = None  # torch.all or torch.any, whose answer it is; see interpreters/vmap/checks.py
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing

@@ -66,6 +66,11 @@ def modes_on() -> list[Any]:
     return [] if not size else [mode_at(0)] if size == 1 else [mode_at(i) for i in range(size)]
 
 
+def is_recorded() -> bool:
+    """Whether a tracer records what runs, for other numbers than those of now; any mode but the door may be one."""
+    return torch.jit.is_tracing() or any(mode is not DOOR for mode in modes_on())
+
+
 def set_modes(wanted: list[Any]) -> None:
     """Let PyTorch's mode stack be ``wanted``, by as few steps as it takes."""
     present = modes_on()

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans.core import thread_state
 from functrans.core.subclasses import identity_for, range_for
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import door_closed
+from functrans.core.thread_state import door_closed, is_recorded
 from functrans.core.torch_private import is_torch_func_active
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.scans import product_of_others
@@ -48,8 +47,7 @@ def is_regular(LU: Tensor, limit: float) -> bool:
     """
     while type(LU) is WrapperTensor:
         LU = LU.value
-    recorded = torch.jit.is_tracing() or any(mode is not thread_state.DOOR for mode in thread_state.modes_on())
-    if recorded or type(LU) is not Tensor or LU.device.type == "meta" or is_torch_func_active():
+    if is_recorded() or type(LU) is not Tensor or LU.device.type == "meta" or is_torch_func_active():
         return False
     with door_closed(), torch.no_grad():
         pivots = LU.diagonal(0, -2, -1).abs()

@@ -62,11 +62,13 @@ class Door(Mode):
         set_key_excluded(CONJUGATE, False)
         set_key_excluded(NEGATIVE, False)
         try:
-            known: OpInfo | None = op._functrans  # type: ignore[attr-defined]
+            known: OpInfo = op._functrans  # type: ignore[attr-defined]
         except AttributeError:
-            known = None if isinstance(op, HigherOrderOperator) else op_info(op)
-        if known is None:
-            return run_higher_order(op, args, kwargs or {})  # type: ignore[arg-type]
+            if isinstance(op, HigherOrderOperator):
+                return run_higher_order(op, args, kwargs or {})
+            if op.namespace == "prim":  # PyTorch asks a tensor of another subclass for its device: no operator
+                return op(*args)
+            known = op_info(op)
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:

@@ -16,7 +16,7 @@ from functrans.core.tensor import WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload
 from functrans.functionalization.layouts import check_places, dense_strides, memory_order, set_shape
-from functrans.functionalization.views import run_view
+from functrans.functionalization.views import hides_layout, run_view
 from functrans.functionalization.writes import write
 
 aten = torch.ops.aten
@@ -100,7 +100,14 @@ def broadcast_tensors(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, An
 @stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 def as_strided(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """These name places in memory, which must be where the tensor shows them; see NOTE [Strides of what is written]."""
-    check_places(args[0])
+    x = args[0]
+    check_places(x)
+    if type(x) is WrapperTensor and hides_layout(x):
+        raise InsideTransformError(
+            "as_strided of a tensor that was computed while examples lay between each other in memory",
+            x.interpreter.name,
+            "as_strided on its .contiguous()",
+        )
     return run_view(known, args, kwargs) if known.op is aten.as_strided.default else as_usual(known, args, kwargs)
 
 

@@ -20,7 +20,7 @@ from functrans.core.dispatch import dispatch
 from functrans.core.errors import InsideTransformError
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
 from functrans.core.thread_state import running_at
-from functrans.core.torch_private import OpOverload, no_dispatch, without_torch_function
+from functrans.core.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
 from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten
@@ -87,12 +87,19 @@ def as_shown(
     """The view of a tensor whose contents moved, with the strides that it has by those that the tensor shows."""
     with running_at(None), no_dispatch():
         probe = aten.empty_strided.default(viewed.shape, viewed.stride(), dtype=viewed.dtype, device="meta")
-        out = op(probe, *args[1:], **kwargs)
+        out = op(probe, *map(on_meta, args[1:]), **{name: on_meta(value) for name, value in kwargs.items()})
     wrapper = wrap_as(view.interpreter, view.value, view.shape, strides_of(out if index is None else out[index]))
     for name in view.interpreter.payload:
         setattr(wrapper, name, getattr(view, name))
     wrapper.moved = True
     return wrapper
+
+
+def on_meta(a: Any) -> Any:
+    """An argument for an operator that runs without data."""
+    if isinstance(a, Tensor):
+        return torch.empty(a.shape, dtype=a.dtype, device="meta")
+    return torch.device("meta") if isinstance(a, torch.device) else a
 
 
 def check_places(x: Tensor) -> None:
@@ -111,6 +118,7 @@ def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
     """Let ``wrapper``, whose contents are about to change, have the shape and strides of ``like``."""
     shape, strides = like.shape, like.stride()
     with no_dispatch():
-        # metadata only: a wrapper has no data
-        without_torch_function(Tensor.as_strided_, (), (wrapper, shape, strides), {})
+        # Metadata only, a wrapper has no data; but PyTorch knows how much there would be, and checks what is larger.
+        room = make_wrapper(type(wrapper), shape, strides, None, None, wrapper.dtype, wrapper.layout, wrapper.device)
+        without_torch_function(Tensor.set_, (), (wrapper, room), {})
     wrapper.shape, wrapper.strides = shape, strides_of(like)

@@ -21,7 +21,7 @@ from functrans.core.errors import CapturedWriteError
 from functrans.core.errors.refusals import concrete
 from functrans.core.operators import OpInfo
 from functrans.core.tensor import SCALAR_INDICES, WrapperTensor
-from functrans.core.thread_state import STATE
+from functrans.core.thread_state import STATE, is_recorded
 from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view
 from functrans.functionalization.write_back import WRITE_BACK
@@ -95,7 +95,7 @@ def select_scalars(x: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:
 def select_at(x: Tensor, dim: int, i: WrapperTensor) -> Tensor:
     """``x.select(dim, i)``."""
     number = concrete(i)
-    if number is not None:
+    if number is not None and (type(x) is not WrapperTensor or type(number) is Tensor and not is_recorded()):
         return enter(aten.select.int, x, dim, int(number.item()))
     places = enter(aten.add.Tensor, i, enter(aten.mul.Tensor, enter(aten.lt.Scalar, i, 0), x.shape[dim]))
     places = enter(aten.reshape.default, enter(aten.to.dtype, places, torch.int64), [1])

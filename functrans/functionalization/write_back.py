@@ -71,6 +71,8 @@ def _send(op: OpOverload, *args: Any) -> Any:
 
 def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     size, stride, offset = (*step.args, None)[:3]
+    if 0 in size:
+        return before  # wherever the nothing is that was written
     start = storage_offset_of(before)
     offset = start if offset is None else offset
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))

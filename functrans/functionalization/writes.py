@@ -100,7 +100,7 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     for target, value in zip(targets, news, strict=True):
         if value.dtype is not target.dtype and not out_form:
             run_without_data(op, args, kwargs)  # some operators refuse to work in place on what would be converted
-        write(target, value, op, resize=out_form, reads=known.reads_target)
+        write(target, value, op, resize=out_form, reads=reads(known, target, args))
     if outputs is not None:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
     if not known.returns_written:
@@ -149,7 +149,9 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
             raise WriteShapeError(list(target.shape), list(new.shape))
         set_shape(target, new)
     new = unwrap_constants(new, target.interpreter, op, target)
-    check_written_once(target.interpreter.level, op, reads)
+    written = target if target.view_link is None else target.view_link.owner
+    check_written_once(last_level(written), op, reads)
+    written.updated |= reads
     invalidate_saved(target)
     if target.view_link is not None and target.view_link.doubtful:
         part(target)
@@ -248,8 +250,8 @@ def _hold(target: WrapperTensor) -> WrapperTensor:
 
 def write_captured(known: OpInfo, targets: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A write that no wrapper takes part in: eager PyTorch, on the captured tensor itself."""
-    check_written_once(0, known.op, known.reads_target)
     for target in targets:
+        check_written_once(0, known.op, reads(known, target, args))
         if isinstance(target, Tensor):
             invalidate_saved(target)
     return base(known.op, args, kwargs)
@@ -266,8 +268,34 @@ def write_plain(target: Tensor, new: Tensor, op: OpOverload, resize: bool, reads
     base(aten.copy_.default, (target, new), {})
 
 
+def reads(known: OpInfo, target: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the operator makes what it writes to ``target`` of what that held: also where ``out`` is an operand."""
+    if known.reads_target or not known.op._schema.arguments[known.written[0]].kwarg_only:
+        return known.reads_target
+    operands = [v for a in args for v in (a if type(a) in (list, tuple) else [a]) if isinstance(v, Tensor)]
+    return any(memory_of(v) == memory_of(target) for v in operands)
+
+
+def memory_of(x: Tensor) -> int:
+    """A number that tensors of one memory have in common."""
+    if type(x) is not WrapperTensor:
+        return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
+    return id(x if x.view_link is None else x.view_link.owner)
+
+
+def last_level(target: Tensor) -> int:
+    """The last level at which ``target`` has one value for all."""
+    return target.interpreter.level - target.shared if type(target) is WrapperTensor else 0
+
+
+def write_for_caller(origin: Tensor, wrapper: WrapperTensor, value: Tensor) -> None:
+    """Let ``origin``, an argument of a transform that has ended, have the ``value`` written to ``wrapper`` there."""
+    check_written_once(last_level(origin), aten.copy_.default, wrapper.updated)
+    origin.copy_(value)
+
+
 def check_written_once(level: int, op: OpOverload, reads: bool) -> None:
-    """Refuse a write to a captured tensor that a loop over the examples would repeat."""
+    """Refuse a write to a tensor that all examples share, and that a loop over them would repeat."""
     if not reads:
         return
     interpreter = STATE.top

@@ -157,10 +157,10 @@ class CapturedWriteError(FunctransError):
 
 
 class CapturedOnceError(FunctransError, takes="op interpreter"):
-    sentence = """{op} updates a tensor that was captured from outside {interpreter.name}. A loop over the
-        {interpreter.batch_size} examples would update it each time, but under vmap the function runs once. Update the
-        tensor outside of vmap, or return the update from the function and reduce over the batch. (Batch norm in
-        training mode does this: see functrans.replace_all_batch_norm_modules_.)"""
+    sentence = """{op} updates a tensor that was captured from outside {interpreter.name}, or given to it with in_dim
+        None. A loop over the {interpreter.batch_size} examples would update it each time, but under vmap the function
+        runs once. Update the tensor outside of vmap, or return the update from the function and reduce over the batch.
+        (Batch norm in training mode does this: see functrans.replace_all_batch_norm_modules_.)"""
 
 
 class NoPureFormError(FunctransError, takes="op"):
@@ -293,7 +293,7 @@ class LayoutError(FunctransError):
         super().__init__(came=came, cure=cure)
 
 
-class CustomFunctionError(FunctransError, takes="cls what cure"):
+class CustomFunctionError(FunctransError, NotImplementedError, takes="cls what cure"):
     sentence = "autograd.Function {cls.__name__} {what}. {cure}"
 
 

@@ -20,6 +20,7 @@ REFUSED = {
        for name in ("apply_", "map_", "map2_")},
     "backward": ("Tensor.backward()", "functrans.grad or functrans.vjp"),
     "data_ptr": ("data_ptr()", None),
+    "is_set_to": ("Tensor.is_set_to()", "`is`, or clone() what is to have memory of its own"),
     "register_post_accumulate_grad_hook": ("Tensor.register_post_accumulate_grad_hook()", "Tensor.register_hook()"),
 }  # fmt: skip
 #: Those that a wrapper answers as its value does, where that says all of it.
@@ -94,6 +95,15 @@ class Refusing(torch.Tensor):
     @requires_grad.setter
     def requires_grad(self, flag: bool) -> None:
         self.requires_grad_(flag)
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        x: Tensor = self
+        while isinstance(x, Refusing):
+            if x.interpreter.records(x) and x.interpreter.computed(x):
+                return False
+            x = x.value
+        return x.is_leaf
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and

@@ -106,6 +106,10 @@ class GradInterpreter(Interpreter, whole=True):
     def grad_fn(self, wrapper: WrapperTensor) -> Any:
         return wrapper.value.grad_fn if wrapper.tape_index is None else grad_fn_of(self, wrapper.tape_index)
 
+    def computed(self, wrapper: WrapperTensor) -> bool:
+        outputs = (outs if isinstance(outs, list) else [outs] for _, outs, _, _ in self.tape)
+        return any(wrapper.tape_index in outs for outs in outputs)
+
     def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Run ``hook`` on the cotangent of a tracked ``wrapper``; what it returns, if not None, takes its place."""
         if wrapper.tape_index is None:

@@ -70,9 +70,9 @@ class TableNode(BackwardNode):
         place.update(grad=-1, grads=-1, result=len(needed), results=len(needed))
         #: where in what is saved each argument is
         self.place = place
-        if joint:
-            self.pull = self.joint_pull(entry, names, place)  # type: ignore[method-assign, assignment]
-        else:
+        #: one formula for all, if there is one
+        self.together = self.joint_pull(entry, names, place) if joint else None
+        if not joint:
             self.steps = [bind(entry.formulas[n], tuple(place[need] for need in entry.needs[n])) for n in names]
         #: where in what is saved the shapes and dtypes of arguments that were broadcast or promoted begin
         self.first_fix = len(needed) + self.saves_result if fixes else None
@@ -83,7 +83,7 @@ class TableNode(BackwardNode):
     def joint_pull(
         self, entry: Derivative, names: list[str], place: dict[str, int]
     ) -> Callable[[list[Any], Any], list[Any]]:
-        """``pull`` by one formula for all tracked arguments."""
+        """The cotangents by one formula for all tracked arguments."""
         formula: Any = entry.joint
         wanted = tuple(names)
         picks = [None if need == "wanted" else place[need] for need in entry.needs["joint"]]
@@ -95,7 +95,7 @@ class TableNode(BackwardNode):
         return pull
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
-        found = [step(grad, saved) for step in self.steps]
+        found = [step(grad, saved) for step in self.steps] if self.together is None else self.together(saved, grad)
         if self.first_fix is not None:
             for i, fix in enumerate(saved[self.first_fix :]):
                 if fix is not None and found[i] is not None:

@@ -23,7 +23,7 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_n,
 )
 from functrans.interpreters.vmap.rules.views import product
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
 
 aten = torch.ops.aten
 constant_pad = torch.ops.aten.constant_pad_nd.default
@@ -69,8 +69,8 @@ def convolution_rule(
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     x_dim, weight_dim, bias_dim = in_dims[:3]
-    if bias is not None and logical_rank(bias, bias_dim) != 1:
-        raise RuntimeError(f"expected bias to be 1-dimensional, but got bias of size {logical_shape(bias, bias_dim)}")
+    if bias is not None:
+        check_bias(x, logical_shape(weight, weight_dim), bias, logical_shape(bias, bias_dim), transposed, groups)
     if size == 0:
         # No channels and no groups can be made of no examples, but no images can.
         x, x_dim = materialize(x, x_dim, size), 0
@@ -108,6 +108,15 @@ def convolution_rule(
         bias = fold_channel_vector(bias, bias_dim, size)
     output = aten.convolution.default(fold_c(x, x_dim, size), weight, bias, *options, size * groups)
     return unfold_c(output, size, channels), 1
+
+
+def check_bias(x: Tensor, weight: list[Any], bias: Tensor, shape: list[Any], transposed: bool, groups: int) -> None:
+    """What PyTorch asks of a bias, which a sum or a fold would not: shapes are those of one example."""
+    channels = weight[1] * groups if transposed else weight[0]
+    if shape != [channels]:
+        raise RuntimeError(f"expected bias to be 1-dimensional with {channels} elements, but got bias of size {shape}")
+    if bias.dtype is not x.dtype:
+        raise RuntimeError(f"Input type ({x.dtype}) and bias type ({bias.dtype}) should be the same")
 
 
 def per_channel(bias: Any, bdim: int | None, rank: int) -> Tensor:

@@ -202,7 +202,9 @@ def add_product(
     addend = addend if addend_dim is None else pad_rank(addend, addend_dim, rank)
     sizes = addend.shape[addend.dim() - min(rank, addend.dim()) :]
     if any(a != 1 and a != b for a, b in zip(reversed(sizes), reversed(out.shape))):
-        raise RuleDeclined("the addend does not expand to the product")
+        # Refused here: PyTorch's own pieces of addmm would expand the product.
+        product_shape = list(out.shape)[-rank:]
+        raise RuntimeError(f"an addend of shape {list(sizes)} does not expand to the product, of {product_shape}")
     if beta == 0:
         out = out if alpha == 1 else out * alpha
         return out, None if out_dim is None else 0

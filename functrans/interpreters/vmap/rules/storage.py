@@ -1,7 +1,8 @@
 """Batching rules of ``as_strided`` and its like, which name places in memory.
 
-An example's places are those between its first and its last element, so these must be its own: no other example's
-between them. ``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
+An example's places are those between its first and its last element, if no other example's are between them; else
+those of its elements. (That is so in the caller's memory; for what was computed, see ``hidden_effects.as_strided``.)
+``storage_offset`` counts in the physical tensor's storage, as ``x.storage_offset()`` does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.errors import InsideTransformError
+from functrans.core.thread_state import door_closed
 from functrans.functionalization.memory import storage_offset_of
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize
@@ -24,18 +26,20 @@ def region(
     x: Tensor, bdim: int, size: Sequence[int], stride: Sequence[int], offset: int | None
 ) -> tuple[Any, Any, int]:
     """Size, strides and offset of the region in all examples, the batch dimension first."""
+    if len(size) != len(stride):
+        raise RuntimeError(f"as_strided(size={size}, stride={stride}): size and stride must have the same length")
     shape, strides = list(x.shape), list(x.stride())
     batch, step = shape.pop(bdim), strides.pop(bdim)
     start = storage_offset_of(x)
     offset = start if offset is None else offset
     span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides))
-    if batch > 1 and 0 < step < span:
+    first = offset - start
+    if batch > 1 and 0 < step < span and not is_own(first, size, stride, shape, strides):
         raise InsideTransformError(
-            "as_strided of a tensor whose examples lie between each other in memory",
+            "as_strided of a tensor whose examples lie between each other in memory, at places that are not its own,",
             "vmap",
             "as_strided on its .contiguous()",
         )
-    first = offset - start
     last = first + sum((n - 1) * s for n, s in zip(size, stride))
     if 0 not in size and not 0 <= first <= last < span:
         raise RuntimeError(
@@ -44,6 +48,20 @@ def region(
             "Other places belong to other examples."
         )
     return [batch, *size], [step, *stride], offset
+
+
+def is_own(first: int, size: Sequence[int], stride: Sequence[int], shape: list[int], strides: list[int]) -> bool:
+    """Whether an element of the example is at each of the places."""
+    with door_closed():
+        return bool(torch.isin(first + places(size, stride), places(shape, strides)).all())
+
+
+def places(shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Where in memory the elements are, relative to the first."""
+    found = torch.zeros((), dtype=torch.int64)
+    for n, step in zip(shape, strides, strict=True):
+        found = found.unsqueeze(-1) + torch.arange(n) * step
+    return found
 
 
 @batching_rule(aten.as_strided.default, aten.as_strided_copy.default)

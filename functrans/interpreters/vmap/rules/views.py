@@ -172,21 +172,26 @@ def view_dtype(info: BatchInfo, in_dims: Dims, x: Tensor, dtype: torch.dtype) ->
     """A new element size changes the last dimension, and needs its elements side by side."""
     if dtype.itemsize == x.dtype.itemsize:
         return x.view(dtype), in_dims[0]
-    return side_by_side(info, x, in_dims[0]).view(dtype), 0
+    return side_by_side(info, x, in_dims[0], max(dtype.itemsize // x.dtype.itemsize, 1)).view(dtype), 0
 
 
-def side_by_side(info: BatchInfo, x: Tensor, bdim: int) -> Tensor:
-    """The batch, in front, of examples whose last dimension has its elements next to each other."""
+def side_by_side(info: BatchInfo, x: Tensor, bdim: int, joined: int) -> Tensor:
+    """The batch, in front, of examples whose last dimension has its elements next to each other, so that ``joined`` of
+    them can be taken for one: a view if they lie so."""
     nonzero_rank(x)
     x = to_front(x, bdim)
-    # An empty tensor counts as contiguous whatever its strides are.
-    return x.contiguous() if info.batch_size else x.new_empty(x.shape)
+    if not info.batch_size:
+        return x.new_empty(x.shape)  # an empty tensor counts as contiguous whatever its strides are
+    *outer, last = x.stride()
+    if last == 1 and all(step % joined == 0 for step in (x.storage_offset(), *outer)):
+        return x
+    return x.contiguous()
 
 
 @batching_rule(aten.view_as_complex.default)
 def view_as_complex(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
     """The last dimension, of size 2, has its elements side by side."""
-    return torch.view_as_complex(side_by_side(info, x, in_dims[0])), 0
+    return torch.view_as_complex(side_by_side(info, x, in_dims[0], 2)), 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -214,7 +219,12 @@ def as_it_is(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
     return x, in_dims[0]
 
 
-batching_rule(aten.squeeze.dim)(any_rank(one_operator(squeezed, as_it_is)))
+def viewed(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
+    """A view all the same: what vmap returns of it is a tensor of its own, and not the caller's."""
+    return aten.alias.default(x), in_dims[0]
+
+
+batching_rule(aten.squeeze.dim)(any_rank(one_operator(squeezed, viewed)))
 
 
 @batching_rule(aten.squeeze.default, aten.squeeze.dims)
@@ -224,7 +234,7 @@ def squeeze(info: BatchInfo, in_dims: Dims, x: Tensor, dims: Any = None) -> Outp
     bdim = in_dims[0]
     places = [d if d < bdim else d + 1 for d in reduced_dims(dims, x.dim() - 1, empty_means_all=False)]
     gone = [] if x.dim() == 1 else [d for d in places if x.shape[d] == 1]
-    return x.squeeze(gone) if gone else x, bdim - sum(d < bdim for d in gone)
+    return x.squeeze(gone), bdim - sum(d < bdim for d in gone)
 
 
 @batching_rule(aten.unbind.int)
