@@ -29,6 +29,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
+from functrans.shipped.sparsity import sparse_hessian, sparse_jacobian, sparsity
 
 derivatives.load()
 load_batching_rules()
@@ -64,6 +65,9 @@ __all__ = [
     "psum",
     "rearrange",
     "replace_all_batch_norm_modules_",
+    "sparse_hessian",
+    "sparse_jacobian",
+    "sparsity",
     "stack_module_state",
     "value_and_grad",
     "vjp",
