@@ -27,6 +27,7 @@ from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
+from functrans.shipped.bounds import bounds
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 from functrans.shipped.sparsity import sparse_hessian, sparse_jacobian, sparsity
@@ -40,6 +41,7 @@ __all__ = [
     "all_gather",
     "axis_index",
     "batching_rule",
+    "bounds",
     "chunk_vmap",
     "custom_jvp",
     "custom_vjp",

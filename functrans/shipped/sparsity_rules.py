@@ -79,7 +79,8 @@ def reshape(call: OperatorCall) -> Any:
     return call.numbers(call["self"]).reshape(call.outs[0].shape)
 
 
-@pattern_of(
+#: operators that move elements, and nothing else
+MOVES = (
     aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.movedim.int,
     aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.t.default, aten.numpy_T.default,
     aten.mT.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default, aten.expand.default,
@@ -96,6 +97,9 @@ def reshape(call: OperatorCall) -> Any:
     aten.squeeze_copy.default, aten.squeeze_copy.dim, aten.squeeze_copy.dims, aten.t_copy.default,
     aten.transpose_copy.int, aten.unbind_copy.int, aten.unfold_copy.default, aten.unsqueeze_copy.default,
 )  # fmt: skip
+
+
+@pattern_of(*MOVES)
 def moved(call: OperatorCall) -> Any:
     """The operator itself, on the numbers."""
     return by_moving(call, {})
