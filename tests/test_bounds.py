@@ -69,7 +69,8 @@ POINTWISE: dict[tuple[float, float], list[Function]] = {
         lambda x: 1 - x, lambda x: x - 0.3, lambda x: -2 * x, lambda x: x / -3, lambda x: x * x,
         lambda x: torch.sub(1.0 + x, x, alpha=-2), lambda x: torch.where(x > 0.3, x, x * x - 1),
         lambda x: torch.where(x <= 0.3, x, -x), lambda x: x.clone().mul_(2).add_(x), lambda x: x.masked_fill(MASK, 3),
-        lambda x: torch.where(MASK, x, -x), lambda x: x.clamp(min=0).pow(0),
+        lambda x: torch.where(MASK, x, -x), lambda x: torch.where((x > 0.3) & (x < 1) | (x == -1), x, -x),
+        lambda x: torch.where(~(x.floor() != 0), x, -x), lambda x: x.clamp(min=0).pow(0),
     ],
     (-9.0, 9.0): [torch.sin, torch.cos, lambda x: (3 * x).sin() * x.cos()],
     POSITIVE: [
@@ -138,7 +139,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "instance norm": (lambda: nn.InstanceNorm2d(2), (2, 2, 3, 3)),
     "group norm": (lambda: nn.GroupNorm(2, 4), (2, 4, 3)),
     "rms norm": (lambda: nn.RMSNorm(4), (2, 4)),
-    "pools": (lambda: nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(2, padding=1), nn.AdaptiveAvgPool2d(1)), (1, 2, 7, 6)),
+    "pools": (
+        lambda: nn.Sequential(nn.MaxPool2d(2), nn.AvgPool2d(2, padding=1), nn.AdaptiveAvgPool2d(1)), (1, 2, 7, 6)
+    ),
     "adaptive maximum": (lambda: nn.AdaptiveMaxPool2d(2), (1, 2, 5, 5)),
     "upsampling": (lambda: nn.Upsample(scale_factor=2), (1, 2, 3, 3)),
     "prelu": (lambda: nn.PReLU(), (2, 3)),
@@ -255,7 +258,7 @@ ONE, TWO = torch.ones(3), 2 * torch.ones(3)
         (lambda: bounds(torch.sin)(1.0, 2.0), CallTypeError, "expected a real floating-point tensor"),
         (lambda: bounds(torch.sin)(ONE.long(), ONE.long()), CallTypeError, "expected a real floating-point tensor"),
         (lambda: bounds(lambda x: 3.0)(ONE, TWO), CallTypeError, "as output; expected only tensors"),
-        (lambda: bounds(torch.lgamma)(ONE, TWO), MissingRuleError, "has no rule for aten.lgamma.default"),
+        (lambda: bounds(torch.lgamma)(ONE, TWO), MissingRuleError, "has no rule for prims.lgamma.default"),
         (lambda: bounds(lambda x: x[x.argmax()])(ONE, TWO), MissingRuleError, "argmax"),
         (lambda: bounds(lambda x: x[x.max(0)[1]])(ONE, TWO), MissingRuleError, "no rule for aten"),
         (lambda: bounds(lambda x: x * x.sum().item())(ONE, TWO), MissingRuleError, "no rule for aten._local_scalar"),

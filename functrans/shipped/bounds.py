@@ -13,6 +13,7 @@ from functrans.api.compiled import named_after
 from functrans.api.structures import difference, path_of
 from functrans.core.errors import Call, CallTypeError, CallValueError
 from functrans.core.errors.wording import what
+from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
@@ -38,7 +39,7 @@ def bounds(func: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         CallTypeError: ``low`` and ``high`` do not have the same structure, shapes and dtypes.
         CallValueError: ``low`` is greater than ``high`` somewhere. (In tensors of an outer transform, whose numbers
-            cannot be asked for, the bounds are NaN there.)
+            cannot be asked for, the bounds are NaN there; in those of an outer ``bounds`` it is not seen.)
         MissingRuleError: for an operator no bounds are known.
 
     Example:
@@ -93,8 +94,17 @@ def checked_ends(call: Call, low: Any, high: Any) -> tuple[list[tuple[Tensor, Te
 
 
 def ordered(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Both ends; NaN where they are the wrong way round."""
-    if type(low) is not WrapperTensor and type(high) is not WrapperTensor:
+    """Both ends; NaN where they are the wrong way round. (Between the bounds of an outer level nobody can tell.)"""
+    levels = levels_of(low) + levels_of(high)
+    if not levels or any(isinstance(level, IntervalLevel) for level in levels):
         return low, high
     wrong = low > high
     return torch.where(wrong, torch.nan, low), torch.where(wrong, torch.nan, high)
+
+
+def levels_of(x: Tensor) -> list[Interpreter]:
+    found = []
+    while type(x) is WrapperTensor:
+        found.append(x.interpreter)
+        x = x.value
+    return found

@@ -98,7 +98,7 @@ increasing(
     aten.maximum.default, aten.minimum.default, aten.logaddexp.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.avg_pool2d.default,
     aten.avg_pool3d.default, aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default,
-    aten.hardtanh.default, aten.trace.default, aten.logical_and.default,
+    aten.hardtanh.default, aten.trace.default,
 )  # fmt: skip
 increasing(aten.leaky_relu.default, where=lambda x, negative_slope=0.01: negative_slope >= 0)
 increasing(
@@ -137,7 +137,7 @@ def decreasing(*ops: OpOverload) -> None:
         IntervalLevel.rules.add(op, swapped)
 
 
-decreasing(aten.neg.default, aten.erfc.default, aten.logical_not.default)
+decreasing(aten.neg.default, aten.erfc.default)
 
 
 @rule(aten.rsqrt.default)
@@ -271,7 +271,7 @@ def div(level: IntervalLevel, x: Any, y: Any) -> Any:
         return level.between(low / y, high / y) if y >= 0 else level.between(high / y, low / y)
     if not is_interval(y):
         low, high = ends(x)
-        return level.between(*hull(low / y.value, high / y.value))
+        return level.between(*hull(low / ends(y)[0], high / ends(y)[0]))
     return level.between(*times(ends(x), inverse(ends(y))))
 
 
@@ -328,6 +328,41 @@ for _op in (aten.gt.Tensor, aten.gt.Scalar, aten.ge.Tensor, aten.ge.Scalar):
     comparing(_op, greater=True)
 for _op in (aten.lt.Tensor, aten.lt.Scalar, aten.le.Tensor, aten.le.Scalar):
     comparing(_op, greater=False)
+
+
+@rule(aten.eq.Tensor, aten.eq.Scalar)
+def equal(level: IntervalLevel, x: Any, y: Any) -> Any:
+    (a, b), (c, d) = both(x), both(y)
+    return level.between((a == b) & (c == d) & (a == c), (a <= d) & (b >= c))
+
+
+@rule(aten.ne.Tensor, aten.ne.Scalar)
+def unequal(level: IntervalLevel, x: Any, y: Any) -> Any:
+    surely, maybe = ends(equal(level, x, y))
+    return level.between(~maybe, ~surely)
+
+
+def of_truth_values(op: OpOverload) -> None:
+    """``op`` is monotone in truth values; of other integers nothing is said."""
+
+    @rule(op)
+    def connective(level: IntervalLevel, x: Any, y: Any) -> Any:
+        if x.dtype != torch.bool or y.dtype != torch.bool:
+            raise missing_rule_error(level, op)
+        (a, b), (c, d) = ends(x), ends(y)
+        return level.between(op(a, c), op(b, d))
+
+
+for _op in (aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor):
+    of_truth_values(_op)
+
+
+@rule(aten.logical_not.default, aten.bitwise_not.default)
+def negation(level: IntervalLevel, x: Any) -> Any:
+    if x.dtype != torch.bool:
+        raise missing_rule_error(level, aten.logical_not.default)
+    surely, maybe = ends(x)
+    return level.between(~maybe, ~surely)
 
 
 @rule(aten.where.self)
