@@ -80,14 +80,16 @@ def checked_ends(call: Call, low: Any, high: Any) -> tuple[list[tuple[Tensor, Te
         raise CallTypeError(call, *difference("high", high, "low", low))
     for place, (a, b) in enumerate(zip(lows, highs, strict=True)):
         for name, tree, x in (("low", low, a), ("high", high, b)):
-            if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            real = isinstance(x, Tensor) and x.dtype.is_floating_point
+            if not real or x.is_nested or x.layout is not torch.strided:
                 got = f"{what(x)} as {path_of(name, tree, place)}"
                 cure = "Bind what has no bounds: lambda x: f(x, value)."
-                raise CallTypeError(call, got, "a real floating-point tensor", cure)
-        if a.shape != b.shape or a.dtype != b.dtype:
-            got = f"{what(b)} as {path_of('high', high, place)}"
-            raise CallTypeError(call, got, f"one like {path_of('low', low, place)}, {what(a)}")
-        if type(a) is not WrapperTensor and type(b) is not WrapperTensor and bool((a > b).any()):
+                raise CallTypeError(call, got, "a dense real floating-point tensor", cure)
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            got = f"{what(b)} on {b.device} as {path_of('high', high, place)}"
+            raise CallTypeError(call, got, f"one like {path_of('low', low, place)}, {what(a)} on {a.device}")
+        with_numbers = WrapperTensor not in (type(a), type(b)) and a.device.type != "meta"
+        if with_numbers and bool((a > b).any()):
             got = f"{path_of('low', low, place)} greater than {path_of('high', high, place)}"
             raise CallValueError(call, got, "low <= high", "Are they in this order?")
     return list(zip(lows, highs, strict=True)), spec

@@ -15,6 +15,7 @@ from functrans.api.arguments import Argnums, check_argnums, check_arguments, che
 from functrans.api.checks import call_function, check_chunk_size, check_flag
 from functrans.api.compiled import named_after
 from functrans.api.rows_and_columns import check_output_numbers, refuse_complex
+from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, grad, jvp_with_argnums, vjp_with_argnums
 from functrans.api.vmap import vmap
 from functrans.core.errors import Call, CallError
@@ -175,6 +176,7 @@ class Dependence:
         self.inputs, self.in_spec = tree_flatten(moving)
         if not self.inputs:
             raise CallError(call, f"{what(moving)} to differentiate for", "at least one tensor")
+        refuse_sparse(call, "args", moving)
         level = SparsityLevel(func)
 
         def other(leaf: Any) -> Any:
@@ -190,6 +192,7 @@ class Dependence:
             out = call_function(call, func, tuple(entered), by_keyword)
             leaves, self.out_spec = tree_flatten(out)
             check_outputs(call, out, leaves)
+            refuse_sparse(call, "output", out)
             with lowered(level):
                 owned = [level.own(leaf) for leaf in leaves]
             self.outputs = [w.shape.numel() for w in owned]
@@ -229,6 +232,13 @@ class Dependence:
                 )
             found.append(tree_unflatten(self.in_spec, line))
         return tree_unflatten(self.out_spec, found)
+
+
+def refuse_sparse(call: Call, root: str, tree: Any) -> None:
+    for place, x in enumerate(tree_flatten(tree)[0]):
+        if x.layout is not torch.strided:
+            got = f"a tensor of layout {x.layout} as {path_of(root, tree, place)}"
+            raise CallError(call, got, "torch.strided", "Use its to_dense().")
 
 
 class Plan:
