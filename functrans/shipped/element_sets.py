@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -33,10 +34,12 @@ class ElementSets:
         return n
 
     def singletons(self, first: int, shape: Sequence[int]) -> Tensor:
-        """Numbers for a new input whose elements are called ``first``, ``first + 1``, ..."""
-        count = int(np.prod(shape, dtype=np.int64))
-        numbers = [self.number((first + i, 1)) for i in range(count)]
-        return torch.tensor(numbers, dtype=torch.int64).reshape(tuple(shape))
+        """Numbers for a new input, whose elements are called ``first``, ``first + 1``, ... and in no set yet."""
+        start, count = len(self.sets), math.prod(shape)
+        new = [(first + i, 1) for i in range(count)]
+        self.sets += new
+        self.number_of.update(zip(new, range(start, start + count), strict=True))
+        return torch.arange(start, start + count).reshape(tuple(shape))
 
     def union_of(self, numbers: Iterable[int]) -> int:
         """The number of the union of the sets with these numbers."""
