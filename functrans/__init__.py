@@ -36,10 +36,12 @@ from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
 from functrans.shipped import jet_rules, laplacian_rules  # noqa: F401
+from functrans.shipped.bounds import bounds
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 from functrans.shipped.jet import jet
 from functrans.shipped.laplacian import laplacian
+from functrans.shipped.sparsity import sparse_hessian, sparse_jacobian, sparsity
 
 derivatives.load()
 load_batching_rules()
@@ -50,6 +52,7 @@ __all__ = [
     "all_gather",
     "axis_index",
     "batching_rule",
+    "bounds",
     "chunk_vmap",
     "custom_jvp",
     "custom_vjp",
@@ -77,6 +80,9 @@ __all__ = [
     "psum",
     "rearrange",
     "replace_all_batch_norm_modules_",
+    "sparse_hessian",
+    "sparse_jacobian",
+    "sparsity",
     "stack_module_state",
     "value_and_grad",
     "vjp",

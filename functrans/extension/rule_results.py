@@ -196,6 +196,10 @@ def described(a: Any) -> Any:
     return tuple(described(v) for v in a) if isinstance(a, list | tuple) else a
 
 
+#: Operators that have other shapes without data than on the CPU, which leaves out what it has not saved.
+OF_THE_DEVICE = frozenset((torch.ops.aten._native_batch_norm_legit_no_training.default,))
+
+
 @functools.lru_cache(maxsize=4096)
 def shapes_of(op: OpOverload, args: Any, kwargs: Any) -> Any:
     """The shapes of ``op``'s outputs, found without data; None where they depend on numbers, or nobody says."""
@@ -212,6 +216,8 @@ def shapes_of(op: OpOverload, args: Any, kwargs: Any) -> Any:
             return out.shape
         return [shape(o) for o in out] if isinstance(out, list | tuple) else ABSENT if out is None else None
 
+    if op in OF_THE_DEVICE:
+        return None
     with DisableTorchFunction(), no_dispatch(), torch.no_grad():
         try:
             return shape(op(*map(without_data, args), **{name: without_data(value) for name, value in kwargs}))

@@ -26,6 +26,7 @@ from functrans.core.thread_state import STATE, lowered, running_at
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.shipped.sparsity_level import SparsityLevel
 
 Tensors = tuple[Tensor, ...]
 
@@ -72,6 +73,10 @@ class VjpRule:
             with lowered(owner):
                 outs = self.batched(owner, dims)(*values)
             return tuple(owner.batched(out, 0) for out in outs)
+        if isinstance(owner, SparsityLevel):
+            with lowered(owner):
+                outs = self(*values)
+            return tuple(owner.opaque(outs, tensors))
         if owner.differentiates:
             raise self.custom.forward_mode()
         raise MissingRuleError(self.custom, owner, "Differentiate inside of it, or give the function no rule.")

@@ -1,0 +1,112 @@
+"""Bounds of everything that a function can return: interval arithmetic as a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.api.checks import call_function, check_callable
+from functrans.api.compiled import named_after
+from functrans.api.structures import difference, path_of
+from functrans.core.errors import Call, CallTypeError, CallValueError
+from functrans.core.errors.wording import what
+from functrans.core.interpreter import Interpreter
+from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
+from functrans.core.stack import run_transformed
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import lowered
+from functrans.shipped.interval_rules import IntervalLevel
+
+
+def bounds(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Bounds of ``func(x)`` for all ``x`` with ``low <= x <= high``, element by element.
+
+    Every operator is computed on intervals, so that the bounds hold for all arguments in between, and are seldom
+    reached: where a number is used twice, each use is taken for one of its own. They are rounded as the operators are,
+    not outward: an end may be off by the rounding error of computing it. NaN says that there is no bound (an infinite
+    interval went through a product). Bounds can be differentiated and batched, and those of derivatives taken, as in
+    ``bounds(grad(f))``.
+
+    Args:
+        func: takes one argument, a pytree of real floating-point tensors, and returns a pytree of tensors.
+
+    Returns:
+        A function ``(low, high) -> (low, high)``: of two pytrees like the argument, two like the output.
+
+    Raises:
+        CallTypeError: ``low`` and ``high`` do not have the same structure, shapes and dtypes.
+        CallValueError: ``low`` is greater than ``high`` somewhere. (In tensors of an outer transform, whose numbers
+            cannot be asked for, the bounds are NaN there; in those of an outer ``bounds`` it is not seen.)
+        MissingRuleError: for an operator no bounds are known.
+
+    Example:
+        >>> import torch
+        >>> from functrans import bounds
+        >>> bounds(lambda x: (x.sin() + x**2).sum())(torch.zeros(2), torch.ones(2))
+        (tensor(0.), tensor(3.6829))
+    """
+    check_callable("bounds", func)
+
+    @named_after(func)
+    def bounded(low: Any, high: Any) -> tuple[Any, Any]:
+        call = Call("bounds", func, "")
+        ends, spec = checked_ends(call, low, high)
+        level = IntervalLevel(func)
+
+        def body() -> tuple[Any, Any]:
+            with lowered(level):
+                entered = [level.between(*ordered(a, b)) for a, b in ends]
+            out, out_spec = tree_flatten(call_function(call, func, (tree_unflatten(spec, entered),), {}))
+            for place, leaf in enumerate(out):
+                if not isinstance(leaf, Tensor):
+                    path = path_of("output", tree_unflatten(out_spec, out), place)
+                    raise CallTypeError(call, f"{what(leaf)} as {path}", "only tensors", "Return the tensor itself.")
+            with lowered(level):
+                owned = [level.ends(level.own(leaf)) for leaf in out]
+            return tree_unflatten(out_spec, [a for a, _ in owned]), tree_unflatten(out_spec, [b for _, b in owned])
+
+        return run_transformed(level, body)
+
+    return bounded
+
+
+def checked_ends(call: Call, low: Any, high: Any) -> tuple[list[tuple[Tensor, Tensor]], Any]:
+    lows, spec = tree_flatten(low)
+    highs, high_spec = leaves_like(high, spec)
+    if spec != high_spec:
+        raise CallTypeError(call, *difference("high", high, "low", low))
+    for place, (a, b) in enumerate(zip(lows, highs, strict=True)):
+        for name, tree, x in (("low", low, a), ("high", high, b)):
+            real = isinstance(x, Tensor) and x.dtype.is_floating_point
+            if not real or x.is_nested or x.layout is not torch.strided:
+                got = f"{what(x)} as {path_of(name, tree, place)}"
+                cure = "Bind what has no bounds: lambda x: f(x, value)."
+                raise CallTypeError(call, got, "a dense real floating-point tensor", cure)
+        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            got = f"{what(b)} on {b.device} as {path_of('high', high, place)}"
+            raise CallTypeError(call, got, f"one like {path_of('low', low, place)}, {what(a)} on {a.device}")
+        with_numbers = WrapperTensor not in (type(a), type(b)) and a.device.type != "meta"
+        if with_numbers and bool((a > b).any()):
+            got = f"{path_of('low', low, place)} greater than {path_of('high', high, place)}"
+            raise CallValueError(call, got, "low <= high", "Are they in this order?")
+    return list(zip(lows, highs, strict=True)), spec
+
+
+def ordered(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ends; NaN where they are the wrong way round. (Between the bounds of an outer level nobody can tell.)"""
+    levels = levels_of(low) + levels_of(high)
+    if not levels or any(isinstance(level, IntervalLevel) for level in levels):
+        return low, high
+    wrong = low > high
+    return torch.where(wrong, torch.nan, low), torch.where(wrong, torch.nan, high)
+
+
+def levels_of(x: Tensor) -> list[Interpreter]:
+    found = []
+    while type(x) is WrapperTensor:
+        found.append(x.interpreter)
+        x = x.value
+    return found

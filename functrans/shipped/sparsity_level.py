@@ -1,0 +1,232 @@
+"""The level that finds out which elements of the inputs each element of a tensor depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import lower, map_tensors
+from functrans.core.operators import DIFFERENTIABLE, op_info
+from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.core.rules import RuleTable
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import lowered, running_at
+from functrans.core.torch_private import OpOverload
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
+from functrans.door.autograd_function import FUNCTION_RULES, send
+from functrans.extension.table_interpreter import TableInterpreter
+from functrans.programs.fusible import by_our_rules
+from functrans.shipped.element_sets import ElementSets
+
+aten = torch.ops.aten
+
+Pattern = Callable[["OperatorCall"], Any]
+
+
+class OperatorCall:
+    """What a rule is given: an operator's call, its outputs, and what its arguments depend on."""
+
+    def __init__(self, level: SparsityLevel, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], out: Any):
+        known = op_info(op)
+        self.level = level
+        self.op = op
+        self.sets = level.sets
+        self.named = {**dict(zip(known.arguments, known.defaults, strict=True)), **kwargs}
+        self.named.update(zip(known.arguments, args, strict=False))
+        self.outs: list[Any] = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.named[name]
+
+    def tensors(self, *names: str) -> Iterator[Tensor]:
+        """The tensors among the arguments of these names; without names, all."""
+        for name in names or self.named:
+            yield from (x for x in tree_flatten(self.named.get(name))[0] if isinstance(x, Tensor))
+
+    def carried(self, x: Tensor) -> Tensor | None:
+        """The numbers of ``x``; None for a constant."""
+        return x.numbers if type(x) is WrapperTensor and x.interpreter is self.level else None
+
+    def numbers(self, x: Tensor) -> Tensor:
+        found = self.carried(x)
+        return torch.zeros(x.shape, dtype=torch.int64) if found is None else found
+
+    def known(self, x: Tensor) -> Tensor | None:
+        """The numbers in memory of a tensor that is the same for whatever inputs, or None.
+
+        A tensor of an outer transform has others for each example, or a derivative of its own.
+        """
+        value: Any = x
+        while type(value) is WrapperTensor:
+            if not value.interpreter.is_constant(value):
+                return None
+            value = value.value
+        if value.requires_grad or value.device.type == "meta" or type(value) not in (Tensor, torch.nn.Parameter):
+            return None
+        return value.detach().cpu()
+
+    def union(self, *numbers: Tensor) -> Tensor:
+        found = numbers[0]
+        for more in numbers[1:]:
+            found = self.sets.union(found, more)
+        return found
+
+
+class SparsityLevel(TableInterpreter):
+    """Its wrappers carry ``numbers``, of the set of input elements that each element depends on (``ElementSets``).
+
+    A tensor with numbers, even if they are all 0, may have other values for other inputs; a constant has none. So a
+    comparison of inputs is no constant, and what is read at such places may be any element.
+    """
+
+    kind = "sparsity"
+    payload = ("numbers",)
+    differentiates = True
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        self.sets = ElementSets()
+        #: elements of the inputs so far
+        self.count = 0
+        #: whether the pattern may be another one for other inputs, since the function read numbers or shapes of them
+        self.local = False
+
+    def input(self, x: Tensor) -> WrapperTensor:
+        """A new input."""
+        numbers = self.sets.singletons(self.count, x.shape)
+        self.count += x.numel()
+        return self.carry(x, numbers=numbers)
+
+    def variable(self, x: Tensor) -> WrapperTensor:
+        """What may have other values another time, and no derivative here."""
+        with running_at(None):
+            numbers = torch.zeros(x.shape, dtype=torch.int64)
+        return self.carry(x, numbers=numbers)
+
+    def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = super().process(op, args, kwargs)
+        if op_info(op).random:  # another draw, another value
+            out = map_tensors(self.settled, out)
+        return out
+
+    def settled(self, x: Any) -> Any:
+        return self.variable(x.value) if self.is_constant(x) else x
+
+    def opaque(self, out: Any, args: Sequence[Any]) -> Any:
+        """``out``, values one level down, of a function of ``args`` with a derivative of its own: it may be anything.
+        """
+        mine = [a for a in tree_flatten(list(args))[0] if type(a) is WrapperTensor and a.interpreter is self]
+        whole = self.sets.everything(a.numbers for a in mine if a.numbers is not None)
+
+        def carry(x: Tensor) -> WrapperTensor:
+            with running_at(None):
+                numbers = torch.full(x.shape, whole if x.dtype in DIFFERENTIABLE else 0)
+            return self.carry(x, numbers=numbers)
+
+        return map_tensors(carry, out)
+
+    def apply(self, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], pattern: Pattern) -> Any:
+        """Run ``op`` one level down; its outputs depend on what ``pattern`` says."""
+
+        def value(a: Any) -> Any:
+            return a.value if type(a) is WrapperTensor and a.interpreter is self else a
+
+        out = lower(self, op, tree_map(value, list(args)), tree_map(value, kwargs))
+        return self.depending(OperatorCall(self, op, args, kwargs, out), out, pattern)
+
+    def depending(self, call: OperatorCall, out: Any, pattern: Pattern) -> Any:
+        smooth = any(o.dtype in DIFFERENTIABLE for o in call.outs)
+        with running_at(None), torch.no_grad():
+            found = pattern(call) if smooth else [None] * len(call.outs)
+        numbers = [found] * len(call.outs) if isinstance(found, Tensor) else list(found)
+        wrappers: list[Any] = []
+        i = 0
+        leaves, spec = tree_flatten(out)
+        with lowered(self):
+            for leaf in leaves:
+                if not isinstance(leaf, Tensor):
+                    self.local = self.local or leaf is not None  # a number that was read
+                    wrappers.append(leaf)
+                    continue
+                if leaf.dtype in DIFFERENTIABLE and numbers[i] is not None:
+                    wrappers.append(self.carry(leaf, numbers=numbers[i].expand(leaf.shape)))
+                else:
+                    wrappers.append(self.variable(leaf))
+                i += 1
+        return tree_unflatten(spec, wrappers)
+
+
+def everything(call: OperatorCall) -> list[Tensor]:
+    """Every element of every output depends on every element of every argument: always right."""
+    whole = call.sets.everything(n for x in call.tensors() if (n := call.carried(x)) is not None)
+    return [torch.full(o.shape, whole) for o in call.outs]
+
+
+def nothing(call: OperatorCall) -> list[None]:
+    return [None] * len(call.outs)
+
+
+def pointwise(call: OperatorCall) -> Any:
+    """Each element depends on those at its place, if the arguments do have the output's places."""
+    shapes = [x.shape for x in call.tensors()]
+    try:
+        shape = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return everything(call)
+    if any(o.shape != shape for o in call.outs):
+        return everything(call)
+    found = [n for x in call.tensors() if (n := call.carried(x)) is not None]
+    return call.union(*found)
+
+
+def by_table(op: OpOverload) -> Pattern:
+    """What an operator that has no rule here depends on: the derivative table knows which are pointwise, and which
+    constant."""
+    entry = DERIVATIVES.get(op)
+    if entry is not None and entry.tangent == NO_TANGENT:
+        return nothing
+    if entry is not None and entry.tangent == "elementwise":
+        return pointwise
+    return pointwise if torch.Tag.pointwise in op.tags and by_our_rules(op) and op.namespace == "aten" else everything
+
+
+def without_rule(level: SparsityLevel, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if torch.Tag.dynamic_output_shape in op.tags:
+        level.local = True
+    return level.apply(op, args, kwargs, by_table(op))
+
+
+SparsityLevel.rules = RuleTable("sparsity rules", default=without_rule)
+SparsityLevel.without_rule = staticmethod(without_rule)
+
+
+def pattern_of(*ops: OpOverload) -> Callable[[Pattern], Pattern]:
+    """Decorator: what the outputs of these operators depend on, unless the user has replaced their derivatives."""
+
+    def decorate(pattern: Pattern) -> Pattern:
+        for op in ops:
+
+            def rule(level: SparsityLevel, *args: Any, op: OpOverload = op, **kwargs: Any) -> Any:
+                return level.apply(op, args, kwargs, pattern if by_our_rules(op) else by_table(op))
+
+            SparsityLevel.rules.add(op, rule)
+        return pattern
+
+    return decorate
+
+
+def function_rule(level: SparsityLevel, cls: Any, args: Sequence[Any]) -> Any:
+    """An ``autograd.Function`` runs one level down."""
+
+    def value(a: Any) -> Any:
+        return a.value if type(a) is WrapperTensor and a.interpreter is level else a
+
+    with running_at(level.below):
+        out = send(level.below, cls, tree_map(value, list(args)))
+    return level.opaque(out, args)
+
+
+FUNCTION_RULES[SparsityLevel] = function_rule
