@@ -29,6 +29,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
+from functrans.shipped.sow import plant, reap, sow
 
 derivatives.load()
 load_batching_rules()
@@ -58,12 +59,15 @@ __all__ = [
     "jvp",
     "linear_transpose",
     "linearize",
+    "plant",
     "pmax",
     "pmean",
     "pmin",
     "psum",
+    "reap",
     "rearrange",
     "replace_all_batch_norm_modules_",
+    "sow",
     "stack_module_state",
     "value_and_grad",
     "vjp",
