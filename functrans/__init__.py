@@ -28,6 +28,7 @@ from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
+from functrans.shipped.count import count
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 from functrans.shipped.sow import plant, reap, sow
 
@@ -41,6 +42,7 @@ __all__ = [
     "axis_index",
     "batching_rule",
     "chunk_vmap",
+    "count",
     "custom_jvp",
     "custom_vjp",
     "custom_vmap",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,9 @@ from functrans.core.tensor import WrapperTensor, wrap
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import decompose
+from functrans.door.autograd_function import FUNCTION_RULES
+from functrans.extension.functions_seen import seen_function
+from functrans.functionalization.views import contents_of
 
 
 class PassThrough(Interpreter):
@@ -41,6 +45,11 @@ class PassThrough(Interpreter):
     #: Whether composite operators are seen as the operators that they are made of.
     pieces: bool = False
 
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        #: by id of a tensor among the arguments: what it is inside, and the tensor
+        self.entered: dict[int, tuple[WrapperTensor, Tensor]] = {}
+
     def before(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """``op`` is about to run."""
 
@@ -48,8 +57,19 @@ class PassThrough(Interpreter):
         """``op`` has run, and returned ``out``. What this returns takes its place, unless it is None."""
 
     def enter(self, leaf: Any) -> Any:
-        """What the function gets for a leaf of its arguments: the same."""
-        return leaf
+        """What the function gets for a leaf of its arguments: a tensor as one of this level."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in self.entered:
+            self.entered[id(leaf)] = self.constant(leaf), leaf
+        return self.entered[id(leaf)][0]
+
+    def returned(self) -> None:
+        """Write the arguments that were written inside for the caller."""
+        for wrapper, leaf in self.entered.values():
+            if wrapper.version:
+                with lowered(self):
+                    leaf.copy_(contents_of(wrapper).value)
 
     def leave(self, leaf: Any) -> Any:
         """What the caller gets for a leaf of the result: a tensor's value one level down."""
@@ -79,6 +99,9 @@ class PassThrough(Interpreter):
         with lowered(self):
             instead = self.after(op, values, below_kwargs, out)
         return map_tensors(self.constant, out if instead is None else instead)
+
+
+FUNCTION_RULES[PassThrough] = seen_function
 
 
 class Handler(Interpreter):
