@@ -30,6 +30,7 @@ from functrans.programs.fusible import watch
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.count import count
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
+from functrans.shipped.sanitize import sanitize
 from functrans.shipped.sow import plant, reap, sow
 
 derivatives.load()
@@ -69,6 +70,7 @@ __all__ = [
     "reap",
     "rearrange",
     "replace_all_batch_norm_modules_",
+    "sanitize",
     "sow",
     "stack_module_state",
     "value_and_grad",

@@ -23,9 +23,10 @@ from functrans.functionalization.views import contents_of
 class PassThrough(Interpreter):
     """A level that sees every operator, and lets it run one level down.
 
-    A subclass sets ``kind`` and overrides ``before`` or ``after``. Both run one level down, with values of that level;
-    what stands around it (an outer grad, vmap, ...) has its say about what they compute. Operators on captured tensors
-    and on none are seen as well. (Not seen: views of captured tensors, and writes to them, which no level interprets.)
+    A subclass sets ``kind`` and overrides ``given``, ``before`` or ``after``. They run one level down, with values of
+    that level; what stands around it (an outer grad, vmap, ...) has its say about what they compute. Operators on
+    captured tensors and on none are seen as well. (Not seen: views of captured tensors, and writes to them, which no
+    level interprets.)
 
     Example:
         >>> import torch
@@ -49,6 +50,10 @@ class PassThrough(Interpreter):
         super().__init__(func)
         #: by id of a tensor among the arguments: what it is inside, and the tensor
         self.entered: dict[int, tuple[WrapperTensor, Tensor]] = {}
+
+    def given(self, op: OpOverload, value: Tensor, own: bool) -> Tensor:
+        """What ``op`` gets for a tensor among its arguments: the same. ``own``: it is not captured from below."""
+        return value
 
     def before(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """``op`` is about to run."""
@@ -90,10 +95,14 @@ class PassThrough(Interpreter):
             return decompose(self, op, args, kwargs)
 
         def value(a: Any) -> Any:
-            return a.value if type(a) is WrapperTensor and a.interpreter is self else a
+            if not isinstance(a, Tensor):
+                return a
+            if type(a) is WrapperTensor and a.interpreter is self:
+                return self.given(op, a.value, True)
+            return self.given(op, a, False)
 
-        values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
         with lowered(self):
+            values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
             self.before(op, values, below_kwargs)
         out = lower(self, op, values, below_kwargs)
         with lowered(self):
