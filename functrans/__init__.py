@@ -30,6 +30,7 @@ from functrans.programs.fusible import watch
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.count import count
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
+from functrans.shipped.lowp import lowp
 from functrans.shipped.sanitize import sanitize
 from functrans.shipped.sow import plant, reap, sow
 
@@ -62,6 +63,7 @@ __all__ = [
     "jvp",
     "linear_transpose",
     "linearize",
+    "lowp",
     "plant",
     "pmax",
     "pmean",
