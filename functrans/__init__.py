@@ -31,6 +31,7 @@ from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, p
 from functrans.shipped.count import count
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 from functrans.shipped.lowp import lowp
+from functrans.shipped.models import condition, log_density, observe, sample, seed
 from functrans.shipped.sanitize import sanitize
 from functrans.shipped.sow import plant, reap, sow
 
@@ -44,6 +45,7 @@ __all__ = [
     "axis_index",
     "batching_rule",
     "chunk_vmap",
+    "condition",
     "count",
     "custom_jvp",
     "custom_vjp",
@@ -63,7 +65,9 @@ __all__ = [
     "jvp",
     "linear_transpose",
     "linearize",
+    "log_density",
     "lowp",
+    "observe",
     "plant",
     "pmax",
     "pmean",
@@ -72,7 +76,9 @@ __all__ = [
     "reap",
     "rearrange",
     "replace_all_batch_norm_modules_",
+    "sample",
     "sanitize",
+    "seed",
     "sow",
     "stack_module_state",
     "value_and_grad",

@@ -65,8 +65,9 @@ def sanitize(func: Callable[..., Any], *, nan: bool = True, inf: bool = True) ->
         >>> sanitize(vmap(grad(torch.sqrt)))(torch.tensor([1.0, 0.0]))
         Traceback (most recent call last):
             ...
-        functrans.core.errors.NonFiniteError: sanitize(sqrt, nan=True, inf=True): got inf in a cotangent that the derivative of aten.sqrt.default returned, in the backward pass of grad(sqrt) at level 3, for example 1 of vmap(sqrt) at level 2...
-    """  # noqa: E501
+        functrans.core.errors.NonFiniteError: ...got inf in a cotangent that the derivative of aten.sqrt.default
+        returned, in the backward pass of grad(sqrt) at level 3, for example 1 of vmap(sqrt) at level 2...
+    """
     check_callable("sanitize", func)
     call = Call("sanitize", func, {"nan": nan, "inf": inf})
     check_flag(call, "nan", nan)

@@ -245,17 +245,21 @@ def stacked(level: VmapInterpreter, *leaves: Any, **rest: Any) -> Any:
 @planting.rule(VmapInterpreter)
 def for_each(level: VmapInterpreter, name: str) -> Any:
     """Of what was planted for all examples, that of each."""
-    planted = planting.below(level, name)
-    if planted is None or callable(planted) or of_basis(level):
-        return planted
+    return of_each(level, planting.below(level, name), PLANT, name)
+
+
+def of_each(level: VmapInterpreter, given: Any, call: str, name: str) -> Any:
+    """An example's part of what ``call`` was given for all of them, with the examples in front."""
+    if given is None or callable(given) or of_basis(level):
+        return given
 
     def example(x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] != level.batch_size:
             expected = f"tensors with the {level.batch_size} examples of {level.name} in front"
-            raise CallValueError(PLANT, f"{what(x)} for {name!r}", expected, "reap shows the shape.")
+            raise CallValueError(call, f"{what(x)} for {name!r}", expected, "reap shows the shape.")
         return level.batched(x, 0)
 
-    return tree_map(example, planted)
+    return tree_map(example, given)
 
 
 def is_of(level: Interpreter, x: Any) -> bool:
