@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from functrans.api.checks import check_callable
+from functrans.core.errors import LayoutError
 from functrans.core.operators import VIEW, op_info
 from functrans.core.pytrees import tree_flatten
 from functrans.core.torch_private import OpOverload
@@ -88,7 +89,7 @@ class Counting(PassThrough):
         self.operators: dict[str, OperatorCounts] = {}
 
     def after(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        formula = flop_registry.get(op._overloadpacket)
+        formula = flop_registry.get(op.overloadpacket)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
         moved = 0 if op_info(op).kind_by_schema == VIEW else bytes_of((args, kwargs)) + bytes_of(out)
         before = self.operators.get(str(op), OperatorCounts())
@@ -108,5 +109,7 @@ def bytes_of(tree: Any) -> int:
 def size_of(x: Tensor) -> int:
     if x.layout is torch.strided:
         return x.numel() * x.dtype.itemsize
-    sparse, dense = x.sparse_dim(), x.shape[x.sparse_dim() :]
-    return x._nnz() * (sparse * torch.int64.itemsize + dense.numel() * x.dtype.itemsize)
+    if x.layout is not torch.sparse_coo:
+        raise LayoutError(x)
+    x = x.coalesce()
+    return size_of(x.indices()) + size_of(x.values())

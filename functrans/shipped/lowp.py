@@ -91,7 +91,7 @@ class Rounding(PassThrough):
     def round(self, x: Tensor) -> Tensor:
         """``x``, rounded where its dtype is wider; runs one level down."""
         if x.dtype.is_complex:
-            return torch.view_as_complex(self.round(torch.view_as_real(x)))
+            return torch.view_as_complex(self.round(torch.view_as_real(x.resolve_conj())))
         if not x.dtype.is_floating_point or x.dtype.itemsize <= self.dtype.itemsize:
             return x
         return x.to(self.dtype).to(x.dtype)

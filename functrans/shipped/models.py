@@ -147,6 +147,7 @@ def seed(model: Callable[..., Any], number: int) -> Callable[..., Any]:
 
     Raises:
         CallTypeError: ``number`` is no int.
+        CallValueError: it has more than 64 bits.
 
     Example:
         >>> import torch
@@ -158,6 +159,8 @@ def seed(model: Callable[..., Any], number: int) -> Callable[..., Any]:
     check_callable("seed", model)
     if type(number) is not int:
         raise CallTypeError(SEED, f"{what(number)} as number", "an int")
+    if not -(2**63) <= number < 2**64:
+        raise CallValueError(SEED, f"{shown(number)} as number", "an int of 64 bits")
 
     @functools.wraps(model, updated=())
     def seeded(*args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from functrans.api.checks import check_callable, check_flag
 from functrans.core.dispatch import scan, start
-from functrans.core.errors import Call, NonFiniteError
+from functrans.core.errors import Call, LayoutError, NonFiniteError
 from functrans.core.errors.call_sites import place, source_line, user_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import tree_flatten
@@ -168,8 +168,9 @@ class Sanitizing(PassThrough):
         return max((dims for x, dims in self.batched() if x is value), key=len, default=())
 
     def enter(self, leaf: Any) -> Any:
+        entered = super().enter(leaf)
         self.check(leaf, "an argument")
-        return super().enter(leaf)
+        return entered
 
     def leave(self, leaf: Any) -> Any:
         leaf = super().leave(leaf)
@@ -257,6 +258,8 @@ class Sanitizing(PassThrough):
         """Where a plain tensor is not finite; None where it cannot be, or has no numbers."""
         if not (base.is_floating_point() or base.is_complex()) or base.is_meta:
             return None
+        if base.is_nested or base.layout not in (torch.strided, torch.sparse_coo):
+            raise LayoutError(base)
         if base.layout is not torch.strided:
             base = base.coalesce().values()
         elif base.dtype.itemsize == 1:

@@ -18,7 +18,7 @@ from functrans.core.errors.wording import shown, what
 from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import interpreter_stack, run_transformed
-from functrans.core.tensor import WrapperTensor
+from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -61,6 +61,7 @@ def sow(value: Any, name: str) -> Any:
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise CallTypeError(SOW, f"{what(leaf)} in the value of {name!r}", "tensors", "Write torch.as_tensor(x).")
+        check_layout(leaf)
     if not any(isinstance(level, Reaping | Planting) for level in interpreter_stack()):
         return value
     planted = planting(name)
