@@ -153,6 +153,17 @@ def test_the_backward_pass_inside_and_around() -> None:
         jacfwd(sanitize(root))(x)
 
 
+def test_derivatives_of_lists() -> None:
+    """Where some of a list have a cotangent, and one of them is not finite."""
+    f = lambda x, y: (torch.cat([x, torch.ones(1), y]).sqrt() * torch.cat([x, x, y])).sum()
+    g = lambda x, y: torch.stack([x, x.detach(), y.sqrt()]).sum()
+    for program in (f, g):
+        sanitize(grad(program, argnums=(0, 1)))(torch.ones(1), torch.ones(1))
+        for bad in (sanitize(grad(program, argnums=1)), grad(sanitize(program), argnums=1)):
+            with pytest.raises(NonFiniteError, match="derivative of aten.sqrt.default"):
+                bad(torch.ones(1), torch.zeros(1))
+
+
 def test_the_second_derivative() -> None:
     """x ** 1.5 has a finite first derivative at 0, and no second one."""
     f = lambda x: (x**1.5).sum()

@@ -207,9 +207,10 @@ class Sanitizing(PassThrough):
         else:
             with once_more(scan(tree_flatten((saved, pull["grad"]))[0])[0] or self):
                 out = node.pull(saved, pull["grad"])
-            indices = [i for index in pull["ins"] for i in (index if isinstance(index, list | tuple) else [index])]
-            parts = [c for part in out for c in (part if isinstance(part, list | tuple) else [part])]
-            pairs = zip(indices, parts, strict=True)
+            pairs: list[tuple[int, Tensor]] = []  # of each tensor's index and its cotangent, of those in lists too
+            for index, part in zip(pull["ins"], out, strict=True):
+                if part is not None:
+                    pairs += zip(index, part, strict=True) if isinstance(index, list | tuple) else [(index, part)]
             looked_at = (self.first(c, self.batches.get((level, i), ())) for i, c in pairs if c is not None)
             found = next((f for f in looked_at if f is not None), None)
         if found is not None:
