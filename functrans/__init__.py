@@ -38,9 +38,14 @@ from functrans.programs.fusible import watch
 from functrans.shipped import jet_rules, laplacian_rules  # noqa: F401
 from functrans.shipped.bounds import bounds
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
+from functrans.shipped.count import count
 from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
 from functrans.shipped.jet import jet
 from functrans.shipped.laplacian import laplacian
+from functrans.shipped.lowp import lowp
+from functrans.shipped.models import condition, log_density, observe, sample, seed
+from functrans.shipped.sanitize import sanitize
+from functrans.shipped.sow import plant, reap, sow
 from functrans.shipped.sparsity import sparse_hessian, sparse_jacobian, sparsity
 
 derivatives.load()
@@ -54,6 +59,8 @@ __all__ = [
     "batching_rule",
     "bounds",
     "chunk_vmap",
+    "condition",
+    "count",
     "custom_jvp",
     "custom_vjp",
     "custom_vmap",
@@ -74,12 +81,21 @@ __all__ = [
     "laplacian",
     "linear_transpose",
     "linearize",
+    "log_density",
+    "lowp",
+    "observe",
+    "plant",
     "pmax",
     "pmean",
     "pmin",
     "psum",
+    "reap",
     "rearrange",
     "replace_all_batch_norm_modules_",
+    "sample",
+    "sanitize",
+    "seed",
+    "sow",
     "sparse_hessian",
     "sparse_jacobian",
     "sparsity",

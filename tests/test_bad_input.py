@@ -111,6 +111,14 @@ TRANSFORMS: dict[str, Any] = {
     "jacrev": lambda f, x: functrans.jacrev(f)(x),
     "jacfwd": lambda f, x: functrans.jacfwd(f)(x),
     "hessian": lambda f, x: functrans.hessian(f)(x),
+    "reap": lambda f, x: functrans.reap(f)(x),
+    "plant": lambda f, x: functrans.plant(f, {})(x),
+    "count": lambda f, x: functrans.count(f)(x),
+    "sanitize": lambda f, x: functrans.sanitize(f)(x),
+    "lowp": lambda f, x: functrans.lowp(f, torch.bfloat16)(x),
+    "condition": lambda f, x: functrans.condition(f, {})(x),
+    "seed": lambda f, x: functrans.seed(f, 0)(x),
+    "log_density": lambda f, x: functrans.log_density(f)({}, x),
     "run_transformed": lambda f, x: extend.run_transformed(wrong_calls.Counting(f), lambda: f(x)),
 }
 

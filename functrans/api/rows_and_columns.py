@@ -160,6 +160,7 @@ def jacobian_by_columns(
             return tangent, (out if with_value else None), aux
 
         push.__name__ = f"jvp({callable_name(func)})"
+        push.of_basis = True  # type: ignore[attr-defined]  # of what has a name, see shipped/sow.py
 
         push_all = vmap(push, out_dims=(0, None, None), randomness=randomness, chunk_size=chunk_size)
         columns, out, aux = push_all(standard_basis(leaves, numels))

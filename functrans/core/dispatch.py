@@ -91,8 +91,13 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any], watcher: Interpret
         return base(op, args, kwargs)
     if known.program and (not owner.whole or (SCOPES and op.scope is not scope_here())):
         # it has rules for operators alone, or not those that the program stands for
-        return op.decompose(*args, send=dispatch if watcher is None else partial(dispatch, watcher=watcher))
+        return op.decompose(*args, send=sending(watcher))
     return owner.process(op, args, kwargs)
+
+
+def sending(watcher: Interpreter | None) -> Callable[..., Any]:
+    """``dispatch`` for the pieces of an operator, each of which ``watcher`` is asked about as about the whole."""
+    return dispatch if watcher is None else partial(dispatch, watcher=watcher)
 
 
 #: Types of arguments that are no tensors and hold none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,14 +15,17 @@ from functrans.core.tensor import WrapperTensor, wrap
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import decompose
+from functrans.door.autograd_function import FUNCTION_RULES
+from functrans.extension.functions_seen import seen_function
 
 
 class PassThrough(Interpreter):
     """A level that sees every operator, and lets it run one level down.
 
-    A subclass sets ``kind`` and overrides ``before`` or ``after``. Both run one level down, with values of that level;
-    what stands around it (an outer grad, vmap, ...) has its say about what they compute. Operators on captured tensors
-    and on none are seen as well. (Not seen: views of captured tensors, and writes to them, which no level interprets.)
+    A subclass sets ``kind`` and overrides ``given``, ``before`` or ``after``. They run one level down, with values of
+    that level; what stands around it (an outer grad, vmap, ...) has its say about what they compute. Operators on
+    captured tensors and on none are seen as well. (Not seen: views of captured tensors, and writes to them, which no
+    level interprets.)
 
     Example:
         >>> import torch
@@ -41,6 +45,15 @@ class PassThrough(Interpreter):
     #: Whether composite operators are seen as the operators that they are made of.
     pieces: bool = False
 
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        #: by id of a tensor among the arguments: what it is inside, and the tensor
+        self.entered: dict[int, tuple[WrapperTensor, Tensor]] = {}
+
+    def given(self, op: OpOverload, value: Tensor, own: bool) -> Tensor:
+        """What ``op`` gets for a tensor among its arguments: the same. ``own``: it is not captured from below."""
+        return value
+
     def before(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """``op`` is about to run."""
 
@@ -49,7 +62,11 @@ class PassThrough(Interpreter):
 
     def enter(self, leaf: Any) -> Any:
         """What the function gets for a leaf of its arguments: a tensor as one of this level."""
-        return self.constant(leaf) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in self.entered:
+            self.entered[id(leaf)] = self.constant(leaf), leaf
+        return self.entered[id(leaf)][0]
 
     def leave(self, leaf: Any) -> Any:
         """What the caller gets for a leaf of the result: a tensor's value one level down."""
@@ -70,15 +87,21 @@ class PassThrough(Interpreter):
             return decompose(self, op, args, kwargs)
 
         def value(a: Any) -> Any:
-            return a.value if self.owns(a) else a
+            if not isinstance(a, Tensor):
+                return a
+            mine: Any = a if self.owns(a) else None
+            return self.given(op, a, False) if mine is None else self.given(op, mine.value, True)
 
-        values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
         with lowered(self):
+            values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
             self.before(op, values, below_kwargs)
         out = lower(self, op, values, below_kwargs)
         with lowered(self):
             instead = self.after(op, values, below_kwargs, out)
         return map_tensors(self.constant, out if instead is None else instead)
+
+
+FUNCTION_RULES[PassThrough] = seen_function
 
 
 class Handler(Interpreter):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
-from functrans.core.dispatch import lift
+from functrans.core.dispatch import lift, scan
 from functrans.core.errors import CallTypeError, DeadWrapperError, DuplicateRuleError, MissingRuleError
 from functrans.core.errors.wording import what
 from functrans.core.interpreter import Interpreter
@@ -143,6 +143,7 @@ class Primitive:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         top = STATE.top
+        scan(tree_flatten((args, kwargs))[0])  # brings views up to date
         out = self.ask(top, args, kwargs)
         return out if top is None else tree_map(lambda x: at_top(x, top), out)
 

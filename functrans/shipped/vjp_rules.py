@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from functrans.api.vmap import vmap
@@ -21,8 +20,8 @@ from functrans.core.errors import MissingRuleError
 from functrans.core.errors.wording import callable_name
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, lowered, running_at
+from functrans.extension.functions_seen import follows
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -62,7 +61,8 @@ class VjpRule:
             return self.at_base(*tensors)
         mine = [owner.owns(x) for x in tensors]
         values = tuple(x.value if m else x for x, m in zip(tensors, mine, strict=True))
-        if all(owner.is_constant(x) for x, m in zip(tensors, mine, strict=True) if m):
+        constant = all(owner.is_constant(x) for x, m in zip(tensors, mine, strict=True) if m)
+        if constant and not owner.sees_everything:
             with lowered(owner):
                 outs = self(*values)
             return tuple(owner.constant(out) for out in outs)
@@ -159,18 +159,3 @@ class VjpNode(BackwardNode):
         filled = [torch.zeros_like(out) if g is None else g for g, out in zip(grad, outs, strict=True)]
         found = self.rule.bwd(residuals, filled)
         return [found[i] for i in self.places]
-
-
-def follows(tensors: Sequence[Tensor]) -> bool:
-    """Whether a level, or PyTorch's own autograd, takes a derivative by one of the tensors."""
-    if forward_ad._current_level >= 0:
-        return True  # it may; at_base will tell
-    for x in tensors:
-        value: Any = x
-        while type(value) is WrapperTensor:
-            if value.interpreter.differentiates and not value.interpreter.is_constant(value):
-                return True
-            value = value.value
-        if value.requires_grad and torch.is_grad_enabled():
-            return True
-    return False

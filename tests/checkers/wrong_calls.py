@@ -49,6 +49,17 @@ def double(x: Any, *_: Any, **__: Any) -> Any:
     return 2 * x
 
 
+def sowing(x: Any, *_: Any, **__: Any) -> Any:
+    return functrans.sow(2 * x, "double")
+
+
+def model(x: Any, *_: Any, **__: Any) -> Any:
+    return functrans.observe(NORMAL, functrans.sample(NORMAL, "v") * x)
+
+
+NORMAL = torch.distributions.Normal(torch.zeros(3), 1.0)
+
+
 @dataclasses.dataclass
 class Case:
     """A right call: the function, how it is called, and with what."""
@@ -177,6 +188,8 @@ def call_and(name: str) -> Callable[..., Any]:
     return call
 
 
+ARGUMENTS: dict[str, Callable[[], Any]] = {"x": V.clone, "y": X.clone, "k": V.clone}
+
 CASES = [
     of_grad("grad"),
     of_grad("grad_and_value"),
@@ -209,6 +222,27 @@ CASES = [
          "y": X.clone, "k": V.clone}, plain=plain) for name in ("sparse_jacobian", "sparse_hessian")),
     Case("bounds", lambda func, low, high: library().bounds(func)(low, high),
         {"func": lambda: torch.tanh, "low": V.clone, "high": lambda: V + 1}, plain=lambda func, low, high: func(low)),
+    Case("sow", lambda value, name: library().sow(value, name), {"value": V.clone, "name": lambda: "v"}, ()),
+    Case("reap", call_and("reap"), {"func": lambda: sowing, **ARGUMENTS}, plain=plain),
+    Case("plant", call_and("plant"), {"func": lambda: sowing, "values": lambda: {"double": V.clone()}, **ARGUMENTS},
+        plain=plain),
+    Case("count", call_and("count"), {"func": lambda: square, **ARGUMENTS}, plain=plain),
+    Case("sanitize", call_and("sanitize"),
+        {"func": lambda: square, "nan": lambda: True, "inf": lambda: True, **ARGUMENTS}, plain=plain),
+    Case("lowp", call_and("lowp"), {"func": lambda: square, "dtype": lambda: torch.bfloat16, **ARGUMENTS}, plain=plain),
+    Case("sample", lambda distribution, name: library().sample(distribution, name),
+        {"distribution": lambda: NORMAL, "name": lambda: "v"}, ()),
+    Case("observe", lambda distribution, value: library().observe(distribution, value),
+        {"distribution": lambda: NORMAL, "value": V.clone}, ()),
+    Case("condition", lambda model, values, x: library().condition(model, values)(x),
+        {"model": lambda: model, "values": lambda: {"v": V.clone()}, "x": V.clone}, ("model",),
+        plain=lambda model, values, x: model(x)),
+    Case("seed", lambda model, number, x: library().seed(model, number)(x),
+        {"model": lambda: model, "number": lambda: 0, "x": V.clone}, ("model",),
+        plain=lambda model, number, x: model(x)),
+    Case("log_density", lambda model, values, x: library().log_density(model)(values, x),
+        {"model": lambda: model, "values": lambda: {"v": V.clone()}, "x": V.clone}, ("model",),
+        plain=lambda model, values, x: (model(x), NORMAL.log_prob(values["v"]), NORMAL.log_prob(x))),
     Case("rearrange", lambda tensor, pattern, **lengths: library().rearrange(tensor, pattern, **lengths),
         {"tensor": X.clone, "pattern": lambda: "(a b) c -> c b a", "a": lambda: 2}, ()),
     Case("debug_unwrap", lambda tensor, recurse: library().debug_unwrap(tensor, recurse=recurse),

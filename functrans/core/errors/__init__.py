@@ -270,6 +270,21 @@ class AnomalyError(FunctransError, takes="op name level position line"):
         this place, such as sqrt at 0."""
 
 
+class NonFiniteError(FunctransError, ArithmeticError, takes="call number of where line cure"):
+    """``sanitize`` found a number that is not finite.
+
+    Attributes:
+        operator: the operator's name, or None: it came from no operator.
+        level: the level of the code that called it.
+        examples: the example's index under every vmap, outermost first.
+    """
+
+    sentence = "{call}: got {number} in {of}, {where}.{line} Expected finite numbers. {cure}"
+    operator: str | None = None
+    level: int = 0
+    examples: tuple[int, ...] = ()
+
+
 class BatchingRuleError(FunctransError, takes="rule got expected"):
     """A batching rule returned something else than the physical output and where its batch dimension is.
 

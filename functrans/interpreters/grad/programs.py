@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
+from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, sending
 from functrans.core.tensor import pend, wrap, wrap_like
 from functrans.interpreters.grad.nodes import ProgramNode
 from functrans.interpreters.program_arguments import are_alike, unwrap_program
@@ -64,11 +64,11 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
         try:
             node = program.records[places] = ProgramNode(program, places)
         except Untraceable:
-            return program.decompose(*args, send=dispatch)
+            return program.decompose(*args, send=sending(self.watcher))
     outs = lower(self, node.forward, values, NO_KWARGS)
     if not same and not node.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
         # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
-        return program.decompose(*args, send=dispatch)
+        return program.decompose(*args, send=sending(self.watcher))
     alike = alike and same
     saved = node.save(values, outs)
     if not same:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functrans.core.dispatch import NO_KWARGS, dispatch, lower, map_tensors
+from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, sending
 from functrans.core.tensor import WrapperTensor, pend, tensor_of, wrap, wrap_like
 from functrans.core.torch_private import is_forward_enabled
 from functrans.interpreters.program_arguments import are_alike, unwrap_program
@@ -56,10 +56,10 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
     try:
         derived = tangent_of(program, moving)
     except Untraceable:
-        return program.decompose(*args, send=dispatch)
+        return program.decompose(*args, send=sending(self.watcher))
     # a tangent passed on as it is must not bring its derivative along
     if not derived.plain and not torch.is_grad_enabled():
-        return program.decompose(*args, send=dispatch)
+        return program.decompose(*args, send=sending(self.watcher))
     outs = derived.of(values + tangents, partial(lower, self))
     found: list[Any] = []
     count = len(program.outputs)
