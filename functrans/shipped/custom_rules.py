@@ -6,8 +6,6 @@ docs/extending.md says of these holds of those.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,114 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.api.checks import call_function, check_callable, check_signature
+from functrans.api.checks import check_callable
 from functrans.api.transforms import jvp, vjp
-from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
-from functrans.core.errors.wording import callable_name, shown, what
+from functrans.core.errors import CallError, CallValueError
+from functrans.core.errors.wording import callable_name, what
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
+from functrans.shipped.functions_with_rules import Arguments, Results, WithRule, fitting, unlike
 from functrans.shipped.vjp_rules import VjpRule
-
-
-class Arguments:
-    """A call's arguments, taken apart into tensors, which a Function gets, and the rest, which is fixed."""
-
-    def __init__(self, args: tuple[Any, ...], fixed: Sequence[int] = ()) -> None:
-        self.leaves, self.spec = tree_flatten(args)
-        owners = [i for i, a in enumerate(args) for _ in tree_flatten(a)[0]]
-        #: places among the leaves of the tensors that the Function gets
-        self.places = [
-            i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and owners[i] not in fixed
-        ]
-        self.tensors = [self.leaves[i] for i in self.places]
-
-    def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments with these in the place of the tensors."""
-        leaves = list(self.leaves)
-        for i, x in zip(self.places, tensors, strict=True):
-            leaves[i] = x
-        return tree_unflatten(self.spec, leaves)
-
-
-class Results:
-    """What a function returned, taken apart into tensors and the rest."""
-
-    def __init__(self, out: Any) -> None:
-        self.leaves, self.spec = tree_flatten(out)
-        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-        self.tensors = tuple(self.leaves[i] for i in self.places)
-        #: whether each tensor has a derivative
-        self.smooth = [x.dtype in DIFFERENTIABLE for x in self.tensors]
-
-    def whole(self, tensors: Sequence[Any]) -> Any:
-        """The result with these in the place of the tensors."""
-        leaves = list(self.leaves)
-        for i, x in zip(self.places, tensors, strict=True):
-            leaves[i] = x
-        return tree_unflatten(self.spec, leaves)
-
-
-class WithRule:
-    """A function that has rules of its own."""
-
-    #: what it is called in messages, and the method that its rule is given to
-    kind: str
-    definition: str
-
-    def __init__(self, func: Callable[..., Any]) -> None:
-        check_callable(self.kind, func)
-        self.func = func
-        functools.update_wrapper(self, func, updated=())  # type: ignore[arg-type]
-
-    def __repr__(self) -> str:
-        return f"<{self.kind} {callable_name(self.func)}>"
-
-    def error(self, kind: type[CallError], *said: str) -> CallError:
-        return kind(Call(self.kind, self.func, {}), *said)
-
-    def checked(self, nondiff_argnums: Any) -> tuple[int, ...]:
-        """Positions of arguments, as a tuple."""
-        found = tuple(nondiff_argnums) if isinstance(nondiff_argnums, tuple | list) else (nondiff_argnums,)
-        if not all(type(i) is int and i >= 0 for i in found):
-            raise self.error(CallTypeError, f"{what(nondiff_argnums)} as nondiff_argnums", "a tuple of positions")
-        return found
-
-    def without_rule(self) -> CallError:
-        return self.error(CallError, "a call of the function", f"its rule first: {self.definition}")
-
-    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """All arguments by position, as rules get them."""
-        if not kwargs:
-            return args
-        check_signature(Call(self.kind, self.func, {}), self.func, args, kwargs)
-        signature = inspect.signature(self.func).bind(*args, **kwargs)
-        signature.apply_defaults()
-        if signature.kwargs:
-            got = f"keyword-only arguments {sorted(signature.kwargs)}"
-            raise self.error(CallTypeError, got, "arguments that can be given by position, as the rules get them")
-        return signature.args
-
-    def run(self, function: Any, args: Sequence[Any]) -> Any:
-        """Call what the user gave."""
-        return call_function(Call(self.kind, self.func, {}), function, tuple(args), {})
-
-    def apply(self, function: type[Function], given: Arguments) -> Any:
-        """``function`` on the tensors of ``given``; it leaves the structure of the result in ``function.results``."""
-        out = function.apply(*given.tensors)
-        return function.results[-1].whole(out if isinstance(out, tuple) else (out,))  # type: ignore[attr-defined]
-
-
-def unlike(outs: Sequence[Tensor], ins: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Outputs of which none is an input, so that PyTorch takes none for written."""
-    return tuple(x.view_as(x) if any(x is t for t in ins) else x for x in outs)
-
-
-def fitting(expected: Sequence[Tensor], found: Sequence[Any], refuse: Callable[[str, str], Exception]) -> list[Any]:
-    """Derivatives of the shapes of what they belong to; ``refuse(got, expected)`` is the error where one is not."""
-    for x, d in zip(expected, found, strict=True):
-        if d is not None and (not isinstance(d, Tensor) or d.shape != x.shape):
-            raise refuse(shown(d) if isinstance(d, Tensor) else what(d), f"a tensor of shape {list(x.shape)}")
-    return list(found)
 
 
 class custom_vjp(WithRule):
