@@ -3,7 +3,7 @@
     python benchmarks/run.py [--quick] [--compile] [--device cuda] [--output PATH | --print-only]
 
 The page's text is written by people; what stands between the two markers of the device is replaced by this command.
-The extra ``bench`` (``pip install -e ".[bench]"``) adds the column for JAX, ``--compile`` that for torch.compile.
+The extra ``bench`` (``pip install -e ".[bench]"``) adds the column for JAX, ``--compile`` those for torch.compile.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from timing import Call, interleave, ratio
 
 import functrans
 
-COLUMNS = ("functrans", "torch.func", "autograd", "by hand", "compiled torch.func", "jax.jit")
+COLUMNS = ("functrans", "torch.func", "autograd", "by hand", "compiled functrans", "compiled torch.func", "jax.jit")
 #: functrans / torch.func; 1 for all others.
 TIME_TARGETS = {
     "Hessian 64x64 of an MLP, one point": 0.5,
@@ -42,9 +42,8 @@ def makers(name: str, workload: Workload, settings: Settings) -> Makers:
     def maker(function: Callable[..., Any], captured: Mapping[str, Any]) -> Callable[[], Call]:
         return lambda: lambda: function(*workload.inputs, **captured)
 
-    def compiled() -> Call:
-        torch.compiler.reset()  # what was compiled for another dtype would only be generalized
-        return maker(torch.compile(workload.transformed(torch.func)), {})()
+    def compiled(library: Any) -> Callable[[], Call]:
+        return lambda: maker(torch.compile(workload.transformed(library)), {})()
 
     found: dict[str, Callable[[], Call]] = {
         "autograd": maker(workload.plain, {}),
@@ -54,7 +53,9 @@ def makers(name: str, workload: Workload, settings: Settings) -> Makers:
     if name in BY_HAND:
         found["by hand"] = maker(BY_HAND[name], workload.captured)
     if settings.compiled:
-        found["compiled torch.func"] = compiled
+        torch.compiler.reset()  # what was compiled for another dtype would only be generalized
+        found["compiled functrans"] = compiled(functrans)
+        found["compiled torch.func"] = compiled(torch.func)
     if name in IN_JAX and usable(settings.device):
         found["jax.jit"] = lambda: Compiled(IN_JAX[name], workload.inputs, workload.captured)
     return found
@@ -85,6 +86,9 @@ def run(settings: Settings) -> Part:
             time_rows[-1][-1], memory_rows[-1][-1] = f"{time:.2f}", f"{memory:.2f}"
             time_targets.append(Target(f"time, {name}", time.median, TIME_TARGETS.get(name, 1.0)))
             memory_targets.append(Target(f"peak memory, {name}", memory, 1.0))
+        if {"compiled functrans", "compiled torch.func"} <= row.keys():
+            time = ratio(row["compiled functrans"], row["compiled torch.func"])
+            time_targets.append(Target(f"time, both compiled, {name}", time.median, 1.0))
     if times:
         part.targets += time_targets + memory_targets
         part.tables += [

@@ -260,14 +260,16 @@ def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, A
 
 def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Dispatch ``op`` from code that runs at a level, where the door is open."""
-    args, kwargs = entered(STATE.top, args, kwargs)
+    top = STATE.top
+    if top is not None and top.within is not None:
+        args, kwargs = entered(top, args, kwargs)
     depth, modes = STATE.door_depth, mode_stack_size()
     if function_mode_enabled():
         with DisableTorchFunction():
             return start(op, args, kwargs)
     if depth == 0:
         return base(op, args, kwargs)
-    watcher = None if STATE.top is None else STATE.top.watcher
+    watcher = None if top is None else top.watcher
     if modes < depth:
         return dispatch(op, args, kwargs, watcher)
     if modes > depth:
