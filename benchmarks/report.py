@@ -128,7 +128,7 @@ def parse(description: str, **extra: dict[str, Any]) -> tuple[Settings, argparse
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: to see that it works, not to publish")
     parser.add_argument("--case", action="append", metavar="TEXT", help="only cases whose name contains TEXT")
-    parser.add_argument("--compile", action="store_true", help="columns for torch.compile of both libraries: minutes more")
+    parser.add_argument("--compile", action="store_true", help="columns for torch.compile of both: minutes more")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     for name, options in extra.items():
         parser.add_argument(f"--{name}", **options)

@@ -83,5 +83,5 @@ def test_an_out_dim_out_of_range_is_an_index_error(place: int) -> None:
 
 def test_as_strided_of_examples_that_lie_between_each_other_is_refused() -> None:
     """The strides that such an example shows are those of a loop only if it is the caller's own memory."""
-    with pytest.raises(InsideTransformError, match="lie between each other"):
+    with pytest.raises(InsideTransformError, match="lay between each other"):
         vmap(lambda x: (x * 2).as_strided((2,), (2,)), in_dims=1)(random(4, 2))

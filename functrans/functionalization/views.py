@@ -253,7 +253,11 @@ def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, 
     if strides is None:
         strides = tuple(viewed.stride())
     rest = (_described(args[1:]), _described(sorted(kwargs.items())))
-    return _decided(op, viewed.shape, strides, viewed.dtype, viewed.device, *rest)
+    given = (op, viewed.shape, strides, viewed.dtype, viewed.device, *rest)
+    try:
+        return _decided(*given)
+    except TypeError:  # a symbolic size is no key
+        return _decided.__wrapped__(*given)
 
 
 class _Like(NamedTuple):
