@@ -127,6 +127,26 @@ class custom_vjp(WithRule):
         return tuple(fitting(given.tensors, [by_leaf[i] for i in given.places], refuse))
 
 
+def keeping_inputs(custom: WithRule, given: Arguments, found: list[Results]) -> type[Function]:
+    """A Function that runs ``custom``'s function and saves its inputs; the result is left in ``found``, taken apart."""
+
+    class Keeping(Function):
+        @staticmethod
+        def forward(*tensors: Tensor) -> Any:
+            out = Results(custom.run(custom.func, given.whole(tensors)))
+            found[:] = [out]
+            return unlike(out.tensors, tensors)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+            ctx.mark_non_differentiable(*[x for x in output if x.dtype not in DIFFERENTIABLE])
+            ctx.smooth = [x.dtype in DIFFERENTIABLE for x in output]
+
+    return Keeping
+
+
 class custom_jvp(WithRule):
     """A function whose derivative in forward mode is given; reverse mode transposes it.
 
@@ -203,21 +223,8 @@ class custom_jvp(WithRule):
         custom: Any = self
         found: list[Any] = []
 
-        class Custom(Function):
+        class Custom(keeping_inputs(custom, given, found)):  # type: ignore[misc]
             results: Any = found
-
-            @staticmethod
-            def forward(*tensors: Tensor) -> Any:
-                out = Results(custom.run(custom.func, given.whole(tensors)))
-                found[:] = [out]
-                return unlike(out.tensors, tensors)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-                ctx.save_for_backward(*inputs)
-                ctx.save_for_forward(*inputs)
-                ctx.mark_non_differentiable(*[x for x in output if x.dtype not in DIFFERENTIABLE])
-                ctx.smooth = [x.dtype in DIFFERENTIABLE for x in output]
 
             @staticmethod
             def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -301,20 +308,8 @@ class custom_vmap(WithRule):
         custom: Any = self
         found: list[Any] = []
 
-        class Custom(Function):
+        class Custom(keeping_inputs(custom, given, found)):  # type: ignore[misc]
             results: Any = found
-
-            @staticmethod
-            def forward(*tensors: Tensor) -> Any:
-                out = Results(custom.run(custom.func, given.whole(tensors)))
-                found[:] = [out]
-                return unlike(out.tensors, tensors)
-
-            @staticmethod
-            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-                ctx.save_for_backward(*inputs)
-                ctx.save_for_forward(*inputs)
-                ctx.mark_non_differentiable(*[x for x in output if x.dtype not in DIFFERENTIABLE])
 
             @staticmethod
             def vmap(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> Any:

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.transforms import jvp
@@ -30,13 +29,11 @@ from functrans.core.rules import RuleTable
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import door_closed, lowered
-from functrans.core.torch_private import OpOverload
-from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
-from functrans.door.autograd_function import FUNCTION_RULES
-from functrans.extension.table_interpreter import TableInterpreter
+from functrans.derivatives.table import NO_TANGENT
 from functrans.extension.without_rule import as_function, passed
 from functrans.functionalization.views import contents_of
 from functrans.interpreters.jvp.interpreter import TableMethod
+from functrans.shipped.by_derivatives import DerivativeInterpreter, DerivativeRule, value_of
 
 aten = torch.ops.aten
 
@@ -117,13 +114,12 @@ def run_jet(call: Call | str, f: Callable[..., Any], primals: list[Tensor], seri
     return out
 
 
-class JetInterpreter(TableInterpreter):
+class JetInterpreter(DerivativeInterpreter):
     """Values with their derivatives along a curve."""
 
     kind = "jet"
     payload = ("terms",)
     rules: ClassVar[Any] = RuleTable("jet rules", default=lambda interpreter, *call: derived(interpreter, *call))
-    differentiates = True
 
     def __init__(self, order: int, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
@@ -146,26 +142,13 @@ class JetInterpreter(TableInterpreter):
             return value, None
         return value, [torch.zeros_like(value) if t is None else t for t in terms]
 
-    def rule_for(self, op: Any) -> Callable[..., Any] | None:
-        rule = self.rules.get(op)
-        if rule is not None:
-            return rule
-        entry = DERIVATIVES.get(op) if isinstance(op, OpOverload) else None
-        if entry is None or entry.tangent is None:
-            return None
-        known = METHODS.get(op)
-        if known is None or known.entry is not entry:
-            known = METHODS[op] = ByTable(TableMethod(entry, op_info(op)))
-        return known
 
-
-class ByTable:
+class ByTable(DerivativeRule):
     """The rule of an operator that the derivative table has."""
 
     def __init__(self, method: TableMethod) -> None:
-        self.method = method
-        self.entry = entry = method.entry
-        self.op = entry.op
+        super().__init__(method)
+        entry = method.entry
         kinds = {"linear": self.linear, "multilinear": self.multilinear}
         self.push = kinds.get(entry.tangent, self.by_formula) if isinstance(entry.tangent, str) else self.by_formula
         needs = entry.needs.get("tangent", ()) if callable(entry.tangent) else sum(entry.needs.values(), ())
@@ -247,10 +230,6 @@ class ByTable:
         for i, terms_out in zip(smooth, pushed, strict=True):
             found[i] = terms_out
         return found if several else found[0]
-
-
-#: The rules that were made, by operator.
-METHODS: dict[OpOverload, ByTable] = {}
 
 
 class Moving:
@@ -340,12 +319,6 @@ class Straight:
         self.terms = terms
 
 
-def value_of(a: Any) -> Any:
-    if isinstance(a, WrapperTensor):
-        return a.value
-    return [value_of(v) for v in a] if type(a) in (list, tuple) else a
-
-
 def terms_of(a: Any) -> Any:
     """The derivatives of an argument: a tuple, a list of them for a list of tensors; None where nothing moves."""
     if isinstance(a, WrapperTensor):
@@ -361,14 +334,4 @@ def detach(jet: JetInterpreter, x: WrapperTensor) -> WrapperTensor:
     return jet.constant(x.value.detach())
 
 
-def function_rule(interpreter: JetInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
-    """An autograd.Function: its own ``jvp``, and the derivatives of that."""
-    given = [interpreter.own(a) if isinstance(a, Tensor) else a for a in args]
-    if all(interpreter.is_constant(a) for a in given if interpreter.owns(a)):
-        with lowered(interpreter):
-            return map_tensors(interpreter.constant, cls.apply(*map(value_of, given)))
-    return derived(interpreter, cls.apply, given, {})
-
-
-
-FUNCTION_RULES[JetInterpreter] = function_rule
+JetInterpreter.rule_kind = ByTable

@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function
 
 from functrans.api.checks import call_function, check_callable, check_dense, check_flag
 from functrans.api.transforms import jvp
@@ -32,13 +31,9 @@ from functrans.core.rules import RuleTable
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import door_closed, lowered
-from functrans.core.torch_private import OpOverload
-from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
-from functrans.door.autograd_function import FUNCTION_RULES
-from functrans.extension.table_interpreter import TableInterpreter
+from functrans.derivatives.table import NO_TANGENT
 from functrans.extension.without_rule import as_function, passed
-from functrans.interpreters.jvp.interpreter import TableMethod
-from functrans.shipped.jet import value_of
+from functrans.shipped.by_derivatives import DerivativeInterpreter, DerivativeRule, value_of
 
 aten = torch.ops.aten
 
@@ -122,14 +117,13 @@ def laplacian(
     return function
 
 
-class LaplacianInterpreter(TableInterpreter):
+class LaplacianInterpreter(DerivativeInterpreter):
     """Values with their derivatives along D directions, and the sum of the second derivatives along these."""
 
     kind = "laplacian"
     #: ``slopes`` is [D, *shape]; ``bend`` the sum of the second derivatives, None where that is zero
     payload = ("slopes", "bend")
     rules: ClassVar[Any] = RuleTable("laplacian rules", default=lambda interpreter, *call: derived(interpreter, *call))
-    differentiates = True
 
     def __init__(self, count: int, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
@@ -154,26 +148,9 @@ class LaplacianInterpreter(TableInterpreter):
             slopes = torch.zeros(self.count, *value.shape, dtype=value.dtype, device=value.device)
         return value, slopes, torch.zeros_like(value) if bend is None else bend
 
-    def rule_for(self, op: Any) -> Callable[..., Any] | None:
-        rule = self.rules.get(op)
-        if rule is not None:
-            return rule
-        entry = DERIVATIVES.get(op) if isinstance(op, OpOverload) else None
-        if entry is None or entry.tangent is None:
-            return None
-        known = METHODS.get(op)
-        if known is None or known.entry is not entry:
-            known = METHODS[op] = ByTable(TableMethod(entry, op_info(op)))
-        return known
 
-
-class ByTable:
+class ByTable(DerivativeRule):
     """The rule of an operator that the derivative table has."""
-
-    def __init__(self, method: TableMethod) -> None:
-        self.method = method
-        self.entry = method.entry
-        self.op = method.entry.op
 
     def __call__(self, level: LaplacianInterpreter, *args: Any, **kwargs: Any) -> Any:
         names = op_info(self.op).arguments
@@ -259,10 +236,6 @@ def broadcast(slopes: Tensor, rank: int) -> Tensor:
     return slopes if missing <= 0 else slopes.reshape(len(slopes), *[1] * missing, *slopes.shape[1:])
 
 
-#: The rules that were made, by operator.
-METHODS: dict[OpOverload, ByTable] = {}
-
-
 def moves(a: Any) -> bool:
     if isinstance(a, WrapperTensor):
         return a.slopes is not None
@@ -308,14 +281,4 @@ def detach(level: LaplacianInterpreter, x: WrapperTensor) -> WrapperTensor:
     return level.constant(x.value.detach())
 
 
-def function_rule(interpreter: LaplacianInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
-    """An autograd.Function: its own ``jvp``, differentiated."""
-    given = [interpreter.own(a) if isinstance(a, Tensor) else a for a in args]
-    if all(interpreter.is_constant(a) for a in given if interpreter.owns(a)):
-        with lowered(interpreter):
-            return map_tensors(interpreter.constant, cls.apply(*map(value_of, given)))
-    return derived(interpreter, cls.apply, given, {})
-
-
-
-FUNCTION_RULES[LaplacianInterpreter] = function_rule
+LaplacianInterpreter.rule_kind = ByTable

@@ -12,7 +12,8 @@ from torch.nn import functional
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload
-from functrans.shipped.laplacian import LaplacianInterpreter, bent, broadcast, derived, moves, value_of
+from functrans.shipped.by_derivatives import value_of
+from functrans.shipped.laplacian import LaplacianInterpreter, bent, broadcast, derived, moves
 
 aten = torch.ops.aten
 
