@@ -13,6 +13,7 @@ from pathlib import Path
 import anatomy
 import growth
 import per_op
+import shipped
 import workloads
 from report import parse, progress, tell_failures, text_of
 
@@ -50,7 +51,9 @@ def main() -> int:
     operations = per_op.run(settings)
     progress("operations")
     whole = workloads.run(settings)
-    parts = [whole, operations, grown, anatomy.run(settings)]
+    beyond = shipped.run(settings)
+    progress("transforms that ship")
+    parts = [whole, operations, beyond, grown, anatomy.run(settings)]
     figures = text_of(parts, settings)
     print(figures)
     if not options.print_only:

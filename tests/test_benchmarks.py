@@ -19,6 +19,7 @@ try:
     import per_op
     import report
     import run
+    import shipped
     import timing
     import workloads
 finally:
@@ -35,6 +36,13 @@ def test_every_candidate_of_a_workload_agrees(name):
     assert {"autograd", "functrans", "torch.func"} <= candidates.keys()
     assert ("by hand" in candidates) == (name != "HVP of a transformer block")
     assert ("jax.jit" in candidates) == in_jax.usable("cpu")
+
+
+@pytest.mark.parametrize("name", shipped.CASES)
+def test_a_transform_that_ships_agrees_with_what_is_written_without_it(name):
+    part = report.Part()
+    assert part.agreeing(name, shipped.makers(shipped.CASES[name][0]("cpu", torch.float64))) == ["plain", "transform"]
+    assert not part.failures
 
 
 @pytest.mark.parametrize("name", per_op.CASES)

@@ -1,0 +1,138 @@
+"""Transforms that torch.func does not have, beside what one would write without them, in time and in memory.
+
+    python benchmarks/shipped.py [--quick] [--case TEXT ...] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from report import Makers, Part, Settings, Table, Target, main, peak_of, progress
+from timing import interleave, ratio
+from torch import Tensor, nn
+
+from functrans import hessian, jacfwd, jet, jvp, laplacian, sparse_jacobian, sparsity, vmap
+
+#: The transform and what is in its place without it: two functions of the same inputs.
+Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
+
+
+def network(*layers: nn.Module, device: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    net = nn.Sequential(*layers).to(device, dtype).requires_grad_(False)
+    return lambda x: net(x).squeeze(-1)
+
+
+def along_a_line(order: int) -> Callable[[str, torch.dtype], Pair]:
+    """All derivatives up to an order of a network, for a batch of points and a direction each."""
+
+    def make(device: str, dtype: torch.dtype) -> Pair:
+        weights = [torch.randn(64, 64, device=device, dtype=dtype) / 8 for _ in range(3)]
+        x, v = torch.randn(2, 256, 64, device=device, dtype=dtype)
+        zeros = [torch.zeros_like(x)] * (order - 1)
+
+        def f(x: Tensor) -> Tensor:
+            for w in weights:
+                x = torch.tanh(x @ w)
+            return x
+
+        def nested(x: Tensor, v: Tensor) -> Tensor:
+            def derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+                return lambda x: jvp(f, (x,), (v,))[1]
+
+            g = f
+            for _ in range(order):
+                g = derivative(g)
+            return g(x)
+
+        return lambda x, v: jet(f, (x,), ([v, *zeros],))[1][-1], nested, (x, v)
+
+    return make
+
+
+def of_points(*layers: Callable[[], nn.Module]) -> Callable[[str, torch.dtype], Pair]:
+    """The Laplacian of a network at 128 points of dimension 16."""
+
+    def make(device: str, dtype: torch.dtype) -> Pair:
+        f = network(*[layer() for layer in layers], device=device, dtype=dtype)
+        points = torch.randn(128, 16, device=device, dtype=dtype)
+        return vmap(laplacian(f)), vmap(lambda x: hessian(f)(x).trace()), (points,)
+
+    return make
+
+
+def stencil(x: Tensor) -> Tensor:
+    return x.roll(1) * x - x.roll(-1).sin()
+
+
+def pattern(device: str, dtype: torch.dtype) -> Pair:
+    x = torch.randn(2000, device=device, dtype=dtype)
+    return lambda x: sparsity(stencil)(x).to_dense(), lambda x: jacfwd(stencil)(x) != 0, (x,)
+
+
+def values(device: str, dtype: torch.dtype) -> Pair:
+    x = torch.randn(2000, device=device, dtype=dtype)
+    return lambda x: sparse_jacobian(stencil)(x).to_dense(), jacfwd(stencil), (x,)
+
+
+HIDDEN = (lambda: nn.Linear(16, 64), nn.Tanh, lambda: nn.Linear(64, 64), nn.Tanh, lambda: nn.Linear(64, 1))
+NORMALIZED = (
+    lambda: nn.Linear(16, 64), lambda: nn.LayerNorm(64), nn.Tanh, lambda: nn.Linear(64, 64), lambda: nn.Softmax(-1),
+    lambda: nn.Linear(64, 1),
+)  # fmt: skip
+
+#: By name: how the pair is made, what the ratio is to, and the most that it should be (None: no limit is set).
+CASES: dict[str, tuple[Callable[[str, torch.dtype], Pair], str, float | None]] = {
+    **{
+        f"jet of order {n}, 3-layer MLP, 256 points": (along_a_line(n), f"jvp nested {n} times", limit)
+        for n, limit in ((2, None), (3, None), (5, 1.0))
+    },
+    "laplacian, MLP": (of_points(*HIDDEN), "vmap(trace(hessian))", 0.48),
+    "laplacian, LayerNorm and softmax": (of_points(*NORMALIZED), "vmap(trace(hessian))", 1.0),
+    "sparsity, stencil of 2,000": (pattern, "jacfwd", 0.05),
+    "sparse_jacobian, stencil of 2,000": (values, "jacfwd", 1.0),
+}
+
+
+def makers(pair: Pair) -> Makers:
+    transform, plain, inputs = pair
+    return {"plain": lambda: lambda: plain(*inputs), "transform": lambda: lambda: transform(*inputs)}
+
+
+def run(settings: Settings) -> Part:
+    part = Part()
+    rows = []
+    for name in settings.chosen(list(CASES)):
+        make, beside, limit = CASES[name]
+        torch.manual_seed(0)
+        agree = part.agreeing(name, makers(make(settings.device, torch.float64)))
+        with part.attempt(name):
+            if len(agree) < 2:
+                continue
+            calls = {key: single() for key, single in makers(make(settings.device, torch.float32)).items()}
+            times = interleave(calls, settings.rounds, 0.02 if settings.quick else 0.1)
+            peaks = {key: peak_of(call, settings.device) for key, call in calls.items()}
+            found = ratio(times["transform"], times["plain"])
+            memory = f"{peaks['transform'] / peaks['plain']:.2f}" if peaks["plain"] else ""
+            cells = [f"{1e3 * statistics.median(times[key]):.2f}" for key in ("transform", "plain")]
+            rows.append([name, beside, *cells, f"{found:.2f}", memory])
+            if limit is not None:
+                part.targets.append(Target(f"time, {name}", found.median, limit))
+        progress(name)
+    if rows:
+        part.tables.append(
+            Table(
+                "Transforms that torch.func does not have",
+                "Milliseconds, medians of the rounds. The ratio is that to what one would write in functrans without it, "
+                "with its quartiles; the last column that of peak memory.",
+                ["transform", "beside", "transform", "without it", "ratio", "memory"],
+                rows,
+            )
+        )
+    return part
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(run, "Transforms that torch.func does not have, beside what is written without them."))
