@@ -125,7 +125,7 @@ def run(settings: Settings) -> Part:
         part.tables.append(
             Table(
                 "Transforms that torch.func does not have",
-                "Milliseconds, medians of the rounds. The ratio is that to what one would write in functrans without it, "
+                "Milliseconds, medians of the rounds. The ratio is to what one would write in functrans without it, "
                 "with its quartiles; the last column that of peak memory.",
                 ["transform", "beside", "transform", "without it", "ratio", "memory"],
                 rows,
