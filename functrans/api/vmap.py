@@ -178,19 +178,17 @@ def run_batched(
     entered: list[Any] = []
     for x, d in zip(leaves, dims, strict=True):
         if isinstance(x, Tensor):
-            entered.append(interpreter.batched(as_here(x), d))
+            x = interpreter.batched(as_here(x), d)
+            if type(x) is WrapperTensor and x.interpreter is interpreter:
+                if x.strides is not None:
+                    x.given = True
+                if d is None:
+                    x.shared = True
         elif is_container(x):
             answer_for_good()
             level = level or Level(interpreter)
-            entered.append(batched_container(x, d, level))
-        else:
-            entered.append(x)
-    for x, dim in zip(entered, dims, strict=True):
-        if type(x) is WrapperTensor and x.interpreter is interpreter:
-            if x.strides is not None:
-                x.given = True
-            if dim is None:
-                x.shared = True
+            x = batched_container(x, d, level)
+        entered.append(x)
     args = tree_unflatten(spec, entered if given is leaves else list(map(shown_like, entered, given)))
 
     def body() -> tuple[list[Any], Any, Any]:

@@ -42,7 +42,7 @@ def materialized(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def materialize(self: Any, *args: Any, **kwargs: Any) -> None:
         for interpreter in interpreter_stack() if isinstance(self, parameter.UninitializedParameter) else ():
-            if isinstance(interpreter, VmapInterpreter) and interpreter.info.randomness != "same":
+            if isinstance(interpreter, VmapInterpreter) and interpreter.randomness != "same":
                 cure = 'randomness="same", or call the module once outside'
                 raise InsideTransformError("drawing the parameters of a lazy module", interpreter.name, cure)
         at_base(original)(self, *args, **kwargs)

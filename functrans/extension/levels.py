@@ -68,6 +68,10 @@ class PassThrough(Interpreter):
             self.entered[id(leaf)] = self.constant(leaf), leaf
         return self.entered[id(leaf)][0]
 
+    def returned(self) -> None:
+        self.entered.clear()  # wrappers hold their interpreter, and it itself: cycles, which hold the arguments
+        self.watcher = None
+
     def leave(self, leaf: Any) -> Any:
         """What the caller gets for a leaf of the result: a tensor's value one level down."""
         if not self.owns(leaf):

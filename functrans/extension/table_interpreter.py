@@ -159,9 +159,9 @@ class TableInterpreter(Interpreter):
             if type(a) is WrapperTensor and a.interpreter is self:
                 carrying = carrying or not self.is_constant(a)
                 return a.value
-            return [value(v) for v in a] if type(a) in (list, tuple) else a
+            return a
 
-        values, kwarg_values = [value(a) for a in args], {k: value(a) for k, a in kwargs.items()}
+        values, kwarg_values = in_lists(value, args), {k: in_lists(value, a) for k, a in kwargs.items()}
         rule = self.rule_for(op)
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
@@ -169,11 +169,9 @@ class TableInterpreter(Interpreter):
             return decompose(self, op, args, kwargs)
 
         def mine(a: Any) -> Any:
-            if isinstance(a, Tensor):
-                return self.own(a)
-            return [mine(v) for v in a] if type(a) in (list, tuple) else a
+            return self.own(a) if isinstance(a, Tensor) else a
 
-        entered, entered_kwargs = [mine(a) for a in args], {k: mine(a) for k, a in kwargs.items()}
+        entered, entered_kwargs = in_lists(mine, args), {k: in_lists(mine, a) for k, a in kwargs.items()}
         if rule is None:
             return self.without_rule(self, op, entered, entered_kwargs)
         with lowered(self):
@@ -192,6 +190,11 @@ class TableInterpreter(Interpreter):
         with lowered(self):
             out = rule(self, *entered, **entered_kwargs)
         return checked_tree(self, op, out)
+
+
+def in_lists(function: Callable[[Any], Any], a: Any) -> Any:
+    """``function`` of ``a``, or of all that is in it, as lists."""
+    return [in_lists(function, v) for v in a] if type(a) in (list, tuple) else function(a)
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:

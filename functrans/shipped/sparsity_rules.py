@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functrans.extension.table_interpreter import in_lists
 from functrans.functionalization.write_back import RESHAPES
 from functrans.shipped.sparsity_level import OperatorCall, everything, nothing, pattern_of, pointwise
 
@@ -136,8 +138,6 @@ def by_moving(call: OperatorCall, instead: dict[str, Any]) -> Any:
 
     def given(name: str, a: Any) -> Any:
         nonlocal unknown
-        if isinstance(a, list | tuple):
-            return [given(name, v) for v in a]
         if not isinstance(a, Tensor):
             return a
         if name in MOVED:
@@ -146,7 +146,7 @@ def by_moving(call: OperatorCall, instead: dict[str, Any]) -> Any:
         unknown = unknown or known is None
         return known
 
-    named = {name: instead.get(name, given(name, a)) for name, a in call.named.items()}
+    named = {name: instead.get(name, in_lists(partial(given, name), a)) for name, a in call.named.items()}
     if unknown:
         return everything(call)
     found = call.op(**named)

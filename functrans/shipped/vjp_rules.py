@@ -98,7 +98,7 @@ class VjpRule:
 
         def of_batch(f: Callable[..., Any], in_dims: tuple[Any, ...]) -> Callable[..., Any]:
             return vmap(
-                f, in_dims, randomness=level.info.randomness, axis_name=level.axis_name, axis_size=level.batch_size
+                f, in_dims, randomness=level.randomness, axis_name=level.axis_name, axis_size=level.batch_size
             )
 
         def bwd(residuals: Sequence[Any], grads: Sequence[Any]) -> tuple[Any, ...]:

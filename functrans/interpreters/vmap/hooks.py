@@ -33,7 +33,7 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
         return outer.stand_in(x)
 
     def physical(*grads: tuple[Any, ...]) -> Any:
-        inner = type(outer)(outer.batch_size, outer.info.randomness, hook)
+        inner = type(outer)(outer.batch_size, outer.randomness, hook)
         inner.stand_in = kept
 
         def entered(given: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:

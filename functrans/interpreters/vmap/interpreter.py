@@ -68,9 +68,14 @@ class VmapInterpreter(Interpreter, whole=True):
     def __init__(self, batch_size: int, randomness: str, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
         self.batch_size = batch_size
-        self.info = BatchInfo(batch_size, randomness, self)
+        self.randomness = randomness
         #: what is wrong if the function returns; see NOTE [Checks under vmap]
         self.undecided: DataDependentError | None = None
+
+    @property
+    def info(self) -> BatchInfo:
+        """What rules are told; made when asked for: kept, it would be a cycle that holds what the function captured."""
+        return BatchInfo(self.batch_size, self.randomness, self)
 
     def returned(self) -> None:
         if self.undecided is not None:
@@ -136,7 +141,7 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def details(self) -> list[str]:
         named = [] if self.axis_name is None else [f"axis_name={self.axis_name!r}"]
-        return [f"batch_size={self.batch_size}", f"randomness={self.info.randomness!r}", *named]
+        return [f"batch_size={self.batch_size}", f"randomness={self.randomness!r}", *named]
 
     def rule_place(self, op: Any) -> str | None:
         found = place_in(op, BATCHING_RULES)
@@ -229,7 +234,7 @@ class VmapInterpreter(Interpreter, whole=True):
         one by one."""
         drawing = not draws_nothing(op, values)
         rule = rule_here(op, known).rule
-        randomness = self.info.randomness
+        randomness = self.randomness
         if not (batched or by_keyword) and (not drawing or (rule is not None and randomness == "same")):
             return map_tensors(self.constant, lower(self, op, values, kwargs))
         if not drawing and (rule is not None or by_keyword):
