@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +100,28 @@ def test_the_check_sees_a_cycle() -> None:
         assert gc.collect() > 0
     finally:
         gc.enable()
+
+
+def self_references(tree: ast.AST, inside: bool = False) -> Iterator[ast.FunctionDef]:
+    """The functions within functions that name themselves: each such closure is a cycle, which holds what it reads."""
+    for node in ast.iter_child_nodes(tree):
+        is_function = isinstance(node, ast.FunctionDef)
+        if is_function and inside:
+            names = (n for line in node.body for n in ast.walk(line) if isinstance(n, ast.Name))
+            if any(n.id == node.name and isinstance(n.ctx, ast.Load) for n in names):
+                yield node
+        yield from self_references(node, not isinstance(node, ast.ClassDef) and (inside or is_function))
+
+
+def test_no_closure_names_itself() -> None:
+    files = sorted(Path(ft.__file__).parent.rglob("*.py"))
+    found = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for path in files
+        for node in self_references(ast.parse(path.read_text()))
+    ]
+    assert len(files) > 200 and found == []
+    (seen,) = self_references(
+        ast.parse("def f():\n    def g(x):\n        return g(x)\n    def h():\n        return g\n")
+    )
+    assert seen.name == "g"

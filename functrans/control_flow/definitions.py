@@ -192,11 +192,13 @@ def flex_attention(
 
 def of_each_score(function: Callable[..., Any], xs: Sequence[Tensor], scores: Tensor, buffers: Sequence[Any]) -> Tensor:
     """``function(*xs, batch, head, query, key, *buffers)`` for each score, of the elements of ``xs`` there."""
+    return _at_each(function, scores, buffers, (), *xs)
 
-    def at(places: Sequence[Tensor], *xs: Tensor) -> Any:
-        if len(places) == scores.dim():
-            return function(*xs, *places, *buffers)
-        positions = torch.arange(scores.shape[len(places)], device=scores.device)
-        return mapped(lambda place, *xs: at([*places, place], *xs), [positions, *xs])
 
-    return at([], *xs)
+def _at_each(
+    function: Callable[..., Any], scores: Tensor, buffers: Sequence[Any], places: tuple[Tensor, ...], *xs: Tensor
+) -> Any:
+    if len(places) == scores.dim():
+        return function(*xs, *places, *buffers)
+    positions = torch.arange(scores.shape[len(places)], device=scores.device)
+    return mapped(lambda place, *xs: _at_each(function, scores, buffers, (*places, place), *xs), [positions, *xs])

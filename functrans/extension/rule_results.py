@@ -200,26 +200,27 @@ def described(a: Any) -> Any:
 OF_THE_DEVICE = frozenset((torch.ops.aten._native_batch_norm_legit_no_training.default,))
 
 
+def without_data(a: Any) -> Any:
+    if type(a) is Like:
+        return torch.empty(a.shape, dtype=a.dtype, device="meta")
+    if type(a) is tuple:
+        return [without_data(v) for v in a]
+    return torch.device("meta") if isinstance(a, torch.device) else a
+
+
+def shapes_in(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return out.shape
+    return [shapes_in(o) for o in out] if isinstance(out, list | tuple) else ABSENT if out is None else None
+
+
 @functools.lru_cache(maxsize=4096)
 def shapes_of(op: OpOverload, args: Any, kwargs: Any) -> Any:
     """The shapes of ``op``'s outputs, found without data; None where they depend on numbers, or nobody says."""
-
-    def without_data(a: Any) -> Any:
-        if type(a) is Like:
-            return torch.empty(a.shape, dtype=a.dtype, device="meta")
-        if type(a) is tuple:
-            return [without_data(v) for v in a]
-        return torch.device("meta") if isinstance(a, torch.device) else a
-
-    def shape(out: Any) -> Any:
-        if isinstance(out, Tensor):
-            return out.shape
-        return [shape(o) for o in out] if isinstance(out, list | tuple) else ABSENT if out is None else None
-
     if op in OF_THE_DEVICE:
         return None
     with DisableTorchFunction(), no_dispatch(), torch.no_grad():
         try:
-            return shape(op(*map(without_data, args), **{name: without_data(value) for name, value in kwargs}))
+            return shapes_in(op(*map(without_data, args), **{name: without_data(value) for name, value in kwargs}))
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
             return None  # the rule has run: what is wrong with the arguments is for it to say

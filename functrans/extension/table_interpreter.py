@@ -161,17 +161,14 @@ class TableInterpreter(Interpreter):
                 return a.value
             return a
 
-        values, kwarg_values = in_lists(value, args), {k: in_lists(value, a) for k, a in kwargs.items()}
+        values, kwarg_values = map_tensors(value, args), {k: map_tensors(value, a) for k, a in kwargs.items()}
         rule = self.rule_for(op)
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
         if rule is None and op_info(op).composite:
             return decompose(self, op, args, kwargs)
 
-        def mine(a: Any) -> Any:
-            return self.own(a) if isinstance(a, Tensor) else a
-
-        entered, entered_kwargs = in_lists(mine, args), {k: in_lists(mine, a) for k, a in kwargs.items()}
+        entered, entered_kwargs = map_tensors(self.own, args), {k: map_tensors(self.own, a) for k, a in kwargs.items()}
         if rule is None:
             return self.without_rule(self, op, entered, entered_kwargs)
         with lowered(self):
@@ -190,11 +187,6 @@ class TableInterpreter(Interpreter):
         with lowered(self):
             out = rule(self, *entered, **entered_kwargs)
         return checked_tree(self, op, out)
-
-
-def in_lists(function: Callable[[Any], Any], a: Any) -> Any:
-    """``function`` of ``a``, or of all that is in it, as lists."""
-    return [in_lists(function, v) for v in a] if type(a) in (list, tuple) else function(a)
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:

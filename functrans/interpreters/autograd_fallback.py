@@ -215,21 +215,17 @@ def run_recorded(
     inputs: dict[int, WrapperTensor] = {}
     count = -1
 
-    def enter(a: Any) -> Any:
+    def enter(a: Tensor) -> Any:
         nonlocal count
-        if isinstance(a, Tensor):
-            count += 1
-            wanted = tracked(count)
-            t = shadow_of(shadow, a, requires_grad=wanted)
-            if wanted:
-                inputs[count] = t
-            return t
-        if type(a) in (list, tuple):
-            return type(a)(enter(v) for v in a)
-        return a
+        count += 1
+        wanted = tracked(count)
+        t = shadow_of(shadow, a, requires_grad=wanted)
+        if wanted:
+            inputs[count] = t
+        return t
 
-    shadow_args = [enter(a) for a in args]
-    shadow_kwargs = {k: enter(v) for k, v in kwargs.items()}
+    shadow_args = [map_tensors(enter, a) for a in args]
+    shadow_kwargs = {k: map_tensors(enter, v) for k, v in kwargs.items()}
     with _autograd_on(shadow), _refusals(borrower, op):
         out = op(*shadow_args, **shadow_kwargs)
     outputs = _tensors_in(out)
@@ -275,24 +271,20 @@ def run_forward_mode(
     inputs: dict[int, Tensor] = {}
     count = -1
 
-    def enter(a: Any) -> Any:
+    def enter(a: Tensor) -> Any:
         nonlocal count
-        if isinstance(a, Tensor):
-            count += 1
-            if count in tangents:
-                t = inputs[count] = shadow_of(shadow, a, requires_grad=checking)
-                return forward_ad.make_dual(t, shadow_of(shadow, tangents[count]))
-            return shadow_of(shadow, a)
-        if type(a) in (list, tuple):
-            return type(a)(enter(v) for v in a)
-        return a
+        count += 1
+        if count in tangents:
+            t = inputs[count] = shadow_of(shadow, a, requires_grad=checking)
+            return forward_ad.make_dual(t, shadow_of(shadow, tangents[count]))
+        return shadow_of(shadow, a)
 
     # Shadows of different transforms are different tensors, so one level of forward AD serves all.
     level = forward_ad.dual_level() if forward_ad._current_level < 0 else contextlib.nullcontext()
     with _autograd_on(shadow), level:
         set_forward_enabled(True)
         with _refusals(borrower, op):
-            out = op(*[enter(a) for a in args], **{k: enter(v) for k, v in kwargs.items()})
+            out = op(*[map_tensors(enter, a) for a in args], **{k: map_tensors(enter, v) for k, v in kwargs.items()})
         if checking:
             check_formulas(borrower, op, out, inputs)
         found = []

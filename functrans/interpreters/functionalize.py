@@ -79,14 +79,14 @@ class FunctionalizeInterpreter(Interpreter):
         """A composite operator in pieces, which take captured tensors for this level's, or would view them below."""
         entered: list[tuple[WrapperTensor, Tensor]] = []
 
-        def enter(a: Any) -> Any:
-            if isinstance(a, Tensor) and type(a) is not WrapperTensor:
-                entered.append((self.constant(a), a))
-                return entered[-1][0]
-            return [enter(v) for v in a] if type(a) in (list, tuple) else a
+        def enter(a: Tensor) -> Tensor:
+            if type(a) is WrapperTensor:
+                return a
+            entered.append((self.constant(a), a))
+            return entered[-1][0]
 
         with running_at(self):
-            out = op.decompose(*enter(args), **{name: enter(a) for name, a in kwargs.items()})
+            out = op.decompose(*map_tensors(enter, args), **{name: map_tensors(enter, a) for name, a in kwargs.items()})
             for wrapper, captured in entered:
                 if wrapper.version:  # running statistics, which no schema shows
                     captured.copy_(contents_of(wrapper))

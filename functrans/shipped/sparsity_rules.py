@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.extension.table_interpreter import in_lists
+from functrans.core.dispatch import map_tensors
 from functrans.functionalization.write_back import RESHAPES
 from functrans.shipped.sparsity_level import OperatorCall, everything, nothing, pattern_of, pointwise
 
@@ -136,17 +136,15 @@ def view_as_complex(call: OperatorCall) -> Any:
 def by_moving(call: OperatorCall, instead: dict[str, Any]) -> Any:
     unknown = False
 
-    def given(name: str, a: Any) -> Any:
+    def given(name: str, a: Tensor) -> Any:
         nonlocal unknown
-        if not isinstance(a, Tensor):
-            return a
         if name in MOVED:
             return call.numbers(a)
         known = call.known(a)
         unknown = unknown or known is None
         return known
 
-    named = {name: instead.get(name, in_lists(partial(given, name), a)) for name, a in call.named.items()}
+    named = {name: instead.get(name, map_tensors(partial(given, name), a)) for name, a in call.named.items()}
     if unknown:
         return everything(call)
     found = call.op(**named)

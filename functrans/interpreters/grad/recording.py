@@ -136,17 +136,7 @@ def borrow(
     self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, indices: Any
 ) -> Any:
     """Record ``op`` by PyTorch's own derivative."""
-    wanted: list[int | None] = []
-
-    def number(a: Any) -> None:
-        if isinstance(a, Tensor):
-            wanted.append(self.index_of(a))
-        elif type(a) in (list, tuple):
-            for v in a:
-                number(v)
-
-    for a in (*given[0], *given[1].values()):
-        number(a)
+    wanted = [self.index_of(a) for a in tensors_in([*given[0], *given[1].values()])]
     out, linked, pullback = run_recorded(self, op, values, kwargs, lambda i: wanted[i] is not None)
     flags = iter(linked)
     wrapped = map_tensors(lambda o: self.track(o) if next(flags) else self.constant(o), out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,25 +23,20 @@ if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
+def of_tensors(a: Any, tangent: Any) -> Iterator[Tensor | None]:
+    """The tangent, if any, of each tensor in ``a``, in order."""
+    if isinstance(a, Tensor):
+        yield tangent
+    elif type(a) in (list, tuple):
+        for i, v in enumerate(a):
+            yield from of_tensors(v, None if tangent is None else tangent[i])
+
+
 def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
     """Run ``op`` with PyTorch's forward-mode formula, or, where it has none, with its reverse formula twice."""
-    flat: dict[int, Tensor] = {}
-    count = 0
-
-    def number(a: Any, tangent: Any) -> None:
-        nonlocal count
-        if isinstance(a, Tensor):
-            if tangent is not None:
-                flat[count] = tangent
-            count += 1
-        elif type(a) in (list, tuple):
-            for i, v in enumerate(a):
-                number(v, None if tangent is None else tangent[i])
-
-    for i, a in enumerate(values):
-        number(a, tangents.get(i))
-    for name, a in kwargs.items():
-        number(a, tangents.get(op_info(op).arguments.index(name)))
+    names = op_info(op).arguments
+    carried = [tangents.get(i) for i in range(len(values))] + [tangents.get(names.index(name)) for name in kwargs]
+    flat = {i: t for i, t in enumerate(of_tensors([*values, *kwargs.values()], carried)) if t is not None}
     try:
         if op.namespace not in PYTORCH_NAMESPACES:
             # torch.library operators have a reverse formula at most, and no forward one would be a silent zero.
@@ -93,15 +89,13 @@ def double_reverse(
         order = sorted(tangents)
         count = -1
 
-        def enter(a: Any) -> Any:
+        def enter(a: Tensor) -> Tensor:
             nonlocal count
-            if isinstance(a, Tensor):
-                count += 1
-                return inner.track(a) if count in tangents else a
-            return [enter(v) for v in a] if type(a) in (list, tuple) else a
+            count += 1
+            return inner.track(a) if count in tangents else a
 
-        tracked = [enter(a) for a in values]
-        tracked_kwargs = {k: enter(v) for k, v in kwargs.items()}
+        tracked = [map_tensors(enter, a) for a in values]
+        tracked_kwargs = {k: map_tensors(enter, v) for k, v in kwargs.items()}
         inputs = [w for w in _wrappers([*tracked, *tracked_kwargs.values()]) if w.interpreter is inner]
         out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
         plain = map_tensors(lambda o: o.value if type(o) is WrapperTensor and o.interpreter is inner else o, out)

@@ -140,16 +140,17 @@ def fall_back(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, ta
     if not op_info(op).composite and decomposition(op) is None:
         return borrow(self, op, values, kwargs, tangents)
 
-    def dual(value: Any, tangent: Any) -> Any:
-        if isinstance(value, list | tuple) and tangent is not None:
-            return [dual(v, t) for v, t in zip(value, tangent, strict=True)]
-        return value if tangent is None else self.dual(value, tangent)
-
     names = op_info(op).arguments
-    given = [dual(value, tangents.get(i)) for i, value in enumerate(values)]
-    return decompose(
-        self, op, given, {name: dual(value, tangents.get(names.index(name))) for name, value in kwargs.items()}
-    )
+    given = [duals(self, value, tangents.get(i)) for i, value in enumerate(values)]
+    by_keyword = {name: duals(self, value, tangents.get(names.index(name))) for name, value in kwargs.items()}
+    return decompose(self, op, given, by_keyword)
+
+
+def duals(self: JvpInterpreter, value: Any, tangent: Any) -> Any:
+    """``value`` with ``tangent``, or each of a list with its own."""
+    if isinstance(value, list | tuple) and tangent is not None:
+        return [duals(self, v, t) for v, t in zip(value, tangent, strict=True)]
+    return value if tangent is None else self.dual(value, tangent)
 
 
 class TableMethod:

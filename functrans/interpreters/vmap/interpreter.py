@@ -382,15 +382,13 @@ def for_each(info: BatchInfo, dims: Sequence[Any], values: Sequence[Any]) -> tup
     if any(d is not None for group in dims for d in (group if isinstance(group, list) else [group])):
         return dims, *values
 
-    def batch(x: Any) -> Any:
-        if isinstance(x, list):
-            return [batch(v) for v in x]
-        return materialize(x, None, info.batch_size) if isinstance(x, Tensor) else x
+    batched = map_tensors(lambda x: materialize(x, None, info.batch_size), list(values))
+    return [in_front(x) for x in values], *batched
 
-    def place(x: Any) -> Any:
-        return [place(v) for v in x] if isinstance(x, list) else 0 if isinstance(x, Tensor) else None
 
-    return [place(v) for v in values], *[batch(v) for v in values]
+def in_front(x: Any) -> Any:
+    """The batch dimension of an argument whose tensors have it first, as rules get it."""
+    return [in_front(v) for v in x] if isinstance(x, list | tuple) else 0 if isinstance(x, Tensor) else None
 
 
 def rule_of(of: Any) -> str:
