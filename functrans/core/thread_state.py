@@ -19,6 +19,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from functrans.core.torch_private import (
     AUTOGRAD,
@@ -52,6 +53,8 @@ class _State(threading.local):
     packing: Any = None
     #: what NOTE [Numbers that are read] keeps
     number_read: Any = None
+    #: whether a borrowed tangent opened forward AD's level
+    level_open: bool = False
 
 
 STATE = _State()
@@ -116,6 +119,7 @@ class Snapshot:
         if self.top is None:  # of these the outermost transform disposes
             STATE.door_depth = self.door_depth
             STATE.packing = self.packing
+            close_level()
         set_key_excluded(AUTOGRAD, self.autograd)
         set_key_excluded(VIEWS_AND_VERSIONS, self.views)
         if torch.is_grad_enabled() is not self.grad:
@@ -214,6 +218,29 @@ class door_closed:
     def __exit__(self, *exc: object) -> None:
         if self.modes:
             set_modes(self.modes)
+
+
+class forward_level:
+    """Context: forward AD has its one level; ours, if none is open yet."""
+
+    __slots__ = ("ours",)
+
+    def __enter__(self) -> None:
+        self.ours = forward_ad._current_level < 0
+        if self.ours:
+            STATE.level_open = True
+            forward_ad.enter_dual_level()
+
+    def __exit__(self, *exc: object) -> None:
+        if self.ours:
+            close_level()
+
+
+def close_level() -> None:
+    if STATE.level_open:
+        if forward_ad._current_level >= 0:
+            forward_ad.exit_dual_level()
+        STATE.level_open = False
 
 
 def unchanged(x: Any) -> Any:

@@ -13,7 +13,6 @@ below, where it would cut the derivative.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from functrans.core.errors import MissingRuleError, NoFormulaError
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of, wrap_as
-from functrans.core.thread_state import Snapshot, running_at, unchanged
+from functrans.core.thread_state import Snapshot, forward_level, running_at, unchanged
 from functrans.core.torch_private import (
     AUTOGRAD,
     OpOverload,
@@ -280,8 +279,7 @@ def run_forward_mode(
         return shadow_of(shadow, a)
 
     # Shadows of different transforms are different tensors, so one level of forward AD serves all.
-    level = forward_ad.dual_level() if forward_ad._current_level < 0 else contextlib.nullcontext()
-    with _autograd_on(shadow), level:
+    with _autograd_on(shadow), forward_level():
         set_forward_enabled(True)
         with _refusals(borrower, op):
             out = op(*[map_tensors(enter, a) for a in args], **{k: map_tensors(enter, v) for k, v in kwargs.items()})
