@@ -11,7 +11,7 @@ from functrans.api.structures import difference, path_of, paths
 from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.wording import what
 from functrans.core.pytrees import broadcast_prefix, tree_flatten
-from functrans.core.tensor import check_layout
+from functrans.core.tensor import WrapperTensor, check_layout
 
 SHARED = "Give it in_dim None if it is the same for every example."
 
@@ -50,7 +50,8 @@ def check_inputs(
             continue
         if type(dim) is not int or not (isinstance(leaf, Tensor) or is_container(leaf)):
             refuse_leaf(call, leaf, dim, path_of("args", args, place, is_leaf))
-        check_layout(leaf)
+        if type(leaf) is not WrapperTensor:
+            check_layout(leaf)
         rank = leaf.dim()
         if not -rank <= dim < rank:
             refuse_in_dim(call, dim, rank, path_of("args", args, place, is_leaf))

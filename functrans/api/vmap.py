@@ -178,7 +178,9 @@ def run_batched(
     entered: list[Any] = []
     for x, d in zip(leaves, dims, strict=True):
         if isinstance(x, Tensor):
-            x = interpreter.batched(as_here(x), d)
+            if type(x) is WrapperTensor:
+                x = as_here(x)
+            x = interpreter.batched(x, d)
             if type(x) is WrapperTensor and x.interpreter is interpreter:
                 if x.strides is not None:
                     x.given = True
@@ -194,9 +196,10 @@ def run_batched(
     def body() -> tuple[list[Any], Any, Any]:
         out = call_function(call, func, args, kwargs)
         out_leaves, out_spec = tree_flatten(out, whole())
-        for x in map(bare, out_leaves):
+        for x in out_leaves if are_plain(out_leaves) else map(bare, out_leaves):
             if type(x) is WrapperTensor:
-                current(x)
+                if x.view_link is not None:
+                    current(x)
             elif is_container(x):
                 answer_for_good()
                 for tensor in x.values(True, True):

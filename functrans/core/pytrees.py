@@ -20,7 +20,7 @@ def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tup
     kind = type(tree)
     if kind in TENSORS:
         return [tree], LEAF
-    if kind is tuple and len(tree) < len(TUPLES):
+    if kind is tuple and len(tree) < MANY:
         for x in tree:
             if type(x) not in TENSORS:
                 break
@@ -37,11 +37,12 @@ def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tup
 #: wrapper.
 TENSORS: set[type] = {Tensor}
 LEAF_OBJECT: Any = object()
-#: The structures of one tensor, and of tuples of 0, 1, 2, ... tensors.
+#: The structures of one tensor, and of tuples of 0, 1, 2, ... tensors, but not of so many.
+MANY = 9
 LEAF: TreeSpec = optree.tree_structure(LEAF_OBJECT, none_is_leaf=True, namespace=NAMESPACE)
 TUPLES: list[TreeSpec] = [
     optree.tree_structure((LEAF_OBJECT,) * n, none_is_leaf=True, namespace=NAMESPACE)  # type: ignore[arg-type]
-    for n in range(9)
+    for n in range(MANY)
 ]
 
 
@@ -49,7 +50,7 @@ def tree_unflatten(spec: TreeSpec, leaves: Any) -> Any:
     if spec is LEAF:
         (leaf,) = leaves
         return leaf
-    if type(leaves) is list and len(leaves) < len(TUPLES) and spec is TUPLES[len(leaves)]:
+    if type(leaves) is list and (n := len(leaves)) < MANY and spec is TUPLES[n]:
         return tuple(leaves)
     return optree.tree_unflatten(spec, leaves)
 

@@ -119,7 +119,8 @@ class Snapshot:
         if self.top is None:  # of these the outermost transform disposes
             STATE.door_depth = self.door_depth
             STATE.packing = self.packing
-            close_level()
+            if STATE.level_open and not self.door_depth:
+                close_level()
         set_key_excluded(AUTOGRAD, self.autograd)
         set_key_excluded(VIEWS_AND_VERSIONS, self.views)
         if torch.is_grad_enabled() is not self.grad:
@@ -237,10 +238,9 @@ class forward_level:
 
 
 def close_level() -> None:
-    if STATE.level_open:
-        if forward_ad._current_level >= 0:
-            forward_ad.exit_dual_level()
-        STATE.level_open = False
+    if forward_ad._current_level >= 0:
+        forward_ad.exit_dual_level()
+    STATE.level_open = False
 
 
 def unchanged(x: Any) -> Any:
