@@ -25,9 +25,9 @@ from functrans.door import (  # noqa: F401
     autograd_function,
     autograd_inside,
     dtensor,
+    entrances,
     gradient_hooks,
     higher_order,
-    torch_function,
 )
 from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES

@@ -1,76 +1,41 @@
-"""The short way in: frequent functions as programs or operators, before PyTorch has parsed the call."""
+"""``__torch_function__``: where a call with a wrapper among its arguments comes before PyTorch has parsed it.
+
+Frequent functions have an *entrance*, which takes their place on wrappers (door/entrances.py); all others go PyTorch's
+own way.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import get_ident
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import NO_KWARGS, dispatch, lift
-from functrans.core.errors import DeadWrapperError
 from functrans.core.errors.call_sites import USER_FILES
-from functrans.core.errors.made_at import SENT_ON, note_site, several
+from functrans.core.errors.made_at import note_site, several
 from functrans.core.facades import Facade
-from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import check_thread, has_leftovers
-from functrans.core.operators import OpInfo, op_info
-from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
+from functrans.core.leftovers import has_leftovers
 from functrans.core.subclasses import keeps_class
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
-    OpOverload,
-    autocast_enabled,
-    function_mode_enabled,
     is_key_excluded,
-    is_torch_func_active,
     mode_stack_size,
-    pop_mode,
     push_mode,
     set_key_excluded,
     tensor_torch_function,
     without_torch_function,
 )
 from functrans.door.lost_arguments import LOST, recovered
-from functrans.door.torch_dispatch import DOOR, handle
-from functrans.interpreters.failures import explain
-from functrans.programs.fusible import REAL
-from functrans.programs.operators import operator_program, traced_program
-from functrans.programs.program import Program
-from functrans.programs.torch_functions import (
-    BINARY,
-    DIM_BY_NAME,
-    DIRECT,
-    DUNDERS,
-    JOINING,
-    OPERATORS,
-    OTHER_NAMES,
-    UNARY,
-    spellings,
-)
+from functrans.door.torch_dispatch import DOOR
 
-aten = torch.ops.aten
 STRIDED = torch.strided
-
-
-# What takes the place of a function, an *entrance*, is made twice: to be called by ``torch_function``, and as a method
-# of the wrapper, where the code that called it is one frame ``up``.
-BY_METHOD = 1
-
-
-def frames_above(function: Callable[..., Any]) -> int:
-    """How many frames above ``torch_function`` the code is that called ``function``; one of Python's own calls
-    handle_torch_function first."""
-    return 3 if type(function) is FunctionType else 1
-
 
 #: By torch function or method: what takes its place on wrappers.
 ENTRANCES: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -145,343 +110,14 @@ def answers(kind: type) -> bool:
     return protocol is not without_torch_function and getattr(protocol, "__func__", None) is not tensor_torch_function
 
 
-#: Letters for the kinds of arguments in ``spellings.DIRECT``.
-KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", float: "f", type(None): "N"}
-LISTS = (list, tuple)
-ORDINARY = frozenset((*KINDS, bool, str, list, tuple, torch.Size, torch.dtype, torch.device))
-
-
-# The short way is open where nothing else has to see what is called before the door does: a mode of the user's, or
-# autocast. The condition is written out at each entrance, where a call of a function would cost as much as what it
-# asks.
-
-
-def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
-    """Send ``program`` in, to ``owner``, which is of the top level among ``args``.
-
-    ``above``: how many frames up the code is that called the function.
-    """
-    top = STATE.top
-    if owner is not top:
-        if owner.thread != get_ident():
-            check_thread(owner)
-        if top is not None and top.within is not None and owner.level < top.within.level:
-            owner = top.within  # which takes captured tensors in
-    watcher = None if owner is top or top is None else top.watcher
-    try:
-        pop_mode(None)  # as PyTorch does while a handler runs
-        if watcher is None:
-            out = owner.process(program, args, NO_KWARGS)  # type: ignore[arg-type]
-        else:
-            out = dispatch(program, args, NO_KWARGS, watcher)
-            owner = watcher if watcher.level > owner.level else owner
-    except BaseException as error:
-        reopen()
-        explain(error)
-        raise
-    push_mode(DOOR)
-    if owner is not top:
-        out = lift(out, owner, top)
-    frame = sys._getframe(above)
-    code = frame.f_code
-    if code.co_filename in USER_FILES:
-        out.made_at = (code, frame.f_lasti)
-    elif code.co_filename not in SENT_ON:
-        note_site((out,), frame, above)
-    return out
+#: Types that have no say in what a function does with them.
+ORDINARY = frozenset((
+    WrapperTensor, Tensor, torch.nn.Parameter, int, float, type(None), bool, str, list, tuple, torch.Size, torch.dtype,
+    torch.device,
+))  # fmt: skip
 
 
 def reopen() -> None:
     """Put the door back on PyTorch's mode stack, unless it is there."""
     if mode_stack_size() < STATE.door_depth:
         push_mode(DOOR)
-
-
-NOT_INPLACE = {"inplace": False}
-
-
-def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: int) -> Callable[..., Any]:
-    """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
-    found: dict[Any, Program | None] = {}
-    above = up + 1  # seen from what the entrance calls
-
-    def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
-        if kwargs and kwargs == NOT_INPLACE:  # as nn.ReLU says it
-            kwargs = {}
-        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
-        if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
-            return otherwise(function, (), (x, *more), kwargs, above)
-        if x.view_link is not None:
-            x.view_link.refresh(x)
-        owner = x.interpreter
-        if not owner.alive:
-            return otherwise(function, (), (x,), kwargs, above)  # see NOTE [Leftovers]
-        try:
-            program = found[0] if not SCOPES else program_here(found, 0, find)
-        except KeyError:
-            program = program_here(found, 0, find)
-        if program is None or not owner.whole:
-            return otherwise(function, (), (x,), kwargs, above)
-        return through(program, (x,), owner, above)
-
-    def forget(table: RuleTable[Any], op: OpOverload) -> None:
-        nonlocal found
-        found = {}
-
-    FORGET.append(forget)
-    return entrance
-
-
-def program_here(
-    found: dict[Any, Program | None], key: Any, find: Callable[..., Program | None], *args: Any
-) -> Program | None:
-    """``find(*args)`` by the rules that hold in this context; ``found`` keeps those for outside of scopes."""
-    outside = scope_here() is None
-    if outside and key in found:
-        return found[key]
-    program = find(*args)
-    if outside:
-        found[key] = program
-    return program
-
-
-def binary(
-    function: Callable[..., Any], find: Callable[[bool], Program | None], up: int, *, reflected: bool = False
-) -> Callable[..., Any]:
-    """What takes the place of ``function``, of two operands; ``find(is_tensor)`` is its program, by what the second
-    one is.
-
-    ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to
-    that.
-    """
-    found: dict[bool, Program | None] = {}
-    above = up + 1
-
-    def entrance(x: Any, y: Any, *more: Any, **kwargs: Any) -> Any:
-        kind = type(y)
-        number = kind is float or kind is int
-        if reflected and not number:
-            x, y, kind = y, x, type(x)
-        owner: Interpreter | None = None
-        if more or kwargs or mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
-            pass
-        elif type(x) is WrapperTensor:
-            if x.view_link is not None:
-                x.view_link.refresh(x)
-            fit = number or (  # what is frequent, without a call
-                kind is WrapperTensor and y.view_link is None and y.dtype is x.dtype and y.layout is STRIDED and x.shape
-            )
-            if x.dtype in REAL and x.layout is STRIDED and (fit or similar(x, y, kind)):
-                owner = x.interpreter
-                other = y.interpreter if kind is WrapperTensor else owner
-                if other is not owner and owner.alive and (not other.alive or other.level > owner.level):
-                    owner = other
-        elif kind is WrapperTensor and y.dtype in REAL and y.layout is STRIDED and similar(y, x, type(x)):
-            if y.view_link is not None:
-                y.view_link.refresh(y)
-            owner = y.interpreter
-        if owner is not None and owner.alive and owner.whole:
-            try:
-                program = found[number] if not SCOPES else program_here(found, number, find, not number)
-            except KeyError:
-                program = program_here(found, number, find, not number)
-            if program is not None:
-                return through(program, (x, y), owner, above)
-        if reflected and not number:
-            x, y = y, x
-        return otherwise(function, (), (x, y, *more), kwargs, above)
-
-    def forget(table: RuleTable[Any], op: OpOverload) -> None:
-        nonlocal found
-        found = {}
-
-    FORGET.append(forget)
-    return entrance
-
-
-def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
-    """Whether ``y`` is a tensor that a program may take together with ``x``."""
-    if kind is WrapperTensor:
-        if y.view_link is not None:
-            y.view_link.refresh(y)
-    elif kind is not Tensor or is_torch_func_active():  # a tensor of another library's transform looks like a plain one
-        return False
-    # A result shows the device of one of its operands: two numbers on different devices are left to PyTorch.
-    return y.dtype is x.dtype and y.layout is STRIDED and (bool(x.shape) or y.device == x.device)
-
-
-def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
-    """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or
-    half."""
-    above = up + 1
-
-    def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
-        if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled() or more or kwargs:
-            return otherwise(function, (), (x, exponent, *more), kwargs, above)
-        small = (type(exponent) is int or type(exponent) is float) and -8 <= exponent <= 8 and 2 * exponent % 1 == 0
-        if small and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
-            program = operator_program(aten.pow.Tensor_Scalar, exponent)
-            if x.view_link is not None:
-                x.view_link.refresh(x)
-            owner = x.interpreter
-            if program is not None and owner.alive and owner.whole:
-                return through(program, (x,), owner, above)
-        return otherwise(function, (), (x, exponent, *more), kwargs, above)
-
-    return entrance
-
-
-def direct(
-    function: Callable[..., Any], patterns: dict[str, OpOverload], up: int, *, dim_by_name: bool = False
-) -> Callable[..., Any]:
-    """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments.
-
-    ``dim_by_name``: its second one may be given as ``dim=``.
-    """
-    found: dict[tuple[type, ...], tuple[OpInfo | None, bool]] = {}
-    above = up + 1
-
-    def meant(types: tuple[type, ...]) -> tuple[OpInfo | None, bool]:
-        """The operator for arguments of these types, and whether all after the first are one list."""
-        kinds = "".join([KINDS.get(kind, "?") for kind in types])
-        op, listed = patterns.get(kinds), False
-        if op is None and len(kinds) > 1 and kinds == "T" + "i" * (len(kinds) - 1):
-            op, listed = patterns.get("T*"), True
-        if op is None:
-            return None, False
-        found[types] = op_info(op), listed
-        return found[types]
-
-    def entrance(*args: Any, **kwargs: Any) -> Any:
-        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
-        if dim_by_name and len(kwargs) == len(args) == 1 and type(kwargs.get("dim")) is int:
-            args, kwargs = (*args, kwargs["dim"]), {}
-        if not (closed or kwargs or is_torch_func_active()):
-            types = (*map(type, args),)
-            known, listed = found.get(types) or meant(types)
-            top = STATE.top
-            if known is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
-                out = handled(known, (args[0], list(args[1:])) if listed else args, above)
-                if out is not LEFTOVER:
-                    return out
-        return otherwise(function, (), args, kwargs, above)
-
-    return entrance
-
-
-#: what ``handled`` returns where a transform that has ended left an argument: PyTorch's way knows what to do with it
-LEFTOVER: Any = object()
-
-
-def handled(known: OpInfo, args: tuple[Any, ...], above: int) -> Any:
-    """Handle an operator that is called ``above`` frames up, as the door would."""
-    try:
-        pop_mode(None)
-        out = handle(known.op, known, args, NO_KWARGS)
-    except BaseException as error:
-        reopen()
-        if type(error) is DeadWrapperError:
-            return LEFTOVER
-        explain(error)
-        raise
-    push_mode(DOOR)
-    kind = type(out)
-    if kind is WrapperTensor:
-        frame = sys._getframe(above)
-        code = frame.f_code
-        if code.co_filename in USER_FILES:
-            out.made_at = (code, frame.f_lasti)
-        elif code.co_filename not in SENT_ON:
-            note_site((out,), frame, above)
-    elif several(out):
-        note_site(out, sys._getframe(above), above)
-    return out
-
-
-def joining(function: Callable[..., Any], op: OpOverload, up: int) -> Callable[..., Any]:
-    """What takes the place of ``function`` of a list of tensors and a dimension."""
-    known = op_info(op)
-    above = up + 1
-
-    def entrance(*args: Any, **kwargs: Any) -> Any:
-        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
-        top = STATE.top
-        known_form = len(args) == 2 and not kwargs or len(args) == 1 and kwargs.keys() <= {"dim"}
-        if known_form and not (closed or is_torch_func_active()) and top is not None and not top.carries_autograd:
-            tensors, dim = args[0], args[1] if len(args) == 2 else kwargs.get("dim", 0)
-            if type(dim) is int and type(tensors) in LISTS and all(map(is_strided, tensors)):
-                out = handled(known, (tensors, dim), above)
-                if out is not LEFTOVER:
-                    return out
-        return otherwise(function, (), args, kwargs, above)
-
-    return entrance
-
-
-def is_strided(x: Any) -> bool:
-    """Whether ``x`` is an ordinary tensor."""
-    return KINDS.get(type(x)) == "T" and x.layout is STRIDED
-
-
-def indexed(function: Callable[..., Any], up: int) -> Callable[..., Any]:
-    """What takes the place of ``x[index]``, which selects where the index is a number that is in range."""
-    select = direct(Tensor.select, DIRECT["select"], up + 1)
-
-    def entrance(x: Any, index: Any) -> Any:
-        if type(index) is int and type(x) is WrapperTensor and x.shape and not function_mode_enabled():
-            size = x.shape[0]
-            if type(size) is int and -size <= index < size:
-                return select(x, 0, index)
-        return otherwise(function, (), (x, index), {}, up + 1)
-
-    return entrance
-
-
-def reversed_div(x: Any, y: Any) -> Any:
-    return x.reciprocal() * y
-
-
-#: Python's reflected operators, whose program depends on what the other operand is.
-REFLECTED: dict[str, Callable[[bool], Program | None]] = {
-    "__rsub__": lambda tensor: operator_program(aten.sub.Tensor if tensor else aten.rsub.Scalar),
-    "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced_program(reversed_div, 2),
-}
-
-
-def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..., Any] | None:
-    """What takes the place of the torch function or method that ``name`` stands for in programs/torch_functions.py."""
-    if name == "pow":
-        return power(function, up)
-    if name in BINARY:
-        operators = BINARY[name]
-        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]), up)
-    if name in UNARY:
-        return unary(function, lambda: operator_program(getattr(aten, name).default), up)
-    if name in REFLECTED:
-        return binary(function, REFLECTED[name], up, reflected=True)
-    if name in JOINING:
-        return joining(function, JOINING[name], up)
-    return direct(function, DIRECT[name], up, dim_by_name=name in DIM_BY_NAME) if name in DIRECT else None
-
-
-def set_up() -> None:
-    """Fill ``ENTRANCES``, and give the wrapper methods of its own."""
-    names = spellings()
-    names.update({getattr(Tensor, name): name for name in REFLECTED})
-    for function, name in names.items():
-        entrance = entrance_of(function, name, 1 + frames_above(function))
-        if entrance is not None:
-            ENTRANCES[function] = entrance
-    for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
-        method: Any = getattr(Tensor, name, None)
-        if method in ENTRANCES:
-            setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
-    # Not a method as well: what has one in Python is a sequence to torch.tensor([x]), which would ask for its length.
-    ENTRANCES[Tensor.__getitem__] = indexed(Tensor.__getitem__, 1 + frames_above(Tensor.__getitem__))
-    for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
-        ENTRANCES[function] = lambda input: input.is_conj()
-    for function in (torch.is_neg, Tensor.is_neg):
-        ENTRANCES[function] = lambda input: input.is_neg()
-
-
-set_up()

@@ -44,7 +44,10 @@ READERS = frozenset(
     )
 )
 #: Where the frames between a reader and the code that asked are.
-ON_THE_WAY = ("functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.core.errors.refusals")
+ON_THE_WAY = (
+    "functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.door.entrances",
+    "functrans.door.program_entrances", "functrans.door.operator_entrances", "functrans.core.errors.refusals",
+)  # fmt: skip
 
 
 class NumberRead(NamedTuple):

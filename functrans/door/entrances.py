@@ -1,0 +1,90 @@
+"""Which functions have a short way in, and the entrance of each: a pointwise program's, or an operator's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.tensor import WrapperTensor
+from functrans.door.operator_entrances import direct, indexed, joining
+from functrans.door.program_entrances import binary, power, unary
+from functrans.door.torch_function import ENTRANCES
+from functrans.programs.operators import operator_program, traced_program
+from functrans.programs.program import Program
+from functrans.programs.torch_functions import (
+    BINARY,
+    DIM_BY_NAME,
+    DIRECT,
+    DUNDERS,
+    JOINING,
+    OPERATORS,
+    OTHER_NAMES,
+    UNARY,
+    spellings,
+)
+
+aten = torch.ops.aten
+
+# What takes the place of a function, an *entrance*, is made twice: to be called by ``torch_function``, and as a method
+# of the wrapper, where the code that called it is one frame ``up``.
+BY_METHOD = 1
+
+
+def frames_above(function: Callable[..., Any]) -> int:
+    """How many frames above ``torch_function`` the code is that called ``function``; one of Python's own calls
+    handle_torch_function first."""
+    return 3 if type(function) is FunctionType else 1
+
+
+def reversed_div(x: Any, y: Any) -> Any:
+    return x.reciprocal() * y
+
+
+#: Python's reflected operators, whose program depends on what the other operand is.
+REFLECTED: dict[str, Callable[[bool], Program | None]] = {
+    "__rsub__": lambda tensor: operator_program(aten.sub.Tensor if tensor else aten.rsub.Scalar),
+    "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced_program(reversed_div, 2),
+}
+
+
+def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..., Any] | None:
+    """What takes the place of the torch function or method that ``name`` stands for in programs/torch_functions.py."""
+    if name == "pow":
+        return power(function, up)
+    if name in BINARY:
+        operators = BINARY[name]
+        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]), up)
+    if name in UNARY:
+        return unary(function, lambda: operator_program(getattr(aten, name).default), up)
+    if name in REFLECTED:
+        return binary(function, REFLECTED[name], up, reflected=True)
+    if name in JOINING:
+        return joining(function, JOINING[name], up)
+    return direct(function, DIRECT[name], up, dim_by_name=name in DIM_BY_NAME) if name in DIRECT else None
+
+
+def set_up() -> None:
+    """Fill ``ENTRANCES``, and give the wrapper methods of its own."""
+    names = spellings()
+    names.update({getattr(Tensor, name): name for name in REFLECTED})
+    for function, name in names.items():
+        entrance = entrance_of(function, name, 1 + frames_above(function))
+        if entrance is not None:
+            ENTRANCES[function] = entrance
+    for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
+        method: Any = getattr(Tensor, name, None)
+        if method in ENTRANCES:
+            setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
+    # Not a method as well: what has one in Python is a sequence to torch.tensor([x]), which would ask for its length.
+    ENTRANCES[Tensor.__getitem__] = indexed(Tensor.__getitem__, 1 + frames_above(Tensor.__getitem__))
+    for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
+        ENTRANCES[function] = lambda input: input.is_conj()
+    for function in (torch.is_neg, Tensor.is_neg):
+        ENTRANCES[function] = lambda input: input.is_neg()
+
+
+set_up()

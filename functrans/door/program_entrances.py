@@ -1,0 +1,209 @@
+"""The short way in of pointwise functions: each enters as the program of its operators.
+
+The short way is open where nothing else has to see what is called before the door does: a mode of the user's, or
+autocast. The condition is written out at each entrance, where a call of a function would cost as much as what it asks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import NO_KWARGS, dispatch, lift
+from functrans.core.errors.call_sites import USER_FILES
+from functrans.core.errors.made_at import SENT_ON, note_site
+from functrans.core.interpreter import Interpreter
+from functrans.core.leftovers import check_thread
+from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
+from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import STATE
+from functrans.core.torch_private import (
+    OpOverload,
+    autocast_enabled,
+    function_mode_enabled,
+    is_torch_func_active,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+)
+from functrans.door.torch_dispatch import DOOR
+from functrans.door.torch_function import STRIDED, otherwise, reopen
+from functrans.interpreters.failures import explain
+from functrans.programs.fusible import REAL
+from functrans.programs.operators import operator_program
+from functrans.programs.program import Program
+
+aten = torch.ops.aten
+#: as nn.ReLU says it
+NOT_INPLACE = {"inplace": False}
+
+
+def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
+    """Send ``program`` in, to ``owner``, which is of the top level among ``args``.
+
+    ``above``: how many frames up the code is that called the function.
+    """
+    top = STATE.top
+    if owner is not top:
+        if owner.thread != get_ident():
+            check_thread(owner)
+        if top is not None and top.within is not None and owner.level < top.within.level:
+            owner = top.within  # which takes captured tensors in
+    watcher = None if owner is top or top is None else top.watcher
+    try:
+        pop_mode(None)  # as PyTorch does while a handler runs
+        if watcher is None:
+            out = owner.process(program, args, NO_KWARGS)  # type: ignore[arg-type]
+        else:
+            out = dispatch(program, args, NO_KWARGS, watcher)
+            owner = watcher if watcher.level > owner.level else owner
+    except BaseException as error:
+        reopen()
+        explain(error)
+        raise
+    push_mode(DOOR)
+    if owner is not top:
+        out = lift(out, owner, top)
+    frame = sys._getframe(above)
+    code = frame.f_code
+    if code.co_filename in USER_FILES:
+        out.made_at = (code, frame.f_lasti)
+    elif code.co_filename not in SENT_ON:
+        note_site((out,), frame, above)
+    return out
+
+
+def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: int) -> Callable[..., Any]:
+    """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
+    found: dict[Any, Program | None] = {}
+    above = up + 1  # seen from what the entrance calls
+
+    def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
+        if kwargs and kwargs == NOT_INPLACE:
+            kwargs = {}
+        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+        if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
+            return otherwise(function, (), (x, *more), kwargs, above)
+        if x.view_link is not None:
+            x.view_link.refresh(x)
+        owner = x.interpreter
+        if not owner.alive:
+            return otherwise(function, (), (x,), kwargs, above)  # see NOTE [Leftovers]
+        try:
+            program = found[0] if not SCOPES else program_here(found, 0, find)
+        except KeyError:
+            program = program_here(found, 0, find)
+        if program is None or not owner.whole:
+            return otherwise(function, (), (x,), kwargs, above)
+        return through(program, (x,), owner, above)
+
+    def forget(table: RuleTable[Any], op: OpOverload) -> None:
+        nonlocal found
+        found = {}
+
+    FORGET.append(forget)
+    return entrance
+
+
+def program_here(
+    found: dict[Any, Program | None], key: Any, find: Callable[..., Program | None], *args: Any
+) -> Program | None:
+    """``find(*args)`` by the rules that hold in this context; ``found`` keeps those for outside of scopes."""
+    outside = scope_here() is None
+    if outside and key in found:
+        return found[key]
+    program = find(*args)
+    if outside:
+        found[key] = program
+    return program
+
+
+def binary(
+    function: Callable[..., Any], find: Callable[[bool], Program | None], up: int, *, reflected: bool = False
+) -> Callable[..., Any]:
+    """What takes the place of ``function``, of two operands; ``find(is_tensor)`` is its program, by what the second
+    one is.
+
+    ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to
+    that.
+    """
+    found: dict[bool, Program | None] = {}
+    above = up + 1
+
+    def entrance(x: Any, y: Any, *more: Any, **kwargs: Any) -> Any:
+        kind = type(y)
+        number = kind is float or kind is int
+        if reflected and not number:
+            x, y, kind = y, x, type(x)
+        owner: Interpreter | None = None
+        if more or kwargs or mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled():
+            pass
+        elif type(x) is WrapperTensor:
+            if x.view_link is not None:
+                x.view_link.refresh(x)
+            fit = number or (  # what is frequent, without a call
+                kind is WrapperTensor and y.view_link is None and y.dtype is x.dtype and y.layout is STRIDED and x.shape
+            )
+            if x.dtype in REAL and x.layout is STRIDED and (fit or similar(x, y, kind)):
+                owner = x.interpreter
+                other = y.interpreter if kind is WrapperTensor else owner
+                if other is not owner and owner.alive and (not other.alive or other.level > owner.level):
+                    owner = other
+        elif kind is WrapperTensor and y.dtype in REAL and y.layout is STRIDED and similar(y, x, type(x)):
+            if y.view_link is not None:
+                y.view_link.refresh(y)
+            owner = y.interpreter
+        if owner is not None and owner.alive and owner.whole:
+            try:
+                program = found[number] if not SCOPES else program_here(found, number, find, not number)
+            except KeyError:
+                program = program_here(found, number, find, not number)
+            if program is not None:
+                return through(program, (x, y), owner, above)
+        if reflected and not number:
+            x, y = y, x
+        return otherwise(function, (), (x, y, *more), kwargs, above)
+
+    def forget(table: RuleTable[Any], op: OpOverload) -> None:
+        nonlocal found
+        found = {}
+
+    FORGET.append(forget)
+    return entrance
+
+
+def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
+    """Whether ``y`` is a tensor that a program may take together with ``x``."""
+    if kind is WrapperTensor:
+        if y.view_link is not None:
+            y.view_link.refresh(y)
+    elif kind is not Tensor or is_torch_func_active():  # a tensor of another library's transform looks like a plain one
+        return False
+    # A result shows the device of one of its operands: two numbers on different devices are left to PyTorch.
+    return y.dtype is x.dtype and y.layout is STRIDED and (bool(x.shape) or y.device == x.device)
+
+
+def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
+    """What takes the place of ``x ** exponent``, which has a program of its own for every small exponent, whole or
+    half."""
+    above = up + 1
+
+    def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
+        if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled() or more or kwargs:
+            return otherwise(function, (), (x, exponent, *more), kwargs, above)
+        small = (type(exponent) is int or type(exponent) is float) and -8 <= exponent <= 8 and 2 * exponent % 1 == 0
+        if small and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
+            program = operator_program(aten.pow.Tensor_Scalar, exponent)
+            if x.view_link is not None:
+                x.view_link.refresh(x)
+            owner = x.interpreter
+            if program is not None and owner.alive and owner.whole:
+                return through(program, (x,), owner, above)
+        return otherwise(function, (), (x, exponent, *more), kwargs, above)
+
+    return entrance
