@@ -20,12 +20,14 @@ and in comments at the end of a line:
 from __future__ import annotations
 
 import ast
+import contextlib
 import linecache
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -73,6 +75,7 @@ def parts(code: str) -> list[Part]:
         end = statement.end_lineno
         assigned = isinstance(statement, ast.Assign)
         name = ast.unparse(statement.targets[0]) if assigned else getattr(statement, "name", None)
+        name = name or getattr(statement, "module", None)
         found.append(Part(name, text, type(statement)))
     return found
 
@@ -98,17 +101,16 @@ def file_after(lesson: int) -> str:
                 continue
             found = [part for part in found if (part.name or "").partition("[")[0] not in block.replaces]
             for part in parts(block.code[block.code.index("\n") + 1 :]):
-                same = [i for i, old in enumerate(found) if part.name is not None and old.name == part.name]
+                same = [i for i, old in enumerate(found) if old.name == part.name and (part.name or old == part)]
                 if same:
                     found[same[0]] = part
                 else:
                     found.append(part)
-    imports = [part for part in found if part.kind in (ast.Import, ast.ImportFrom)]
-    rest = [part for part in found if part not in imports]
-    library = sorted((part for part in imports if "torch" not in part.text), key=lambda part: part.text)
-    torch = sorted((part for part in imports if "torch" in part.text), key=lambda part: (part.kind.__name__, part.text))
-    groups = ["\n".join(part.text for part in group) for group in (library, torch) if group]
-    return "\n\n".join([*groups, joined(rest)])
+    imports = sorted(part.text for part in found if part.kind in (ast.Import, ast.ImportFrom))
+    ours = [text for text in imports if "torch" in text]
+    groups = [[text for text in imports if text not in ours], sorted(ours, key=lambda text: text.startswith("from"))]
+    rest = [part for part in found if part.text not in imports]
+    return "\n\n".join([*("\n".join(group) for group in groups if group), joined(rest)])
 
 
 def file_before(lesson: int) -> CodeType:
@@ -116,6 +118,35 @@ def file_before(lesson: int) -> CodeType:
     text, name = file_after(lesson - 1), f"mini.py before lesson {lesson}"
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)  # for tracebacks
     return compile(text, name, "exec")
+
+
+@contextlib.contextmanager
+def walk(*kinds: type) -> Iterator[list[str]]:
+    """The steps taken inside by these classes of interpreters: "2 Grad sin" for a call of ``process`` at level 2."""
+    steps: list[str] = []
+    originals = [(kind, kind.process) for kind in kinds]
+
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process(self: Any, op: Any, args: Any, kwargs: Any) -> Any:
+            steps.append(f"{self.level} {type(self).__name__} {name_of(op)}")
+            return original(self, op, args, kwargs)
+
+        return process
+
+    try:
+        for kind, original in originals:
+            kind.process = noting(original)
+        yield steps
+    finally:
+        for kind, original in originals:
+            kind.process = original
+
+
+def name_of(op: Any) -> str:
+    """The name of an operator without its overload, or those of the operators that a program is made of."""
+    if hasattr(op, "instructions"):
+        return "+".join(name_of(instruction.op) for instruction in op.instructions)
+    return str(op).split(".")[1]
 
 
 def complete_file() -> str:
