@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lessons
 import pytest
 import torch
 
@@ -55,7 +56,11 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
         exec(code, namespace)  # noqa: S102 - our own pages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+#: Those whose blocks run here; tests/test_learn.py runs the lessons, in more than one way.
+EXECUTED = [page for page in PAGES if page not in lessons.lessons()]
+
+
+@pytest.mark.parametrize("page", EXECUTED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_python_block_of_a_page_runs_and_asserts(page):
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": page.stem}
