@@ -1,4 +1,4 @@
-"""The lessons of docs/learn/ run; their exercises and marked lines fail as they say; their file is a small functrans."""
+"""The lessons of docs/learn/: they run, fail where they say that they fail, and make a file that is a small functrans."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import ast
 import re
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import glossary_links
 import lessons
 import mini
 import pytest
@@ -50,7 +50,9 @@ def run(page: Path, *, solved: bool = True, mark: str = "") -> None:
 
 def stated(page: Path, what: str) -> tuple[int, str]:
     """The line of the page that says what it fails with, and what that is; there is one."""
-    found = [(i, m) for i, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1) if (m := STATED.search(line))]
+    found = [
+        (i, m) for i, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1) if (m := STATED.search(line))
+    ]
     ((line, text),) = [(i, m[2]) for i, m in found if m[1] == what]
     return line, text
 
@@ -120,7 +122,7 @@ def defined(path: Path) -> set[str]:
 def wrong_places(text: str) -> list[str]:
     """What is wrong with places named as "`file`: `symbol`, `symbol`": files and symbols that there are not."""
     wrong = []
-    for file, symbols in re.findall(r"`([\w/]+\.(?:py|md))`((?:(?::|,) `[\w.]+`)*)", text):
+    for file, symbols in re.findall(r"`(\w+/[\w/]+\.(?:py|md))`((?:(?::|,) `[\w.]+`)*)", text):
         if not (ROOT / file).exists():
             wrong.append(file)
         elif symbols:
@@ -131,11 +133,16 @@ def wrong_places(text: str) -> list[str]:
 
 @each_lesson
 def test_what_to_read_now_is_there(page):
-    reading = page.read_text(encoding="utf-8").partition("## Now read")[2]
+    reading = unwrapped(page.read_text(encoding="utf-8").partition("## Now read")[2])
     items = re.findall(r"^- (.*)$", reading, re.MULTILINE)
     assert items and all(re.match(r"`(functrans|tests|docs)/[\w/]+\.(py|md)`[.:]", item) for item in items)
     assert any("functrans/" in item or "docs/" in item for item in items)
     assert wrong_places(reading) == []
+
+
+def unwrapped(text: str) -> str:
+    """The text with each item of a list on one line."""
+    return re.sub(r"\n +", " ", text)
 
 
 def quoted_lines(text: str) -> list[tuple[str, str]]:
@@ -144,7 +151,7 @@ def quoted_lines(text: str) -> list[tuple[str, str]]:
 
 
 def test_lines_to_look_for_are_there():
-    found = [place for page in LESSONS for place in quoted_lines(page.read_text(encoding="utf-8"))]
+    found = [place for page in LESSONS for place in quoted_lines(unwrapped(page.read_text(encoding="utf-8")))]
     assert len(found) >= 3
     assert [place for place in found if place[1] not in (ROOT / place[0]).read_text(encoding="utf-8")] == []
 
@@ -152,6 +159,37 @@ def test_lines_to_look_for_are_there():
 def test_the_map_of_functorch_and_jax_leads_to_places_that_are_there():
     text = (ROOT / "docs" / "learn" / "map.md").read_text(encoding="utf-8")
     assert text.count(".py`: `") > 20 and wrong_places(text) == []
+
+
+# ---- the words
+
+PAGES = sorted((ROOT / "docs" / "learn").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_words_of_the_glossary_are_links_where_a_page_uses_them_first(page):
+    unlinked = glossary_links.unlinked(page.read_text(encoding="utf-8"), glossary_links.words())
+    assert [use.word for use in unlinked] == [], "run tests/checkers/glossary_links.py --fix docs/learn/*.md"
+
+
+def test_the_glossary_has_the_words_of_the_lessons():
+    words = {"perturbation confusion", "composite", "backward node", "tracked", "borrow", "operator", "tape index"}
+    assert words <= set(glossary_links.words())
+
+
+def test_the_check_of_words_notices(tmp_path):
+    known = {"level": "here", "top level": "here", "tape": "there"}
+
+    def found(text: str) -> list[str]:
+        return [use.word for use in glossary_links.unlinked(text, known)]
+
+    assert found("Each level has a tape.\n") == ["level", "tape"]
+    assert found("Each [level](../glossary.md#here) has `a tape`, and levels.\n") == []
+    assert found("# A level\n\n```python\nlevel\n```\n\nA leveller.\n") == []
+    assert found("The top level, and later a [level](../glossary.md#here).\n") == ["top level"]
+    assert found("Levels first, then a [level](../glossary.md).\n") == ["level"]
+    fixed = glossary_links.with_links(tmp_path / "page.md", "Two levels, one tape.\n", known)
+    assert found(fixed) == [] and "glossary.md#there" in fixed
 
 
 # ---- the file
@@ -197,7 +235,9 @@ COMPOSITIONS = {
     "confusion of jvp in grad": lambda T: T.grad(lambda x: x * slope(T)(lambda y: x + y)(x))(torch.tensor(1.0)),
     "pytorch#32576 by grad": lambda T: issue_32576(T.grad),
     "pytorch#32576 by jvp": lambda T: issue_32576(slope(T)),
-    "pytorch#32576 of a batch": lambda T: T.vmap(lambda x: T.grad(lambda x: T.grad(lambda y: y * (x - y))(x))(x))(point),
+    "pytorch#32576 of a batch": lambda T: T.vmap(lambda x: T.grad(lambda x: T.grad(lambda y: y * (x - y))(x))(x))(
+        point
+    ),
 }
 
 
