@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
+TOP = None  # the innermost running interpreter; None: plain PyTorch
 
 
 class Wrapper(torch.Tensor):
@@ -33,9 +34,6 @@ def dispatch(op, args, kwargs):
     owners += [TOP] if TOP and torch.Tag.nondeterministic_seeded in op.tags else []  # without this
     owners.sort(key=lambda interpreter: interpreter.level)
     return owners[-1].process(op, args, kwargs) if owners else op(*args, **kwargs)
-
-
-TOP = None  # the innermost running interpreter; None: plain PyTorch
 
 
 @contextlib.contextmanager
@@ -104,13 +102,13 @@ def jvp(f, primals, tangents):
 class Grad(Interpreter):
     def constant(self, value):
         self.count += 1
-        return Wrapper(self, value, index=self.count)
+        return Wrapper(self, value, tape_index=self.count)
 
     def process(self, op, args, kwargs):
-        sources = {name: x.index for name, x in named(op, args, kwargs).items() if mine(self, x)}
+        sources = {name: x.tape_index for name, x in named(op, args, kwargs).items() if mine(self, x)}
         args, kwargs = self.values((args, kwargs))
         y = self.constant(self.lower(op, *args, **kwargs))
-        self.tape.append((op, named(op, args, kwargs) | {"result": y.value}, sources, y.index))
+        self.tape.append((op, named(op, args, kwargs) | {"result": y.value}, sources, y.tape_index))
         return y
 
 
@@ -136,8 +134,8 @@ def grad(f):
         y = level.own(level.run(f, start))
         if y.dim():
             raise ValueError(f"grad of a function whose result has the shape {tuple(y.shape)}; expected a number")
-        cotangents = pull(level.tape, {y.index: torch.ones((), dtype=y.dtype)})
-        return cotangents[start.index] if start.index in cotangents else torch.zeros_like(x)
+        cotangents = pull(level.tape, {y.tape_index: torch.ones((), dtype=y.dtype)})
+        return cotangents[start.tape_index] if start.tape_index in cotangents else torch.zeros_like(x)
 
     return gradient
 
@@ -181,7 +179,8 @@ def tangent_of(op, known, tangents):
     """The tangent of a result, from those of the arguments."""
     kind, formulas = DERIVATIVES[op]
     if kind == "linear":
-        return op(**{name: tangents.get(name, x) for name, x in known.items() if name != "result"})
+        still = {name: torch.zeros_like(known[name]) for name in formulas if name not in tangents}
+        return op(**{name: x for name, x in known.items() if name != "result"} | still | tangents)
     parts = [apply(formulas[name], known | {"grad": t}) for name, t in tangents.items() if name in formulas]
     return sum(parts, torch.zeros_like(known["result"]))
 
@@ -244,6 +243,8 @@ BATCHING = {
 }
 
 
-class Door(TorchDispatchMode):  # where operators come in that have no wrapper among their arguments
+class Door(TorchDispatchMode):
+    """Where operators come in that have no wrapper among their arguments."""
+
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         return dispatch(op, args, kwargs or {})
