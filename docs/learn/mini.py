@@ -19,8 +19,7 @@ class Wrapper(torch.Tensor):
         if value.requires_grad:
             raise NotImplementedError("a tensor that PyTorch's own autograd follows: detach it first")
         self = torch.Tensor._make_wrapper_subclass(cls, value.shape if shape is None else shape, dtype=value.dtype)
-        self.interpreter, self.value = interpreter, value
-        vars(self).update(said)
+        vars(self).update(interpreter=interpreter, value=value, **said)
         return self
 
     @classmethod
