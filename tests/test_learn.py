@@ -163,13 +163,14 @@ def test_the_map_of_functorch_and_jax_leads_to_places_that_are_there():
 
 # ---- the words
 
-PAGES = sorted((ROOT / "docs" / "learn").glob("*.md"))
+#: For readers who do not know the words yet.
+INTRODUCTIONS = [ROOT / "docs" / "one_sitting.md", *sorted((ROOT / "docs" / "learn").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", INTRODUCTIONS, ids=lambda page: page.stem)
 def test_words_of_the_glossary_are_links_where_a_page_uses_them_first(page):
     unlinked = glossary_links.unlinked(page.read_text(encoding="utf-8"), glossary_links.words())
-    assert [use.word for use in unlinked] == [], "run tests/checkers/glossary_links.py --fix docs/learn/*.md"
+    assert [use.word for use in unlinked] == [], f"tests/checkers/glossary_links.py --fix {page}"
 
 
 def test_the_glossary_has_the_words_of_the_lessons():
