@@ -156,9 +156,19 @@ def complete_file() -> str:
 
 
 def script(lesson: int) -> str:
-    """A lesson as a script: all of its Python but the solution."""
-    page = lessons()[lesson - 1]
-    return "\n".join(block.code for block in blocks(page) if block.role != "solution")
+    """A lesson as a script: its Python, and its text as comments; without the solution."""
+    text = re.sub(r"<details>.*?</details>\n", "", lessons()[lesson - 1].read_text(encoding="utf-8"), flags=re.DOTALL)
+    found, end = [], 0
+    for fence in FENCE.finditer(text):
+        found += [commented(text[end : fence.start()]), fence[1]]
+        end = fence.end()
+    return "\n\n".join([*found, commented(text[end:])]) + "\n"
+
+
+def commented(text: str) -> str:
+    """Text as comments, links as the words that they are on."""
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).strip()
+    return "\n".join(f"# {line}".rstrip() for line in words.splitlines())
 
 
 if __name__ == "__main__":
