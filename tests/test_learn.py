@@ -1,4 +1,4 @@
-"""The lessons of docs/learn/: they run, fail where they say so, and make a file that is a small functrans."""
+"""The lessons of docs/learn/ run, fail where they say that they fail, and lead to places that are there."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import glossary_links
 import lessons
-import mini
 import pytest
 import torch
-
-import functrans
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = lessons.lessons()
@@ -159,112 +155,6 @@ def test_lines_to_look_for_are_there():
 def test_the_map_of_functorch_and_jax_leads_to_places_that_are_there():
     text = (ROOT / "docs" / "learn" / "map.md").read_text(encoding="utf-8")
     assert text.count(".py`: `") > 20 and wrong_places(text) == []
-
-
-# ---- the words
-
-#: For readers who do not know the words yet.
-INTRODUCTIONS = [ROOT / "docs" / "one_sitting.md", *sorted((ROOT / "docs" / "learn").glob("*.md"))]
-
-
-@pytest.mark.parametrize("page", INTRODUCTIONS, ids=lambda page: page.stem)
-def test_words_of_the_glossary_are_links_where_a_page_uses_them_first(page):
-    unlinked = glossary_links.unlinked(page.read_text(encoding="utf-8"), glossary_links.words())
-    assert [use.word for use in unlinked] == [], f"tests/checkers/glossary_links.py --fix {page}"
-
-
-def test_the_glossary_has_the_words_of_the_lessons():
-    words = {"perturbation confusion", "composite", "backward node", "tracked", "borrow", "operator", "tape index"}
-    assert words <= set(glossary_links.words())
-
-
-def test_the_check_of_words_notices(tmp_path):
-    known = {"level": "here", "top level": "here", "tape": "there"}
-
-    def found(text: str) -> list[str]:
-        return [use.word for use in glossary_links.unlinked(text, known)]
-
-    assert found("Each level has a tape.\n") == ["level", "tape"]
-    assert found("Each [level](../glossary.md#here) has `a tape`, and levels.\n") == []
-    assert found("# A level\n\n```python\nlevel\n```\n\nA leveller.\n") == []
-    assert found("The top level, and later a [level](../glossary.md#here).\n") == ["top level"]
-    assert found("Levels first, then a [level](../glossary.md).\n") == ["level"]
-    fixed = glossary_links.with_links(tmp_path / "page.md", "Two levels, one tape.\n", known)
-    assert found(fixed) == [] and "glossary.md#there" in fixed
-
-
-# ---- the file
-
-
-def test_the_file_is_what_the_lessons_make_of_it():
-    assert Path(mini.__file__).read_text(encoding="utf-8") == lessons.complete_file(), "run docs/learn/lessons.py"
-    assert lessons.complete_file().count("\n") < 250
-
-
-matrix, rows, point, direction = torch.randn(3, 3), torch.randn(4, 3), torch.randn(3), torch.randn(3)
-pairs = torch.randn(2, 4, 3)
-
-
-def f(x: Any) -> Any:
-    return (torch.tanh((matrix * x).sum(1)) * x.sin()).sum() - (x * x - x).cos().sum() * 0.5
-
-
-def slope(library: Any) -> Any:
-    return lambda f: lambda x: library.jvp(f, (x,), (torch.ones_like(x),))[1]
-
-
-def confusion(derivative: Any) -> Any:
-    return derivative(lambda x: x * derivative(lambda y: x + y)(torch.tensor(1.0)))(torch.tensor(1.0))
-
-
-def issue_32576(derivative: Any) -> Any:
-    return derivative(lambda x: derivative(lambda y: y * (x - y))(x))(torch.tensor(1.0))
-
-
-COMPOSITIONS = {
-    "vmap(grad)": lambda T: T.vmap(T.grad(f))(rows),
-    "grad(vmap)": lambda T: T.grad(lambda rows: T.vmap(f)(rows).sum())(rows),
-    "vmap(vmap(grad))": lambda T: T.vmap(T.vmap(T.grad(f)))(pairs),
-    "vmap(grad(grad))": lambda T: T.vmap(T.grad(lambda x: (T.grad(f)(x) * direction).sum()))(rows),
-    "vmap(jvp(grad))": lambda T: T.vmap(lambda x: T.jvp(T.grad(f), (x,), (direction,))[1])(rows),
-    "grad(jvp)": lambda T: T.grad(lambda x: T.jvp(f, (x,), (direction,))[1])(point),
-    "jvp(jvp)": lambda T: T.jvp(lambda x: T.jvp(f, (x,), (direction,))[1], (point,), (point,))[1],
-    "grad(vmap(grad))": lambda T: T.grad(lambda rows: T.vmap(T.grad(f))(rows).tanh().sum())(rows),
-    "a Hessian": lambda T: T.vmap(lambda row: T.jvp(T.grad(f), (point,), (row,))[1])(torch.eye(3)),
-    "confusion of grad": lambda T: confusion(T.grad),
-    "confusion of jvp": lambda T: confusion(slope(T)),
-    "confusion of jvp in grad": lambda T: T.grad(lambda x: x * slope(T)(lambda y: x + y)(x))(torch.tensor(1.0)),
-    "pytorch#32576 by grad": lambda T: issue_32576(T.grad),
-    "pytorch#32576 by jvp": lambda T: issue_32576(slope(T)),
-    "pytorch#32576 of a batch": lambda T: T.vmap(lambda x: T.grad(lambda x: T.grad(lambda y: y * (x - y))(x))(x))(
-        point
-    ),
-}
-
-
-@pytest.mark.parametrize("name", COMPOSITIONS)
-def test_the_file_does_what_functrans_does(name):
-    torch.testing.assert_close(COMPOSITIONS[name](mini), COMPOSITIONS[name](functrans))
-    assert mini.TOP is None
-
-
-def test_derivatives_are_not_confused():
-    for derivative in (mini.grad, slope(mini), functrans.grad):
-        assert confusion(derivative) == 1 and issue_32576(derivative) == -1
-
-
-def test_random_numbers_of_the_file_differ_between_examples():
-    assert len(set(mini.vmap(lambda x: x * 0 + torch.rand(()))(torch.ones(4)).tolist())) == 4
-
-
-def test_the_file_refuses_what_it_cannot_do_and_leaves_its_stack_as_it_was():
-    with pytest.raises(NotImplementedError, match="PyTorch's own autograd"):
-        mini.grad(torch.sin)(torch.tensor(1.0, requires_grad=True))
-    with pytest.raises(ValueError, match="expected a number"):
-        mini.grad(torch.sin)(rows)
-    with pytest.raises(KeyError):
-        mini.vmap(mini.grad(torch.lgamma))(point)
-    assert mini.TOP is None
 
 
 # ---- the testers
