@@ -160,8 +160,8 @@ def test_the_map_of_functorch_and_jax_leads_to_places_that_are_there():
 # ---- the testers
 
 
-def lesson_of(tmp_path: Path, **changes: str) -> Path:
-    """A small lesson that is as it should be, but for the changes."""
+def lesson(folder: Path, old: str = "", new: str = "") -> Path:
+    """A small lesson that is as it should be, but for ``new`` in the place of ``old``."""
     text = """\
 # exercise
 blank = ...
@@ -181,31 +181,29 @@ number = 2  # without this
 ```python
 assert number == 2, number  # without this: 1
 """
-    for old, new in changes.values():
-        assert old in text
-        text = text.replace(old, new)
-    page = tmp_path / "01_page.md"
-    page.write_text(f"```python\n{text}```\n", encoding="utf-8")
+    assert old in text
+    page = folder / "01_page.md"
+    page.write_text(f"```python\n{text.replace(old, new)}```\n", encoding="utf-8")
     return page
 
 
 def test_the_runner_of_lessons_notices(tmp_path):
-    good = lesson_of(tmp_path)
+    good = lesson(tmp_path)
     test_a_lesson_runs_with_its_solution(good)
     test_the_exercise_fails_as_it_says_until_it_is_solved(good)
     test_without_the_marked_line_the_check_fails_with_the_number_it_states(good)
     test_a_solution_fills_the_blanks_and_changes_nothing_else(good)
 
-    for test, change in [
-        (test_a_lesson_runs_with_its_solution, ("blank = 2", "blank = 3")),
-        (test_the_exercise_fails_as_it_says_until_it_is_solved, ("blank: Ellipsis", "blank: 3")),
-        (test_the_exercise_fails_as_it_says_until_it_is_solved, ("blank == 2", "blank")),
-        (test_without_the_marked_line_the_check_fails_with_the_number_it_states, ("this: 1", "this: 7")),
-        (test_without_the_marked_line_the_check_fails_with_the_number_it_states, ("number = 1", "number = 2")),
-        (test_a_solution_fills_the_blanks_and_changes_nothing_else, ("blank = 2", "other = 2")),
+    for test, old, new in [
+        (test_a_lesson_runs_with_its_solution, "blank = 2", "blank = 3"),
+        (test_the_exercise_fails_as_it_says_until_it_is_solved, "blank: Ellipsis", "blank: 3"),
+        (test_the_exercise_fails_as_it_says_until_it_is_solved, "blank == 2", "blank"),
+        (test_without_the_marked_line_the_check_fails_with_the_number_it_states, "this: 1", "this: 7"),
+        (test_without_the_marked_line_the_check_fails_with_the_number_it_states, "number = 1", "number = 2"),
+        (test_a_solution_fills_the_blanks_and_changes_nothing_else, "blank = 2", "other = 2"),
     ]:
         with pytest.raises((AssertionError, Failure, pytest.fail.Exception)):
-            test(lesson_of(tmp_path, change=change))
+            test(lesson(tmp_path, old, new))
 
 
 def test_the_check_of_places_notices():
