@@ -1,4 +1,4 @@
-"""Words of the glossary are links where a page for newcomers uses them first."""
+"""Words of the glossary are links where a page uses them first."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 import glossary_links
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-#: For readers who do not know the words yet.
-INTRODUCTIONS = [ROOT / "docs" / "one_sitting.md", *sorted((ROOT / "docs" / "learn").glob("*.md"))]
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+#: What newcomers read first, and what else holds to it.
+PAGES = [
+    *sorted((DOCS / "learn").glob("*.md")),
+    *(DOCS / f"{page}.md" for page in ("one_sitting", "control_flow", "named_axes")),
+]
 
 
-@pytest.mark.parametrize("page", INTRODUCTIONS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_words_of_the_glossary_are_links_where_a_page_uses_them_first(page):
     unlinked = glossary_links.unlinked(page.read_text(encoding="utf-8"), glossary_links.words())
     assert [use.word for use in unlinked] == [], f"tests/checkers/glossary_links.py --fix {page}"
