@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import glossary_links
+import lessons
 import pytest
 import torch
 
@@ -55,7 +57,11 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
         exec(code, namespace)  # noqa: S102 - our own pages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+#: Those whose blocks run here; tests/test_learn.py runs the lessons, in more than one way.
+EXECUTED = [page for page in PAGES if page not in lessons.lessons()]
+
+
+@pytest.mark.parametrize("page", EXECUTED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_python_block_of_a_page_runs_and_asserts(page):
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"__name__": page.stem}
@@ -68,13 +74,23 @@ def test_every_python_block_of_a_page_runs_and_asserts(page):
             )
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of the headings of a page."""
+    found = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {glossary_links.slug(heading) for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     prose = CODE.sub("", FENCE.sub("", page.read_text(encoding="utf-8")))
     for target in LINK.findall(prose):
         if not target.startswith(("http:", "https:", "#")):
-            path = page.parent / target.partition("#")[0]
+            file, _, anchor = target.partition("#")
+            path = page.parent / file
             assert path.exists(), f"{page.relative_to(ROOT)} links to {target}, which does not exist"
+            assert not anchor or anchor in headings(path), (
+                f"{page.relative_to(ROOT)} links to {target}: no such heading"
+            )
 
 
 def undefined_and_repeated_notes(texts: dict[str, str]) -> list[str]:
