@@ -43,6 +43,7 @@ from functrans.extension.table_interpreter import Carried, TableInterpreter, mis
 from functrans.extension.transforming import transform
 from functrans.extension.without_rule import as_function
 from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
@@ -51,6 +52,7 @@ __all__ = [
     "BATCHING_RULES",
     "DEFINITIONS",
     "DERIVATIVES",
+    "BackwardNode",
     "BatchInfo",
     "Carried",
     "CarriedValueError",

@@ -20,7 +20,8 @@ from functrans.core.errors import CallError
 
 #: Public names that are no functions to be called wrongly here.
 NO_CALLS = {
-    "BATCHING_RULES", "DEFINITIONS", "DERIVATIVES", "BatchInfo", "CarriedValueError", "CheckFailedError",
+    "BATCHING_RULES", "DEFINITIONS", "DERIVATIVES", "BackwardNode", "BatchInfo", "CarriedValueError",
+    "CheckFailedError",
     "CustomFunctionError", "DerivativeEntryError", "DuplicateRuleError", "FunctransError", "GradInterpreter",
     "Handler", "Interpreter",
     "JvpInterpreter", "MissingRuleError", "PassThrough", "RuleError",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_argnums, check_arguments, check_complex, pick
-from functrans.api.checks import check_chunk_size, check_randomness
+from functrans.api.checks import check_chunk_size, check_interpreter, check_randomness
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.pullbacks import Pullback, conjugated
 from functrans.api.structures import path_of
@@ -25,6 +25,8 @@ from functrans.core.errors import Call, CallError
 from functrans.core.errors.wording import callable_name, what
 from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.subclasses import identity_for, model_of
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
 def traceable(
@@ -48,13 +50,20 @@ def by_rows(
     has_aux: bool,
     chunk_size: int | None,
     holomorphic: bool,
+    cls: type[GradInterpreter],
+    *,
     with_value: bool = False,
 ) -> Callable[..., Any]:
     """What ``transform``, one of the above, returns."""
     call = differentiating(transform.__name__, func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
-    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic}
-    rows = jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic, with_value)
+    if cls is not GradInterpreter:
+        check_interpreter(call, cls, GradInterpreter)
+    options = {
+        "argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic,
+        "interpreter": cls,
+    }  # fmt: skip
+    rows = jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic, cls, with_value=with_value)
     return traceable(transform, func, options, rows)
 
 
@@ -65,12 +74,14 @@ def jacobian_by_rows(
     has_aux: bool,
     chunk_size: int | None,
     holomorphic: bool,
+    cls: type[GradInterpreter] = GradInterpreter,
+    *,
     with_value: bool = False,
 ) -> Callable[..., Any]:
     @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         check_numbers(call, holomorphic, args, argnums)
-        out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs)
+        out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs, cls)
         check_output_numbers(call, holomorphic, out)
         result = rows_of(out, pullback, chunk_size)
         if holomorphic:  # a pullback holds the conjugates
@@ -116,6 +127,7 @@ def by_columns(
     randomness: str,
     chunk_size: int | None,
     holomorphic: bool,
+    cls: type[JvpInterpreter] = JvpInterpreter,
     *,
     with_value: bool = False,
     of_rows: bool = False,
@@ -124,12 +136,18 @@ def by_columns(
     call = differentiating(transform.__name__, func, argnums, has_aux, holomorphic)
     check_chunk_size(call, chunk_size)
     check_randomness(call, randomness)
-    options = {
+    if cls is not JvpInterpreter:
+        check_interpreter(call, cls, JvpInterpreter)
+    options: dict[str, Any] = {
         "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
         "holomorphic": holomorphic,
     }  # fmt: skip
+    if not of_rows:
+        options["interpreter"] = cls
     inner = jacobian_by_rows(call, func, argnums, has_aux, None, holomorphic) if of_rows else func
-    columns = jacobian_by_columns(call, inner, argnums, has_aux, randomness, chunk_size, holomorphic, with_value)
+    columns = jacobian_by_columns(
+        call, inner, argnums, has_aux, randomness, chunk_size, holomorphic, cls, with_value=with_value
+    )
     return traceable(transform, func, options, columns)
 
 
@@ -141,7 +159,9 @@ def jacobian_by_columns(
     randomness: str,
     chunk_size: int | None,
     holomorphic: bool,
-    with_value: bool = False,
+    cls: type[JvpInterpreter],
+    *,
+    with_value: bool,
 ) -> Callable[..., Any]:
     @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +175,7 @@ def jacobian_by_columns(
 
         def push(basis: list[Tensor]) -> Any:
             tangents = tree_unflatten(spec, [shaped(b, x.shape) for b, x in zip(basis, leaves, strict=True)])
-            out, tangent, aux = jvp_with_argnums(call, func, args, tangents, argnums, False, has_aux, kwargs)
+            out, tangent, aux = jvp_with_argnums(call, func, args, tangents, argnums, False, has_aux, kwargs, cls)
             check_output_numbers(call, holomorphic, out)
             return tangent, (out if with_value else None), aux
 

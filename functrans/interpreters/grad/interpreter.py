@@ -58,7 +58,7 @@ class GradInterpreter(Interpreter, whole=True):
         self.retaining: list[WrapperTensor] = []
 
     def track(self, value: Tensor) -> WrapperTensor:
-        """A wrapper for ``value`` that the tape follows."""
+        """A wrapper for ``value``, of a level below, that the tape follows: with a tape index of its own."""
         wrapper = wrap(self, value)
         self.last_index += 1
         wrapper.tape_index = self.last_index
@@ -147,6 +147,17 @@ class GradInterpreter(Interpreter, whole=True):
         return cotangent
 
     def record(self, node: Any, outs: Any, ins: Any, saved: Any) -> None:
+        """Add a record to the tape.
+
+        Args:
+            node: a ``BackwardNode``; its ``pull(saved, grad)`` returns a list with a cotangent, or None, for each of
+                ``ins``.
+            outs: the tape index of the output, or a list with one for each of several (None: not tracked); ``grad`` is
+                the cotangent of it, or a list of them with None for those that nothing depends on.
+            ins: a list of the tape indices of the tracked inputs.
+            saved: a list of what ``node`` needs: values of the level below, or anything else. Tensors in it are copied
+                before they are written.
+        """
         self.tape.append((node, outs, ins, saved))
 
     def rows_behind(self, index: int, diagonal: Any) -> tuple[Tensor, int, int] | None:
@@ -158,7 +169,7 @@ class GradInterpreter(Interpreter, whole=True):
         product of a matrix and a vector scales the matrix's rows. Returns these rows, the index that they are
         cotangents of, and how much of the tape is left to be walked; None if the last step is of another kind.
         """
-        if self.hooks is not None or checks_numbers():
+        if self.hooks is not None or checks_numbers() or type(self).pull is not GradInterpreter.pull:
             return None
         size = diagonal.shape[0]
         end, found = len(self.tape), None

@@ -28,6 +28,7 @@ aten = torch.ops.aten
 class BackwardNode:
     """What pulls back through a record of the tape, and looks after what it saved: a list of values."""
 
+    #: the operator, or what messages call it
     op: Any
 
     def operator(self, saved: Any) -> Any:
