@@ -372,9 +372,9 @@ def test_errors_of_custom_functions_are_the_users() -> None:
 
     with pytest.raises(KeyError, match="mine") as info:
         grad(lambda x: Raises.apply(x).sum())(X)
-    assert "in the derivative of Raises.apply of grad(<lambda>) at level 1, on cotangent float32[3]" in getattr(
-        info.value, "__notes__", []
-    )
+    assert_expected_inline(text(info.value), """\
+KeyError: 'mine'
+in the derivative of Raises.apply of grad(<lambda>) at level 1, on cotangent float32[3], by the rule at test_rule_errors.py:N""")  # noqa: E501
 
 
 def test_an_error_on_the_way_back_names_the_operator() -> None:
@@ -388,4 +388,4 @@ def test_an_error_on_the_way_back_names_the_operator() -> None:
 RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x3 and 7x7)
 in vmap(<lambda>) at level 1: aten.matmul.default of float32[3], float32[7, 7]
 called at test_rule_errors.py:N, in <lambda>
-in the derivative of aten.sin.default of grad(<lambda>) at level 2, on cotangent float32[3]""")
+in the derivative of aten.sin.default of grad(<lambda>) at level 2, on cotangent float32[3], by the rule at test_rule_errors.py:N""")  # noqa: E501

@@ -11,6 +11,7 @@ from functrans.api.checks import check_kind
 from functrans.core.defaults import completed
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.errors import CallTypeError, CarriedValueError, MissingRuleError
+from functrans.core.errors.call_sites import definition
 from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
@@ -145,7 +146,8 @@ class TableInterpreter(Interpreter):
         return {} if self.is_constant(wrapper) else {name: getattr(wrapper, name) for name in self.payload}
 
     def rule_place(self, op: Any) -> str | None:
-        return place_in(op, self.rules)
+        found = place_in(op, self.rules)
+        return definition(self.without_rule) if found is None and callable(self.rules.default) else found
 
     def rule_for(self, op: Any) -> Callable[..., Any] | None:
         """The rule of ``op``, or None; a subclass may know more than its table."""

@@ -22,9 +22,10 @@ from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
-from functrans.interpreters.grad.anomaly import NotedTape, check_numbers, checks_numbers
+from functrans.interpreters.grad.anomaly import check_numbers, checks_numbers
 from functrans.interpreters.grad.grad_fn import grad_fn_of
 from functrans.interpreters.grad.nodes import BackwardNode, ProgramNode, matrix_of
+from functrans.interpreters.grad.noted_tape import new_tape
 from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, choose_method
 from functrans.programs.fusible import REAL
@@ -48,7 +49,7 @@ class GradInterpreter(Interpreter, whole=True):
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
-        self.tape: list[Record] = NotedTape() if torch.is_anomaly_enabled() else []
+        self.tape: list[Record] = new_tape()
         self.last_index = 0
         #: functions that see, and may replace, the cotangent of an index
         self.hooks: dict[int, OrderedDict[int, Callable[..., Any]]] | None = None
@@ -229,7 +230,8 @@ class GradInterpreter(Interpreter, whole=True):
             try:
                 found = node.pull(saved, grad)
             except Exception as error:
-                explain_pull(error, self, node.operator(saved), grad, isinstance(node, BackwardNode))
+                formula = isinstance(node, BackwardNode)
+                explain_pull(error, self, node.operator(saved), grad, formula, node.rule_place(saved))
                 raise
             if checking:
                 check_numbers(self, tape, i, node.operator(saved), found)
