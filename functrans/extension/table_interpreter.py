@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from functrans.api.checks import check_kind
@@ -23,6 +24,12 @@ from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.extension.calls import check_operator
 from functrans.extension.missing_rule import missing_rule_error
+from functrans.extension.own_metadata import (
+    check_no_history,
+    check_places,
+    without_numbers,
+    wrap_by_payload,
+)
 from functrans.extension.rule_results import check_below, check_carried, checked_result, checked_tree
 from functrans.extension.without_rule import policy_of, refused
 
@@ -78,9 +85,12 @@ class TableInterpreter(Interpreter):
     rules: ClassVar[RuleTable[Callable[..., Any]]]
     #: What is done with an operator without a rule: ``rules.default`` as a function.
     without_rule: ClassVar[Callable[..., Any]] = staticmethod(refused)
+    #: Whether ``shows`` says something of its own.
+    shows_own: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.shows_own = cls.shows is not TableInterpreter.shows
         if hasattr(cls, "rules"):
             cls.without_rule = staticmethod(policy_of(cls.rules.title, cls.rules.default))
 
@@ -118,14 +128,24 @@ class TableInterpreter(Interpreter):
         check_below(self, "value", value)
         for name, carried in payload.items():
             check_carried(self, name, carried)
-        wrapper = wrap(self, bare(value))
-        for name in self.payload:
-            setattr(wrapper, name, payload.pop(name, None))
+        named = {name: payload.pop(name, None) for name in self.payload}
         if payload:
             raise CallTypeError(
                 f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}"
             )
+        own = self.shows_own and any(carried is not None for carried in named.values())
+        wrapper = wrap_by_payload(self, bare(value), named) if own else wrap(self, bare(value))
+        for name, carried in named.items():
+            setattr(wrapper, name, carried)
         return wrapper
+
+    def shows(self, value: Tensor, **payload: Any) -> tuple[Sequence[int], torch.dtype]:
+        """The shape and dtype of what a wrapper with this payload stands for; those of ``value`` unless overridden.
+
+        A subclass whose payload says how to read the value (a scale, the other factor of a product) overrides it. It is
+        called with all names of the payload, at least one of which is not None; a constant shows its value's.
+        """
+        return value.shape, value.dtype
 
     def own(self, x: Tensor) -> WrapperTensor:
         """``x`` as a wrapper of this level: itself, or the constant that it is here."""
@@ -138,6 +158,20 @@ class TableInterpreter(Interpreter):
 
     def constant(self, value: Tensor) -> WrapperTensor:
         return self.carry(value)
+
+    def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
+        if self.shows_own:
+            return self.carry(value, **{name: getattr(source, name) for name in self.payload})
+        return super().rewrap(source, value)
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        return everywhere and not self.shows_own  # a payload by which the value is read goes with the value
+
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> tuple[Tensor, WrapperTensor]:
+        if not self.shows_own:
+            return super().aligned(old, new)
+        check_no_history(self, old)
+        return new.value, new
 
     def describe(self, wrapper: WrapperTensor) -> str:
         return "constant" if self.is_constant(wrapper) else ""
@@ -165,6 +199,10 @@ class TableInterpreter(Interpreter):
 
         values, kwarg_values = map_tensors(value, args), {k: map_tensors(value, a) for k, a in kwargs.items()}
         rule = self.rule_for(op)
+        if self.shows_own and carrying:
+            check_places(self, op)
+            if rule is None and op in READS_NO_VALUES:
+                values = map_tensors(lambda a: without_numbers(self, a), args)
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
         if rule is None and op_info(op).composite:
