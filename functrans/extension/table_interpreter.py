@@ -23,6 +23,7 @@ from functrans.core.torch_private import HigherOrderOperator, OpOverload, torch_
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.extension.calls import check_operator
+from functrans.extension.case_by_case import check_has_cases
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.extension.own_metadata import (
     check_no_history,
@@ -93,6 +94,8 @@ class TableInterpreter(Interpreter):
         cls.shows_own = cls.shows is not TableInterpreter.shows
         if hasattr(cls, "rules"):
             cls.without_rule = staticmethod(policy_of(cls.rules.title, cls.rules.default))
+            if cls.rules.default == "loop":
+                check_has_cases(cls, TableInterpreter)
 
     def enter(self, leaf: Any) -> Any:
         """What the transformed function gets for a leaf of its arguments; runs one level down.
@@ -146,6 +149,17 @@ class TableInterpreter(Interpreter):
         called with all names of the payload, at least one of which is not None; a constant shows its value's.
         """
         return value.shape, value.dtype
+
+    def cases(self, wrapper: WrapperTensor) -> Sequence[Tensor]:
+        """For ``default="loop"``: the values that ``wrapper``, which carries a payload, stands for.
+
+        They are values of the levels below, as many for each wrapper, of the shape and dtype that it shows.
+        """
+        raise NotImplementedError
+
+    def of_cases(self, values: Sequence[Tensor]) -> WrapperTensor:
+        """For ``default="loop"``: a wrapper, made by ``carry``, that stands for these values."""
+        raise NotImplementedError
 
     def own(self, x: Tensor) -> WrapperTensor:
         """``x`` as a wrapper of this level: itself, or the constant that it is here."""

@@ -24,6 +24,7 @@ from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extension.calls import check_running
+from functrans.extension.case_by_case import looped
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.extension.own_metadata import check_values
 
@@ -183,6 +184,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "error": refused,
     "jvp": by_jvp,
     "decompose": decomposed,
+    "loop": looped,
     "pass": passed,
 }
 
