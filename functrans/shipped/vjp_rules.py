@@ -157,7 +157,7 @@ class VjpNode(BackwardNode):
         self.places = places
 
     def rule_place(self, saved: Any) -> str | None:
-        return definition(self.rule.custom.bwd)
+        return definition(self.rule.custom.rules[1])
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         outs, residuals = saved[: self.outs], saved[self.outs :]
