@@ -16,7 +16,7 @@ from torch import Tensor
 from functrans.core.errors import CallError, CallTypeError, InsideTransformError
 from functrans.core.errors.described import shown
 from functrans.core.pytrees import tree_flatten
-from functrans.core.tensor import WrapperTensor, strides_of, wrap_showing
+from functrans.core.tensor import WrapperTensor, strides_of, wrap, wrap_showing
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import OpOverload
 from functrans.functionalization.numbers_read import carries_derivative
@@ -31,8 +31,11 @@ BY_PLACES = frozenset((aten.as_strided.default, aten.as_strided_copy.default, at
 
 
 def wrap_by_payload(interpreter: TableInterpreter, value: Tensor, payload: dict[str, Any]) -> WrapperTensor:
-    """A wrapper around ``value`` that shows what ``interpreter.shows`` says."""
-    said = interpreter.shows(value, **payload)
+    """A wrapper around ``value`` that shows what ``interpreter.shows`` says of it with this payload, if it has one."""
+    named = {name: payload.get(name) for name in interpreter.payload}
+    if all(carried is None for carried in named.values()):
+        return wrap(interpreter, value)
+    said = interpreter.shows(value, **named)
     if not (isinstance(said, tuple) and len(said) == 2 and is_shape(said[0]) and isinstance(said[1], torch.dtype)):
         raise CallTypeError(f"shows of {interpreter.name}", shown(said), "a pair (shape, dtype)")
     shape, dtype = torch.Size(said[0]), said[1]

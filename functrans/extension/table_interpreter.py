@@ -131,15 +131,13 @@ class TableInterpreter(Interpreter):
         check_below(self, "value", value)
         for name, carried in payload.items():
             check_carried(self, name, carried)
-        named = {name: payload.pop(name, None) for name in self.payload}
+        wrapper = wrap_by_payload(self, bare(value), payload) if self.shows_own else wrap(self, bare(value))
+        for name in self.payload:
+            setattr(wrapper, name, payload.pop(name, None))
         if payload:
             raise CallTypeError(
                 f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}"
             )
-        own = self.shows_own and any(carried is not None for carried in named.values())
-        wrapper = wrap_by_payload(self, bare(value), named) if own else wrap(self, bare(value))
-        for name, carried in named.items():
-            setattr(wrapper, name, carried)
         return wrapper
 
     def shows(self, value: Tensor, **payload: Any) -> tuple[Sequence[int], torch.dtype]:
