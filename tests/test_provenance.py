@@ -39,6 +39,9 @@ from functrans.extend import (
     running_at,
     transform,
 )
+from functrans.shipped.interval_rules import IntervalLevel
+from functrans.shipped.jet import JetInterpreter
+from functrans.shipped.sparsity_level import SparsityLevel
 
 aten = torch.ops.aten
 HOPS = torch.ops.higher_order
@@ -181,6 +184,15 @@ KINDS: dict[str, tuple[str, str, bool, Callable[[], Any]]] = {
         lambda: ft.vmap(lambda x: transform(Policy, of_sin)(Carried(x, mark=1)))(ROWS)),
     "a rule for an operator that takes functions": ("cond", "table(<lambda>) at level 1", True,
         lambda: transform(Table, lambda x: torch.cond(torch.tensor(True), of_sin, of_sin, (x,)))(Carried(X, mark=1))),
+    **{
+        f"a rule of {name}": ("aten.sin.default", f"{name}(sin) at level 1", False,
+            lambda table=table, call=call: rescoped(table, sin, lambda: table.add(sin, failing), call))
+        for name, table, call in (
+            ("jet", JetInterpreter.rules, lambda: ft.jet(torch.sin, (X,), ([X, X],))),
+            ("bounds", IntervalLevel.rules, lambda: ft.bounds(torch.sin)(X, X + 1)),
+            ("sparsity", SparsityLevel.rules, lambda: ft.sparsity(torch.sin)(X)),
+        )
+    },
     "before of a PassThrough": ("aten.sin.default", "looks(<lambda>) at level 1", False,
         lambda: transform(Looks, of_sin)(X)),
     "after of a PassThrough": ("aten.sin.default", "sees(<lambda>) at level 1", False,
@@ -368,6 +380,33 @@ def test_what_a_function_or_a_primitive_runs() -> None:
 
     found = asked(lambda x: transform(Handler, scaled)(x), X)
     assert found == [(MUL, (2, "handler", "scaled", False), None)]
+
+
+def test_the_origin_is_what_was_called() -> None:
+    """A Function, a Primitive, an operator by PyTorch's derivative."""
+    seen: list[Any] = []
+
+    def noted(grad: Any, *_: Any) -> Any:
+        seen.append(origin())
+        return grad
+
+    f = identity(backward=lambda ctx, grad: noted(grad))
+    p = Primitive("p", lambda x: x)
+    p.derivative(pullback=noted)
+    for called, name in ((f.apply, f), (p, p)):
+        ft.grad(total(called))(X)
+        assert seen.pop().op is name and not seen
+    recorded_here.noted = noted
+    ft.grad(total(recorded_here))(X)
+    assert seen.pop().op is torch.ops.provenance.recorded_here.default
+
+
+@torch.library.custom_op("provenance::recorded_here", mutates_args=())
+def recorded_here(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+recorded_here.register_autograd(lambda ctx, grad: recorded_here.noted(grad))
 
 
 def test_in_rules_of_every_kind() -> None:

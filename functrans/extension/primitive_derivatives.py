@@ -84,7 +84,7 @@ class PrimitiveNode(BackwardNode):
     """One call on the tape; saved are its output and its arguments."""
 
     def __init__(self, derivative: PrimitiveDerivative, kwargs: dict[str, Any], places: list[int]) -> None:
-        self.op = derivative.primitive.name
+        self.op = derivative.primitive
         self.derivative = derivative
         self.kwargs = kwargs
         self.places = places

@@ -143,8 +143,9 @@ def meanings(frame: FrameType | None) -> Iterator[Caller]:
 
 def pulled(walk: dict[str, Any]) -> Any:
     """The operator of the record that a walk back is at."""
-    operators = getattr(walk["node"], "operators", ())
-    return operators if len(operators) > 1 else walk["node"].operator(walk["saved"])
+    node, saved = walk["node"], walk["saved"]
+    operators = getattr(node, "operators", ())
+    return operators if len(operators) > 1 else getattr(saved, "cls", None) or node.operator(saved)
 
 
 def shown_op(op: Any) -> Any:
