@@ -396,6 +396,9 @@ def test_the_origin_is_what_was_called() -> None:
     for called, name in ((f.apply, f), (p, p)):
         ft.grad(total(called))(X)
         assert seen.pop().op is name and not seen
+    ft.grad(lambda x: (x.register_hook(noted), x.sin().sum())[1])(X)
+    assert seen == [None], "an argument was made by no operator"
+    seen.clear()
     recorded_here.noted = noted
     ft.grad(total(recorded_here))(X)
     assert seen.pop().op is torch.ops.provenance.recorded_here.default

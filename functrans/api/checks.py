@@ -63,10 +63,10 @@ def check_dense(call: Call | str, name: str, value: Any, expected: str = "a tens
 
 def check_interpreter(call: Call, cls: Any, base: type[Interpreter]) -> None:
     """``interpreter``, which the call shows from here on, is a class derived from ``base``."""
-    about = {"interpreter": cls}
-    call.arguments = call.arguments | about if isinstance(call.arguments, dict) else (
-        f"{call.arguments}, interpreter={shown(cls)}"
-    )  # fmt: skip
+    if isinstance(call.arguments, dict):
+        call.arguments["interpreter"] = cls
+    else:
+        call.arguments += f", interpreter={shown(cls)}"
     if isinstance(cls, type) and issubclass(cls, base):
         return
     cure = "Pass the class, of which each call makes one." if isinstance(cls, base) else ""

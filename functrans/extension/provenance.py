@@ -120,7 +120,7 @@ PULL, ROWS = GradInterpreter.pull.__code__, GradInterpreter.rows_behind.__code__
 def record_at(frame: FrameType) -> int | None:
     """Which record of its tape a walk back that ``frame`` is of has come to; None if it is of none."""
     walk = frame.f_locals if frame.f_code in (PULL, ROWS) else {}
-    if "node" not in walk:
+    if walk.get("node") is None:
         return None
     return walk["i"] if frame.f_code is PULL else walk["end"] - 1
 

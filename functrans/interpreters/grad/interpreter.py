@@ -246,6 +246,7 @@ class GradInterpreter(Interpreter, whole=True):
                     for s, c in zip(index, cotangent, strict=True):
                         if s is not None and c is not None:
                             cotangents[s] = total(cotangents[s], c) if s in cotangents else c
+        node = None  # for who asks from here on which record is pulled back through: see extension/provenance.py
         cotangents = {index: tensor_of(cotangent) for index, cotangent in cotangents.items()}
         if self.hooks is not None:
             cotangents = {index: self.hooked(index, cotangent) for index, cotangent in cotangents.items()}
