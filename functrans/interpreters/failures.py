@@ -140,12 +140,13 @@ def explain(error: BaseException) -> None:
     """Called where an exception passes the door: raises a RuleError in its place, or adds notes to it."""
     if not isinstance(error, Exception):
         return
-    calls = calls_in(error.__traceback__)
-    if not calls:
+    first = next((entry for entry in entries(error.__traceback__) if meaning_at(entry.tb_frame) is not None), None)
+    kept = passes(error)
+    if first is None or (kept and not runs_users(first)):
         return
-    if passes(error):
-        if runs_users(calls[0].traceback):
-            add_notes(error, calls, sys._getframe(2))
+    calls = calls_in(first)
+    if kept:
+        add_notes(error, calls, sys._getframe(2))
         return
     nested = next((call.nested for call in calls if call.nested is not None), None)
     if nested is not None:
