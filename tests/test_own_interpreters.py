@@ -182,6 +182,18 @@ def test_below_another_level_no_program_arrives(name: str) -> None:
     assert all(isinstance(op, torch._ops.OpOverload) for op in asked)
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_captured_tensors_are_for_those_who_ask_for_them(name: str) -> None:
+    captured = torch.ones((), dtype=X.dtype)
+    f = lambda x: x * torch.cos(captured) + torch.ones(())
+    expected = BASES[name](f, lambda base: base)
+    for sees, extra in ((False, []), (True, [aten.cos.default, aten.ones.default])):
+        asked: list[Any] = []
+        noted = lambda base, asked=asked, sees=sees: type("Sees", (noting(base, asked),), {"sees_everything": sees})
+        torch.testing.assert_close(BASES[name](f, noted), expected)
+        assert [op for op in asked if op in (aten.cos.default, aten.ones.default)] == extra
+
+
 def test_whole_programs_are_for_those_who_ask_for_them() -> None:
     asked: list[Any] = []
 
