@@ -39,7 +39,9 @@ from functrans.shipped import jet_rules, laplacian_rules  # noqa: F401
 from functrans.shipped.bounds import bounds
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.count import count
-from functrans.shipped.custom_rules import custom_jvp, custom_vjp, custom_vmap
+from functrans.shipped.custom_jvp import custom_jvp
+from functrans.shipped.custom_vjp import custom_vjp
+from functrans.shipped.custom_vmap import custom_vmap
 from functrans.shipped.jet import jet
 from functrans.shipped.laplacian import laplacian
 from functrans.shipped.lowp import lowp

@@ -38,11 +38,14 @@ from functrans.extension.checkers import CheckFailedError, check_batching_rule, 
 from functrans.extension.levels import Handler, PassThrough
 from functrans.extension.missing_rules import missing_rules
 from functrans.extension.primitives import Primitive
+from functrans.extension.provenance import Caller, Origin, caller, origin
 from functrans.extension.rule_scopes import overriding, rules_in_scope
 from functrans.extension.table_interpreter import Carried, TableInterpreter, missing_rule
 from functrans.extension.transforming import transform
 from functrans.extension.without_rule import as_function
 from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.grad.nodes import BackwardNode
+from functrans.interpreters.grad.noted_tape import noting_lines
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
@@ -51,7 +54,9 @@ __all__ = [
     "BATCHING_RULES",
     "DEFINITIONS",
     "DERIVATIVES",
+    "BackwardNode",
     "BatchInfo",
+    "Caller",
     "Carried",
     "CarriedValueError",
     "CheckFailedError",
@@ -64,6 +69,7 @@ __all__ = [
     "Interpreter",
     "JvpInterpreter",
     "MissingRuleError",
+    "Origin",
     "PassThrough",
     "Primitive",
     "RuleError",
@@ -74,6 +80,7 @@ __all__ = [
     "WrapperTensor",
     "as_function",
     "batching_rule",
+    "caller",
     "check_batching_rule",
     "check_derivative",
     "check_transform",
@@ -86,7 +93,9 @@ __all__ = [
     "missing_rule",
     "missing_rules",
     "no_derivative",
+    "noting_lines",
     "op_info",
+    "origin",
     "overriding",
     "rules_in_scope",
     "run_transformed",

@@ -20,11 +20,13 @@ from functrans.core.errors import CallError
 
 #: Public names that are no functions to be called wrongly here.
 NO_CALLS = {
-    "BATCHING_RULES", "DEFINITIONS", "DERIVATIVES", "BatchInfo", "CarriedValueError", "CheckFailedError",
+    "BATCHING_RULES", "DEFINITIONS", "DERIVATIVES", "BackwardNode", "BatchInfo", "Caller",
+    "CarriedValueError", "CheckFailedError",
     "CustomFunctionError", "DerivativeEntryError", "DuplicateRuleError", "FunctransError", "GradInterpreter",
     "Handler", "Interpreter",
-    "JvpInterpreter", "MissingRuleError", "PassThrough", "RuleError",
+    "JvpInterpreter", "MissingRuleError", "Origin", "PassThrough", "RuleError",
     "RuleResultError", "RuleTable", "TableInterpreter", "VmapInterpreter", "WrapperTensor",
+    "caller", "noting_lines", "origin",
 }  # fmt: skip
 
 

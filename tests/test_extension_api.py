@@ -181,7 +181,7 @@ def test_passing_and_decomposing() -> None:
 
 
 def test_a_default_that_is_none() -> None:
-    with pytest.raises(RegistrationError, match="expected one of 'error', 'jvp', 'decompose', 'pass', or a function"):
+    with pytest.raises(RegistrationError, match="one of 'error', 'jvp', 'decompose', 'loop', 'pass', or a function"):
         table_with("guess")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from identity_functions import identity
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -357,24 +358,15 @@ def test_what_a_mode_of_the_users_raises_is_the_users() -> None:
 
 
 def test_errors_of_custom_functions_are_the_users() -> None:
-    class Raises(torch.autograd.Function):
-        @staticmethod
-        def forward(x: Tensor) -> Tensor:
-            return x.clone()
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise KeyError("mine")
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            raise KeyError("mine")
-
+    function = identity(backward=backward)
     with pytest.raises(KeyError, match="mine") as info:
-        grad(lambda x: Raises.apply(x).sum())(X)
-    assert "in the derivative of Raises.apply of grad(<lambda>) at level 1, on cotangent float32[3]" in getattr(
-        info.value, "__notes__", []
-    )
+        grad(lambda x: function.apply(x).sum())(X)
+    assert_expected_inline(text(info.value), """\
+KeyError: 'mine'
+in the derivative of Identity.apply of grad(<lambda>) at level 1, on cotangent float32[3], by the rule at test_rule_errors.py:N""")  # noqa: E501
 
 
 def test_an_error_on_the_way_back_names_the_operator() -> None:
@@ -388,4 +380,4 @@ def test_an_error_on_the_way_back_names_the_operator() -> None:
 RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x3 and 7x7)
 in vmap(<lambda>) at level 1: aten.matmul.default of float32[3], float32[7, 7]
 called at test_rule_errors.py:N, in <lambda>
-in the derivative of aten.sin.default of grad(<lambda>) at level 2, on cotangent float32[3]""")
+in the derivative of aten.sin.default of grad(<lambda>) at level 2, on cotangent float32[3], by the rule at test_rule_errors.py:N""")  # noqa: E501

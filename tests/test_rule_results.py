@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from identity_functions import identity
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
@@ -57,24 +58,7 @@ def by_the_table(rule: Callable[..., Any]) -> Callable[[Tensor], Any]:
 
 
 def by_a_function(rule: Callable[..., Any]) -> Callable[[Tensor], Any]:
-    class Identity(torch.autograd.Function):
-        @staticmethod
-        def forward(x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            return g
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
-            return rule(info, in_dims, x)
-
-    return Identity.apply
+    return identity(backward=lambda ctx, grad: grad, vmap=rule).apply
 
 
 @torch.library.custom_op("functrans_tests::same", mutates_args=())

@@ -12,6 +12,7 @@ from unittest import mock
 import dependence
 import pytest
 import torch
+from identity_functions import identity
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -286,20 +287,8 @@ def test_what_the_user_derives_otherwise() -> None:
     assert torch.equal(sparsity(lambda x: x.flip(0))(torch.ones(3)).to_dense(), torch.eye(3).flip(0).bool())
 
 
-class Reversed(torch.autograd.Function):
-    """The identity, whose derivative is that of flip."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.flip(0)
+#: The derivative is that of flip.
+Reversed = identity(jvp=lambda ctx, tangent: tangent.flip(0))
 
 
 @custom_vjp

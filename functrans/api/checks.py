@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functrans.core.errors import Call, CallTypeError, CallValueError
 from functrans.core.errors.wording import callable_name, shown, what
+from functrans.core.interpreter import Interpreter
 
 
 def check_callable(transform: str, func: Any) -> None:
@@ -58,6 +59,21 @@ def check_dense(call: Call | str, name: str, value: Any, expected: str = "a tens
         if kind in kinds and not (kind == "f" and dtype.itemsize == 1):
             return
     raise CallTypeError(call, f"{what(value)} as {name}", expected)
+
+
+def check_interpreter(call: Call, cls: Any, base: type[Interpreter]) -> None:
+    """``interpreter``, which the call shows from here on, is a class derived from ``base``."""
+    if isinstance(call.arguments, dict):
+        call.arguments["interpreter"] = cls
+    else:
+        call.arguments += f", interpreter={shown(cls)}"
+    if isinstance(cls, type) and issubclass(cls, base):
+        return
+    cure = "Pass the class, of which each call makes one." if isinstance(cls, base) else ""
+    if isinstance(cls, type) and issubclass(cls, Interpreter):
+        runs = f"It is run by functrans.extend.transform({cls.__name__}, func)."
+        cure = runs if hasattr(cls, "enter") else f"Derive it from {base.__name__}."
+    raise CallTypeError(call, f"{what(cls)} as interpreter", f"a subclass of {base.__name__}", cure)
 
 
 def call_function(call: Call | str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,6 +18,8 @@ from functrans.api.transforms import (
 )
 from functrans.core.errors import Call
 from functrans.core.errors.wording import callable_name, shown
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
 def jacrev(
@@ -27,6 +29,7 @@ def jacrev(
     has_aux: bool = False,
     chunk_size: int | None = None,
     holomorphic: bool = False,
+    interpreter: type[GradInterpreter] = GradInterpreter,
     _preallocate_and_copy: bool = False,
 ) -> Callable[..., Any]:
     """The Jacobian by reverse mode: one pullback per element of the output, all at once.
@@ -39,6 +42,7 @@ def jacrev(
             that ``func`` may have derivatives that vmap cannot batch.
         holomorphic: ``func`` is promised to be holomorphic in the arguments that ``argnums`` names: they and the
             outputs are complex, and the Jacobian holds complex derivatives.
+        interpreter: as in ``grad``.
 
     Returns:
         A function of the same arguments, which may have keyword arguments. It returns, for every output tensor, the
@@ -55,7 +59,7 @@ def jacrev(
         tensor([[2., 0.],
                 [0., 4.]])
     """
-    return by_rows(jacrev, func, argnums, has_aux, chunk_size, holomorphic)
+    return by_rows(jacrev, func, argnums, has_aux, chunk_size, holomorphic, interpreter)
 
 
 def jacrev_and_value(
@@ -65,6 +69,7 @@ def jacrev_and_value(
     has_aux: bool = False,
     chunk_size: int | None = None,
     holomorphic: bool = False,
+    interpreter: type[GradInterpreter] = GradInterpreter,
 ) -> Callable[..., Any]:
     """Like ``jacrev``, and the function's value, in one evaluation: ``(jacobian, value)``, or
     ``(jacobian, (value, aux))``.
@@ -76,7 +81,7 @@ def jacrev_and_value(
         >>> value
         tensor([1., 4.])
     """
-    return by_rows(jacrev_and_value, func, argnums, has_aux, chunk_size, holomorphic, with_value=True)
+    return by_rows(jacrev_and_value, func, argnums, has_aux, chunk_size, holomorphic, interpreter, with_value=True)
 
 
 def jacfwd(
@@ -87,6 +92,7 @@ def jacfwd(
     randomness: str = "error",
     chunk_size: int | None = None,
     holomorphic: bool = False,
+    interpreter: type[JvpInterpreter] = JvpInterpreter,
 ) -> Callable[..., Any]:
     """The Jacobian by forward mode: one tangent per element of the arguments, all at once.
 
@@ -97,6 +103,7 @@ def jacfwd(
         randomness: as in ``vmap``, for random operators in ``func``.
         chunk_size: how many tangents to run at a time; None: all.
         holomorphic: as in ``jacrev``.
+        interpreter: as in ``jvp``.
 
     Returns:
         A function of the same arguments, with results as those of ``jacrev``.
@@ -113,7 +120,7 @@ def jacfwd(
         >>> jacfwd(torch.square, holomorphic=True)(torch.tensor([1j]))
         tensor([[0.+2.j]])
     """
-    return by_columns(jacfwd, func, argnums, has_aux, randomness, chunk_size, holomorphic)
+    return by_columns(jacfwd, func, argnums, has_aux, randomness, chunk_size, holomorphic, interpreter)
 
 
 def jacfwd_and_value(
@@ -124,6 +131,7 @@ def jacfwd_and_value(
     randomness: str = "error",
     chunk_size: int | None = None,
     holomorphic: bool = False,
+    interpreter: type[JvpInterpreter] = JvpInterpreter,
 ) -> Callable[..., Any]:
     """Like ``jacfwd``, and the function's value, in one evaluation: ``(jacobian, value)``, or
     ``(jacobian, (value, aux))``.
@@ -135,7 +143,9 @@ def jacfwd_and_value(
         >>> value
         tensor([1., 4.])
     """
-    return by_columns(jacfwd_and_value, func, argnums, has_aux, randomness, chunk_size, holomorphic, with_value=True)
+    return by_columns(
+        jacfwd_and_value, func, argnums, has_aux, randomness, chunk_size, holomorphic, interpreter, with_value=True
+    )
 
 
 def hessian(

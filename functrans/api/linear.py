@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, refuse_argument, unwrap
-from functrans.api.checks import check_callable, check_flag
+from functrans.api.checks import check_callable, check_flag, check_interpreter
 from functrans.api.compiled import UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
 from functrans.api.mismatches import refuse_tangent
@@ -32,11 +32,17 @@ from functrans.core.thread_state import STATE
 from functrans.core.torch_private import is_torch_func_active
 from functrans.interpreters.grad.interpreter import check_versions
 from functrans.interpreters.grad.nodes import tensors_in
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter, Step, Variable
 from functrans.interpreters.transpose import TransposeInterpreter, vanishes
 
 
-def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
+def linearize(
+    func: Callable[..., Any],
+    *primals: Any,
+    has_aux: bool = False,
+    interpreter: type[JvpInterpreter] = JvpInterpreter,
+) -> Any:
     """The value of ``func`` and its jvp at a point, as a function of the tangents.
 
     ``func`` runs once. Of its derivative, all that depends on the primals alone is computed on the way and saved; a
@@ -47,6 +53,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
         func: takes ``*primals``, returns a pytree of tensors (with ``has_aux``, a pair of that and anything).
         *primals: pytrees of floating-point or complex tensors.
         has_aux: ``func`` returns ``(output, aux)``.
+        interpreter: as in ``jvp``.
 
     Returns:
         ``(output, jvp_fn)``, with ``has_aux`` ``(output, jvp_fn, aux)``. ``jvp_fn(*tangents)`` takes tangents of the
@@ -67,10 +74,12 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
         <jvp of linearize(exp, ...): 1 record, 1 tensor saved, 8 bytes>
     """
     if is_dynamo_compiling():
-        return UNTRACED(partial(linearize, has_aux=has_aux), func, *primals)
+        return UNTRACED(partial(linearize, has_aux=has_aux, interpreter=interpreter), func, *primals)
     check_callable("linearize", func)
     call = Call("linearize", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)
+    if interpreter is not JvpInterpreter:
+        check_interpreter(call, interpreter, JvpInterpreter)
     check_primals(call, primals)
     leaves, spec = tree_flatten(primals)
     zeros = [torch.zeros_like(bare(p)) for p in leaves]
@@ -80,7 +89,7 @@ def linearize(func: Callable[..., Any], *primals: Any, has_aux: bool = False) ->
         tangents = [recorder.track(z) for z in zeros]
         variables = [t.variable for t in tangents]
         values, found, out_spec, aux, inputs = run_forward(
-            call, func, primals, tangents, ALL, False, has_aux  # type: ignore[arg-type]
+            call, func, primals, tangents, ALL, False, has_aux, None, interpreter  # type: ignore[arg-type]
         )  # fmt: skip
         for wrapper, origin in inputs.wrapped:
             if wrapper.version:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,19 +25,8 @@ def refuse_tangent(call: Call | str, p: Tensor | Like, t: Any, place: int, prima
         raise CallError(call, f"{what(t)} as {path}", "a tensor", cure)
     if p.shape != t.shape:
         raise CallError(call, f"{what(t)} as {path}", f"the shape {tuple(p.shape)} of {primal}")
-    if p.device != t.device:
-        raise CallError(
-            call,
-            f"a tensor on {t.device} as {path}",
-            f"the device of {primal}, {p.device}",
-            f"Move it with .to({str(p.device)!r}).",
-        )
-    raise CallError(
-        call,
-        f"a tensor of dtype {t.dtype} as {path}",
-        f"the dtype {p.dtype} of {primal}",
-        f"Convert it with .to({p.dtype}).",
-    )
+    refuse_device(call, t, path, p, f"the device of {primal}, {p.device}")
+    refuse_dtype(call, t, path, f"the dtype {p.dtype} of {primal}", f"Convert it with .to({p.dtype}).")
 
 
 def refuse_cotangent(call: str, c: Any, path: str, output: Like) -> None:
@@ -46,15 +35,19 @@ def refuse_cotangent(call: str, c: Any, path: str, output: Like) -> None:
         raise CallTypeError(call, f"{what(c)} as {path}", f"a tensor of the output's shape {tuple(output.shape)}", cure)
     if c.shape != output.shape:
         raise CallError(call, f"{what(c)} as {path}", f"the output's shape {tuple(output.shape)}")
-    if c.device != output.device:
-        raise CallError(
-            call,
-            f"a tensor on {c.device} as {path}",
-            f"the output's device, {output.device}",
-            f"Move it with .to({str(output.device)!r}).",
-        )
+    refuse_device(call, c, path, output, f"the output's device, {output.device}")
     cure = "Pass its .real: a real output has a real cotangent." if c.is_complex() else ""
-    raise CallError(call, f"a tensor of dtype {c.dtype} as {path}", f"the output's dtype {output.dtype}", cure)
+    refuse_dtype(call, c, path, f"the output's dtype {output.dtype}", cure)
+
+
+def refuse_device(call: Call | str, x: Tensor, path: str, like: Tensor | Like, expected: str) -> None:
+    if x.device != like.device:
+        cure = f"Move it with .to({str(like.device)!r})."
+        raise CallError(call, f"a tensor on {x.device} as {path}", expected, cure)
+
+
+def refuse_dtype(call: Call | str, x: Tensor, path: str, expected: str, cure: str) -> NoReturn:
+    raise CallError(call, f"a tensor of dtype {x.dtype} as {path}", expected, cure)
 
 
 def convertible(c: Tensor, dtype: torch.dtype) -> bool:

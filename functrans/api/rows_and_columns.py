@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_argnums, check_arguments, check_complex, pick
-from functrans.api.checks import check_chunk_size, check_randomness
+from functrans.api.checks import check_chunk_size, check_interpreter, check_randomness
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.pullbacks import Pullback, conjugated
 from functrans.api.structures import path_of
@@ -25,6 +25,8 @@ from functrans.core.errors import Call, CallError
 from functrans.core.errors.wording import callable_name, what
 from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.subclasses import identity_for, model_of
+from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
 def traceable(
@@ -41,6 +43,34 @@ def traceable(
     return jacobian_or_traced
 
 
+class Asked(NamedTuple):
+    """A Jacobian as it was asked for."""
+
+    call: Call
+    argnums: Argnums
+    has_aux: bool
+    chunk_size: int | None
+    holomorphic: bool
+    interpreter: Any
+    with_value: bool
+    randomness: str = "error"
+
+
+def asked_for(
+    transform: Callable[..., Any], func: Callable[..., Any], base: Any, with_value: bool, options: dict[str, Any]
+) -> Asked:
+    """``transform(func, **options)``, checked as far as it can be without the arguments; ``base``: its interpreter."""
+    asked = Asked(
+        differentiating(transform.__name__, func, options["argnums"], options["has_aux"], options["holomorphic"]),
+        **{"interpreter": base, "with_value": with_value, **options},
+    )
+    check_chunk_size(asked.call, asked.chunk_size)
+    check_randomness(asked.call, asked.randomness)
+    if asked.interpreter is not base:
+        check_interpreter(asked.call, asked.interpreter, base)
+    return asked
+
+
 def by_rows(
     transform: Callable[..., Any],
     func: Callable[..., Any],
@@ -48,36 +78,69 @@ def by_rows(
     has_aux: bool,
     chunk_size: int | None,
     holomorphic: bool,
+    interpreter: type[GradInterpreter],
+    *,
     with_value: bool = False,
 ) -> Callable[..., Any]:
     """What ``transform``, one of the above, returns."""
-    call = differentiating(transform.__name__, func, argnums, has_aux, holomorphic)
-    check_chunk_size(call, chunk_size)
-    options = {"argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic}
-    rows = jacobian_by_rows(call, func, argnums, has_aux, chunk_size, holomorphic, with_value)
-    return traceable(transform, func, options, rows)
+    options = {
+        "argnums": argnums, "has_aux": has_aux, "chunk_size": chunk_size, "holomorphic": holomorphic,
+        "interpreter": interpreter,
+    }  # fmt: skip
+    asked = asked_for(transform, func, GradInterpreter, with_value, options)
+    return traceable(transform, func, options, jacobian(asked, func, rows))
 
 
-def jacobian_by_rows(
-    call: Call,
+def by_columns(
+    transform: Callable[..., Any],
     func: Callable[..., Any],
     argnums: Argnums,
     has_aux: bool,
+    randomness: str,
     chunk_size: int | None,
     holomorphic: bool,
+    interpreter: type[JvpInterpreter] = JvpInterpreter,
+    *,
     with_value: bool = False,
+    of_rows: bool = False,
 ) -> Callable[..., Any]:
+    """What ``transform``, one of the above or ``hessian``, returns; ``of_rows``: the Jacobian of ``jacrev(func)``."""
+    options: dict[str, Any] = {
+        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
+        "holomorphic": holomorphic,
+    }  # fmt: skip
+    if not of_rows:
+        options["interpreter"] = interpreter
+    asked = asked_for(transform, func, JvpInterpreter, with_value, options)
+    inner = func
+    if of_rows:
+        inner = jacobian(asked._replace(chunk_size=None, interpreter=GradInterpreter), func, rows)
+    return traceable(transform, func, options, jacobian(asked, inner, columns))
+
+
+def jacobian(asked: Asked, func: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
+    """The function from arguments to the Jacobian that ``compute``, ``rows`` or ``columns``, returns for them."""
+
     @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
-        check_numbers(call, holomorphic, args, argnums)
-        out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs)
-        check_output_numbers(call, holomorphic, out)
-        result = rows_of(out, pullback, chunk_size)
-        if holomorphic:  # a pullback holds the conjugates
-            result = tree_map(conjugated, result)
-        return beside(result, out, aux, has_aux, with_value)
+        check_numbers(asked.call, asked.holomorphic, args, asked.argnums)
+        result, value, aux = compute(asked, func, args, kwargs)
+        if asked.with_value:
+            return result, (value, aux) if asked.has_aux else value
+        return (result, aux) if asked.has_aux else result
 
     return jacobian
+
+
+def rows(asked: Asked, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The Jacobian by one pullback for each element of the output, the value, aux."""
+    call, argnums, has_aux, chunk_size, holomorphic, cls, *_ = asked
+    out, pullback, aux = vjp_with_argnums(call, func, args, argnums, has_aux, kwargs, cls)
+    check_output_numbers(call, holomorphic, out)
+    result = rows_of(out, pullback, chunk_size)
+    if holomorphic:  # a pullback holds the conjugates
+        result = tree_map(conjugated, result)
+    return result, out, aux
 
 
 def rows_of(out: Any, pullback: Pullback, chunk_size: int | None) -> Any:
@@ -92,13 +155,13 @@ def rows_of(out: Any, pullback: Pullback, chunk_size: int | None) -> Any:
         return tree_unflatten(spec, [pullback(tree_unflatten(spec, [unit(leaves[0])]))])
     behind = pullback.rows() if chunk_size != 1 else None
     if behind is not None:
-        rows = vmap(behind[1], chunk_size=chunk_size)(behind[0])
+        pulled = vmap(behind[1], chunk_size=chunk_size)(behind[0])
     elif chunk_size == 1 and sum(numels):
         basis = standard_basis(leaves, numels)
-        rows = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
+        pulled = tree_stack([pull([b[i] for b in basis]) for i in range(sum(numels))])
     else:
-        rows = vmap(pull, chunk_size=chunk_size)(standard_basis(leaves, numels))
-    row_leaves, row_spec = tree_flatten(rows)
+        pulled = vmap(pull, chunk_size=chunk_size)(standard_basis(leaves, numels))
+    row_leaves, row_spec = tree_flatten(pulled)
     found = []
     for i, o in enumerate(leaves):
         start = sum(numels[:i])
@@ -108,81 +171,39 @@ def rows_of(out: Any, pullback: Pullback, chunk_size: int | None) -> Any:
     return tree_unflatten(spec, found)
 
 
-def by_columns(
-    transform: Callable[..., Any],
-    func: Callable[..., Any],
-    argnums: Argnums,
-    has_aux: bool,
-    randomness: str,
-    chunk_size: int | None,
-    holomorphic: bool,
-    *,
-    with_value: bool = False,
-    of_rows: bool = False,
-) -> Callable[..., Any]:
-    """What ``transform``, one of the above or ``hessian``, returns; ``of_rows``: the Jacobian of ``jacrev(func)``."""
-    call = differentiating(transform.__name__, func, argnums, has_aux, holomorphic)
-    check_chunk_size(call, chunk_size)
-    check_randomness(call, randomness)
-    options = {
-        "argnums": argnums, "has_aux": has_aux, "randomness": randomness, "chunk_size": chunk_size,
-        "holomorphic": holomorphic,
-    }  # fmt: skip
-    inner = jacobian_by_rows(call, func, argnums, has_aux, None, holomorphic) if of_rows else func
-    columns = jacobian_by_columns(call, inner, argnums, has_aux, randomness, chunk_size, holomorphic, with_value)
-    return traceable(transform, func, options, columns)
+def columns(
+    asked: Asked, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """The Jacobian by one tangent for each element of the arguments, the value, aux."""
+    call, argnums, has_aux, chunk_size, holomorphic, cls, with_value, randomness = asked
+    moving = pick(call, args, argnums)
+    leaves, spec = tree_flatten(moving)
+    check_arguments(call, args, argnums)
+    if not leaves:
+        raise CallError(call, f"{what(moving)} to differentiate for", "at least one tensor")
+    numels = [x.numel() for x in leaves]
 
+    def push(basis: list[Tensor]) -> Any:
+        tangents = tree_unflatten(spec, [shaped(b, x.shape) for b, x in zip(basis, leaves, strict=True)])
+        out, tangent, aux = jvp_with_argnums(call, func, args, tangents, argnums, False, has_aux, kwargs, cls)
+        check_output_numbers(call, holomorphic, out)
+        return tangent, (out if with_value else None), aux
 
-def jacobian_by_columns(
-    call: Call,
-    func: Callable[..., Any],
-    argnums: Argnums,
-    has_aux: bool,
-    randomness: str,
-    chunk_size: int | None,
-    holomorphic: bool,
-    with_value: bool = False,
-) -> Callable[..., Any]:
-    @named_after(func)
-    def jacobian(*args: Any, **kwargs: Any) -> Any:
-        check_numbers(call, holomorphic, args, argnums)
-        moving = pick(call, args, argnums)
-        leaves, spec = tree_flatten(moving)
-        check_arguments(call, args, argnums)
-        if not leaves:
-            raise CallError(call, f"{what(moving)} to differentiate for", "at least one tensor")
-        numels = [x.numel() for x in leaves]
+    push.__name__ = f"jvp({callable_name(func)})"
+    push.of_basis = True  # type: ignore[attr-defined]  # of what has a name, see shipped/sow.py
 
-        def push(basis: list[Tensor]) -> Any:
-            tangents = tree_unflatten(spec, [shaped(b, x.shape) for b, x in zip(basis, leaves, strict=True)])
-            out, tangent, aux = jvp_with_argnums(call, func, args, tangents, argnums, False, has_aux, kwargs)
-            check_output_numbers(call, holomorphic, out)
-            return tangent, (out if with_value else None), aux
-
-        push.__name__ = f"jvp({callable_name(func)})"
-        push.of_basis = True  # type: ignore[attr-defined]  # of what has a name, see shipped/sow.py
-
-        push_all = vmap(push, out_dims=(0, None, None), randomness=randomness, chunk_size=chunk_size)
-        columns, out, aux = push_all(standard_basis(leaves, numels))
-        column_leaves, out_spec = tree_flatten(columns)
-        found = []
-        for c in column_leaves:
-            block, start = [], 0
-            for x, n in zip(leaves, numels, strict=True):
-                own = c if len(leaves) == 1 else c.narrow(0, start, n)
-                block.append(shaped(own.movedim(0, -1) if c.dim() > 1 else own, (*c.shape[1:], *x.shape)))
-                start += n
-            found.append(tree_unflatten(spec, block))
-        return beside(tree_unflatten(out_spec, found), out, aux, has_aux, with_value)
-
-    return jacobian
-
-
-def beside(result: Any, value: Any, aux: Any, has_aux: bool, with_value: bool) -> Any:
-    """A Jacobian with what was asked for beside it."""
-    if with_value:
-        return result, (value, aux) if has_aux else value
-    return (result, aux) if has_aux else result
+    push_all = vmap(push, out_dims=(0, None, None), randomness=randomness, chunk_size=chunk_size)
+    pushed, out, aux = push_all(standard_basis(leaves, numels))
+    column_leaves, out_spec = tree_flatten(pushed)
+    found = []
+    for c in column_leaves:
+        block, start = [], 0
+        for x, n in zip(leaves, numels, strict=True):
+            own = c if len(leaves) == 1 else c.narrow(0, start, n)
+            block.append(shaped(own.movedim(0, -1) if c.dim() > 1 else own, (*c.shape[1:], *x.shape)))
+            start += n
+        found.append(tree_unflatten(spec, block))
+    return tree_unflatten(out_spec, found), out, aux
 
 
 def check_numbers(call: Call, holomorphic: bool, args: tuple[Any, ...], argnums: Argnums) -> None:

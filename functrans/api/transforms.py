@@ -22,7 +22,7 @@ from functrans.api.arguments import (
     pick,
     split_aux,
 )
-from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.checks import call_function, check_callable, check_flag, check_interpreter
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.linear_functions import like
 from functrans.api.mismatches import refuse_tangent
@@ -45,7 +45,12 @@ from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
 def grad(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, holomorphic: bool = False
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    holomorphic: bool = False,
+    interpreter: type[GradInterpreter] = GradInterpreter,
 ) -> Callable[..., Any]:
     """The gradient of a scalar function.
 
@@ -58,6 +63,7 @@ def grad(
         holomorphic: ``func`` is promised to be holomorphic in the arguments that ``argnums`` names: they and the output
             are complex, and the result is the complex derivative df/dz. Without it the output is real, and the gradient
             for a complex argument is the direction of steepest ascent, PyTorch's convention: the conjugate of JAX's.
+        interpreter: a subclass of ``functrans.extend.GradInterpreter`` that takes its place at this level.
 
     Returns:
         A function of the same arguments. It returns the gradient, of the structure, shapes and dtypes of the argument
@@ -77,20 +83,27 @@ def grad(
         True
     """
     call = differentiating("grad", func, argnums, has_aux, holomorphic)
-    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic}
+    if interpreter is not GradInterpreter:
+        check_interpreter(call, interpreter, GradInterpreter)
+    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic, "interpreter": interpreter}
 
     @named_after(func)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return TRACED(grad, func, options, args, kwargs, None)
-        grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
+        grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs, interpreter)
         return (grads, value[1]) if has_aux else grads
 
     return gradient
 
 
 def grad_and_value(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, holomorphic: bool = False
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    holomorphic: bool = False,
+    interpreter: type[GradInterpreter] = GradInterpreter,
 ) -> Callable[..., Any]:
     """Like ``grad``, and the function's value: returns ``(gradient, value)``, or ``(gradient, (value, aux))``.
 
@@ -101,19 +114,26 @@ def grad_and_value(
         (tensor(6.), tensor(9.))
     """
     call = differentiating("grad_and_value", func, argnums, has_aux, holomorphic)
-    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic}
+    if interpreter is not GradInterpreter:
+        check_interpreter(call, interpreter, GradInterpreter)
+    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic, "interpreter": interpreter}
 
     @named_after(func)
     def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return TRACED(grad_and_value, func, options, args, kwargs, None)
-        return grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
+        return grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs, interpreter)
 
     return gradient_and_value
 
 
 def value_and_grad(
-    func: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, holomorphic: bool = False
+    func: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    holomorphic: bool = False,
+    interpreter: type[GradInterpreter] = GradInterpreter,
 ) -> Callable[..., Any]:
     """Like ``grad_and_value``, in JAX's order: returns ``(value, gradient)``, or ``((value, aux), gradient)``.
 
@@ -124,13 +144,15 @@ def value_and_grad(
         (tensor(9.), tensor(6.))
     """
     call = differentiating("value_and_grad", func, argnums, has_aux, holomorphic)
-    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic}
+    if interpreter is not GradInterpreter:
+        check_interpreter(call, interpreter, GradInterpreter)
+    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic, "interpreter": interpreter}
 
     @named_after(func)
     def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return TRACED(value_and_grad, func, options, args, kwargs, None)
-        grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs)
+        grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs, interpreter)
         return value, grads
 
     return value_and_gradient
@@ -159,8 +181,9 @@ def grad_and_value_of(
     holomorphic: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    cls: type[GradInterpreter] = GradInterpreter,
 ) -> tuple[Any, Any]:
-    interpreter = GradInterpreter(func)
+    interpreter = cls(func)
     inputs = Inputs(interpreter, call, argnums, args, kwargs)
     if holomorphic:
         check_complex(call, "args", args, inputs.order)
@@ -190,7 +213,12 @@ def unit(value: Tensor) -> Tensor:
     return ones_for(value)
 
 
-def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
+def vjp(
+    func: Callable[..., Any],
+    *primals: Any,
+    has_aux: bool = False,
+    interpreter: type[GradInterpreter] = GradInterpreter,
+) -> Any:
     """The value of ``func`` and its pullback: the vector-Jacobian product, as a function of the cotangent.
 
     Args:
@@ -198,6 +226,7 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
             that and anything).
         *primals: pytrees of floating-point or complex tensors.
         has_aux: ``func`` returns ``(output, aux)``.
+        interpreter: as in ``grad``.
 
     Returns:
         ``(output, pullback)``, with ``has_aux`` ``(output, pullback, aux)``. ``pullback(cotangents)`` takes cotangents
@@ -216,19 +245,27 @@ def vjp(func: Callable[..., Any], *primals: Any, has_aux: bool = False) -> Any:
         (tensor([1., 2.]),)
     """
     if is_dynamo_compiling():
-        return TRACED(vjp, func, {"has_aux": has_aux}, primals, {}, None)
+        return TRACED(vjp, func, {"has_aux": has_aux, "interpreter": interpreter}, primals, {}, None)
     check_callable("vjp", func)
     call = Call("vjp", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)
-    out, pullback, aux = vjp_with_argnums(call, func, primals, ALL, has_aux)
+    if interpreter is not GradInterpreter:
+        check_interpreter(call, interpreter, GradInterpreter)
+    out, pullback, aux = vjp_with_argnums(call, func, primals, ALL, has_aux, None, interpreter)
     return (out, pullback, aux) if has_aux else (out, pullback)
 
 
 def vjp_with_argnums(
-    call: Call, func: Callable[..., Any], primals: tuple[Any, ...], argnums: Argnums, has_aux: bool, kwargs: Any = None
+    call: Call,
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    argnums: Argnums,
+    has_aux: bool,
+    kwargs: Any = None,
+    cls: type[GradInterpreter] = GradInterpreter,
 ) -> tuple[Any, Pullback, Any]:
     """vjp with respect to some of the primals (for ALL the pullback returns a tuple)."""
-    interpreter = GradInterpreter(func)
+    interpreter = cls(func)
     values, spec, pullback, aux = run_recorded(interpreter, call, func, primals, argnums, has_aux, kwargs)
     if STATE.top is not None:
         note_results(2, values, aux)
@@ -275,6 +312,7 @@ def jvp(
     *,
     strict: bool = False,
     has_aux: bool = False,
+    interpreter: type[JvpInterpreter] = JvpInterpreter,
 ) -> Any:
     """The value of ``func`` and its directional derivative: the Jacobian-vector product.
 
@@ -284,6 +322,7 @@ def jvp(
         tangents: of the structure, shapes and dtypes of ``primals``.
         strict: refuse outputs that do not depend on the primals, instead of giving them a zero tangent.
         has_aux: ``func`` returns ``(output, aux)``.
+        interpreter: a subclass of ``functrans.extend.JvpInterpreter`` that takes its place at this level.
 
     Returns:
         ``(output, tangent)``, with ``has_aux`` ``(output, tangent, aux)``.
@@ -298,7 +337,8 @@ def jvp(
         (tensor([1., 1.]), tensor([1., 2.]))
     """
     if is_dynamo_compiling():
-        return TRACED(jvp, func, {"strict": strict, "has_aux": has_aux}, primals, {}, tangents)
+        options = {"strict": strict, "has_aux": has_aux, "interpreter": interpreter}
+        return TRACED(jvp, func, options, primals, {}, tangents)
     check_callable("jvp", func)
     call = Call(
         "jvp", func, "primals, tangents" if has_aux is False else f"primals, tangents, has_aux={shown(has_aux)}"
@@ -306,7 +346,9 @@ def jvp(
     if strict is not False or has_aux is not False:
         check_flag(call, "strict", strict)
         check_flag(call, "has_aux", has_aux)
-    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux)
+    if interpreter is not JvpInterpreter:
+        check_interpreter(call, interpreter, JvpInterpreter)
+    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux, None, interpreter)
     return (out, tangent, aux) if has_aux else (out, tangent)
 
 
@@ -319,6 +361,7 @@ def jvp_with_argnums(
     strict: bool,
     has_aux: bool,
     kwargs: Any = None,
+    cls: type[JvpInterpreter] = JvpInterpreter,
 ) -> tuple[Any, Any, Any]:
     """jvp with respect to some of the primals; ``tangents`` belongs to these."""
     if not isinstance(primals, tuple):
@@ -341,7 +384,7 @@ def jvp_with_argnums(
         if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype or p.device != t.device:
             refuse_tangent(call, p, t, place, moving)
     values, found, out_spec, aux, inputs = run_forward(
-        call, func, primals, tangent_leaves, argnums, strict, has_aux, kwargs
+        call, func, primals, tangent_leaves, argnums, strict, has_aux, kwargs, cls
     )
     inputs.write_back()
     out_tangents = [torch.zeros_like(bare(v)) if t is None else t for v, t in zip(values, found, strict=True)]
@@ -360,10 +403,11 @@ def run_forward(
     strict: bool,
     has_aux: bool,
     kwargs: Any = None,
+    cls: type[JvpInterpreter] = JvpInterpreter,
 ) -> tuple[list[Tensor], list[Tensor | None], TreeSpec, Any, Inputs]:
     """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero), their structure, aux, and the
     arguments, which are not written back yet."""
-    interpreter = JvpInterpreter(func)
+    interpreter = cls(func)
     pairs = map(bare, tangents)
     dual = lambda v: interpreter.dual(v, as_here(next(pairs)))
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, dual)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from functrans.api.checks import call_function, check_callable, check_chunk_size, check_randomness
+from functrans.api.checks import (
+    call_function,
+    check_callable,
+    check_chunk_size,
+    check_interpreter,
+    check_randomness,
+)
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.containers import Level, is_container, part, whole
 from functrans.api.containers import entered as batched_container
@@ -43,6 +49,7 @@ def vmap(
     chunk_size: int | None = None,
     axis_name: Hashable | None = None,
     axis_size: int | None = None,
+    interpreter: type[VmapInterpreter] = VmapInterpreter,
 ) -> Callable[..., Any]:
     """``func`` on every example of a batch at once.
 
@@ -58,6 +65,7 @@ def vmap(
         chunk_size: run at most this many examples at a time, to save memory; None: all.
         axis_name: a name for the batch, by which ``psum``, ``pmean``, ``all_gather``, ... combine the examples.
         axis_size: the number of examples. It has to be given where no argument is batched, and agree where one is.
+        interpreter: a subclass of ``functrans.extend.VmapInterpreter`` that takes its place at this level.
 
     Returns:
         A function of batched arguments, returning batched outputs.
@@ -86,20 +94,24 @@ def vmap(
         check_chunk_size(call, chunk_size)
     if axis_name is not None or axis_size is not None:
         check_axis(call, axis_name, axis_size)
+    if interpreter is not VmapInterpreter:
+        check_interpreter(call, interpreter, VmapInterpreter)
 
     @named_after(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size,
-                       "axis_name": axis_name, "axis_size": axis_size}  # fmt: skip
+                       "axis_name": axis_name, "axis_size": axis_size, "interpreter": interpreter}  # fmt: skip
             return TRACED(vmap, func, options, args, kwargs, None)
         leaves, dims, spec, size = check_inputs(call, in_dims, args, axis_size)
         if chunk_size is None or chunk_size >= size:
-            return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, axis_name)
+            return run_batched(
+                call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, axis_name, interpreter
+            )
         if axis_name is not None:
             got = f"chunk_size={chunk_size} for {size} examples with axis_name={axis_name!r}"
             raise CallValueError(call, got, "a batch in one piece, whose examples see each other", "Leave one out.")
-        return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size)
+        return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size, interpreter)
 
     return batched
 
@@ -112,7 +124,13 @@ def check_axis(call: Call, axis_name: Any, axis_size: Any) -> None:
 
 
 def chunk_vmap(
-    func: Callable[..., Any], in_dims: Any = 0, out_dims: Any = 0, randomness: str = ERROR, chunks: int = 2
+    func: Callable[..., Any],
+    in_dims: Any = 0,
+    out_dims: Any = 0,
+    randomness: str = ERROR,
+    chunks: int = 2,
+    *,
+    interpreter: type[VmapInterpreter] = VmapInterpreter,
 ) -> Callable[..., Any]:
     """``vmap`` in a given number of chunks, one after the other, to save memory.
 
@@ -121,6 +139,7 @@ def chunk_vmap(
     Args:
         func: as in ``vmap``, and so are ``in_dims``, ``out_dims`` and ``randomness``.
         chunks: how many chunks to cut the batch into, of one size but for the last, as ``torch.chunk`` does.
+        interpreter: as in ``vmap``; each chunk has one of its own.
 
     Returns:
         A function of batched arguments, returning batched outputs.
@@ -141,17 +160,20 @@ def chunk_vmap(
     check_randomness(call, randomness)
     if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
         raise CallValueError(call, f"chunks={shown(chunks)}", "a positive int")
+    if interpreter is not VmapInterpreter:
+        check_interpreter(call, interpreter, VmapInterpreter)
 
     @named_after(func)
     def batched(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunks": chunks}
+            options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunks": chunks,
+                       "interpreter": interpreter}  # fmt: skip
             return TRACED(chunk_vmap, func, options, args, kwargs, None)
         leaves, dims, spec, size = check_inputs(call, in_dims, args)
         chunk_size = max(-(-size // chunks), 1)
         if chunk_size >= size:
-            return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs)
-        return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size)
+            return run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, None, interpreter)
+        return run_chunks(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size, interpreter)
 
     return batched
 
@@ -167,8 +189,9 @@ def run_batched(
     randomness: str,
     kwargs: dict[str, Any],
     axis_name: Hashable | None = None,
+    cls: type[VmapInterpreter] = VmapInterpreter,
 ) -> Any:
-    interpreter = VmapInterpreter(size, randomness, func)
+    interpreter = cls(size, randomness, func)
     if axis_name is not None:
         interpreter.axis_name = axis_name
     given = leaves
@@ -261,6 +284,7 @@ def run_chunks(
     randomness: str,
     kwargs: dict[str, Any],
     chunk_size: int,
+    cls: type[VmapInterpreter] = VmapInterpreter,
 ) -> Any:
     """Run the batch in chunks; with randomness "same" every chunk starts from the same generator state."""
     state = torch.get_rng_state() if randomness == "same" else None
@@ -273,7 +297,7 @@ def run_chunks(
         chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
         if state is not None:
             torch.set_rng_state(state)
-        outs.append(run_batched(call, func, chunk, dims, spec, length, out_dims, randomness, kwargs))
+        outs.append(run_batched(call, func, chunk, dims, spec, length, out_dims, randomness, kwargs, None, cls))
     out_spec = tree_flatten(outs[0], whole())[1]
     flat = [leaves_like(o, out_spec, whole()) for o in outs]
     for out, (_, own) in zip(outs, flat, strict=True):

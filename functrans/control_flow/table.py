@@ -13,6 +13,7 @@ from functrans.core.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import EnableTorchFunction, HigherOrderOperator, torch_pytree
+from functrans.interpreters.failures import note_rule
 
 #: The operators in terms of others: ``definition(*args, **kwargs)`` is run at the level where the operator was called.
 DEFINITIONS: RuleTable[Callable[..., Any]] = RuleTable("definitions of higher-order operators")
@@ -22,7 +23,11 @@ def run_higher_order(op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dic
     """The door for operators that take functions: by the rule of the innermost transform, or by definition."""
     top: Interpreter = STATE.top  # type: ignore[assignment]
     with running_at(top), EnableTorchFunction():
-        out = top.process_higher_order(op, args, kwargs)
+        try:
+            out = top.process_higher_order(op, args, kwargs)
+        except Exception as error:
+            note_rule(error, f"the rule for {op}", top)
+            raise
         if out is NotImplemented:
             definition = DEFINITIONS.get(op)  # type: ignore[arg-type]
             if definition is None:

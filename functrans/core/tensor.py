@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -238,6 +238,23 @@ def wrap_as(
     wrapper.dtype = dtype
     wrapper.layout = layout
     wrapper.device = device
+    return wrapper
+
+
+class Shown(NamedTuple):
+    """What ``wrap_as`` asks of a value, where a wrapper shows something else."""
+
+    dtype: torch.dtype
+    layout: torch.layout
+    device: torch.device
+
+
+def wrap_showing(
+    interpreter: Interpreter, value: Tensor, shape: torch.Size, strides: Strides, dtype: torch.dtype
+) -> WrapperTensor:
+    """A wrapper around ``value`` that shows a shape and a dtype of its own, as a dense tensor's."""
+    wrapper = wrap_as(interpreter, Shown(dtype, torch.strided, value.device), shape, strides)  # type: ignore[arg-type]
+    wrapper._value = value
     return wrapper
 
 

@@ -33,6 +33,7 @@ from functrans.core.thread_state import STATE, lowered, running_at
 from functrans.core.torch_private import ModuleHook, mode_stack_size
 from functrans.functionalization.writes import write_outside_of_operators
 from functrans.interpreters.branch import BranchInterpreter
+from functrans.interpreters.failures import note_rule
 from functrans.interpreters.function_context import as_tuple, is_setup_style, within, without
 from functrans.interpreters.functionalize import FunctionalizeInterpreter, apply_below
 from functrans.interpreters.grad.function import grad_rule
@@ -124,7 +125,11 @@ def send(level: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
             return _original_apply(cls, *args)
     for kind in type(level).__mro__:
         if kind in FUNCTION_RULES:
-            return FUNCTION_RULES[kind](level, cls, args)
+            try:
+                return FUNCTION_RULES[kind](level, cls, args)
+            except Exception as error:
+                note_rule(error, f"{cls.__name__}.apply", level)
+                raise
     owner = scan([leaf for a in args for leaf in within(a)])[0]
     if owner is not level:
         with without(level, cls), lowered(level):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
+from functrans.core.errors.call_sites import definition
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.pytrees import tree_map
@@ -79,6 +80,10 @@ class PassThrough(Interpreter):
         if leaf.view_link is not None:
             leaf.view_link.refresh(leaf)
         return leaf.value
+
+    def rule_place(self, op: Any) -> str | None:
+        hooks = (getattr(type(self), name) for name in ("before", "after", "given"))
+        return next((definition(hook) for hook in hooks if hook is not getattr(PassThrough, hook.__name__)), None)
 
     def constant(self, value: Tensor) -> WrapperTensor:
         return wrap(self, value)

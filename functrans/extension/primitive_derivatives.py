@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
 from functrans.core.errors import MissingRuleError
+from functrans.core.errors.call_sites import definition
 from functrans.core.torch_private import is_forward_enabled
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
@@ -83,10 +84,13 @@ class PrimitiveNode(BackwardNode):
     """One call on the tape; saved are its output and its arguments."""
 
     def __init__(self, derivative: PrimitiveDerivative, kwargs: dict[str, Any], places: list[int]) -> None:
-        self.op = derivative.primitive.name
+        self.op = derivative.primitive
         self.derivative = derivative
         self.kwargs = kwargs
         self.places = places
+
+    def rule_place(self, saved: Any) -> str | None:
+        return definition(self.derivative.pullback)
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         out, *values = saved

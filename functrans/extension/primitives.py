@@ -19,6 +19,7 @@ from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, lowered, running_at
 from functrans.extension.calls import check_running
 from functrans.extension.primitive_derivatives import PrimitiveDerivative
+from functrans.interpreters.failures import note_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
@@ -156,8 +157,12 @@ class Primitive:
         while level is not None:
             rule = self.rule_of(level)
             if rule is not None:
-                with lowered(level):
-                    out = rule(level, *args, **kwargs)
+                try:
+                    with lowered(level):
+                        out = rule(level, *args, **kwargs)
+                except Exception as error:
+                    note_rule(error, f"the rule for {self.name}", level)
+                    raise
                 if out is not NotImplemented:
                     return out
             args, kwargs = self.values_below(level, (args, kwargs))

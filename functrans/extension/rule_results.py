@@ -138,17 +138,21 @@ def checked_output(
         raise wrong(
             interpreter, op, f"a tensor without {', '.join(missing)}{which}", f"one made by carry of {place}", cure
         )
-    if isinstance(shape, torch.Size) and out.shape != shape:
-        raise wrong(
-            interpreter,
-            op,
-            f"{shown(out)}{which}",
-            f"shape {list(shape)}, the operator's for these arguments",
-            "Mend the rule.",
-        )
+    if isinstance(shape, Like):
+        wanted = f"shape {list(shape.shape)}" if out.shape != shape.shape else None
+        if wanted is None and shows_own(interpreter) and out.dtype is not shape.dtype:
+            wanted = f"dtype {shape.dtype}"
+        if wanted is not None:
+            expected = f"{wanted}, the operator's for these arguments"
+            raise wrong(interpreter, op, f"{shown(out)}{which}", expected, "Mend the rule.")
     if any(out is a for a in tensors_among(args)):
         return interpreter.rewrap(out, out.value)
     return out
+
+
+def shows_own(interpreter: Interpreter) -> bool:
+    """Whether its wrappers may show another dtype than their values have, by their payload."""
+    return getattr(interpreter, "shows_own", False)
 
 
 def wrong(interpreter: Interpreter, op: Operator, got: str, expected: str, cure: str) -> RuleResultError:
@@ -210,13 +214,13 @@ def without_data(a: Any) -> Any:
 
 def shapes_in(out: Any) -> Any:
     if isinstance(out, Tensor):
-        return out.shape
+        return Like(out.shape, out.dtype)
     return [shapes_in(o) for o in out] if isinstance(out, list | tuple) else ABSENT if out is None else None
 
 
 @functools.lru_cache(maxsize=4096)
 def shapes_of(op: OpOverload, args: Any, kwargs: Any) -> Any:
-    """The shapes of ``op``'s outputs, found without data; None where they depend on numbers, or nobody says."""
+    """The shapes and dtypes of ``op``'s outputs, without data; None where they depend on numbers, or nobody says."""
     if op in OF_THE_DEVICE:
         return None
     with DisableTorchFunction(), no_dispatch(), torch.no_grad():

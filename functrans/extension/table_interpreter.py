@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from functrans.api.checks import check_kind
 from functrans.core.defaults import completed
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.errors import CallTypeError, CarriedValueError, MissingRuleError
+from functrans.core.errors.call_sites import definition
 from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
@@ -21,7 +23,14 @@ from functrans.core.torch_private import HigherOrderOperator, OpOverload, torch_
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.extension.calls import check_operator
+from functrans.extension.case_by_case import check_has_cases
 from functrans.extension.missing_rule import missing_rule_error
+from functrans.extension.own_metadata import (
+    check_no_history,
+    check_places,
+    without_numbers,
+    wrap_by_payload,
+)
 from functrans.extension.rule_results import check_below, check_carried, checked_result, checked_tree
 from functrans.extension.without_rule import policy_of, refused
 
@@ -77,11 +86,16 @@ class TableInterpreter(Interpreter):
     rules: ClassVar[RuleTable[Callable[..., Any]]]
     #: What is done with an operator without a rule: ``rules.default`` as a function.
     without_rule: ClassVar[Callable[..., Any]] = staticmethod(refused)
+    #: Whether ``shows`` says something of its own.
+    shows_own: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cls.shows_own = cls.shows is not TableInterpreter.shows
         if hasattr(cls, "rules"):
             cls.without_rule = staticmethod(policy_of(cls.rules.title, cls.rules.default))
+            if cls.rules.default == "loop":
+                check_has_cases(cls, TableInterpreter)
 
     def enter(self, leaf: Any) -> Any:
         """What the transformed function gets for a leaf of its arguments; runs one level down.
@@ -117,7 +131,7 @@ class TableInterpreter(Interpreter):
         check_below(self, "value", value)
         for name, carried in payload.items():
             check_carried(self, name, carried)
-        wrapper = wrap(self, bare(value))
+        wrapper = wrap_by_payload(self, bare(value), payload) if self.shows_own else wrap(self, bare(value))
         for name in self.payload:
             setattr(wrapper, name, payload.pop(name, None))
         if payload:
@@ -125,6 +139,25 @@ class TableInterpreter(Interpreter):
                 f"carry of {self.name}", f"a payload {sorted(payload)}", f"names of its payload, {self.payload}"
             )
         return wrapper
+
+    def shows(self, value: Tensor, **payload: Any) -> tuple[Sequence[int], torch.dtype]:
+        """The shape and dtype of what a wrapper with this payload stands for; those of ``value`` unless overridden.
+
+        A subclass whose payload says how to read the value (a scale, the other factor of a product) overrides it. It is
+        called with all names of the payload, at least one of which is not None; a constant shows its value's.
+        """
+        return value.shape, value.dtype
+
+    def cases(self, wrapper: WrapperTensor) -> Sequence[Tensor]:
+        """For ``default="loop"``: the values that ``wrapper``, which carries a payload, stands for.
+
+        They are values of the levels below, as many for each wrapper, of the shape and dtype that it shows.
+        """
+        raise NotImplementedError
+
+    def of_cases(self, values: Sequence[Tensor]) -> WrapperTensor:
+        """For ``default="loop"``: a wrapper, made by ``carry``, that stands for these values."""
+        raise NotImplementedError
 
     def own(self, x: Tensor) -> WrapperTensor:
         """``x`` as a wrapper of this level: itself, or the constant that it is here."""
@@ -138,6 +171,20 @@ class TableInterpreter(Interpreter):
     def constant(self, value: Tensor) -> WrapperTensor:
         return self.carry(value)
 
+    def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
+        if self.shows_own:
+            return self.carry(value, **{name: getattr(source, name) for name in self.payload})
+        return super().rewrap(source, value)
+
+    def keeps_history(self, recording: bool, everywhere: bool) -> bool:
+        return everywhere and not self.shows_own  # a payload by which the value is read goes with the value
+
+    def aligned(self, old: WrapperTensor, new: WrapperTensor) -> tuple[Tensor, WrapperTensor]:
+        if not self.shows_own:
+            return super().aligned(old, new)
+        check_no_history(self, old)
+        return new.value, new
+
     def describe(self, wrapper: WrapperTensor) -> str:
         return "constant" if self.is_constant(wrapper) else ""
 
@@ -145,7 +192,8 @@ class TableInterpreter(Interpreter):
         return {} if self.is_constant(wrapper) else {name: getattr(wrapper, name) for name in self.payload}
 
     def rule_place(self, op: Any) -> str | None:
-        return place_in(op, self.rules)
+        found = place_in(op, self.rules)
+        return definition(self.without_rule) if found is None and callable(self.rules.default) else found
 
     def rule_for(self, op: Any) -> Callable[..., Any] | None:
         """The rule of ``op``, or None; a subclass may know more than its table."""
@@ -163,6 +211,10 @@ class TableInterpreter(Interpreter):
 
         values, kwarg_values = map_tensors(value, args), {k: map_tensors(value, a) for k, a in kwargs.items()}
         rule = self.rule_for(op)
+        if self.shows_own and carrying:
+            check_places(self, op)
+            if rule is None and op in READS_NO_VALUES:
+                values = map_tensors(lambda a: without_numbers(self, a), args)
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
         if rule is None and op_info(op).composite:

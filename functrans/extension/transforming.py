@@ -16,6 +16,7 @@ from functrans.core.pytrees import tree_map
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered
+from functrans.extension.rule_results import shows_own
 from functrans.functionalization.views import contents_of
 
 
@@ -67,12 +68,13 @@ def transform(
             made = "an interpreter" if running is interpreter else f"{what(running)} made by {what(interpreter)}"
             raise CallTypeError(call, made, "one with the methods enter and leave", "TableInterpreter has them.")
 
-        entered: list[tuple[WrapperTensor, Any]] = []
+        #: wrappers of arguments, with the argument, and whether the wrapper is it to look at
+        entered: list[tuple[WrapperTensor, Any, bool]] = []
 
         def enter(leaf: Any) -> Any:
             wrapper = running.enter(leaf)
             if running.owns(wrapper):
-                entered.append((wrapper, leaf))
+                entered.append((wrapper, leaf, running.is_constant(wrapper) or not shows_own(running)))
             return wrapper
 
         def body() -> Any:
@@ -83,18 +85,19 @@ def transform(
                 return tree_map(running.leave, out)
 
         out = run_transformed(running, body)
-        for wrapper, leaf in entered:
+        for wrapper, leaf, alike in entered:
             if wrapper.version:
-                write_back(call, running, contents_of(wrapper), leaf)
+                write_back(call, running, contents_of(wrapper), leaf, alike)
         return out
 
     return transformed
 
 
-def write_back(call: str, interpreter: Any, wrapper: WrapperTensor, origin: Any) -> None:
+def write_back(call: str, interpreter: Any, wrapper: WrapperTensor, origin: Any, alike: bool) -> None:
     """Write an argument that was written inside for the caller, as a call without the transform would have."""
-    if not isinstance(origin, Tensor) or not interpreter.is_constant(wrapper):
-        got = f"a write to {what(origin)}, an argument, with what carries a payload of {interpreter.name}"
+    if not isinstance(origin, Tensor) or not interpreter.is_constant(wrapper) or not alike:
+        which = "with what carries a payload of" if alike else "that is read by the payload of"
+        got = f"a write to {what(origin)}, an argument, {which} {interpreter.name}"
         raise CallError(call, got, "a write to what the function makes", "Clone it first, and return the clone.")
     origin.copy_(wrapper.value)
 

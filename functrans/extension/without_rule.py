@@ -24,7 +24,9 @@ from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extension.calls import check_running
+from functrans.extension.case_by_case import looped
 from functrans.extension.missing_rule import missing_rule_error
+from functrans.extension.own_metadata import check_values
 
 if TYPE_CHECKING:
     from functrans.extension.table_interpreter import TableInterpreter
@@ -82,6 +84,7 @@ def as_function(
     check_kind(call, "args", args, list | tuple, "a list or tuple with the operator's positional arguments")
     check_kind(call, "kwargs", kwargs, dict, "a dict with the operator's keyword-only arguments")
     leaves, spec = tree_flatten((list(args), kwargs))
+    check_values(interpreter, op, leaves, "as_function")
     fixed = [a.value if interpreter.owns(a) else a for a in leaves]
     places: dict[int, list[int]] = {}
     for i, a in enumerate(leaves):
@@ -129,6 +132,7 @@ def is_smooth(x: Any) -> bool:
 
 def by_jvp(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Each name of the payload is a tangent, which the operator's derivative pushes forward."""
+    check_values(interpreter, op, tree_flatten((list(args), kwargs))[0], 'default="jvp"')
     f, carrying, values, rebuild = as_function(interpreter, op, args, kwargs)
     entry = DERIVATIVES.get(op)
     if not values or (entry is not None and entry.tangent == NO_TANGENT):  # whole numbers have no tangent
@@ -155,6 +159,7 @@ def passed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dic
     def value(a: Any) -> Any:
         return a.value if interpreter.owns(a) else a
 
+    check_values(interpreter, op, tree_flatten((list(args), kwargs))[0], 'default="pass"')
     values, below_kwargs = tree_map(value, list(args)), tree_map(value, kwargs)
     return map_tensors(interpreter.constant, lower(interpreter, op, values, below_kwargs))
 
@@ -179,6 +184,7 @@ POLICIES: dict[str, Callable[..., Any]] = {
     "error": refused,
     "jvp": by_jvp,
     "decompose": decomposed,
+    "loop": looped,
     "pass": passed,
 }
 

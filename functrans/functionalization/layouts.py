@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import dispatch
 from functrans.core.errors import InsideTransformError
-from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
+from functrans.core.tensor import WrapperTensor, strides_of, wrap_showing
 from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
 from functrans.functionalization.memory import storage_offset_of
@@ -88,7 +88,8 @@ def as_shown(
     with running_at(None), no_dispatch():
         probe = aten.empty_strided.default(viewed.shape, viewed.stride(), dtype=viewed.dtype, device="meta")
         out = op(probe, *map(on_meta, args[1:]), **{name: on_meta(value) for name, value in kwargs.items()})
-    wrapper = wrap_as(view.interpreter, view.value, view.shape, strides_of(out if index is None else out[index]))
+    strides = strides_of(out if index is None else out[index])
+    wrapper = wrap_showing(view.interpreter, view.value, view.shape, strides, view.dtype)
     for name in view.interpreter.payload:
         setattr(wrapper, name, getattr(view, name))
     wrapper.moved = True

@@ -1,13 +1,15 @@
 """What an exception is told on its way out: which operator failed at which level, on what, called from where.
 
 NOTE [What becomes of an exception]
-All of this is read off the traceback, when an exception passes the door: code that runs without one pays nothing. A
-deliberate error of functrans, an exception of a class of the user's and a warning pass as they are. What a *kernel*
-raises (PyTorch, on the shapes or numbers that the user gave it, or a custom operator's own code) keeps its type and
-message, and gets a note for each level, since the message shows the shapes of the level at the bottom. What a *rule*
-raises, or a formula, is a mistake there and becomes a RuleError. It has to: Python takes a TypeError out of ``x + y``
-for "this operand is not for me" and reports something else. (Notes are the ``__notes__`` of Python 3.11; Python 3.10
-keeps them without showing them.)
+All of this is read off the traceback, when an exception passes the door: code that runs without one pays nothing. What
+a *kernel* raises (PyTorch, on the shapes or numbers that the user gave it, or a custom operator's own code) keeps its
+type and message, and gets a note for each level, since the message shows the shapes of the level at the bottom. What a
+*rule* raises, or a formula, is a mistake there and becomes a RuleError. It has to: Python takes a TypeError out of
+``x + y`` for "this operand is not for me" and reports something else. A deliberate error of functrans, an exception of
+a class of the user's and a warning keep their type and message; they get the notes where code of the user's raised
+them, in a rule. Each note names level, operator and, of a rule of the user's, its place. What does not come through the
+door is told the same where it is called: primitives, Functions, operators that take functions. (Notes are the
+``__notes__`` of Python 3.11; Python 3.10 keeps them without showing them.)
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from functrans.core import dispatch
 from functrans.core.errors import FunctransError, LayoutError, RuleError
-from functrans.core.errors.call_sites import TORCH, is_users, place, user_site
+from functrans.core.errors.call_sites import TORCH, definition, is_users, place, user_site
 from functrans.core.errors.described import given
 from functrans.core.interpreter import Interpreter
 
@@ -47,11 +49,27 @@ class FailedCall:
         self.given = given(args, kwargs)
         #: a nested tensor among the arguments, which rules do not know
         self.nested = next((a for a in args if isinstance(a, Tensor) and a.is_nested), None)
-        self.registered = interpreter.rule_place(op)
+        self.registered = place_of_rule(interpreter, op)
         self.traceback = traceback
 
     def __str__(self) -> str:
-        return f"{self.interpreter.name} at level {self.interpreter.level}: {name_of(self.op)} of {self.given}"
+        about = f"{self.interpreter.name} at level {self.interpreter.level}: {name_of(self.op)} of {self.given}"
+        return about + by_rule(self.registered)
+
+
+def place_of_rule(interpreter: Interpreter, op: Any) -> str | None:
+    """``file:line`` of what ``interpreter`` does with ``op``: a ``process`` of the user's, or what it says itself."""
+    own = definition(type(interpreter).process)
+    return own if of_user(own) else interpreter.rule_place(op)
+
+
+def by_rule(place: str | None) -> str:
+    return f", by the rule at {place}" if of_user(place) else ""
+
+
+def of_user(place: str | None) -> bool:
+    """Whether ``place``, ``file:line``, is in the user's code."""
+    return place is not None and is_users(place.rpartition(":")[0])
 
 
 def name_of(op: Any) -> str:
@@ -66,10 +84,10 @@ def entries(traceback: TracebackType | None) -> list[TracebackType]:
     return found
 
 
-def meaning_at(frame: FrameType) -> Interpreter | None:
-    """The interpreter whose ``process`` ``frame`` is, or None."""
+def meaning_at(frame: FrameType, method: str = "process") -> Interpreter | None:
+    """The interpreter whose ``process``, or another ``method`` of its arguments, ``frame`` is, or None."""
     code = frame.f_code
-    if code.co_name != "process" or code.co_argcount < 4:
+    if code.co_name != method or code.co_argcount < 4:
         return None
     found = frame.f_locals.get(code.co_varnames[0])
     return found if isinstance(found, Interpreter) and not found.carries_autograd else None
@@ -112,7 +130,7 @@ def is_kernels(error: Exception, traceback: TracebackType) -> bool:
 
 
 def passes(error: Exception) -> bool:
-    """Whether an exception is left as it is; see NOTE [What becomes of an exception]."""
+    """Whether an exception keeps its type, whoever raised it; see NOTE [What becomes of an exception]."""
     if isinstance(error, FunctransError):
         return not isinstance(error, RuleError)
     return isinstance(error, Warning) or type(error).__module__.split(".")[0] not in ("builtins", "torch")
@@ -120,10 +138,15 @@ def passes(error: Exception) -> bool:
 
 def explain(error: BaseException) -> None:
     """Called where an exception passes the door: raises a RuleError in its place, or adds notes to it."""
-    if not isinstance(error, Exception) or passes(error):
+    if not isinstance(error, Exception):
         return
-    calls = calls_in(error.__traceback__)
-    if not calls:
+    first = next((entry for entry in entries(error.__traceback__) if meaning_at(entry.tb_frame) is not None), None)
+    kept = passes(error)
+    if first is None or (kept and not runs_users(first)):
+        return
+    calls = calls_in(first)
+    if kept:
+        add_notes(error, calls, sys._getframe(2))
         return
     nested = next((call.nested for call in calls if call.nested is not None), None)
     if nested is not None:
@@ -137,24 +160,44 @@ def explain(error: BaseException) -> None:
     add_notes(error, calls, outside)
 
 
-def explain_pull(error: Exception, interpreter: Interpreter, op: Any, grad: Any, formula: bool) -> None:
+def runs_users(traceback: TracebackType | None) -> bool:
+    """Whether code of the user's raised, or called what raised."""
+    return any(is_users(entry.tb_frame.f_code.co_filename) for entry in entries(traceback))
+
+
+def users_rule(error: Exception) -> str | None:
+    """``file:line`` of the user's function that was called on the way to where ``error`` was raised."""
+    codes = (entry.tb_frame.f_code for entry in entries(error.__traceback__))
+    return next((f"{c.co_filename}:{c.co_firstlineno}" for c in codes if is_users(c.co_filename)), None)
+
+
+def note_rule(error: Exception, what: str, interpreter: Interpreter) -> None:
+    """Note on an exception that it was raised in a rule that the door does not see called."""
+    add_note(error, f"in {what} of {interpreter.name} at level {interpreter.level}{by_rule(users_rule(error))}")
+
+
+def explain_pull(
+    error: Exception, interpreter: Interpreter, op: Any, grad: Any, formula: bool, place: str | None = None
+) -> None:
     """Called where an exception leaves the derivative of ``op`` on the way back: as ``explain``.
 
-    ``formula``: the derivative is an entry of the table, and not PyTorch's or that of an autograd.Function.
+    ``formula``: the derivative is a formula, and not PyTorch's or that of an autograd.Function. ``place``: where it is,
+    if not in the table.
     """
-    if passes(error) or error.__traceback__ is None:
+    if error.__traceback__ is None or (passes(error) and not runs_users(error.__traceback__)):
         return
     grads = grad if isinstance(grad, list) else [grad]
     call = FailedCall(interpreter, op, grads, {}, f"the derivative of {name_of(op)}", error.__traceback__)
     call.given = f"cotangent {call.given}"
-    if formula and not isinstance(error, RuleError) and not is_kernels(error, error.__traceback__):
+    call.registered = place or interpreter.rule_place(op) or users_rule(error)
+    kept = passes(error) or isinstance(error, RuleError)
+    if formula and not kept and not is_kernels(error, error.__traceback__):
         raise RuleError(call, error, last_place(error), None) from error
     calls = calls_in(error.__traceback__)
     for each in calls:
         add_note(error, f"in {each}")
-    add_note(
-        error, f"in the derivative of {name_of(op)} of {interpreter.name} at level {interpreter.level}, on {call.given}"
-    )
+    about = f"in the derivative of {name_of(op)} of {interpreter.name} at level {interpreter.level}, on {call.given}"
+    add_note(error, about + by_rule(call.registered))
 
 
 def last_place(error: Exception) -> str:

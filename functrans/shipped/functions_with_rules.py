@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.api.checks import call_function, check_callable, check_signature
-from functrans.core.errors import Call, CallError, CallTypeError
+from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.core.errors.wording import callable_name, shown, what
 from functrans.core.operators import DIFFERENTIABLE
 from functrans.core.pytrees import tree_flatten, tree_unflatten
@@ -21,12 +21,14 @@ class Arguments:
     """A call's arguments, taken apart into tensors, which a Function gets, and the rest, which is fixed."""
 
     def __init__(self, args: tuple[Any, ...], fixed: Sequence[int] = ()) -> None:
+        self.args = args
+        #: the arguments at the positions ``fixed``, and the positions of the others
+        self.fixed = [args[i] for i in fixed]
+        self.moving = [i for i in range(len(args)) if i not in fixed]
         self.leaves, self.spec = tree_flatten(args)
         owners = [i for i, a in enumerate(args) for _ in tree_flatten(a)[0]]
         #: places among the leaves of the tensors that the Function gets
-        self.places = [
-            i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and owners[i] not in fixed
-        ]
+        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and owners[i] not in fixed]
         self.tensors = [self.leaves[i] for i in self.places]
 
     def whole(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -61,14 +63,38 @@ class WithRule:
     #: what it is called in messages, and the method that its rule is given to
     kind: str
     definition: str
+    #: what was given there
+    rules: tuple[Callable[..., Any], ...] = ()
 
-    def __init__(self, func: Callable[..., Any]) -> None:
+    def __init__(self, func: Callable[..., Any], nondiff_argnums: Sequence[int] = ()) -> None:
         check_callable(self.kind, func)
         self.func = func
+        self.fixed = self.checked(nondiff_argnums)
         functools.update_wrapper(self, func, updated=())  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<{self.kind} {callable_name(self.func)}>"
+
+    def take(self, method: str, *rules: Callable[..., Any]) -> Callable[..., Any]:
+        """Keep what ``method`` was given."""
+        for rule in rules:
+            check_callable(method, rule)
+        self.rules = rules
+        return rules[0]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.rules:
+            raise self.error(CallError, "a call of the function", f"its rule first: {self.definition}")
+        args = self.bound(args, kwargs)
+        if any(i >= len(args) for i in self.fixed):
+            got = f"nondiff_argnums={self.fixed} in a call with {len(args)} arguments"
+            raise self.error(CallValueError, got, "positions of arguments that are given")
+        given = Arguments(args, self.fixed)
+        return self.of_tensors(given) if given.tensors else self.run(self.func, args)
+
+    def of_tensors(self, given: Arguments) -> Any:
+        """The result of a call that has tensors among its arguments."""
+        raise NotImplementedError
 
     def error(self, kind: type[CallError], *said: str) -> CallError:
         return kind(Call(self.kind, self.func, {}), *said)
@@ -79,9 +105,6 @@ class WithRule:
         if not all(type(i) is int and i >= 0 for i in found):
             raise self.error(CallTypeError, f"{what(nondiff_argnums)} as nondiff_argnums", "a tuple of positions")
         return found
-
-    def without_rule(self) -> CallError:
-        return self.error(CallError, "a call of the function", f"its rule first: {self.definition}")
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments by position, as rules get them."""
@@ -103,6 +126,26 @@ class WithRule:
         """``function`` on the tensors of ``given``; it leaves the structure of the result in ``function.results``."""
         out = function.apply(*given.tensors)
         return function.results[-1].whole(out if isinstance(out, tuple) else (out,))  # type: ignore[attr-defined]
+
+
+def keeping_inputs(custom: WithRule, given: Arguments, found: list[Results]) -> type[Function]:
+    """A Function that runs ``custom``'s function and saves its inputs; the result is left in ``found``, taken apart."""
+
+    class Keeping(Function):
+        @staticmethod
+        def forward(*tensors: Tensor) -> Any:
+            out = Results(custom.run(custom.func, given.whole(tensors)))
+            found[:] = [out]
+            return unlike(out.tensors, tensors)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+            ctx.mark_non_differentiable(*[x for x in output if x.dtype not in DIFFERENTIABLE])
+            ctx.smooth = [x.dtype in DIFFERENTIABLE for x in output]
+
+    return Keeping
 
 
 def unlike(outs: Sequence[Tensor], ins: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from functrans.api.checks import check_callable, check_flag
 from functrans.core.dispatch import scan, start
 from functrans.core.errors import Call, LayoutError, NonFiniteError
-from functrans.core.errors.call_sites import place, source_line, user_site
+from functrans.core.errors.call_sites import at_site, user_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.pytrees import tree_flatten
 from functrans.core.stack import run_transformed
@@ -34,6 +34,7 @@ from functrans.extension.primitives import Primitive
 from functrans.extension.transforming import transform
 from functrans.interpreters.failures import meaning_at, name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
+from functrans.interpreters.grad.noted_tape import noting_lines, site_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 
@@ -77,9 +78,7 @@ def sanitize(func: Callable[..., Any], *, nan: bool = True, inf: bool = True) ->
     def sanitized(*args: Any, **kwargs: Any) -> Any:
         level = Sanitizing(func)
         level.call, level.nan, level.inf = call, bool(nan), bool(inf)
-        # so that tapes note the user's lines; what a user checks by it stays on
-        checking = torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
-        with torch.autograd.set_detect_anomaly(True, check_nan=checking):
+        with noting_lines():
             return transform(level, func)(*args, **kwargs)
 
     return sanitized
@@ -121,9 +120,9 @@ class Sanitizing(PassThrough):
         while type(x) is WrapperTensor and not x.interpreter.records(x):
             x = x.value
         if type(x) is WrapperTensor:
-            return watched(value, self, str(op), line_at(sys._getframe(3)), self.batch_of(value))
+            return watched(value, self, str(op), at_site(user_site(sys._getframe(3))), self.batch_of(value))
         if x is value and x.requires_grad and torch.is_grad_enabled():  # PyTorch's own autograd follows
-            about = str(op), line_at(sys._getframe(3)), self.batch_of(value)
+            about = str(op), at_site(user_site(sys._getframe(3))), self.batch_of(value)
             value = x.view_as(x)
             value.register_hook(lambda grad: self.check_cotangent(grad, *about))
         return value
@@ -194,7 +193,7 @@ class Sanitizing(PassThrough):
         found = self.first(out)
         if found is not None:
             of = f"the {found.carried}result of {name_of(op)}"
-            raise self.error(found, of, level, name_of(op), line_at(frame))
+            raise self.error(found, of, level, name_of(op), at_site(user_site(frame)))
 
     def judge_derivative(self, out: Any, called: Any, pull: Mapping[str, Any]) -> None:
         """The same for what is pulled back; ``pull``: the variables of ``GradInterpreter.pull``."""
@@ -214,8 +213,8 @@ class Sanitizing(PassThrough):
             looked_at = (self.first(c, self.batches.get((level, i), ())) for i, c in pairs if c is not None)
             found = next((f for f in looked_at if f is not None), None)
         if found is not None:
-            lines = getattr(pull["tape"], "lines", None)
-            raise self.error(found, of, level, name, lines[pull["i"]] if lines else "", backward=True)
+            line = at_site(site_of(pull["tape"], pull["i"]))
+            raise self.error(found, of, level, name, line, backward=True)
 
     def calls(self) -> Iterator[tuple[FrameType, Any]]:
         """The operators and derivatives that are being interpreted in this run, and what code each called."""
@@ -332,11 +331,3 @@ def found_in(wrong: Tensor, base: Tensor, dims: Dims, carried: str) -> Found:
         f"{str(base.dtype).removeprefix('torch.')}{list(base.shape[n:])}",
         carried,
     )
-
-
-def line_at(frame: FrameType) -> str:
-    site = user_site(frame)
-    if site is None:
-        return ""
-    text = source_line(site)
-    return f" At {place(site)}{f': `{text}`' if text else ''}."

@@ -17,6 +17,7 @@ from torch.autograd.function import Function
 from functrans.api.vmap import vmap
 from functrans.core.dispatch import lift, scan
 from functrans.core.errors import MissingRuleError
+from functrans.core.errors.call_sites import definition
 from functrans.core.errors.wording import callable_name
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import DIFFERENTIABLE
@@ -98,8 +99,9 @@ class VjpRule:
 
         def of_batch(f: Callable[..., Any], in_dims: tuple[Any, ...]) -> Callable[..., Any]:
             return vmap(
-                f, in_dims, randomness=level.randomness, axis_name=level.axis_name, axis_size=level.batch_size
-            )
+                f, in_dims, randomness=level.randomness, axis_name=level.axis_name, axis_size=level.batch_size,
+                interpreter=type(level),
+            )  # fmt: skip
 
         def bwd(residuals: Sequence[Any], grads: Sequence[Any]) -> tuple[Any, ...]:
             along = [0 if isinstance(r, Tensor) else None for r in residuals]
@@ -153,6 +155,9 @@ class VjpNode(BackwardNode):
         self.rule = rule
         self.outs = outs
         self.places = places
+
+    def rule_place(self, saved: Any) -> str | None:
+        return definition(self.rule.custom.rules[1])
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         outs, residuals = saved[: self.outs], saved[self.outs :]

@@ -102,16 +102,28 @@ def plain(func: Any, x: Any, y: Any, k: Any = None, **_: Any) -> Any:
     return out
 
 
+#: Options that torch.func does not have, as they are left out.
+OURS: dict[str, tuple[Any, ...]] = {
+    "holomorphic": (False,), "axis_name": (None,), "axis_size": (None,),
+    "interpreter": (extend.GradInterpreter, extend.VmapInterpreter, extend.JvpInterpreter),
+}  # fmt: skip
+
+
+def asked(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` without those of ours that are as they are left out."""
+    return {name: value for name, value in options.items() if not any(value is v for v in OURS.get(name, ()))}
+
+
 def of_grad(name: str) -> Case:
-    def call(func: Any, argnums: Any, has_aux: Any, holomorphic: Any, x: Any, y: Any, k: Any) -> Any:
-        options = {} if holomorphic is False else {"holomorphic": holomorphic}  # torch.func has no such option
-        return getattr(library(), name)(func, argnums, has_aux, **options)(x, y, k=k)
+    def call(func: Any, argnums: Any, has_aux: Any, x: Any, y: Any, k: Any, **options: Any) -> Any:
+        return getattr(library(), name)(func, argnums, has_aux, **asked(options))(x, y, k=k)
 
     arguments = {
         "func": lambda: total,
         "argnums": lambda: 0,
         "has_aux": lambda: False,
         "holomorphic": lambda: False,
+        "interpreter": lambda: extend.GradInterpreter,
         "x": V.clone,
         "y": X.clone,
         "k": V.clone,
@@ -126,9 +138,7 @@ JACOBIAN_OPTIONS: dict[str, Callable[[], Any]] = {
 
 def of_jacobian(name: str, **options: Callable[[], Any]) -> Case:
     def call(func: Any, argnums: Any, x: Any, y: Any, k: Any, **options: Any) -> Any:
-        if options["holomorphic"] is False:
-            del options["holomorphic"]
-        return getattr(library(), name)(func, argnums, **options)(x, y, k=k)
+        return getattr(library(), name)(func, argnums, **asked(options))(x, y, k=k)
 
     arguments = {"func": lambda: total, "argnums": lambda: 0, "x": V.clone, "y": X.clone, "k": V.clone}
     return Case(name, call, {**arguments, **JACOBIAN_OPTIONS, **options}, plain=plain)
@@ -137,12 +147,11 @@ def of_jacobian(name: str, **options: Callable[[], Any]) -> Case:
 def call_vmap(
     func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, x: Any, y: Any, k: Any, **named: Any
 ) -> Any:
-    named = {name: value for name, value in named.items() if value is not None}  # torch.func has no such options
-    return library().vmap(func, in_dims, out_dims, randomness, chunk_size=chunk_size, **named)(x, y, k=k)
+    return library().vmap(func, in_dims, out_dims, randomness, chunk_size=chunk_size, **asked(named))(x, y, k=k)
 
 
-def call_vjp(func: Any, has_aux: Any, x: Any, y: Any, cotangent: Any) -> Any:
-    return library().vjp(func, x, y, has_aux=has_aux)[1](cotangent)
+def call_vjp(func: Any, x: Any, y: Any, cotangent: Any, **options: Any) -> Any:
+    return library().vjp(func, x, y, **asked(options))[1](cotangent)
 
 
 def with_tensors(module: Any, parameter_and_buffer_dicts: Any, args: Any, kwargs: Any, **_: Any) -> Any:
@@ -183,7 +192,7 @@ def call_and(name: str) -> Callable[..., Any]:
 
     def call(func: Any, x: Any, y: Any, k: Any = None, **options: Any) -> Any:
         kwargs = {} if k is None else {"k": k}
-        return getattr(library(), name)(func, **options)(x, y, **kwargs)
+        return getattr(library(), name)(func, **asked(options))(x, y, **kwargs)
 
     return call
 
@@ -194,21 +203,25 @@ CASES = [
     of_grad("grad"),
     of_grad("grad_and_value"),
     of_grad("value_and_grad"),
-    of_jacobian("jacrev"),
-    of_jacobian("jacfwd", randomness=lambda: "error"),
+    of_jacobian("jacrev", interpreter=lambda: extend.GradInterpreter),
+    of_jacobian("jacfwd", randomness=lambda: "error", interpreter=lambda: extend.JvpInterpreter),
     of_jacobian("hessian", randomness=lambda: "error"),
-    of_jacobian("jacrev_and_value"),
-    of_jacobian("jacfwd_and_value", randomness=lambda: "error"),
+    of_jacobian("jacrev_and_value", interpreter=lambda: extend.GradInterpreter),
+    of_jacobian("jacfwd_and_value", randomness=lambda: "error", interpreter=lambda: extend.JvpInterpreter),
     Case("chunk_vmap", call_and("chunk_vmap"),
         {
             "func": lambda: square, "in_dims": lambda: 0, "out_dims": lambda: 0, "randomness": lambda: "error",
-            "chunks": lambda: 2, "x": X.clone, "y": W.clone, "k": V.clone,
+            "chunks": lambda: 2, "interpreter": lambda: extend.VmapInterpreter,
+            "x": X.clone, "y": W.clone, "k": V.clone,
         }, plain=plain),
     Case("functionalize", call_and("functionalize"),
         {"func": lambda: square, "remove": lambda: "mutations_and_views", "x": V.clone, "y": X.clone, "k": V.clone},
         plain=plain),
     Case("linearize", lambda func, x, y, t, **options: library().linearize(func, x, y, **options)[1](t, X),
-        {"func": lambda: square, "has_aux": lambda: False, "x": V.clone, "y": X.clone, "t": V.clone}, plain=plain),
+        {
+            "func": lambda: square, "has_aux": lambda: False, "interpreter": lambda: extend.JvpInterpreter,
+            "x": V.clone, "y": X.clone, "t": V.clone,
+        }, plain=plain),
     Case("linear_transpose",
         lambda func, x, y, cotangent: library().linear_transpose(func, x, y)(cotangent),
         {"func": lambda: double, "x": V.clone, "y": X.clone, "cotangent": V.clone}, plain=plain),
@@ -252,6 +265,7 @@ CASES = [
         {
             "func": lambda: square, "in_dims": lambda: 0, "out_dims": lambda: 0, "randomness": lambda: "error",
             "chunk_size": lambda: None, "axis_name": lambda: None, "axis_size": lambda: None,
+            "interpreter": lambda: extend.VmapInterpreter,
             "x": X.clone, "y": W.clone, "k": V.clone,
         }, plain=plain,
     ),
@@ -314,13 +328,16 @@ CASES = [
         {"transformed": lambda: total, "oracle": lambda: total, "x": V.double}, ("transformed", "oracle"),
         plain=lambda transformed, oracle, x: (transformed(x), oracle(x))),
     Case("vjp", call_vjp,
-        {"func": lambda: square, "has_aux": lambda: False, "x": V.clone, "y": X.clone, "cotangent": V.clone},
+        {
+            "func": lambda: square, "has_aux": lambda: False, "interpreter": lambda: extend.GradInterpreter,
+            "x": V.clone, "y": X.clone, "cotangent": V.clone,
+        },
         plain=plain),
     Case(
-        "jvp", lambda func, primals, tangents, **options: library().jvp(func, primals, tangents, **options),
+        "jvp", lambda func, primals, tangents, **options: library().jvp(func, primals, tangents, **asked(options)),
         {
             "func": lambda: square, "primals": lambda: (V, X), "tangents": lambda: (V, X), "strict": lambda: False,
-            "has_aux": lambda: False,
+            "has_aux": lambda: False, "interpreter": lambda: extend.JvpInterpreter,
         }, plain=lambda func, primals, **_: func(*primals),
     ),
     Case(

@@ -125,7 +125,10 @@ def made_where(wrapper: Any) -> str:
 
 def at_line() -> str:
     """Where the user's code is that called what raises an error, with the text of the line."""
-    site = user_site(sys._getframe(1))
+    return at_site(user_site(sys._getframe(1)))
+
+
+def at_site(site: Site | None) -> str:
     if site is None:
         return ""
     text = source_line(site)

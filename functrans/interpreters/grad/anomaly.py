@@ -8,26 +8,11 @@ from typing import Any
 import torch
 
 from functrans.core.errors import AnomalyError
-from functrans.core.errors.call_sites import at_line
+from functrans.core.errors.call_sites import at_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, tensor_of
 from functrans.core.thread_state import running_at
-
-
-class NotedTape(list[Any]):
-    """A tape that notes which line made each record."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def append(self, record: Any) -> None:
-        super().append(record)
-        self.lines.append(at_line())
-
-    def clear(self) -> None:
-        super().clear()
-        self.lines.clear()
+from functrans.interpreters.grad.noted_tape import site_of
 
 
 def checks_numbers() -> bool:
@@ -40,8 +25,7 @@ def check_numbers(interpreter: Interpreter, tape: list[Any], i: int, op: Any, fo
     for position, cotangent in enumerate(found):
         parts = cotangent if isinstance(cotangent, list | tuple) else (cotangent,)
         if any(c is not None and has_nan(tensor_of(c)) for c in parts):
-            line = tape.lines[i] if isinstance(tape, NotedTape) else ""
-            raise AnomalyError(op, interpreter.name, interpreter.level, position, line)
+            raise AnomalyError(op, interpreter.name, interpreter.level, position, at_site(site_of(tape, i)))
 
 
 def has_nan(x: Any) -> bool:

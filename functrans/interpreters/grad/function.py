@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import map_tensors
+from functrans.core.errors.call_sites import definition
 from functrans.core.leftovers import suspended
 from functrans.core.thread_state import lowered
 from functrans.interpreters.function_context import (
@@ -74,6 +75,9 @@ class FunctionNode:
 
     def operator(self, saved: FunctionRecord) -> str:
         return f"{saved.cls.__name__}.apply"
+
+    def rule_place(self, saved: FunctionRecord) -> str | None:
+        return definition(saved.cls.backward)
 
     def __repr__(self) -> str:
         return f"<FunctionNode of {self.op}>"

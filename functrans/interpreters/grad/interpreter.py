@@ -22,9 +22,10 @@ from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
-from functrans.interpreters.grad.anomaly import NotedTape, check_numbers, checks_numbers
+from functrans.interpreters.grad.anomaly import check_numbers, checks_numbers
 from functrans.interpreters.grad.grad_fn import grad_fn_of
 from functrans.interpreters.grad.nodes import BackwardNode, ProgramNode, matrix_of
+from functrans.interpreters.grad.noted_tape import new_tape
 from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, choose_method
 from functrans.programs.fusible import REAL
@@ -48,7 +49,7 @@ class GradInterpreter(Interpreter, whole=True):
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
-        self.tape: list[Record] = NotedTape() if torch.is_anomaly_enabled() else []
+        self.tape: list[Record] = new_tape()
         self.last_index = 0
         #: functions that see, and may replace, the cotangent of an index
         self.hooks: dict[int, OrderedDict[int, Callable[..., Any]]] | None = None
@@ -58,7 +59,7 @@ class GradInterpreter(Interpreter, whole=True):
         self.retaining: list[WrapperTensor] = []
 
     def track(self, value: Tensor) -> WrapperTensor:
-        """A wrapper for ``value`` that the tape follows."""
+        """A wrapper for ``value``, of a level below, that the tape follows: with a tape index of its own."""
         wrapper = wrap(self, value)
         self.last_index += 1
         wrapper.tape_index = self.last_index
@@ -147,6 +148,17 @@ class GradInterpreter(Interpreter, whole=True):
         return cotangent
 
     def record(self, node: Any, outs: Any, ins: Any, saved: Any) -> None:
+        """Add a record to the tape.
+
+        Args:
+            node: a ``BackwardNode``; its ``pull(saved, grad)`` returns a list with a cotangent, or None, for each of
+                ``ins``.
+            outs: the tape index of the output, or a list with one for each of several (None: not tracked); ``grad`` is
+                the cotangent of it, or a list of them with None for those that nothing depends on.
+            ins: a list of the tape indices of the tracked inputs.
+            saved: a list of what ``node`` needs: values of the level below, or anything else. Tensors in it are copied
+                before they are written.
+        """
         self.tape.append((node, outs, ins, saved))
 
     def rows_behind(self, index: int, diagonal: Any) -> tuple[Tensor, int, int] | None:
@@ -158,7 +170,7 @@ class GradInterpreter(Interpreter, whole=True):
         product of a matrix and a vector scales the matrix's rows. Returns these rows, the index that they are
         cotangents of, and how much of the tape is left to be walked; None if the last step is of another kind.
         """
-        if self.hooks is not None or checks_numbers():
+        if self.hooks is not None or checks_numbers() or type(self).pull is not GradInterpreter.pull:
             return None
         size = diagonal.shape[0]
         end, found = len(self.tape), None
@@ -218,7 +230,8 @@ class GradInterpreter(Interpreter, whole=True):
             try:
                 found = node.pull(saved, grad)
             except Exception as error:
-                explain_pull(error, self, node.operator(saved), grad, isinstance(node, BackwardNode))
+                formula = isinstance(node, BackwardNode)
+                explain_pull(error, self, node.operator(saved), grad, formula, node.rule_place(saved))
                 raise
             if checking:
                 check_numbers(self, tape, i, node.operator(saved), found)
@@ -233,6 +246,7 @@ class GradInterpreter(Interpreter, whole=True):
                     for s, c in zip(index, cotangent, strict=True):
                         if s is not None and c is not None:
                             cotangents[s] = total(cotangents[s], c) if s in cotangents else c
+        node = None  # for who asks from here on which record is pulled back through: see extension/provenance.py
         cotangents = {index: tensor_of(cotangent) for index, cotangent in cotangents.items()}
         if self.hooks is not None:
             cotangents = {index: self.hooked(index, cotangent) for index, cotangent in cotangents.items()}

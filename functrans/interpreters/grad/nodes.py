@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import start
 from functrans.core.errors import DerivativeEntryError, ModifiedError
+from functrans.core.errors.call_sites import definition, is_users
 from functrans.core.errors.described import shown
 from functrans.core.operators import OpInfo
 from functrans.core.rules import place_in, rules_of
@@ -28,7 +29,13 @@ aten = torch.ops.aten
 class BackwardNode:
     """What pulls back through a record of the tape, and looks after what it saved: a list of values."""
 
+    #: the operator, or what messages call it
     op: Any
+
+    def rule_place(self, saved: Any) -> str | None:
+        """``file:line`` of a derivative that the user wrote as a node, for messages; None: the table knows."""
+        own = definition(type(self).pull)
+        return own if own is not None and is_users(own.rpartition(":")[0]) else None
 
     def operator(self, saved: Any) -> Any:
         """The operator of a record, for messages."""
@@ -160,7 +167,7 @@ class ProgramNode(BackwardNode):
     """
 
     def __init__(self, program: Program, places: tuple[int, ...]) -> None:
-        operators = [instruction.op for instruction in program.instructions]
+        self.operators = operators = tuple(instruction.op for instruction in program.instructions)
         self.op = operators[0] if len(operators) == 1 else f"the program of {', '.join(map(str, operators))}"
         self.places = places
         found = pullback(program, places)
@@ -262,6 +269,9 @@ class BorrowedNode:
 
     def operator(self, saved: tuple[OpOverload, BorrowedPullback]) -> OpOverload:
         return saved[0]
+
+    def rule_place(self, saved: Any) -> None:
+        return None
 
     def pull(self, saved: tuple[OpOverload, BorrowedPullback], grad: Any) -> list[Any]:
         op, kept = saved

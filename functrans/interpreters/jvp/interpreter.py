@@ -39,6 +39,10 @@ class JvpInterpreter(Interpreter, whole=True):
     values_remain = True
 
     def dual(self, value: Tensor, tangent: Tensor | None) -> WrapperTensor:
+        """A wrapper for ``value`` with ``tangent``, of its shape and dtype (None: zeros), both of a level below.
+
+        What is neither floating-point nor complex has no tangent.
+        """
         wrapper = wrap(self, value)
         wrapper.tangent = tangent if value.dtype in DIFFERENTIABLE else None
         return wrapper

@@ -69,7 +69,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
     """The Function on physical values: each of its methods, run once under vmap."""
 
     def inside(body: Callable[[VmapInterpreter], Any]) -> Any:
-        interpreter = VmapInterpreter(outer.batch_size, outer.randomness, cls)
+        interpreter = type(outer)(outer.batch_size, outer.randomness, cls)
         interpreter.axis_name = outer.axis_name
         with suspended(outer, lambda x: interpreter.rewrap(x, as_here(x.value, expected=True))):
             return run_transformed(interpreter, lambda: body(interpreter))
