@@ -118,13 +118,14 @@ def functions(op: OpOverload) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The operator itself, and what calls it by PyTorch's other parser."""
     yield "aten", op
     name = op._schema.name.removeprefix("aten::")
-    for holder, prefix in (
-        (torch, ""), (F, ""), (torch._C._nn, ""), (torch._C._VariableFunctions, ""), (Tensor, ""),
-        (torch.linalg, "linalg_"), (torch.special, "special_"),
+    for spelling, holder, prefix in (
+        ("torch", torch, ""), ("functional", F, ""), ("_nn", torch._C._nn, ""),
+        ("_VariableFunctions", torch._C._VariableFunctions, ""), ("Tensor", Tensor, ""),
+        ("linalg", torch.linalg, "linalg_"), ("special", torch.special, "special_"),
     ):  # fmt: skip
         function = getattr(holder, name.removeprefix(prefix), None) if name.startswith(prefix) else None
         if callable(function):
-            yield holder.__name__, function
+            yield spelling, function
 
 
 def verdicts(op: OpOverload) -> list[Verdict]:

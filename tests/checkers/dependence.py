@@ -17,6 +17,7 @@ import os
 import pickle
 import signal
 import sys
+import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -360,15 +361,22 @@ def apart(work: Callable[[], list[Verdict]], op: OpOverload, seconds: int = 60) 
         try:
             signal.alarm(seconds)
             os.close(reading)
+            try:
+                result: Any = work()
+            except Exception:  # noqa: BLE001 - the parent is told
+                result = traceback.format_exc()
             with os.fdopen(writing, "wb") as pipe:
-                pickle.dump(work(), pipe)
+                pickle.dump(result, pipe)
         finally:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         data = pipe.read()
     os.waitpid(child, 0)
-    return pickle.loads(data) if data else [Verdict(str(op), -1, "still", "the process ended")]
+    result = pickle.loads(data) if data else [Verdict(str(op), -1, "still", "the process ended")]
+    if isinstance(result, str):
+        raise RuntimeError(f"{op}: {result}")
+    return result
 
 
 def sweep(prefixes: tuple[str, ...] = (), *, per_op: int = 4, samples: int = 8) -> list[Verdict]:
