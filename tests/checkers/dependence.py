@@ -375,7 +375,7 @@ def apart(work: Callable[[], list[Verdict]], op: OpOverload, seconds: int = 60) 
     os.waitpid(child, 0)
     result = pickle.loads(data) if data else [Verdict(str(op), -1, "still", "the process ended")]
     if isinstance(result, str):
-        raise RuntimeError(f"{op}: {result}")
+        raise RuntimeError(f"{op}: {result}")  # noqa: TRY004
     return result
 
 
