@@ -56,12 +56,6 @@ NUMBERS = {
 }
 
 
-#: FSDP2 modules run hooks that gather and free parameters, and follow PyTorch's autograd to do so.
-FSDP = "torch.distributed.fsdp"
-OF_FSDP = "calling a module of fully_shard"
-FULL_PARAMETERS = "functional_call of the module as it was, with full_tensor() of each parameter"
-
-
 def refuse(x: Any, what: str, cure: str | None) -> NoReturn:
     """Say that ``what`` cannot be asked of the wrapper ``x``."""
     raise NoDataError(what, x) if cure is None else InsideTransformError(what, x.interpreter.name, cure)
@@ -114,8 +108,6 @@ class Refusing(torch.Tensor):
         return self
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        if getattr(hook, "__module__", "").startswith(FSDP):
-            refuse(self, OF_FSDP, FULL_PARAMETERS)
         if not self.requires_grad:
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
         return self.interpreter.add_hook(self, hook)
