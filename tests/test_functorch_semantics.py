@@ -243,16 +243,23 @@ def test_autograd_inside_of_what_was_captured() -> None:
     torch.testing.assert_close(alone, torch.diag(y))
 
 
-def test_autograd_inside_does_not_know_of_transforms() -> None:
-    """What depends on the argument has no graph of PyTorch's: that is said, and no zero."""
+def test_autograd_inside_of_what_has_no_graph() -> None:
+    """What depends on the argument has no graph of PyTorch's, or none is kept: that is said, and no zero."""
     x = torch.randn(3, requires_grad=True)
-    for f in (
+    followed, by_captured = (
         lambda v: torch.autograd.grad(v.sin().sum(), v)[0].sum(),
         lambda v: torch.autograd.grad((v * x).sin().sum(), x)[0].sum(),
-    ):
-        for transformed in (lambda v: vjp(f, v), lambda v: jvp(f, (v,), (v,)), vmap(f)):  # noqa: B023
-            with pytest.raises(RuntimeError, match="autograd.grad inside .* is not possible"):
-                transformed(torch.randn(3))
+    )
+    for f in (followed, by_captured):
+        with pytest.raises(RuntimeError, match=r"without create_graph=True, inside .* is not possible"):
+            vjp(f, torch.randn(3))
+    for transformed in (lambda v: jvp(followed, (v,), (v,)), vmap(followed)):
+        with pytest.raises(RuntimeError, match="of what has not been recorded inside .* is not possible"):
+            transformed(torch.randn(3))
+    v, t = torch.randn(2, 3)
+    close = torch.testing.assert_close
+    close(jvp(by_captured, (v,), (t,))[1], (((v * x).cos() - x * v * (v * x).sin()) * t).sum())
+    close(vmap(by_captured)(torch.stack([v, t])), torch.stack([(v * (v * x).cos()).sum(), (t * (t * x).cos()).sum()]))
 
 
 def test_leaves() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError, RequiresGradError
+from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError
 from functrans.core.errors.described import describe
 from functrans.core.torch_private import PYTHON, is_key_excluded
 
@@ -98,14 +98,6 @@ class Refusing(torch.Tensor):
                 return False
             x = x.value
         return x.is_leaf
-
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and
-        # constructors of modules do it.
-        origin = self if self.view_link is None else self.view_link.base_content()
-        if requires_grad and (concrete(self) is None or concrete(origin) is None):
-            raise RequiresGradError(self.interpreter.name)
-        return self
 
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
         if not self.requires_grad:
