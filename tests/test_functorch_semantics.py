@@ -496,3 +496,45 @@ def test_a_broadcast_operands_cotangent_has_its_shape(name: str, leading: Any) -
         inside = vmap(lambda a, b: ours(f, a, b), in_dims=dims)(*xs)
         torch.testing.assert_close(inside, for_each(lambda a, b: pulled(f, a, b), in_dims=dims)(*xs))
         torch.testing.assert_close(ours(vmap(f, in_dims=dims), *xs), pulled(for_each(f, in_dims=dims), *xs))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a function that writes to its argument returns
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda x: x.mul_(2),
+    "a row": lambda x: x.mul_(2)[0],
+    "a row that is written": lambda x: x[0].mul_(2),
+    "transposed": lambda x: x.exp_().t(),
+    "diagonal": lambda x: x.sin_().diagonal(),
+    "a part": lambda x: x.sin_().unbind(0)[1].unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("out_dim", [0, -1])
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_views_of_an_argument_that_was_written_are_the_callers(name: str, in_dim: int, out_dim: int) -> None:
+    f = WRITTEN[name]
+    batch = torch.randn(4, 3, 5, dtype=DOUBLE)
+    given = batch.movedim(0, in_dim).clone(memory_format=torch.contiguous_format)
+    expected = torch.stack([f(row) for row in batch], out_dim)
+    result = vmap(f, in_dim, out_dim)(given)
+    assert torch.equal(result, expected) and torch.equal(given.movedim(in_dim, 0), batch)
+    given.zero_()
+    assert not result.any()
+    twice = torch.randn(2, 4, 3, 5, dtype=DOUBLE).movedim(1, -1).contiguous()
+    by_loop = torch.stack([vmap(f, -1, out_dim)(part) for part in twice.clone()])
+    result = vmap(vmap(f, -1, out_dim))(twice)
+    assert torch.equal(result, by_loop)
+    twice.zero_()
+    assert torch.equal(result, 0 * by_loop if name == "itself" else by_loop)  # at two levels: a view, or a copy
+
+
+def test_a_copy_of_an_argument_that_was_written_is_none_of_the_callers() -> None:
+    batch = torch.randn(4, 3, dtype=DOUBLE)
+    result = vmap(lambda x: x.mul_(2).clone()[0])(batch)
+    assert result.untyped_storage().data_ptr() != batch.untyped_storage().data_ptr()
+    leaf = batch.clone().requires_grad_()
+    expected = torch.autograd.grad((leaf[:, 0] ** 4).sum(), leaf)[0]
+    torch.testing.assert_close(grad(lambda x: (vmap(lambda x: x.mul_(x)[0])(x * 1) ** 2).sum())(batch), expected)
