@@ -83,6 +83,14 @@ def by_a_constant_with_cotangents(x: Tensor) -> Tensor:
     return gradient([place**3, (place * x).sin()], place, [x, x.exp()], create_graph=True)[0]
 
 
+CAPTURED = torch.linspace(-1, 1, 6, dtype=DOUBLE).requires_grad_()
+
+
+def by_what_is_captured(x: Tensor) -> Tensor:
+    y = (CAPTURED * x).sin()
+    return gradient([CAPTURED**2, y, y], CAPTURED, [x, x.exp(), x], create_graph=True)[0]
+
+
 def by_both(x: Tensor) -> Tensor:
     place = torch.linspace(-1, 1, 6, dtype=DOUBLE).requires_grad_()
     by_place, by_x = gradient((place**2 * x.sin()).prod(), [place, x], create_graph=True)
@@ -90,7 +98,7 @@ def by_both(x: Tensor) -> Tensor:
 
 
 FUNCTIONS = (asked, asked_again, of_a_copy, with_its_cotangent, several, by_a_constant, by_a_constant_with_cotangents,
-             by_both)  # fmt: skip
+             by_what_is_captured, by_both)  # fmt: skip
 
 
 @pytest.mark.parametrize("transform", DIFFERENTIATED)
@@ -110,7 +118,7 @@ def test_a_gradient_inside_has_tangents(f: Callable[[Tensor], Tensor]) -> None:
     second = torch.autograd.functional.hvp(squares(f), row, t)[1]
     close(jvp(grad(squares(f)), (row,), (t,))[1], second)
     close(grad(lambda x: (grad(squares(f))(x) * t).sum())(row), second)
-    if f in (by_a_constant, by_a_constant_with_cotangents):
+    if f in (by_a_constant, by_a_constant_with_cotangents, by_what_is_captured):
         close(jvp(f, (row,), (t,))[1], by_hand)
         close(vmap(lambda t: jvp(f, (row,), (t,))[1])(ROWS)[1], by_hand)
     followed = row.clone().requires_grad_()  # by PyTorch itself
@@ -301,6 +309,8 @@ def test_options() -> None:
             transform(unused)
         with pytest.raises(RuntimeError, match="only for scalar outputs"):
             transform(lambda x: gradient(x * 2, x, create_graph=True))
+        with pytest.raises(RuntimeError, match=r"a cotangent of shape \(1,\) for an output of shape \(6,\)"):
+            transform(lambda x: gradient(x * 2, x, x[:1], create_graph=True))
         with pytest.raises(InsideTransformError, match=r"is_grads_batched=True inside .* Use functrans.vmap"):
             transform(lambda x: gradient(x * 2, x, torch.eye(6, dtype=DOUBLE), is_grads_batched=True))
     if "dict" in str(torch.autograd.grad.__doc__) and torch.__version__ >= "2.13":

@@ -80,6 +80,8 @@ def grad(
     for out, c in zip(outs, given, strict=True):
         if c is None and out.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        if c is not None and c.shape != out.shape:
+            raise RuntimeError(f"a cotangent of shape {tuple(c.shape)} for an output of shape {tuple(out.shape)}")
     given = [ones_for(out, *out.shape) if c is None else c for out, c in zip(outs, given, strict=True)]
     results = gradients(outs, ins, given, create_graph)
     if all(g is None for g in results) and not materialize_grads:

@@ -117,7 +117,7 @@ class GradientNode(BackwardNode):
 
     op = "torch.autograd.grad"
 
-    def __init__(self, level: GradInterpreter, gradients: Gradients, inputs: list[Tensor], outputs: list[int]) -> None:
+    def __init__(self, level: GradInterpreter, gradients: Gradients, inputs: list[Tensor], outputs: list[Any]) -> None:
         self.level, self.end = ref(level), len(level.tape)
         self.gradients, self.inputs, self.outputs = gradients, inputs, outputs
 
@@ -128,7 +128,11 @@ class GradientNode(BackwardNode):
         cotangents, roots, values = saved
         inputs, along = zip(*((p, c) for p, c in zip(self.inputs, grad, strict=True) if c is not None), strict=True)
         with torch.enable_grad():
-            first = level.pull(dict(zip(self.outputs, cotangents, strict=True)), consume=False, end=self.end)
+            by_index: dict[int, Any] = {}
+            for index, c in zip(self.outputs, cotangents, strict=True):
+                if index is not None:
+                    by_index[index] = total(by_index[index], c) if index in by_index else c
+            first = level.pull(by_index, consume=False, end=self.end)
             moving = [i for i in roots if i in first]
             found = self.directional([*(first[i] for i in moving), *values], list(inputs), list(along))
         by_root = dict(zip(moving, found, strict=False))
@@ -151,9 +155,9 @@ class GradientNode(BackwardNode):
 def record_gradients(
     level: GradInterpreter, gradients: Gradients, outs: list[Any], inputs: list[Tensor], cotangents: list[Any]
 ) -> list[Tensor | None]:
-    """The gradients of ``outs``, which are tracked, for ``inputs``, which are not: a record of the tape."""
-    values, below = [x.value for x in outs], [below_of(level, c) for c in cotangents]
-    node = GradientNode(level, gradients, inputs, [x.tape_index for x in outs])
+    """The gradients of ``outs`` for ``inputs``, which are not tracked: a record of the tape."""
+    values, below = [below_of(level, x) for x in outs], [below_of(level, c) for c in cotangents]
+    node = GradientNode(level, gradients, inputs, [level.index_of(x) for x in outs])
     made = {o for _, indices, _, _ in level.tape for o in (indices if isinstance(indices, list) else [indices])}
     roots = [i for i in range(1, level.last_index + 1) if i not in made]
     moving = [(v, c.tape_index) for v, c in zip(values, cotangents, strict=True) if level.index_of(c) is not None]
