@@ -375,3 +375,7 @@ def test_leaves_that_would_lose_a_derivative_are_refused() -> None:
         grad(lambda x: gradient(x.sum(), torch.ones(6, requires_grad=True), create_graph=True)[0].sum())(ROWS[0])
     with pytest.raises(InsideTransformError, match="torch.autograd.grad inside linearize"):
         linearize(lambda x: gradient(energy(x), x, create_graph=True)[0], ROWS[0].clone().requires_grad_())
+    kept: list[Tensor] = []
+    vmap(lambda x: (kept.append(x.exp()), x)[1])(ROWS)
+    with pytest.raises(InsideTransformError, match="torch.autograd.grad inside vmap"):
+        gradient(kept[0], ROWS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import lift, scan
 from functrans.core.errors import InsideTransformError
-from functrans.core.errors.refusals import concrete
+from functrans.core.errors.refusals import concrete, refuse
 from functrans.core.interpreter import Interpreter
 from functrans.core.subclasses import ones_for
 from functrans.core.tensor import WrapperTensor
@@ -74,7 +74,8 @@ def grad(
         with running_at(None):
             found = torch.autograd.grad(plain_outs, plain_ins, cotangents, **options)
         return tuple(g if g is None else lift(g, None, top) for g in found)
-    assert top is not None
+    if top is None:  # of a transform that has ended
+        refuse(next(x for x in (*plain_outs, *plain_ins) if type(x) is WrapperTensor), "torch.autograd.grad", CURE)
     if is_grads_batched:
         raise InsideTransformError("torch.autograd.grad with is_grads_batched=True", top.name, "functrans.vmap")
     for out, c in zip(outs, given, strict=True):
