@@ -28,6 +28,8 @@ from functrans.door import (  # noqa: F401
     entrances,
     gradient_hooks,
     higher_order,
+    leaves,
+    sharded_modules,
 )
 from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES

@@ -148,6 +148,24 @@ outside = grad(f)
 square = Square(torch.full((3,), 5.0))
 
 #: Programs of x that go into one graph, each with what it is by hand.
+def linearized(x: Tensor) -> Any:
+    out, jvp_fn, aux = linearize(lambda y: (f(y), y + 1), x, has_aux=True)
+    return out, aux, vmap(jvp_fn)(eye), grad(lambda y: linearize(f, y)[1](x))(x)
+
+
+def functionalized(x: Tensor) -> Any:
+    def pure(y: Tensor) -> Tensor:
+        z = y + 1
+        z.mul_(2).view(-1).sub_(1)
+        return z * 2
+
+    own = x.clone()
+    functionalize(lambda y: y.mul_(3))(own)
+    without_views = functionalize(pure, remove="mutations_and_views")
+    slopes = grad(lambda y: (functionalize(lambda z: z.clone().mul_(2))(y) ** 2).sum())(x)
+    return functionalize(pure)(x), without_views(x), slopes, own
+
+
 PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
     "made outside": (outside, slope),
     "called outside": (lambda x: outside(x) + 1, lambda x: slope(x) + 1),
@@ -219,6 +237,11 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
     "writes": (writes, lambda x: (torch.ones(3), 2 * x)),
     "parameter": (lambda x: grad(lambda y: (parameter * y.sin()).sum())(x), lambda x: parameter * x.cos()),
     "module": (scaled, lambda x: scaled.weight * x.cos() * scaled.scale),
+    "linearize": (linearized, lambda x: (f(x), x + 1, slope(x), curve(x) * x)),
+    "linear_transpose": (
+        lambda x: vmap(linear_transpose(lambda y: y * x, x))(rows)[0], lambda x: rows * x,
+    ),
+    "functionalize": (functionalized, lambda x: (4 * x + 2, 4 * x + 2, 8 * x, 3 * x)),
 }
 
 
@@ -233,7 +256,9 @@ def test_programs_go_into_one_graph(name: str, backend: str) -> None:
         torch.testing.assert_close(result, program(point.clone()))
 
 
-WITH_BACKWARD = ["made inside", "vmap", "hessian", "jacrev", "vjp", "jvp", "closure", "nested", "parameter", "module"]
+WITH_BACKWARD = [
+    "made inside", "vmap", "hessian", "jacrev", "vjp", "jvp", "closure", "nested", "parameter", "module", "linearize",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -335,6 +360,12 @@ def broken_between(x: Tensor) -> Tensor:
     return pullback(out)[0]
 
 
+def tangents_between(x: Tensor) -> Any:
+    jvp_fn, transposed = linearize(torch.sin, x)[1], linear_transpose(lambda y: y * x, x)
+    torch._dynamo.graph_break()
+    return jvp_fn(x), transposed(x)[0]
+
+
 class Doubling(Interpreter):
     """A transform of somebody else's: what is computed inside is twice what it is."""
 
@@ -364,11 +395,7 @@ OUTSIDE: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Tensor], Any]]]
     ),
     "mask": (lambda x: grad(lambda y: y[y > 0.5].sum())(x), "functrans.grad", lambda x: (x > 0.5).float()),
     "pullback kept": (broken_between, "graph_break", lambda x: x.cos() * x.sin()),
-    "linearized": (lambda x: linearize(torch.sin, x)[1](x), "linearize|graph|functrans", lambda x: x.cos() * x),
-    "transposed": (
-        lambda x: linear_transpose(lambda y: y * x, x)(x)[0], "linear_transpose|graph|functrans", lambda x: x * x,
-    ),
-    "functionalized": (lambda x: functionalize(lambda y: y.clone().mul_(2))(x), ".", lambda x: 2 * x),
+    "tangents kept": (tangents_between, "graph_break", lambda x: (x.cos() * x, x * x)),
     "somebody else's": (lambda x: doubled(torch.sin, x) + grad(f)(x), "trace", lambda x: 2 * x.sin() + slope(x)),
 }
 
@@ -574,7 +601,7 @@ assert torch.compile(functrans.grad(torch.sin), backend="eager", fullgraph=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vmap", "hessian", "vjp", "parameter", "writes"])
+@pytest.mark.parametrize("name", ["vmap", "hessian", "vjp", "parameter", "writes", "linearize", "functionalize"])
 def test_inductor(name: str) -> None:
     program, by_hand = PROGRAMS[name]
     compiled = torch.compile(program, fullgraph=True)

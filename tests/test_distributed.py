@@ -216,23 +216,172 @@ def data_parallel_modules(mesh: Any) -> None:
     torch.testing.assert_close(jvp(lambda x: parallel(x).sum(), (X,), (X,))[1], (expected * X).sum())
 
 
+# Modules of fully_shard. The losses are another one on each process: what is differentiated is their mean.
+
+NETWORK = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+with torch.no_grad():
+    for seed, p in enumerate(NETWORK.parameters()):
+        p.copy_(some(*p.shape, seed=seed))
+PARAMETERS = {name: p.detach() for name, p in NETWORK.named_parameters()}
+BATCHES = some(2, 6, 4, seed=9)
+
+
+def fsdp() -> Any:
+    return importlib.import_module("torch.distributed.fsdp")
+
+
+def sharded(mesh: Any, *submodules: int, **options: Any) -> Any:
+    """The network; ``submodules`` have hooks of their own."""
+    module = copy.deepcopy(NETWORK)
+    for i in submodules:
+        fsdp().fully_shard(module[i], mesh=mesh, **options)
+    return fsdp().fully_shard(module, mesh=mesh, **options)
+
+
+def energy(module: Any) -> Callable[..., Any]:
+    return lambda p, x: (functional_call(module, p, (x,)) ** 3).sum()
+
+
+BY_INPUTS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "vmap": lambda f, x: vmap(f)(x),
+    "grad": lambda f, x: grad(lambda x: (f(x) ** 2).sum())(x),
+    "jvp": lambda f, x: jvp(f, (x,), (x.cos(),)),
+    "vmap of grad": lambda f, x: vmap(grad(lambda x: (f(x) ** 2).sum()))(x),
+    "vmap of hessian": lambda f, x: vmap(hessian(lambda x: (f(x) ** 2).sum()))(x),
+    "grad of vmap": lambda f, x: grad(lambda x: (vmap(f)(x) ** 2).sum())(x),
+    "vjp": lambda f, x: vjp(f, x)[1](x[:, :3].cos())[0],
+    "linearize": lambda f, x: linearize(f, x)[1](x.sin()),
+}
+BY_PARAMETERS: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, p, x: grad(f)(p, x),
+    "vmap of grad": lambda f, p, x: vmap(grad(f), (None, 0))(p, x),
+    "jvp of grad": lambda f, p, x: jvp(lambda p: grad(f)(p, x), (p,), (p,))[1],
+    "grad of jvp": lambda f, p, x: grad(lambda p: jvp(lambda p: f(p, x), (p,), (p,))[1])(p),
+    "grad of vmap": lambda f, p, x: grad(lambda p: (vmap(f, (None, 0))(p, x) ** 2).sum())(p),
+}
+
+
 @case
-def sharded_modules(mesh: Any) -> None:
-    """FSDP2: the module as it was, with its parameters gathered, can be called; the module with hooks cannot."""
-    plain = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-    for p in plain.parameters():
-        dist.broadcast(p.data, 0)
-    sharded = copy.deepcopy(plain)
-    importlib.import_module("torch.distributed.fsdp").fully_shard(sharded, mesh=mesh)
-    full = {name: p.full_tensor().detach() for name, p in sharded.named_parameters()}
-    each = vmap(grad(lambda p, x: functional_call(plain, p, (x,)).sum()), (None, 0))(full, X)
-    weight = plain[0].weight
-    torch.testing.assert_close(each["0.weight"].sum(0), torch.autograd.grad(plain(X).sum(), weight)[0])
-    for call in (lambda f: vmap(f)(X), lambda f: grad(lambda x: f(x).sum())(X), lambda f: jvp(f, (X,), (X,))):
-        sharded = copy.deepcopy(plain)  # a call that fails leaves the hooks in the middle of it
-        importlib.import_module("torch.distributed.fsdp").fully_shard(sharded, mesh=mesh)
-        with pytest.raises(InsideTransformError, match=r"with full_tensor\(\) of each parameter"):
-            call(sharded)
+def sharded_modules_by_their_inputs(mesh: Any) -> None:
+    x = BATCHES[dist.get_rank()]
+    for submodules in ((), (0, 2)):
+        module = sharded(mesh, *submodules)
+        for called_before in (False, True):  # a root keeps its parameters gathered from one call to the next
+            for transform in BY_INPUTS.values():
+                torch.testing.assert_close(transform(module, x), transform(NETWORK, x))
+            if not called_before:
+                assert all(isinstance(p, dist.tensor.DTensor) for p in module.parameters())
+                module(x)
+
+
+@case
+def sharded_modules_by_their_parameters(mesh: Any) -> None:
+    for module in (sharded(mesh), sharded(mesh, 0, 2)):
+        params = dict(module.named_parameters())
+        for transform in BY_PARAMETERS.values():
+            got = transform(energy(module), params, BATCHES[dist.get_rank()])
+            found = [transform(energy(NETWORK), PARAMETERS, x) for x in BATCHES]
+            for name, p in params.items():
+                same(got[name], (found[0][name] + found[1][name]) / 2)
+                where = p.placements[0].dim + got[name].dim() - p.dim()
+                assert got[name].placements == (dist.tensor.Shard(where),)
+        whole = {name: p.full_tensor() for name, p in params.items()}  # given as they were, they are not sharded
+        own = grad(energy(module))(whole, X)
+        torch.testing.assert_close(own, grad(energy(NETWORK))(PARAMETERS, X))
+
+
+@case
+def sharded_modules_in_front_of_a_backward_pass(mesh: Any) -> None:
+    """PyTorch's autograd at the base has the gradients that FSDP2 has, before and after."""
+    x = BATCHES[dist.get_rank()]
+    for factor in (None, 5.0):
+        module, by_fsdp = sharded(mesh, 0), sharded(mesh, 0)
+        for m in (module, by_fsdp) if factor else ():
+            m.set_gradient_divide_factor(factor), m[0].set_gradient_divide_factor(factor)
+        (by_fsdp(x) ** 3).sum().backward()
+        for run in (vmap(module), module, vmap(module)):
+            (run(x) ** 3).sum().backward()
+            for p, expected in zip(module.parameters(), by_fsdp.parameters(), strict=True):
+                same(p.grad, expected.grad.full_tensor())
+                assert p.grad.placements == p.placements
+            module.zero_grad()
+
+
+@case
+def sharded_modules_of_every_kind(mesh: Any) -> None:
+    x = BATCHES[dist.get_rank()]
+    init = importlib.import_module("torch.distributed.device_mesh").init_device_mesh
+    for sizes in ((1, 2), (2, 1)):  # replicated, and sharded
+        module = sharded(init("cpu", sizes, mesh_dim_names=("replicas", "shards")))
+        params = dict(module.named_parameters())
+        got, found = grad(energy(module))(params, x), [grad(energy(NETWORK))(PARAMETERS, x) for x in BATCHES]
+        for name, p in params.items():
+            same(got[name], (found[0][name] + found[1][name]) / 2)
+            assert got[name].placements == p.placements
+    single = fsdp().MixedPrecisionPolicy(param_dtype=torch.float32)
+    module = sharded(mesh, mp_policy=single)
+    torch.testing.assert_close(vmap(module)(x), module(x), atol=1e-6, rtol=1e-5)
+    assert vmap(module)(x).dtype is torch.float32
+    module = copy.deepcopy(NETWORK)
+    module[2].weight = nn.Parameter(some(3, 7, seed=5))
+    fsdp().fully_shard([module[0], module[2]], mesh=mesh)  # one group
+    fsdp().fully_shard(module, mesh=mesh)
+    module(x)
+    plain = copy.deepcopy(NETWORK)
+    plain[2].weight = nn.Parameter(some(3, 7, seed=5))
+    torch.testing.assert_close(vmap(grad(lambda x: module(x).sum()))(x), by_hand(lambda x: plain(x).sum(), x))
+    torch.testing.assert_close(module(x), plain(x))
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    for layer in (tied[0], tied[2]):
+        layer.weight, layer.bias = tied[0].weight, nn.Parameter(V)
+    tied[0].weight.data.copy_(W)
+    expected = by_hand(lambda x: tied(x).sum(), x)
+    fsdp().fully_shard(tied, mesh=mesh)
+    torch.testing.assert_close(vmap(grad(lambda x: tied(x).sum()))(x), expected)
+    by_halves = sharded(mesh, shard_placement_fn=lambda p: dist.tensor.Shard(p.dim() - 1) if p.shape[-1] == 4 else None)
+    assert by_halves[0].weight.placements == (dist.tensor.Shard(1),)
+    torch.testing.assert_close(vmap(by_halves)(x), NETWORK(x))
+
+
+@case
+def sharded_modules_that_fail(mesh: Any) -> None:
+    """What a call was lent is given back, and the next call is right."""
+    x = BATCHES[dist.get_rank()]
+    module = sharded(mesh, 0, 2)
+    params = list(module.parameters())
+    handle = module[1].register_forward_hook(lambda *args: 1 / 0)
+    for transform in BY_INPUTS.values():
+        with pytest.raises(ZeroDivisionError):
+            transform(module, x)
+        assert all(p is q for p, q in zip(module.parameters(), params, strict=True))
+    handle.remove()
+    torch.testing.assert_close(vmap(module)(x), NETWORK(x))
+    torch.testing.assert_close(module(x), NETWORK(x))
+    module = sharded(mesh)
+    module.head = lambda x, divisor: module[0].weight @ x * (1 / divisor)
+    fsdp().register_fsdp_forward_method(module, "head")
+    with pytest.raises(ZeroDivisionError):
+        vmap(module.head, (0, None))(x, 0)
+    torch.testing.assert_close(vmap(module.head, (0, None))(x, 2), x @ NETWORK[0].weight.T / 2)
+
+
+@case
+def sharded_modules_that_are_refused(mesh: Any) -> None:
+    init = importlib.import_module("torch.distributed.device_mesh").init_device_mesh
+    both = init("cpu", (1, 2), mesh_dim_names=("data", "columns"))
+    parallel = importlib.import_module("torch.distributed.tensor.parallel")
+    module = parallel.parallelize_module(copy.deepcopy(NETWORK), both["columns"], {"0": parallel.ColwiseParallel()})
+    fsdp().fully_shard(module, mesh=both["data"])
+    offloaded = sharded(mesh, offload_policy=fsdp().CPUOffloadPolicy(pin_memory=False))
+    flat = fsdp().FullyShardedDataParallel(copy.deepcopy(NETWORK), device_id=torch.device("cpu"))
+    for refused, why in (
+        (module, "with parameters that were DTensors before"),
+        (offloaded, "whose parameters are offloaded to the CPU"),
+        (flat, "calling a FullyShardedDataParallel module"),
+    ):
+        for transform in BY_INPUTS.values():
+            with pytest.raises(InsideTransformError, match=why + r".*functional_call of the module as it was"):
+                transform(refused, X)
 
 
 def run_cases(rank: int, port: int, folder: str) -> None:

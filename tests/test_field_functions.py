@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -203,6 +204,41 @@ class Swapped(Function):
         return 2 * u, t
 
 
+class Exponential(Function):
+    """It reads numbers, and so has to be run on those at every depth."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        numbers = x.numpy()
+        np.exp(numbers, numbers)
+        return x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_dirty(*inputs)
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0]
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t.mul_(ctx.saved_tensors[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
+        return Exponential.apply(x), in_dims[0]
+
+
+def exponential(x: Tensor) -> Tensor:
+    y = x * 2
+    z = Exponential.apply(y)
+    assert z is y
+    return (z * x).sum() + y[0]
+
+
 def tripled(x: Tensor) -> Tensor:
     y = x * 1
     before, view = y.sin(), y[:2]
@@ -221,6 +257,7 @@ def swapped(x: Tensor) -> Tensor:
 WRITING = {
     tripled: lambda x: (9 * x * x).sum() + x.sin().sum() + 3 * x[:2].sum(),
     swapped: lambda x: (2 * x * (x + 1)).sum() + 2 * x[0],
+    exponential: lambda x: ((2 * x).exp() * x).sum() + (2 * x[0]).exp(),
 }
 
 

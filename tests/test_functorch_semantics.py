@@ -243,16 +243,23 @@ def test_autograd_inside_of_what_was_captured() -> None:
     torch.testing.assert_close(alone, torch.diag(y))
 
 
-def test_autograd_inside_does_not_know_of_transforms() -> None:
-    """What depends on the argument has no graph of PyTorch's: that is said, and no zero."""
+def test_autograd_inside_of_what_has_no_graph() -> None:
+    """What depends on the argument has no graph of PyTorch's, or none is kept: that is said, and no zero."""
     x = torch.randn(3, requires_grad=True)
-    for f in (
+    followed, by_captured = (
         lambda v: torch.autograd.grad(v.sin().sum(), v)[0].sum(),
         lambda v: torch.autograd.grad((v * x).sin().sum(), x)[0].sum(),
-    ):
-        for transformed in (lambda v: vjp(f, v), lambda v: jvp(f, (v,), (v,)), vmap(f)):  # noqa: B023
-            with pytest.raises(RuntimeError, match="autograd.grad inside .* is not possible"):
-                transformed(torch.randn(3))
+    )
+    for f in (followed, by_captured):
+        with pytest.raises(RuntimeError, match=r"without create_graph=True, inside .* is not possible"):
+            vjp(f, torch.randn(3))
+    for transformed in (lambda v: jvp(followed, (v,), (v,)), vmap(followed)):
+        with pytest.raises(RuntimeError, match="of what has not been recorded inside .* is not possible"):
+            transformed(torch.randn(3))
+    v, t = torch.randn(2, 3)
+    close = torch.testing.assert_close
+    close(jvp(by_captured, (v,), (t,))[1], (((v * x).cos() - x * v * (v * x).sin()) * t).sum())
+    close(vmap(by_captured)(torch.stack([v, t])), torch.stack([(v * (v * x).cos()).sum(), (t * (t * x).cos()).sum()]))
 
 
 def test_leaves() -> None:
@@ -489,3 +496,45 @@ def test_a_broadcast_operands_cotangent_has_its_shape(name: str, leading: Any) -
         inside = vmap(lambda a, b: ours(f, a, b), in_dims=dims)(*xs)
         torch.testing.assert_close(inside, for_each(lambda a, b: pulled(f, a, b), in_dims=dims)(*xs))
         torch.testing.assert_close(ours(vmap(f, in_dims=dims), *xs), pulled(for_each(f, in_dims=dims), *xs))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a function that writes to its argument returns
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda x: x.mul_(2),
+    "a row": lambda x: x.mul_(2)[0],
+    "a row that is written": lambda x: x[0].mul_(2),
+    "transposed": lambda x: x.exp_().t(),
+    "diagonal": lambda x: x.sin_().diagonal(),
+    "a part": lambda x: x.sin_().unbind(0)[1].unsqueeze(1),
+}
+
+
+@pytest.mark.parametrize("out_dim", [0, -1])
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_views_of_an_argument_that_was_written_are_the_callers(name: str, in_dim: int, out_dim: int) -> None:
+    f = WRITTEN[name]
+    batch = torch.randn(4, 3, 5, dtype=DOUBLE)
+    given = batch.movedim(0, in_dim).clone(memory_format=torch.contiguous_format)
+    expected = torch.stack([f(row) for row in batch], out_dim)
+    result = vmap(f, in_dim, out_dim)(given)
+    assert torch.equal(result, expected) and torch.equal(given.movedim(in_dim, 0), batch)
+    given.zero_()
+    assert not result.any()
+    twice = torch.randn(2, 4, 3, 5, dtype=DOUBLE).movedim(1, -1).contiguous()
+    by_loop = torch.stack([vmap(f, -1, out_dim)(part) for part in twice.clone()])
+    result = vmap(vmap(f, -1, out_dim))(twice)
+    assert torch.equal(result, by_loop)
+    twice.zero_()
+    assert torch.equal(result, 0 * by_loop if name == "itself" else by_loop)  # at two levels: a view, or a copy
+
+
+def test_a_copy_of_an_argument_that_was_written_is_none_of_the_callers() -> None:
+    batch = torch.randn(4, 3, dtype=DOUBLE)
+    result = vmap(lambda x: x.mul_(2).clone()[0])(batch)
+    assert result.untyped_storage().data_ptr() != batch.untyped_storage().data_ptr()
+    leaf = batch.clone().requires_grad_()
+    expected = torch.autograd.grad((leaf[:, 0] ** 4).sum(), leaf)[0]
+    torch.testing.assert_close(grad(lambda x: (vmap(lambda x: x.mul_(x)[0])(x * 1) ** 2).sum())(batch), expected)

@@ -338,6 +338,12 @@ def test_a_captured_counter_under_vmap_is_refused_or_counts_every_example() -> N
     with pytest.raises(CapturedOnceError):
         vmap(f)(torch.stack([X, Y]))
     assert counter == 0
+    vmap(f)(X.unsqueeze(0))  # a loop over a single example counts once
+    vmap(lambda x: vmap(f)(x))(X.view(1, 1, -1))
+    assert counter == 2
+    with pytest.raises(CapturedOnceError):
+        vmap(lambda x: vmap(f)(x))(torch.stack([X, Y]).unsqueeze(1))
+    assert counter == 2
 
 
 def test_clone_of_a_captured_tensor_is_ours_to_write() -> None:

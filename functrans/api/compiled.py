@@ -46,9 +46,14 @@ from functrans.core.torch_private import (
 )
 
 #: Transforms that are called with the function and its arguments at once.
-AT_ONCE = ("jvp", "vjp")
+AT_ONCE = ("jvp", "linear_transpose", "linearize", "vjp")
+#: Those that return a function, which stays in the graph.
+RETURNING = ("linear_transpose", "linearize", "vjp")
 #: Those that switch grad mode on for the function.
-RECORDING = ("grad", "grad_and_value", "value_and_grad", "vjp", "jacrev", "jacrev_and_value", "hessian")
+RECORDING = (
+    "grad", "grad_and_value", "value_and_grad", "jacrev", "jacrev_and_value", "hessian",
+    "vjp", "linearize", "linear_transpose",
+)  # fmt: skip
 
 #: Stands for a leaf that is in the graph, and for one that is an object which the function alone uses.
 HOLE: Any = type("Hole", (), {"__repr__": lambda self: "HOLE"})()
@@ -238,8 +243,8 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             transform = args[0].as_python_constant()
             with breaking(f"functrans.{transform.__name__}"):
-                if transform.__name__ == "vjp" and tx.output.root_tx.f_code is transform.__code__:
-                    raise NotImplementedError("Its pullback would leave the graph.")
+                if transform.__name__ in RETURNING and tx.output.root_tx.f_code is transform.__code__:
+                    raise NotImplementedError("The function that it returns would leave the graph.")
                 return self.write(tx, transform, *names.LazyVariableTracker.realize_all(list(args[1:])))
 
         def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch.compiler import is_dynamo_compiling
+
 from functrans.api.arguments import Inputs
 from functrans.api.checks import call_function, check_callable
+from functrans.api.compiled import TRACED, named_after
 from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.made_at import note_results
 from functrans.core.errors.wording import shown
@@ -54,8 +56,10 @@ def functionalize(func: Callable[..., Any], *, remove: str = "mutations") -> Cal
     if not isinstance(remove, str) or remove not in REMOVE:
         raise CallValueError(call, f"remove={shown(remove)}", " or ".join(map(repr, REMOVE)))
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def functionalized(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(functionalize, func, {"remove": remove}, args, kwargs, None)
         interpreter = FunctionalizeInterpreter(func, copies=remove == "mutations_and_views")
         inputs = Inputs(interpreter, call, (), args, kwargs, interpreter.constant)
         result = run_transformed(

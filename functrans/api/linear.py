@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, refuse_argument, unwrap
 from functrans.api.checks import check_callable, check_flag, check_interpreter
-from functrans.api.compiled import UNTRACED
+from functrans.api.compiled import TRACED, UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
 from functrans.api.mismatches import refuse_tangent
 from functrans.api.pullbacks import Pullback
@@ -74,7 +73,7 @@ def linearize(
         <jvp of linearize(exp, ...): 1 record, 1 tensor saved, 8 bytes>
     """
     if is_dynamo_compiling():
-        return UNTRACED(partial(linearize, has_aux=has_aux, interpreter=interpreter), func, *primals)
+        return TRACED(linearize, func, {"has_aux": has_aux, "interpreter": interpreter}, primals, {}, None)
     check_callable("linearize", func)
     call = Call("linearize", func, "..." if has_aux is False else f"..., has_aux={shown(has_aux)}")
     check_flag(call, "has_aux", has_aux)
@@ -256,7 +255,7 @@ def linear_transpose(func: Callable[..., Any], *primals: Any) -> Pullback:
         (tensor([1., 2.]),)
     """
     if is_dynamo_compiling():
-        return UNTRACED(linear_transpose, func, *primals)
+        return TRACED(linear_transpose, func, {}, primals, {}, None)
     check_callable("linear_transpose", func)
     call = Call("linear_transpose", func, "...")
     check_primals(call, primals)

@@ -408,6 +408,7 @@ def run_forward(
     """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero), their structure, aux, and the
     arguments, which are not written back yet."""
     interpreter = cls(func)
+    interpreter.seeds = tangents
     pairs = map(bare, tangents)
     dual = lambda v: interpreter.dual(v, as_here(next(pairs)))
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, dual)

@@ -32,7 +32,7 @@ from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
 from functrans.core.thread_state import STATE
-from functrans.functionalization.views import contents_of
+from functrans.functionalization.views import ViewLink, contents_of
 from functrans.functionalization.writes import write_for_caller
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
@@ -245,14 +245,26 @@ def run_batched(
             write_back(call, interpreter, wrapper, origin, bdim, "a container's tensor")
     if not written:
         return tree_unflatten(out_spec, results)
-    # What an in-place function returns is the caller's tensor, as without vmap, unless it became a view (unsqueeze_).
+    # What an in-place function returns is the caller's tensor, as without vmap, or a view of it.
     for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
         x = bare(x)
-        if id(x) in written and x.view_link is None:
-            origin, dim = written[id(x)]
-            if dim is not None and place is not None:
-                results[i] = origin if place % origin.dim() == dim else origin.movedim(dim, place)
+        link = getattr(x, "view_link", None)
+        found = written.get(id(x if link is None else link.owner))
+        if found is None or found[1] is None or place is None:
+            continue
+        origin, dim = found[0], found[1]
+        if link is None:
+            results[i] = origin if place % origin.dim() == dim else origin.movedim(dim, place)
+        elif not link.doubtful and link.group.content is None and type(origin) is not WrapperTensor:
+            results[i] = view_of_origin(interpreter, link, origin, dim, place)
     return tree_unflatten(out_spec, results)
+
+
+def view_of_origin(interpreter: VmapInterpreter, link: ViewLink, origin: Tensor, dim: int, place: int) -> Tensor:
+    """The view that ``link`` is of an argument, of the batch that the caller has."""
+    again = VmapInterpreter(interpreter.batch_size, interpreter.randomness, interpreter.func)
+    view = run_transformed(again, lambda: link.replay(again.batched(as_here(origin), dim)))
+    return view.value.movedim(view.bdim, place)  # type: ignore[attr-defined, no-any-return]
 
 
 def write_back(

@@ -23,9 +23,8 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.core.dispatch import entered, lift, scan
-from functrans.core.errors import CustomFunctionError, DeadWrapperError, InsideTransformError
+from functrans.core.errors import CustomFunctionError, DeadWrapperError
 from functrans.core.errors.made_at import note_site
-from functrans.core.errors.refusals import FSDP, FULL_PARAMETERS, OF_FSDP
 from functrans.core.facades import bare
 from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import all_as_here
@@ -95,8 +94,6 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
             )
     if cls is CheckpointFunction:  # its backward would run autograd, which sees nothing of what a level records
         return args[0](*args[2:])
-    if cls.__module__.startswith(FSDP):
-        raise InsideTransformError(OF_FSDP, top.name, FULL_PARAMETERS)
     args = entered(top, args, {})[0]
     try:
         scan([leaf for a in args for leaf in within(a)])

@@ -12,7 +12,6 @@ import torch
 
 from functrans.core.dispatch import base, scan
 from functrans.core.errors import InsideTransformError
-from functrans.core.errors.refusals import FULL_PARAMETERS
 from functrans.core.operators import OpInfo
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import FUNCTIONAL_COLLECTIVES, IN_PLACE_COLLECTIVES, finished_work
@@ -52,8 +51,6 @@ def refused(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if owner is None:
         return base(known.op, args, kwargs)
     cure = "a functional collective, of torch.distributed._functional_collectives"
-    if known.op._schema.name == "c10d::_allgather_base_":
-        cure += f"; in place of a module of fully_shard, {FULL_PARAMETERS}"
     raise InsideTransformError(f"{known.op}, which writes what other processes send,", owner.name, cure)
 
 

@@ -105,9 +105,11 @@ class ViewLink:
             set_grad_enabled(enabled)
         return out if self.index is None else out[self.index]
 
-    def replay(self) -> Tensor:
-        """The view's contents, from the base's present ones."""
-        return self.apply(self.base_content() if self.parent is None else self.parent.replay())
+    def replay(self, base: Tensor | None = None) -> Tensor:
+        """The view's contents, from the base's present ones; or the view of another ``base``."""
+        if self.parent is not None:
+            return self.apply(self.parent.replay(base))
+        return self.apply(self.base_content() if base is None else base)
 
     def refresh(self, view: WrapperTensor) -> None:
         """Bring ``view`` up to date with writes to its base or to other views of it."""

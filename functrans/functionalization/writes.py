@@ -295,12 +295,12 @@ def write_for_caller(origin: Tensor, wrapper: WrapperTensor, value: Tensor) -> N
 
 
 def check_written_once(level: int, op: OpOverload, reads: bool) -> None:
-    """Refuse a write to a tensor that all examples share, and that a loop over them would repeat."""
+    """Refuse a write to a tensor that all examples share, and that a loop over them would repeat: over two or more."""
     if not reads:
         return
     interpreter = STATE.top
     while interpreter is not None and interpreter.level > level:
-        if interpreter.repeats_writes:
+        if interpreter.repeats_writes and getattr(interpreter, "batch_size", None) != 1:
             raise CapturedOnceError(op, interpreter)
         interpreter = interpreter.below
 

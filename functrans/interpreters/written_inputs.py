@@ -55,27 +55,44 @@ def place_of(x: Any, among: Sequence[Any]) -> int | None:
     return next((i for i, other in enumerate(among) if other is x), None)
 
 
+def check_marked(cls: type[Function], marking: Marking, given: Sequence[Any], out: Any) -> dict[int, int]:
+    """For each input that was marked as written, the output that it became."""
+    found = {}
+    for x in marking.dirty:
+        i, j = place_of(x, given), place_of(x, as_tuple(out))
+        if i is None or j is None:
+            what = "is no input of the Function" if i is None else "it does not return"
+            raise CustomFunctionError(cls, f"marked a tensor as written that {what}", "Mark and return inputs.")
+        found[i] = j
+    return found
+
+
 def on_copies(cls: type[Function], written: dict[int, int]) -> type[Function]:
     """``cls`` as a Function that writes to copies; a call notes in ``written`` which output each input became."""
 
+    def run(*args: Any) -> Any:
+        given = copies(args)
+        out = cls.forward(*given)
+        places = {i: place_of(x, as_tuple(out)) for i, x in enumerate(given) if isinstance(x, Tensor)}
+        written.update((i, j) for i, j in places.items() if j is not None)
+        return out
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outs, marking = as_tuple(output), Marking(ctx)
+        given = [outs[written[i]] if i in written else x for i, x in enumerate(inputs)]
+        cls.setup_context(marking, tuple(given), output)
+        marked = check_marked(cls, marking, given, output)
+        for i in set(written) - set(marked):  # returned as it was
+            del written[i]
+
+    def run_both(ctx: Any, *args: Any) -> Any:
+        given, marking = copies(args), Marking(ctx)
+        out = cls.forward(marking, *given)
+        written.update(check_marked(cls, marking, given, out))
+        return out
+
     class OnCopies(Function):
         generate_vmap_rule = cls.generate_vmap_rule
-
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            given, marking = copies(args), Marking(ctx)
-            if is_setup_style(cls):
-                out = cls.forward(*given)
-                cls.setup_context(marking, tuple(given), out)
-            else:
-                out = cls.forward(marking, *given)
-            for x in marking.dirty:
-                i, j = place_of(x, given), place_of(x, as_tuple(out))
-                if i is None or j is None:
-                    what = "is no input of the Function" if i is None else "it does not return"
-                    raise CustomFunctionError(cls, f"marked a tensor as written that {what}", "Mark and return inputs.")
-                written[i] = j
-            return out
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -95,6 +112,9 @@ def on_copies(cls: type[Function], written: dict[int, int]) -> type[Function]:
                     written[i] = j
             return out, out_dims
 
+    OnCopies.forward = staticmethod(run if is_setup_style(cls) else run_both)  # type: ignore[method-assign]
+    if is_setup_style(cls):
+        OnCopies.setup_context = staticmethod(set_up)  # type: ignore[method-assign]
     for name in ("jvp", "vmap"):
         if not overrides(cls, name):
             setattr(OnCopies, name, getattr(Function, name))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError, RequiresGradError
+from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError
 from functrans.core.errors.described import describe
 from functrans.core.torch_private import PYTHON, is_key_excluded
 
@@ -56,12 +56,6 @@ NUMBERS = {
 }
 
 
-#: FSDP2 modules run hooks that gather and free parameters, and follow PyTorch's autograd to do so.
-FSDP = "torch.distributed.fsdp"
-OF_FSDP = "calling a module of fully_shard"
-FULL_PARAMETERS = "functional_call of the module as it was, with full_tensor() of each parameter"
-
-
 def refuse(x: Any, what: str, cure: str | None) -> NoReturn:
     """Say that ``what`` cannot be asked of the wrapper ``x``."""
     raise NoDataError(what, x) if cure is None else InsideTransformError(what, x.interpreter.name, cure)
@@ -105,17 +99,7 @@ class Refusing(torch.Tensor):
             x = x.value
         return x.is_leaf
 
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant it means nothing, and
-        # constructors of modules do it.
-        origin = self if self.view_link is None else self.view_link.base_content()
-        if requires_grad and (concrete(self) is None or concrete(origin) is None):
-            raise RequiresGradError(self.interpreter.name)
-        return self
-
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
-        if getattr(hook, "__module__", "").startswith(FSDP):
-            refuse(self, OF_FSDP, FULL_PARAMETERS)
         if not self.requires_grad:
             raise RuntimeError("cannot register a hook on a tensor that doesn't require gradient")
         return self.interpreter.add_hook(self, hook)

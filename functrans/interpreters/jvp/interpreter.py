@@ -38,6 +38,9 @@ class JvpInterpreter(Interpreter, whole=True):
     differentiates = True
     values_remain = True
 
+    #: the tangents that it started from, where a transform has given them
+    seeds: list[Tensor] | None = None
+
     def dual(self, value: Tensor, tangent: Tensor | None) -> WrapperTensor:
         """A wrapper for ``value`` with ``tangent``, of its shape and dtype (None: zeros), both of a level below.
 
