@@ -1,0 +1,277 @@
+"""Reverse mode with rules for the walk back along the tape.
+
+NOTE [Pullback rules]
+A table of them belongs to a subclass of ``PullbackInterpreter``; ``grad`` itself knows nothing of them, and pays
+nothing. An operator that has a rule is run as without one, on a tape of its own, with a fresh wrapper for each argument
+that is tracked: so the rule can tell the arguments apart, a composite operator is one step, and the ordinary pullback
+is there for the rule to ask for. The tape of the level gets one record for all of it, whose node calls the rule.
+
+What a rule says is plain torch code of the level below, as formulas of the derivative table are. So it is batched,
+differentiated and recorded by the transforms around.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from functrans.core.dispatch import unwrap
+from functrans.core.errors import RegistrationError, RuleResultError
+from functrans.core.operators import op_info
+from functrans.core.rules import RuleTable
+from functrans.core.tensor import WrapperTensor
+from functrans.core.torch_private import HigherOrderOperator, OpOverload
+from functrans.interpreters.fitting import described, fitted, spec
+from functrans.interpreters.grad.interpreter import GradInterpreter, Record
+from functrans.interpreters.grad.nodes import BackwardNode, TableNode, tensors_in
+
+
+class PullbackTable(RuleTable[Callable[..., Any]]):
+    """The rules of a ``PullbackInterpreter``: what happens to operators on the way back.
+
+    A rule is called as ``rule(step, ...)``, with a ``Step`` and what its further parameters name: ``grad`` (the
+    cotangent of the output; ``grads``, a list with None where there is none, for operators with several outputs),
+    ``result`` (the output; ``results``), or an argument of the operator by the name that its schema gives it. Tensors
+    are of the level below. Only what is named is saved.
+
+    It returns None, and the ordinary cotangents go on; or a dict of cotangents by the names of arguments, which take
+    the place of the ordinary ones. None in the dict is no cotangent; arguments that it does not name get the ordinary
+    one.
+
+    Example:
+        >>> from functrans.extend import PullbackTable
+        >>> import torch
+        >>> table = PullbackTable("guided backpropagation")
+        >>> @table.register(torch.ops.aten.relu.default)
+        ... def relu(step, grad):
+        ...     return step.pull(grad.clamp(min=0))
+    """
+
+    def check(self, op: Any) -> None:
+        if isinstance(op, HigherOrderOperator):
+            raise RegistrationError(f"{self.title}: got {op}, which takes functions; expected an operator of tensors.")
+        super().check(op)
+
+    def check_rule(self, op: OpOverload, rule: Any) -> None:
+        super().check_rule(op, rule)
+        names = parameters(rule)
+        info = op_info(op)
+        known = {*info.arguments, *(("grad", "result") if info.single else ("grads", "results"))}
+        unknown = [n for n in names[1:] if n not in known]
+        if not names or unknown:
+            got = f"a rule for {op} that asks for {unknown}" if names else f"a rule for {op} without parameters"
+            expected = f"rule(step, ...), where further parameters are among {sorted(known)}"
+            raise RegistrationError(f"{self.title}: got {got}; expected {expected}.")
+
+
+def parameters(rule: Callable[..., Any]) -> list[str]:
+    """The names of a rule's parameters that have no default."""
+    return [p.name for p in inspect.signature(rule).parameters.values() if p.default is p.empty]
+
+
+class PullbackInterpreter(GradInterpreter):
+    """Reverse mode with rules for the way back: a subclass has a table of them as ``pullbacks``.
+
+    A rule may change the cotangents that go on, and it may note something about an argument without changing them: in a
+    second lane, which ``noted`` reads. See NOTE [Pullback rules].
+
+    Example:
+        >>> import torch
+        >>> from functrans.extend import PullbackInterpreter, PullbackTable, run_transformed
+        >>> class Largest(PullbackInterpreter):
+        ...     pullbacks = PullbackTable("largest cotangents")
+        >>> @Largest.pullbacks.register(torch.ops.aten.mul.Tensor)
+        ... def mul(step, grad):
+        ...     step.note("self", grad.abs().max())
+        >>> level = Largest()
+        >>> x = level.track(torch.tensor([1.0, 2.0]))
+        >>> y = run_transformed(level, lambda: ((x * 3) ** 2).sum(), enable_grad=True)
+        >>> level.pull({y.tape_index: torch.tensor(1.0)}, consume=True)[x.tape_index]
+        tensor([18., 36.])
+        >>> level.noted(x)
+        [tensor(12.)]
+    """
+
+    pullbacks: ClassVar[PullbackTable]
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        #: the second lane: by tape index, what rules noted, in the order of the walk
+        self.lane: dict[int, list[Any]] = {}
+
+    def noted(self, wrapper: WrapperTensor) -> list[Any]:
+        """What rules noted about a tracked ``wrapper``, an entry for each use of it, the last use first."""
+        index = self.index_of(wrapper)
+        return [] if index is None else self.lane.get(index, [])
+
+    def rule_place(self, op: Any) -> str | None:
+        return self.pullbacks.place(op) if op in self.pullbacks else super().rule_place(op)
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        known = op_info(op)
+        rule = None if known.program else self.pullbacks.get(op)
+        if rule is None or not torch.is_grad_enabled():
+            return super().process(op, args, kwargs)
+        values, below, indices = unwrap(self, op, args, kwargs)
+        if not indices:
+            return super().process(op, args, kwargs)
+        fresh = [self.fresh(a, indices.get(i)) for i, a in enumerate(args)]
+        named = {name: self.fresh(a, indices.get(known.arguments.index(name))) for name, a in kwargs.items()}
+        tape, self.tape = self.tape, type(self.tape)()
+        try:
+            out = super().process(op, fresh, named)
+        finally:
+            records, self.tape = self.tape, tape
+        given = {**dict(zip(known.arguments, fresh, strict=False)), **named}
+        tracked = {known.arguments[i]: self.indices_in(given[known.arguments[i]]) for i in indices}
+        arguments = {**dict(zip(known.arguments, values, strict=False)), **below}
+        outs = self.indices_in(out)
+        ins = list(indices.values())
+        node = PullbackNode(self, op, rule, records, tracked, outs, ins, {n: spec(arguments[n]) for n in tracked})
+        known_values = {**dict(zip(known.arguments, known.defaults, strict=True)), **arguments}
+        known_values["result"] = known_values["results"] = self.value_of(out)
+        self.record(node, outs, ins, [known_values[n] for n in node.saves])
+        return out
+
+    def fresh(self, a: Any, index: Any) -> Any:
+        """An argument with an index of its own, if it is tracked."""
+        if index is None:
+            return a
+        if isinstance(index, list):
+            return [x if i is None else self.track(x.value) for x, i in zip(a, index, strict=True)]
+        return self.track(a.value)
+
+    def indices_in(self, tree: Any) -> Any:
+        return [self.index_of(x) for x in tree] if isinstance(tree, list | tuple) else self.index_of(tree)
+
+    def value_of(self, out: Any) -> Any:
+        if isinstance(out, list | tuple):
+            return [self.value_of(o) for o in out]
+        return out.value if self.owns(out) else out
+
+
+class Step:
+    """One operator on the way back, as a rule sees it.
+
+    Attributes:
+        interpreter: the level whose tape is walked.
+        op: the operator.
+        names: the arguments that are tracked. Cotangents of others are not asked for.
+    """
+
+    def __init__(self, interpreter: PullbackInterpreter, node: PullbackNode, grad: Any, ins: Sequence[Any]) -> None:
+        self.interpreter = interpreter
+        self.op = node.op
+        self.names = tuple(node.tracked)
+        self._node = node
+        self._grad = grad
+        self._ins = dict(zip(self.names, ins, strict=True))
+
+    def __repr__(self) -> str:
+        return f"<Step of {self.op} for {', '.join(self.names)}, {self.interpreter.name}>"
+
+    def index(self, name: str) -> Any:
+        """The tape index of an argument (of a list of tensors: a list), None if it is not tracked."""
+        return self._ins.get(name)
+
+    def pull(self, grad: Any = None, *names: str) -> dict[str, Any]:
+        """The ordinary cotangents by argument, of ``grad`` in the place of the one that came (None: of that).
+
+        ``names``: of which arguments; none: of all that are tracked.
+        """
+        wanted = [n for n in (names or self.names) if n in self._node.tracked]
+        return self._node.ordinary(self.interpreter, self._grad if grad is None else grad, wanted)
+
+    def note(self, name: str, entry: Any) -> None:
+        """Note ``entry`` in the second lane of an argument (of a list of tensors: an entry for each); one that is not
+        tracked has none."""
+        index = self.index(name)
+        pairs = zip(index, entry, strict=True) if isinstance(index, list) else [(index, entry)]
+        for i, e in pairs:
+            if i is not None:
+                self.interpreter.lane.setdefault(i, []).append(e)
+
+
+class PullbackNode(BackwardNode):
+    """What pulls back through one operator by a rule. Saved is what the rule names."""
+
+    def __init__(
+        self,
+        interpreter: PullbackInterpreter,
+        op: OpOverload,
+        rule: Callable[..., Any],
+        records: list[Record],
+        tracked: dict[str, Any],
+        outs: Any,
+        ins: list[Any],
+        specs: dict[str, Any],
+    ) -> None:
+        self.op = op
+        self.rule = rule
+        self.interpreter = ref(interpreter)  # which holds the record
+        #: what the operator wrote on a tape of its own, and there the indices of its tracked arguments and its outputs
+        self.records, self.tracked, self.outs = records, tracked, outs
+        self.ins, self.specs = ins, specs
+        #: what the rule asks for
+        self.needs = parameters(rule)[1:]
+        self.saves = [n for n in self.needs if n not in ("grad", "grads")]
+
+    def pull(self, saved: list[Any], grad: Any) -> list[Any]:
+        interpreter = self.interpreter()
+        assert interpreter is not None  # it is what walks
+        step = Step(interpreter, self, grad, self.ins)
+        kept = dict(zip(self.saves, saved, strict=True))
+        found = self.rule(step, *[grad if n in ("grad", "grads") else kept[n] for n in self.needs])
+        if found is None:
+            found = {}
+        elif not isinstance(found, dict) or not all(n in op_info(self.op).arguments for n in found):
+            got = f"a dict with {list(found)}" if isinstance(found, dict) else described(found)
+            raise self.unfit(interpreter, got, f"a dict by names of {op_info(self.op).arguments}, or None")
+        missing = [n for n in self.tracked if n not in found]
+        if missing:
+            found = {**found, **self.ordinary(interpreter, grad, missing)}
+        return [self.fit(interpreter, n, found[n], self.specs[n]) for n in self.tracked]
+
+    def ordinary(self, interpreter: PullbackInterpreter, grad: Any, names: list[str]) -> dict[str, Any]:
+        """The cotangents of these arguments as without a rule."""
+        if not names:
+            return {}
+        if len(self.records) == 1 and type(self.records[0][0]) is TableNode and not isinstance(self.outs, list):
+            node, _, _, saved = self.records[0]
+            return dict(zip(names, node.pull_some(saved, grad, names), strict=True))
+        part = copy.copy(interpreter)  # the walk along this operator's own tape; hooks have seen the cotangents
+        part.tape, part.hooks = self.records, None
+        grads = zip(self.outs, grad, strict=True) if isinstance(self.outs, list) else [(self.outs, grad)]
+        cotangents = part.pull({o: g for o, g in grads if o is not None and g is not None}, consume=False)
+        return {
+            n: [None if i is None else cotangents.get(i) for i in index] if isinstance(index, list)
+            else cotangents.get(index)
+            for n, index in self.tracked.items() if n in names
+        }  # fmt: skip
+
+    def fit(self, interpreter: PullbackInterpreter, name: str, cotangent: Any, given: Any) -> Any:
+        if cotangent is None:
+            return [None] * len(given) if isinstance(given, list) else None
+        if isinstance(given, list):
+            if not isinstance(cotangent, list | tuple) or len(cotangent) != len(given):
+                raise self.unfit(interpreter, described(cotangent), f"a list of {len(given)} for {name!r}")
+            pairs = zip(cotangent, given, strict=True)
+            return [None if c is None else self.fit(interpreter, name, c, g) for c, g in pairs]
+        return fitted(cotangent, given, lambda got, expected: self.unfit(interpreter, f"{got} for {name!r}", expected))
+
+    def unfit(self, interpreter: PullbackInterpreter, got: str, expected: str) -> RuleResultError:
+        cure = "Return cotangents by the names of arguments, or None for the ordinary ones."
+        return RuleResultError(self.op, interpreter, interpreter.rule_place(self.op), got, expected, cure)
+
+    def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
+        self.records = [(node, outs, ins, node.protect(kept, target)) for node, outs, ins, kept in self.records]
+        return super().protect(saved, target)
+
+    def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
+        return [*tensors_in(saved), *(x for node, _, _, kept in self.records for x in node.saved_tensors(kept))]
