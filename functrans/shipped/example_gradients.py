@@ -1,0 +1,232 @@
+"""The gradients of single examples in factors: what a norm and a weighted sum of them need, and no more.
+
+NOTE [Gradients in factors]
+The gradient that one example has for the matrix of a linear layer is a product ``left.T @ right`` of what is on the way
+anyway: cotangents and inputs, a row for each position (a token, a time step). Over all examples the factors are mostly
+smaller than the products, and the inner product of two products is
+
+    <A.T @ B, C.T @ D> = sum(A @ C.T * (B @ D.T)).
+
+So squared norms come from the factors, those of a parameter that is used several times included, where the cross terms
+count; and the sum over the examples, each times a weight of its own, is one product of all rows. (Goodfellow, Efficient
+per-example gradient computations, arXiv:1510.01799; for sequences Li et al., arXiv:2110.05679; the choice between
+factors and products by their size Bu et al., arXiv:2205.10683, and the sum without a second walk the same,
+arXiv:2210.00038.) The gradient for a table of embeddings is such a product, too: its left factor has one 1 in each row.
+
+What has no rule here is pulled back as always, which gives each example's gradient as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functrans.core.torch_private import OpOverload
+from functrans.derivatives.named import named
+from functrans.interpreters.grad.pullback_rules import PullbackInterpreter, PullbackTable, Step
+
+aten = torch.ops.aten
+
+
+class Factors(NamedTuple):
+    """A gradient that is ``left.T @ right``.
+
+    Each side is a matrix with a row for each position, or has an integer for each: where in that row the only 1 is.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def turned(self) -> Factors:
+        return Factors(self.right, self.left)
+
+    def kind(self) -> tuple[bool, bool]:
+        return self.left.is_floating_point(), self.right.is_floating_point()
+
+    def size(self) -> int:
+        """How many numbers they are, with the smaller of the matrices that the norm takes."""
+        rows = self.left.shape[0]
+        return self.left.numel() + self.right.numel() + (0 if all(self.kind()) else rows * rows)
+
+
+class Gradient(NamedTuple):
+    """The gradient for one argument as a sum: of a tensor, if there is one, and of products.
+
+    Of one example, or with the examples in front of all tensors.
+    """
+
+    whole: Tensor | None
+    factors: list[Factors]
+
+    def squared_norm(self) -> Tensor | None:
+        """Of one example; None: there is nothing in the sum."""
+        terms = []
+        if self.whole is not None:
+            whole = precise(self.whole)
+            terms += [part.square().sum() for part in ((whole.real, whole.imag) if whole.is_complex() else (whole,))]
+            terms += [2 * inner_with(whole, f) for f in self.factors]
+        for i, f in enumerate(self.factors):
+            terms += [inner(f, f), *(2 * inner(f, g) for g in self.factors[:i])]
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
+        """Of all examples, each times its weight."""
+        terms = [] if self.whole is None else [torch.tensordot(weights.to(self.whole.dtype), self.whole, 1)]
+        for f in self.factors:
+            scale = weights.to(like.dtype).repeat_interleave(f.left.shape[1]).unsqueeze(1)
+            left, right = (x.flatten(0, 1) for x in f)
+            of_left, of_right = f.kind()
+            if not of_left:
+                terms.append(torch.zeros_like(like).index_add(0, left, right * scale))
+            elif not of_right:
+                terms.append(torch.zeros_like(like).index_add(1, right, (left * scale).mT))
+            elif left.shape[1] < right.shape[1]:
+                terms.append((left * scale).mT @ right)
+            else:
+                terms.append(left.mT @ (right * scale))
+        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(like)
+
+
+def joined(factors: list[Factors]) -> list[Factors]:
+    """As few as can be: the rows of one kind are all rows of one product."""
+    kinds = dict.fromkeys(f.kind() for f in factors)
+    alike = [[f for f in factors if f.kind() == kind] for kind in kinds]
+    return [fs[0] if len(fs) == 1 else Factors(*map(torch.cat, zip(*fs, strict=True))) for fs in alike]
+
+
+def precise(x: Tensor) -> Tensor:
+    """``x`` in a dtype that is good enough for sums of squares."""
+    return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
+
+
+def inner(f: Factors, g: Factors) -> Tensor:
+    """The inner product of two products."""
+    return (gram(f.left, g.left) * gram(f.right, g.right)).sum()
+
+
+def gram(x: Tensor, y: Tensor) -> Tensor:
+    """The inner products of the rows of two sides."""
+    if not x.is_floating_point():
+        return gram(y, x).mT if y.is_floating_point() else x.unsqueeze(1) == y
+    return precise(x) @ precise(y).mT if y.is_floating_point() else precise(x)[:, y]
+
+
+def inner_with(whole: Tensor, f: Factors) -> Tensor:
+    """The inner product of a matrix and a product."""
+    if not f.right.is_floating_point():
+        whole, f = whole.mT, f.turned()
+    rows = precise(f.left) @ whole if f.left.is_floating_point() else whole[f.left]
+    return (rows * precise(f.right)).sum()
+
+
+class ExampleInterpreter(PullbackInterpreter, whole=True):
+    """Reverse mode for one example inside of vmap, which leaves gradients in factors where these are less."""
+
+    pullbacks = PullbackTable("gradients of examples")
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        #: by the index of a matrix that is another one turned, the index of that
+        self.sources: dict[int, int] = {}
+        #: the indices of the arguments that are differentiated for
+        self.leaves: set[int] = set()
+
+    def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        out = super().process(op, args, kwargs)
+        if op in TURNS and out.dim() == 2 and out.shape == args[0].shape[::-1] and self.records(out):
+            if TURNS[op](*args[1:]):
+                self.sources[out.tape_index] = args[0].tape_index
+        return out
+
+    def matrix_behind(self, index: Any) -> tuple[int, bool] | None:
+        """The argument that a matrix is, and whether turned; None if it is computed, or not tracked."""
+        turned = False
+        while index in self.sources:
+            index, turned = self.sources[index], not turned
+        return (index, turned) if index in self.leaves else None
+
+    def takes(self, step: Step, name: str, parameter: Tensor, make: Callable[[], Factors]) -> bool:
+        """Note the gradient of ``parameter`` in factors, if it can be and they are less."""
+        source = self.matrix_behind(step.index(name))
+        if source is None or self.hooks is not None or not parameter.is_floating_point():
+            return False
+        if self.below is not None and self.below.owns(parameter) and not self.below.is_constant(parameter):
+            return False  # each example has its own
+        factors = make()
+        leaf, turned = source
+        noted = self.lane.setdefault(leaf, [])
+        if any(x.is_complex() or (x.is_floating_point() and x.dtype is not parameter.dtype) for x in factors):
+            return False
+        if sum(f.size() for f in [*noted, factors]) >= parameter.numel():
+            return False
+        noted.append(factors.turned() if turned else factors)
+        return True
+
+    def gradients(self, cotangents: dict[int, Tensor], indices: list[int | None]) -> list[Gradient]:
+        """By what a walk returned and noted, the gradients of the arguments with these indices."""
+        return [
+            Gradient(None, []) if i is None else Gradient(cotangents.get(i), joined(self.lane.get(i, []))) for i in indices
+        ]
+
+
+#: Operators that turn a matrix, and whether they do with these arguments.
+TURNS: dict[OpOverload, Callable[..., bool]] = {
+    aten.t.default: lambda: True,
+    aten.transpose.int: lambda a, b: (a - b) % 2 == 1,
+    aten.permute.default: lambda dims: dims[0] % 2 == 1,
+}
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` as a matrix of its rows; a vector is one."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def columns(x: Tensor) -> Tensor:
+    return rows(x if x.dim() < 2 else x.mT)
+
+
+@ExampleInterpreter.pullbacks.register(aten.linear.default)
+def linear(step: Step, grad: Tensor, input: Tensor, weight: Tensor) -> Any:
+    level: Any = step.interpreter
+    return {"weight": None} if level.takes(step, "weight", weight, lambda: Factors(rows(grad), rows(input))) else None
+
+
+@ExampleInterpreter.pullbacks.register(aten.embedding.default)
+def embedding(
+    step: Step, grad: Tensor, weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+) -> Any:
+    level: Any = step.interpreter
+
+    def factors() -> Factors:
+        where = indices.reshape(-1)
+        return Factors(where, rows(grad).masked_fill((where == padding_idx).unsqueeze(1), 0))
+
+    return {"weight": None} if not scale_grad_by_freq and level.takes(step, "weight", weight, factors) else None
+
+
+def product(op: OpOverload, x: str, y: str) -> None:
+    """The rule of an operator that multiplies ``x`` by ``y``, and may add something."""
+
+    def rule(step: Step, grad: Tensor, left: Tensor, right: Tensor, alpha: Any = 1) -> Any:
+        level: Any = step.interpreter
+        grad = grad if alpha == 1 else grad * alpha
+        factored = {}
+        if left.dim() == 2 and level.takes(step, x, left, lambda: Factors(columns(grad), columns(right))):
+            factored[x] = None
+        if right.dim() == 2 and level.takes(step, y, right, lambda: Factors(rows(left), rows(grad))):
+            factored[y] = None
+        return factored
+
+    scaled = ["alpha"] if "alpha" in op._schema.arguments[-1].name else []
+    ExampleInterpreter.pullbacks.add(op, named(["step", "grad", x, y, *scaled], rule))
+
+
+product(aten.matmul.default, "self", "other")
+product(aten.mm.default, "self", "mat2")
+product(aten.mv.default, "self", "vec")
+product(aten.addmm.default, "mat1", "mat2")
+product(aten.addmv.default, "mat", "vec")
