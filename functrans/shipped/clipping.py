@@ -78,15 +78,16 @@ def clipped_grad(
         positions = check_argnums(call, argnums, len(args))
         shared = [tree_flatten(args[i]) for i in positions]
         check_shared(call, in_dims, args, positions)
-        sums: list[Tensor] = []
+        leaves = [bare(x) for found, _ in shared for x in found]
+        sums: list[Any] = [None] * len(leaves)
         auxes = []
         for norms, gradients, aux in in_chunks(
             call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs
         ):
             weights = bound / torch.where(norms > bound, norms, bound)
-            gradients.reverse()  # each is let go of once it is added up
-            found = [gradients.pop().weighted_sum(weights, bare(x)) for leaves, _ in shared for x in leaves]
-            sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+            for i in range(len(leaves) - 1, -1, -1):  # each gradient is let go of once it is added up
+                found = gradients.pop().weighted_sum(weights, leaves[i])
+                sums[i] = found if sums[i] is None else sums[i] + found
             auxes.append(aux)
         rest = iter(sums)
         trees = [tree_unflatten(spec, gradients_by(given, [next(rest) for _ in given])) for given, spec in shared]
@@ -136,7 +137,7 @@ def per_example_norms(
     @functools.wraps(loss, updated=())
     def norms_of(*args: Any, **kwargs: Any) -> Any:
         check_argnums(call, argnums, len(args))
-        found = in_chunks(call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs, norms_alone=True)
+        found = in_chunks(call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs)
         norms, aux = joined(call, [(norms, aux) for norms, _, aux in found], 0)
         return (norms, aux) if has_aux else norms
 
@@ -153,29 +154,29 @@ def in_chunks(
     chunk_size: int | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    norms_alone: bool = False,
 ) -> Iterator[tuple[Tensor, list[Gradient], Any]]:
     """Of the examples of each chunk: the norms, the gradients for each tensor, aux."""
 
     @functools.wraps(loss, updated=())
-    def one_example(*args: Any, **kwargs: Any) -> tuple[Tensor, list[Gradient], Any]:
+    def one_example(*args: Any, **kwargs: Any) -> tuple[list[Gradient], Tensor, Any]:
         level = ExampleInterpreter(loss)
         inputs, value, index, aux = run_scalar(level, call, loss, argnums, has_aux, args, kwargs)
-        inputs.write_back()
         indices = [i for position in inputs.order for i in inputs.leaf_indices[position]]
         level.leaves = {i for i in indices if i is not None}
         cotangents = {} if index is None else level.pull({index: unit(bare(value))}, consume=True)
-        gradients = level.gradients(cotangents, indices)
-        squares = [s for s in (g.squared_norm() for g in gradients) if s is not None]
-        norm = root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(bare(value))
-        return norm, [] if norms_alone else gradients, aux
+        inputs.write_back()
+        return level.gradients(cotangents, indices), bare(value), aux
 
     dims = in_dims
     if dims is None:
         positions = check_argnums(call, argnums, len(args))
         dims = tuple(None if i in positions else 0 for i in range(len(args)))
     leaves, found, spec, size = check_inputs(call, dims, args)
-    yield from results_by_chunk(call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size)
+    for gradients, values, aux in results_by_chunk(
+        call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size
+    ):
+        squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
+        yield root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux
 
 
 def root(square: Tensor) -> Tensor:

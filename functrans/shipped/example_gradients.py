@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 
 class Factors(NamedTuple):
-    """A gradient that is ``left.T @ right``.
+    """A gradient that is ``left.T @ right``, for one example or with the examples in front.
 
     Each side is a matrix with a row for each position, or has an integer for each: where in that row the only 1 is.
     """
@@ -47,46 +47,49 @@ class Factors(NamedTuple):
         return self.left.is_floating_point(), self.right.is_floating_point()
 
     def size(self) -> int:
-        """How many numbers they are, with the smaller of the matrices that the norm takes."""
+        """How many numbers they are for one example, with the smaller of the matrices that the norm takes."""
         rows = self.left.shape[0]
         return self.left.numel() + self.right.numel() + (0 if all(self.kind()) else rows * rows)
 
+    def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
+        """Of all examples, each times its weight."""
+        scale = weights.to(like.dtype).view(-1, 1, 1)
+        of_left, of_right = self.kind()
+        if not (of_left and of_right):
+            f = self if of_right else self.turned()
+            rows = (f.right * scale).flatten(0, 1)
+            found = rows.new_zeros(like.shape if of_right else like.mT.shape).index_add(0, f.left.flatten(), rows)
+            return found if of_right else found.mT
+        left, right = self
+        if left.shape[2] < right.shape[2]:
+            left = left * scale
+        else:
+            right = right * scale
+        return left.flatten(0, 1).mT @ right.flatten(0, 1)
+
 
 class Gradient(NamedTuple):
-    """The gradient for one argument as a sum: of a tensor, if there is one, and of products.
-
-    Of one example, or with the examples in front of all tensors.
-    """
+    """The gradient for one argument as a sum: of a tensor, if there is one, and of products."""
 
     whole: Tensor | None
     factors: list[Factors]
 
-    def squared_norm(self) -> Tensor | None:
-        """Of one example; None: there is nothing in the sum."""
+    def squared_norms(self) -> Tensor | None:
+        """Of each of the examples, which are in front; None: there is nothing in the sum."""
         terms = []
         if self.whole is not None:
-            whole = precise(self.whole)
-            terms += [part.square().sum() for part in ((whole.real, whole.imag) if whole.is_complex() else (whole,))]
-            terms += [2 * inner_with(whole, f) for f in self.factors]
+            whole = precise(self.whole).flatten(1)
+            terms += [dot(part, part) for part in ((whole.real, whole.imag) if whole.is_complex() else (whole,))]
+            terms += [2 * inner_with(precise(self.whole), f) for f in self.factors]
         for i, f in enumerate(self.factors):
             terms += [inner(f, f), *(2 * inner(f, g) for g in self.factors[:i])]
         return sum(terms[1:], terms[0]) if terms else None
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
         """Of all examples, each times its weight."""
-        terms = [] if self.whole is None else [torch.tensordot(weights.to(self.whole.dtype), self.whole, 1)]
-        for f in self.factors:
-            scale = weights.to(like.dtype).repeat_interleave(f.left.shape[1]).unsqueeze(1)
-            left, right = (x.flatten(0, 1) for x in f)
-            of_left, of_right = f.kind()
-            if not of_left:
-                terms.append(torch.zeros_like(like).index_add(0, left, right * scale))
-            elif not of_right:
-                terms.append(torch.zeros_like(like).index_add(1, right, (left * scale).mT))
-            elif left.shape[1] < right.shape[1]:
-                terms.append((left * scale).mT @ right)
-            else:
-                terms.append(left.mT @ (right * scale))
+        terms = [f.weighted_sum(weights, like) for f in self.factors]
+        if self.whole is not None:
+            terms.append(torch.tensordot(weights.to(self.whole.dtype), self.whole, 1))
         return sum(terms[1:], terms[0]) if terms else torch.zeros_like(like)
 
 
@@ -102,24 +105,36 @@ def precise(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The inner products of the rows of two matrices."""
+    return (x.unsqueeze(1) @ y.unsqueeze(2)).flatten()
+
+
 def inner(f: Factors, g: Factors) -> Tensor:
-    """The inner product of two products."""
-    return (gram(f.left, g.left) * gram(f.right, g.right)).sum()
+    """The inner products of two products."""
+    x, y = gram(f.left, g.left), gram(f.right, g.right)
+    if x.shape[1:].numel() == 1:
+        return (x * y).flatten()
+    return (x * y).sum((1, 2))
 
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
     """The inner products of the rows of two sides."""
     if not x.is_floating_point():
-        return gram(y, x).mT if y.is_floating_point() else x.unsqueeze(1) == y
-    return precise(x) @ precise(y).mT if y.is_floating_point() else precise(x)[:, y]
+        return gram(y, x).mT if y.is_floating_point() else x.unsqueeze(2) == y.unsqueeze(1)
+    x = precise(x)
+    return x @ precise(y).mT if y.is_floating_point() else torch.take_along_dim(x, y.unsqueeze(1), 2)
 
 
 def inner_with(whole: Tensor, f: Factors) -> Tensor:
-    """The inner product of a matrix and a product."""
+    """The inner products of matrices and products."""
     if not f.right.is_floating_point():
         whole, f = whole.mT, f.turned()
-    rows = precise(f.left) @ whole if f.left.is_floating_point() else whole[f.left]
-    return (rows * precise(f.right)).sum()
+    if f.left.is_floating_point():
+        rows = precise(f.left) @ whole
+    else:
+        rows = torch.take_along_dim(whole, f.left.unsqueeze(2), 1)
+    return (rows * precise(f.right)).sum((1, 2))
 
 
 class ExampleInterpreter(PullbackInterpreter, whole=True):
@@ -192,7 +207,10 @@ def columns(x: Tensor) -> Tensor:
 @ExampleInterpreter.pullbacks.register(aten.linear.default)
 def linear(step: Step, grad: Tensor, input: Tensor, weight: Tensor) -> Any:
     level: Any = step.interpreter
-    return {"weight": None} if level.takes(step, "weight", weight, lambda: Factors(rows(grad), rows(input))) else None
+    if not level.takes(step, "weight", weight, lambda: Factors(rows(grad), rows(input))):
+        return None
+    # of one row the sum is the row itself, which is kept anyway
+    return {"weight": None, **({"bias": grad.reshape(-1)} if grad.shape[:-1].numel() == 1 else {})}
 
 
 @ExampleInterpreter.pullbacks.register(aten.embedding.default)
