@@ -165,7 +165,8 @@ def in_chunks(
         level.leaves = {i for i in indices if i is not None}
         cotangents = {} if index is None else level.pull({index: unit(bare(value))}, consume=True)
         inputs.write_back()
-        return level.gradients(cotangents, indices), bare(value), aux
+        gradients = [level.gradient(i, None if i is None else cotangents.get(i)) for i in indices]
+        return gradients, bare(value), aux
 
     dims = in_dims
     if dims is None:

@@ -18,7 +18,8 @@ What has no rule here is pulled back as always, which gives each example's gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -68,26 +69,82 @@ class Factors(NamedTuple):
         return left.flatten(0, 1).mT @ right.flatten(0, 1)
 
 
+class Patches(NamedTuple):
+    """The gradient for the weight of a convolution: a product, for each group, of cotangents and patches of the input.
+
+    For one example or with the examples in front.
+    """
+
+    grad: Tensor
+    input: Tensor
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    def size(self) -> int:
+        return self.grad.numel() + self.input.numel()
+
+    def positions(self, x: Tensor) -> Tensor:
+        """Channels in groups against positions: ``[examples, groups, channels, positions]``, of ``[examples, n, channels, ...]``."""
+        return x.movedim(2, 1).flatten(2).unflatten(1, (self.groups, -1)).flatten(3)
+
+    def taps(self) -> Iterator[Tensor]:
+        """For each place in the kernel what stands there, at all positions."""
+        spatial = self.grad.shape[3:]
+        padded = torch.nn.functional.pad(self.input, [p for p in reversed(self.padding) for _ in range(2)])
+        for place in itertools.product(*map(range, self.kernel)):
+            x = padded
+            for i, at in enumerate(place):
+                first, step = at * self.dilation[i], self.stride[i]
+                x = x.narrow(3 + i, first, step * (spatial[i] - 1) + 1)
+                x = x if step == 1 else x[(..., slice(None, None, step), *[slice(None)] * (len(place) - 1 - i))]
+            yield self.positions(x)
+
+    def squared_norms(self) -> Tensor:
+        grad = self.positions(precise(self.grad))
+        grams = [precise(x).mT @ precise(x) for x in self.taps()]
+        return (sum(grams[1:], grams[0]) * (grad.mT @ grad)).sum((1, 2, 3))
+
+    def whole(self) -> Tensor:
+        """The gradient of each example."""
+        grad = self.positions(self.grad)
+        found = torch.stack([(grad @ x.mT).flatten(1, 2) for x in self.taps()], -1)
+        return found.unflatten(-1, self.kernel)
+
+    def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
+        grad = self.grad * weights.to(like.dtype).view(-1, *[1] * (self.grad.dim() - 1))
+        options = self.stride, self.padding, self.dilation, False, [0] * len(self.kernel), self.groups
+        input = self.input.flatten(0, 1)
+        return aten.convolution_backward(grad.flatten(0, 1), input, like, None, *options, [False, True, False])[1]
+
+
 class Gradient(NamedTuple):
     """The gradient for one argument as a sum: of a tensor, if there is one, and of products."""
 
     whole: Tensor | None
     factors: list[Factors]
+    patches: list[Patches]
 
     def squared_norms(self) -> Tensor | None:
         """Of each of the examples, which are in front; None: there is nothing in the sum."""
+        if len(self.patches) == 1 and self.whole is None:
+            return self.patches[0].squared_norms()
         terms = []
-        if self.whole is not None:
-            whole = precise(self.whole).flatten(1)
-            terms += [dot(part, part) for part in ((whole.real, whole.imag) if whole.is_complex() else (whole,))]
-            terms += [2 * inner_with(precise(self.whole), f) for f in self.factors]
+        wholes = [x for x in (self.whole, *(p.whole() for p in self.patches)) if x is not None]
+        if wholes:
+            whole = precise(sum(wholes[1:], wholes[0]))
+            flat = whole.flatten(1)
+            terms += [dot(part, part) for part in ((flat.real, flat.imag) if flat.is_complex() else (flat,))]
+            terms += [2 * inner_with(whole, f) for f in self.factors]
         for i, f in enumerate(self.factors):
             terms += [inner(f, f), *(2 * inner(f, g) for g in self.factors[:i])]
         return sum(terms[1:], terms[0]) if terms else None
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
         """Of all examples, each times its weight."""
-        terms = [f.weighted_sum(weights, like) for f in self.factors]
+        terms = [part.weighted_sum(weights, like) for part in (*self.factors, *self.patches)]
         if self.whole is not None:
             terms.append(torch.tensordot(weights.to(self.whole.dtype), self.whole, 1))
         return sum(terms[1:], terms[0]) if terms else torch.zeros_like(like)
@@ -163,28 +220,29 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
             index, turned = self.sources[index], not turned
         return (index, turned) if index in self.leaves else None
 
-    def takes(self, step: Step, name: str, parameter: Tensor, make: Callable[[], Factors]) -> bool:
+    def takes(self, step: Step, name: str, parameter: Tensor, make: Callable[[], Factors | Patches]) -> bool:
         """Note the gradient of ``parameter`` in factors, if it can be and they are less."""
         source = self.matrix_behind(step.index(name))
         if source is None or self.hooks is not None or not parameter.is_floating_point():
             return False
         if self.below is not None and self.below.owns(parameter) and not self.below.is_constant(parameter):
             return False  # each example has its own
-        factors = make()
+        part = make()
         leaf, turned = source
         noted = self.lane.setdefault(leaf, [])
-        if any(x.is_complex() or (x.is_floating_point() and x.dtype is not parameter.dtype) for x in factors):
+        numbers = [x for x in part[:2] if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+        if any(x.dtype is not parameter.dtype for x in numbers):
             return False
-        if sum(f.size() for f in [*noted, factors]) >= parameter.numel():
+        if sum(p.size() for p in [*noted, part]) >= parameter.numel():
             return False
-        noted.append(factors.turned() if turned else factors)
+        noted.append(part.turned() if turned and isinstance(part, Factors) else part)
         return True
 
-    def gradients(self, cotangents: dict[int, Tensor], indices: list[int | None]) -> list[Gradient]:
-        """By what a walk returned and noted, the gradients of the arguments with these indices."""
-        return [
-            Gradient(None, []) if i is None else Gradient(cotangents.get(i), joined(self.lane.get(i, []))) for i in indices
-        ]
+    def gradient(self, index: int | None, cotangent: Tensor | None) -> Gradient:
+        """By what a walk noted, and the cotangent that it returned, the gradient of an argument."""
+        noted = [] if index is None else self.lane.get(index, [])
+        factors = [p for p in noted if isinstance(p, Factors)]
+        return Gradient(cotangent, joined(factors), [p for p in noted if isinstance(p, Patches)])
 
 
 #: Operators that turn a matrix, and whether they do with these arguments.
@@ -221,9 +279,31 @@ def embedding(
 
     def factors() -> Factors:
         where = indices.reshape(-1)
-        return Factors(where, rows(grad).masked_fill((where == padding_idx).unsqueeze(1), 0))
+        right = rows(grad)
+        if padding_idx >= 0:
+            right = right.masked_fill((where == padding_idx).unsqueeze(1), 0)
+        return Factors(where, right)
 
     return {"weight": None} if not scale_grad_by_freq and level.takes(step, "weight", weight, factors) else None
+
+
+@ExampleInterpreter.pullbacks.register(aten.convolution.default)
+def convolution(
+    step: Step,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    groups: int,
+) -> Any:
+    level: Any = step.interpreter
+    kernel = list(weight.shape[2:])
+    geometry = [list(n) if len(n) > 1 else list(n) * len(kernel) for n in (stride, padding, dilation)]
+    taken = not transposed and level.takes(step, "weight", weight, lambda: Patches(grad, input, kernel, *geometry, groups))
+    return {"weight": None} if taken else None
 
 
 def product(op: OpOverload, x: str, y: str) -> None:
