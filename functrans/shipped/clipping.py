@@ -22,7 +22,8 @@ from functrans.core.errors import Call, CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
 from functrans.core.facades import bare
 from functrans.core.pytrees import tree_flatten, tree_unflatten
-from functrans.shipped.example_gradients import ExampleInterpreter, Gradient
+from functrans.shipped.example_gradients import ExampleInterpreter
+from functrans.shipped.gradient_parts import Gradient
 
 
 def clipped_grad(
@@ -44,7 +45,7 @@ def clipped_grad(
     Args:
         loss: of one example: takes the parameters and what belongs to one example, and returns a scalar (with
             ``has_aux``, a pair of that and a pytree of tensors).
-        bound: a positive number, or a floating-point tensor without dimensions.
+        bound: a positive number, or a positive floating-point tensor without dimensions.
         argnums: position, or tuple of positions, of the arguments to differentiate for, which all examples share.
         in_dims: for each positional argument, which dimension counts the examples, as in ``vmap``; None for those of
             ``argnums``. None in place of all: those have None, the others 0. Keyword arguments are the same for every
@@ -165,8 +166,7 @@ def in_chunks(
         level.leaves = {i for i in indices if i is not None}
         cotangents = {} if index is None else level.pull({index: unit(bare(value))}, consume=True)
         inputs.write_back()
-        gradients = [level.gradient(i, None if i is None else cotangents.get(i)) for i in indices]
-        return gradients, bare(value), aux
+        return [level.gradient(cotangents, i) for i in indices], bare(value), aux
 
     dims = in_dims
     if dims is None:
@@ -187,11 +187,13 @@ def root(square: Tensor) -> Tensor:
 
 
 def check_bound(call: Call, bound: Any) -> None:
-    expected = "a positive number, or a floating-point tensor without dimensions"
+    expected = "a positive number, or a positive floating-point tensor without dimensions"
     if isinstance(bound, Tensor):
         check_dense(call, "bound", bound, expected, kinds="f")
         if bound.dim() != 0:
             raise CallValueError(call, f"{what(bound)} as bound", expected)
+        if type(bound) in (Tensor, torch.nn.Parameter) and not bound.is_meta and not bound > 0:
+            raise CallValueError(call, f"bound=tensor({bound.item()})", expected)
     elif not isinstance(bound, int | float) or isinstance(bound, bool):
         raise CallTypeError(call, f"{what(bound)} as bound", expected)
     elif not bound > 0:

@@ -110,7 +110,6 @@ class TableNode(BackwardNode):
                     found[i] = reduce_to(found[i], *fix)
         return found
 
-
     def pull_some(self, saved: list[Any], grad: Any, names: Sequence[str]) -> list[Any]:
         """The cotangents of some of the arguments, those in ``names``."""
         places = [self.names.index(n) for n in names]
@@ -120,9 +119,9 @@ class TableNode(BackwardNode):
             found = self.joint_pull(self.entry, list(names), self.place)(saved, grad)
         if self.first_fix is not None:
             fixes = saved[self.first_fix :]
-            found = [
-                f if f is None or fixes[i] is None else reduce_to(f, *fixes[i]) for f, i in zip(found, places, strict=True)
-            ]
+            for k, i in enumerate(places):
+                if found[k] is not None and fixes[i] is not None:
+                    found[k] = reduce_to(found[k], *fixes[i])
         return found
 
 

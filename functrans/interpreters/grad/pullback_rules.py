@@ -22,14 +22,18 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import unwrap
-from functrans.core.errors import RegistrationError, RuleResultError
-from functrans.core.operators import op_info
+from functrans.core.errors import CallValueError, MissingRuleError, RegistrationError, RuleResultError
+from functrans.core.errors.wording import shown
+from functrans.core.operators import OpInfo, op_info
 from functrans.core.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import HigherOrderOperator, OpOverload
+from functrans.decompositions.table import decompose
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.interpreters.fitting import described, fitted, spec
 from functrans.interpreters.grad.interpreter import GradInterpreter, Record
 from functrans.interpreters.grad.nodes import BackwardNode, TableNode, tensors_in
+from functrans.interpreters.grad.recording import GRAD_RULES
 
 
 class PullbackTable(RuleTable[Callable[..., Any]]):
@@ -44,6 +48,13 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
     the place of the ordinary ones. None in the dict is no cotangent; arguments that it does not name get the ordinary
     one.
 
+    Args:
+        title: what messages call it.
+        default: what happens to a differentiable operator without a rule: ``"derivative"``, the ordinary pullback;
+            ``"error"``, a MissingRuleError; or a rule ``(step, ...)`` for all of them, which may name ``grads`` and
+            ``results`` (lists for all operators) and ``inputs``, a dict of the tracked arguments by name. In the latter
+            two cases composite operators are taken apart first.
+
     Example:
         >>> from functrans.extend import PullbackTable
         >>> import torch
@@ -53,6 +64,15 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
         ...     return step.pull(grad.clamp(min=0))
     """
 
+    def __init__(self, title: str, *, default: str | Callable[..., Any] = "derivative") -> None:
+        super().__init__(title, default=default)
+        if callable(default):
+            self.check_names("the default rule", default, {"grads", "results", "inputs"})
+        elif default not in ("derivative", "error"):
+            raise RegistrationError(
+                f"{title}: got default={shown(default)}; expected 'derivative', 'error' or a rule (step, ...)."
+            )
+
     def check(self, op: Any) -> None:
         if isinstance(op, HigherOrderOperator):
             raise RegistrationError(f"{self.title}: got {op}, which takes functions; expected an operator of tensors.")
@@ -60,12 +80,15 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
 
     def check_rule(self, op: OpOverload, rule: Any) -> None:
         super().check_rule(op, rule)
-        names = parameters(rule)
         info = op_info(op)
         known = {*info.arguments, *(("grad", "result") if info.single else ("grads", "results"))}
+        self.check_names(f"a rule for {op}", rule, known)
+
+    def check_names(self, what: str, rule: Callable[..., Any], known: set[str]) -> None:
+        names = parameters(rule)
         unknown = [n for n in names[1:] if n not in known]
         if not names or unknown:
-            got = f"a rule for {op} that asks for {unknown}" if names else f"a rule for {op} without parameters"
+            got = f"{what} that asks for {unknown}" if names else f"{what} without parameters"
             expected = f"rule(step, ...), where further parameters are among {sorted(known)}"
             raise RegistrationError(f"{self.title}: got {got}; expected {expected}.")
 
@@ -102,6 +125,11 @@ class PullbackInterpreter(GradInterpreter):
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
+        if not isinstance(getattr(self, "pullbacks", None), PullbackTable):
+            cls = type(self).__name__
+            raise RegistrationError(
+                f"class {cls} has no pullback rules; expected pullbacks = PullbackTable(title) in it."
+            )
         #: the second lane: by tape index, what rules noted, in the order of the walk
         self.lane: dict[int, list[Any]] = {}
 
@@ -116,11 +144,26 @@ class PullbackInterpreter(GradInterpreter):
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         known = op_info(op)
         rule = None if known.program else self.pullbacks.get(op)
-        if rule is None or not torch.is_grad_enabled():
+        if rule is None and (known.program or self.pullbacks.default == "derivative"):
             return super().process(op, args, kwargs)
+        return self.by_rule(rule, known, args, kwargs)
+
+    def by_rule(self, rule: Any, known: OpInfo, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator that has a rule, or (None) gets the default."""
+        op = known.op
         values, below, indices = unwrap(self, op, args, kwargs)
-        if not indices:
+        if not indices or not torch.is_grad_enabled():
             return super().process(op, args, kwargs)
+        if rule is None:
+            entry = DERIVATIVES.get(op)
+            if op in GRAD_RULES or (entry is not None and entry.tangent == NO_TANGENT):
+                return super().process(op, args, kwargs)
+            if known.composite:
+                return decompose(self, op, args, kwargs)
+            if self.pullbacks.default == "error":
+                why = f"Register one: @{type(self).__name__}.pullbacks.register(torch.ops.{op})."
+                raise MissingRuleError(op, self, why)
+            rule = self.pullbacks.default
         fresh = [self.fresh(a, indices.get(i)) for i, a in enumerate(args)]
         named = {name: self.fresh(a, indices.get(known.arguments.index(name))) for name, a in kwargs.items()}
         tape, self.tape = self.tape, type(self.tape)()
@@ -135,7 +178,9 @@ class PullbackInterpreter(GradInterpreter):
         ins = list(indices.values())
         node = PullbackNode(self, op, rule, records, tracked, outs, ins, {n: spec(arguments[n]) for n in tracked})
         known_values = {**dict(zip(known.arguments, known.defaults, strict=True)), **arguments}
-        known_values["result"] = known_values["results"] = self.value_of(out)
+        known_values["result"] = result = self.value_of(out)
+        known_values["results"] = result if isinstance(result, list) else [result]
+        known_values["inputs"] = {n: arguments[n] for n in tracked} if "inputs" in node.saves else None
         self.record(node, outs, ins, [known_values[n] for n in node.saves])
         return out
 
@@ -178,15 +223,26 @@ class Step:
 
     def index(self, name: str) -> Any:
         """The tape index of an argument (of a list of tensors: a list), None if it is not tracked."""
+        self._check(name)
         return self._ins.get(name)
+
+    def _check(self, *names: Any) -> None:
+        known = op_info(self.op).arguments
+        for name in names:
+            if name not in known:
+                raise CallValueError(f"a rule of {self.op}", f"{shown(name)} as argument", f"one of {known}")
 
     def pull(self, grad: Any = None, *names: str) -> dict[str, Any]:
         """The ordinary cotangents by argument, of ``grad`` in the place of the one that came (None: of that).
 
         ``names``: of which arguments; none: of all that are tracked.
         """
-        wanted = [n for n in (names or self.names) if n in self._node.tracked]
-        return self._node.ordinary(self.interpreter, self._grad if grad is None else grad, wanted)
+        self._check(*names)
+        if grad is None:
+            grad = self._grad
+        elif spec(grad) != spec(self._grad):
+            raise CallValueError(f"pull in a rule of {self.op}", described(grad), described(self._grad))
+        return self._node.ordinary(self.interpreter, grad, [n for n in names or self.names if n in self._ins])
 
     def note(self, name: str, entry: Any) -> None:
         """Note ``entry`` in the second lane of an argument (of a list of tensors: an entry for each); one that is not
@@ -227,7 +283,8 @@ class PullbackNode(BackwardNode):
         assert interpreter is not None  # it is what walks
         step = Step(interpreter, self, grad, self.ins)
         kept = dict(zip(self.saves, saved, strict=True))
-        found = self.rule(step, *[grad if n in ("grad", "grads") else kept[n] for n in self.needs])
+        kept["grad"], kept["grads"] = grad, grad if isinstance(grad, list) else [grad]
+        found = self.rule(step, *[kept[n] for n in self.needs])
         if found is None:
             found = {}
         elif not isinstance(found, dict) or not all(n in op_info(self.op).arguments for n in found):
