@@ -72,7 +72,7 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
 
 #: Operators that turn a matrix, and whether they do with these arguments.
 TURNS: dict[OpOverload, Callable[..., bool]] = {
-    aten.t.default: lambda: True,
+    **dict.fromkeys((aten.t.default, aten.numpy_T.default, aten.mT.default), lambda: True),
     aten.transpose.int: lambda a, b: (a - b) % 2 == 1,
     aten.permute.default: lambda dims: dims[0] % 2 == 1,
 }
