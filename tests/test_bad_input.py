@@ -24,7 +24,7 @@ NO_CALLS = {
     "CarriedValueError", "CheckFailedError",
     "CustomFunctionError", "DerivativeEntryError", "DuplicateRuleError", "FunctransError", "GradInterpreter",
     "Handler", "Interpreter",
-    "JvpInterpreter", "MissingRuleError", "Origin", "PassThrough", "RuleError",
+    "JvpInterpreter", "MissingRuleError", "Origin", "PassThrough", "PullbackInterpreter", "RuleError", "Step",
     "RuleResultError", "RuleTable", "TableInterpreter", "VmapInterpreter", "WrapperTensor",
     "caller", "noting_lines", "origin",
 }  # fmt: skip

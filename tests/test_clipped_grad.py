@@ -404,6 +404,9 @@ def test_bounds() -> None:
     by_bound = jvp(lambda b: clipped_grad(LOSS, b)(PARAMS, X)["v"], (bound.double(),), (torch.tensor(1.0).double(),))
     step = clipped_grad(LOSS, 0.5 + 1e-6)(PARAMS, X)["v"] - clipped_grad(LOSS, 0.5 - 1e-6)(PARAMS, X)["v"]
     torch.testing.assert_close(by_bound[1], step / 2e-6, rtol=1e-5, atol=1e-7)
+    everything = clipped_grad(LOSS, 1e9)(PARAMS, X)
+    for none_reaches in (float("inf"), 10**400):
+        torch.testing.assert_close(clipped_grad(LOSS, none_reaches)(PARAMS, X), everything)
     for wrong, kind in ((0, CallValueError), (-1.0, CallValueError), (float("nan"), CallValueError),
                         (torch.ones(2), CallValueError), (torch.tensor(-1.0), CallValueError),
                         ("1", CallTypeError), (True, CallTypeError), (torch.tensor(1), CallTypeError)):  # fmt: skip

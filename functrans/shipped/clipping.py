@@ -18,6 +18,7 @@ from functrans.api.checks import check_chunk_size, check_dense, check_randomness
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.transforms import differentiating, run_scalar, unit
 from functrans.api.vmap import joined, results_by_chunk
+from functrans.api.structures import path_of
 from functrans.core.errors import Call, CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
 from functrans.core.facades import bare
@@ -71,7 +72,7 @@ def clipped_grad(
     """
     call = differentiating("clipped_grad", loss, argnums, has_aux)
     call.arguments = {"bound": bound, **call.arguments}
-    check_bound(call, bound)
+    bound = checked_bound(call, bound)
     check_batching(call, in_dims, randomness, chunk_size)
 
     @functools.wraps(loss, updated=())
@@ -85,7 +86,8 @@ def clipped_grad(
         for norms, gradients, aux in in_chunks(
             call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs
         ):
-            weights = bound / torch.where(norms > bound, norms, bound)
+            over = norms > bound
+            weights = torch.where(over, bound / torch.where(over, norms, 1), 1)
             for i in range(len(leaves) - 1, -1, -1):  # each gradient is let go of once it is added up
                 found = gradients.pop().weighted_sum(weights, leaves[i])
                 sums[i] = found if sums[i] is None else sums[i] + found
@@ -137,7 +139,6 @@ def per_example_norms(
 
     @functools.wraps(loss, updated=())
     def norms_of(*args: Any, **kwargs: Any) -> Any:
-        check_argnums(call, argnums, len(args))
         found = in_chunks(call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs)
         norms, aux = joined(call, [(norms, aux) for norms, _, aux in found], 0)
         return (norms, aux) if has_aux else norms
@@ -168,10 +169,13 @@ def in_chunks(
         inputs.write_back()
         return [level.gradient(cotangents, i) for i in indices], bare(value), aux
 
-    dims = in_dims
+    dims, positions = in_dims, check_argnums(call, argnums, len(args))
     if dims is None:
-        positions = check_argnums(call, argnums, len(args))
         dims = tuple(None if i in positions else 0 for i in range(len(args)))
+    for i in positions:
+        for place, leaf in enumerate(tree_flatten(args[i])[0]):
+            if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
+                raise CallTypeError(call, f"{what(leaf)} as {path_of(f'args[{i}]', args[i], place)}", "a dense tensor")
     leaves, found, spec, size = check_inputs(call, dims, args)
     for gradients, values, aux in results_by_chunk(
         call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size
@@ -186,7 +190,7 @@ def root(square: Tensor) -> Tensor:
     return torch.where(positive, square, 1).sqrt() * positive
 
 
-def check_bound(call: Call, bound: Any) -> None:
+def checked_bound(call: Call, bound: Any) -> float | Tensor:
     expected = "a positive number, or a positive floating-point tensor without dimensions"
     if isinstance(bound, Tensor):
         check_dense(call, "bound", bound, expected, kinds="f")
@@ -194,10 +198,12 @@ def check_bound(call: Call, bound: Any) -> None:
             raise CallValueError(call, f"{what(bound)} as bound", expected)
         if type(bound) in (Tensor, torch.nn.Parameter) and not bound.is_meta and not bound > 0:
             raise CallValueError(call, f"bound=tensor({bound.item()})", expected)
-    elif not isinstance(bound, int | float) or isinstance(bound, bool):
+        return bound
+    if not isinstance(bound, int | float) or isinstance(bound, bool):
         raise CallTypeError(call, f"{what(bound)} as bound", expected)
-    elif not bound > 0:
-        raise CallValueError(call, f"bound={bound}", expected)
+    if not bound > 0:
+        raise CallValueError(call, f"bound={shown(bound)}", expected)
+    return float(bound) if bound < 1e300 else float("inf")  # an int may be too large for a float
 
 
 def check_batching(call: Call, in_dims: Any, randomness: Any, chunk_size: Any) -> None:

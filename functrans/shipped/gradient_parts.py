@@ -142,7 +142,7 @@ class Gradient(NamedTuple):
         wholes = [x for x in (self.whole, *(p.whole() for p in self.patches)) if x is not None]
         if wholes:
             whole = precise(sum(wholes[1:], wholes[0]))
-            flat = whole.flatten(1)
+            flat = whole.unsqueeze(-1).flatten(1)
             terms += [dot(part, part) for part in ((flat.real, flat.imag) if flat.is_complex() else (flat,))]
             terms += [2 * inner_with(whole, f) for f in self.factors]
         for i, f in enumerate(self.factors):

@@ -68,9 +68,9 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
         super().__init__(title, default=default)
         if callable(default):
             self.check_names("the default rule", default, {"grads", "results", "inputs"})
-        elif default not in ("derivative", "error"):
+        elif not isinstance(default, str) or default not in ("derivative", "error"):
             raise RegistrationError(
-                f"{title}: got default={shown(default)}; expected 'derivative', 'error' or a rule (step, ...)."
+                f"{title if isinstance(title, str) else shown(title)}: got default={shown(default)}; expected 'derivative', 'error' or a rule (step, ...)."
             )
 
     def check(self, op: Any) -> None:
@@ -85,16 +85,21 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
         self.check_names(f"a rule for {op}", rule, known)
 
     def check_names(self, what: str, rule: Callable[..., Any], known: set[str]) -> None:
-        names = parameters(rule)
+        expected = f"rule(step, ...), where further parameters are among {sorted(known)}"
+        try:
+            names = parameters(rule)
+        except (TypeError, ValueError):  # a builtin
+            raise RegistrationError(
+                f"{self.title}: got {what} that does not say what it asks for, {shown(rule)}; expected {expected}."
+            ) from None
         unknown = [n for n in names[1:] if n not in known]
         if not names or unknown:
             got = f"{what} that asks for {unknown}" if names else f"{what} without parameters"
-            expected = f"rule(step, ...), where further parameters are among {sorted(known)}"
             raise RegistrationError(f"{self.title}: got {got}; expected {expected}.")
 
 
 def parameters(rule: Callable[..., Any]) -> list[str]:
-    """The names of a rule's parameters that have no default."""
+    """The names of a rule's parameters that have no default; rules get them by position."""
     return [p.name for p in inspect.signature(rule).parameters.values() if p.default is p.empty]
 
 
