@@ -175,7 +175,7 @@ def in_chunks(
     for i in positions:
         for place, leaf in enumerate(tree_flatten(args[i])[0]):
             if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
-                raise CallTypeError(call, f"{what(leaf)} as {path_of(f'args[{i}]', args[i], place)}", "a dense tensor")
+                raise CallTypeError(call, f"{path_of(f'args[{i}]', args[i], place)} of layout {leaf.layout}", "a dense tensor")
     leaves, found, spec, size = check_inputs(call, dims, args)
     for gradients, values, aux in results_by_chunk(
         call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size
