@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from functrans import grad, jacrev, jvp, vmap
+from functrans import grad, jvp, vmap
 from functrans.core.errors import CallValueError, MissingRuleError, RegistrationError, RuleError, RuleResultError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import GradInterpreter, PullbackInterpreter, PullbackTable, Step, overriding, run_transformed
@@ -145,8 +145,10 @@ OPS: dict[str, tuple[Any, Callable[..., Tensor], tuple[Tensor, ...]]] = {
         (torch.randn(2), torch.randn(3))),
     "several outputs": (aten.topk.default, lambda x: x.topk(2)[0].sin().sum(), (torch.randn(5),)),
     "outputs in a list": (aten.split.Tensor, lambda x: x.split(2)[1].sin().sum(), (torch.randn(5),)),
-    "broadcast": (aten.add.Tensor, lambda x, y: torch.add(x, y, alpha=3).sin().sum(), (torch.randn(3, 1), torch.randn(4))),
-    "joint": (aten.convolution.default, lambda x, w: F.conv1d(x, w).sin().sum(), (torch.randn(2, 5), torch.randn(3, 2, 2))),
+    "broadcast": (aten.add.Tensor, lambda x, y: torch.add(x, y, alpha=3).sin().sum(),
+        (torch.randn(3, 1), torch.randn(4))),
+    "joint": (aten.convolution.default, lambda x, w: F.conv1d(x, w).sin().sum(),
+        (torch.randn(2, 5), torch.randn(3, 2, 2))),
     "borrowed": (aten.cummax.default, lambda x: x.cummax(0)[0].sin().sum(), (torch.randn(5),)),
     "keyword": (aten.addmm.default, lambda x, y: torch.addmm(x, y, y, beta=2, alpha=3).sin().sum(),
         (torch.randn(3), torch.randn(3, 3))),
@@ -258,7 +260,7 @@ def test_error_by_default() -> None:
     strict = level_of(rules, default="error")
     f = lambda x: (x * 2 * (x > 0)).sum()  # a comparison has no derivative, and needs no rule
     assert gradient_by(strict, f)(torch.tensor([1.0, -1.0])).tolist() == [2.0, 0.0]
-    with pytest.raises(MissingRuleError, match=r"aten.sin.default.*Ruled.pullbacks.register.torch.ops.aten.sin.default"):
+    with pytest.raises(MissingRuleError, match=r"aten.sin.default.*Ruled.pullbacks.register.torch.ops.aten.sin"):
         gradient_by(strict, lambda x: x.sin().sum())(torch.ones(2))
 
 
@@ -278,12 +280,12 @@ def test_a_rule_by_default() -> None:
 
 
 WRONG: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
-    "unknown name": (lambda step: {"weight": None}, RuleResultError, "a dict with .'weight'.; expected a dict by names"),
+    "unknown name": (lambda step: {"weight": None}, RuleResultError, "a dict with .'weight'.; expected a dict"),
     "no dict": (lambda step, grad: grad, RuleResultError, "float32 tensor of shape .2,.; expected a dict by names of"),
-    "shape": (lambda step, grad: {"self": grad[:1]}, RuleResultError, r"shape \(1,\) for 'self'; expected .* shape \(2,\)"),
+    "shape": (lambda step, grad: {"self": grad[:1]}, RuleResultError, r"\(1,\) for 'self'; expected .* \(2,\)"),
     "own level": (lambda step, grad: 1 / 0, RuleError, "ZeroDivisionError"),
     "unknown argument": (lambda step: step.note("weight", 1), CallValueError, "'weight' as argument; expected one of"),
-    "other cotangent": (lambda step, grad: step.pull(grad[:1]), CallValueError, r"shape \(1,\); expected .*shape \(2,\)"),
+    "other cotangent": (lambda step, grad: step.pull(grad[:1]), CallValueError, r"\(1,\); expected .* \(2,\)"),
 }  # fmt: skip
 
 

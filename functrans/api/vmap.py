@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -287,11 +287,13 @@ def run_chunks(
     cls: type[VmapInterpreter] = VmapInterpreter,
 ) -> Any:
     """Run the batch in chunks."""
-    outs = results_by_chunk(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size, cls)
-    return joined(call, list(outs), out_dims)
+    outs: list[Any] = []
+    for_chunks(outs.append, call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size, cls)
+    return joined(call, outs, out_dims)
 
 
-def results_by_chunk(
+def for_chunks(
+    take: Callable[[Any], Any],
     call: Call,
     func: Callable[..., Any],
     leaves: list[Any],
@@ -303,10 +305,13 @@ def results_by_chunk(
     kwargs: dict[str, Any],
     chunk_size: int,
     cls: type[VmapInterpreter] = VmapInterpreter,
-) -> Iterator[Any]:
-    """The results of each chunk; with randomness "same" every chunk starts from the same generator state."""
+) -> None:
+    """Run the batch in chunks, and hand the result of each over to ``take``.
+
+    With randomness "same" every chunk starts from the same generator state.
+    """
     if chunk_size >= size:
-        yield run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, None, cls)
+        take(run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, None, cls))
         return
     state = torch.get_rng_state() if randomness == "same" else None
     for x, d in zip(leaves, dims, strict=True):
@@ -317,7 +322,7 @@ def results_by_chunk(
         chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
         if state is not None:
             torch.set_rng_state(state)
-        yield run_batched(call, func, chunk, dims, spec, length, out_dims, randomness, kwargs, None, cls)
+        take(run_batched(call, func, chunk, dims, spec, length, out_dims, randomness, kwargs, None, cls))
 
 
 def joined(call: Call, outs: list[Any], out_dims: Any) -> Any:

@@ -7,7 +7,7 @@ in factors]). The clipped sum is made of these, so there is one walk, and mostly
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 from functrans.api.arguments import Argnums, check_argnums, gradients_by
 from functrans.api.checks import check_chunk_size, check_dense, check_randomness
 from functrans.api.in_dims import check_in_dims, check_inputs
-from functrans.api.transforms import differentiating, run_scalar, unit
-from functrans.api.vmap import joined, results_by_chunk
 from functrans.api.structures import path_of
+from functrans.api.transforms import differentiating, run_scalar, unit
+from functrans.api.vmap import for_chunks, joined
 from functrans.core.errors import Call, CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
 from functrans.core.facades import bare
@@ -82,16 +82,17 @@ def clipped_grad(
         check_shared(call, in_dims, args, positions)
         leaves = [bare(x) for found, _ in shared for x in found]
         sums: list[Any] = [None] * len(leaves)
-        auxes = []
-        for norms, gradients, aux in in_chunks(
-            call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs
-        ):
+        auxes: list[Any] = []
+
+        def add(norms: Tensor, gradients: list[Gradient], aux: Any) -> None:
             over = norms > bound
             weights = torch.where(over, bound / torch.where(over, norms, 1), 1)
-            for i in range(len(leaves) - 1, -1, -1):  # each gradient is let go of once it is added up
+            for i in reversed(range(len(leaves))):  # each gradient is let go of once it is added up
                 found = gradients.pop().weighted_sum(weights, leaves[i])
                 sums[i] = found if sums[i] is None else sums[i] + found
             auxes.append(aux)
+
+        by_chunk(add, call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs)
         rest = iter(sums)
         trees = [tree_unflatten(spec, gradients_by(given, [next(rest) for _ in given])) for given, spec in shared]
         total = trees[0] if isinstance(argnums, int) else tuple(trees)
@@ -139,14 +140,17 @@ def per_example_norms(
 
     @functools.wraps(loss, updated=())
     def norms_of(*args: Any, **kwargs: Any) -> Any:
-        found = in_chunks(call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs)
-        norms, aux = joined(call, [(norms, aux) for norms, _, aux in found], 0)
+        found: list[Any] = []
+        take = lambda norms, gradients, aux: found.append((norms, aux))
+        by_chunk(take, call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs)
+        norms, aux = joined(call, found, 0)
         return (norms, aux) if has_aux else norms
 
     return norms_of
 
 
-def in_chunks(
+def by_chunk(
+    take: Callable[[Tensor, list[Gradient], Any], None],
     call: Call,
     loss: Callable[..., Any],
     argnums: Argnums,
@@ -156,8 +160,8 @@ def in_chunks(
     chunk_size: int | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Iterator[tuple[Tensor, list[Gradient], Any]]:
-    """Of the examples of each chunk: the norms, the gradients for each tensor, aux."""
+) -> None:
+    """Hand over, of each chunk of examples, the norms, the gradients for each tensor, and aux."""
 
     @functools.wraps(loss, updated=())
     def one_example(*args: Any, **kwargs: Any) -> tuple[list[Gradient], Tensor, Any]:
@@ -175,13 +179,16 @@ def in_chunks(
     for i in positions:
         for place, leaf in enumerate(tree_flatten(args[i])[0]):
             if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
-                raise CallTypeError(call, f"{path_of(f'args[{i}]', args[i], place)} of layout {leaf.layout}", "a dense tensor")
+                path = path_of(f"args[{i}]", args[i], place)
+                raise CallTypeError(call, f"{path} of layout {leaf.layout}", "a dense tensor")
     leaves, found, spec, size = check_inputs(call, dims, args)
-    for gradients, values, aux in results_by_chunk(
-        call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size
-    ):
+
+    def with_norms(out: Any) -> None:
+        gradients, values, aux = out
         squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
-        yield root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux
+        take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
+
+    for_chunks(with_norms, call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size)
 
 
 def root(square: Tensor) -> Tensor:

@@ -51,13 +51,12 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
         It has to be an argument that all examples share, whose cotangent no hook waits for.
         """
         source = self.matrix_behind(step.index(name))
-        below: Any = self.below
-        own = below.owns(parameter) and not below.is_constant(parameter)
-        if source is None or own or self.hooks is not None or not parameter.is_floating_point():
+        if source is None or self.hooks is not None or own_to_example(self, parameter):
             return False
         index, turned = source
         part = make()
-        if any(x.dtype is not parameter.dtype for x in part[:2] if x.is_floating_point() or x.is_complex()):
+        numbers = [x for x in part[:2] if x.is_floating_point() or x.is_complex()]
+        if parameter.is_complex() or any(x.dtype is not parameter.dtype for x in numbers):
             return False
         noted = self.lane.setdefault(index, [])
         if sum(p.size() for p in (*noted, part)) >= parameter.numel():
@@ -76,6 +75,12 @@ TURNS: dict[OpOverload, Callable[..., bool]] = {
     aten.transpose.int: lambda a, b: (a - b) % 2 == 1,
     aten.permute.default: lambda dims: dims[0] % 2 == 1,
 }
+
+
+def own_to_example(level: ExampleInterpreter, x: Any) -> bool:
+    """Whether a value differs between the examples."""
+    vmap = level.below
+    return vmap is not None and vmap.owns(x) and not vmap.is_constant(x)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -151,5 +156,11 @@ def convolution(
     kernel = tuple(weight.shape[2:])
     numbers = [tuple(n) if len(n) > 1 else tuple(n) * len(kernel) for n in (stride, padding, dilation)]
     geometry = Geometry(kernel, numbers[0], numbers[1], numbers[2], groups)
-    taken = not transposed and level.takes(step, "weight", weight, lambda: Patches(grad, input, geometry))
-    return {"weight": None} if taken else None
+    if transposed:
+        return None
+    if level.takes(step, "weight", weight, lambda: Patches(grad, input, geometry)):
+        return {"weight": None}
+    if "weight" not in step.names or weight[0].numel() > len(weight) // groups or own_to_example(level, weight):
+        return None
+    # of few channels the patches are few: one product for each example takes less than PyTorch's convolutions in groups
+    return {"weight": Patches(grad.unsqueeze(0), input.unsqueeze(0), geometry).whole().squeeze(0)}

@@ -17,8 +17,6 @@ So is that for a convolution's weight: its right factor has the patches of the i
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,27 +90,37 @@ class Patches(NamedTuple):
         """``[examples, groups, channels of one, positions]``."""
         return x.movedim(2, 1).flatten(2).unflatten(1, (self.geometry.groups, -1)).flatten(3)
 
-    def taps(self) -> Iterator[Tensor]:
-        """For each place in the kernel, the columns of what it meets at the positions of the output."""
+    def windows(self) -> Tensor:
+        """For each place in the kernel what it meets at the positions of the output, as views of the padded input:
+        ``[examples, n, channels, *kernel, *positions]``."""
         kernel, stride, padding, dilation, _ = self.geometry
-        padded = torch.nn.functional.pad(self.input, [p for p in reversed(padding) for _ in range(2)])
-        for place in itertools.product(*map(range, kernel)):
-            x = padded
-            for i, (at, n) in enumerate(zip(place, self.grad.shape[3:], strict=True)):
-                first = at * dilation[i]
-                x = torch.ops.aten.slice(x, 3 + i, first, first + stride[i] * (n - 1) + 1, stride[i])
-            yield self.columns(x)
+        x = torch.nn.functional.pad(self.input, [p for p in reversed(padding) for _ in range(2)])
+        for i, n in enumerate(self.grad.shape[3:]):
+            x = x.unfold(3 + i, stride[i] * (n - 1) + 1, dilation[i]).narrow(3 + i, 0, kernel[i])
+        for i in range(len(kernel)):
+            x = aten.slice(x, 3 + len(kernel) + i, 0, None, stride[i])
+        return x
+
+    def patches(self, windows: Tensor) -> Tensor:
+        """``[examples, groups, channels of one times places, positions]``."""
+        x = windows.movedim(1, 2 + len(self.geometry.kernel))
+        x = x.unflatten(1, (self.geometry.groups, -1))
+        return x.flatten(3 + len(self.geometry.kernel)).flatten(2, -2)
 
     def squared_norms(self) -> Tensor:
         grad = self.columns(precise(self.grad))
-        grams = [precise(x).mT @ precise(x) for x in self.taps()]
-        return (sum(grams[1:], grams[0]) * (grad.mT @ grad)).sum((1, 2, 3))
+        windows = self.windows()
+        total = grad.mT @ grad
+        grams = []
+        for i in range(windows.shape[3]):  # one line of the kernel after the other, to save memory
+            line = precise(self.patches(windows.narrow(3, i, 1)))
+            grams.append(line.mT @ line)
+        return (sum(grams[1:], grams[0]) * total).sum((1, 2, 3))
 
     def whole(self) -> Tensor:
         """Each example's gradient."""
-        grad = self.columns(self.grad)
-        found = torch.stack([(grad @ x.mT).flatten(1, 2) for x in self.taps()], -1)
-        return found.unflatten(-1, self.geometry.kernel)
+        found = self.patches(self.windows()) @ self.columns(self.grad).mT
+        return found.mT.flatten(1, 2).unflatten(-1, (-1, *self.geometry.kernel))
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
         """Over the examples, each times its weight."""

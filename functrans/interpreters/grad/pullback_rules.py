@@ -69,9 +69,9 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
         if callable(default):
             self.check_names("the default rule", default, {"grads", "results", "inputs"})
         elif not isinstance(default, str) or default not in ("derivative", "error"):
-            raise RegistrationError(
-                f"{title if isinstance(title, str) else shown(title)}: got default={shown(default)}; expected 'derivative', 'error' or a rule (step, ...)."
-            )
+            named = title if isinstance(title, str) else shown(title)
+            expected = "'derivative', 'error' or a rule (step, ...)"
+            raise RegistrationError(f"{named}: got default={shown(default)}; expected {expected}.")
 
     def check(self, op: Any) -> None:
         if isinstance(op, HigherOrderOperator):
