@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
+import functrans as ft
 from functrans import (
     clipped_grad,
     functional_call,
@@ -309,6 +310,69 @@ def test_composed(name: str) -> None:
     found = COMPOSED[name](clipped_grad(LOSS, bound), per_example_norms(LOSS))
     expected = COMPOSED[name](naive(bound), norms_by_grad)
     torch.testing.assert_close(tree_leaves(found), tree_leaves(expected))
+
+
+A, ROWS_OF_3 = torch.randn(4, 3, dtype=torch.float64), X[:, :3]
+
+
+def smooth(w: Tensor, x: Tensor) -> Tensor:
+    return (w @ x).tanh().square().sum()
+
+
+#: Losses that use other transforms.
+INSIDE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sanitize": ft.sanitize(smooth),
+    "reap": lambda w, x: ft.reap(smooth)(w, x)[0],
+    "count": lambda w, x: ft.count(smooth)(w, x)[0],
+    "functionalize": ft.functionalize(smooth),
+    "jvp": lambda w, x: jvp(lambda x: smooth(w, x), (x,), (x,))[1],
+    "hvp": lambda w, x: ft.hvp(lambda x: smooth(w, x), (x,), (x,))[1][0].sum(),
+    "jet": lambda w, x: ft.jet(lambda x: smooth(w, x), (x,), ([x],))[1][0],
+    "laplacian": lambda w, x: ft.laplacian(lambda x: smooth(w, x))(x),
+    "bounds": lambda w, x: ft.bounds(lambda x: (w @ x).sum())(x - 0.1, x + 0.1)[0],
+    "per_example_norms": lambda w, x: per_example_norms(lambda v, y: smooth(w, v * y))(x, ROWS_OF_3).sum(),
+    "cond": lambda w, x: torch.cond(x.sum() > 0, lambda x: smooth(w, x), lambda x: (w @ x).cos().sum(), (x,)),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_other_transforms_inside(name: str) -> None:
+    loss = INSIDE[name]
+    own = vmap(grad(loss), in_dims=(None, 0))(A, ROWS_OF_3)
+    norms = own.flatten(1).norm(dim=1)
+    bound = norms.median().item() * 0.9
+    torch.testing.assert_close(per_example_norms(loss)(A, ROWS_OF_3), norms)
+    total = torch.tensordot((bound / norms).clamp(max=1), own, 1)
+    torch.testing.assert_close(clipped_grad(loss, bound)(A, ROWS_OF_3), total)
+
+
+AROUND: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
+    "sanitize": lambda f: ft.sanitize(f)(A),
+    "reap": lambda f: ft.reap(f)(A)[0],
+    "count": lambda f: ft.count(f)(A)[0],
+    "functionalize": lambda f: ft.functionalize(f)(A),
+    "linearize": lambda f: ft.linearize(f, A)[1](A),
+    "jet": lambda f: ft.jet(f, (A,), ([A, -A],)),
+    "laplacian": lambda f: ft.laplacian(f)(A),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_other_transforms_around(name: str) -> None:
+    by_grad = lambda w: vmap(grad(smooth), in_dims=(None, 0))(w, ROWS_OF_3).flatten(1).norm(dim=1).sum()
+    found = AROUND[name](lambda w: per_example_norms(smooth)(w, ROWS_OF_3).sum())
+    torch.testing.assert_close(found, AROUND[name](by_grad))
+
+
+def test_autocast() -> None:
+    loss = lambda p, x: (F.linear(x, p["w"].T, p["v"]).tanh() @ p["v"]).sum()
+    params, x = {k: p.float() for k, p in PARAMS.items()}, X.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        own = vmap(grad(loss), in_dims=(None, 0))(params, x)
+        found = per_example_norms(loss)(params, x)
+        total = clipped_grad(loss, 1e9)(params, x)
+    torch.testing.assert_close(found, sum(g.flatten(1).square().sum(1) for g in own.values()).sqrt(), rtol=0.02, atol=0)
+    torch.testing.assert_close(total, {k: g.sum(0) for k, g in own.items()}, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("shape", [(6, 6, 3), (6, 6, 1, 2)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from functrans.core.errors import Call, CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
 from functrans.core.facades import bare
 from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.core.torch_private import autocast_enabled
 from functrans.shipped.example_gradients import ExampleInterpreter
 from functrans.shipped.gradient_parts import Gradient
 
@@ -185,8 +187,10 @@ def by_chunk(
 
     def with_norms(out: Any) -> None:
         gradients, values, aux = out
-        squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
-        take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
+        # whatever precision the loss is computed in
+        with torch.autocast(values.device.type, enabled=False) if autocast_enabled() else nullcontext():
+            squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
+            take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
 
     for_chunks(with_norms, call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size)
 
