@@ -219,10 +219,28 @@ def test_a_write_to_what_is_saved() -> None:
 
     keeping = level_of({aten.mul.Tensor: lambda step, grad, other: {"self": 2 * grad * other}})
     y = torch.tensor([1.0, 2.0])
-    level = keeping(f)
-    x = level.track(torch.ones(2))
-    out = run_transformed(level, lambda: f(x, y.clone()), enable_grad=True)
-    assert level.pull({out.tape_index: torch.tensor(1.0)}, consume=True)[x.tape_index].tolist() == [2.0, 4.0]
+    by_default = level_of({}, default=lambda step, inputs: {n: 2 * c for n, c in step.pull().items()})
+    for cls, expected in ((keeping, [2.0, 4.0]), (by_default, [4.0, 8.0])):  # the default is asked for the sum, too
+        level = cls(f)
+        x = level.track(torch.ones(2))
+        out = run_transformed(level, lambda: f(x, y.clone()), enable_grad=True)
+        assert level.pull({out.tape_index: torch.tensor(1.0)}, consume=True)[x.tape_index].tolist() == expected
+
+
+def test_walks_by_turns() -> None:
+    """The second lane is that of the last walk, and a walk inside of a rule is one of its own."""
+    inner = level_of({aten.mul.Tensor: lambda step, grad: step.note("self", grad)})
+
+    def rule(step: Step, grad: Tensor, self: Tensor) -> None:
+        _, ((noted,),) = pulled(inner, lambda x: (x * 3).sin(), self)
+        step.note("self", noted)
+
+    level = level_of({aten.exp.default: rule})()
+    x = level.track(torch.tensor(0.5))
+    out = run_transformed(level, lambda: x.exp(), enable_grad=True)
+    for _ in range(2):
+        level.pull({out.tape_index: torch.tensor(1.0)}, consume=False)
+        torch.testing.assert_close(level.noted(x), [torch.tensor(1.5).cos()])
 
 
 def test_hooks_and_anomalies() -> None:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, ClassVar
-from weakref import ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from functrans.core.torch_private import HigherOrderOperator, OpOverload
 from functrans.decompositions.table import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.interpreters.fitting import described, fitted, spec
-from functrans.interpreters.grad.interpreter import GradInterpreter, Record
+from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, TableNode, tensors_in
 from functrans.interpreters.grad.recording import GRAD_RULES
 
@@ -98,9 +99,19 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
             raise RegistrationError(f"{self.title}: got {got}; expected {expected}.")
 
 
-def parameters(rule: Callable[..., Any]) -> list[str]:
+def parameters(rule: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a rule's parameters that have no default; rules get them by position."""
-    return [p.name for p in inspect.signature(rule).parameters.values() if p.default is p.empty]
+    names = NAMES.get(rule)
+    if names is None:
+        given = inspect.signature(rule).parameters.values()
+        names = NAMES[rule] = tuple(p.name for p in given if p.default is p.empty)
+    return names
+
+
+#: the names of rules' parameters, as far as they were asked for
+NAMES: WeakKeyDictionary[Callable[..., Any], tuple[str, ...]] = WeakKeyDictionary()
+#: the level whose tape is walked
+WALKING: ContextVar[PullbackInterpreter] = ContextVar("functrans.interpreters.grad.pullback_rules")
 
 
 class PullbackInterpreter(GradInterpreter):
@@ -135,11 +146,19 @@ class PullbackInterpreter(GradInterpreter):
             raise RegistrationError(
                 f"class {cls} has no pullback rules; expected pullbacks = PullbackTable(title) in it."
             )
-        #: the second lane: by tape index, what rules noted, in the order of the walk
+        #: the second lane: by tape index, what rules noted on the last walk, in its order
         self.lane: dict[int, list[Any]] = {}
 
+    def pull(self, cotangents: dict[int, Tensor], *, consume: bool, end: int | None = None) -> dict[int, Tensor]:
+        self.lane = {}
+        token = WALKING.set(self)
+        try:
+            return super().pull(cotangents, consume=consume, end=end)
+        finally:
+            WALKING.reset(token)
+
     def noted(self, wrapper: WrapperTensor) -> list[Any]:
-        """What rules noted about a tracked ``wrapper``, an entry for each use of it, the last use first."""
+        """What rules noted about a tracked ``wrapper`` on the last walk: an entry for each use, the last use first."""
         index = self.index_of(wrapper)
         return [] if index is None else self.lane.get(index, [])
 
@@ -177,16 +196,18 @@ class PullbackInterpreter(GradInterpreter):
         finally:
             records, self.tape = self.tape, tape
         given = {**dict(zip(known.arguments, fresh, strict=False)), **named}
-        tracked = {known.arguments[i]: self.indices_in(given[known.arguments[i]]) for i in indices}
-        arguments = {**dict(zip(known.arguments, values, strict=False)), **below}
-        outs = self.indices_in(out)
-        ins = list(indices.values())
-        node = PullbackNode(self, op, rule, records, tracked, outs, ins, {n: spec(arguments[n]) for n in tracked})
-        known_values = {**dict(zip(known.arguments, known.defaults, strict=True)), **arguments}
-        known_values["result"] = result = self.value_of(out)
-        known_values["results"] = result if isinstance(result, list) else [result]
-        known_values["inputs"] = {n: arguments[n] for n in tracked} if "inputs" in node.saves else None
-        self.record(node, outs, ins, [known_values[n] for n in node.saves])
+        inside = {known.arguments[i]: self.indices_in(given[known.arguments[i]]) for i in indices}
+        arguments = dict(zip(known.arguments, known.defaults, strict=True))
+        arguments.update(zip(known.arguments, values, strict=False))
+        arguments.update(below)
+        result = self.value_of(out)
+        rest = {"result": result, "results": result if isinstance(result, list) else [result]}
+        rest["inputs"] = [arguments[name] for name in inside]
+        outs, ins = self.indices_in(out), list(indices.values())
+        node = PullbackNode(op, rule, [record[:3] for record in records], ins, inside, outs)
+        node.specs = {name: spec(arguments[name]) for name in inside}
+        kept = [rest[name] if name in rest else arguments[name] for name in node.saves]
+        self.record(node, outs, ins, [kept, [record[3] for record in records]])
         return out
 
     def fresh(self, a: Any, index: Any) -> Any:
@@ -215,13 +236,13 @@ class Step:
         names: the arguments that are tracked. Cotangents of others are not asked for.
     """
 
-    def __init__(self, interpreter: PullbackInterpreter, node: PullbackNode, grad: Any, ins: Sequence[Any]) -> None:
+    def __init__(self, interpreter: PullbackInterpreter, node: PullbackNode, grad: Any, saved: list[Any]) -> None:
         self.interpreter = interpreter
         self.op = node.op
-        self.names = tuple(node.tracked)
+        self.names = tuple(node.inside)
         self._node = node
         self._grad = grad
-        self._ins = dict(zip(self.names, ins, strict=True))
+        self._saved = saved
 
     def __repr__(self) -> str:
         return f"<Step of {self.op} for {', '.join(self.names)}, {self.interpreter.name}>"
@@ -229,7 +250,7 @@ class Step:
     def index(self, name: str) -> Any:
         """The tape index of an argument (of a list of tensors: a list), None if it is not tracked."""
         self._check(name)
-        return self._ins.get(name)
+        return self._node.ins.get(name)
 
     def _check(self, *names: Any) -> None:
         known = op_info(self.op).arguments
@@ -247,7 +268,8 @@ class Step:
             grad = self._grad
         elif spec(grad) != spec(self._grad):
             raise CallValueError(f"pull in a rule of {self.op}", described(grad), described(self._grad))
-        return self._node.ordinary(self.interpreter, grad, [n for n in names or self.names if n in self._ins])
+        wanted = [n for n in names or self.names if n in self.names]
+        return self._node.ordinary(self.interpreter, self._saved, grad, wanted)
 
     def note(self, name: str, entry: Any) -> None:
         """Note ``entry`` in the second lane of an argument (of a list of tensors: an entry for each); one that is not
@@ -260,61 +282,69 @@ class Step:
 
 
 class PullbackNode(BackwardNode):
-    """What pulls back through one operator by a rule. Saved is what the rule names."""
+    """What pulls back through one operator by a rule.
+
+    Saved is what the rule names, and what the operator's own records saved.
+    """
+
+    #: shape and dtype of the tracked arguments
+    specs: dict[str, Any]
 
     def __init__(
         self,
-        interpreter: PullbackInterpreter,
         op: OpOverload,
         rule: Callable[..., Any],
-        records: list[Record],
-        tracked: dict[str, Any],
-        outs: Any,
+        records: list[tuple[Any, Any, Any]],
         ins: list[Any],
-        specs: dict[str, Any],
+        inside: dict[str, Any],
+        outs: Any,
     ) -> None:
         self.op = op
         self.rule = rule
-        self.interpreter = ref(interpreter)  # which holds the record
-        #: what the operator wrote on a tape of its own, and there the indices of its tracked arguments and its outputs
-        self.records, self.tracked, self.outs = records, tracked, outs
-        self.ins, self.specs = ins, specs
+        #: what the operator wrote on a tape of its own, without what was saved
+        self.records = records
+        #: the indices of the tracked arguments by name: on the level's tape, and on the operator's own
+        self.ins, self.inside = dict(zip(inside, ins, strict=True)), inside
+        self.outs = outs
         #: what the rule asks for
         self.needs = parameters(rule)[1:]
         self.saves = [n for n in self.needs if n not in ("grad", "grads")]
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
-        interpreter = self.interpreter()
-        assert interpreter is not None  # it is what walks
-        step = Step(interpreter, self, grad, self.ins)
-        kept = dict(zip(self.saves, saved, strict=True))
+        step = Step(WALKING.get(), self, grad, saved[1])
+        kept = dict(zip(self.saves, saved[0], strict=True))
         kept["grad"], kept["grads"] = grad, grad if isinstance(grad, list) else [grad]
+        if "inputs" in kept:
+            kept["inputs"] = dict(zip(self.inside, kept["inputs"], strict=True))
         found = self.rule(step, *[kept[n] for n in self.needs])
         if found is None:
             found = {}
         elif not isinstance(found, dict) or not all(n in op_info(self.op).arguments for n in found):
             got = f"a dict with {list(found)}" if isinstance(found, dict) else described(found)
-            raise self.unfit(interpreter, got, f"a dict by names of {op_info(self.op).arguments}, or None")
-        missing = [n for n in self.tracked if n not in found]
+            raise self.unfit(step.interpreter, got, f"a dict by names of {op_info(self.op).arguments}, or None")
+        missing = [n for n in self.inside if n not in found]
         if missing:
-            found = {**found, **self.ordinary(interpreter, grad, missing)}
-        return [self.fit(interpreter, n, found[n], self.specs[n]) for n in self.tracked]
+            found = {**found, **step.pull(None, *missing)}
+        return [self.fit(step.interpreter, n, found[n], self.specs[n]) for n in self.inside]
 
-    def ordinary(self, interpreter: PullbackInterpreter, grad: Any, names: list[str]) -> dict[str, Any]:
-        """The cotangents of these arguments as without a rule."""
+    def ordinary(
+        self, interpreter: PullbackInterpreter, saved: list[Any], grad: Any, names: list[str]
+    ) -> dict[str, Any]:
+        """The cotangents of these arguments as without a rule; ``saved``: by the operator's own records."""
         if not names:
             return {}
         if len(self.records) == 1 and type(self.records[0][0]) is TableNode and not isinstance(self.outs, list):
-            node, _, _, saved = self.records[0]
-            return dict(zip(names, node.pull_some(saved, grad, names), strict=True))
-        part = copy.copy(interpreter)  # the walk along this operator's own tape; hooks have seen the cotangents
-        part.tape, part.hooks = self.records, None
+            return dict(zip(names, self.records[0][0].pull_some(saved[0], grad, names), strict=True))
+        part = copy.copy(interpreter)  # the walk along the operator's own tape; hooks have seen the cotangents
+        part.tape = [(*record, kept) for record, kept in zip(self.records, saved, strict=True)]
+        part.hooks = None
         grads = zip(self.outs, grad, strict=True) if isinstance(self.outs, list) else [(self.outs, grad)]
-        cotangents = part.pull({o: g for o, g in grads if o is not None and g is not None}, consume=False)
+        seeds = {o: g for o, g in grads if o is not None and g is not None}
+        cotangents = GradInterpreter.pull(part, seeds, consume=False)
         return {
-            n: [None if i is None else cotangents.get(i) for i in index] if isinstance(index, list)
-            else cotangents.get(index)
-            for n, index in self.tracked.items() if n in names
+            n: [cotangents.get(i) for i in self.inside[n]] if isinstance(self.inside[n], list)
+            else cotangents.get(self.inside[n])
+            for n in names
         }  # fmt: skip
 
     def fit(self, interpreter: PullbackInterpreter, name: str, cotangent: Any, given: Any) -> Any:
@@ -332,8 +362,11 @@ class PullbackNode(BackwardNode):
         return RuleResultError(self.op, interpreter, interpreter.rule_place(self.op), got, expected, cure)
 
     def protect(self, saved: list[Any], target: Tensor) -> list[Any]:
-        self.records = [(node, outs, ins, node.protect(kept, target)) for node, outs, ins, kept in self.records]
-        return super().protect(saved, target)
+        kept, inner = saved
+        inner = [node.protect(k, target) for (node, _, _), k in zip(self.records, inner, strict=True)]
+        return [super().protect(kept, target), inner]
 
     def saved_tensors(self, saved: list[Any]) -> list[Tensor]:
-        return [*tensors_in(saved), *(x for node, _, _, kept in self.records for x in node.saved_tensors(kept))]
+        kept, inner = saved
+        records = zip(self.records, inner, strict=True)
+        return [*tensors_in(kept), *(x for (node, _, _), k in records for x in node.saved_tensors(k))]
