@@ -119,11 +119,11 @@ NETS = {
         nn.Conv2d(32, 40, (2, 1), dilation=(2, 1), bias=False)), (24, 8, 6), [1, 0, 1]),
     "conv2d, small": Net(lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, groups=3), nn.Conv2d(6, 2, 2)), (3, 6, 6),
         [0] * 4),
-    "conv2d, few channels": Net(lambda: nn.Sequential(
+    "conv2d, dilated": Net(lambda: nn.Sequential(
         nn.Conv2d(1, 20, (3, 2), stride=(2, 1), dilation=(1, 2), padding=1), nn.Tanh(),
         nn.Conv2d(20, 200, (1, 2), groups=10)),
         (1, 7, 6), [0] * 4),
-    "conv2d, few channels in groups": Net(lambda: nn.Conv2d(2, 40, 3, stride=2, groups=2), (2, 9, 8), [0, 0]),
+    "conv2d, groups and strides": Net(lambda: nn.Conv2d(2, 40, 3, stride=2, groups=2), (2, 9, 8), [0, 0]),
     "conv2d, same": Net(lambda: nn.Conv2d(20, 20, 3, padding="same", padding_mode="reflect"), (20, 4, 4), [1, 0]),
     "conv3d": Net(lambda: nn.Conv3d(12, 20, 2, padding=1), (12, 3, 2, 3), [1, 0]),
     "transposed": Net(lambda: nn.ConvTranspose2d(8, 20, 3, stride=2), (8, 3, 3), [0, 0]),
@@ -156,6 +156,7 @@ def test_networks(name: str, parts: list[int]) -> None:
 
 X = torch.randn(N, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 ROWS = torch.randn(N, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+SQUARES = torch.randn(N, 2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4)) / 2
 WORDS = torch.tensor([[0, 3, 3, 1], [2, 2, 2, 2], [1, 0, 4, 0], [5, 6, 7, 8], [3, 3, 0, 0]])
 
 
@@ -230,7 +231,17 @@ USES = {
     "a parameter as input": Use(lambda p, x: F.linear(p["w"], x).sin().sum(), weights((8, 6)), ROWS, 0),
     "permuted, transposed": Use(
         lambda p, x: (x @ p["w"].permute(1, 0).transpose(-1, -2).contiguous()).sin().sum(), weights(W), X, 1),
-    "einsum": Use(lambda p, x: torch.einsum("i,ij,j->", x, p["w"], p["v"]).sin(), weights(W, (8,)), X, 0),
+    "einsum": Use(lambda p, x: torch.einsum("td,dk->tk", x, p["w"]).sin().sum(), weights(W), ROWS, 1),
+    "einsum, turned": Use(lambda p, x: torch.einsum("kd,btd->bkt", p["w"], x).sin().sum(), weights((8, 6)), SQUARES[:, :1], 1),
+    "einsum of three": Use(lambda p, x: torch.einsum("i,ij,j->", x, p["w"], p["v"]).sin(), weights(W, (8,)), X, 1),
+    "bmm": Use(lambda p, x: torch.bmm(x.unsqueeze(0), p["w"].unsqueeze(0)).sin().sum(), weights(W), ROWS, 1),
+    "bmm of two": Use(lambda p, x: torch.bmm(x.unsqueeze(1), p["w"].expand(2, 6, 8)).sin().sum(), weights(W), ROWS, 0),
+    "views": Use(
+        lambda p, x: (x @ p["w"].view(6, 1, 8).transpose(0, 2).squeeze(1).mT.reshape(6, 8)).sin().sum(),
+        weights(W), X, 1),
+    "another shape": Use(lambda p, x: (x @ p["w"].view(6, 8)).sin().sum(), weights((8, 6)), X, 0),
+    "of three dimensions": Use(lambda p, x: (x @ p["w"].squeeze(1)).sin().sum(), weights((6, 1, 8)), X, 0),
+    "a column": Use(lambda p, x: (p["w"].T @ x).sin().sum() + (x @ p["w"]).sum(), weights((6, 1)), X, 0),
     "twice": Use(lambda p, x: ((x @ p["w"]).tanh() @ p["w"].T).tanh().sum(), weights((6, 40)), X, 1),
     "twice, once otherwise": Use(lambda p, x: (x @ p["w"]).tanh().sum() * p["w"].sum(), weights(W), X, 1),
     "recurrent": Use(recurrent, weights((8, 8), (8, 6)), ROWS, 1),
@@ -404,6 +415,11 @@ def test_base_autograd() -> None:
 def test_complex_parameters() -> None:
     w = torch.randn(6, 8, dtype=torch.complex128)
     agree(lambda p, x: ((x + 1j * x**2) @ p["w"]).abs().square().sum(), {"w": w}, X)
+
+
+def test_complex_convolution() -> None:
+    w, x = torch.randn(20, 1, 2, dtype=torch.complex128), torch.randn(N, 1, 6, dtype=torch.complex128)
+    agree(lambda p, x: (F.conv1d(x, p["w"]).abs() ** 3).sum(), {"w": w}, x)
 
 
 def test_half_precision() -> None:

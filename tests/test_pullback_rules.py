@@ -223,7 +223,7 @@ def test_a_write_to_what_is_saved() -> None:
     for cls, expected in ((keeping, [2.0, 4.0]), (by_default, [4.0, 8.0])):  # the default is asked for the sum, too
         level = cls(f)
         x = level.track(torch.ones(2))
-        out = run_transformed(level, lambda: f(x, y.clone()), enable_grad=True)
+        out = run_transformed(level, lambda x=x: f(x, y.clone()), enable_grad=True)
         assert level.pull({out.tape_index: torch.tensor(1.0)}, consume=True)[x.tape_index].tolist() == expected
 
 

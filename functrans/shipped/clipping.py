@@ -170,7 +170,8 @@ def by_chunk(
         level = ExampleInterpreter(loss)
         inputs, value, index, aux = run_scalar(level, call, loss, argnums, has_aux, args, kwargs)
         indices = [i for position in inputs.order for i in inputs.leaf_indices[position]]
-        level.leaves = {i for i in indices if i is not None}
+        leaves = (wrapper for position in inputs.order for wrapper in inputs.tracked[position][1])
+        level.leaves = {w.tape_index: w.dim() for w in leaves if w.tape_index is not None}
         cotangents = {} if index is None else level.pull({index: unit(bare(value))}, consume=True)
         inputs.write_back()
         return [level.gradient(cotangents, i) for i in indices], bare(value), aux

@@ -27,22 +27,25 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
-        #: by the index of a matrix that is another one turned, the index of that
-        self.sources: dict[int, int] = {}
-        #: the indices of the arguments that are differentiated for
-        self.leaves: set[int] = set()
+        #: by the index of what is another matrix but for dimensions of 1: the index of that, and whether it is turned
+        self.sources: dict[int, tuple[int, bool]] = {}
+        #: the indices of the arguments that are differentiated for, with their ranks
+        self.leaves: dict[int, int] = {}
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         out = super().process(op, args, kwargs)
-        if op in TURNS and out.dim() == 2 and self.records(out) and TURNS[op](*args[1:]):
-            self.sources[out.tape_index] = args[0].tape_index
+        if op in VIEWS and self.records(out):
+            turned = turns(op, args[0], args[1:], out)
+            if turned is not None:
+                self.sources[out.tape_index] = args[0].tape_index, turned
         return out
 
-    def matrix_behind(self, index: Any) -> tuple[int, bool] | None:
+    def argument_behind(self, index: Any) -> tuple[int, bool] | None:
         """The argument that a matrix is, and whether turned; None if it is computed, or not tracked."""
         turned = False
         while index in self.sources:
-            index, turned = self.sources[index], not turned
+            index, again = self.sources[index]
+            turned ^= again
         return (index, turned) if index in self.leaves else None
 
     def takes(self, step: Step, name: str, parameter: Tensor, make: Callable[[], Factors | Patches]) -> bool:
@@ -50,13 +53,15 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
 
         It has to be an argument that all examples share, whose cotangent no hook waits for.
         """
-        source = self.matrix_behind(step.index(name))
+        source = self.argument_behind(step.index(name))
         if source is None or self.hooks is not None or own_to_example(self, parameter):
             return False
         index, turned = source
         part = make()
         numbers = [x for x in part[:2] if x.is_floating_point() or x.is_complex()]
         if parameter.is_complex() or any(x.dtype is not parameter.dtype for x in numbers):
+            return False
+        if isinstance(part, Factors) and self.leaves[index] != 2:
             return False
         noted = self.lane.setdefault(index, [])
         if sum(p.size() for p in (*noted, part)) >= parameter.numel():
@@ -69,12 +74,29 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
         return Gradient(None, [], []) if index is None else Gradient.of(cotangents.get(index), self.lane.get(index, []))
 
 
-#: Operators that turn a matrix, and whether they do with these arguments.
-TURNS: dict[OpOverload, Callable[..., bool]] = {
-    **dict.fromkeys((aten.t.default, aten.numpy_T.default, aten.mT.default), lambda: True),
-    aten.transpose.int: lambda a, b: (a - b) % 2 == 1,
-    aten.permute.default: lambda dims: dims[0] % 2 == 1,
+#: Operators that change the order of dimensions, and that order by their rank and arguments.
+ORDERS: dict[OpOverload, Callable[..., Sequence[int]]] = {
+    aten.t.default: lambda n: (1, 0),
+    aten.numpy_T.default: lambda n: range(n)[::-1],
+    aten.mT.default: lambda n: (*range(n - 2), n - 1, n - 2),
+    aten.transpose.int: lambda n, a, b: [{a % n: b % n, b % n: a % n}.get(i, i) for i in range(n)],
+    aten.permute.default: lambda n, dims: dims,
 }
+#: Operators whose result may be their argument but for dimensions of 1.
+VIEWS = {
+    *ORDERS, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view.default,
+    aten.reshape.default, aten._unsafe_view.default,
+}  # fmt: skip
+
+
+def turns(op: OpOverload, x: Tensor, args: Sequence[Any], out: Tensor) -> bool | None:
+    """Whether ``out = op(x, *args)`` is the matrix ``x`` turned, but for dimensions of 1; None if it is neither."""
+    if [n != 1 for n in x.shape].count(True) != 2:
+        return None
+    if op in ORDERS:
+        first, second = (d for d in ORDERS[op](x.dim(), *args) if x.shape[d] != 1)
+        return first % x.dim() > second % x.dim()
+    return False if [n for n in x.shape if n != 1] == [n for n in out.shape if n != 1] else None
 
 
 def own_to_example(level: ExampleInterpreter, x: Any) -> bool:
@@ -106,6 +128,10 @@ def product(op: OpOverload, x: str, y: str) -> None:
 
     def rule(step: Step, grad: Tensor, left: Tensor, right: Tensor, alpha: Any = 1) -> Any:
         level: Any = step.interpreter
+        if op is aten.bmm.default:
+            if len(grad) != 1:
+                return None
+            grad, left, right = grad[0], left[0], right[0]
         grad = grad if alpha == 1 else grad * alpha
         kept: dict[str, None] = {}
         if left.dim() == 2 and level.takes(step, x, left, lambda: Factors(columns(grad), columns(right))):
@@ -120,6 +146,7 @@ def product(op: OpOverload, x: str, y: str) -> None:
 
 product(aten.matmul.default, "self", "other")
 product(aten.mm.default, "self", "mat2")
+product(aten.bmm.default, "self", "mat2")
 product(aten.mv.default, "self", "vec")
 product(aten.addmm.default, "mat1", "mat2")
 product(aten.addmv.default, "mat", "vec")
@@ -160,7 +187,8 @@ def convolution(
         return None
     if level.takes(step, "weight", weight, lambda: Patches(grad, input, geometry)):
         return {"weight": None}
-    if "weight" not in step.names or weight[0].numel() > len(weight) // groups or own_to_example(level, weight):
+    few = weight[0].numel() <= len(weight) // groups and not own_to_example(level, weight)
+    if "weight" not in step.names or not few or weight.is_complex() or not grad.dtype is input.dtype is weight.dtype:
         return None
     # of few channels the patches are few: one product for each example takes less than PyTorch's convolutions in groups
     return {"weight": Patches(grad.unsqueeze(0), input.unsqueeze(0), geometry).whole().squeeze(0)}
