@@ -430,6 +430,16 @@ def test_half_precision() -> None:
     torch.testing.assert_close(norms.double(), by_loop(loss, 1.0, w.double(), x.double())[0], rtol=0.02, atol=0.02)
 
 
+def test_compiled() -> None:
+    def program(params: Params, x: Tensor) -> Any:
+        total = clipped_grad(lambda x, p: LOSS(p, x), 0.5, argnums=1, in_dims=(1, None))(x.T, params)
+        norms, sums = per_example_norms(lambda p, x: (LOSS(p, x), x.sum()), has_aux=True)(params, x)
+        return total["w"] * norms.sum(), sums
+
+    compiled = torch.compile(program, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(PARAMS, X), program(PARAMS, X))
+
+
 def test_argnums() -> None:
     def loss(x: Tensor, w: Tensor, tree: list[Tensor], y: Tensor) -> Tensor:
         return (x @ w @ tree[0] - y).square() + tree[1].sum() * x.sum()

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_argnums, gradients_by
 from functrans.api.checks import check_chunk_size, check_dense, check_randomness
+from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, run_scalar, unit
@@ -77,8 +79,13 @@ def clipped_grad(
     bound = checked_bound(call, bound)
     check_batching(call, in_dims, randomness, chunk_size)
 
-    @functools.wraps(loss, updated=())
+    options = {"bound": bound, "argnums": argnums, "in_dims": in_dims, "has_aux": has_aux, "randomness": randomness,
+               "chunk_size": chunk_size}  # fmt: skip
+
+    @named_after(loss)
     def clipped(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(clipped_grad, loss, options, args, kwargs, None)
         positions = check_argnums(call, argnums, len(args))
         shared = [tree_flatten(args[i]) for i in positions]
         check_shared(call, in_dims, args, positions)
@@ -140,8 +147,13 @@ def per_example_norms(
     call = differentiating("per_example_norms", loss, argnums, has_aux)
     check_batching(call, in_dims, randomness, chunk_size)
 
-    @functools.wraps(loss, updated=())
+    options = {"argnums": argnums, "in_dims": in_dims, "has_aux": has_aux, "randomness": randomness,
+               "chunk_size": chunk_size}  # fmt: skip
+
+    @named_after(loss)
     def norms_of(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(per_example_norms, loss, options, args, kwargs, None)
         found: list[Any] = []
         take = lambda norms, gradients, aux: found.append((norms, aux))
         by_chunk(take, call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs)

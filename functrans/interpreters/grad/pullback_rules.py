@@ -204,7 +204,7 @@ class PullbackInterpreter(GradInterpreter):
         rest = {"result": result, "results": result if isinstance(result, list) else [result]}
         rest["inputs"] = [arguments[name] for name in inside]
         outs, ins = self.indices_in(out), list(indices.values())
-        node = PullbackNode(op, rule, [record[:3] for record in records], ins, inside, outs)
+        node = RuledNode(op, rule, [record[:3] for record in records], ins, inside, outs)
         node.specs = {name: spec(arguments[name]) for name in inside}
         kept = [rest[name] if name in rest else arguments[name] for name in node.saves]
         self.record(node, outs, ins, [kept, [record[3] for record in records]])
@@ -236,7 +236,7 @@ class Step:
         names: the arguments that are tracked. Cotangents of others are not asked for.
     """
 
-    def __init__(self, interpreter: PullbackInterpreter, node: PullbackNode, grad: Any, saved: list[Any]) -> None:
+    def __init__(self, interpreter: PullbackInterpreter, node: RuledNode, grad: Any, saved: list[Any]) -> None:
         self.interpreter = interpreter
         self.op = node.op
         self.names = tuple(node.inside)
@@ -281,7 +281,7 @@ class Step:
                 self.interpreter.lane.setdefault(i, []).append(e)
 
 
-class PullbackNode(BackwardNode):
+class RuledNode(BackwardNode):
     """What pulls back through one operator by a rule.
 
     Saved is what the rule names, and what the operator's own records saved.
