@@ -45,8 +45,9 @@ def gradient_by(cls: type[PullbackInterpreter], f: Callable[..., Tensor]) -> Cal
     return lambda *args: pulled(cls, f, *args)[0][0]
 
 
-W, V = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
-X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+#: Numbers of the module do not depend on what ran before.
+SEEDED = torch.Generator().manual_seed(0)
+W, V, X = (torch.randn(shape, dtype=torch.float64, generator=SEEDED) for shape in ((8, 3), (2, 8), (5, 3)))
 
 
 def net(x: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ GUIDED = level_of({aten.relu.default: lambda step, grad: step.pull(grad.clamp(mi
 
 def guided_by_hooks(x: Tensor) -> Tensor:
     """Guided backpropagation of one example in plain PyTorch, by backward hooks on modules."""
-    module = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False), nn.ReLU()).double()
+    module = nn.Sequential(nn.Linear(3, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False), nn.ReLU()).double()
     module[0].weight.data, module[2].weight.data = W, V
     for relu in (module[1], module[3]):
         relu.register_full_backward_hook(lambda m, before, after: (after[0].clamp(min=0) * (before[0] != 0),))
@@ -98,7 +99,7 @@ def loss(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
 
 def factors_by_hooks(x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The same of one example by hooks on modules."""
-    module = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)).double()
+    module = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False)).double()
     module[0].weight.data, module[2].weight.data = W, V
     found: dict[int, list[Tensor]] = {0: [], 2: []}
     for i, kept in found.items():
