@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from functrans import grad, jvp, vmap
+from functrans import grad, jacrev, jvp, vjp, vmap
 from functrans.core.errors import CallValueError, MissingRuleError, RegistrationError, RuleError, RuleResultError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import GradInterpreter, PullbackInterpreter, PullbackTable, Step, overriding, run_transformed
@@ -73,6 +73,16 @@ def test_a_rule_changes_what_goes_on() -> None:
     assert not torch.allclose(expected, vmap(grad(net))(X))
     torch.testing.assert_close(torch.stack([gradient_by(GUIDED, net)(x) for x in X]), expected)
     torch.testing.assert_close(vmap(gradient_by(GUIDED, net))(X), expected)
+
+
+def test_by_the_public_transforms() -> None:
+    expected = torch.stack([guided_by_hooks(x) for x in X])
+    torch.testing.assert_close(vmap(grad(net, interpreter=GUIDED))(X), expected)
+    torch.testing.assert_close(jacrev(net, interpreter=GUIDED)(X[0]), expected[0])
+    outs, pullback = vjp(vmap(net), X, interpreter=GUIDED)
+    torch.testing.assert_close(pullback(torch.ones_like(outs))[0], expected)
+    pullbacks = vmap(lambda x: vjp(net, x, interpreter=GUIDED)[1])(X)  # each saved what belongs to its example
+    torch.testing.assert_close(vmap(lambda pullback: pullback(torch.ones((), dtype=X.dtype))[0])(pullbacks), expected)
 
 
 def test_a_rule_is_differentiated() -> None:
