@@ -57,7 +57,8 @@ def clipped_grad(
             example.
         has_aux: ``loss`` returns ``(output, aux)``; aux comes back with the examples in front.
         randomness: what random operators do, as in ``vmap``.
-        chunk_size: run at most this many examples at a time, to save memory; None: all.
+        chunk_size: run at most this many examples at a time; None: all. What the sum is made of is kept until the norms
+            are known, at most as much again as the activations; chunks bound that.
 
     Returns:
         A function of the arguments. It returns the sum, of the structure, shapes and dtypes of the argument that
@@ -78,7 +79,6 @@ def clipped_grad(
     call.arguments = {"bound": bound, **call.arguments}
     bound = checked_bound(call, bound)
     check_batching(call, in_dims, randomness, chunk_size)
-
     options = {"bound": bound, "argnums": argnums, "in_dims": in_dims, "has_aux": has_aux, "randomness": randomness,
                "chunk_size": chunk_size}  # fmt: skip
 
@@ -146,7 +146,6 @@ def per_example_norms(
     """
     call = differentiating("per_example_norms", loss, argnums, has_aux)
     check_batching(call, in_dims, randomness, chunk_size)
-
     options = {"argnums": argnums, "in_dims": in_dims, "has_aux": has_aux, "randomness": randomness,
                "chunk_size": chunk_size}  # fmt: skip
 
