@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from report import Makers, Part, Settings, Table, Target, main, peak_of, progress
 from timing import interleave, ratio
 from torch import Tensor, nn
 
-from functrans import hessian, jacfwd, jet, jvp, laplacian, sparse_jacobian, sparsity, vmap
+from functrans import (
+    clipped_grad,
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jet,
+    jvp,
+    laplacian,
+    per_example_norms,
+    sparse_jacobian,
+    sparsity,
+    vmap,
+)
 
 #: The transform and what is in its place without it: two functions of the same inputs.
 Pair = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
@@ -77,22 +90,104 @@ def values(device: str, dtype: torch.dtype) -> Pair:
     return lambda x: sparse_jacobian(stencil)(x).to_dense(), jacfwd(stencil), (x,)
 
 
+class Layers(nn.Sequential):
+    """Layers for a batch, whose loss is that of one example."""
+
+    def loss(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        out = functional_call(self, params, (x.unsqueeze(0),)).flatten(0, -2)
+        return nn.functional.cross_entropy(out, y.reshape(-1))
+
+
+def linear() -> tuple[Layers, Tensor, Tensor]:
+    layers = [layer for _ in range(3) for layer in (nn.Linear(512, 512), nn.ReLU())]
+    return Layers(*layers, nn.Linear(512, 10)), torch.randn(64, 512), torch.randint(10, (64,))
+
+
+def convolutional() -> tuple[Layers, Tensor, Tensor]:
+    net = Layers(
+        nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.GroupNorm(8, 64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128 * 49, 10),
+    )  # fmt: skip
+    return net, torch.randn(64, 3, 28, 28), torch.randint(10, (64,))
+
+
+def of_words() -> tuple[Layers, Tensor, Tensor]:
+    block = (nn.LayerNorm(128), nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128), nn.LayerNorm(128))
+    words = torch.randint(2000, (2, 16, 32))
+    return Layers(nn.Embedding(2000, 128), *block, nn.Linear(128, 2000)), *words
+
+
+def clipping(
+    make: Callable[[], tuple[Layers, Tensor, Tensor]], other: str, what: str = "sum"
+) -> Callable[[str, torch.dtype], Pair]:
+    """The clipped sum or the norms, beside the plain gradient of the summed loss or what vmap(grad) makes of it."""
+
+    def pair(device: str, dtype: torch.dtype) -> Pair:
+        net, x, y = make()
+        net.to(device, dtype)
+        params = {name: p.detach() for name, p in net.named_parameters()}
+        x, y = (t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in (x, y))
+        dims = (None, 0, 0)
+
+        def summed(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Any:
+            return grad(lambda p: vmap(net.loss, in_dims=dims)(p, x, y).sum())(params)
+
+        def norms(gradients: dict[str, Tensor]) -> Tensor:
+            return torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()
+
+        def by_examples(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Any:
+            gradients = vmap(grad(net.loss), in_dims=dims)(params, x, y)
+            if what == "norms":
+                return norms(gradients)
+            weights = (1 / norms(gradients)).clamp(max=1)
+            return {name: torch.tensordot(weights, g, 1) for name, g in gradients.items()}
+
+        if what == "norms":
+            return per_example_norms(net.loss), by_examples, (params, x, y)
+        # beside the plain gradient nothing is clipped, so that the results can be compared
+        return clipped_grad(net.loss, 1e9 if other == "grad" else 1.0), (
+            summed if other == "grad" else by_examples
+        ), (params, x, y)
+
+    return pair
+
+
 HIDDEN = (lambda: nn.Linear(16, 64), nn.Tanh, lambda: nn.Linear(64, 64), nn.Tanh, lambda: nn.Linear(64, 1))
 NORMALIZED = (
     lambda: nn.Linear(16, 64), lambda: nn.LayerNorm(64), nn.Tanh, lambda: nn.Linear(64, 64), lambda: nn.Softmax(-1),
     lambda: nn.Linear(64, 1),
 )  # fmt: skip
 
-#: By name: how the pair is made, what the ratio is to, and the most that it should be (None: no limit is set).
-CASES: dict[str, tuple[Callable[[str, torch.dtype], Pair], str, float | None]] = {
+class Case(NamedTuple):
+    make: Callable[[str, torch.dtype], Pair]
+    #: what the ratios are to
+    beside: str
+    #: the most that they should be; None: no limit is set
+    time: float | None = None
+    memory: float | None = None
+
+
+NETS = {"linear": linear, "convolutions": convolutional, "embedding, norms": of_words}
+
+CASES = {
     **{
-        f"jet of order {n}, 3-layer MLP, 256 points": (along_a_line(n), f"jvp nested {n} times", limit)
+        f"jet of order {n}, 3-layer MLP, 256 points": Case(along_a_line(n), f"jvp nested {n} times", limit)
         for n, limit in ((2, None), (3, None), (5, 1.0))
     },
-    "laplacian, MLP": (of_points(*HIDDEN), "vmap(trace(hessian))", 0.48),
-    "laplacian, LayerNorm and softmax": (of_points(*NORMALIZED), "vmap(trace(hessian))", 1.0),
-    "sparsity, stencil of 2,000": (pattern, "jacfwd", 0.05),
-    "sparse_jacobian, stencil of 2,000": (values, "jacfwd", 1.0),
+    "laplacian, MLP": Case(of_points(*HIDDEN), "vmap(trace(hessian))", 0.48),
+    "laplacian, LayerNorm and softmax": Case(of_points(*NORMALIZED), "vmap(trace(hessian))", 1.0),
+    "sparsity, stencil of 2,000": Case(pattern, "jacfwd", 0.05),
+    "sparse_jacobian, stencil of 2,000": Case(values, "jacfwd", 1.0),
+    **{
+        f"clipped_grad, {name}": Case(clipping(net, "grad"), "grad of the summed loss", 1.25, 1.05)
+        for name, net in NETS.items()
+    },
+    **{
+        f"clipped_grad, {name}, examples": Case(clipping(net, "vmap(grad)"), "vmap(grad), clipped")
+        for name, net in NETS.items()
+    },
+    "per_example_norms, linear": Case(clipping(linear, "vmap(grad)", "norms"), "norms of vmap(grad)"),
 }
 
 
@@ -105,21 +200,23 @@ def run(settings: Settings) -> Part:
     part = Part()
     rows = []
     for name in settings.chosen(list(CASES)):
-        make, beside, limit = CASES[name]
+        case = CASES[name]
         torch.manual_seed(0)
-        agree = part.agreeing(name, makers(make(settings.device, torch.float64)))
+        agree = part.agreeing(name, makers(case.make(settings.device, torch.float64)))
         with part.attempt(name):
             if len(agree) < 2:
                 continue
-            calls = {key: single() for key, single in makers(make(settings.device, torch.float32)).items()}
+            calls = {key: single() for key, single in makers(case.make(settings.device, torch.float32)).items()}
             times = interleave(calls, settings.rounds, 0.02 if settings.quick else 0.1)
             peaks = {key: peak_of(call, settings.device) for key, call in calls.items()}
             found = ratio(times["transform"], times["plain"])
-            memory = f"{peaks['transform'] / peaks['plain']:.2f}" if peaks["plain"] else ""
+            memory = peaks["transform"] / peaks["plain"] if peaks["plain"] else None
             cells = [f"{1e3 * statistics.median(times[key]):.2f}" for key in ("transform", "plain")]
-            rows.append([name, beside, *cells, f"{found:.2f}", memory])
-            if limit is not None:
-                part.targets.append(Target(f"time, {name}", found.median, limit))
+            rows.append([name, case.beside, *cells, f"{found:.2f}", f"{memory:.2f}" if memory else ""])
+            if case.time is not None:
+                part.targets.append(Target(f"time, {name}", found.median, case.time))
+            if case.memory is not None and memory is not None:
+                part.targets.append(Target(f"memory, {name}", memory, case.memory))
         progress(name)
     if rows:
         part.tables.append(

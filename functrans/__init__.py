@@ -39,6 +39,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.programs.fusible import watch
 from functrans.shipped import jet_rules, laplacian_rules  # noqa: F401
 from functrans.shipped.bounds import bounds
+from functrans.shipped.clipping import clipped_grad, per_example_norms
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
 from functrans.shipped.count import count
 from functrans.shipped.custom_jvp import custom_jvp
@@ -63,6 +64,7 @@ __all__ = [
     "batching_rule",
     "bounds",
     "chunk_vmap",
+    "clipped_grad",
     "condition",
     "count",
     "custom_jvp",
@@ -88,6 +90,7 @@ __all__ = [
     "log_density",
     "lowp",
     "observe",
+    "per_example_norms",
     "plant",
     "pmax",
     "pmean",

@@ -46,6 +46,7 @@ from functrans.extension.without_rule import as_function
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.grad.noted_tape import noting_lines
+from functrans.interpreters.grad.pullback_rules import PullbackInterpreter, PullbackTable, Step
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
@@ -72,9 +73,12 @@ __all__ = [
     "Origin",
     "PassThrough",
     "Primitive",
+    "PullbackInterpreter",
+    "PullbackTable",
     "RuleError",
     "RuleResultError",
     "RuleTable",
+    "Step",
     "TableInterpreter",
     "VmapInterpreter",
     "WrapperTensor",

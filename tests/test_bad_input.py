@@ -24,7 +24,7 @@ NO_CALLS = {
     "CarriedValueError", "CheckFailedError",
     "CustomFunctionError", "DerivativeEntryError", "DuplicateRuleError", "FunctransError", "GradInterpreter",
     "Handler", "Interpreter",
-    "JvpInterpreter", "MissingRuleError", "Origin", "PassThrough", "RuleError",
+    "JvpInterpreter", "MissingRuleError", "Origin", "PassThrough", "PullbackInterpreter", "RuleError", "Step",
     "RuleResultError", "RuleTable", "TableInterpreter", "VmapInterpreter", "WrapperTensor",
     "caller", "noting_lines", "origin",
 }  # fmt: skip
@@ -121,6 +121,8 @@ TRANSFORMS: dict[str, Any] = {
     "condition": lambda f, x: functrans.condition(f, {})(x),
     "seed": lambda f, x: functrans.seed(f, 0)(x),
     "log_density": lambda f, x: functrans.log_density(f)({}, x),
+    "clipped_grad": lambda f, x: functrans.clipped_grad(lambda w, x: f(x), 1.0)(x, x),
+    "per_example_norms": lambda f, x: functrans.per_example_norms(lambda w, x: f(x))(x, x),
     "run_transformed": lambda f, x: extend.run_transformed(wrong_calls.Counting(f), lambda: f(x)),
 }
 

@@ -36,6 +36,8 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "grad_and_value": lambda x: ft.grad_and_value(scalar)(x),
     "grad of grad": lambda x: ft.grad(lambda y: scalar(ft.grad(scalar)(y)))(x),
     "per-example gradients": lambda x: ft.vmap(ft.grad(scalar))(x),
+    "clipped_grad": lambda x: ft.clipped_grad(lambda p, r: scalar(p @ r), 1.0)(x[:3], x),
+    "per_example_norms": lambda x: ft.per_example_norms(lambda p, r: scalar(p @ r))(x[:3], x),
     "vjp": lambda x: ft.vjp(vector, x)[1](torch.ones(4, 4, dtype=x.dtype)),
     "jvp": lambda x: ft.jvp(vector, (x,), (x,)),
     "jvp of grad": lambda x: ft.jvp(ft.grad(scalar), (x,), (x,)),

@@ -51,8 +51,8 @@ AT_ONCE = ("jvp", "linear_transpose", "linearize", "vjp")
 RETURNING = ("linear_transpose", "linearize", "vjp")
 #: Those that switch grad mode on for the function.
 RECORDING = (
-    "grad", "grad_and_value", "value_and_grad", "jacrev", "jacrev_and_value", "hessian",
-    "vjp", "linearize", "linear_transpose",
+    "grad", "grad_and_value", "value_and_grad", "jacrev", "jacrev_and_value", "hessian", "clipped_grad",
+    "per_example_norms", "vjp", "linearize", "linear_transpose",
 )  # fmt: skip
 
 #: Stands for a leaf that is in the graph, and for one that is an object which the function alone uses.
@@ -209,17 +209,23 @@ def sights(
     transform: Callable[..., Any], options: dict[str, Any], args: Any, kwargs: Any
 ) -> list[tuple[int | None, bool]]:
     """For each leaf of the arguments, the dimension of which the function sees one example, and whether it moves."""
-    if transform.__name__ in ("vmap", "chunk_vmap"):
+    moving: set[int] = set()
+    if "argnums" in options or "in_dims" not in options:
+        argnums = options.get("argnums", tuple(range(len(args))))
+        moving = {i % len(args) for i in (argnums if isinstance(argnums, tuple) else (argnums,))}
+    moves = [i in moving for i, arg in enumerate(args) for _ in torch_pytree.tree_leaves(arg)]
+    if "in_dims" in options:
         in_dims = options["in_dims"]
+        if in_dims is None:  # of those that belong to single examples
+            in_dims = tuple(None if i in moving else 0 for i in range(len(args)))
         leaves, dims, _, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
         if any(map(is_container, leaves)):
             raise NotImplementedError("It has a container among its arguments, which batches itself.")
         of_leaf = {id(x): d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)}
-        seen: list[tuple[int | None, bool]] = [(of_leaf.get(id(x)), False) for x in torch_pytree.tree_leaves(args)]
+        found = [of_leaf.get(id(x)) for x in torch_pytree.tree_leaves(args)]
     else:
-        argnums = options.get("argnums", tuple(range(len(args))))
-        moving = {i % len(args) for i in (argnums if isinstance(argnums, tuple) else (argnums,))}
-        seen = [(None, i in moving) for i, arg in enumerate(args) for _ in torch_pytree.tree_leaves(arg)]
+        found = [None] * len(moves)
+    seen: list[tuple[int | None, bool]] = list(zip(found, moves, strict=True))
     return seen + [(None, False) for _ in torch_pytree.tree_leaves(kwargs)]
 
 

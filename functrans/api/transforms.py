@@ -184,6 +184,29 @@ def grad_and_value_of(
     cls: type[GradInterpreter] = GradInterpreter,
 ) -> tuple[Any, Any]:
     interpreter = cls(func)
+    inputs, value, index, aux = run_scalar(interpreter, call, func, argnums, has_aux, args, kwargs, holomorphic)
+    cotangents = {} if index is None else interpreter.pull({index: unit(bare(value))}, consume=True)
+    grads = inputs.collect(cotangents)
+    if holomorphic:
+        grads = tree_map(conjugated, grads)
+    inputs.write_back()
+    if STATE.top is not None:
+        note_results(2, grads, value, aux)
+    return grads, (value, aux) if has_aux else value
+
+
+def run_scalar(
+    interpreter: GradInterpreter,
+    call: Call,
+    func: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    holomorphic: bool = False,
+) -> tuple[Inputs, Any, int | None, Any]:
+    """Run ``func``, which returns a scalar, at the level of ``interpreter``: the arguments, which are not written back
+    yet, the value, its index, aux."""
     inputs = Inputs(interpreter, call, argnums, args, kwargs)
     if holomorphic:
         check_complex(call, "args", args, inputs.order)
@@ -197,15 +220,7 @@ def grad_and_value_of(
         check_scalar(call, out, bool(holomorphic))
         return inputs.leave(out), interpreter.index_of(bare(out)), aux
 
-    value, index, aux = run_transformed(interpreter, body, enable_grad=True)
-    cotangents = {} if index is None else interpreter.pull({index: unit(bare(value))}, consume=True)
-    grads = inputs.collect(cotangents)
-    if holomorphic:
-        grads = tree_map(conjugated, grads)
-    inputs.write_back()
-    if STATE.top is not None:
-        note_results(2, grads, value, aux)
-    return grads, (value, aux) if has_aux else value
+    return (inputs, *run_transformed(interpreter, body, enable_grad=True))
 
 
 def unit(value: Tensor) -> Tensor:

@@ -298,9 +298,34 @@ def run_chunks(
     chunk_size: int,
     cls: type[VmapInterpreter] = VmapInterpreter,
 ) -> Any:
-    """Run the batch in chunks; with randomness "same" every chunk starts from the same generator state."""
+    """Run the batch in chunks."""
+    outs: list[Any] = []
+    for_chunks(outs.append, call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, chunk_size, cls)
+    return joined(call, outs, out_dims)
+
+
+def for_chunks(
+    take: Callable[[Any], Any],
+    call: Call,
+    func: Callable[..., Any],
+    leaves: list[Any],
+    dims: list[int | None],
+    spec: Any,
+    size: int,
+    out_dims: Any,
+    randomness: str,
+    kwargs: dict[str, Any],
+    chunk_size: int,
+    cls: type[VmapInterpreter] = VmapInterpreter,
+) -> None:
+    """Run the batch in chunks, and hand the result of each over to ``take``.
+
+    With randomness "same" every chunk starts from the same generator state.
+    """
+    if chunk_size >= size:
+        take(run_batched(call, func, leaves, dims, spec, size, out_dims, randomness, kwargs, None, cls))
+        return
     state = torch.get_rng_state() if randomness == "same" else None
-    outs = []
     for x, d in zip(leaves, dims, strict=True):
         if d is not None and isinstance(x, Tensor):
             strides_of(x)  # refuses layouts that cannot be batched, before they are cut
@@ -309,16 +334,20 @@ def run_chunks(
         chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
         if state is not None:
             torch.set_rng_state(state)
-        outs.append(run_batched(call, func, chunk, dims, spec, length, out_dims, randomness, kwargs, None, cls))
+        take(run_batched(call, func, chunk, dims, spec, length, out_dims, randomness, kwargs, None, cls))
+
+
+def joined(call: Call, outs: list[Any], out_dims: Any) -> Any:
+    """The results of all chunks as one."""
     out_spec = tree_flatten(outs[0], whole())[1]
     flat = [leaves_like(o, out_spec, whole()) for o in outs]
     for out, (_, own) in zip(outs, flat, strict=True):
         if own != out_spec:
             raise CallValueError(call, *difference("output", out, "the first chunk's", outs[0]))
     places = check_out_dims(call, out_dims, outs[0], flat[0][0], out_spec)
-    joined = []
+    whole_leaves = []
     for i, place in enumerate(places):
         parts = [leaves_[i] for leaves_, _ in flat]
         joins = place is not None and (isinstance(parts[0], Tensor) or is_container(parts[0]))
-        joined.append(torch.cat(parts, dim=place) if joins else parts[0])  # type: ignore[arg-type]
-    return tree_unflatten(out_spec, joined)
+        whole_leaves.append(torch.cat(parts, dim=place) if joins else parts[0])  # type: ignore[arg-type]
+    return tree_unflatten(out_spec, whole_leaves)

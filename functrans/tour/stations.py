@@ -71,11 +71,8 @@ class Tour:
     # Private training
 
     def clipped_sum(self, params: Params, images: Tensor, labels: Tensor) -> Params:
-        """The sum of the examples' gradients, each clipped: all of them by one vmap(grad)."""
-        gradients = ft.vmap(ft.grad(self.example_loss), in_dims=(None, 0, 0))(params, images, labels)
-        squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()])
-        scale = (self.settings.clip / squares.sum(0).sqrt()).clamp(max=1.0)
-        return {name: torch.tensordot(scale, g, 1) for name, g in gradients.items()}
+        """The sum of the examples' gradients, each clipped."""
+        return ft.clipped_grad(self.example_loss, self.settings.clip)(params, images, labels)
 
     def clipped_sum_by_loop(self, params: Params, images: Tensor, labels: Tensor) -> Params:
         """The same in plain PyTorch: one forward and one backward pass per example."""
@@ -91,14 +88,14 @@ class Tour:
 
     def train_privately(self) -> None:
         settings, digits, report = self.settings, self.digits, self.report
-        report.heading("1. Private training: vmap(grad(loss)) gives every example a gradient of its own")
+        report.heading("1. Private training: clipped_grad(loss) sums the gradients of all examples, each clipped")
         count = settings.checked
         images, labels = digits.train_images[:count], digits.train_labels[:count]
         report.check(
             f"the gradients of {count} examples, clipped one by one and summed",
             lambda: self.clipped_sum(self.params, images, labels),
             lambda: self.clipped_sum_by_loop(self.params, images, labels),
-            ("vmap(grad(loss))", "loop over autograd.grad"),
+            ("clipped_grad(loss)", "loop over autograd.grad"),
         )
         rate = min(1.0, settings.batch / len(digits.train_images))
         # The average over the later steps is better than the last step, and what is computed from the steps is as

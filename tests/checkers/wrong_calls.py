@@ -49,6 +49,10 @@ def double(x: Any, *_: Any, **__: Any) -> Any:
     return 2 * x
 
 
+def total_of_first(x: Any, *_: Any, **__: Any) -> Any:
+    return total(x)
+
+
 def sowing(x: Any, *_: Any, **__: Any) -> Any:
     return functrans.sow(2 * x, "double")
 
@@ -278,6 +282,15 @@ CASES = [
             "x": V.clone, "y": X.clone,
         }, ("f",), plain=lambda f, x, y, **_: f(x, y)),
     *(
+        Case(name, lambda x, y, k, name=name, **options: getattr(functrans, name)(**options)(x, y, k=k),
+            {
+                "loss": lambda: total_of_first, **({"bound": lambda: 1.0} if name == "clipped_grad" else {}),
+                "argnums": lambda: 0, "in_dims": lambda: None, "has_aux": lambda: False, "randomness": lambda: "error",
+                "chunk_size": lambda: None, "x": V.clone, "y": X.clone, "k": V.clone,
+            }, ("loss",), plain=lambda loss, x, y, k, **_: [plain(loss, x, row, k) for row in y])
+        for name in ("clipped_grad", "per_example_norms")
+    ),
+    *(
         Case(name, lambda name=name, **arguments: functrans.vmap(
             lambda x: getattr(functrans, name)(**{"x": x, **arguments} if name != "axis_index" else arguments),
             axis_name="batch")(X),
@@ -423,6 +436,10 @@ CASES = [
     ),
     Case("RuleTable.add", lambda op, rule: extend.RuleTable("table").add(op, rule),
         {"op": lambda: aten.sin.default, "rule": lambda: torch.sin}, ("rule",), extends=True),
+    Case("PullbackTable", lambda title, default: extend.PullbackTable(title, default=default),
+        {"title": lambda: "table", "default": lambda: "derivative"}, (), extends=True),
+    Case("PullbackTable.add", lambda op, rule: extend.PullbackTable("table").add(op, rule),
+        {"op": lambda: aten.sin.default, "rule": lambda: lambda step, grad: None}, ("rule",), extends=True),
     Case("RuleTable.place", lambda op: extend.BATCHING_RULES.place(op), {"op": lambda: aten.sin.default}, (),
         extends=True),
     Case("RuleTable.get", lambda op: extend.BATCHING_RULES.get(op), {"op": lambda: aten.sin.default}, (), extends=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class TableNode(BackwardNode):
     def __init__(self, entry: Derivative, known: OpInfo, names: list[str], fixes: bool) -> None:
         self.op = entry.op
         self.names = tuple(names)
+        self.entry = entry
         joint = entry.joint is not None and len(names) > 1
         formulas = ["joint"] if joint else names
         needed: list[str] = []
@@ -107,6 +108,20 @@ class TableNode(BackwardNode):
             for i, fix in enumerate(saved[self.first_fix :]):
                 if fix is not None and found[i] is not None:
                     found[i] = reduce_to(found[i], *fix)
+        return found
+
+    def pull_some(self, saved: list[Any], grad: Any, names: Sequence[str]) -> list[Any]:
+        """The cotangents of some of the arguments, those in ``names``."""
+        places = [self.names.index(n) for n in names]
+        if self.together is None:
+            found = [self.steps[i](grad, saved) for i in places]
+        else:
+            found = self.joint_pull(self.entry, list(names), self.place)(saved, grad)
+        if self.first_fix is not None:
+            fixes = saved[self.first_fix :]
+            for k, i in enumerate(places):
+                if found[k] is not None and fixes[i] is not None:
+                    found[k] = reduce_to(found[k], *fixes[i])
         return found
 
 

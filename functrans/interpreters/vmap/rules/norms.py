@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import pad_rank
-from functrans.interpreters.vmap.rules.folding import fold_n, unfold_n
+from functrans.interpreters.vmap.rules.folding import fold_c, fold_channel_vector, fold_n, unfold_c, unfold_n
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
 
 aten = torch.ops.aten
@@ -198,9 +198,20 @@ def native_group_norm_backward_rule(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The input's gradient folded into N; those of the parameters are sums within one example."""
+    """Folded into the channels, where each example's parameters are its own; the input's gradient alone into N."""
     size = info.batch_size
     weight_dim = in_dims[4]
+    if weight is not None and (output_mask[1] or output_mask[2]):
+        folded = [fold_c(v, d, size).contiguous() for v, d in zip((grad_output, x, mean, rstd), in_dims)]
+        sizes = n, size * channels, spatial, size * groups
+        of_input, of_weight, of_bias = aten.native_group_norm_backward.default(
+            *folded, fold_channel_vector(weight, weight_dim, size), *sizes, output_mask
+        )
+        return (
+            unfold_c(of_input, size, channels) if output_mask[0] else None,
+            of_weight.reshape(size, channels) if output_mask[1] else None,
+            of_bias.reshape(size, channels) if output_mask[2] else None,
+        ), tuple(place if wanted else None for place, wanted in zip((1, 0, 0), output_mask, strict=True))
     values = [materialize(value, bdim, size) for value, bdim in zip((grad_output, x, mean, rstd), in_dims)]
     grads: list[Any] = [None, None, None]
     if output_mask[0]:
