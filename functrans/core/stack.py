@@ -84,6 +84,8 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
             STATE.top = interpreter
             if enable_grad and not before.grad:
                 set_grad_enabled(True)
+            if STATE.observer is not None:
+                body = STATE.observer.around(interpreter, body)
             out = body()
             interpreter.returned()
             return out

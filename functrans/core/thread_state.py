@@ -55,6 +55,8 @@ class _State(threading.local):
     number_read: Any = None
     #: whether a borrowed tangent opened forward AD's level
     level_open: bool = False
+    #: what is told of interpreters that are entered here while a run is explained; see functrans/explain/recording.py
+    observer: Any = None
 
 
 STATE = _State()
@@ -70,8 +72,8 @@ def modes_on() -> list[Any]:
 
 
 def is_recorded() -> bool:
-    """Whether a tracer records what runs, for other numbers than those of now; any mode but the door may be one."""
-    return torch.jit.is_tracing() or any(mode is not DOOR for mode in modes_on())
+    """Whether a tracer records what runs, for other numbers than those of now; any mode but ours may be one."""
+    return torch.jit.is_tracing() or any(mode is not DOOR and mode is not STATE.observer for mode in modes_on())
 
 
 def set_modes(wanted: list[Any]) -> None:

@@ -1,0 +1,38 @@
+"""The user's line behind a frame, as explanations show it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import linecache
+from types import CodeType, FrameType
+
+from functrans.core.errors.call_sites import line_of, user_site
+from functrans.explain.events import Site
+
+
+def site_of(frame: FrameType | None) -> Site | None:
+    """The innermost line outside of functrans, PyTorch and Python's library behind ``frame``."""
+    site = user_site(frame)
+    return None if site is None else described(*site)
+
+
+@functools.lru_cache(maxsize=4096)
+def described(code: CodeType, offset: int) -> Site:
+    line = line_of((code, offset))
+    text = linecache.getline(code.co_filename, line)
+    return Site(code.co_filename, line, code.co_name, text.strip(), columns_of(code, offset, line, text))
+
+
+def columns_of(code: CodeType, offset: int, line: int, text: str) -> tuple[int, int] | None:
+    """Where in the text of its line, which is stripped, an instruction's expression stands."""
+    positions = getattr(code, "co_positions", None)
+    if positions is None or not text:
+        return None
+    first, last, start, end = next(itertools.islice(positions(), offset // 2, None))
+    if first != line or last != line or start is None:
+        return None
+    indent = len(text) - len(text.lstrip())
+    before, inside = text.encode()[:start], text.encode()[start:end]  # the columns are those of bytes
+    left = len(before.decode(errors="replace")) - indent
+    return left, left + len(inside.decode(errors="replace"))
