@@ -5,20 +5,20 @@ from __future__ import annotations
 import html
 import json
 from importlib.resources import files
+from string import Template
 from typing import Any
 
 
 def page(records: dict[str, Any]) -> str:
     """The page that shows ``records``, which are as ``functrans/explain/records.py`` says."""
     here = files("functrans.explain")
-    parts = {
-        "TITLE": html.escape(f"explain: {records['name']}"),
-        "STYLE": here.joinpath("page.css").read_text(encoding="utf-8"),
-        "SCRIPT": here.joinpath("page.js").read_text(encoding="utf-8"),
-        "RECORDS": as_inert_json(records),
-    }
-    before, *rest = here.joinpath("page.html").read_text(encoding="utf-8").split("<!--")
-    return before + "".join(parts[part.split("-->")[0].strip()] + part.split("-->", 1)[1] for part in rest)
+    parts = {name: here.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    return Template(parts["html"]).substitute(
+        title=html.escape(f"explain: {records['name']}"),
+        style=parts["css"],
+        script=parts["js"],
+        records=as_inert_json(records),
+    )
 
 
 def as_inert_json(x: Any) -> str:
