@@ -22,7 +22,7 @@ FLOORS = [
     {"control_flow"},
     {"door", "api"},
     {"extension"},
-    {"extend", "shipped"},
+    {"extend", "shipped", "explain"},
     {"__init__"},
     {"compat", "tour"},
     {"cli"},

@@ -70,6 +70,8 @@ class Event:
     #: the levels that were running, outermost first
     stack: tuple[int, ...] = ()
     site: Site | None = None
+    #: whether the user's line itself called it, and not a transform that the line called
+    direct: bool = False
     #: the arguments and results of the call, as messages show them
     given: str = ""
     returned: str = ""
@@ -105,10 +107,7 @@ class Event:
     @property
     def is_written(self) -> bool:
         """Whether it is an operator that a user's function called, and not one that a level sent down."""
-        around = self.parent
-        return self.kind in ("operator", "base") and (
-            around is None or around.kind in ("run", "transform") and not inside_of_a_rule(around)
-        )
+        return self.direct and self.kind in ("operator", "base") and not inside_of_a_rule(self.parent)
 
     def __repr__(self) -> str:
         level = "" if self.level is None else f" at level {self.level.level}, {self.level.kind}"
@@ -116,6 +115,7 @@ class Event:
 
 
 def inside_of_a_rule(event: Event | None) -> bool:
+    """Whether ``event`` is, or is inside of, what a level does with an operator, or a pull."""
     while event is not None:
         if event.kind in ("operator", "pull", "check"):
             return True

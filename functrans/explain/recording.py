@@ -136,7 +136,7 @@ class Observer(Mode):
         self.claim_records(self.current)
         event = Event(len(self.events) + 1, kind, name, self.current, self.level_of(interpreter))
         event.stack = tuple(level.number for i in reversed(interpreter_stack()) if (level := self.level_of(i)))
-        event.site = site_of(sys._getframe(3))
+        event.site, event.direct = site_of(sys._getframe(3))
         with unseen():
             event.given = given(args, kwargs)
             event.takes = looks(tensors_of(op, args, kwargs), self.example)

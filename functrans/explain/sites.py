@@ -5,16 +5,26 @@ from __future__ import annotations
 import functools
 import itertools
 import linecache
+import os
 from types import CodeType, FrameType
 
-from functrans.core.errors.call_sites import line_of, user_site
+from functrans.core.errors.call_sites import OURS, is_users, line_of
 from functrans.explain.events import Site
 
 
-def site_of(frame: FrameType | None) -> Site | None:
-    """The innermost line outside of functrans, PyTorch and Python's library behind ``frame``."""
-    site = user_site(frame)
-    return None if site is None else described(*site)
+#: The code of transforms, and the one module among it whose functions do nothing but call operators.
+TRANSFORMS, OPERATORS = OURS + "api" + os.sep, OURS + os.path.join("api", "rearrange.py")
+
+
+def site_of(frame: FrameType | None) -> tuple[Site | None, bool]:
+    """The innermost line outside of functrans, PyTorch and Python's library behind ``frame``, and whether it called
+    what goes on by itself, and not a transform, which did so."""
+    direct = True
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        name = frame.f_code.co_filename
+        direct = direct and (not name.startswith(TRANSFORMS) or name == OPERATORS)
+        frame = frame.f_back
+    return (None, False) if frame is None else (described(frame.f_code, frame.f_lasti), direct)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -55,7 +55,7 @@ def is_users(name: str) -> bool:
 def kind_of(path: str) -> set[str]:
     if path.startswith(OURS):
         rest = path[len(OURS) :]
-        if rest.startswith("tour" + os.sep):
+        if rest.startswith(("tour" + os.sep, os.path.join("explain", "demo"))):
             return USER_FILES
         return LIBRARY_FILES if rest.removesuffix(".py").replace(os.sep, "/") in CALLED else WITHIN_FILES
     if path == PROGRAM_FILE or path.startswith(tuple(TORCH + part for part in ("_decomp", "_refs", "_prims"))):
