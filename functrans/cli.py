@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     tour.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
     from functrans.explain import command
 
-    command.add_arguments(commands.add_parser("explain", help="show what a function does", description=command.DESCRIPTION))
+    explained = commands.add_parser("explain", help="show what a function does", description=command.DESCRIPTION)
+    command.add_arguments(explained)
     return parser
 
 

@@ -4,9 +4,10 @@ The package and one of its functions have one name. ``functrans.explain`` is the
 import ...`` and ``python -m functrans.explain`` find the package.
 
 The modules, in the order to read them: ``events`` (what an explanation is made of), ``watching`` and ``recording`` (how
-it is come by), ``looking`` and ``verdicts`` (what is said of a tensor and of what took an operator), ``explaining`` and
-``explanation`` (the function and what it returns), ``text``, ``records`` and ``page`` (how that is shown); ``comparing``
-(``diff``), ``trace``, ``printing``, ``command`` stand beside these.
+one comes by it), ``looking``, ``sites`` and ``verdicts`` (what is said of a tensor, of the user's line, and of what
+took an operator), ``explaining`` and ``explanation`` (the function, and what it returns), ``text``, ``records`` and
+``page`` (how that is shown). Beside these stand ``comparing`` and ``side_by_side`` (``diff``), ``trace``, ``printing``,
+``demo`` and ``command``.
 """
 
 from functrans.explain.comparing import Diff, diff

@@ -49,17 +49,16 @@ class Diff:
     Attributes:
         left: the Explanation of the first function; ``right`` that of the second.
         rows: the steps in order.
-        first: the first row that is different, or of one side alone; if there is none, the first that was taken
-            otherwise; None if all is the same.
+        first: the first row whose results differ; if there is none, the first of one side alone; if there is none
+            either, the first that was taken another way; None if all is the same.
     """
 
     def __init__(self, left: Explanation, right: Explanation, rtol: float | None) -> None:
         self.left = left
         self.right = right
         self.rows = list(compared(left, right, rtol))
-        self.first = next((r for r in self.rows if r.status in (DIFFERENT, LEFT, RIGHT)), None) or next(
-            (r for r in self.rows if r.status == OTHERWISE), None
-        )
+        by_weight = ((DIFFERENT,), (LEFT, RIGHT), (OTHERWISE,))
+        self.first = next((r for statuses in by_weight for r in self.rows if r.status in statuses), None)
 
     @property
     def same(self) -> bool:
@@ -87,9 +86,9 @@ def diff(
     """Run ``f`` and ``g`` on the same arguments, and compare what happened step by step.
 
     A step is what an expression of the user's called, with the result that the code there sees, for one example; or a
-    record that was pulled back, with its cotangents. So a batch is comparable with a loop over the examples, forward
-    mode with reverse mode, a rule with the one that it takes the place of. Both runs start from the same state of
-    PyTorch's random numbers. (Arguments that ``f`` writes to are those that ``g`` gets.)
+    record that was pulled back, with its cotangents. So a batch is comparable with a loop over the examples (with its
+    first turn), forward mode with reverse mode, a rule with the one that it takes the place of. Both runs start from
+    the same state of PyTorch's random numbers. (Arguments that ``f`` writes to are those that ``g`` gets.)
 
     Args:
         f: any function.
@@ -118,7 +117,7 @@ def diff(
         ...         def batched(info, dims, x, dim):
         ...             return x.cumsum(0), 0
         ...         return vmap(f)(x)
-        >>> found = diff(lambda x: torch.stack([f(row) for row in x]), wrong, torch.ones(2, 3), example=1)
+        >>> found = diff(lambda x: torch.stack([f(row) for row in x]), wrong, torch.ones(2, 3))
         >>> found.first.event.name, found.first.status
         ('aten.cumsum.default', 'different')
     """

@@ -16,10 +16,11 @@ from functrans.explain.recording import Observer, observing
 def explain(func: Callable[..., Any], *args: Any, example: int = 0, catch: bool = False, **kwargs: Any) -> Explanation:
     """Run ``func(*args, **kwargs)`` once, and return what happened, as a tree.
 
-    For every operator: the line that called it, the levels that were asked about it, what each did (a rule with file and
-    line, a program, an entry of the derivative table, taken apart, borrowed, looped), and what ran at the base. For every
-    walk back along a tape: its records, and the operators that made them. With it go shapes, dtypes, batch dimensions,
-    tape indices and tangents as the levels see them, the numbers of one example, time, and memory for results.
+    For every operator: the line that called it, the levels that were asked about it, what each did (a rule with file
+    and line, a program, an entry of the derivative table, taken apart, borrowed, looped), and what ran at the base. For
+    every walk back along a tape: its records, and the operators that made them. With it go shapes, dtypes, batch
+    dimensions, tape indices and tangents as the levels see them, the numbers of one example, time, and memory for
+    results.
 
     The results are those of the plain call, to the bit. What other threads do, and what compiled code does inside, is
     not seen.

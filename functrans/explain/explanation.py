@@ -123,8 +123,8 @@ class Explanation:
         """Write the page to a file, to be opened in a browser.
 
         Args:
-            path: where to; its name ends in ``.html``, or in ``.json`` or ``.txt`` for what ``to_json()`` and ``text()``
-                return.
+            path: where to; its name ends in ``.html``, or in ``.json`` or ``.txt`` for what ``to_json()`` and
+                ``text()`` return.
 
         Raises:
             CallTypeError: ``path`` is no path, or ends otherwise.

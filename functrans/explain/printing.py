@@ -9,7 +9,6 @@ from torch import Tensor
 
 from functrans.api.checks import check_kind
 from functrans.core.errors import CallValueError
-from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.core.torch_private import DisableTorchFunction, no_dispatch
 from functrans.explain.looking import unseen
@@ -43,15 +42,15 @@ def debug_print(template: str = "", /, *values: Any, **named: Any) -> None:
         >>> _ = vmap(grad(loss), in_dims=(None, 0))(torch.tensor(2.0), torch.tensor([1.0, 3.0]))
         vmap(loss)[0]: w 2.0, y 2.0
         vmap(loss)[1]: w 2.0, y 6.0
-        vmap(loss)[0]: x=tensor(1.)
-        vmap(loss)[1]: x=tensor(3.)
+        vmap(loss)[0]: x=1.0
+        vmap(loss)[1]: x=3.0
     """
     check_kind("debug_print(template, ...)", "template", template, str, "a format string")
     text = template or ", ".join([*["{}"] * len(values), *(f"{name}={{{name}}}" for name in named)])
-    batches: dict[Interpreter, None] = {}
+    batches: dict[VmapInterpreter, None] = {}
     for x in (*values, *named.values()):
         batches.update(dict.fromkeys(batches_of(x)))
-    levels: list[Any] = sorted(batches, key=lambda i: i.level)
+    levels = sorted(batches, key=lambda i: i.level)
     for example in itertools.product(*[range(level.batch_size) for level in levels]):
         at = dict(zip(levels, example, strict=True))
         with unseen():
@@ -60,7 +59,7 @@ def debug_print(template: str = "", /, *values: Any, **named: Any) -> None:
         print(f"{where}: {formatted(text, *given)}" if where else formatted(text, *given))
 
 
-def batches_of(x: Any) -> list[Interpreter]:
+def batches_of(x: Any) -> list[VmapInterpreter]:
     """The vmaps that ``x`` is batched under."""
     found = []
     while type(x) is WrapperTensor:

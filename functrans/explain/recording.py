@@ -12,8 +12,6 @@ from time import perf_counter_ns
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
-
 from functrans.core.errors.call_sites import definition
 from functrans.core.errors.described import given, shown
 from functrans.core.interpreter import Interpreter
@@ -171,9 +169,9 @@ class Observer(Mode):
         judge(event, interpreter, op, args, kwargs)
         return out
 
-    def higher_order(self, interpreter: Interpreter, process: Callable[..., Any], op: Any, args: Any, kwargs: Any) -> Any:
+    def higher_order(self, interpreter: Interpreter, process: Callable[..., Any], op: Any, *args: Any) -> Any:
         with self.event("operator", op.name(), interpreter) as event:
-            out = process(interpreter, op, args, kwargs)
+            out = process(interpreter, op, *args)
             event.way = DECOMPOSED if out is NotImplemented else RULE
         return out
 
@@ -204,19 +202,18 @@ class Observer(Mode):
         """A walk back along a tape, with nodes in it that tell when they are asked."""
         tape = interpreter.tape
         originals = {}
-        for i, (node, outs, ins, saved) in enumerate(tape):
-            if node is not None:
-                told = copy.copy(node)
-                told.pull = functools.partial(self.pull, interpreter, node, outs, ins)
-                originals[id(told)] = told, node
-                tape[i] = told, outs, ins, saved
         try:
+            for i, (node, outs, ins, saved) in enumerate(tape):
+                if node is not None:
+                    telling = copy.copy(node)
+                    telling.pull = functools.partial(self.pull, interpreter, node, outs, ins)
+                    originals[telling] = node
+                    tape[i] = telling, outs, ins, saved
             with self.event("walk", f"back along the tape of {interpreter.name}", interpreter):
                 return walk(interpreter, *args, **kwargs)
         finally:
             for i, (node, *rest) in enumerate(tape):
-                if id(node) in originals:
-                    tape[i] = originals[id(node)][1], *rest
+                tape[i] = originals.get(node, node), *rest
 
     def pull(self, interpreter: Any, node: Any, outs: Any, ins: Any, saved: Any, grad: Any) -> Any:
         watch = self.watched[interpreter]
@@ -253,21 +250,28 @@ def first_index(outs: Any) -> int | None:
 
 
 @contextmanager
-def observing(observer: Observer) -> Iterator[Observer]:
-    """Context: ``observer`` observes this thread: next to the door where that is open, else as PyTorch's innermost
-    mode."""
-    before, outer, depth = modes_on(), STATE.observer, STATE.door_depth
-    place = before.index(DOOR) if DOOR in before else len(before)
-    try:
-        STATE.observer = observer
-        if DOOR in before:
-            STATE.door_depth = depth + 1
-        set_modes([*before[:place], observer, *before[place:]])
-        for interpreter in reversed(interpreter_stack()):
-            observer.watch(interpreter)
-        yield observer
-    finally:
+def observing(observer: Observer) -> Iterator[None]:
+    """Context: ``observer`` observes this thread, next to the door where that is open, else as the innermost mode."""
+    modes, outer, depth = modes_on(), STATE.observer, STATE.door_depth
+    place = modes.index(DOOR) if DOOR in modes else len(modes)
+
+    def put_back() -> None:
         STATE.observer = outer
         STATE.door_depth = depth
-        set_modes(before)
+        set_modes(modes)
         observer.release()
+
+    try:
+        try:
+            STATE.observer = observer
+            if DOOR in modes:
+                STATE.door_depth = depth + 1
+            set_modes([*modes[:place], observer, *modes[place:]])
+            for interpreter in reversed(interpreter_stack()):
+                observer.watch(interpreter)
+            yield
+        finally:
+            put_back()
+    except BaseException:
+        put_back()  # once more: the exception may have come while the thread was put back
+        raise

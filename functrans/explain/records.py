@@ -1,17 +1,17 @@
 """An explanation as plain data: what ``to_json()`` writes and the page reads.
 
-    version    1
-    name       the function's name
-    example    the example whose numbers are shown
-    error      the error that ended the run, or null
-    ways       what each way of taking an operator means
-    levels     [{level, kind, name, about, place}], in the order in which they were entered
-    files      [{name, path, first, lines}]: the user's source around what it called; the first line's number
-    events     [{...}], in the order in which they began; an event is its number, from 1 on:
-        number, parent (0: none), kind, name, level (place among the levels; null: the base), stack (such places)
-        file (place among the files), line, function, columns ([from, to] in the stripped line, or null), text
-        given, returned (as text), takes, gives ([{name, text, layers, numbers}], numbers as text by part)
-        way, place, source, record ([outs, ins] as text), made_by (event), error, nanoseconds, bytes
+version    1
+name       the function's name
+example    the example whose numbers are shown
+error      the error that ended the run, or null
+ways       what each way of taking an operator means
+levels     [{level, kind, name, about, place}], in the order in which they were entered
+files      [{name, path, first, lines}]: the user's source around what it called; the first line's number
+events     [{...}], in the order in which they began; an event is its number, from 1 on:
+    number, parent (0: none), kind, name, level (place among the levels; null: the base), stack (such places)
+    file (place among the files), line, function, columns ([from, to] in the stripped line, or null), text
+    given, returned (as text), takes, gives ([{name, text, layers, numbers}], numbers as text by part)
+    way, place, source, record ([outs, ins] as text), made_by (event), error, nanoseconds, bytes
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from types import CodeType, FrameType
 from functrans.core.errors.call_sites import OURS, is_users, line_of
 from functrans.explain.events import Site
 
-
 #: The code of transforms, and the one module among it whose functions do nothing but call operators.
 TRANSFORMS, OPERATORS = OURS + "api" + os.sep, OURS + os.path.join("api", "rearrange.py")
 

@@ -69,7 +69,7 @@ def place_of(site: Site | None) -> tuple[Any, ...] | None:
     return None if site is None else (site.file, site.line, site.text)
 
 
-def headline(event: Event, style: Style = Style()) -> str:  # noqa: B008 - it is frozen
+def headline(event: Event, style: Style = Style()) -> str:
     """The line of one event."""
     level: Any = event.level
     returned = f" -> {event.returned}" if event.returned else ""

@@ -81,9 +81,9 @@ def make_trace(func: Callable[..., Any]) -> Callable[..., Trace]:
         func: any function; it may be what transforms returned.
 
     Returns:
-        A function of the same arguments that returns a Trace: a function that does the same for other tensors of the same
-        shapes and dtypes, and whose ``source`` is Python to be read and run. What is no tensor among the arguments is
-        part of the program.
+        A function of the same arguments that returns a Trace: a function that does the same for other tensors of the
+        same shapes and dtypes, and whose ``source`` is Python to be read and run. What is no tensor among the arguments
+        is part of the program.
 
     Raises:
         InsideTransformError: called inside a transform.
@@ -91,17 +91,17 @@ def make_trace(func: Callable[..., Any]) -> Callable[..., Trace]:
 
     Example:
         >>> import torch
-        >>> from functrans import grad, make_trace, vmap
-        >>> trace = make_trace(vmap(grad(torch.sin)))(torch.ones(3))
+        >>> from functrans import make_trace, vmap
+        >>> trace = make_trace(vmap(torch.logsumexp, in_dims=(0, None)))(torch.zeros(2, 3), 0)
         >>> print(trace)
         import torch
         <BLANKLINE>
         <BLANKLINE>
-        def sin(arg0):
-            cos = torch.ops.aten.cos.default(arg0)
-            return [cos]
-        >>> trace(torch.zeros(3))
-        tensor([1., 1., 1.])
+        def logsumexp(arg0):
+            logsumexp_ = torch.ops.aten.logsumexp.default(arg0, [1])
+            return [logsumexp_]
+        >>> trace(torch.ones(2, 3), 0)
+        tensor([2.0986, 2.0986])
     """
     check_callable("make_trace", func)
 
@@ -140,7 +140,9 @@ class Writer:
         self.captured: dict[str, Tensor] = {}
         #: by node, the expression that stands for it
         self.names: dict[Any, str] = {}
-        parameters, lines, result = [], [], "[]"
+        parameters: list[str] = []
+        lines: list[str] = []
+        result = "[]"
         for node in graph.nodes:
             if node.op == "placeholder":
                 self.names[node] = f"arg{len(parameters)}"

@@ -14,7 +14,7 @@ from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.decompositions.table import decomposition
 from functrans.explain.events import Event
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.nodes import BORROWED, BackwardNode, ProgramNode
+from functrans.interpreters.grad.nodes import BackwardNode, BorrowedNode, ProgramNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 RULE, PROGRAM, ENTRY = "rule", "program", "derivative entry"
@@ -62,7 +62,7 @@ def verdict(
 
 def way_back(node: Any, op: Any, interpreter: Interpreter) -> tuple[str, str | None]:
     """What pulls a record of a tape back."""
-    if node is BORROWED:
+    if isinstance(node, BorrowedNode):
         return BORROWED, None
     if isinstance(node, ProgramNode):
         return PROGRAM, interpreter.rule_place(op)

@@ -57,6 +57,6 @@ def around(name: str, original: Callable[..., Any], asked: str) -> Callable[...,
 
 def unwatched(interpreter: Interpreter) -> Interpreter:
     """A look-alike of a watched interpreter, of the class that it had."""
-    plain = object.__new__(type(interpreter).__mro__[2])
+    plain: Interpreter = object.__new__(type(interpreter).__mro__[2])
     plain.__dict__.update(interpreter.__dict__)
     return plain
