@@ -11,19 +11,21 @@ from types import CodeType, FrameType
 from functrans.core.errors.call_sites import OURS, is_users, line_of
 from functrans.explain.events import Site
 
-#: The code of transforms, and the one module among it whose functions do nothing but call operators.
-TRANSFORMS, OPERATORS = OURS + "api" + os.sep, OURS + os.path.join("api", "rearrange.py")
+#: The code of transforms, and what of it calls the user's function, or does nothing but call operators.
+TRANSFORMS = OURS + "api" + os.sep
+DIRECT = tuple(TRANSFORMS + name for name in ("checks.py", "rearrange.py"))
 
 
 def site_of(frame: FrameType | None) -> tuple[Site | None, bool]:
     """The innermost line outside of functrans, PyTorch and Python's library behind ``frame``, and whether it called
     what goes on by itself, and not a transform, which did so."""
-    direct = True
-    while frame is not None and not is_users(frame.f_code.co_filename):
-        name = frame.f_code.co_filename
-        direct = direct and (not name.startswith(TRANSFORMS) or name == OPERATORS)
+    transform = ""
+    while frame is not None and not is_users(name := frame.f_code.co_filename):
+        if not transform and name.startswith(TRANSFORMS):
+            transform = name  # the innermost one
         frame = frame.f_back
-    return (None, False) if frame is None else (described(frame.f_code, frame.f_lasti), direct)
+    direct = not transform or transform in DIRECT
+    return (None, direct) if frame is None else (described(frame.f_code, frame.f_lasti), direct)
 
 
 @functools.lru_cache(maxsize=4096)
