@@ -189,7 +189,8 @@ def row(left: tuple[Event, ...], right: tuple[Event, ...], rtol: float | None) -
 
 def shape_of(event: Event) -> list[Any]:
     """What took an event, and what it did below."""
-    return [(e.kind, e.name, e.way, e.level and e.level.kind) for e in event.walk() if e.kind != "check"]
+    below = [shape_of(child) for child in event.children if child.kind != "check"]
+    return [event.kind, event.name, event.way, event.level and event.level.kind, *below]
 
 
 def difference(left: Sequence[Look], right: Sequence[Look], rtol: float | None) -> str:
