@@ -239,6 +239,7 @@ function details(event) {
     ...pair("memory", `${event.bytes} bytes for results`),
   ];
   const back = pulls.get(event.number) ?? [];
+  const down = inside.get(event.number).filter((child) => child.kind !== "check");
   const numbers = `example ${records.example}`;
   return [
     element("strong", { hue: hueOf(levelOf(event)) }, element("span", { class: "tag" }, tag), ` ${name}`),
@@ -246,6 +247,7 @@ function details(event) {
     event.error ? element("p", { class: "error" }, event.error) : null,
     element("dl", {}, ...facts),
     ...(path.length ? [element("h2", {}, "Path"), ...path.map((around) => element("div", {}, link(around)))] : []),
+    ...(down.length ? [element("h2", {}, "Inside"), ...down.map((child) => element("div", {}, link(child)))] : []),
     ...(back.length ? [element("h2", {}, "Pulled back in"), ...back.map((pull) => element("div", {}, link(pull)))] : []),
     ...(event.made_by ? [element("h2", {}, "Recorded by"), element("div", {}, link(events[event.made_by - 1]))] : []),
     element("h2", {}, "Stack"), stack(event),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable
+from functrans.api.functionalize import functionalize
 from functrans.core.errors import CallError, InsideTransformError
 from functrans.core.errors.described import shown
 from functrans.core.errors.wording import callable_name, what
@@ -124,7 +125,7 @@ def make_trace(func: Callable[..., Any]) -> Callable[..., Trace]:
             out = [Tensor if isinstance(x, Tensor) else x for x in found], out_spec
             return [x for x in found if isinstance(x, Tensor)]
 
-        module = make_fx(flat)(*[x for x in leaves if isinstance(x, Tensor)])
+        module = make_fx(functionalize(flat))(*[x for x in leaves if isinstance(x, Tensor)])
         module.graph.eliminate_dead_code()
         kept = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
         return Trace(callable_name(func), module.graph, module, (kept, spec), out)
@@ -167,6 +168,9 @@ class Writer:
             numbers = x.tolist()
             if x.layout is torch.strided and not x.is_complex() and all(map(math.isfinite, x.reshape(-1).tolist())):
                 return f"torch.tensor({numbers}, dtype={x.dtype})"
+        for known, held in self.captured.items():
+            if held is x:
+                return known
         self.captured[f"captured{len(self.captured)}"] = x
         return f"captured{len(self.captured) - 1}"
 
