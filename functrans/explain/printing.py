@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from functrans.api.checks import check_kind
 from functrans.core.errors import CallValueError
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import DisableTorchFunction, no_dispatch
+from functrans.core.thread_state import running_at
 from functrans.explain.looking import unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
@@ -53,10 +55,8 @@ def debug_print(template: str = "", /, *values: Any, **named: Any) -> None:
     levels = sorted(batches, key=lambda i: i.level)
     for example in itertools.product(*[range(level.batch_size) for level in levels]):
         at = dict(zip(levels, example, strict=True))
-        with unseen():
-            given = [of_example(x, at) for x in values], {name: of_example(x, at) for name, x in named.items()}
         where = " ".join(f"{name_of(level)}[{i}]" for level, i in at.items())
-        print(f"{where}: {formatted(text, *given)}" if where else formatted(text, *given))
+        print(f"{where}: " * bool(where) + formatted(text, values, named, at))
 
 
 def batches_of(x: Any) -> list[VmapInterpreter]:
@@ -84,10 +84,20 @@ def name_of(level: VmapInterpreter) -> str:
     return level.name if level.axis_name is None else str(level.axis_name)
 
 
-def formatted(template: str, values: list[Any], named: dict[str, Any]) -> str:
-    with no_dispatch(), DisableTorchFunction():
+def formatted(template: str, values: tuple[Any, ...], named: dict[str, Any], at: dict[Any, int]) -> str:
+    """The template with the values of one example."""
+    plain = all(is_plain(x) for x in (*values, *named.values()))
+    with running_at(None), unseen() if plain else torch.no_grad():  # other classes print themselves by operators
+        given = [of_example(x, at) for x in values], {name: of_example(x, at) for name, x in named.items()}
         try:
-            return template.format(*values, **named)
+            return template.format(*given[0], **given[1])
         except (IndexError, KeyError, ValueError, TypeError) as error:
             got = f"the template {template!r} with {len(values)} values and the names {list(named)}"
             raise CallValueError("debug_print(template, ...)", got, f"values that fit ({error})") from None
+
+
+def is_plain(x: Any) -> bool:
+    """Whether ``x`` is no tensor, or one that PyTorch itself can print."""
+    while type(x) is WrapperTensor:
+        x = x.value
+    return not isinstance(x, Tensor) or type(x) in (Tensor, Parameter)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functrans.api.checks import call_function, check_callable
+from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.functionalize import functionalize
 from functrans.core.errors import CallError, InsideTransformError
 from functrans.core.errors.described import shown
@@ -88,7 +89,8 @@ def make_trace(func: Callable[..., Any]) -> Callable[..., Trace]:
 
     Raises:
         InsideTransformError: called inside a transform.
-        CallError: a program that was called with other arguments than it is for.
+        CallError: a program that was called with other arguments than it is for; an operator that takes functions.
+        CallTypeError: ``func`` is no function; an argument or result is a sparse, nested or quantized tensor.
 
     Example:
         >>> import torch
@@ -115,6 +117,7 @@ def make_trace(func: Callable[..., Any]) -> Callable[..., Trace]:
             cure = "make_trace of the function with all of its transforms, outside of them"
             raise InsideTransformError(call, STATE.top.name, cure)
         leaves, spec = tree_flatten((args, kwargs))
+        check_traceable(call, leaves, "argument")
         out: Any = None
 
         def flat(*tensors: Tensor) -> list[Tensor]:
@@ -122,15 +125,32 @@ def make_trace(func: Callable[..., Any]) -> Callable[..., Trace]:
             given = iter(tensors)
             args, kwargs = tree_unflatten(spec, [next(given) if isinstance(x, Tensor) else x for x in leaves])
             found, out_spec = tree_flatten(call_function(call, func, args, kwargs))
+            check_traceable(call, found, "result")
             out = [Tensor if isinstance(x, Tensor) else x for x in found], out_spec
             return [x for x in found if isinstance(x, Tensor)]
 
-        module = make_fx(functionalize(flat))(*[x for x in leaves if isinstance(x, Tensor)])
+        try:
+            module = make_fx(functionalize(flat))(*[x for x in leaves if isinstance(x, Tensor)])
+        except (RuntimeError, NotImplementedError) as error:
+            if not is_tracers(error):
+                raise
+            raise CallError(call, f"what PyTorch's tracer refuses ({error})", "operators on strided tensors") from error
         module.graph.eliminate_dead_code()
         kept = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
         return Trace(callable_name(func), module.graph, module, (kept, spec), out)
 
     return traced
+
+
+def is_tracers(error: BaseException) -> bool:
+    """Whether PyTorch's tracer raised ``error``, and not what it traced."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename.endswith(("proxy_tensor.py", "fake_tensor.py"))
+
+
+def check_traceable(call: str, leaves: Sequence[Any], what: str) -> None:
+    for x in leaves:
+        if isinstance(x, Tensor):
+            check_dense(call, what, x, "a strided tensor")
 
 
 class Writer:
