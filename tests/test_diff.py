@@ -75,7 +75,7 @@ def tangent(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class Planted(NamedTuple):
-    """A mistake: the table and the operator whose rule it is in, a composition that meets it, and an independent one."""
+    """A mistake: the table and the operator whose rule it is in, a composition that meets it, an independent one."""
 
     table: Any
     op: Any
@@ -136,7 +136,7 @@ PLANTED = {
         hessian(network), X, kind="pull"),
     "a piece of a decomposition": Planted(
         DECOMPOSITIONS, aten.kron.default,
-        lambda: DECOMPOSITIONS.register(aten.kron.default)(lambda self, other: torch.outer(self, other).t().reshape(-1)),
+        lambda: DECOMPOSITIONS.register(aten.kron.default)(lambda self, other: torch.outer(other, self).reshape(-1)),
         lambda x: jvp(lambda x: torch.kron(x, x + 1).cumsum(0), (x,), (x,)), X),
     "the rule of a transform of one's own": Planted(
         Slope.rules, aten.exp.default,
@@ -206,13 +206,13 @@ def test_side_by_side() -> None:
             return vmap(short)(x)
 
     found = diff(vmap(short), other, torch.tensor([0.0, 1.0]))
-    assert_expected_inline(re.sub(r"[^ ]*?(\w+\.py):\d+", r"\1:N", found.text(width=60)), """\
+    assert_expected_inline(re.sub(r"[^ ]*?(\w+\.py):\d+", r"\1:N", found.text(width=58)), """\
 diff(short, other)
     test_diff.py:N  y = torch.sin(x)
 ▶ first difference: 0 against 1, 1 apart
-≠ level 1 vmap  aten.sin.default(float32[]) -> float32[]       | level 1 vmap  aten.sin.default(float32[]) -> float32[]
+≠ level 1 vmap  aten.sin.default(float32[]) -> float32[]     | level 1 vmap  aten.sin.default(float32[]) -> float32[]
     test_diff.py:N  return y * 3
-≠ level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]     | level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]
+≠ level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]   | level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]
 2 different
 
 left, short

@@ -36,7 +36,6 @@ from functrans.extend import (
     RuleTable,
     TableInterpreter,
     VmapInterpreter,
-    lower,
     overriding,
     transform,
 )
@@ -384,7 +383,7 @@ def test_interpreters_are_what_they_were() -> None:
 
     def f(x: Tensor) -> Tensor:
         nonlocal pullback
-        y, pullback = vjp(torch.sin, x)
+        _, pullback = vjp(torch.sin, x)
         kept.extend([*interpreter_stack(), copy.copy(interpreter_stack()[0])])
         assert all(isinstance(i, Watched) and type(i).__name__ == "VmapInterpreter" for i in kept)
         return vmap(lambda p, c: p(c)[0], in_dims=(None, 0))(pullback, torch.ones(4, 3))

@@ -157,5 +157,6 @@ def test_a_narrow_window_has_one_column(browser: Page, explanation: Explanation,
     explanation.save(tmp_path / "page.html")
     browser.open(tmp_path / "page.html", size=(420, 800))
     assert browser.evaluate("document.documentElement.scrollWidth") <= 420
-    tops = browser.evaluate("[...document.querySelectorAll('main > section')].map((s) => s.getBoundingClientRect().top)")
+    sections = "[...document.querySelectorAll('main > section')]"
+    tops = browser.evaluate(f"{sections}.map((section) => section.getBoundingClientRect().top)")
     assert tops == sorted(tops) and len(set(tops)) == 3

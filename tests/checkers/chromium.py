@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ from typing import Any
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 #: How long to wait for an answer, in seconds.
 PATIENCE = 60
+#: Runs the browser with the pipes where it looks for them.
+STARTER = """\
+import os, sys
+pipes = [os.dup(int(number)) for number in sys.argv[1:3]]
+for place, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -92,10 +101,10 @@ class Page:
 
     def click(self, selector: str) -> None:
         """Click in the middle of what ``selector`` finds first, with the mouse."""
-        place = self.evaluate(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            "const r = e.getBoundingClientRect(); return [r.x + Math.min(r.width / 2, 60), r.y + r.height / 2]; })()"
-        )
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{found}.scrollIntoView({{block: 'center'}})")
+        box = self.evaluate(f"(({{x, y, width, height}}) => [x, y, width, height])({found}.getBoundingClientRect())")
+        place = box[0] + min(box[2] / 2, 60), box[1] + box[3] / 2
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
 
@@ -118,18 +127,13 @@ def chromium() -> Iterator[Page]:
     assert BROWSER is not None
     ours, theirs = os.pipe(), os.pipe()  # (read, write): what it is told, and what it says
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-
-        def pipes() -> None:
-            first, second = os.dup(ours[0]), os.dup(theirs[1])  # neither is 3 or 4 while these are made
-            os.dup2(first, 3)
-            os.dup2(second, 4)
-
-        process = subprocess.Popen(  # noqa: S603 - the browser that was found
-            [
-                BROWSER, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run",
-                "--disable-dev-shm-usage", "--disable-background-networking", f"--user-data-dir={profile}",
-            ],
-            preexec_fn=pipes, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command = [
+            BROWSER, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run",
+            "--disable-dev-shm-usage", "--disable-background-networking", f"--user-data-dir={profile}",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", STARTER, str(ours[0]), str(theirs[1]), *command],
+            pass_fds=(ours[0], theirs[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
             os.close(ours[0])
