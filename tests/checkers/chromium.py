@@ -23,8 +23,8 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 PATIENCE = 60
 #: Runs the browser with the pipes where it looks for them.
 STARTER = """\
-import os, sys
-pipes = [os.dup(int(number)) for number in sys.argv[1:3]]
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
 for place, pipe in zip((3, 4), pipes):
     os.dup2(pipe, place)
 os.execv(sys.argv[3], sys.argv[3:])
