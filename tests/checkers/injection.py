@@ -51,6 +51,7 @@ def thread() -> dict[str, Any]:
     return {
         "interpreters": interpreter_stack(),
         "door_depth": STATE.door_depth,
+        "observer": STATE.observer,
         "modes": _get_current_dispatch_mode_stack(),
         "function modes": _get_current_function_mode_stack(),
         "keys": [torch._C._dispatch_tls_is_dispatch_key_excluded(k) for k in KEYS],
@@ -352,6 +353,16 @@ def caught() -> Any:
         return (y * y.sum()).sum()
 
     return vmap(grad(f))(numbers(2, 3))
+
+
+@program
+def explained() -> Any:
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(x).cumsum(0)[0] * vjp(torch.sin, x)[1](x)[0].sum()
+
+    return functrans.explain(vmap(grad(f)), numbers(2, 3)).result, vmap(
+        lambda x: functrans.explain(grad(f), x).result
+    )(numbers(2, 3))
 
 
 # ----------------------------------------------------------------------------------------------------- the injections
