@@ -50,7 +50,7 @@ def number(explanation: Explanation, *args: Any, **kwargs: Any) -> int:
 
 
 def shown_rows(page: Page) -> list[int]:
-    visible = "[...document.querySelectorAll('#tree [data-event]')].filter((row) => row.offsetParent !== null)"
+    visible = "[...document.querySelectorAll('#tree [data-event]')].filter((row) => row.checkVisibility())"
     return page.evaluate(f"{visible}.map((row) => Number(row.dataset.event))")
 
 
