@@ -7,6 +7,7 @@ import gc
 import html
 import json
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -451,6 +452,32 @@ def test_it_costs_nothing_when_it_is_off() -> None:
     explain(vmap(grad(scaled)), ROWS)
     assert "process" not in vars(Watched) and GradInterpreter.process.__name__ == "process"
     assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+
+
+def test_other_threads_are_not_seen() -> None:
+    results: list[Tensor] = []
+
+    def f(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: results.append(vmap(torch.cos)(ROWS)))
+        thread.start()
+        thread.join()
+        return x.sin()
+
+    found = explain(vmap(f), ROWS)
+    assert torch.equal(results[0], ROWS.cos()) and found.base_operators() == ["aten.sin.default"]
+
+
+def test_modes_of_the_users_inside_see_what_the_code_there_calls() -> None:
+    listing = Listing()
+
+    def f(x: Tensor) -> Tensor:
+        with listing:
+            return x.sin().sum()
+
+    found = explain(vmap(grad(f)), ROWS)
+    assert torch.equal(found.result, ROWS.cos())
+    assert listing.names == ["aten.sin.default", "aten.sum.default"]
+    assert ways(found)[:2] == [(2, "aten.sin.default", "derivative entry"), (1, "aten.sin.default", "rule")]
 
 
 def test_random_numbers_are_those_of_the_plain_run() -> None:

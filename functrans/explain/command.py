@@ -62,6 +62,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"{len(explanation)} events, written to {options.save}")
     else:
         print(explanation.text(costs=options.costs, numbers=options.numbers))
+        print(f"\n{explanation.summary()}")
     return 0
 
 

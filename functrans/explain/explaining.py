@@ -28,7 +28,7 @@ def explain(func: Callable[..., Any], *args: Any, example: int = 0, catch: bool 
     Args:
         func: any function; it may apply transforms, or be what a transform returned.
         *args: its arguments.
-        example: the example of every vmap whose numbers are kept.
+        example: the example of every vmap whose numbers are kept; of a smaller batch the last one.
         catch: whether an exception of ``func`` ends the explanation (its ``error``), instead of being raised.
         **kwargs: its keyword arguments.
 

@@ -16,7 +16,7 @@ from functrans.core.errors.wording import what
 from functrans.explain.events import Event, Level
 from functrans.explain.page import page
 from functrans.explain.records import as_records
-from functrans.explain.text import Style, as_text
+from functrans.explain.text import Style, as_summary, as_text
 
 
 class Explanation:
@@ -91,6 +91,19 @@ class Explanation:
             'aten.squeeze.dim'
         """
         return [event.name for event in self.events if event.kind == "base"]
+
+    def summary(self) -> str:
+        """How many operators were taken in which way at each level, and how many the base ran.
+
+        Example:
+            >>> import torch
+            >>> from functrans import explain, grad, vmap
+            >>> print(explain(vmap(grad(torch.sin)), torch.ones(2)).summary())
+            level 2 grad(sin): 1 program, 1 pulled back
+            level 1 vmap(sin): 2 program
+            base: 4 operators
+        """
+        return as_summary(self)
 
     def text(self, *, costs: bool = False, numbers: bool = False, checks: bool = False) -> str:
         """The tree as text.

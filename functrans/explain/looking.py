@@ -95,10 +95,10 @@ def kept(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def number_text(x: Tensor, edge: int = 3) -> str:
+def number_text(x: Tensor) -> str:
     """A few numbers of a tensor, as text."""
     with unseen():
-        return nested_text(x, edge)
+        return nested_text(x, edge=3 if x.dim() < 2 else 2 if x.dim() == 2 else 1)
 
 
 def nested_text(x: Tensor, edge: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +43,18 @@ def as_text(explanation: Explanation, style: Style) -> str:
     if explanation.error is not None:
         lines.append(f"ended by {type(explanation.error).__name__}: {explanation.error}")
     return "\n".join(lines)
+
+
+def as_summary(explanation: Explanation) -> str:
+    lines = []
+    for level in reversed(explanation.levels):
+        mine = [event for event in explanation if event.level is level]
+        ways = Counter(event.way for event in mine if event.kind == "operator")
+        counts = [f"{'! ' if way in MARKED else ''}{count} {way}" for way, count in ways.items() if way]
+        pulled = sum(event.kind == "pull" for event in mine)
+        counts += [f"{pulled} pulled back"] if pulled else []
+        lines.append(f"level {level.level} {level.name}: {', '.join(counts) or 'nothing'}")
+    return "\n".join([*lines, f"base: {len(explanation.base_operators())} operators"])
 
 
 def draw(inside: list[Node]) -> Iterator[str]:

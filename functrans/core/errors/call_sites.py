@@ -32,8 +32,8 @@ CALLED = (
     "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap",
     "core/errors/made_at", "core/errors/refusals", "core/interpreter", "core/stack", "core/tensor",
     "door/autograd_function", "door/entrances", "door/operator_entrances", "door/program_entrances",
-    "door/torch_dispatch", "door/torch_function", "explain/explaining", "explain/recording", "explain/watching",
-    "extend", "interpreters/function_context",
+    "door/torch_dispatch", "door/torch_function", "explain/comparing", "explain/explaining",
+    "explain/recording", "explain/trace", "explain/watching", "extend", "interpreters/function_context",
     "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function",
 )  # fmt: skip
 
