@@ -16,9 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     if options.command == "explain":
+        import functrans
         from functrans.explain import command
 
-        return command.run(options, parser)
+        return command.run(options, parser, {name: getattr(functrans, name) for name in functrans.__all__})
 
     from functrans.tour import Settings, run
 

@@ -42,7 +42,7 @@ MODULES = modules()
 
 
 def room(module: str) -> str:
-    return module.split(".")[0]
+    return "cli" if module.endswith("__main__") else module.split(".")[0]  # what is run as a command stands on top
 
 
 def imported(node: ast.ImportFrom) -> Iterator[str]:

@@ -1,5 +1,7 @@
-"""``python -m functrans.explain FILE:FUNCTION``, or ``demo``."""
+"""``python -m functrans.explain FILE:FUNCTION``, or ``demo``: what ``functrans explain`` does."""
 
-from functrans.explain.command import main
+import sys
 
-raise SystemExit(main())
+from functrans.cli import main
+
+raise SystemExit(main(["explain", *sys.argv[1:]]))

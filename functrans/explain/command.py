@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import functrans
 from functrans.explain.comparing import diff
 from functrans.explain.demo import demo
 from functrans.explain.explaining import explain
@@ -39,8 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="PATH", help="write a page (.html), JSON (.json) or text (.txt) instead")
 
 
-def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Carry out what the options say; the exit code is 1 if a comparison found a difference."""
+def run(options: argparse.Namespace, parser: argparse.ArgumentParser, public: Mapping[str, Any]) -> int:
+    """Carry out what the options say; ``public``: names that expressions know, whatever the file imports.
+
+    Returns the exit code, which is 1 if a comparison found a difference.
+    """
     if options.target == "demo":
         scope: dict[str, Any] = {"demo": demo}
         function = "demo"
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         if not colon or not Path(file).is_file():
             parser.error(f"got {options.target!r}; expected FILE:FUNCTION with a file that is there, or 'demo'")
         scope = load(file)
-    names = {**{name: getattr(functrans, name) for name in functrans.__all__}, "torch": torch, **scope}
+    names = {**public, "torch": torch, **scope}
     func = evaluated(function, names, parser)
     args = evaluated(f"({options.args},)" if options.args.strip() else "()", names, parser)
     if options.against is not None:
@@ -82,9 +84,3 @@ def evaluated(expression: str, names: dict[str, Any], parser: argparse.ArgumentP
         return eval(expression, names)
     except (NameError, SyntaxError) as error:
         return parser.error(f"{expression!r}: {error}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m functrans.explain", description=DESCRIPTION)
-    add_arguments(parser)
-    return run(parser.parse_args(argv), parser)
