@@ -19,6 +19,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -452,6 +453,25 @@ def test_it_costs_nothing_when_it_is_off() -> None:
     explain(vmap(grad(scaled)), ROWS)
     assert "process" not in vars(Watched) and GradInterpreter.process.__name__ == "process"
     assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [
+        (lambda: torch.nested.nested_tensor([ROWS[0], ROWS[1, :2]]) * 2, "aten.mul.Tensor"),
+        (lambda: torch.nested.nested_tensor([ROWS[0], ROWS[1, :2]], layout=torch.jagged) * 2, "aten.mul.Tensor"),
+        (lambda: ROWS.to_sparse_csr().to_dense() + ROWS.to_sparse(), "aten.add.Tensor"),
+        (lambda: torch.quantize_per_tensor(ROWS, 0.1, 0, torch.qint8).dequantize(), "aten.dequantize.self"),
+        (lambda: vmap(grad(lambda x: x.sin().sum()))(ROWS.to("meta")), "aten.cos.default"),
+        (lambda: FakeTensorMode().from_tensor(ROWS).sin(), "aten.sin.default"),
+        (lambda: torch.compile(lambda x: vmap(torch.sin)(x) + 1, backend="eager")(ROWS), "aten.add.Tensor"),
+    ],
+)
+def test_what_has_no_numbers_to_show(function: Callable[[], Any], operator: str) -> None:
+    found = explain(function)
+    assert found.find(operator, level=0)
+    assert found.text(numbers=True) and json.loads(found.to_json())["events"]
 
 
 def test_other_threads_are_not_seen() -> None:

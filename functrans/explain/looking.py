@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from functrans.core.errors.described import is_wrapper, shown
-from functrans.core.operators import op_info
 from functrans.core.torch_private import DisableTorchFunction, OpOverload, no_dispatch
 from functrans.explain.events import Look
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -31,7 +30,7 @@ def unseen() -> Iterator[None]:
 
 def tensors_of(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The tensors among the arguments of an operator, by the names of these."""
-    names: Sequence[str] = op_info(op).arguments if isinstance(op, OpOverload) else ()
+    names = [a.name for a in op._schema.arguments] if isinstance(op, OpOverload) else []
     if hasattr(op, "instructions"):  # a program, whose Python has these
         names = [*itertools.islice(letters(), len(args))]
     for i, a in enumerate(args):
@@ -73,8 +72,7 @@ def layers(x: Any) -> Iterator[str]:
 def numbers(x: Any, example: int) -> dict[str, Tensor]:
     """The numbers of one example under ``x``: of its value, and of what transforms carry beside it."""
     if not is_wrapper(x):
-        plain = type(x) in (Tensor, Parameter) and x.layout is torch.strided
-        return {"value": x} if plain and not x.is_quantized and x.device.type != "meta" else {}
+        return {"value": x} if is_plain(x) and not x.is_quantized and x.device.type != "meta" else {}
     interpreter = x.interpreter
     found = numbers(x._value, example)
     for name, part in interpreter.parts(x).items():
@@ -118,5 +116,9 @@ def bytes_made(out: Any, given: Any) -> int:
 
 
 def memory_of(x: Any) -> int | None:
-    plain = type(x) in (Tensor, Parameter) and x.layout is torch.strided
-    return x.untyped_storage()._cdata if plain else None
+    return x.untyped_storage()._cdata if is_plain(x) else None
+
+
+def is_plain(x: Any) -> bool:
+    """Whether ``x`` is a strided tensor and nothing else."""
+    return type(x) in (Tensor, Parameter) and x.layout is torch.strided and not x.is_nested

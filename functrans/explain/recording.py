@@ -18,7 +18,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.stack import interpreter_stack
 from functrans.core.thread_state import DOOR, STATE, modes_on, set_modes
-from functrans.core.torch_private import HigherOrderOperator, Mode
+from functrans.core.torch_private import HigherOrderOperator, TorchDispatchMode
 from functrans.explain.events import Event, Level
 from functrans.explain.looking import bytes_made, looks, named, tensors_of, unseen
 from functrans.explain.sites import site_of
@@ -41,7 +41,7 @@ class Watch:
     made_by: dict[int | None, Event] = field(default_factory=dict)
 
 
-class Observer(Mode):
+class Observer(TorchDispatchMode):
     """Writes down what happens in this thread.
 
     It is PyTorch's innermost mode under the door, which sees what ends at the base, and it is told of interpreters and
@@ -230,6 +230,8 @@ class Observer(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # PyTorch asks a tensor of another subclass for its device: no operator
+            return func(*args, **kwargs)
         name = func.name() if isinstance(func, HigherOrderOperator) else str(func)
         with self.event("base", name, None, args, kwargs, func) as event:
             if any(kind.__name__ == "DTensor" for kind in types):
