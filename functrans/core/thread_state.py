@@ -60,6 +60,8 @@ class _State(threading.local):
 
 
 STATE = _State()
+#: The observers of all threads, so that it costs the look at an empty list where there is none.
+OBSERVERS: list[Any] = []
 
 #: The door, pushed on PyTorch's mode stack; ``functrans.door.torch_dispatch`` hands it over.
 DOOR: Any = None

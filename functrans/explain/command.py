@@ -69,12 +69,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, public: Ma
 
 
 def load(file: str) -> dict[str, Any]:
-    """What a Python file defines; it is run as if it was imported."""
+    """What a Python file defines; it is run as if it was imported, under a name that no other module has."""
     path = Path(file).resolve()
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"explained.{path.stem}"
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return vars(module)
 

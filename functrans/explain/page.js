@@ -232,6 +232,7 @@ function details(event) {
   for (let at = event.parent; at; at = events[at - 1].parent) path.unshift(events[at - 1]);
   const facts = [
     ...(event.line === null ? [] : pair("called at", `${files[event.file].name}:${event.line} in ${event.function}`)),
+    ...(event.kind === "transform" && levels[event.level].place ? pair("function", levels[event.level].place) : []),
     ...(event.way ? pair("taken", element("span", { class: isAlarming(event) ? "way alarm" : "" }, event.way), `: ${records.ways[event.way]}`) : []),
     ...(event.place ? pair("written at", event.place) : []),
     ...(event.record ? pair("tape", `${event.record[0]} ← ${event.record[1]}`) : []),

@@ -17,7 +17,7 @@ from functrans.core.errors.described import given, shown
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.stack import interpreter_stack
-from functrans.core.thread_state import DOOR, STATE, modes_on, set_modes
+from functrans.core.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
 from functrans.core.torch_private import HigherOrderOperator, TorchDispatchMode
 from functrans.explain.events import Event, Level
 from functrans.explain.looking import bytes_made, looks, named, tensors_of, unseen
@@ -258,6 +258,8 @@ def observing(observer: Observer) -> Iterator[None]:
     place = modes.index(DOOR) if DOOR in modes else len(modes)
 
     def put_back() -> None:
+        if observer in OBSERVERS:
+            OBSERVERS.remove(observer)
         STATE.observer = outer
         STATE.door_depth = depth
         set_modes(modes)
@@ -265,6 +267,7 @@ def observing(observer: Observer) -> Iterator[None]:
 
     try:
         try:
+            OBSERVERS.append(observer)
             STATE.observer = observer
             if DOOR in modes:
                 STATE.door_depth = depth + 1

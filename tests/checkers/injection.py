@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import functrans
 from functrans import grad, hessian, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
-from functrans.core.thread_state import STATE
+from functrans.core.thread_state import OBSERVERS, STATE
 from functrans.extend import DERIVATIVES, RuleTable, TableInterpreter, derivative, overriding, run_transformed
 
 HOME = str(Path(functrans.__file__).parent)
@@ -51,7 +51,7 @@ def thread() -> dict[str, Any]:
     return {
         "interpreters": interpreter_stack(),
         "door_depth": STATE.door_depth,
-        "observer": STATE.observer,
+        "observers": (STATE.observer, *OBSERVERS),
         "modes": _get_current_dispatch_mode_stack(),
         "function modes": _get_current_function_mode_stack(),
         "keys": [torch._C._dispatch_tls_is_dispatch_key_excluded(k) for k in KEYS],
