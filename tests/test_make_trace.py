@@ -98,6 +98,19 @@ def test_trees_options_and_modules() -> None:
     assert make_trace(f)(params, X, power=3)(params, X, power=3)["power"] == 3
 
 
+def test_names_and_numbers_that_need_care() -> None:
+    def torch_(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, float("-inf")).logsumexp(0) * complex(0, float("inf"))
+
+    for name in ("torch", "arg0", "class", "mul", "a b"):
+        torch_.__name__ = name
+        trace = make_trace(vmap(torch_))(ROWS)
+        torch.testing.assert_close(trace(OTHER), vmap(torch_)(OTHER), equal_nan=True, rtol=0, atol=0)
+    generator = torch.Generator()
+    with pytest.raises(functrans.FunctransError, match="a Generator as an argument of an operator"):
+        make_trace(lambda x: torch.rand(3, generator=generator) + x)(X)
+
+
 def test_other_arguments_are_refused() -> None:
     trace = make_trace(vmap(torch.cumsum, in_dims=(0, None)))(ROWS, 0)
     for args in ((ROWS[:1], 0), (ROWS.float(), 0), (ROWS, 1), (ROWS,), ((ROWS, 0),)):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import keyword
 import math
 import operator
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +23,8 @@ from functrans.core.pytrees import tree_flatten, tree_unflatten
 from functrans.core.thread_state import STATE
 from functrans.core.torch_private import OpOverload
 
+#: What is Python by its repr.
+WRITTEN = (int, float, str, type(None), torch.dtype, torch.layout, torch.memory_format)
 #: Captured tensors of up to so many numbers are written down as numbers.
 FEW = 16
 
@@ -157,7 +161,8 @@ class Writer:
     """A graph as Python."""
 
     def __init__(self, name: str, graph: Any, held: Any) -> None:
-        self.function = name if name.isidentifier() else "program"
+        self.name = name
+        self.function = name if name.isidentifier() and not is_taken(name) else "program"
         self.captured: dict[str, Tensor] = {}
         #: by node, the expression that stands for it
         self.names: dict[Any, str] = {}
@@ -169,21 +174,23 @@ class Writer:
                 self.names[node] = f"arg{len(parameters)}"
                 parameters.append(self.names[node])
             elif node.op == "get_attr":
-                self.names[node] = self.constant(name, getattr(held, node.target))
+                self.names[node] = self.constant(getattr(held, node.target))
             elif node.op == "output":
                 result = self.text(node.args[0])
             else:
-                self.names[node] = node.name if node.name not in ("torch", self.function) else f"{node.name}_"
-                lines.append(f"    {self.names[node]} = {self.call(name, node)}")
+                self.names[node] = f"{node.name}_" * (node.name == self.function or is_taken(node.name)) or node.name
+                lines.append(f"    {self.names[node]} = {self.call(node)}")
         if self.captured:
             parameters += ["*", *self.captured]
         head = f"def {self.function}({', '.join(parameters)}):"
         self.source = "\n".join(["import torch", "", "", head, *lines, f"    return {result}"])
 
-    def constant(self, name: str, x: Any) -> str:
+    def constant(self, x: Any) -> str:
         """What stands for a tensor that the function captured."""
         if not isinstance(x, Tensor):
-            raise CallError(f"make_trace({name})", what(x), "operators on tensors, and none that take functions")
+            raise CallError(
+                f"make_trace({self.name})", f"{what(x)} as an argument of an operator", "tensors and numbers"
+            )
         if type(x) is Tensor and x.numel() <= FEW and x.device.type == "cpu" and not x.requires_grad:
             numbers = x.tolist()
             if x.layout is torch.strided and not x.is_complex() and all(map(math.isfinite, x.reshape(-1).tolist())):
@@ -194,14 +201,14 @@ class Writer:
         self.captured[f"captured{len(self.captured)}"] = x
         return f"captured{len(self.captured) - 1}"
 
-    def call(self, name: str, node: Any) -> str:
+    def call(self, node: Any) -> str:
         target = node.target
         args = [*map(self.text, node.args), *(f"{key}={self.text(v)}" for key, v in node.kwargs.items())]
         if isinstance(target, OpOverload):
             return f"torch.ops.{target}({', '.join(args)})"
         if target is operator.getitem:
             return f"{args[0]}[{args[1]}]"
-        raise CallError(f"make_trace({name})", str(target), "operators on tensors, and none that take functions")
+        raise CallError(f"make_trace({self.name})", str(target), "operators on tensors, and none that take functions")
 
     def text(self, x: Any) -> str:
         """An argument as Python."""
@@ -214,4 +221,15 @@ class Writer:
             return f"torch.device({str(x)!r})"
         if isinstance(x, float) and not math.isfinite(x):
             return f"float('{x}')"
+        if isinstance(x, complex):
+            return f"complex({self.text(x.real)}, {self.text(x.imag)})"
+        if not isinstance(x, WRITTEN):
+            raise CallError(
+                f"make_trace({self.name})", f"{what(x)} as an argument of an operator", "tensors and numbers"
+            )
         return repr(x)
+
+
+def is_taken(name: str) -> bool:
+    """Whether a name means something else in the source."""
+    return keyword.iskeyword(name) or re.fullmatch(r"torch|float|complex|(arg|captured)\d+", name) is not None
