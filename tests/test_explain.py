@@ -432,6 +432,7 @@ def test_inside_of_a_transform_and_of_another_explanation() -> None:
     outer = explain(vmap(f), ROWS)
     assert torch.equal(outer.result, ROWS.cos() * ROWS) and len(inner) == 2
     assert outer.find("sin", level=0) and inner[1].find("sin", level=0)
+    assert ways(inner[1]) == ways(inner[0])
     assert injection.thread() == before and watched_left() == []
 
 

@@ -64,14 +64,15 @@ class Observer(TorchDispatchMode):
         self.own_time = 0
 
     def watch(self, interpreter: Interpreter) -> None:
-        if isinstance(interpreter, Watched):
-            return  # by an explanation around this one
-        cls = type(interpreter)
+        was = type(interpreter)
+        cls = was.__mro__[2] if issubclass(was, Watched) else was
+        if was in self.classes.values():
+            was = cls  # it was made of the class of one that is watched; else an explanation around this one watches it
         place = definition(interpreter.func)
         details = () if tape_of(interpreter) is not None else tuple(interpreter.details())  # a tape of 0, by now
         about = interpreter.level, interpreter.kind, interpreter.name, details, place
         self.levels.append(Level(len(self.levels), *about))
-        self.watched[interpreter] = Watch(self.levels[-1], cls, len(tape_of(interpreter) or ()))
+        self.watched[interpreter] = Watch(self.levels[-1], was, len(tape_of(interpreter) or ()))
         if cls not in self.classes:
             self.classes[cls] = watched_class(cls)
         interpreter.__class__ = self.classes[cls]
@@ -80,7 +81,7 @@ class Observer(TorchDispatchMode):
         watch = self.watched.get(original)
         if watch is not None:
             self.watched[new] = watch
-            new.__class__ = self.classes[watch.cls]
+            new.__class__ = type(original)
         return new
 
     def around(self, interpreter: Interpreter, body: Callable[[], Any]) -> Callable[[], Any]:

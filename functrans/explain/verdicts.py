@@ -48,7 +48,7 @@ def verdict(
         return DECOMPOSED, definition_of(op, differentiates)
     if differentiates and any(is_borrowing(c, interpreter) for c in inside):
         return BORROWED, None
-    if interpreter.sees_everything or interpreter.carries_autograd:
+    if interpreter.carries_autograd or (interpreter.sees_everything and not interpreter.payload):
         return PASSED, None
     if not carries(interpreter, [*args, *kwargs.values()]) and not op_info(op).random:
         return CONSTANT, None

@@ -52,6 +52,7 @@ def around(name: str, original: Callable[..., Any], asked: str) -> Callable[...,
             return original(self, *args, **kwargs)
         return getattr(observer, asked)(self, original, *args, **kwargs)
 
+    watched.watched = original  # type: ignore[attr-defined] # for who asks whether a method is the class's own
     return watched
 
 
