@@ -31,6 +31,10 @@ from functrans.door import (  # noqa: F401
     leaves,
     sharded_modules,
 )
+from functrans.explain.comparing import diff
+from functrans.explain.explaining import explain
+from functrans.explain.printing import debug_print
+from functrans.explain.trace import make_trace
 from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
@@ -70,8 +74,11 @@ __all__ = [
     "custom_jvp",
     "custom_vjp",
     "custom_vmap",
+    "debug_print",
     "debug_unwrap",
     "derivative",
+    "diff",
+    "explain",
     "functional_call",
     "functionalize",
     "grad",
@@ -89,6 +96,7 @@ __all__ = [
     "linearize",
     "log_density",
     "lowp",
+    "make_trace",
     "observe",
     "per_example_norms",
     "plant",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from typing import Any
 
 import torch
@@ -241,3 +243,30 @@ def test_entries_of_the_tables() -> None:
 <Derivative of aten.mul.Tensor: self(grad, other), other(grad, self), tangent elementwise>
 <Derivative of aten.mm.default: self(grad, mat2), mat2(grad, self), tangent multilinear>
 <OpInfo of aten.mul.Tensor>""")
+
+
+def test_layers_that_fold_in_treescope(monkeypatch: Any) -> None:
+    """What treescope, which is a package of its own, is told of a wrapper."""
+
+    def constructor(object_type: type, attributes: dict[str, Any], path: Any, subtree_renderer: Any) -> Any:
+        below = {name: subtree_renderer(v) for name, v in attributes.items()}
+        return f"{object_type.__name__}({', '.join(f'{name}={text}' for name, text in below.items())})"
+
+    def render(x: Any) -> Any:
+        return x.__treescope_repr__(None, render) if hasattr(x, "__treescope_repr__") else repr(x)
+
+    stand_in: Any = types.ModuleType("treescope")
+    stand_in.repr_lib = types.SimpleNamespace(render_object_constructor=constructor)
+    monkeypatch.setitem(sys.modules, "treescope", stand_in)
+    shown: list[str] = []
+
+    def look(x: Tensor) -> Tensor:
+        shown.append(render(x.sin()))
+        return x.sum()
+
+    vmap(lambda x: jvp(look, (x,), (x,))[1])(X)
+    (text,) = shown
+    vmapped = "interpreter=<VmapInterpreter vmap(<lambda>), level 1, batch_size=2, randomness='error'>"
+    inside = f"{vmapped}, dtype=torch.float32, shape=(2,), bdim=0, value=tensor([["
+    assert text.startswith("WrapperTensor(interpreter=<JvpInterpreter jvp(look), level 2>, dtype=torch.float32, ")
+    assert text.count(inside) == 2 and "tangent=PendingWrapper(" in text and "0.1411, -0.7568]])" in text

@@ -22,7 +22,7 @@ from functrans.core.errors import MixedTransformsError
 from functrans.core.errors.misuse import check_enterable
 from functrans.core.export import traced_behind_autograd
 from functrans.core.interpreter import Interpreter
-from functrans.core.thread_state import STATE, Snapshot
+from functrans.core.thread_state import OBSERVERS, STATE, Snapshot
 from functrans.core.torch_private import (
     AUTOGRAD,
     INDEX_BATCHED,
@@ -84,6 +84,8 @@ def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable
             STATE.top = interpreter
             if enable_grad and not before.grad:
                 set_grad_enabled(True)
+            if OBSERVERS and STATE.observer is not None:
+                body = STATE.observer.around(interpreter, body)
             out = body()
             interpreter.returned()
             return out

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functrans.core import thread_state
 from functrans.core.errors import CallTypeError, LayoutError
-from functrans.core.errors.described import describe
+from functrans.core.errors.described import describe, treescope_repr
 from functrans.core.errors.misuse import RESERVED
 from functrans.core.errors.refusals import Refusing
 from functrans.core.pytrees import TENSORS
@@ -157,6 +157,8 @@ class PendingWrapper:
 
     def __repr__(self) -> str:
         return describe(self, "PendingWrapper")
+
+    __treescope_repr__ = treescope_repr
 
 
 def pend(interpreter: Interpreter, value: Any, like: Any) -> PendingWrapper:

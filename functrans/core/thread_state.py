@@ -55,9 +55,13 @@ class _State(threading.local):
     number_read: Any = None
     #: whether a borrowed tangent opened forward AD's level
     level_open: bool = False
+    #: what is told of interpreters that are entered here while a run is explained; see functrans/explain/recording.py
+    observer: Any = None
 
 
 STATE = _State()
+#: The observers of all threads, so that it costs the look at an empty list where there is none.
+OBSERVERS: list[Any] = []
 
 #: The door, pushed on PyTorch's mode stack; ``functrans.door.torch_dispatch`` hands it over.
 DOOR: Any = None
@@ -70,8 +74,8 @@ def modes_on() -> list[Any]:
 
 
 def is_recorded() -> bool:
-    """Whether a tracer records what runs, for other numbers than those of now; any mode but the door may be one."""
-    return torch.jit.is_tracing() or any(mode is not DOOR for mode in modes_on())
+    """Whether a tracer records what runs, for other numbers than those of now; any mode but ours may be one."""
+    return torch.jit.is_tracing() or any(mode is not DOOR and mode is not STATE.observer for mode in modes_on())
 
 
 def set_modes(wanted: list[Any]) -> None:

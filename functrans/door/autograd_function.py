@@ -122,8 +122,11 @@ def send(level: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
             return _original_apply(cls, *args)
     for kind in type(level).__mro__:
         if kind in FUNCTION_RULES:
+            rule = FUNCTION_RULES[kind]
+            if STATE.observer is not None:
+                rule = STATE.observer.asked(f"{cls.__name__}.apply", rule)
             try:
-                return FUNCTION_RULES[kind](level, cls, args)
+                return rule(level, cls, args)
             except Exception as error:
                 note_rule(error, f"{cls.__name__}.apply", level)
                 raise

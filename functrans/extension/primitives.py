@@ -157,6 +157,8 @@ class Primitive:
         while level is not None:
             rule = self.rule_of(level)
             if rule is not None:
+                if STATE.observer is not None:
+                    rule = STATE.observer.asked(self.name, rule)
                 try:
                     with lowered(level):
                         out = rule(level, *args, **kwargs)

@@ -27,7 +27,7 @@ from functrans.core.errors import MissingRuleError, NoFormulaError
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of, wrap_as
-from functrans.core.thread_state import Snapshot, forward_level, running_at, unchanged
+from functrans.core.thread_state import STATE, Snapshot, forward_level, running_at, unchanged
 from functrans.core.torch_private import (
     AUTOGRAD,
     OpOverload,
@@ -62,6 +62,8 @@ class ShadowInterpreter(Interpreter):
         self.within = None if self.below is None else self.below.within
         #: the grad mode of the level below, which the autograd engine overrides while it runs
         self.grad_mode = torch.is_grad_enabled() and borrower.outer_grad_mode
+        if STATE.observer is not None:
+            STATE.observer.watch(self)
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         if op in ALIASES:  # NOTE [Saved outputs of shadows]

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import functrans
 from functrans import grad, hessian, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
-from functrans.core.thread_state import STATE
+from functrans.core.thread_state import OBSERVERS, STATE
 from functrans.extend import DERIVATIVES, RuleTable, TableInterpreter, derivative, overriding, run_transformed
 
 HOME = str(Path(functrans.__file__).parent)
@@ -51,6 +51,7 @@ def thread() -> dict[str, Any]:
     return {
         "interpreters": interpreter_stack(),
         "door_depth": STATE.door_depth,
+        "observers": (STATE.observer, *OBSERVERS),
         "modes": _get_current_dispatch_mode_stack(),
         "function modes": _get_current_function_mode_stack(),
         "keys": [torch._C._dispatch_tls_is_dispatch_key_excluded(k) for k in KEYS],
@@ -352,6 +353,16 @@ def caught() -> Any:
         return (y * y.sum()).sum()
 
     return vmap(grad(f))(numbers(2, 3))
+
+
+@program
+def explained() -> Any:
+    def f(x: Tensor) -> Tensor:
+        return torch.tanh(x).cumsum(0)[0] * vjp(torch.sin, x)[1](x)[0].sum()
+
+    return functrans.explain(vmap(grad(f)), numbers(2, 3)).result, vmap(
+        lambda x: functrans.explain(grad(f), x).result
+    )(numbers(2, 3))
 
 
 # ----------------------------------------------------------------------------------------------------- the injections

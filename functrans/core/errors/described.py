@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from functrans.core.torch_private import OpOverload, no_dispatch
 
@@ -43,6 +44,28 @@ def describe(x: Any, name: str = "WrapperTensor") -> str:
     head = ", ".join(filter(None, (f"{i.kind} level {i.level}{ended}", f"{dtype}{list(x.shape)}", i.describe(x))))
     fields = {"value": x._value, **i.parts(x)}
     return "\n".join([f"{name}({head}", *(line for name, part in fields.items() for line in field(name, part))]) + ")"
+
+
+def treescope_repr(x: Any, path: str | None, subtree_renderer: Any) -> Any:
+    """How treescope shows a wrapper: the same layers, each of which folds. (It would look at plain tensors by
+    operators, which belong to the running transforms; so these are text.)"""
+    from treescope import repr_lib  # type: ignore[import-not-found, unused-ignore]
+
+    slots = {name: f"_{name}" if hasattr(type(x), f"_{name}") else name for name in x.interpreter.payload}
+    fields = {"shape": tuple(x.shape), **{name: getattr(x, slot) for name, slot in slots.items()}, "value": x._value}
+    shown = {name: AsText(describe(v)) if type(v) in (Tensor, Parameter) else v for name, v in fields.items()}
+    attributes = {"interpreter": x.interpreter, "dtype": x.dtype, **shown}
+    return repr_lib.render_object_constructor(type(x), attributes, path, subtree_renderer)
+
+
+class AsText:
+    """Something that is shown as ``text``, in one line."""
+
+    def __init__(self, text: str) -> None:
+        self.text = " ".join(text.split())
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def field(name: str, x: Any) -> list[str]:

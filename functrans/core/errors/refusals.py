@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError
-from functrans.core.errors.described import describe
+from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError, RequiresGradError
+from functrans.core.errors.described import describe, treescope_repr
 from functrans.core.torch_private import PYTHON, is_key_excluded
 
 #: The methods that no wrapper has an answer to; None where NoDataError knows the cure.
@@ -76,6 +76,8 @@ class Refusing(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return describe(self)
+
+    __treescope_repr__ = treescope_repr
 
     def __format__(self, spec: str) -> str:
         if self.dim() == 0 and spec:

@@ -1,0 +1,241 @@
+"""``diff``: two compositions side by side, and where they first differ."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.api.checks import check_callable
+from functrans.core.errors import CallTypeError
+from functrans.core.errors.wording import what
+from functrans.explain.events import Event, Look, inside_of_a_rule
+from functrans.explain.explaining import explain
+from functrans.explain.explanation import Explanation
+from functrans.explain.looking import number_text, unseen
+from functrans.explain.side_by_side import as_text
+
+#: How two steps compare: the same; the same results, taken another way; other results; a step of one side alone.
+SAME, OTHERWISE, DIFFERENT, LEFT, RIGHT = "same", "otherwise", "different", "left only", "right only"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step of both sides, or of one: events of one expression of the user's, or of one pull.
+
+    Where both sides have the same operators, each is a row.
+    """
+
+    left: tuple[Event, ...]
+    right: tuple[Event, ...]
+    status: str
+    why: str = ""
+
+    @property
+    def event(self) -> Event:
+        """The last event of the left side; of the right one where the left one has none."""
+        return (self.left or self.right)[-1]
+
+
+class Diff:
+    """Two runs side by side. Printed, it is that, with the first difference marked.
+
+    Attributes:
+        left: the Explanation of the first function; ``right`` that of the second.
+        rows: the steps in order.
+        first: the first row whose results differ; if there is none, the first of one side alone; if there is none
+            either, the first that was taken another way; None if all is the same.
+    """
+
+    def __init__(self, left: Explanation, right: Explanation, rtol: float | None) -> None:
+        self.left = left
+        self.right = right
+        self.rows = list(compared(left, right, rtol))
+        by_weight = ((DIFFERENT,), (LEFT, RIGHT), (OTHERWISE,))
+        self.first = next((r for statuses in by_weight for r in self.rows if r.status in statuses), None)
+
+    @property
+    def same(self) -> bool:
+        """Whether all steps have the same results."""
+        return all(row.status in (SAME, OTHERWISE) for row in self.rows)
+
+    def __repr__(self) -> str:
+        return self.text()
+
+    def text(self, *, width: int = 72) -> str:
+        """Both sides as text.
+
+        Args:
+            width: of each side.
+        """
+        return as_text(self, width)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.text())}</pre>"
+
+
+def diff(
+    f: Callable[..., Any], g: Callable[..., Any], *args: Any, example: int = 0, rtol: float | None = None, **kwargs: Any
+) -> Diff:
+    """Run ``f`` and ``g`` on the same arguments, and compare what happened step by step.
+
+    A step is what an expression of the user's called, with the result that the code there sees, for one example; or a
+    record that was pulled back, with its cotangents. So a batch is comparable with a loop over the examples (with its
+    first turn), forward mode with reverse mode, a rule with the one that it takes the place of. Both runs start from
+    the same state of PyTorch's random numbers. (Arguments that ``f`` writes to are those that ``g`` gets.)
+
+    Args:
+        f: any function.
+        g: another one.
+        *args: the arguments of both.
+        example: the example of every vmap whose numbers are compared.
+        rtol: how far numbers may be apart, relative to the largest of a result; None: by the dtype.
+        **kwargs: the keyword arguments of both.
+
+    Returns:
+        A Diff. Its ``first`` is the row of the first difference. If one of the functions raises, its side ends there.
+
+    Raises:
+        CallTypeError: ``f`` or ``g`` is no function, or an option is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from functrans import diff, vmap
+        >>> from functrans.extend import BATCHING_RULES, overriding
+        >>> cumsum = torch.ops.aten.cumsum.default
+        >>> def f(x):
+        ...     return x.cumsum(0) + 1
+        >>> def wrong(x):
+        ...     with overriding(BATCHING_RULES, cumsum):
+        ...         @BATCHING_RULES.register(cumsum)
+        ...         def batched(info, dims, x, dim):
+        ...             return x.cumsum(0), 0
+        ...         return vmap(f)(x)
+        >>> found = diff(lambda x: torch.stack([f(row) for row in x]), wrong, torch.ones(2, 3))
+        >>> found.first.event.name, found.first.status
+        ('aten.cumsum.default', 'different')
+    """
+    check_callable("diff", f)
+    if not callable(g):
+        raise CallTypeError("diff(f, g, ...)", f"{what(g)} as g", "a function")
+    if rtol is not None and (not isinstance(rtol, float | int) or isinstance(rtol, bool) or rtol < 0):
+        raise CallTypeError("diff(f, g, ...)", f"{what(rtol)} as rtol", "a number from 0 on, or None")
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        left = explain(f, *args, example=example, catch=True, **kwargs)
+    return Diff(left, explain(g, *args, example=example, catch=True, **kwargs), rtol)
+
+
+def compared(left: Explanation, right: Explanation, rtol: float | None) -> Iterator[Row]:
+    a, b = steps(left), steps(right)
+    matcher = difflib.SequenceMatcher(None, [key for key, _ in a], [key for key, _ in b], autojunk=False)
+    for tag, i, i_end, j, j_end in matcher.get_opcodes():
+        if tag == "equal":
+            for (_, x), (_, y) in zip(a[i:i_end], b[j:j_end], strict=True):
+                yield from paired(x, y, rtol)
+        else:
+            for _, x in a[i:i_end]:
+                yield Row(x, (), LEFT, alone(left, right))
+            for _, y in b[j:j_end]:
+                yield Row((), y, RIGHT, alone(right, left))
+
+
+def alone(mine: Explanation, other: Explanation) -> str:
+    if other.error is None:
+        return f"only in {mine.name}" if mine.name != other.name else "only on one side"
+    return f"the other side was ended by {type(other.error).__name__}: {other.error}"
+
+
+def steps(explanation: Explanation) -> list[tuple[Any, tuple[Event, ...]]]:
+    """What is compared, in order: the events of an expression, or a pull, with what it is known by."""
+    found = [e for e in explanation.events if e.is_written or (e.kind == "pull" and not inside_of_a_rule(e.parent))]
+    return [(key, tuple(group)) for key, group in itertools.groupby(found, key_of)]
+
+
+def key_of(event: Event) -> Any:
+    """What an event has in common with the same step of another run."""
+    site = event.site if event.kind != "pull" else None if event.made_by is None else event.made_by.site
+    where = None if site is None else (site.file, site.line, site.columns)
+    return (event.kind == "pull", where, event.name if where is None or event.kind == "pull" else "")
+
+
+def paired(left: tuple[Event, ...], right: tuple[Event, ...], rtol: float | None) -> Iterator[Row]:
+    """The rows of two steps that belong together."""
+    if [e.name for e in left] == [e.name for e in right]:
+        for x, y in zip(left, right, strict=True):
+            yield row((x,), (y,), rtol)
+    else:
+        yield row(left, right, rtol)
+
+
+def row(left: tuple[Event, ...], right: tuple[Event, ...], rtol: float | None) -> Row:
+    x, y = left[-1], right[-1]
+    if x.error is not None or y.error is not None:
+        if x.error == y.error:
+            return Row(left, right, SAME)
+        return Row(left, right, DIFFERENT, x.error or y.error or "")
+    why = difference(x.gives, y.gives, rtol)
+    if why:
+        return Row(left, right, DIFFERENT, why)
+    same_way = [shape_of(e) for e in left] == [shape_of(e) for e in right]
+    return Row(left, right, SAME if same_way else OTHERWISE)
+
+
+def shape_of(event: Event) -> list[Any]:
+    """What took an event, and what it did below."""
+    below = [shape_of(child) for child in event.children if child.kind != "check"]
+    return [event.kind, event.name, event.way, event.level and event.level.kind, *below]
+
+
+def difference(left: Sequence[Look], right: Sequence[Look], rtol: float | None) -> str:
+    """What is different between results; empty if nothing is."""
+    if len(left) != len(right):
+        return f"{len(left)} results against {len(right)}"
+    for x, y in zip(left, right, strict=True):
+        if x.text != y.text:
+            return f"{x.text} against {y.text}"
+        mine, other = by_part(x), by_part(y)
+        for part in mine.keys() & other.keys():
+            if len(mine[part]) == len(other[part]):
+                for a, b in zip(mine[part], other[part], strict=True):
+                    apart = distance(a, b, rtol)
+                    if apart:
+                        named = "" if part == "value" else f"{part}: "
+                        return f"{named}{number_text(a)} against {number_text(b)}, {apart}"
+    return ""
+
+
+def by_part(look: Look) -> dict[str, list[Tensor]]:
+    """The numbers by what they are, whatever the level that carries them."""
+    found: dict[str, list[Tensor]] = {}
+    for part, x in look.numbers.items():
+        found.setdefault(part.split(" at level ")[0], []).append(x)
+    return found
+
+
+def distance(a: Tensor, b: Tensor, rtol: float | None) -> str:
+    """How far apart two tensors are, if they are further apart than rounding explains."""
+    if a.shape != b.shape or a.dtype is not b.dtype:
+        return "of other sizes"
+    with unseen():
+        if not (a.is_floating_point() or a.is_complex()):
+            count = int((a != b).sum())
+            return f"{count} of {a.numel()} numbers apart" if count else ""
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        exact = torch.finfo(a.dtype).eps ** (2 / 3) if rtol is None else rtol
+        a, b = a.to(wide), b.to(wide)
+        equal = (a == b) | (a.isnan() & b.isnan())
+        apart = (a - b).abs()[~equal]
+        if apart.numel() == 0:
+            return ""
+        sizes = torch.cat([a.abs().reshape(-1), b.abs().reshape(-1)])
+        finite = sizes[sizes.isfinite()]
+        scale = float(finite.max()) if finite.numel() else 0.0
+        furthest = float(apart.max())
+        return "" if furthest <= exact * scale else f"{furthest:.3g} apart"

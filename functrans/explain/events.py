@@ -1,0 +1,123 @@
+"""What an explanation is made of: events, each inside of another, in the order in which they began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """A line of the user's."""
+
+    file: str
+    line: int
+    function: str
+    text: str
+    #: where in the line the call stands; None where Python does not say (before 3.11), or where it takes several lines
+    columns: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Level:
+    """An interpreter that ran."""
+
+    #: its place among those of the explanation
+    number: int
+    level: int
+    kind: str
+    name: str
+    about: tuple[str, ...]
+    #: where the transformed function is defined
+    place: str | None
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a tensor looked."""
+
+    #: what an operator calls it
+    name: str
+    #: dtype and shape, as the code at its level sees them
+    text: str
+    #: what the transforms keep on it, innermost transform first: "level 2 grad, tape_index=1"
+    layers: tuple[str, ...]
+    #: the numbers of one example, by what they are: the value, a tangent; those of large tensors are a selection
+    numbers: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Event:
+    """Something that happened.
+
+    Its kind is one of
+
+    - ``transform``: a function ran at a new level;
+    - ``operator``: a level was asked about an operator;
+    - ``base``: plain PyTorch ran an operator;
+    - ``walk``: the tape of a level was walked backwards; ``pull``: one record of it was pulled back;
+    - ``check``: vmap looked whether one example is taken at all.
+    """
+
+    number: int
+    kind: str
+    name: str
+    parent: Event | None
+    level: Level | None = None
+    #: the levels that were running, outermost first
+    stack: tuple[int, ...] = ()
+    site: Site | None = None
+    #: whether the user's line itself called it, and not a transform that the line called
+    direct: bool = False
+    #: the arguments and results of the call, as messages show them
+    given: str = ""
+    returned: str = ""
+    takes: list[Look] = field(default_factory=list)
+    gives: list[Look] = field(default_factory=list)
+    #: what took it: one of ``functrans.explain.verdicts.WAYS``
+    way: str = ""
+    #: where what took it is written
+    place: str | None = None
+    #: the operators of a program as Python
+    source: str | None = None
+    #: the tape indices of outputs and inputs of the record that was made, or is pulled back
+    record: tuple[Any, Any] | None = None
+    #: of a pull: the event in which its record was made
+    made_by: Event | None = None
+    #: the error that ended it
+    error: str | None = None
+    nanoseconds: int = 0
+    #: new memory for results, of plain PyTorch, all together
+    bytes: int = 0
+    children: list[Event] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Event]:
+        """This event and all inside of it, in order."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def path(self) -> list[Event]:
+        """The events around this one, outermost first, and itself."""
+        return [*(self.parent.path() if self.parent is not None and self.parent.parent is not None else []), self]
+
+    @property
+    def is_written(self) -> bool:
+        """Whether it is an operator that a user's function called, and not one that a level sent down."""
+        return self.direct and self.kind in ("operator", "base") and not inside_of_a_rule(self.parent)
+
+    def __repr__(self) -> str:
+        level = "" if self.level is None else f" at level {self.level.level}, {self.level.kind}"
+        return f"<Event {self.number}: {self.kind} {self.name}{level}>"
+
+
+def inside_of_a_rule(event: Event | None) -> bool:
+    """Whether ``event`` is, or is inside of, what a level does with an operator, or a pull."""
+    while event is not None:
+        if event.kind in ("operator", "pull", "check"):
+            return True
+        event = event.parent
+    return False

@@ -1,0 +1,62 @@
+"""A diff as text: two columns, and the first difference in full."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from functrans.explain.events import Event
+from functrans.explain.text import Style, draw, headline, nodes, notes, place_text
+
+if TYPE_CHECKING:
+    from functrans.explain.comparing import Diff, Row
+
+#: The mark in front of a row, by its status.
+MARKS = {"same": " ", "otherwise": "~", "different": "≠", "left only": "<", "right only": ">"}
+
+
+def as_text(diff: Diff, width: int) -> str:
+    lines = [f"diff({diff.left.name}, {diff.right.name})"]
+    last = None
+    for row in diff.rows:
+        line = line_of(row.event)
+        if line is not None and line != last:
+            lines.append(f"    {line}")
+        last = line
+        if row is diff.first:
+            lines.append(f"▶ first difference{': ' if row.why else ' in the way'}{row.why}")
+        lines += in_columns(row, width)
+    counts = {status: sum(row.status == status for row in diff.rows) for status in MARKS}
+    lines.append(", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no steps")
+    if diff.first is not None:
+        lines += first_in_full(diff.first, diff)
+    return "\n".join(lines)
+
+
+def in_columns(row: Row, width: int) -> Iterator[str]:
+    for left, right in itertools.zip_longest(map(headline, row.left), map(headline, row.right), fillvalue=""):
+        yield f"{MARKS[row.status]} {clipped(left, width):{width}} | {clipped(right, width)}".rstrip()
+
+
+def clipped(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def line_of(event: Event) -> str | None:
+    """The user's line that a step belongs to."""
+    site = event.site if event.kind != "pull" else None if event.made_by is None else event.made_by.site
+    if site is None:
+        return None
+    return f"{'back: ' * (event.kind == 'pull')}{place_text(f'{site.file}:{site.line}')}  {site.text}".rstrip()
+
+
+def first_in_full(row: Row, diff: Diff) -> Iterator[str]:
+    style = Style(numbers=True)
+    for side, explanation, events in (("left", diff.left, row.left), ("right", diff.right, row.right)):
+        yield ""
+        yield f"{side}, {explanation.name}{'' if events else ': nothing'}"
+        for event in events:
+            yield headline(event)
+            yield from notes(event, style)
+            yield from draw(nodes(event.children, event.site, style))

@@ -1,0 +1,273 @@
+"""diff: two compositions side by side. Rules with a mistake planted in them are found by diff and explain alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor
+
+import functrans
+from functrans import diff, explain, grad, hessian, jacfwd, jacrev, jvp, vmap
+from functrans.decompositions.table import DECOMPOSITIONS
+from functrans.explain.comparing import DIFFERENT, LEFT, OTHERWISE, RIGHT, SAME
+from functrans.extend import (
+    BATCHING_RULES,
+    DERIVATIVES,
+    Carried,
+    RuleTable,
+    TableInterpreter,
+    derivative,
+    overriding,
+    transform,
+)
+
+aten = torch.ops.aten
+F64 = torch.float64
+X = torch.tensor([0.5, -1.0, 2.0], dtype=F64)
+ROWS = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]], dtype=F64)
+W = torch.tensor([[1.0, 2.0, -1.0], [0.5, -0.5, 3.0], [2.0, 1.0, 0.0]], dtype=F64)
+
+
+def network(x: Tensor) -> Tensor:
+    y = torch.sin(x * 2)
+    y = torch.cumsum(y, 0)
+    y = torch.mv(W, y)
+    y = torch.flip(y, [0])
+    y = torch.cat([y, x.clamp(0.0, 1.0)])
+    y = y * y.exp()
+    return torch.logsumexp(y, 0)
+
+
+class Slope(TableInterpreter):
+    """Forward mode in two rules."""
+
+    kind, payload = "slope", ("slope",)
+    rules: RuleTable[Callable[..., Any]] = RuleTable("slopes of test_diff")
+
+
+@Slope.rules.register(aten.sin.default)
+def sine(level: Slope, x: Any) -> Any:
+    return level.carry(x.value.sin(), slope=x.slope * x.value.cos())
+
+
+@Slope.rules.register(aten.exp.default)
+def exponential(level: Slope, x: Any) -> Any:
+    return level.carry(x.value.exp(), slope=x.slope * x.value.exp())
+
+
+def slopes(x: Tensor) -> Any:
+    found = transform(Slope, lambda y: torch.exp(torch.sin(y)))(Carried(x, slope=torch.ones_like(x)))
+    return found.value, found.slope
+
+
+def one_by_one(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda rows: torch.stack([f(row) for row in rows])
+
+
+def tangent(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: jvp(f, (x,), (torch.ones_like(x),))[1]
+
+
+class Planted(NamedTuple):
+    """A mistake: the table and the operator whose rule it is in, a composition that meets it, an independent one."""
+
+    table: Any
+    op: Any
+    plant: Callable[[], Any]
+    composition: Callable[[Tensor], Any]
+    x: Tensor
+    #: None: the same composition by PyTorch's own derivative, or the right rule
+    other: Callable[[Tensor], Any] | None = None
+    #: the kind of event that is to be found
+    kind: str = "operator"
+
+
+def batching(op: Any, rule: Callable[..., Any]) -> Callable[[], Any]:
+    return lambda: BATCHING_RULES.register(op)(rule)
+
+
+PLANTED = {
+    "cumsum along the batch": Planted(
+        BATCHING_RULES, aten.cumsum.default,
+        batching(aten.cumsum.default, lambda info, dims, x, dim: (x.cumsum(dims[0]), dims[0])),
+        vmap(network), ROWS, one_by_one(network)),
+    "a product with a matrix that is transposed": Planted(
+        BATCHING_RULES, aten.mv.default, batching(aten.mv.default, lambda info, dims, w, x: (x @ w, 0)),
+        vmap(network), ROWS, one_by_one(network)),
+    "flipped along the batch": Planted(
+        BATCHING_RULES, aten.flip.default,
+        batching(aten.flip.default, lambda info, dims, x, d: (x.flip(dims[0]), dims[0])),
+        vmap(network), ROWS, one_by_one(network)),
+    "joined in the other order": Planted(
+        BATCHING_RULES, aten.cat.default,
+        batching(aten.cat.default, lambda info, dims, xs, dim=0: (
+            torch.cat([x.movedim(d, 0) for x, d in zip(xs, dims[0], strict=True)][::-1], 1), 0)),
+        vmap(network), ROWS, one_by_one(network)),
+    "clamped on one side": Planted(
+        BATCHING_RULES, aten.clamp.default,
+        batching(aten.clamp.default, lambda info, dims, x, low=None, high=None: (x.clamp(low), 0)),
+        vmap(grad(network)), ROWS, one_by_one(grad(network))),
+    "the sign of a cosine": Planted(
+        DERIVATIVES, aten.sin.default, lambda: derivative(aten.sin.default, self=lambda grad, self: -grad * self.cos()),
+        grad(network), X, kind="pull"),
+    "a factor that is forgotten": Planted(
+        DERIVATIVES, aten.logsumexp.default,
+        lambda: derivative(aten.logsumexp.default, self=lambda grad, self: torch.softmax(self, 0) + 0 * grad.sum() + 1),
+        grad(network), X, kind="pull"),
+    "the wrong factor of a product": Planted(
+        DERIVATIVES, aten.mul.Tensor,
+        lambda: derivative(
+            aten.mul.Tensor, self=lambda grad, other: grad * other, other=lambda grad, other: grad * other),
+        vmap(grad(network)), ROWS, kind="pull"),
+    "a tangent that is not summed up": Planted(
+        DERIVATIVES, aten.cumsum.default,
+        lambda: derivative(aten.cumsum.default, self=lambda grad, dim: grad, tangent=lambda self_t: self_t),
+        tangent(network), X),
+    "a matrix that is not transposed, in a second derivative": Planted(
+        DERIVATIVES, aten.mv.default,
+        lambda: derivative(
+            aten.mv.default, self=lambda grad, vec: torch.outer(grad, vec), vec=lambda grad, self: self @ grad),
+        hessian(network), X, kind="pull"),
+    "a piece of a decomposition": Planted(
+        DECOMPOSITIONS, aten.kron.default,
+        lambda: DECOMPOSITIONS.register(aten.kron.default)(lambda self, other: torch.outer(other, self).reshape(-1)),
+        lambda x: jvp(lambda x: torch.kron(x, x + 1).cumsum(0), (x,), (x,)), X),
+    "the rule of a transform of one's own": Planted(
+        Slope.rules, aten.exp.default,
+        lambda: Slope.rules.register(aten.exp.default)(lambda level, x: level.carry(x.value.exp(), slope=x.slope)),
+        slopes, X, slopes),
+}  # fmt: skip
+
+
+@contextmanager
+def planted(case: Planted) -> Iterator[None]:
+    with overriding(case.table, case.op):
+        case.plant()
+        yield
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_is_found(name: str) -> None:
+    """The first difference is the operator whose rule is wrong; explain names the file of that rule."""
+    case = PLANTED[name]
+
+    def right(x: Tensor) -> Any:
+        if case.other is not None:
+            return case.other(x)
+        with overriding(case.table, case.op):  # nothing in its place: PyTorch's own derivative, or definition
+            return case.composition(x)
+
+    def wrong(x: Tensor) -> Any:
+        with planted(case):
+            return case.composition(x)
+
+    found = diff(right, wrong, case.x)
+    assert not found.same and found.first is not None
+    assert (found.first.status, found.first.event.name) == (DIFFERENT, str(case.op))
+    assert {e.kind for e in found.first.right} == {case.kind}
+    (event,) = found.first.right
+    assert any("test_diff.py" in (e.place or "") for e in event.walk())
+    assert "▶ first difference" in found.text()
+    before = found.rows[: found.rows.index(found.first)]
+    assert all(row.status in (SAME, OTHERWISE, LEFT, RIGHT) for row in before)
+
+    fine = diff(right, case.composition, case.x)
+    assert not [row for row in fine.rows if row.status == DIFFERENT], "without the mistake there is no difference"
+
+
+def test_compositions_that_are_the_same() -> None:
+    found = diff(hessian(network), jacfwd(jacrev(network)), X)
+    assert found.first is None and found.same and {row.status for row in found.rows} == {SAME}
+    assert len(found.rows) == 20
+
+
+def test_a_composition_by_other_modes() -> None:
+    found = diff(hessian(network), jacfwd(jacfwd(network)), X)
+    statuses = [row.status for row in found.rows]
+    assert statuses.count(OTHERWISE) >= 10 and DIFFERENT not in statuses
+    assert found.first is not None and found.first.status == LEFT and found.first.event.kind == "pull"
+
+
+def short(x: Tensor) -> Tensor:
+    y = torch.sin(x)
+    return y * 3
+
+
+def test_side_by_side() -> None:
+    def other(x: Tensor) -> Tensor:
+        with overriding(BATCHING_RULES, aten.sin.default):
+            BATCHING_RULES.register(aten.sin.default)(lambda info, dims, x: (x.cos(), 0))
+            return vmap(short)(x)
+
+    found = diff(vmap(short), other, torch.tensor([0.0, 1.0]))
+    assert_expected_inline(re.sub(r"[^ ]*?(\w+\.py):\d+", r"\1:N", found.text(width=58)), """\
+diff(short, other)
+    test_diff.py:N  y = torch.sin(x)
+▶ first difference: 0 against 1, 1 apart
+≠ level 1 vmap  aten.sin.default(float32[]) -> float32[]     | level 1 vmap  aten.sin.default(float32[]) -> float32[]
+    test_diff.py:N  return y * 3
+≠ level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]   | level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]
+2 different
+
+left, short
+level 1 vmap  aten.sin.default(float32[]) -> float32[]
+· program, pointwise.py:N
+· a: bdim=0
+= value 0
+└ base  aten.sin.default(float32[2]) -> float32[2]
+  = value [0, 0.8415]
+
+right, other
+level 1 vmap  aten.sin.default(float32[]) -> float32[]
+· rule, test_diff.py:N
+· self: bdim=0
+= value 1
+└ base  aten.cos.default(float32[2]) -> float32[2]
+  = value [1, 0.5403]""")
+    assert found._repr_html_().startswith("<pre>diff(short, other)")
+
+
+def test_an_error_ends_its_side() -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise ValueError("no")
+
+    found = diff(short, fails, X)
+    assert not found.same and found.right.error is not None and found.first is not None
+    assert "the other side was ended by ValueError: no" in found.first.why
+
+
+def test_random_numbers_and_exactness() -> None:
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.randn(3)
+
+    found = diff(vmap(noisy, randomness="same"), vmap(noisy, randomness="same"), ROWS)
+    assert found.same and found.first is None
+    one = lambda x: x * 1.0
+    nearly = lambda x: x * (1 + 1e-12)
+    rows = diff(one, nearly, X).rows
+    assert [row.status for row in rows] == [LEFT, RIGHT]  # two lines of code are two steps
+
+    def times(by: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: x * by
+
+    assert diff(times(1.0), times(1 + 1e-12), X).same
+    assert not diff(times(1.0), times(1 + 1e-12), X, rtol=0.0).same
+    assert not diff(times(1.0), times(1.001), X).same
+
+
+def test_wrong_calls() -> None:
+    for call in (lambda: diff(3, short, X), lambda: diff(short, 3, X), lambda: diff(short, short, X, rtol="far")):  # type: ignore[arg-type]
+        with pytest.raises(functrans.FunctransError, match="got"):
+            call()
+
+
+def test_the_first_difference_is_the_events_of_both_sides() -> None:
+    found = diff(vmap(short), one_by_one(short), ROWS)
+    assert found.left.find("sin") and found.right.find("sin")
+    assert isinstance(explain(short, X).events[0], type(found.rows[0].event))
