@@ -31,7 +31,7 @@ PAGES = {
     "torch.Tensor": "tensors.html",
     "torch.dtype": "tensor_attributes.html",
     "torch.distributions": "distributions.html",
-    "torch.func": "func.html",
+    "torch.library": "library.html",
 }
 
 
