@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import nbformat
 import torch
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
 
 #: The folders whose pages run.
@@ -162,10 +163,16 @@ def read(page: str) -> Any:
     return notebook(Path(APP.env.doc2path(APP.env.docname)), page)
 
 
+def outdated(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """What ran in an earlier build may do something else by now, although the page is the same."""
+    return [name for name in env.found_docs if name.startswith(tuple(f"{folder}/" for folder in FOLDERS))]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     global APP
     APP = app
     app.setup_extension("myst_nb")
+    app.connect("env-get-outdated", outdated)
     with contextlib.suppress(ImportError):
         import matplotlib
 
