@@ -1,5 +1,6 @@
 """The site. Sphinx reads the pages of this folder as they are; what is our own about it is in site/."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -9,7 +10,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "site"))
 
 project = "functrans"
-author = "the authors of functrans"
 release = version = functrans.__version__
 extensions = [
     "sphinx.ext.autodoc",
@@ -20,9 +20,11 @@ extensions = [
 ]
 
 root_doc = "index"
-exclude_patterns = ["_build", "site", "pictures", "conf.py"]
+exclude_patterns = ["conf.py", "site", "pictures", "learn/*.py"]
 
 # pages
+# "learn/*" of the index may have no page yet, and the warning has no name to suppress it by
+logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda r: getattr(r, "subtype", "") != "empty_glob")
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 nb_custom_formats = {suffix: "pages_that_run.read" for suffix in (".md", ".py")}
@@ -37,9 +39,11 @@ intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable/", str(HERE / "site" / "torch.inv")),
 }
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]  # of folders that have no pages yet
 
 html_theme = "furo"
 html_title = "functrans"
+html_static_path = ["site/static"]
+html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False

@@ -142,7 +142,9 @@ def notebook(path: Path, page: str) -> Any:
         cells = [Cell(False, OUTSIDE.sub(r"](path:\1)", page), 0)]
     else:
         cells = list(cells_of_program(page) if path.suffix == ".py" else cells_of_markdown(page))
-    made = nbformat.v4.new_notebook(metadata={"source_map": [cell.line for cell in cells]})
+    made = nbformat.v4.new_notebook(
+        metadata={"source_map": [cell.line for cell in cells], "language_info": {"name": "python"}}
+    )
     running, counter = Running(path, "__main__" if path.suffix == ".py" else path.stem), itertools.count(1)
     with left_as_found(path.parent):
         for cell in cells:
