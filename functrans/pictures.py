@@ -1,4 +1,4 @@
-"""Pictures of the interpreter stack, as SVG: a band for each level, an operator's way down, and wrappers as nested boxes.
+"""Pictures of the interpreter stack, as SVG: a band for each level, an operator's way down, wrappers as nested boxes.
 
 They are text, the same for the same arguments, and need nothing else: no font that is measured, no style sheet, no
 script. A page that embeds one can give it colours of its own by CSS variables: ``--level-1``, ``--level-1-line``, ...,

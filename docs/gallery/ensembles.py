@@ -1,9 +1,9 @@
 # %% [markdown]
 # # An ensemble trained as one network
 #
-# Networks that start from different weights agree where there are data, and do not where there are none. `vmap` over the
-# weights trains all of them at once. The data are scikit-learn's diabetes patients: how the disease of 150
-# of them had progressed after a year, by body mass index.
+# Networks that start from different weights agree where there are data, and do not where there are none. `vmap` over
+# the weights trains all of them at once. The data are scikit-learn's diabetes patients: how the disease of 150 of them
+# had progressed after a year, by body mass index.
 
 # %%
 import matplotlib.pyplot as plt

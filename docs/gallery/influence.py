@@ -59,27 +59,31 @@ moved = torch.linalg.solve(hessian(total_loss)(weights, torch.ones(160)), gradie
 influence = moved @ grad(test_loss)(weights)
 
 # %% [markdown]
-# The truth is to train again without the image: here for each of the 160, as a batch of Newton's methods, and for two of
-# them in plain PyTorch.
+# The truth is to train again without the image: here for each of the 160, as a batch of Newton's methods, and for two
+# of them in plain PyTorch.
 
 # %%
 without = vmap(trained, in_dims=(0, None, None))(1 - torch.eye(160), weights, 3)
 difference = vmap(test_loss)(without) - test_loss(weights)
 
-for i in (0, 100):
-    kept = torch.arange(160) != i
+
+def trained_in_plain_pytorch(kept):
     again = weights.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([again], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(images[train][kept] @ again, labels[train][kept], reduction="sum")
-        value = value + 0.5 * again.square().sum()
+        losses = F.binary_cross_entropy_with_logits(images[train][kept] @ again, labels[train][kept], reduction="sum")
+        value = losses + 0.5 * again.square().sum()
         value.backward()
         return value
 
     optimizer.step(closure)
-    torch.testing.assert_close(without[i], again.detach(), atol=1e-5, rtol=1e-5)
+    return again.detach()
+
+
+for i in (0, 100):
+    torch.testing.assert_close(without[i], trained_in_plain_pytorch(torch.arange(160) != i), atol=1e-5, rtol=1e-5)
 
 assert torch.corrcoef(torch.stack([influence, difference]))[0, 1] > 0.98
 

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Laplace approximation: a network that knows what it has not seen
 #
-# A classifier is as sure of itself far from all data as among them. Around the trained weights, the posterior is close to
-# a normal distribution whose precision is the curvature of the loss; what follows for predictions is `J Σ Jᵀ`. The data
-# are scikit-learn's wines from three cultivars, by two of their measurements.
+# A classifier is as sure of itself far from all data as among them. Around the trained weights, the posterior is close
+# to a normal distribution whose precision is the curvature of the loss; what follows for predictions is `J Σ Jᵀ`. The
+# data are scikit-learn's wines from three cultivars, by two of their measurements.
 
 # %%
 import matplotlib.pyplot as plt
@@ -56,7 +56,7 @@ covariance = torch.linalg.inv(precision)
 
 by_loop = 0.2 * torch.eye(63)
 for x in inputs:
-    jacobian = torch.autograd.functional.jacobian(lambda w: logits(w, x), weights)
+    jacobian = torch.autograd.functional.jacobian(lambda w, x=x: logits(w, x), weights)
     p = torch.softmax(logits(weights, x), 0)
     by_loop += jacobian.T @ (p.diag() - torch.outer(p, p)) @ jacobian
 torch.testing.assert_close(precision, by_loop)

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # MAML: learning to learn from two images
 #
-# Model-agnostic meta-learning looks for weights from which a few steps of gradient descent on a few images lead far. The
-# derivative that it needs goes through those steps: a `grad` of a `grad`, and a `vmap` over the tasks. A task here is to
-# tell two digits apart, having seen one image of each: which digits, and which of them is called 1, is another matter in
-# each task. The images are scikit-learn's handwritten digits.
+# Model-agnostic meta-learning looks for weights from which a few steps of gradient descent on a few images lead far.
+# The derivative that it needs goes through those steps: a `grad` of a `grad`, and a `vmap` over the tasks. A task here
+# is to tell two digits apart, having seen one image of each; which digits, and which of them is called 1, differs from
+# task to task. The images are scikit-learn's handwritten digits.
 
 # %%
 import matplotlib.pyplot as plt

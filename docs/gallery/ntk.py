@@ -44,7 +44,9 @@ kernel = tangent_kernel(params, images[chosen], images[chosen])
 
 
 def gradient(image):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(net(image.unsqueeze(0)).squeeze(), tuple(net.parameters()))])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(net(image.unsqueeze(0)).squeeze(), tuple(net.parameters()))]
+    )
 
 
 for i, j in ((0, 0), (3, 200), (150, 299)):

@@ -2,8 +2,8 @@
 
     python docs/pictures/draw.py
 
-Levels and values are not written by hand: they are what the stack says of itself while the program runs that the picture
-is about. A test compares the files with what this draws.
+Levels and values are not written by hand: they are what the stack says of itself while the program runs that the
+picture is about. A test compares the files with what this draws.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def walk_back() -> str:
         steps = {1: "vmap lowers it to the physical value,\nthat of all examples", 0: "torch.cos(tensor([0., 1., 2.]))"}
         title = "The walk back of grad in vmap(grad(f)) runs at level 1, vmap, and at the base"
         values = {"x, which sin saved": layers(x)}
-        drawn.append(
-            stack_picture(running(), operator="cotangent * cos(x)", steps=steps, values=values, title=title)
-        )
+        drawn.append(stack_picture(running(), operator="cotangent * cos(x)", steps=steps, values=values, title=title))
         return x
 
     vmap(f)(torch.tensor([0.0, 1.0, 2.0]))

@@ -4,7 +4,7 @@
 
 PyTorch's own inventory is one of many thousand names that changes with each of its releases, and the site is built
 without network. So the names are looked up in what is installed, and the pages follow from how PyTorch's documentation
-is laid out: a page for each function and class, with few exceptions. Sphinx reads version 1 of the format, which is text.
+is laid out: a page for each function and class, with few exceptions. It is version 1 of Sphinx's format, which is text.
 """
 
 from __future__ import annotations

@@ -11,14 +11,15 @@ import inspect
 import re
 from typing import Any
 
-import functrans
-import functrans.extend
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.ext.intersphinx import resolve_reference_any_inventory
 from sphinx.util.rst import escape
+
+import functrans
+import functrans.extend
 
 LITERAL = re.compile(r"(?<![`:])``([\w.]+)``(?!`)")
 

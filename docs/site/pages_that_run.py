@@ -52,7 +52,7 @@ def cells_of_markdown(page: str) -> Iterator[Cell]:
 
 
 def cells_of_program(page: str) -> Iterator[Cell]:
-    """The cells of a program, which begin with ``# %%``, or with ``# %% [markdown]`` if they are comments to be read."""
+    """The cells of a program, which begin with ``# %%``, or ``# %% [markdown]`` if they are comments to be read."""
     heads = list(CELL.finditer(page))
     ends = [head.start() for head in heads[1:]] + [len(page)]
     for head, end in zip(heads, ends, strict=True):
@@ -72,17 +72,16 @@ class Running:
 
     def outputs(self, cell: Cell) -> list[Any]:
         """Run a cell and return what a notebook shows under it."""
-        tree = ast.parse(cell.text)
-        ast.increment_lineno(tree, cell.line)
-        *_, last = tree.body or [None]
-        if isinstance(last, ast.Expr):
-            tree.body.pop()
         printed, value = io.StringIO(), None
         try:
+            tree = ast.parse("\n" * cell.line + cell.text, str(self.path))
+            *_, last = tree.body or [None]
+            if isinstance(last, ast.Expr):
+                tree.body.pop()
             with contextlib.redirect_stdout(printed):
                 exec(compile(tree, str(self.path), "exec"), self.namespace)  # noqa: S102 - our own pages
                 if isinstance(last, ast.Expr):
-                    value = eval(compile(ast.Expression(last.value), str(self.path), "eval"), self.namespace)  # noqa: S307
+                    value = eval(compile(ast.Expression(last.value), str(self.path), "eval"), self.namespace)
         except BaseException as error:
             raise ExtensionError(f"{place(self.path, error)}: {type(error).__name__}: {error}", error) from error
         stream = [nbformat.v4.new_output("stream", text=printed.getvalue())] if printed.getvalue() else []
