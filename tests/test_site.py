@@ -198,9 +198,24 @@ def test_the_blocks_of_a_lesson_run_and_show_their_outputs(pages_that_run, tmp_p
 
 
 def test_a_page_elsewhere_does_not_run(pages_that_run, tmp_path):
-    made = pages_that_run.notebook(tmp_path / "page.md", LESSON + "[a test](../tests/test_site.py)")
-    (cell,) = made.cells
-    assert cell.cell_type == "markdown" and cell.source.endswith("(path:../tests/test_site.py)")
+    (cell,) = pages_that_run.notebook(tmp_path / "page.md", LESSON).cells
+    assert cell.cell_type == "markdown" and cell.source == LESSON
+
+
+@pytest.mark.parametrize(
+    ("folder", "target", "expected"),
+    [
+        ("docs", "../tests/test_site.py", "path:../tests/test_site.py"),
+        ("learn", "mini.py", "path:mini.py"),
+        ("gallery", "ntk.py", "ntk.py"),
+        ("gallery", "../learn/mini.py", "path:../learn/mini.py"),
+        ("docs", "glossary.md", "glossary.md"),
+        ("docs", "https://example/a.py", "https://example/a.py"),
+    ],
+)
+def test_a_link_to_a_program_is_one_to_a_page_in_the_gallery_alone(pages_that_run, tmp_path, folder, target, expected):
+    (cell,) = pages_that_run.notebook(tmp_path / folder / "page.md", f"See [this]({target}).").cells
+    assert cell.source == f"See [this]({expected})."
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ import functrans.extend
 
 LITERAL = re.compile(r"(?<![`:])``([\w.]+)``(?!`)")
 
+PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
+
 #: By public name its entry; functrans comes first, where a name is in both.
 ENTRIES = {name: f"{m.__name__}.{name}" for m in (functrans.extend, functrans) for name in m.__all__}
 
@@ -49,6 +51,7 @@ def link_names(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines:
             return f":py:obj:`{target}`"
         return literal[0]
 
+    lines[:] = [PAGE.sub(r":doc:`/\1`", line) for line in lines]
     lines[:] = [line if line.lstrip().startswith((">>>", "...")) else LITERAL.sub(link, line) for line in lines]
 
 

@@ -28,8 +28,7 @@ from sphinx.errors import ExtensionError
 FOLDERS = ("learn", "gallery")
 
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-#: A link to a program outside of this folder, which is no page.
-OUTSIDE = re.compile(r"\]\((\.\./[^)]*\.py)\)")
+PROGRAM = re.compile(r"\]\(([^):#]*\.py)\)")
 CELL = re.compile(r"^# %%(.*)\n", re.MULTILINE)
 
 
@@ -135,10 +134,20 @@ def left_as_found(folder: Path) -> Iterator[None]:
         sys.path[:] = path
 
 
+def linked(path: Path, text: str) -> str:
+    """Links to programs as links to files, but for those of the gallery, which are pages."""
+
+    def link(found: re.Match[str]) -> str:
+        is_page = (path.parent / found[1]).resolve().parent == path.parent.resolve() and path.parent.name == "gallery"
+        return found[0] if is_page else f"](path:{found[1]})"
+
+    return PROGRAM.sub(link, text)
+
+
 def notebook(path: Path, page: str) -> Any:
     """The page as a notebook; if it is in one of the folders, with its outputs."""
     if path.parent.name not in FOLDERS:
-        cells = [Cell(False, OUTSIDE.sub(r"](path:\1)", page), 0)]
+        cells = [Cell(False, page, 0)]
     else:
         cells = list(cells_of_program(page) if path.suffix == ".py" else cells_of_markdown(page))
     made = nbformat.v4.new_notebook(
@@ -152,7 +161,7 @@ def notebook(path: Path, page: str) -> Any:
                 code.execution_count = next(counter)
                 made.cells.append(code)
             else:
-                made.cells.append(nbformat.v4.new_markdown_cell(cell.text))
+                made.cells.append(nbformat.v4.new_markdown_cell(linked(path, cell.text)))
     return made
 
 
