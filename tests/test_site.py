@@ -151,7 +151,8 @@ def test_the_site_builds(tmp_path):
     for program in GALLERY:
         page = pages[f"gallery/{program.stem}.html"]
         assert re.search(r'<img[^>]* src="\.\./_images/\w+\.svg"', page), f"{program.name} shows no plot"
-    for lesson in (DOCS / "learn").glob("*.md"):
+    assert len(set(re.findall(r'src="(\.\./_images/\w+\.svg)"', pages["gallery/index.html"]))) == len(GALLERY)
+    for lesson in (DOCS / "learn").glob("[0-9]*.md"):
         assert "cell_input" in pages[f"learn/{lesson.stem}.html"]
 
 

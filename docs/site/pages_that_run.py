@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import nbformat
 import torch
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.errors import ExtensionError
@@ -178,11 +179,25 @@ def outdated(app: Sphinx, env: BuildEnvironment, added: set[str], changed: set[s
     return [name for name in env.found_docs if name.startswith(tuple(f"{folder}/" for folder in FOLDERS))]
 
 
+def show_plots(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """The page of the gallery shows a plot of each program that it lists."""
+    if docname != "gallery/index":
+        return
+    for item in list(doctree.findall(nodes.list_item)):
+        (reference,) = item.findall(nodes.reference)
+        program = "gallery/" + reference["refuri"].removesuffix(".html")
+        *_, plot = app.env.get_doctree(program).findall(nodes.image)
+        shown = nodes.reference("", "", plot.deepcopy(), refuri=reference["refuri"], internal=True)
+        item.insert(0, nodes.paragraph("", "", shown))
+        item["classes"].append("plot")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     global APP
     APP = app
     app.setup_extension("myst_nb")
     app.connect("env-get-outdated", outdated)
+    app.connect("doctree-resolved", show_plots)
     with contextlib.suppress(ImportError):
         import matplotlib
 
