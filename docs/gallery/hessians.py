@@ -3,7 +3,7 @@
 #
 # A logistic regression has few weights, so its Hessian is a small matrix, and says much: Newton's method divides by it,
 # and its inverse at the optimum is the covariance of the weights. The data are scikit-learn's breast cancer
-# measurements: ten means of each of 569 tumours.
+# measurements: for each of 569 tumours the means of ten properties of its cells.
 
 # %%
 import matplotlib.pyplot as plt
