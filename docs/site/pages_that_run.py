@@ -128,6 +128,7 @@ def left_as_found(folder: Path) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(0)
+            torch.set_num_threads(1)  # the operations are so small that threads would only wait for each other
             yield
     finally:
         torch.set_default_dtype(dtype)
