@@ -1,6 +1,5 @@
 """The site. Sphinx reads the pages of this folder as they are; what is our own about it is in site/."""
 
-import logging
 import sys
 from pathlib import Path
 
@@ -23,8 +22,6 @@ root_doc = "index"
 exclude_patterns = ["conf.py", "site", "pictures", "learn/*.py"]
 
 # pages
-# "learn/*" of the index may have no page yet; the warning has no name to suppress it by
-logging.getLogger("sphinx.sphinx.directives.other").addFilter(lambda r: "learn/*" not in r.getMessage())
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 nb_custom_formats = {suffix: "pages_that_run.read" for suffix in (".md", ".py")}
