@@ -56,7 +56,7 @@ def stack_picture(
 
     Raises:
         CallTypeError: ``levels`` is a text, and not a list of them.
-        CallValueError: a step or a layer is of a level that is not there.
+        CallValueError: a step or a layer is of a level that is not there, or a value has no layers.
 
     Example:
         >>> from functrans.pictures import stack_picture
@@ -69,6 +69,8 @@ def stack_picture(
         raise CallTypeError("stack_picture(levels, ...)", f"the text {levels!r}", "a list of texts, one for each level")
     named = [("steps", list(steps)), *((f"values[{name!r}]", [level for level, _ in values[name]]) for name in values)]
     for where, found in named:
+        if not found and where != "steps":
+            raise CallValueError("stack_picture(levels, ...)", f"no layers in {where}", "a list of (level, text)")
         for level in found:
             if level not in range(len(levels) + 1):
                 known = f"levels from 0, the base, to {len(levels)}"

@@ -113,6 +113,7 @@ def test_the_layers_of_live_wrappers(transform):
         ({"levels": "grad(f)"}, CallTypeError, "the text 'grad(f)'"),
         ({"levels": ["grad(f)"], "steps": {2: "?"}}, CallValueError, "level 2 in steps"),
         ({"levels": [], "values": {"x": [(1, "grad")]}}, CallValueError, "level 1 in values['x']"),
+        ({"levels": ["grad(f)"], "values": {"x": []}}, CallValueError, "no layers in values['x']"),
     ],
 )
 def test_what_cannot_be_drawn(arguments, error, text):

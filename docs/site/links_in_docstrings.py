@@ -23,7 +23,7 @@ import functrans.extend
 
 LITERAL = re.compile(r"(?<![`:])``([\w.]+)``(?!`)")
 
-PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
+PAGE = re.compile(r"(?<!`)\bdocs/(\w+)\.md\b")
 
 #: By public name its entry; functrans comes first, where a name is in both.
 ENTRIES = {name: f"{m.__name__}.{name}" for m in (functrans.extend, functrans) for name in m.__all__}

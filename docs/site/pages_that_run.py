@@ -82,7 +82,7 @@ class Running:
                 exec(compile(tree, str(self.path), "exec"), self.namespace)  # noqa: S102 - our own pages
                 if isinstance(last, ast.Expr):
                     value = eval(compile(ast.Expression(last.value), str(self.path), "eval"), self.namespace)
-        except BaseException as error:
+        except (Exception, SystemExit) as error:
             raise ExtensionError(f"{place(self.path, error)}: {type(error).__name__}: {error}", error) from error
         stream = [nbformat.v4.new_output("stream", text=printed.getvalue())] if printed.getvalue() else []
         shown = [nbformat.v4.new_output("execute_result", data=display(value))] if value is not None else []
