@@ -31,6 +31,7 @@ PAGES = {
     "torch.Tensor": "tensors.html",
     "torch.dtype": "tensor_attributes.html",
     "torch.distributions": "distributions.html",
+    "torch.autograd.set_detect_anomaly": "autograd.html",
     "torch.library": "library.html",
 }
 
