@@ -14,7 +14,7 @@ HOME = Path(functrans.__file__).parent
 #: The rooms, the lowest first; those of one line do not use each other.
 FLOORS = [
     {"core"},
-    {"functionalization"},
+    {"functionalization", "pictures"},
     {"decompositions"},
     {"derivatives"},
     {"programs"},

@@ -116,7 +116,8 @@ FUNCTION_RULES[PassThrough] = seen_function
 class Handler(Interpreter):
     """A level without wrappers: operators pass it by, and cost what they cost without it.
 
-    It is there for ``Primitive``s, whose rules find it on the stack (an effect handler, a named scope, an environment).
+    It is there for each ``Primitive`` whose rules find it on the stack (an effect handler, a named scope, an
+    environment).
 
     Example:
         >>> import torch

@@ -27,7 +27,9 @@ BatchingRule = Callable[..., tuple[Any, Any]]
 class BatchInfo(NamedTuple):
     """What a rule knows of the vmap that runs it."""
 
+    #: how many examples there are
     batch_size: int
+    #: "different" or "same": whether each example draws random numbers for itself
     randomness: str
     #: the vmap itself; None where a rule is tried without one
     interpreter: Any = None
