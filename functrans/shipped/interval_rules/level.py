@@ -1,0 +1,91 @@
+"""The level of intervals, and arithmetic on their ends."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.rules import RuleTable
+from functrans.core.tensor import WrapperTensor
+from functrans.extension.table_interpreter import TableInterpreter
+
+Ends = tuple[Tensor, Tensor]
+
+
+class IntervalLevel(TableInterpreter):
+    """Its wrappers stand for all numbers between ``value`` and ``upper``; between False and True are both."""
+
+    kind = "bounds"
+    payload = ("upper",)
+    rules = RuleTable("interval rules", default="decompose")
+
+    @staticmethod
+    def ends(x: Any) -> Ends:
+        return (x.value, x.value) if x.upper is None else (x.value, x.upper)
+
+    def between(self, low: Tensor, high: Tensor) -> WrapperTensor:
+        return self.carry(low, upper=high)
+
+
+rule = IntervalLevel.rules.register
+ends = IntervalLevel.ends
+
+
+def is_interval(x: Any) -> bool:
+    return type(x) is WrapperTensor and isinstance(x.interpreter, IntervalLevel) and x.upper is not None
+
+
+def low_of(x: Any) -> Any:
+    return x.value if type(x) is WrapperTensor and isinstance(x.interpreter, IntervalLevel) else x
+
+
+def high_of(x: Any) -> Any:
+    return x.upper if is_interval(x) else low_of(x)
+
+
+def hull(*ends_: Tensor) -> Ends:
+    """From the least to the greatest."""
+    low, high = ends_[0], ends_[0]
+    for end in ends_[1:]:
+        low, high = torch.minimum(low, end), torch.maximum(high, end)
+    return low, high
+
+
+def times(x: Ends, y: Ends) -> Ends:
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where((a == 0) | (b == 0), 0, a * b)  # 0 times infinity: no number in between is infinite
+
+    if x[0] is x[1]:
+        x, y = y, x
+    if y[0] is y[1]:
+        return hull(product(x[0], y[0]), product(x[1], y[0]))
+    return hull(*(product(a, b) for a in x for b in y))
+
+
+def inverse(x: Ends) -> Ends:
+    """1/x; everything, if 0 is inside."""
+    low, high = x
+    inside = (low < 0) & (high > 0)
+    safe_low, safe_high = torch.where(high == 0, -0.0, high), torch.where(low == 0, 0.0, low)
+    return (
+        torch.where(inside, -math.inf, torch.where(inside, 1.0, safe_low).reciprocal()),
+        torch.where(inside, math.inf, torch.where(inside, 1.0, safe_high).reciprocal()),
+    )
+
+
+def both(x: Any) -> Any:
+    """The ends of an argument, which may be a number."""
+    return ends(x) if isinstance(x, Tensor) else (x, x)
+
+
+def scaled(x: Ends, factor: Any) -> Ends:
+    if factor == 1:
+        return x
+    return (x[0] * factor, x[1] * factor) if factor >= 0 else (x[1] * factor, x[0] * factor)
+
+
+def plus(x: Ends, y: Ends) -> Ends:
+    return x[0] + y[0], x[1] + y[1]
