@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from functrans.core.rules import RuleTable
+from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
+from functrans.core.thread_state import lowered
 from functrans.extension.table_interpreter import TableInterpreter
 
 Ends = tuple[Tensor, Tensor]
@@ -19,7 +22,7 @@ class IntervalLevel(TableInterpreter):
     """Its wrappers stand for all numbers between ``value`` and ``upper``; between False and True are both."""
 
     kind = "bounds"
-    payload = ("upper",)
+    payload: ClassVar[tuple[str, ...]] = ("upper",)
     rules = RuleTable("interval rules", default="decompose")
 
     @staticmethod
@@ -29,9 +32,31 @@ class IntervalLevel(TableInterpreter):
     def between(self, low: Tensor, high: Tensor) -> WrapperTensor:
         return self.carry(low, upper=high)
 
+    def input(self, low: Tensor, high: Tensor) -> WrapperTensor:
+        """An argument of the function."""
+        return self.between(low, high)
+
+    def output(self, x: Tensor) -> Ends:
+        """The ends of what the function returned."""
+        return self.ends(self.own(x))
+
 
 rule = IntervalLevel.rules.register
 ends = IntervalLevel.ends
+
+
+def image(f: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Ends:
+    """Bounds of what a function in plain ``torch`` returns, in a rule."""
+    level = IntervalLevel(f)
+
+    def body() -> Ends:
+        with lowered(level):
+            x = level.input(low, high)
+        out = f(x)
+        with lowered(level):
+            return level.output(out)
+
+    return run_transformed(level, body)
 
 
 def is_interval(x: Any) -> bool:
