@@ -73,6 +73,11 @@ def where(level: IntervalLevel, condition: Any, x: Any, y: Any) -> Any:
     )
 
 
+@rule(aten.masked_fill.Scalar)
+def masked_fill(level: IntervalLevel, x: Any, mask: Any, value: Any) -> Any:
+    return where(level, mask, level.constant(torch.full_like(x.value, value)), x)
+
+
 @rule(aten.threshold_backward.default)
 def threshold_backward(level: IntervalLevel, grad: Any, x: Any, threshold: Any) -> Any:
     low, high = ends(x)
@@ -82,3 +87,16 @@ def threshold_backward(level: IntervalLevel, grad: Any, x: Any, threshold: Any) 
         torch.where(passes, a, torch.where(may_pass, a.clamp(max=0), 0)),
         torch.where(passes, b, torch.where(may_pass, b.clamp(min=0), 0)),
     )
+
+
+@rule(aten.fmax.default)
+def fmax(level: IntervalLevel, x: Any, y: Any) -> Any:
+    """Where one end is NaN nothing is known of that number: it may be the greater one."""
+    (a, b), (c, d) = ends(x), ends(y)
+    return level.between(torch.fmax(a, c), torch.maximum(b, d))
+
+
+@rule(aten.fmin.default)
+def fmin(level: IntervalLevel, x: Any, y: Any) -> Any:
+    (a, b), (c, d) = ends(x), ends(y)
+    return level.between(torch.minimum(a, c), torch.fmin(b, d))

@@ -81,7 +81,7 @@ def hull(*ends_: Tensor) -> Ends:
 
 def times(x: Ends, y: Ends) -> Ends:
     def product(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where((a == 0) | (b == 0), 0, a * b)  # 0 times infinity: no number in between is infinite
+        return (a * b).masked_fill((a == 0) | (b == 0), 0)  # 0 times infinity: no number in between is infinite
 
     if x[0] is x[1]:
         x, y = y, x

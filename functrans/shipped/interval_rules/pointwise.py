@@ -34,7 +34,7 @@ def end_by_end(op: OpOverload, where: Callable[..., bool]) -> Callable[..., Any]
                 raise missing_rule_error(level, op)  # a place or a mask that is not known
             return x
 
-        tree_map(check, list(args))
+        tree_map(check, list(args[1:]))
         if not where(*args, **kwargs):
             raise missing_rule_error(level, op)
         low, high = (op(*tree_map(end, list(args)), **tree_map(end, kwargs)) for end in (low_of, high_of))
@@ -51,7 +51,7 @@ increasing(
     *RESHAPES, *MOVES, aten.expand_as.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
     aten.detach.default, aten.copy.default, aten.fill.Tensor, aten.constant_pad_nd.default, aten.scatter.src,
     aten.scatter.value, aten.scatter_add.default, aten.index_copy.default, aten.index_put.default,
-    aten.index_fill.int_Scalar, aten.masked_fill.Scalar, aten.lift_fresh_copy.default, aten.positive.default,
+    aten.index_fill.int_Scalar, aten.lift_fresh_copy.default, aten.positive.default,
     aten.relu.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.exp2.default, aten.expm1.default,
     aten.atan.default, aten.sinh.default, aten.asinh.default, aten.erf.default, aten.softplus.default,
     aten.hardsigmoid.default, aten.softshrink.default, aten.hardshrink.default, aten.floor.default, aten.ceil.default,
@@ -125,7 +125,7 @@ one_minimum(aten.abs.default, (0.0, lambda: True))
 one_minimum(aten.square.default, (0.0, lambda: True))
 one_minimum(aten.cosh.default, (0.0, lambda: True))
 one_minimum(aten.silu.default, (-1.278464542761074, lambda: True))
-one_minimum(aten.mish.default, (-1.192454294821533, lambda: True))
+one_minimum(aten.mish.default, (-1.1924312145154954, lambda: True))
 one_minimum(aten.hardswish.default, (-1.5, lambda: True))
 one_minimum(
     aten.gelu.default,

@@ -96,9 +96,12 @@ class Node:
         return self.low, self.high
 
     def meet(self, low: Tensor, high: Tensor) -> None:
-        """Take over bounds from elsewhere, where they are better. (Where they are NaN they say nothing.)"""
-        low, high = torch.fmax(low, self.low), torch.fmin(high, self.high)
-        self.low, self.high = torch.minimum(low, high), torch.maximum(low, high)  # rounding may cross them
+        """Take over bounds from elsewhere, where they are better. (Where they are NaN they say nothing.)
+
+        Rounding may put them outside of what is known, or the wrong way round.
+        """
+        low, high = (torch.fmin(torch.fmax(end, self.low), self.high) for end in (low, high))
+        self.low, self.high = torch.fmin(low, high), torch.fmax(low, high)
 
 
 def lowest(node: Node, rows: Tensor) -> Tensor:
@@ -159,6 +162,9 @@ class OperatorCall:
         self.places = [i for i, a in enumerate(self.leaves) if is_interval(a)]
         #: their positions among the arguments
         self.positions = {i for i, a in enumerate(args) if any(map(is_interval, tree_flatten(a)[0]))}
+        for x in self.intervals:
+            if x.node is None and x.dtype.is_floating_point:  # made by hand
+                x.node = level.node(level.ends(x))
 
     @property
     def intervals(self) -> list[Any]:
@@ -213,8 +219,8 @@ def relaxing(op: OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
 
     def relaxed(level: RelaxationLevel, *args: Any, **kwargs: Any) -> Any:
         call = OperatorCall(level, op, args, kwargs)
-        smooth = all(x.node is not None for x in call.intervals)
-        affine = smooth and is_affine(call)
+        of_numbers = all(x.dtype.is_floating_point for x in call.intervals)
+        affine = of_numbers and is_affine(call)
         if not affine:
             call.tighten()
         out = on_intervals(level, *call.args, **call.kwargs)
@@ -223,9 +229,9 @@ def relaxing(op: OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
             exact = [Affine(functools.partial(call.f, i)) for i in range(len(results))]
             for result, function in zip(results, exact, strict=True):
                 attach(call, result, (function, function))
-        elif smooth and in_parts is not None:
+        elif in_parts is not None:
             results[0] = met(level, results[0], in_parts(level, *call.args, **call.kwargs))
-        elif smooth and relaxation is not None:
+        elif of_numbers and relaxation is not None:
             attach(call, results[0], relaxation(call, level.ends(results[0])))
         for result in results:
             attach(call, result, None)

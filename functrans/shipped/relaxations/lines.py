@@ -124,12 +124,13 @@ def kinked(place: float, left: float, right: float, value: float = 0.0) -> Calla
 
     def lines(low: Tensor, high: Tensor) -> Lines:
         before, after = (place - low).clamp(min=0), (high - place).clamp(min=0)
+        of_left = torch.full_like(low, left)
         inside = (before > 0) & (after > 0)
         width = torch.where(inside, before + after, 1.0)
-        secant = torch.where(inside, (left * before + right * after) / width, torch.where(after > 0, right, left))
+        secant = torch.where(inside, (left * before + right * after) / width, torch.where(after > 0, right, of_left))
         # at the lower end the function is value - left * before, or on the right piece
         start = value - left * before + right * (low - place).clamp(min=0)
-        nearer = torch.where(after > before, right, left).to(low.dtype)
+        nearer = torch.where(after > before, right, of_left)
         return Line(nearer, value - nearer * place), through(low, start, secant)
 
     return lines

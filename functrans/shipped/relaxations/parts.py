@@ -36,8 +36,10 @@ def clamp_tensor(level: RelaxationLevel, x: Any, least: Any = None, most: Any = 
 
 @parts_of(aten.hardsigmoid.default)
 def hardsigmoid(level: RelaxationLevel, x: Any) -> Any:
+    """PyTorch's sixth is rounded to float32."""
+    top = aten.hardsigmoid.default(torch.full_like(ends(x)[0], 3.0))
     with running_at(level):
-        return (x / 6 + 0.5).clamp_min(0).clamp_max(1)
+        return (x.clamp_min(-3).clamp_max(3) + 3) * (top / 6)
 
 
 @parts_of(aten.softshrink.default)
@@ -71,6 +73,12 @@ def where(level: RelaxationLevel, condition: Any, x: Any, y: Any) -> Any:
     holds = level.input(possible[0], possible[1])
     with running_at(level):
         return y + aten.threshold_backward.default(x - y, holds, 0.5)
+
+
+@parts_of(aten.masked_fill.Scalar)
+def masked_fill(level: RelaxationLevel, x: Any, mask: Any, value: Any) -> Any:
+    with running_at(level):
+        return torch.where(mask, torch.full_like(x, value), x)
 
 
 @parts_of(aten.prod.default, aten.prod.dim_int)
