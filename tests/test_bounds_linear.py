@@ -6,6 +6,7 @@ argument: there the interval is wide, and what counts is how the parts depend on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -226,7 +227,7 @@ def test_affine_programs_are_exact(seed: int) -> None:
 
 def multilayer(sizes: tuple[int, ...], seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1]).double().requires_grad_(False)
 
 

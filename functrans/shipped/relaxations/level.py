@@ -244,9 +244,11 @@ def met(level: RelaxationLevel, by_rule: Any, by_parts: Any) -> Any:
     """The better of two results for the same operator; the second one knows what it is made of."""
     if by_rule.upper is None or by_parts.node is None:
         return by_rule
-    by_parts.node.meet(*level.ends(by_rule))
-    low, high = by_parts.node.low, by_parts.node.high
-    return level.carry(low, upper=high, node=by_parts.node)
+    node = by_parts.node
+    of_parts = node.low, node.high
+    node.low, node.high = level.ends(by_rule)
+    node.meet(*of_parts)
+    return level.carry(node.low, upper=node.high, node=node)
 
 
 def attach(call: OperatorCall, result: Any, relaxation: Relaxation | None) -> None:
