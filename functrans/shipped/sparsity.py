@@ -61,7 +61,7 @@ def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., An
 
     @named_after(func)
     def pattern(*args: Any, **kwargs: Any) -> Any:
-        found = Dependence(call, func, argnums, args, kwargs)
+        found = Dependence(call, func, argnums, args, kwargs, rehearsal=False)
         with running_at(None):
             return found.blocks(found.pattern, lambda where, o, a: torch.ones(len(where), dtype=torch.bool))
 
@@ -166,10 +166,18 @@ class Dependence:
 
     Args:
         constant: whether the arguments that ``argnums`` does not name are constants.
+        rehearsal: whether the function runs another time, for its values.
     """
 
     def __init__(
-        self, call: Call, func: Any, argnums: Argnums, args: Any, kwargs: Any, constant: bool = True
+        self,
+        call: Call,
+        func: Any,
+        argnums: Argnums,
+        args: Any,
+        kwargs: Any,
+        constant: bool = True,
+        rehearsal: bool = True,
     ) -> None:
         check_arguments(call, args, argnums)
         moving = pick(call, args, argnums)
@@ -178,6 +186,7 @@ class Dependence:
             raise CallError(call, f"{what(moving)} to differentiate for", "at least one tensor")
         refuse_sparse(call, "args", moving)
         level = SparsityLevel(func)
+        level.rehearsal = rehearsal
 
         def other(leaf: Any) -> Any:
             return leaf if not isinstance(leaf, Tensor) else level.constant(leaf) if constant else level.variable(leaf)
@@ -374,6 +383,7 @@ def products(
         check_output_numbers(call, False, out)
         return pushed
 
+    push.of_basis = True  # type: ignore[attr-defined]
     if plan.count == 0:
         none = [torch.zeros_like(x) for x in moving]
         return [t.unsqueeze(0)[:0] for t in tree_flatten(push(*none))[0]]

@@ -93,6 +93,8 @@ class SparsityLevel(TableInterpreter):
         self.count = 0
         #: whether the pattern may be another one for other inputs, since the function read numbers or shapes of them
         self.local = False
+        #: whether the function runs another time, for its values
+        self.rehearsal = False
 
     def input(self, x: Tensor) -> WrapperTensor:
         """A new input."""
@@ -116,8 +118,7 @@ class SparsityLevel(TableInterpreter):
         return self.variable(x.value) if self.is_constant(x) else x
 
     def opaque(self, out: Any, args: Sequence[Any]) -> Any:
-        """``out``, values one level down, of a function of ``args`` with a derivative of its own: it may be anything.
-        """
+        """``out``, values one level down, of a function of ``args`` with a derivative of its own: it may be anything."""
         mine = [a for a in tree_flatten(list(args))[0] if type(a) is WrapperTensor and a.interpreter is self]
         whole = self.sets.everything(a.numbers for a in mine if a.numbers is not None)
 

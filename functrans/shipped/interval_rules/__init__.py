@@ -4,6 +4,7 @@ one; else it is an error."""
 from functrans.shipped.interval_rules import (  # noqa: F401 - importing them adds the rules
     arithmetic,
     comparisons,
+    functions,
     maxima,
     normalization,
     pointwise,

@@ -9,6 +9,7 @@ import torch
 from functrans.core.torch_private import OpOverload
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.shipped.interval_rules.level import IntervalLevel, both, ends, rule
+from functrans.shipped.interval_rules.pointwise import increasing
 
 aten = torch.ops.aten
 
@@ -30,7 +31,24 @@ for _op in (aten.lt.Tensor, aten.lt.Scalar, aten.le.Tensor, aten.le.Scalar):
 @rule(aten.eq.Tensor, aten.eq.Scalar)
 def equal(level: IntervalLevel, x: Any, y: Any) -> Any:
     (a, b), (c, d) = both(x), both(y)
+    if x is y:
+        return level.constant(~(a.isnan() | b.isnan()))
     return level.between((a == b) & (c == d) & (a == c), (a <= d) & (b >= c))
+
+
+@rule(aten._local_scalar_dense.default)
+def number(level: IntervalLevel, x: Any) -> Any:
+    """A number that is read, as by ``if x > 0``, is known where both ends agree."""
+    low, high = (aten._local_scalar_dense.default(end) for end in ends(x))
+    if low != high:
+        raise missing_rule_error(level, aten._local_scalar_dense.default)
+    return low
+
+
+increasing(
+    aten._is_all_true.default, aten._is_any_true.default, aten.all.default, aten.any.default, aten.all.dim,
+    aten.any.dim, aten.all.dims, aten.any.dims,
+)  # fmt: skip
 
 
 @rule(aten.ne.Tensor, aten.ne.Scalar)

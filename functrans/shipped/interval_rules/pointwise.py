@@ -61,8 +61,16 @@ increasing(
     aten.maximum.default, aten.minimum.default, aten.logaddexp.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.avg_pool2d.default,
     aten.avg_pool3d.default, aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default,
-    aten.hardtanh.default, aten.trace.default,
+    aten.hardtanh.default, aten.trace.default, aten._sparse_coo_tensor_with_dims_and_tensors.default,
+    aten._to_dense.default, aten._coalesced.default, aten._values.default, aten.values.default,
 )  # fmt: skip
+
+
+@rule(aten.indices.default, aten._indices.default)
+def places_of_values(level: IntervalLevel, x: Any) -> Any:
+    return level.constant(ends(x)[0]._indices())
+
+
 increasing(aten.leaky_relu.default, where=lambda x, negative_slope=0.01: negative_slope >= 0)
 increasing(
     aten.elu.default,

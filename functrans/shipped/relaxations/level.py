@@ -204,8 +204,8 @@ PARTS: RuleTable[Callable[..., Any]] = RuleTable("operators in parts")
 
 
 def is_affine(call: OperatorCall) -> bool:
-    if not by_our_rules(call.op):  # the user has replaced its derivative, by which Affine goes back
-        return False
+    if not by_our_rules(call.op) or any(x.layout is not torch.strided for x in call.intervals):
+        return False  # the user has replaced its derivative, by which Affine goes back
     entry, known = DERIVATIVES.get(call.op), AFFINE.get(call.op)
     return known(call) if known is not None else entry is not None and entry.tangent == "linear"
 
@@ -255,6 +255,8 @@ def attach(call: OperatorCall, result: Any, relaxation: Relaxation | None) -> No
     """Give ``result`` its node, if it has none yet."""
     if not is_interval(result) or result.node is not None or not result.dtype.is_floating_point:
         return
+    if result.layout is not torch.strided:
+        relaxation = None
     sources = () if relaxation is None else [x.node for x in call.intervals]
     moved = call.op in MOVED and all(source.tight for source in sources)
     tight = moved or relaxation is None or relaxation[0].pointwise
