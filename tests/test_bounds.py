@@ -271,7 +271,7 @@ def test_functions_with_a_derivative_of_their_own_have_the_bounds_of_their_value
 @pytest.mark.parametrize("method", ["intervals", "linear"])
 def test_numbers_that_are_read_are_known_where_both_ends_agree(method: str) -> None:
     def f(x: Tensor) -> Tensor:
-        assert bool((x == x).all()) and not bool((x < 0).any())
+        assert bool(torch.eq(x, x).all()) and not bool((x < 0).any())
         return x if x.min() > 0.5 else -x
 
     assert bounds(f, method=method)(ONE, TWO)[0].tolist() == [1, 1, 1]

@@ -118,7 +118,8 @@ class SparsityLevel(TableInterpreter):
         return self.variable(x.value) if self.is_constant(x) else x
 
     def opaque(self, out: Any, args: Sequence[Any]) -> Any:
-        """``out``, values one level down, of a function of ``args`` with a derivative of its own: it may be anything."""
+        """``out``, values one level down, of a function of ``args`` with a derivative of its own: it may be anything.
+        """
         mine = [a for a in tree_flatten(list(args))[0] if type(a) is WrapperTensor and a.interpreter is self]
         whole = self.sets.everything(a.numbers for a in mine if a.numbers is not None)
 
