@@ -3,7 +3,6 @@ leaves."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -212,15 +211,8 @@ class Dependence:
         #: whether other numbers may have another pattern
         self.local = level.local
         with running_at(None):
-            of_output = torch.cat([n.flatten() for n in numbers]).tolist()
-        elements = {n: level.sets.elements(n) for n in set(of_output)}
-        columns = [elements[n] for n in of_output]
-        sizes = [len(c) for c in columns]
-        if all(isinstance(c, list) for c in columns):
-            joined = np.array(list(itertools.chain.from_iterable(columns)), dtype=np.int64)
-        else:
-            joined = np.concatenate([np.asarray(c, dtype=np.int64) for c in columns])
-        self.pattern = Pattern(np.repeat(np.arange(len(sizes)), sizes), joined, (len(sizes), level.count))
+            rows, columns = level.sets.places(torch.cat([n.flatten() for n in numbers]))
+        self.pattern = Pattern(rows, columns, (sum(self.outputs), level.count))
 
     def blocks(self, pattern: Pattern, values: Callable[[np.ndarray, int, int], Tensor]) -> Any:
         """For each output the structure of the inputs, of sparse matrices: ``values(where, output, input)`` are those
