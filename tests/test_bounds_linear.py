@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import bounds, grad, hessian, jacfwd, jvp, sparse_jacobian, vmap
-from functrans.core.errors import CallValueError
+from functrans.core.errors import CallValueError, MissingRuleError
 
 MORE: dict[str, Function] = {
     "pairs of maxima": lambda x: torch.stack([torch.maximum(x[0], x[1]), torch.minimum(x[2] * x[3], x[4])]),
@@ -367,6 +367,13 @@ def test_infinite_and_empty_boxes_and_wrong_order() -> None:
     assert bounds(torch.tanh, method="linear")(torch.ones(0, 2), torch.ones(0, 2))[0].shape == (0, 2)
     least, most = vmap(bounds(torch.exp, method="linear"))(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [2.0]]))
     assert least.isnan().tolist() == most.isnan().tolist() == [[False], [True]]
+
+
+def test_what_is_missing_is_a_rule_for_intervals() -> None:
+    with pytest.raises(MissingRuleError) as caught:
+        bounds(torch.special.bessel_j0, method="linear")(torch.zeros(2), torch.ones(2))
+    assert str(caught.value).endswith("def bessel_j0(interpreter, self):\n    return interpreter.carry(..., upper=...)")
+    assert "@IntervalLevel.rules.register" in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["crown", None, 1, ["linear"]])
