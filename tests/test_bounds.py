@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import bounds, grad, hessian, jvp, sparse_jacobian, vmap
-from functrans.core.errors import CallTypeError, CallValueError, CustomFunctionError, MissingRuleError
+from functrans.core.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
 
 Function = Callable[[Tensor], Tensor]
@@ -241,7 +241,53 @@ def test_pytrees() -> None:
 class Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return 2 * x
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone().round_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize("method", ["intervals", "linear"])
+def test_functions_with_a_derivative_of_their_own_have_the_bounds_of_their_value(method: str) -> None:
+    assert bounds(lambda x: Double.apply(x).sum(), method=method)(ONE, TWO) == (6, 12)
+    assert bounds(lambda x: Rounded.apply(x).sum(), method=method)(0.4 * ONE, 0.6 * ONE) == (0, 3)
+    assert bounds(grad(lambda x: Rounded.apply(x).sum()), method=method)(ONE, TWO)[1].tolist() == [1, 1, 1]
+    product = bounds(lambda x: Double.apply(x) - 2 * x, method=method)(ONE, TWO)
+    assert product[1].tolist() == ([2, 2, 2] if method == "intervals" else [0, 0, 0])
+
+
+@pytest.mark.parametrize("method", ["intervals", "linear"])
+def test_numbers_that_are_read_are_known_where_both_ends_agree(method: str) -> None:
+    def f(x: Tensor) -> Tensor:
+        assert bool(torch.eq(x, x).all()) and not bool((x < 0).any())
+        return x if x.min() > 0.5 else -x
+
+    assert bounds(f, method=method)(ONE, TWO)[0].tolist() == [1, 1, 1]
+    assert bounds(f, method=method)(0 * ONE, 0.5 * ONE)[0].tolist() == [-0.5, -0.5, -0.5]
+    with pytest.raises(MissingRuleError, match="no rule for aten._local_scalar_dense"):
+        bounds(f, method=method)(0 * ONE, ONE)
+
+
+def test_masks_and_places_that_are_not_known_move() -> None:
+    low, high = torch.tensor([-1.0, 1.0]), torch.tensor([1.0, 2.0])
+    least, most = bounds(lambda x: (x > 0).flip(0).float() + torch.cat([x > 0, x > 3]).float()[:2])(low, high)
+    assert (least.tolist(), most.tolist()) == ([1.0, 1.0], [2.0, 2.0])
+    least, most = bounds(lambda x: x.masked_fill(x < 0, 5.0))(low, high)
+    assert (least.tolist(), most.tolist()) == ([-1.0, 1.0], [5.0, 2.0])
+    least, most = bounds(lambda x: torch.nn.functional.max_pool1d(x.view(1, 1, 2), 2))(low, high)
+    assert (least.item(), most.item()) == (1.0, 2.0)
 
 
 ONE, TWO = torch.ones(3), 2 * torch.ones(3)
@@ -262,8 +308,7 @@ ONE, TWO = torch.ones(3), 2 * torch.ones(3)
         (lambda: bounds(lambda x: x[x.argmax()])(ONE, TWO), MissingRuleError, "argmax"),
         (lambda: bounds(lambda x: x[x.max(0)[1]])(ONE, TWO), MissingRuleError, "no rule for aten"),
         (lambda: bounds(lambda x: x * x.sum().item())(ONE, TWO), MissingRuleError, "no rule for aten._local_scalar"),
-        (lambda: bounds(lambda x: x if x.sum() > 0 else -x)(ONE, TWO), MissingRuleError, "no rule for aten"),
-        (lambda: bounds(Double.apply)(ONE, TWO), CustomFunctionError, "has no rule for it"),
+        (lambda: bounds(lambda x: x if x.sum() > 0 else -x)(-ONE, TWO), MissingRuleError, "no rule for aten"),
     ],
 )
 def test_bad_input(run: Callable[[], Any], kind: type[Exception], text: str) -> None:

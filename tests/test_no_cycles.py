@@ -50,6 +50,7 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
     "laplacian": lambda x: ft.vmap(ft.laplacian(scalar))(x),
     "sparsity": lambda x: ft.sparsity(vector)(x),
     "bounds": lambda x: ft.bounds(torch.sin)(x, x + 1),
+    "linear bounds": lambda x: ft.bounds(vector, method="linear")(x, x + 1),
     "lowp": lambda x: ft.lowp(scalar, torch.bfloat16)(x),
     "sanitize": lambda x: ft.sanitize(ft.grad(scalar))(x),
     "count": lambda x: ft.count(scalar)(x),

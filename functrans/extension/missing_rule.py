@@ -22,8 +22,13 @@ def missing_rule_error(interpreter: TableInterpreter, op: OpOverload) -> Missing
         interpreter,
         f"Levels: {levels}. Schema: {op._schema}\n"
         f"The rules of {interpreter.kind} stand in {rules_file(interpreter)}. Add there:\n\n"
-        f"{rule_to_paste(type(interpreter), op)}",
+        f"{rule_to_paste(owner_of_rules(type(interpreter)), op)}",
     )
+
+
+def owner_of_rules(cls: type[TableInterpreter]) -> type[TableInterpreter]:
+    """The class whose table it is: a subclass may carry more, of which the rules know nothing."""
+    return next((c for c in cls.__mro__ if "rules" in vars(c)), cls)
 
 
 def rule_to_paste(cls: type[TableInterpreter], op: OpOverload) -> str:

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import check_dense
-from functrans.core.errors import CallTypeError, CallValueError
+from functrans.core.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.core.errors.wording import shown, what
 from functrans.core.pytrees import tree_map
 from functrans.core.stack import interpreter_stack
 from functrans.extension.primitives import Primitive
+from functrans.extension.table_interpreter import TableInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
+from functrans.shipped.interval_rules.level import IntervalLevel, is_interval
+from functrans.shipped.jet import JetInterpreter
+from functrans.shipped.laplacian import LaplacianInterpreter
+from functrans.shipped.sparsity_level import SparsityLevel
 
 AxisName = Hashable | tuple[Hashable, ...]
 
@@ -223,3 +228,32 @@ gathered.derivative(
     pullback=pull_gathered,
     tangent=lambda tangents, result, x, name: gathered(tangents[0], name),
 )
+
+
+def linear_at_levels(primitive: Primitive) -> None:
+    """``primitive`` is linear and does not decrease: what is carried beside a value goes the way of the value."""
+
+    @primitive.rule(JetInterpreter)
+    def of_terms(level: JetInterpreter, x: Any, name: Hashable) -> Any:
+        if not level.owns(x) or x.terms is None:
+            return NotImplemented
+        terms = [None if t is None else primitive.below(level, t, name) for t in x.terms]
+        return level.with_terms(primitive.below(level, x.value, name), terms)
+
+    @primitive.rule(IntervalLevel)
+    def of_ends(level: IntervalLevel, x: Any, name: Hashable) -> Any:
+        if not is_interval(x) or not level.owns(x):
+            return NotImplemented
+        low, high = (primitive.below(level, end, name) for end in level.ends(x))
+        return level.between(low, high)
+
+    @primitive.rule(LaplacianInterpreter, SparsityLevel)
+    def of_one_example(level: TableInterpreter, x: Any, name: Hashable) -> Any:
+        if not level.owns(x) or level.is_constant(x):
+            return NotImplemented
+        cure = f"It is of one example, and {primitive} looks at all of them. Take it around the vmap of that name."
+        raise MissingRuleError(primitive.name, level, cure)
+
+
+linear_at_levels(summed)
+linear_at_levels(gathered)

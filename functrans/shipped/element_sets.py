@@ -12,61 +12,94 @@ from torch import Tensor
 #: A set is ``(first, bits)``: bit i of ``bits`` says that element ``first + i`` is in it; ``bits`` is odd, or 0 for the
 #: empty set. Elements that lie close together, as those of a stencil, take few bits, wherever they are.
 ElementSet = tuple[int, int]
-EMPTY: ElementSet = (0, 0)
+#: bits of a narrow set, of which many are united at once
+NARROW = 62
+#: stands in the array of bits for a set that is no narrow one
+WIDE = -1
 
 
 class ElementSets:
     """The sets of one run, each under a number; 0 is the empty set.
 
     A tensor's *numbers* are an int64 tensor of its shape. What moves elements moves numbers, and sets that many
-    elements share, such as the outputs of a dense layer, are kept once.
+    elements share, such as the outputs of a dense layer, are kept once. (Equal sets may have two numbers, if they were
+    made in two ways.)
     """
 
     def __init__(self) -> None:
-        self.sets: list[ElementSet] = [EMPTY]
-        self.number_of: dict[ElementSet, int] = {EMPTY: 0}
+        self.count = 1
+        self.first = np.zeros(64, dtype=np.int64)
+        self.bits = np.zeros(64, dtype=np.int64)
+        self.wide: dict[int, ElementSet] = {}
+        self.number_of: dict[ElementSet, int] = {}
+
+    def add(self, first: np.ndarray, bits: np.ndarray) -> np.ndarray:
+        """Numbers for new sets."""
+        start, self.count = self.count, self.count + len(first)
+        if self.count > len(self.first):
+            room = np.zeros(max(self.count, 2 * len(self.first)) - len(self.first), dtype=np.int64)
+            self.first, self.bits = np.concatenate([self.first, room]), np.concatenate([self.bits, room])
+        self.first[start : self.count], self.bits[start : self.count] = first, bits
+        return np.arange(start, self.count)
 
     def number(self, found: ElementSet) -> int:
         n = self.number_of.get(found)
         if n is None:
-            n = self.number_of[found] = len(self.sets)
-            self.sets.append(found)
+            first, bits = found
+            narrow = bits.bit_length() <= NARROW
+            n = self.number_of[found] = int(self.add(np.array([first]), np.array([bits if narrow else WIDE]))[0])
+            if not narrow:
+                self.wide[n] = found
         return n
+
+    def set_of(self, number: int) -> ElementSet:
+        return self.wide.get(number) or (int(self.first[number]), int(self.bits[number]))
 
     def singletons(self, first: int, shape: Sequence[int]) -> Tensor:
         """Numbers for a new input, whose elements are called ``first``, ``first + 1``, ... and in no set yet."""
-        start, count = len(self.sets), math.prod(shape)
-        new = [(first + i, 1) for i in range(count)]
-        self.sets += new
-        self.number_of.update(zip(new, range(start, start + count), strict=True))
-        return torch.arange(start, start + count).reshape(tuple(shape))
+        count = math.prod(shape)
+        numbers = self.add(np.arange(first, first + count), np.ones(count, dtype=np.int64))
+        return torch.from_numpy(numbers).reshape(tuple(shape))
 
     def union_of(self, numbers: Iterable[int]) -> int:
         """The number of the union of the sets with these numbers."""
-        members = [self.sets[n] for n in set(numbers) if n]
-        if not members:
-            return 0
+        different = set(numbers) - {0}
+        if len(different) < 2:
+            return different.pop() if different else 0
+        members = [self.set_of(n) for n in different]
         first = min(low for low, _ in members)
         bits = 0
         for low, some in members:
             bits |= some << (low - first)
         return self.number((first, bits))
 
-    def union_of_two(self, a: int, b: int) -> int:
-        """The same for two: most unions are, and many of them."""
-        if a == b or a == 0:
-            return b
-        (low, some), (high, more) = self.sets[a], self.sets[b]
-        if low > high:
-            low, some, high, more = high, more, low, some
-        return self.number((low, some | more << (high - low)))
+    def unions_of_pairs(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The numbers of many unions of two, of which no two are the same pair."""
+        first, bits = (self.first[a], self.first[b]), (self.bits[a], self.bits[b])
+        first = np.where(a == 0, first[1], first[0]), np.where(b == 0, first[0], first[1])
+        low = np.minimum(*first)
+        shift = first[0] - low, first[1] - low
+        narrow = np.ones(len(a), dtype=bool)
+        for some, by in zip(bits, shift, strict=True):
+            narrow &= (some != WIDE) & (np.frexp(some.astype(np.float64))[1] + by <= NARROW)
+        both = np.where(narrow, bits[0], 0) << np.where(narrow, shift[0], 0)
+        both |= np.where(narrow, bits[1], 0) << np.where(narrow, shift[1], 0)
+        out = np.where((low == first[0]) & (both == bits[0]), a, b)
+        new = narrow & ~((low == self.first[out]) & (both == self.bits[out]))
+        order = np.lexsort((both[new], low[new]))
+        low, both = low[new][order], both[new][order]
+        begins = np.ones(len(order), dtype=bool)
+        begins[1:] = (low[1:] != low[:-1]) | (both[1:] != both[:-1])
+        found = np.empty(len(order), dtype=np.int64)
+        found[order] = self.add(low[begins], both[begins])[np.cumsum(begins) - 1]
+        out[new] = found
+        for i in np.flatnonzero(~narrow):
+            out[i] = self.union_of((int(a[i]), int(b[i])))
+        return out
 
     def union(self, a: Tensor, b: Tensor) -> Tensor:
         """Element by element, with broadcasting."""
-        a, b = torch.broadcast_tensors(a, b)
-        shape = a.shape
-        pairs = torch.stack([torch.minimum(a, b), torch.maximum(a, b)], -1)
-        return self.union_last(pairs).reshape(shape)
+        return self.union_pairs(*torch.broadcast_tensors(a, b))
 
     def union_last(self, numbers: Tensor) -> Tensor:
         """Along the last dimension, which goes."""
@@ -75,12 +108,11 @@ class ElementSets:
             return torch.zeros(shape, dtype=torch.int64)
         if width == 1:
             return numbers.squeeze(-1)
+        if width <= 16:  # by pairs, many at once
+            half = width // 2
+            united = self.union_pairs(numbers[..., :half], numbers[..., half : 2 * half])
+            return self.union_last(torch.cat([united, numbers[..., 2 * half :]], -1))
         rows = numbers.reshape(-1, width).numpy()
-        if width == 2:  # a key for each pair: much faster to sort than rows
-            count = len(self.sets)
-            keys, inverse = np.unique(rows[:, 0] * count + rows[:, 1], return_inverse=True)
-            found = [self.union_of_two(*divmod(key, count)) for key in keys.tolist()]
-            return torch.from_numpy(np.array(found, dtype=np.int64)[inverse.reshape(-1)]).reshape(shape)
         seen: dict[bytes, int] = {}
         out = np.empty(len(rows), dtype=np.int64)
         for i, row in enumerate(rows):
@@ -90,6 +122,13 @@ class ElementSets:
                 n = seen[key] = self.union_of(row.tolist())
             out[i] = n
         return torch.from_numpy(out).reshape(shape)
+
+    def union_pairs(self, a: Tensor, b: Tensor) -> Tensor:
+        """Element by element, of tensors of one shape."""
+        low, high = torch.minimum(a, b).reshape(-1).numpy(), torch.maximum(a, b).reshape(-1).numpy()
+        keys, inverse = np.unique(low * self.count + high, return_inverse=True)
+        found = self.unions_of_pairs(*np.divmod(keys, self.count))
+        return torch.from_numpy(found[inverse.reshape(-1)]).reshape(a.shape)
 
     def union_along(self, numbers: Tensor, dims: Sequence[int] | None, keepdim: bool = True) -> Tensor:
         """Along ``dims``; None or none at all: along all of them, as in PyTorch's reductions."""
@@ -108,10 +147,28 @@ class ElementSets:
         """The number of the union of all of these."""
         return self.union_of(n for t in numbers for n in torch.unique(t).tolist())
 
-    def elements(self, number: int) -> list[int] | np.ndarray:
+    def places(self, numbers: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Of a vector of numbers the places and elements, in order, one for each element of each set."""
+        rows, columns = [], []
+        for start in range(0, len(numbers), 1 << 14):
+            part = numbers[start : start + (1 << 14)].numpy()
+            bits, first = self.bits[part], self.first[part]
+            packed = np.where(bits == WIDE, 0, bits).astype("<i8").view(np.uint8).reshape(len(part), 8)
+            row, bit = np.nonzero(np.unpackbits(packed, axis=1, bitorder="little"))
+            column = first[row] + bit
+            if self.wide and (bits == WIDE).any():
+                several = [(i, self.elements(int(part[i]))) for i in np.flatnonzero(bits == WIDE)]
+                row = np.concatenate([row, *(np.full(len(found), i) for i, found in several)])
+                column = np.concatenate([column, *(found for _, found in several)])
+                order = np.argsort(row, kind="stable")
+                row, column = row[order], column[order]
+            rows.append(row + start)
+            columns.append(column)
+        none = np.zeros(0, dtype=np.int64)
+        return np.concatenate([none, *rows]), np.concatenate([none, *columns])
+
+    def elements(self, number: int) -> np.ndarray:
         """The elements of a set, in order."""
-        first, bits = self.sets[number]
-        if bits < 1 << 64:
-            return [first + i for i in range(bits.bit_length()) if bits >> i & 1]
+        first, bits = self.set_of(number)
         packed = np.frombuffer(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), dtype=np.uint8)
         return np.flatnonzero(np.unpackbits(packed, bitorder="little")) + first

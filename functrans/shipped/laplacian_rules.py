@@ -12,6 +12,7 @@ from torch.nn import functional
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload
+from functrans.functionalization.write_back import RESHAPES
 from functrans.shipped.by_derivatives import value_of
 from functrans.shipped.laplacian import LaplacianInterpreter, bent, broadcast, derived, moves
 
@@ -100,6 +101,19 @@ def linear(level: LaplacianInterpreter, x: Any, weight: Any, bias: Any = None) -
     out = functional.linear(x.value, weight.value, value_of(bias))
     bend = None if x.bend is None else functional.linear(x.bend, weight.value)
     return level.moving(out, functional.linear(x.slopes, weight.value), bend)
+
+
+def reshaping(op: OpOverload) -> None:
+    @LaplacianInterpreter.rules.register(op)
+    def rule(level: LaplacianInterpreter, x: Any, *args: Any) -> Any:
+        """Directions stay in front."""
+        out = op(x.value, *map(value_of, args))
+        bend = None if x.bend is None else x.bend.reshape(out.shape)
+        return level.moving(out, x.slopes.reshape(len(x.slopes), *out.shape), bend)
+
+
+for _op in RESHAPES:
+    reshaping(_op)
 
 
 @LaplacianInterpreter.rules.register(aten.layer_norm.default)

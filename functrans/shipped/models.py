@@ -26,7 +26,10 @@ from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
 from functrans.interpreters.transpose import TransposeInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.shipped.by_derivatives import DerivativeInterpreter
+from functrans.shipped.interval_rules.level import IntervalLevel
 from functrans.shipped.sow import is_of, of_basis, of_each, sow
+from functrans.shipped.sparsity_level import SparsityLevel
 
 SAMPLE, OBSERVE, CONDITION = "sample(distribution, name)", "observe(distribution, value)", "condition(model, values)"
 LOG_DENSITY, SEED = "log_density(model)(values, ...)", "seed(model, number)"
@@ -322,7 +325,7 @@ def add_up(level: Scoring, amount: Tensor) -> None:
     level.total = amount if level.total is None else level.total + amount
 
 
-@scoring.rule(GradInterpreter, JvpInterpreter, LinearizeInterpreter)
+@scoring.rule(GradInterpreter, JvpInterpreter, LinearizeInterpreter, DerivativeInterpreter)
 def primal(level: Interpreter, amount: Any) -> Any:
     return scoring.below(level, amount.value if is_of(level, amount) else amount)
 
@@ -330,6 +333,19 @@ def primal(level: Interpreter, amount: Any) -> Any:
 @scoring.rule(TransposeInterpreter)
 def of_linear_function(level: TransposeInterpreter, amount: Any) -> Any:
     raise MissingRuleError("log_density", level, "A linear function is transposed without values.")
+
+
+@scoring.rule(SparsityLevel)
+def unless_rehearsed(level: SparsityLevel, amount: Any) -> Any:
+    return None if level.rehearsal else primal(level, amount)
+
+
+@scoring.rule(IntervalLevel)
+def between_bounds(level: IntervalLevel, amount: Any) -> Any:
+    if not level.owns(amount) or level.is_constant(amount):
+        return NotImplemented
+    cure = "Between bounds a density has two ends: take the bounds of the density, bounds(log_density(model))."
+    raise MissingRuleError("log_density", level, cure)
 
 
 @scoring.rule(VmapInterpreter)

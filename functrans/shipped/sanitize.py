@@ -31,6 +31,7 @@ from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload
 from functrans.extension.levels import PassThrough
 from functrans.extension.primitives import Primitive
+from functrans.extension.table_interpreter import TableInterpreter
 from functrans.extension.transforming import transform
 from functrans.interpreters.failures import meaning_at, name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
@@ -311,6 +312,12 @@ def of_examples(level: VmapInterpreter, x: Any, sanitizing: Sanitizing, op: str,
         return NotImplemented
     out = watched.below(level, x.value, sanitizing, op, line, (*dims, (level, x.bdim)))
     return level.batched(out, x.bdim)
+
+
+@watched.rule(TableInterpreter)
+def carrying(level: TableInterpreter, x: Any, *about: Any) -> Any:
+    """The value is watched; what is carried beside it stays beside it."""
+    return level.rewrap(x, watched.below(level, x.value, *about)) if level.owns(x) else NotImplemented
 
 
 def found_in(wrong: Tensor, base: Tensor, dims: Dims, carried: str) -> Found:

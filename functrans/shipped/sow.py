@@ -27,6 +27,9 @@ from functrans.interpreters.linearize import LinearizeInterpreter
 from functrans.interpreters.transpose import TransposeInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
+from functrans.shipped.by_derivatives import DerivativeInterpreter
+from functrans.shipped.interval_rules.level import IntervalLevel
+from functrans.shipped.sparsity_level import SparsityLevel
 
 SOW, REAP, PLANT = "sow(value, name)", "reap(func)", "plant(func, values)"
 
@@ -83,9 +86,10 @@ def reap(func: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         A function of the same arguments that returns ``(output, {name: value})``. The values are those of the code that
         sows, without what the transforms inside of ``func`` make of them: under ``grad`` and ``jvp`` (and ``hessian``)
-        the plain value, under ``vmap`` those of all examples, stacked in front. They are copies: later writes to what
-        was sown do not show. Transforms around see them as any other result: ``jvp(reap(f), ...)`` has their tangents,
-        ``vmap(reap(f))`` a value for each example. (For cotangents see ``plant``.)
+        the plain value, under ``vmap`` those of all examples, stacked in front; under ``bounds`` a pair, the bounds of
+        the value. They are copies: later writes to what was sown do not show. Transforms around see them as any other
+        result: ``jvp(reap(f), ...)`` has their tangents, ``vmap(reap(f))`` a value for each example. (For cotangents
+        see ``plant``.)
 
     Raises:
         CallValueError: a name was sown twice.
@@ -205,28 +209,50 @@ def replaced(level: Planting, name: str) -> Any:
     return tree_map(copied, level.values[name]) if name in level.values else NotImplemented
 
 
+def goes_on(level: Interpreter) -> Any:
+    """What is sown is shown further out, if somebody is there to look."""
+    below = level.below
+    while below is not None and not isinstance(below, Reaping | Planting):
+        below = below.below
+    return None if below is None else NotImplemented
+
+
 @sowing.rule(Reaping)
 def collected(level: Reaping, *leaves: Tensor, name: str, spec: TreeSpec) -> Any:
     if name in level.found:
         cure = "Number the names of a loop; give vmap and jacfwd no chunks."
         raise CallValueError(f"sow(value, {shown(name)})", "a name that was sown before", "a new name", cure)
     level.found[name] = tree_unflatten(spec, [copied(x) for x in leaves])
-    return NotImplemented  # others around see it as well
+    return goes_on(level)
 
 
 @sowing.rule(Planting)
 def met(level: Planting, *leaves: Tensor, name: str, spec: TreeSpec) -> Any:
     level.met.add(name)
-    return NotImplemented
+    return goes_on(level)
 
 
 def copied(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) else x
 
 
-@sowing.rule(GradInterpreter, JvpInterpreter, LinearizeInterpreter)
+@sowing.rule(GradInterpreter, JvpInterpreter, LinearizeInterpreter, DerivativeInterpreter)
 def primal(level: Interpreter, *leaves: Any, **rest: Any) -> Any:
     return sowing.below(level, *[x.value if is_of(level, x) else x for x in leaves], **rest)
+
+
+@sowing.rule(SparsityLevel)
+def unless_rehearsed(level: SparsityLevel, *leaves: Any, **rest: Any) -> Any:
+    return None if level.rehearsal else primal(level, *leaves, **rest)
+
+
+@sowing.rule(IntervalLevel)
+def bounded(level: IntervalLevel, *leaves: Any, spec: TreeSpec, **rest: Any) -> Any:
+    """The bounds of the value: two values like it."""
+    ends = [level.ends(x) if is_of(level, x) else (x, x) for x in leaves]
+    pair = tuple(tree_unflatten(spec, [end[i] for end in ends]) for i in (0, 1))
+    leaves_of_pair, spec_of_pair = tree_flatten(pair)
+    return sowing.below(level, *leaves_of_pair, spec=spec_of_pair, **rest)
 
 
 @sowing.rule(TransposeInterpreter)

@@ -3,7 +3,6 @@ leaves."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +60,7 @@ def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., An
 
     @named_after(func)
     def pattern(*args: Any, **kwargs: Any) -> Any:
-        found = Dependence(call, func, argnums, args, kwargs)
+        found = Dependence(call, func, argnums, args, kwargs, rehearsal=False)
         with running_at(None):
             return found.blocks(found.pattern, lambda where, o, a: torch.ones(len(where), dtype=torch.bool))
 
@@ -166,10 +165,18 @@ class Dependence:
 
     Args:
         constant: whether the arguments that ``argnums`` does not name are constants.
+        rehearsal: whether the function runs another time, for its values.
     """
 
     def __init__(
-        self, call: Call, func: Any, argnums: Argnums, args: Any, kwargs: Any, constant: bool = True
+        self,
+        call: Call,
+        func: Any,
+        argnums: Argnums,
+        args: Any,
+        kwargs: Any,
+        constant: bool = True,
+        rehearsal: bool = True,
     ) -> None:
         check_arguments(call, args, argnums)
         moving = pick(call, args, argnums)
@@ -178,6 +185,7 @@ class Dependence:
             raise CallError(call, f"{what(moving)} to differentiate for", "at least one tensor")
         refuse_sparse(call, "args", moving)
         level = SparsityLevel(func)
+        level.rehearsal = rehearsal
 
         def other(leaf: Any) -> Any:
             return leaf if not isinstance(leaf, Tensor) else level.constant(leaf) if constant else level.variable(leaf)
@@ -203,15 +211,8 @@ class Dependence:
         #: whether other numbers may have another pattern
         self.local = level.local
         with running_at(None):
-            of_output = torch.cat([n.flatten() for n in numbers]).tolist()
-        elements = {n: level.sets.elements(n) for n in set(of_output)}
-        columns = [elements[n] for n in of_output]
-        sizes = [len(c) for c in columns]
-        if all(isinstance(c, list) for c in columns):
-            joined = np.array(list(itertools.chain.from_iterable(columns)), dtype=np.int64)
-        else:
-            joined = np.concatenate([np.asarray(c, dtype=np.int64) for c in columns])
-        self.pattern = Pattern(np.repeat(np.arange(len(sizes)), sizes), joined, (len(sizes), level.count))
+            rows, columns = level.sets.places(torch.cat([n.flatten() for n in numbers]))
+        self.pattern = Pattern(rows, columns, (sum(self.outputs), level.count))
 
     def blocks(self, pattern: Pattern, values: Callable[[np.ndarray, int, int], Tensor]) -> Any:
         """For each output the structure of the inputs, of sparse matrices: ``values(where, output, input)`` are those
@@ -374,6 +375,7 @@ def products(
         check_output_numbers(call, False, out)
         return pushed
 
+    push.of_basis = True  # type: ignore[attr-defined]
     if plan.count == 0:
         none = [torch.zeros_like(x) for x in moving]
         return [t.unsqueeze(0)[:0] for t in tree_flatten(push(*none))[0]]

@@ -93,6 +93,8 @@ class SparsityLevel(TableInterpreter):
         self.count = 0
         #: whether the pattern may be another one for other inputs, since the function read numbers or shapes of them
         self.local = False
+        #: whether the function runs another time, for its values
+        self.rehearsal = False
 
     def input(self, x: Tensor) -> WrapperTensor:
         """A new input."""

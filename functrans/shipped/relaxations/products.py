@@ -1,0 +1,76 @@
+"""Affine operators, and products of two intervals.
+
+    x y = x c + b y - b c + (x - b)(y - c),   where |(x - b)(y - c)| is at most the product of the two radii
+
+with the middles ``b`` and ``c``: the mean of the two planes of McCormick (1976) on either side, for whatever is linear
+in each of two factors with coefficients of one sign.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.core.torch_private import OpOverload
+from functrans.shipped.interval_rules.level import Ends, ends
+from functrans.shipped.relaxations.level import AFFINE, RELAXATIONS, Affine, OperatorCall, Relaxation
+from functrans.shipped.relaxations.lines import convex
+
+aten = torch.ops.aten
+
+#: what is affine in all its tensors, beside the operators that the derivative table calls linear
+SUMS = (
+    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar,
+    aten.neg.default, aten.positive.default, aten.mul.Scalar, aten.div.Scalar, aten.copy.default, aten.fill.Tensor,
+    aten.masked_fill.Scalar, aten.constant_pad_nd.default, aten.scatter.value, aten.index_fill.int_Scalar,
+)  # fmt: skip
+#: the positions of the two factors
+FACTORS: dict[OpOverload, tuple[int, int]] = {
+    aten.mul.Tensor: (0, 1), aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.mv.default: (0, 1),
+    aten.dot.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2), aten.addmv.default: (1, 2),
+    aten.convolution.default: (0, 1),
+}  # fmt: skip
+
+
+for _op in SUMS:
+    AFFINE.add(_op, lambda call: True)
+for _op in FACTORS:
+    AFFINE.add(_op, lambda call: not call.positions.issuperset(FACTORS[call.op]))
+AFFINE.add(aten.div.Tensor, lambda call: call.positions == {0})
+AFFINE.add(aten.where.self, lambda call: 0 not in call.positions)
+
+
+@RELAXATIONS.register(aten.detach.default)
+def detached(call: OperatorCall, out: Ends) -> Relaxation:
+    """The same number; only its derivative is gone."""
+    itself = Affine(lambda x: x)
+    return itself, itself
+
+
+@RELAXATIONS.register(*FACTORS)
+def product(call: OperatorCall, out: Ends) -> Relaxation | None:
+    first, second = (call.places.index(i) for i in FACTORS[call.op])
+    if call.op is aten.mul.Tensor and call.args[0] is call.args[1]:
+        lines = convex(torch.square, lambda x: 2 * x)(*ends(call.args[0]))
+        of_square = [Affine(lambda x, _, line=line: line.at(x), pointwise=True) for line in lines]
+        return of_square[0], of_square[1]
+    boxes = [ends(x) for x in call.intervals]
+    middles = [(low + high) / 2 for low, high in boxes]
+    zeros = [torch.zeros_like(low) for low, _ in boxes]
+
+    def of_factors(a: Tensor, b: Tensor, others: Any = zeros) -> Tensor:
+        values = list(others)
+        values[first], values[second] = a, b
+        return call.f(0, *values)
+
+    b, c = middles[first], middles[second]
+    radius, other_radius = ((high - low) / 2 for low, high in (boxes[first], boxes[second]))
+    far = (of_factors(radius, other_radius) - of_factors(zeros[first], zeros[second])).abs()
+    known = of_factors(b, c)
+
+    def middle(*values: Tensor) -> Tensor:
+        return of_factors(values[first], c, values) + of_factors(b, values[second]) - known
+
+    return Affine(lambda *values: middle(*values) - far), Affine(lambda *values: middle(*values) + far)

@@ -1,0 +1,62 @@
+"""Products of matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.shipped.sparsity_level import OperatorCall, pattern_of
+
+aten = torch.ops.aten
+
+
+@pattern_of(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default)
+def product(call: OperatorCall) -> Any:
+    left, right = [x for x in call.tensors()][:2]
+    return multiplied(call, left, right).reshape(call.outs[0].shape)
+
+
+@pattern_of(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
+def product_and_sum(call: OperatorCall) -> Any:
+    more, left, right = list(call.tensors())
+    return call.union(multiplied(call, left, right).reshape(call.outs[0].shape), call.numbers(more))
+
+
+@pattern_of(aten.addr.default)
+def outer_and_sum(call: OperatorCall) -> Any:
+    more, left, right = (call.numbers(x) for x in call.tensors())
+    return call.union(left.unsqueeze(1), right, more)
+
+
+def multiplied(call: OperatorCall, left: Tensor, right: Tensor) -> Tensor:
+    """[batch, n, m] of the product of ``left``, [(batch,) n, k] or [k], and ``right``, [(batch,) k, m] or [k]."""
+
+    def as_left(t: Tensor) -> Tensor:
+        return t if t.dim() == 3 else t.unsqueeze(0) if t.dim() == 2 else t[None, None]
+
+    def as_right(t: Tensor) -> Tensor:
+        return t if t.dim() == 3 else t.unsqueeze(0) if t.dim() == 2 else t[None, :, None]
+
+    return call.union(
+        half(call, as_left(call.numbers(left)), call.carried(left), right, as_right),
+        half(call, as_right(call.numbers(right)).mT, call.carried(right), left, lambda t: as_left(t).mT).mT,
+    )
+
+
+def half(call: OperatorCall, numbers: Tensor, carried: Tensor | None, other: Tensor, shaped: Any) -> Tensor:
+    """What the product depends on by one factor: a sum along the last dimension of ``numbers``, [batch, n, k], without
+    what a known matrix ``other``, [batch, k, m], multiplies by zero."""
+    batch, n, _ = numbers.shape
+    m = shaped(torch.empty(other.shape, device="meta")).shape[-1]
+    if carried is None or not carried.any():
+        return torch.zeros(batch, n, m, dtype=torch.int64)
+    known = call.known(other) if call.carried(other) is None else None
+    if known is None or bool((known != 0).all()):
+        return call.sets.union_last(numbers).unsqueeze(-1).expand(batch, n, m)
+    kept = shaped(known != 0)
+    columns = [
+        call.sets.union_last(numbers[b][:, kept[b, :, j]]) for b in range(batch) for j in range(m)
+    ]  # fmt: skip
+    return torch.stack(columns).reshape(batch, m, n).mT if columns else torch.zeros(batch, n, m, dtype=torch.int64)
