@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from timing import interleave, ratio
 from torch import Tensor, nn
 
 from functrans import (
-    bounds,
     clipped_grad,
     functional_call,
     grad,
