@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from timing import interleave, ratio
 from torch import Tensor, nn
 
 from functrans import (
+    bounds,
     clipped_grad,
     functional_call,
     grad,
@@ -153,6 +155,38 @@ def clipping(
     return pair
 
 
+def of_boxes(device: str, dtype: torch.dtype) -> Pair:
+    """Linear bounds of a network of relu on 32 boxes, beside CROWN as one would write it for such networks alone."""
+    sizes = (16, 64, 64, 64, 10)
+    linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    layers = [m for layer in linear for m in (layer, nn.ReLU())][:-1]
+    net = nn.Sequential(*layers).to(device, dtype).requires_grad_(False)
+    x = torch.randn(32, 16, device=device, dtype=dtype)
+
+    def by_hand(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        known: list[tuple[Tensor, Tensor]] = []
+        before = low, high
+        for depth, layer in enumerate(linear):
+            middle, radius = (before[0] + before[1]) / 2, (before[1] - before[0]) / 2
+            center, far = layer(middle), radius @ layer.weight.abs().T
+            rows = torch.cat([layer.weight, -layer.weight]).expand(len(x), -1, -1)
+            rest = torch.cat([layer.bias, -layer.bias]).expand(len(x), -1)
+            for inner, (a, b) in zip(linear[:depth][::-1], known[::-1], strict=True):
+                crossing = (a < 0) & (b > 0)
+                upper = torch.where(crossing, b / torch.where(crossing, b - a, 1.0), (b > 0).to(dtype))
+                below, above = rows.clamp(min=0), rows.clamp(max=0)
+                rest = rest + (above @ torch.where(crossing, -upper * a, 0.0).unsqueeze(-1)).squeeze(-1)
+                rows = below * (b > -a).to(dtype).unsqueeze(1) + above * upper.unsqueeze(1)
+                rows, rest = rows @ inner.weight, rest + rows @ inner.bias
+            ends = [(rows.clamp(min=0) @ low.unsqueeze(-1)), rows.clamp(max=0) @ high.unsqueeze(-1)]
+            least, most = ((ends[0] + ends[1]).squeeze(-1) + rest).chunk(2, 1)
+            known.append((torch.maximum(least, center - far), torch.minimum(-most, center + far)))
+            before = known[-1][0].relu(), known[-1][1].relu()
+        return known[-1]
+
+    return vmap(bounds(net, method="linear")), by_hand, (x - 0.1, x + 0.1)
+
+
 HIDDEN = (lambda: nn.Linear(16, 64), nn.Tanh, lambda: nn.Linear(64, 64), nn.Tanh, lambda: nn.Linear(64, 1))
 NORMALIZED = (
     lambda: nn.Linear(16, 64), lambda: nn.LayerNorm(64), nn.Tanh, lambda: nn.Linear(64, 64), lambda: nn.Softmax(-1),
@@ -179,6 +213,7 @@ CASES = {
     "laplacian, LayerNorm and softmax": Case(of_points(*NORMALIZED), "vmap(trace(hessian))", 1.0),
     "sparsity, stencil of 2,000": Case(pattern, "jacfwd", 0.05),
     "sparse_jacobian, stencil of 2,000": Case(values, "jacfwd", 1.0),
+    "linear bounds, MLP of relu, 32 boxes": Case(of_boxes, "CROWN by hand", None),
     **{
         f"clipped_grad, {name}": Case(clipping(net, "grad"), "grad of the summed loss", 1.25, 1.05)
         for name, net in NETS.items()

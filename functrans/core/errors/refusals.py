@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError, RequiresGradError
+from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError
 from functrans.core.errors.described import describe, treescope_repr
 from functrans.core.torch_private import PYTHON, is_key_excluded
 
