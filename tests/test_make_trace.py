@@ -107,7 +107,7 @@ def test_names_and_numbers_that_need_care() -> None:
         trace = make_trace(vmap(torch_))(ROWS)
         torch.testing.assert_close(trace(OTHER), vmap(torch_)(OTHER), equal_nan=True, rtol=0, atol=0)
     generator = torch.Generator()
-    with pytest.raises(functrans.FunctransError, match="a Generator as an argument of an operator"):
+    with pytest.raises(functrans.FunctransError, match=r"make_trace\(<lambda>\): got .*Generator"):
         make_trace(lambda x: torch.rand(3, generator=generator) + x)(X)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.functionalize import functionalize
 from functrans.core.errors import CallError, InsideTransformError
+from functrans.core.errors.call_sites import TORCH
 from functrans.core.errors.described import shown
 from functrans.core.errors.wording import callable_name, what
 from functrans.core.pytrees import tree_flatten, tree_unflatten
@@ -148,7 +149,8 @@ def make_trace(func: Callable[..., Any]) -> Callable[..., Trace]:
 
 def is_tracers(error: BaseException) -> bool:
     """Whether PyTorch's tracer raised ``error``, and not what it traced."""
-    return traceback.extract_tb(error.__traceback__)[-1].filename.endswith(("proxy_tensor.py", "fake_tensor.py"))
+    name = traceback.extract_tb(error.__traceback__)[-1].filename
+    return name.startswith(tuple(TORCH + part for part in ("fx", "_subclasses")))
 
 
 def check_traceable(call: str, leaves: Sequence[Any], what: str) -> None:

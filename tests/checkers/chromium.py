@@ -94,7 +94,7 @@ class Page:
             assert time.monotonic() < until, "the page did not load"
 
     def evaluate(self, expression: str) -> Any:
-        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
@@ -102,11 +102,20 @@ class Page:
     def click(self, selector: str) -> None:
         """Click in the middle of what ``selector`` finds first, with the mouse."""
         found = f"document.querySelector({json.dumps(selector)})"
-        self.evaluate(f"{found}.scrollIntoView({{block: 'center'}})")
-        box = self.evaluate(f"(({{x, y, width, height}}) => [x, y, width, height])({found}.getBoundingClientRect())")
+        box, before = self.scrolled_to(found), None
+        while box != before:  # what comes into sight is laid out, which moves what is below
+            box, before = self.scrolled_to(found), box
         place = box[0] + min(box[2] / 2, 60), box[1] + box[3] / 2
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+
+    def scrolled_to(self, found: str) -> list[float]:
+        """Where an element is once it has been scrolled to and drawn."""
+        return self.evaluate(
+            f"new Promise((done) => {{ {found}.scrollIntoView({{block: 'center'}}); requestAnimationFrame(() =>"
+            f" requestAnimationFrame(() => {{ const r = {found}.getBoundingClientRect();"
+            " done([r.x, r.y, r.width, r.height]); })); })"
+        )
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
