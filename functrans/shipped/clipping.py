@@ -58,7 +58,7 @@ def clipped_grad(
         has_aux: ``loss`` returns ``(output, aux)``; aux comes back with the examples in front.
         randomness: what random operators do, as in ``vmap``.
         chunk_size: run at most this many examples at a time; None: all. What the sum is made of is kept until the norms
-            are known, at most as much again as the activations; chunks bound that.
+            are known, which may be as much again as the activations; chunks bound that.
 
     Returns:
         A function of the arguments. It returns the sum, of the structure, shapes and dtypes of the argument that
