@@ -82,7 +82,6 @@ CORE: dict[str, tuple[Callable[..., Any], Any]] = {
     "vmap": (lambda f: lambda x: vmap(f)(torch.stack([x, 2 * x])), torch.stack([f(X), f(2 * X)])),
     "vmap of grad": (lambda f: lambda x: vmap(grad(f))(torch.stack([x, -x])), torch.stack([matrix(X), matrix(-X)])),
     "grad of vmap": (lambda f: grad(lambda x: vmap(f)(torch.stack([x, 2 * x])).sum()), 5 * matrix(X)),
-    "jacrev": (jacrev, matrix(X)),
     "hessian": (hessian, SECOND),
     "hvp": (lambda f: lambda x: hvp(f, (x,), (V,))[1][0], SECOND @ V),
 }
@@ -262,7 +261,16 @@ def compare(outer: str, inner: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(("outer", "inner"), list(itertools.product(PAIRED, PAIRED)))
+#: bounds of bounds run all arithmetic of the inner ones on intervals
+LONG = {
+    ("linear bounds", "linear bounds"), ("linear bounds", "bounds"), ("sparse_hessian", "linear bounds"),
+}  # fmt: skip
+PAIRS = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair in LONG else ()) for pair in itertools.product(PAIRED, PAIRED)
+]
+
+
+@pytest.mark.parametrize(("outer", "inner"), PAIRS)
 def test_every_ordered_pair(outer: str, inner: str) -> None:
     if (outer, inner) in REFUSED:
         kind, text = REFUSED[outer, inner]
