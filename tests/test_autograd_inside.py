@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from functrans import functional_call, grad, jacrev, jvp, linearize, vjp, vmap
 from functrans.core.errors import InsideTransformError, RequiresGradError
 from functrans.core.stack import interpreter_stack
+from functrans.extend import PullbackInterpreter, PullbackTable
 
 DOUBLE = torch.float64
 close = torch.testing.assert_close
@@ -379,3 +380,14 @@ def test_leaves_that_would_lose_a_derivative_are_refused() -> None:
     vmap(lambda x: (kept.append(x.exp()), x)[1])(ROWS)
     with pytest.raises(InsideTransformError, match="torch.autograd.grad inside vmap"):
         gradient(kept[0], ROWS)
+
+
+class Noting(PullbackInterpreter):
+    pullbacks = PullbackTable("noted on the way back")
+
+
+def test_a_way_back_with_rules_of_its_own_is_not_passed_by() -> None:
+    place = torch.ones(6, dtype=DOUBLE).requires_grad_()
+    for f in (asked, lambda x: gradient((x * place**3).sum(), place, create_graph=True)[0]):
+        with pytest.raises(InsideTransformError, match="torch.autograd.grad past a way back of its own"):
+            grad(lambda x: f(x).sum(), interpreter=Noting)(ROWS[0])  # noqa: B023

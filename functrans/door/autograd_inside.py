@@ -227,6 +227,8 @@ def grad_rule(
     if (recorded or moving) and not create:
         what = "torch.autograd.grad of what depends on the arguments, without create_graph=True,"
         raise InsideTransformError(what, level.name, f"create_graph=True, or {CURE}")
+    if recorded and type(level).pull is not GradInterpreter.pull:
+        raise InsideTransformError("torch.autograd.grad past a way back of its own", level.name, CURE)
     if recorded and len(further) < len(ins):
         by_index: dict[Any, Any] = {}
         for o, c in recorded:
