@@ -114,7 +114,9 @@ def by_columns(
     asked = asked_for(transform, func, JvpInterpreter, with_value, options)
     inner = func
     if of_rows:
-        inner = jacobian(asked._replace(chunk_size=None, interpreter=GradInterpreter), func, rows)
+        call, *_ = asked
+        of_gradients = Asked(call, argnums, has_aux, None, holomorphic, GradInterpreter, with_value)
+        inner = jacobian(of_gradients, func, rows)
     return traceable(transform, func, options, jacobian(asked, inner, columns))
 
 

@@ -68,7 +68,7 @@ increasing(
 
 @rule(aten.indices.default, aten._indices.default)
 def places_of_values(level: IntervalLevel, x: Any) -> Any:
-    return level.constant(ends(x)[0]._indices())
+    return level.constant(aten._indices.default(ends(x)[0]))
 
 
 increasing(aten.leaky_relu.default, where=lambda x, negative_slope=0.01: negative_slope >= 0)
