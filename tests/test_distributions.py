@@ -166,7 +166,6 @@ REFUSED = {
         "how many outcomes there are is another number for each example",
     ),
     ("kl", "Binomial counts", "Binomial"): "it writes x[mask] with what it computed of x[mask], of different sizes",
-    ("kl", "Wishart", "Wishart"): "the general formula for exponential families runs autograd inside",
 }
 
 def loop(f: Callable[..., Any], *batches: Tensor) -> Tensor:

@@ -261,7 +261,8 @@ def test_there_is_no_other_table() -> None:
         v for name, module in list(sys.modules.items()) if name.startswith("functrans.") for v in vars(module).values()
     ]
     own = [v for v in values if type(v) is RuleTable]
-    assert {t.title for t in own} == {case.table.title for case in CASES.values()}
+    tried = {case.table.title for case in CASES.values()}
+    assert {t.title for t in own if t.cached} <= tried <= {t.title for t in own}
 
 
 def test_nothing_is_given_up_by_a_table_of_which_nothing_is_kept() -> None:
@@ -381,8 +382,10 @@ def test_an_overload_that_is_the_pure_form_after_a_first_use() -> None:
 
 def test_a_module_of_the_package_is_what_its_name_imports() -> None:
     for name, module in list(sys.modules.items()):
-        if name.startswith("functrans."):
+        if name.startswith("functrans.") and not name.startswith("functrans.explain"):
             assert operator.attrgetter(name.removeprefix("functrans."))(functrans) is module, name
+    # the one exception, of which the package says why
+    assert functrans.explain is sys.modules["functrans.explain"].explain
 
 
 def test_the_decorator_of_stand_ins_is_that_of_the_table() -> None:
