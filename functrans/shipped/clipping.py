@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_argnums, gradients_by
+from functrans.api.batches import Asked, for_chunks, joined
 from functrans.api.checks import check_chunk_size, check_dense, check_randomness
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, run_scalar, unit
-from functrans.api.vmap import for_chunks, joined
 from functrans.core.errors import Call, CallTypeError, CallValueError
 from functrans.core.errors.wording import shown, what
 from functrans.core.facades import bare
@@ -204,7 +204,8 @@ def by_chunk(
             squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
             take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
 
-    for_chunks(with_norms, call, one_example, leaves, found, spec, size, 0, randomness, kwargs, chunk_size or size)
+    asked = Asked(call, one_example, 0, randomness)
+    for_chunks(with_norms, asked, leaves, found, spec, size, kwargs, chunk_size or size)
 
 
 def root(square: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ PACKAGES = tuple(STANDARD + name + os.sep for name in ("site-packages", "dist-pa
 OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
 CALLED = (
-    "api/arguments", "api/functionalize", "api/jacobians", "api/linear", "api/modules", "api/pullbacks",
+    "api/arguments", "api/batches", "api/functionalize", "api/jacobians", "api/linear", "api/modules", "api/pullbacks",
     "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap",
     "core/errors/made_at", "core/errors/refusals", "core/interpreter", "core/stack", "core/tensor",
     "door/autograd_function", "door/entrances", "door/operator_entrances", "door/program_entrances",

@@ -1,0 +1,197 @@
+"""A batch on its way through vmap: whole, or in chunks; and what was written to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functrans.api.checks import call_function
+from functrans.api.containers import Level, is_container, part, whole
+from functrans.api.containers import entered as batched_container
+from functrans.api.out_dims import check_out_dims, leave
+from functrans.api.private_names import answer_for_good, current
+from functrans.api.structures import difference, path_of
+from functrans.core.errors import Call, CallValueError
+from functrans.core.errors.made_at import note_results
+from functrans.core.facades import are_plain, bare, shown_like
+from functrans.core.leftovers import as_here
+from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
+from functrans.core.stack import run_transformed
+from functrans.core.tensor import WrapperTensor, strides_of
+from functrans.core.thread_state import STATE
+from functrans.functionalization.views import ViewLink, contents_of
+from functrans.functionalization.writes import write_for_caller
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
+
+
+class Asked(NamedTuple):
+    """A vmap as it was asked for, but for what its arguments are checked by."""
+
+    call: Call
+    func: Callable[..., Any]
+    out_dims: Any
+    randomness: str
+    interpreter: type[VmapInterpreter] = VmapInterpreter
+    axis_name: Hashable | None = None
+
+
+def run_batched(
+    asked: Asked, leaves: list[Any], dims: list[int | None], spec: Any, size: int, kwargs: dict[str, Any]
+) -> Any:
+    """Run the whole batch; ``leaves``: the arguments' tensors and the like, with the dimension of each."""
+    call, func, out_dims, randomness, cls, axis_name = asked
+    interpreter = cls(size, randomness, func)
+    if axis_name is not None:
+        interpreter.axis_name = axis_name
+    given = leaves
+    if not are_plain(leaves):
+        leaves = [bare(x) for x in leaves]
+    level: Level | None = None  # which containers ask for
+    entered: list[Any] = []
+    for x, d in zip(leaves, dims, strict=True):
+        if isinstance(x, Tensor):
+            if type(x) is WrapperTensor:
+                x = as_here(x)
+            x = interpreter.batched(x, d)
+            if type(x) is WrapperTensor and x.interpreter is interpreter:
+                if x.strides is not None:
+                    x.given = True
+                if d is None:
+                    x.shared = True
+        elif is_container(x):
+            answer_for_good()
+            level = level or Level(interpreter)
+            x = batched_container(x, d, level)
+        entered.append(x)
+    args = tree_unflatten(spec, entered if given is leaves else list(map(shown_like, entered, given)))
+
+    def body() -> tuple[list[Any], Any, Any]:
+        out = call_function(call, func, args, kwargs)
+        out_leaves, out_spec = tree_flatten(out, whole())
+        for x in out_leaves if are_plain(out_leaves) else map(bare, out_leaves):
+            if type(x) is WrapperTensor:
+                if x.view_link is not None:
+                    current(x)
+            elif is_container(x):
+                answer_for_good()
+                for tensor in x.values(True, True):
+                    if type(tensor) is WrapperTensor:
+                        current(tensor)
+        return out_leaves, out_spec, out
+
+    out_leaves, out_spec, out = run_transformed(interpreter, body)
+    places = check_out_dims(call, out_dims, out, out_leaves, out_spec)
+    results = [leave(call, interpreter, x, d, out, i) for i, (x, d) in enumerate(zip(out_leaves, places, strict=True))]
+    if STATE.top is not None:
+        note_results(2, results)
+    written: dict[int, tuple[Tensor, int | None]] = {}
+    for i, wrapper in enumerate(entered):
+        if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:
+            write_back(call, interpreter, wrapper, leaves[i], dims[i], path_of("args", args, i))
+            written[id(wrapper)] = leaves[i], dims[i]
+    for wrapper, origin, bdim in level.entered if level is not None else ():
+        if wrapper.version:
+            write_back(call, interpreter, wrapper, origin, bdim, "a container's tensor")
+    if not written:
+        return tree_unflatten(out_spec, results)
+    # What an in-place function returns is the caller's tensor, as without vmap, or a view of it.
+    for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
+        x = bare(x)
+        link = getattr(x, "view_link", None)
+        found = written.get(id(x if link is None else link.owner))
+        if found is None or found[1] is None or place is None:
+            continue
+        origin, dim = found[0], found[1]
+        if link is None:
+            results[i] = origin if place % origin.dim() == dim else origin.movedim(dim, place)
+        elif not link.doubtful and link.group.content is None and type(origin) is not WrapperTensor:
+            results[i] = view_of_origin(interpreter, link, origin, dim, place)
+    return tree_unflatten(out_spec, results)
+
+
+def view_of_origin(interpreter: VmapInterpreter, link: ViewLink, origin: Tensor, dim: int, place: int) -> Tensor:
+    """The view that ``link`` is of an argument, of the batch that the caller has."""
+    again = VmapInterpreter(interpreter.batch_size, interpreter.randomness, interpreter.func)
+    view = run_transformed(again, lambda: link.replay(again.batched(as_here(origin), dim)))
+    return view.value.movedim(view.bdim, place)  # type: ignore[attr-defined, no-any-return]
+
+
+def write_back(
+    call: Call, interpreter: VmapInterpreter, wrapper: WrapperTensor, origin: Tensor, dim: int | None, path: str
+) -> None:
+    """Write an argument that was written inside for the caller."""
+    contents = contents_of(wrapper)
+    value, bdim = contents.value, contents.bdim
+    if dim is None and bdim is not None:
+        raise CallValueError(
+            call,
+            f"a write to {path}, which has in_dim None, with values that differ between examples",
+            "an argument that can hold the batch",
+            "Give it an in_dim, or clone() it inside the function.",
+        )
+    if dim is not None:
+        value = value.unsqueeze(dim).expand(origin.shape) if bdim is None else value.movedim(bdim, dim)
+    write_for_caller(origin, wrapper, value)
+
+
+def run_chunks(
+    asked: Asked,
+    leaves: list[Any],
+    dims: list[int | None],
+    spec: Any,
+    size: int,
+    kwargs: dict[str, Any],
+    chunk_size: int,
+) -> Any:
+    """Run the batch in chunks."""
+    outs: list[Any] = []
+    for_chunks(outs.append, asked, leaves, dims, spec, size, kwargs, chunk_size)
+    return joined(asked.call, outs, asked.out_dims)
+
+
+def for_chunks(
+    take: Callable[[Any], Any],
+    asked: Asked,
+    leaves: list[Any],
+    dims: list[int | None],
+    spec: Any,
+    size: int,
+    kwargs: dict[str, Any],
+    chunk_size: int,
+) -> None:
+    """Run the batch in chunks, and hand the result of each over to ``take``.
+
+    With randomness "same" every chunk starts from the same generator state.
+    """
+    if chunk_size >= size:
+        take(run_batched(asked, leaves, dims, spec, size, kwargs))
+        return
+    state = torch.get_rng_state() if asked.randomness == "same" else None
+    for x, d in zip(leaves, dims, strict=True):
+        if d is not None and isinstance(x, Tensor):
+            strides_of(x)  # refuses layouts that cannot be batched, before they are cut
+    for start in range(0, size, chunk_size):
+        length = min(chunk_size, size - start)
+        chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
+        if state is not None:
+            torch.set_rng_state(state)
+        take(run_batched(asked, chunk, dims, spec, length, kwargs))
+
+
+def joined(call: Call, outs: list[Any], out_dims: Any) -> Any:
+    """The results of all chunks as one."""
+    out_spec = tree_flatten(outs[0], whole())[1]
+    flat = [leaves_like(o, out_spec, whole()) for o in outs]
+    for out, (_, own) in zip(outs, flat, strict=True):
+        if own != out_spec:
+            raise CallValueError(call, *difference("output", out, "the first chunk's", outs[0]))
+    places = check_out_dims(call, out_dims, outs[0], flat[0][0], out_spec)
+    whole_leaves = []
+    for i, place in enumerate(places):
+        parts = [leaves_[i] for leaves_, _ in flat]
+        joins = place is not None and (isinstance(parts[0], Tensor) or is_container(parts[0]))
+        whole_leaves.append(torch.cat(parts, dim=place) if joins else parts[0])  # type: ignore[arg-type]
+    return tree_unflatten(out_spec, whole_leaves)
