@@ -1,7 +1,8 @@
 """Every check of arguments that torch.func makes has its counterpart: an exception of the same kind, with a pinned
 text.
 
-The calls and their texts stand in ``api_errors.txt``; ``python tests/test_api_errors.py`` writes the texts anew.
+The calls and their texts stand in ``api_errors.txt``; ``PYTHONPATH=tests/checkers python
+tests/test_api_errors.py`` writes the texts anew.
 """
 
 from __future__ import annotations

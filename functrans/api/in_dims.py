@@ -64,7 +64,8 @@ def check_inputs(
     if differ:
         refuse_sizes(call, list(zip(paths("args", args, is_leaf), leaves, found, strict=True)))
     if size is None and axis_size is None:
-        raise CallValueError(call, "no argument with a batch", "an int for at least one in in_dims, or an axis_size")
+        other_way = ", or an axis_size" if call.transform == "vmap" else ""  # the others have none
+        raise CallValueError(call, "no argument with a batch", f"an int for at least one in in_dims{other_way}")
     if None not in (size, axis_size) and size != axis_size:
         raise CallValueError(call, f"batches of size {size} with axis_size={axis_size}", f"axis_size={size}, or none")
     return leaves, found, spec, axis_size if size is None else size  # type: ignore[return-value]
