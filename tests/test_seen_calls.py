@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from functrans import extend, grad, jvp, vmap
 from functrans.interpreters.vmap import seen_calls
-from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.interpreters.vmap.specialized import Specialized
 from functrans.interpreters.vmap.table import BATCHING_RULES
 
 aten = torch.ops.aten
@@ -157,7 +157,7 @@ def test_what_is_kept_is_bounded() -> None:
     for least in range(seen_calls.MOST + 10):
         out = vmap(lambda one: aten.clamp_min.default(one, least))(torch.arange(6).view(2, 3))  # noqa: B023
         assert torch.equal(out, torch.arange(6).view(2, 3).clamp(min=least))
-    kept = aten.clamp_min.default._functrans.specialized[VmapInterpreter].seen
+    kept = aten.clamp_min.default._functrans.specialized[Specialized].seen
     assert 0 < len(kept) <= seen_calls.MOST
 
 

@@ -4,51 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from functrans.core.defaults import completed
 from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors, unwrap
 from functrans.core.errors import BatchingRuleError, DataDependentError, InsideTransformError
 from functrans.core.errors.call_sites import definition, frames_to_user
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import OpInfo, specialized_here
+from functrans.core.operators import OpInfo
 from functrans.core.rules import SCOPES, place_in
 from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
-from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
+from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
 from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.programs import run_program
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
 from functrans.interpreters.vmap.seen_calls import SeenCall, look_of, remember
+from functrans.interpreters.vmap.specialized import DATA_DEPENDENT, NOT_DECOMPOSED, Specialized, rule_here
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 
 aten = torch.ops.aten
 
-#: Operators whose result cannot be the same kind of thing for every example.
-DATA_DEPENDENT = {
-    getattr(getattr(aten, name), overload): cure
-    for names, cure in (
-        (("item", "_local_scalar_dense", "is_nonzero"),
-         "use torch.where(condition, a, b) instead of branching on a value; keep numbers as tensors"),
-        (("nonzero", "argwhere", "nonzero_numpy", "masked_select"),
-         "use torch.where(mask, x, 0) or a fixed-size result such as torch.nonzero_static"),
-        (("unique_dim", "_unique", "_unique2", "unique_consecutive", "unique_dim_consecutive"),
-         "call it outside of vmap"),
-    )
-    for name in names if hasattr(aten, name)
-    for overload in getattr(aten, name).overloads() if "out" not in overload
-}  # fmt: skip
-
-#: What PyTorch takes apart into something else: the second output would be the weights, not the logarithms of their
-#: sums.
-NOT_DECOMPOSED = frozenset((aten._scaled_dot_product_flash_attention_for_cpu.default,))
 
 ITEM = (aten.item.default, aten._local_scalar_dense.default)
 TRUTH = (*ITEM, aten.is_nonzero.default)
@@ -152,7 +134,7 @@ class VmapInterpreter(Interpreter, whole=True):
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
         try:
-            rule, rewrite, accepted, seen = known.specialized[VmapInterpreter] if not SCOPES else rule_here(op, known)
+            rule, rewrite, accepted, seen = known.specialized[Specialized] if not SCOPES else rule_here(op, known)
         except KeyError:
             rule, rewrite, accepted, seen = rule_here(op, known)
         look = None
@@ -341,34 +323,6 @@ class VmapInterpreter(Interpreter, whole=True):
 carried_as("bdim")
 
 
-class Specialized(NamedTuple):
-    """What becomes of an operator by the rules that hold in a context."""
-
-    rule: Any  # None: there is none
-    #: what the rule is as one operator; see ``families.one_operator``
-    rewrite: Callable[..., Any] | None
-    #: the kinds of arguments that the operator is known to take; None: it is not asked
-    accepted: set[Any] | None
-    #: what became of calls by how they look; None: it is not kept
-    seen: dict[Any, SeenCall] | None
-
-
-def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
-    """What becomes of ``op`` by the rules of this context."""
-    specialized = specialized_here(known)
-    found = specialized.get(VmapInterpreter)
-    if found is None:
-        ours = BATCHING_RULES.get(op)
-        rule = ours or vmap_rule_of_library(op)
-        accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
-        rewrite = getattr(rule, "rewrite", None)
-        kept = rewrite is not None and not known.random and len(tensor_positions(op)) == 1
-        found = Specialized(rule and completed(rule, op, 2, listed=True), rewrite, accepted, {} if kept else None)
-        if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
-            specialized[VmapInterpreter] = found
-    return found
-
-
 def in_dims(values: Sequence[Any], bdims: dict[int, Any]) -> list[Any]:
     """The batch dimensions as rules get them: for each argument one, or a list for a list."""
     return [
@@ -404,14 +358,6 @@ def rule_of(of: Any) -> str:
 def described(x: Any) -> str:
     """A value, for a message: its type, and a tensor's shape."""
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-
-
-def is_checked(op: OpOverload, known: OpInfo, rule: Callable[..., Any] | None) -> bool:
-    """Whether one example must show that ``op`` takes it: a rule, or a decomposition that may be more liberal, stands
-    in for ``op``."""
-    if op.namespace != "aten" or op in DATA_DEPENDENT or hasattr(rule, "any_rank"):
-        return False
-    return rule is not None or (not known.composite and op in DECOMPOSITION_TABLE)
 
 
 _warned: set[OpOverload] = set()

@@ -1,0 +1,72 @@
+"""What becomes of an operator under vmap by the rules that hold: found once, and kept with the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from functrans.core.defaults import completed
+from functrans.core.operators import OpInfo, specialized_here
+from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
+from functrans.interpreters.vmap.families import tensor_positions
+from functrans.interpreters.vmap.seen_calls import SeenCall
+from functrans.interpreters.vmap.table import BATCHING_RULES
+
+aten = torch.ops.aten
+
+#: Operators whose result cannot be the same kind of thing for every example.
+DATA_DEPENDENT = {
+    getattr(getattr(aten, name), overload): cure
+    for names, cure in (
+        (("item", "_local_scalar_dense", "is_nonzero"),
+         "use torch.where(condition, a, b) instead of branching on a value; keep numbers as tensors"),
+        (("nonzero", "argwhere", "nonzero_numpy", "masked_select"),
+         "use torch.where(mask, x, 0) or a fixed-size result such as torch.nonzero_static"),
+        (("unique_dim", "_unique", "_unique2", "unique_consecutive", "unique_dim_consecutive"),
+         "call it outside of vmap"),
+    )
+    for name in names if hasattr(aten, name)
+    for overload in getattr(aten, name).overloads() if "out" not in overload
+}  # fmt: skip
+
+#: What PyTorch takes apart into something else: the second output would be the weights, not the logarithms of their
+#: sums.
+NOT_DECOMPOSED = frozenset((aten._scaled_dot_product_flash_attention_for_cpu.default,))
+
+
+class Specialized(NamedTuple):
+    """What becomes of an operator by the rules that hold in a context."""
+
+    rule: Any  # None: there is none
+    #: what the rule is as one operator; see ``families.one_operator``
+    rewrite: Callable[..., Any] | None
+    #: the kinds of arguments that the operator is known to take; None: it is not asked
+    accepted: set[Any] | None
+    #: what became of calls by how they look; None: it is not kept
+    seen: dict[Any, SeenCall] | None
+
+
+def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
+    """What becomes of ``op`` by the rules of this context."""
+    specialized = specialized_here(known)
+    found = specialized.get(Specialized)
+    if found is None:
+        ours = BATCHING_RULES.get(op)
+        rule = ours or vmap_rule_of_library(op)
+        accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
+        rewrite = getattr(rule, "rewrite", None)
+        kept = rewrite is not None and not known.random and len(tensor_positions(op)) == 1
+        found = Specialized(rule and completed(rule, op, 2, listed=True), rewrite, accepted, {} if kept else None)
+        if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
+            specialized[Specialized] = found
+    return found
+
+
+def is_checked(op: OpOverload, known: OpInfo, rule: Callable[..., Any] | None) -> bool:
+    """Whether one example must show that ``op`` takes it: a rule, or a decomposition that may be more liberal, stands
+    in for ``op``."""
+    if op.namespace != "aten" or op in DATA_DEPENDENT or hasattr(rule, "any_rank"):
+        return False
+    return rule is not None or (not known.composite and op in DECOMPOSITION_TABLE)
