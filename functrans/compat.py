@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import functrans
+from functrans.api.exchange import put_in, take_out
 from functrans.api.private_names import answer, answer_no_more
-from functrans.core.exchange import put_in, take_out
 
 __all__ = ["Installation", "install"]
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from functrans.api.containers import Level
+from functrans.api.exchange import put_in, take_out
 from functrans.api.out_dims import leave
 from functrans.core.errors import Call, CallTypeError
-from functrans.core.exchange import put_in, take_out
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE
