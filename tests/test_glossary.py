@@ -11,7 +11,19 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 #: What newcomers read first, and what else holds to it.
 PAGES = [
     *sorted((DOCS / "learn").glob("*.md")),
-    *(DOCS / f"{page}.md" for page in ("one_sitting", "control_flow", "named_axes")),
+    *(
+        DOCS / f"{page}.md"
+        for page in (
+            "architecture",
+            "control_flow",
+            "explain",
+            "extending",
+            "named_axes",
+            "one_sitting",
+            "profile",
+            "way_back",
+        )
+    ),
 ]
 
 
