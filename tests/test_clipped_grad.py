@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from identity_functions import Twice
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
@@ -193,20 +194,6 @@ def hooked(p: Params, x: Tensor) -> Tensor:
     return (x @ p["w"]).sin().sum()
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
-
-
 class Use(NamedTuple):
     loss: Callable[..., Tensor]
     params: dict[str, Tensor]
@@ -251,7 +238,7 @@ USES = {
     "a flat vector": Use(flat, weights((56,)), X, 0),
     "written": Use(written, weights(W), X, 0),
     "hooked": Use(hooked, weights(W), X, 0),
-    "a Function": Use(lambda p, x: (Doubled.apply(x) @ Doubled.apply(p["w"])).tanh().sum(), weights(W), X / 9, 0),
+    "a Function": Use(lambda p, x: (Twice.apply(x) @ Twice.apply(p["w"])).tanh().sum(), weights(W), X / 9, 0),
     "bias": Use(lambda p, x: (x.sum() + p["w"]).sin().sum(), weights((3,)), X, 0),
     "in an inner vmap": Use(
         lambda p, x: vmap(lambda row: torch.tanh(p["w"].T @ row))(x).square().sum(), weights(W), ROWS, 1),

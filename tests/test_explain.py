@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import identity_functions
 import injection
 import pytest
 import torch
@@ -194,19 +195,7 @@ def test_a_transform_of_ones_own() -> None:
     assert [e.name for e in event.children] == ["aten.mul.Tensor"] * 3 + ["aten.add.Tensor"]
 
 
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * g
-
+class Twice(identity_functions.Twice):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor) -> Any:
         return Twice.apply(x), in_dims[0]

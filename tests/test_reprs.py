@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from expecttest import assert_expected_inline
+from identity_functions import Twice
 from torch import Tensor
 
 import functrans.door.autograd_function
@@ -158,20 +159,6 @@ def test_interpreters() -> None:
 <JvpInterpreter jvp(look), level 3>
 <GradInterpreter grad(<lambda>), level 2, a tape of 1>
 <VmapInterpreter vmap(<lambda>), level 1, batch_size=2, randomness='same'>""")
-
-
-class Twice(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
 
 
 def test_the_tape_its_records_and_plans() -> None:

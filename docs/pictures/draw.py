@@ -18,56 +18,49 @@ from functrans.pictures import layers, running, stack_picture
 FOLDER = Path(__file__).parent
 
 
-def stack() -> str:
-    """``torch.sin`` in ``vmap(grad(f))``: the picture of the README."""
-    drawn = []
+def sent(drawn, steps, title, *, operator="torch.sin(x)", value="x"):
+    """A function that appends to ``drawn`` the stack where it is called, with ``operator`` on its way down."""
 
     def f(x):
-        steps = {
-            2: "grad lowers it to x's value,\nand notes it on its tape",
-            1: "vmap lowers it to the physical value,\nthat of all examples",
-            0: "torch.sin(tensor([0., 1., 2.]))",
-        }
-        title = "torch.sin in vmap(grad(f)): from level 2, grad, to level 1, vmap, to the base"
-        drawn.append(
-            stack_picture(running(), operator="torch.sin(x)", steps=steps, values={"x": layers(x)}, title=title)
-        )
+        values = {value: layers(x)}
+        drawn.append(stack_picture(running(), operator=operator, steps=steps, values=values, title=title))
         return torch.sin(x)
 
+    return f
+
+
+def stack() -> str:
+    """``torch.sin`` in ``vmap(grad(f))``: the picture of the README."""
+    drawn: list[str] = []
+    steps = {
+        2: "grad lowers it to x's value,\nand notes it on its tape",
+        1: "vmap lowers it to the physical value,\nthat of all examples",
+        0: "torch.sin(tensor([0., 1., 2.]))",
+    }
+    f = sent(drawn, steps, "torch.sin in vmap(grad(f)): from level 2, grad, to level 1, vmap, to the base")
     vmap(grad(f))(torch.tensor([0.0, 1.0, 2.0]))
     return drawn[0]
 
 
 def walk_back() -> str:
     """What the pull of grad in ``vmap(grad(torch.sin))`` runs, after grad's level has ended."""
-    drawn = []
-
-    def f(x):
-        steps = {1: "vmap lowers it to the physical value,\nthat of all examples", 0: "torch.cos(tensor([0., 1., 2.]))"}
-        title = "The walk back of grad in vmap(grad(f)) runs at level 1, vmap, and at the base"
-        values = {"x, which sin saved": layers(x)}
-        drawn.append(stack_picture(running(), operator="cotangent * cos(x)", steps=steps, values=values, title=title))
-        return x
-
+    drawn: list[str] = []
+    steps = {1: "vmap lowers it to the physical value,\nthat of all examples", 0: "torch.cos(tensor([0., 1., 2.]))"}
+    title = "The walk back of grad in vmap(grad(f)) runs at level 1, vmap, and at the base"
+    f = sent(drawn, steps, title, operator="cotangent * cos(x)", value="x, which sin saved")
     vmap(f)(torch.tensor([0.0, 1.0, 2.0]))
     return drawn[0]
 
 
 def other_way_round() -> str:
     """``torch.sin`` in ``grad(lambda x: vmap(f)(x).sum())``."""
-    drawn = []
-
-    def f(x):
-        steps = {
-            2: "vmap lowers it to the physical value,\nthat of all examples",
-            1: "grad lowers it to x's value, and\nnotes the whole batch on its tape",
-            0: "torch.sin(tensor([0., 1., 2.]))",
-        }
-        title = "torch.sin in vmap inside of grad: from level 2, vmap, to level 1, grad, to the base"
-        drawn.append(
-            stack_picture(running(), operator="torch.sin(x)", steps=steps, values={"x": layers(x)}, title=title)
-        )
-        return torch.sin(x)
+    drawn: list[str] = []
+    steps = {
+        2: "vmap lowers it to the physical value,\nthat of all examples",
+        1: "grad lowers it to x's value, and\nnotes the whole batch on its tape",
+        0: "torch.sin(tensor([0., 1., 2.]))",
+    }
+    f = sent(drawn, steps, "torch.sin in vmap inside of grad: from level 2, vmap, to level 1, grad, to the base")
 
     def total(x):
         return vmap(f)(x).sum()

@@ -181,7 +181,8 @@ def outside(original: Callable[..., Any], inside: Callable[..., Any]) -> Callabl
 
 def refuse_flat(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     cure = "fully_shard, whose modules can be called, or functional_call of the module as it was"
-    raise InsideTransformError("calling a FullyShardedDataParallel module", STATE.top.name, cure)  # type: ignore[union-attr]
+    top: Any = STATE.top
+    raise InsideTransformError("calling a FullyShardedDataParallel module", top.name, cure)
 
 
 def connect_flat() -> None:

@@ -63,7 +63,8 @@ def transform(
 
     @functools.wraps(func, updated=())
     def transformed(*args: Any, **kwargs: Any) -> Any:
-        running: Any = interpreter if isinstance(interpreter, Interpreter) else interpreter(func)  # type: ignore[operator]
+        make: Any = interpreter
+        running: Any = make if isinstance(make, Interpreter) else make(func)
         if not is_transforming(running):
             made = "an interpreter" if running is interpreter else f"{what(running)} made by {what(interpreter)}"
             raise CallTypeError(call, made, "one with the methods enter and leave", "TableInterpreter has them.")

@@ -182,7 +182,8 @@ class ByTable(DerivativeRule):
         for k in range(jet.order):
             moving = self.at(terms, k)
             with door_closed():  # it sends operators down as a handler does
-                found.append(self.method.linear(jet, values, kwargs, moving) if moving else None)  # type: ignore[arg-type]
+                new = self.method.linear(jet, values, kwargs, moving) if moving else None  # type: ignore[arg-type]
+                found.append(new)
         if isinstance(out, tuple | list):
             return [[None if t is None else t[i] for t in found] for i in range(len(out))]
         return found

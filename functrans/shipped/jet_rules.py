@@ -131,7 +131,8 @@ def div(jet: JetInterpreter, x: Any, y: Any) -> WrapperTensor:
     numerator, denominator = operand(jet, x), operand(jet, y)
     found = [torch.div(numerator[0], denominator[0])]
     for n in range(1, jet.order + 1):
-        found.append(over(minus(numerator[n], leibniz(denominator, found, n, first=1)), denominator[0]))  # type: ignore[arg-type]
+        rest = minus(numerator[n], leibniz(denominator, found, n, first=1))
+        found.append(over(rest, denominator[0]))  # type: ignore[arg-type]
     return shaped(jet, found[0], found[1:])
 
 

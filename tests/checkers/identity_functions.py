@@ -1,4 +1,4 @@
-"""``autograd.Function``s that are the identity, with the methods that a test gives them."""
+"""``autograd.Function``s that are the identity, with the methods that a test gives them; and one that doubles."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ class Identity(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
+
+
+class Twice(Identity):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
 
 
 def identity(**methods: Callable[..., Any]) -> Any:
