@@ -232,7 +232,8 @@ def run_recorded(
     outputs = _tensors_in(out)
     # some autograd kernels set a grad_fn on integer outputs too (_embedding_bag)
     linked = [o.grad_fn is not None and (o.is_floating_point() or o.is_complex()) for o in outputs]
-    if any(on and "WarnNotImplemented" in o.grad_fn.name() for o, on in zip(outputs, linked, strict=True)):  # type: ignore[union-attr]
+    nodes: list[Any] = [o.grad_fn for o, on in zip(outputs, linked, strict=True) if on]
+    if any("WarnNotImplemented" in node.name() for node in nodes):
         raise MissingRuleError(
             op, borrower, "It has no autograd kernel: register one with torch.library.register_autograd."
         )
