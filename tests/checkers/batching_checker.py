@@ -10,6 +10,7 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import recorder
@@ -40,23 +41,55 @@ def signature(call: recorder.Call) -> str:
     return repr(tree_map_only(Tensor, lambda x: (x.dtype, tuple(x.shape)), (call.args, call.kwargs)))
 
 
+#: calls of each operator in the recording of all
+KEPT = 16
+
+
 def recorded_calls(
-    wanted: Iterable[OpOverload] | Callable[[OpOverload], bool],
+    wanted: Iterable[OpOverload],
     *,
     dtypes: Sequence[torch.dtype] = (torch.float64,),
-    names: Callable[[str], bool] = lambda name: True,
+    names: Callable[[str], bool] | None = None,
     per_op: int = 8,
     samples: int = 8,
     backward: bool = False,
 ) -> dict[OpOverload, list[Call]]:
-    """Calls of the ``wanted`` operators in the OpInfo samples, per operator.
+    """Calls of the ``wanted`` operators in the OpInfo samples, per operator: at most ``per_op``, of all dtypes in turn.
 
     ``names`` chooses among the OpInfos by name, ``samples`` limits the samples per OpInfo and dtype;
     ``backward`` also runs autograd and records what its formulas call (there, composites are in pieces).
     """
-    if not callable(wanted):
-        chosen = set(wanted)
-        wanted = chosen.__contains__
+    assert per_op <= KEPT
+    chosen = dict.fromkeys(wanted)
+    recordings = [
+        record(chosen.__contains__, dtype, names, per_op, samples, backward)
+        if names
+        else record_once(dtype, samples, backward)
+        for dtype in dtypes
+    ]
+    found = {}
+    for op in chosen:
+        in_turn = itertools.chain(*itertools.zip_longest(*(calls.get(op, {}).values() for calls in recordings)))
+        if calls := [call for call in in_turn if call is not None][:per_op]:
+            found[op] = calls
+    return found
+
+
+@cache
+def record_once(dtype: torch.dtype, samples: int, backward: bool) -> dict[OpOverload, dict[str, Call]]:
+    """All that has a rule: the recording from which several test modules take their operators."""
+    return record(BATCHING_RULES.__contains__, dtype, lambda name: True, KEPT, samples, backward)
+
+
+def record(
+    wanted: Callable[[OpOverload], bool],
+    dtype: torch.dtype,
+    names: Callable[[str], bool],
+    per_op: int,
+    samples: int,
+    backward: bool,
+) -> dict[OpOverload, dict[str, Call]]:
+    """The first calls by operator and signature; what is wanted besides an operator does not change its calls."""
     found: dict[OpOverload, dict[str, Call]] = defaultdict(dict)
 
     def keep(call: recorder.Call) -> None:
@@ -66,11 +99,10 @@ def recorded_calls(
 
     mode = Recorder(wanted, keep, wanted_in_pieces=True)
     for info in op_db:
-        for dtype in dtypes if names(info.name) else ():
-            if dtype in info.dtypes:
-                differentiable = backward and dtype.is_floating_point and info.supports_autograd
-                run_samples(info, dtype, mode, samples, backward=differentiable)
-    return {op: list(calls.values()) for op, calls in found.items()}
+        if dtype in info.dtypes and names(info.name):
+            differentiable = backward and dtype.is_floating_point and info.supports_autograd
+            run_samples(info, dtype, mode, samples, backward=differentiable)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from plain import Numeric, Plain
+from sampling import reseed
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -129,7 +130,7 @@ def _run(
     tracked = [mine[j] for j in [*problem.diff, *range(len(problem.leaves), len(mine))]] if recorded else []
     for leaf in tracked:
         leaf.requires_grad_()
-    torch.manual_seed(problem.seed)
+    reseed(problem.seed)
     if recorded and isinstance(backend, Numeric):
         return differenced(problem, lambda: tree_map(torch.detach, run(backend.inner, mine)), tracked), mine
     out = run(backend, mine)

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from recorder import Call, Recorder, copies, run_samples
+from sampling import reseed
 
 import functrans
 
@@ -83,7 +84,7 @@ def probe(call: Call) -> Iterator[Verdict]:
             values = [a.clone() if isinstance(a, Tensor) else a for a in flat]
             values[place] = (x + x.mH) / 2 if hermitian else x
             args, kwargs = tree_unflatten(values, spec)
-            torch.manual_seed(0)
+            reseed(0)
             return tuple(floats(call.op(*args, **kwargs)))
 
         return f

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from recorder import Call, Recorder, before_autograd, copies, run_samples
+from sampling import reseed
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.testing._internal.common_methods_invocations import op_db
@@ -205,7 +206,7 @@ def check_entry(
     """
     entry = entry or DERIVATIVES.get(call.op)
     assert entry is not None, f"{call.op} has no entry"
-    torch.manual_seed(1)
+    reseed(1)
     bound = _Bound(entry, call, native)
     if not bound.leaves:
         return

@@ -27,6 +27,7 @@ import torch
 from compositions import COMPOSITIONS, RECORDED, make_case
 from opinfo_problem import UNINITIALIZED, Problem
 from plain import Numeric, Plain, closer, difference
+from sampling import reseed, sampling
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -234,8 +235,9 @@ def in_double(x: Any) -> Any:
 
 
 def problems(op: Any, cap: int | None = DEFAULT_SAMPLES) -> Iterator[Problem]:
-    torch.manual_seed(zlib.crc32(op.full_name.encode()))
-    samples = list(op.sample_inputs("cpu", torch.float64, requires_grad=op.supports_autograd))
+    reseed(zlib.crc32(op.full_name.encode()))
+    with sampling():
+        samples = list(op.sample_inputs("cpu", torch.float64, requires_grad=op.supports_autograd))
     cap = min(cap or len(samples), HEAVY.get(op.full_name, len(samples)))
     for index, sample in choose(samples, cap):
         if op.full_name in WEIGHTS_IN_FLOAT32:

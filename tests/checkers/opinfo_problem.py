@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from plain import difference
+from sampling import reseed
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -50,7 +51,7 @@ class Problem:
         ]
 
     def eager(self, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        torch.manual_seed(self.seed)
+        reseed(self.seed)
         return self.call(*(leaf.clone() for leaf in leaves))
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:

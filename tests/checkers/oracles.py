@@ -39,6 +39,7 @@ from unittest.mock import patch
 import torch
 from opinfo_problem import UNINITIALIZED, Problem
 from oracle_conventions import CONVENTIONS, LOOSE
+from sampling import reseed, sampling
 from torch import Tensor
 
 DTYPES = {"float64": torch.float64, "complex128": torch.complex128}
@@ -169,7 +170,7 @@ class Line:
 
     def outputs(self, replaced: dict[int, Tensor]) -> tuple[Tensor, ...]:
         """The float outputs; what is infinite or NaN at the sample counts as 0."""
-        torch.manual_seed(self.sample.seed)
+        reseed(self.sample.seed)
         leaves = [replaced.get(j, None) if j in replaced else x.clone() for j, x in enumerate(self.sample.leaves)]
         out = self.sample.call(*leaves)
         out = tuple(out[i] for i in self.sample.float_outputs)
@@ -447,8 +448,9 @@ def samples(op: Any, dtype: torch.dtype, cap: int | None, seed: int = 0, variant
     """The samples of an operator, spread out if there are more than ``cap``; the first ones at ties and zeros, too."""
     if dtype not in op.supported_dtypes("cpu"):
         return
-    torch.manual_seed(zlib.crc32(f"{op.full_name} {seed}".encode()))
-    found = list(enumerate(op.sample_inputs("cpu", dtype, requires_grad=True, set_seed=False)))
+    reseed(zlib.crc32(f"{op.full_name} {seed}".encode()))
+    with sampling():
+        found = list(enumerate(op.sample_inputs("cpu", dtype, requires_grad=True, set_seed=False)))
     if cap is not None and len(found) > cap:
         found = [found[round(k * (len(found) - 1) / max(1, cap - 1))] for k in range(cap)]
     done: Counter[str] = Counter()

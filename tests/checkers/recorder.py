@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from sampling import sampling
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,13 +96,7 @@ def run_samples(
 
     ``backward`` runs autograd, too, so that the recorder sees what its formulas call, composite operators in pieces.
     """
-    # Each sample generator walks the whole stack for a unittest, and seeds all devices before each sample, with a stack
-    # trace for each; together that is ten times the work of the samples themselves.
-    with (
-        warnings.catch_warnings(),
-        patch("torch.manual_seed", torch.default_generator.manual_seed),
-        patch("torch.testing._internal.common_utils.extract_test_fn", lambda: None),
-    ):
+    with warnings.catch_warnings(), sampling():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from batching_checker import PERTURBATIONS
 from opinfo_problem import UNINITIALIZED
+from sampling import reseed, sampling
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -154,9 +155,9 @@ def operators() -> dict[str, Any]:
 
 def samples(op: Any, dtype: torch.dtype, limit: int) -> Iterator[tuple[int, Any]]:
     """Samples spread over those that the database has."""
-    torch.manual_seed(zlib.crc32(op.full_name.encode()))
+    reseed(zlib.crc32(op.full_name.encode()))
     found = []
-    with suppress(Exception):  # a few need packages or devices that are not here
+    with sampling(), suppress(Exception):  # a few need packages or devices that are not here
         found.extend(itertools.islice(op.sample_inputs("cpu", dtype, set_seed=False), 400))
     chosen = (
         range(len(found))
