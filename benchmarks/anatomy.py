@@ -28,11 +28,19 @@ from functrans.programs.operators import operator_program
 aten = torch.ops.aten
 
 
-def microseconds(call: Callable[[], Any], number: int = 20000) -> float:
-    """The least of some repetitions, without what calling a lambda costs."""
-    call()
-    empty = min(timeit.repeat(lambda: None, number=number, repeat=7))
-    return 1e6 * (min(timeit.repeat(call, number=number, repeat=7)) - empty) / number
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def clock(number: int) -> Clock:
+    """A function that times calls in microseconds, as often as ``number`` says in each of seven repetitions."""
+
+    def microseconds(call: Callable[[], Any]) -> float:
+        """The least of the repetitions, without what calling a lambda costs."""
+        call()
+        empty = min(timeit.repeat(lambda: None, number=number, repeat=7))
+        return 1e6 * (min(timeit.repeat(call, number=number, repeat=7)) - empty) / number
+
+    return microseconds
 
 
 class Bare(torch.Tensor):
@@ -64,7 +72,7 @@ def line() -> tuple[Any, int]:
 Rows = list[tuple[str, float]]
 
 
-def shared_parts(x: WrapperTensor) -> Rows:
+def shared_parts(x: WrapperTensor, microseconds: Clock) -> Rows:
     """What ``torch.sin(x)`` costs at every level alike."""
     value, interpreter = x.value, interpreter_stack()[0]
     bare = torch.Tensor._make_wrapper_subclass(Bare, x.shape, dtype=x.dtype)
@@ -93,9 +101,9 @@ def with_rest(parts: Rows, whole: float) -> Rows:
     return [*parts, ("the interpreter, and what else is between", whole - sum(t for _, t in parts)), ("**all**", whole)]
 
 
-def at_vmap(found: dict[str, Rows]) -> None:
+def at_vmap(found: dict[str, Rows], microseconds: Clock) -> None:
     def body(x: Any) -> Any:
-        found["vmap: `torch.sin(x)`"] = with_rest(shared_parts(x), microseconds(lambda: torch.sin(x)))
+        found["vmap: `torch.sin(x)`"] = with_rest(shared_parts(x, microseconds), microseconds(lambda: torch.sin(x)))
         method = microseconds(lambda: x.sin())
         dispatched = microseconds(lambda: torch.add(x, x, alpha=2))
         base = x.value
@@ -112,10 +120,10 @@ def at_vmap(found: dict[str, Rows]) -> None:
     functrans.vmap(body)(torch.rand(8))
 
 
-def at_jvp(found: dict[str, Rows]) -> None:
+def at_jvp(found: dict[str, Rows], microseconds: Clock) -> None:
     def body(x: Any) -> Any:
         value, tangent = x.value, x.tangent
-        parts = shared_parts(x)
+        parts = shared_parts(x, microseconds)
         pop_mode(None)
         parts.insert(6, ("the tangent: `cos` and a product", microseconds(lambda: tangent * torch.cos(value))))
         push_mode(DOOR)
@@ -125,7 +133,7 @@ def at_jvp(found: dict[str, Rows]) -> None:
     functrans.jvp(body, (torch.rand(()),), (torch.rand(()),))
 
 
-def at_grad(found: dict[str, Rows]) -> None:
+def at_grad(found: dict[str, Rows], microseconds: Clock) -> None:
     length = 64
     seed = torch.ones(())
 
@@ -136,7 +144,7 @@ def at_grad(found: dict[str, Rows]) -> None:
             torch.sin(x)
             tape.clear()
 
-        found["grad: `torch.sin(x)`"] = with_rest(shared_parts(x), microseconds(record))
+        found["grad: `torch.sin(x)`"] = with_rest(shared_parts(x, microseconds), microseconds(record))
         return x
 
     functrans.grad(body)(torch.rand(()))
@@ -149,7 +157,7 @@ def at_grad(found: dict[str, Rows]) -> None:
     value = torch.rand(())
     _, pullback = functrans.vjp(chain, value)
     own = microseconds(lambda: seed * torch.cos(value))
-    whole = microseconds(lambda: pullback(seed), 200) / length
+    whole = clock(200)(lambda: pullback(seed)) / length
     found["grad: pulling back through one `sin`"] = [
         ("`cos` and a product", own),
         ("the tape, the plan, the sum", whole - own),
@@ -160,9 +168,9 @@ def at_grad(found: dict[str, Rows]) -> None:
 def run(settings: Settings) -> Part:
     """The tables. They are of the host's work, which a CUDA device does not change."""
     found: dict[str, Rows] = {}
-    at_vmap(found)
-    at_jvp(found)
-    at_grad(found)
+    microseconds = clock(1000 if settings.quick else 20000)
+    for at_level in (at_vmap, at_jvp, at_grad):
+        at_level(found, microseconds)
     text = "Microseconds, each part by itself; see [profile.md](profile.md)."
     return Part(
         [Table(title, text, ["part", "µs"], [[name, f"{t:.2f}"] for name, t in rows]) for title, rows in found.items()]
