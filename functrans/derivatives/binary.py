@@ -283,11 +283,11 @@ derivative(
     aten.where.self,
     broadcasts=True,
     tangent=where_tangent,
-    self=lambda grad, condition: torch.where(condition, grad, 0),
-    other=lambda grad, condition: torch.where(condition, 0, grad),
+    self=lambda grad, condition: where_or_zero(condition, grad),
+    other=lambda grad, condition: aten.where.ScalarSelf(condition, 0, grad),
 )
-pointwise(aten.where.ScalarOther, self=lambda grad, condition: torch.where(condition, grad, 0))
-pointwise(aten.where.ScalarSelf, other=lambda grad, condition: torch.where(condition, 0, grad))
+pointwise(aten.where.ScalarOther, self=lambda grad, condition: where_or_zero(condition, grad))
+pointwise(aten.where.ScalarSelf, other=lambda grad, condition: aten.where.ScalarSelf(condition, 0, grad))
 
 # PyTorch takes heaviside for a constant, but at 0 it is the second operand
 pointwise(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+aten = torch.ops.aten
+
 
 def conj(x: Any) -> Any:
     """Complex conjugate; no operation at all for real tensors and Python numbers."""
@@ -67,7 +69,7 @@ def restore_dims(x: Tensor, dim: int | Sequence[int] | None, keepdim: bool, ndim
 
 def where_or_zero(condition: Tensor, x: Tensor) -> Tensor:
     """``x`` where ``condition`` holds and exactly 0 elsewhere, also where ``x`` is infinite or NaN."""
-    return torch.where(condition, x, 0)
+    return aten.where.ScalarOther(condition, x, 0)  # PyTorch's parser of torch.where does not survive a tracer
 
 
 def subtrahend(result: Tensor) -> Tensor:
