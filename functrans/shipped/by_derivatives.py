@@ -1,33 +1,51 @@
-"""Transforms whose rules follow from the derivative table, for every operator that their own table does not have."""
+"""Transforms whose rules follow from the derivative table, for every operator that their own table does not have.
+
+Pointwise code comes as programs (functrans.programs), which such a transform turns into programs of its own and sends
+down whole; an operator that the door sends in by itself is made a program here. What that cannot be done with has a
+``DerivativeRule``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.core.dispatch import map_tensors
+from functrans.core.dispatch import lower, map_tensors, sending
 from functrans.core.operators import op_info
+from functrans.core.rules import RuleCache
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered
 from functrans.core.torch_private import OpOverload
-from functrans.derivatives.table import DERIVATIVES
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.extension.table_interpreter import TableInterpreter
 from functrans.interpreters.jvp.interpreter import TableMethod
+from functrans.programs.deriving import slice_out
+from functrans.programs.fusible import REAL, fusible
+from functrans.programs.program import Program, Value
+from functrans.programs.tracing import Builder, Untraceable
+from functrans.shipped import series_formulas  # noqa: F401 - it adds formulas
+from functrans.shipped.power_series import DEFINITIONS, FORMULAS, RECURRENCES, TRACEABLE
+
+aten = torch.ops.aten
 
 
 class DerivativeRule:
-    """The rule of an operator that the derivative table has; a subclass is called as rules are."""
+    """The rule of an operator that the derivative table has.
+
+    It is called with what ``process`` gets, in the state of a handler: it sends operators down by ``lower``.
+    """
 
     def __init__(self, method: TableMethod) -> None:
         self.method = method
         self.entry = method.entry
         self.op = method.entry.op
 
-    def __call__(self, interpreter: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, interpreter: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
 
@@ -38,11 +56,76 @@ class DerivativeInterpreter(TableInterpreter):
     rule_kind: ClassVar[type[DerivativeRule]]
     #: the rules of that kind that were made, by operator
     made: ClassVar[dict[OpOverload, DerivativeRule]]
+    #: rules by hand that are called as these are: ``rule(interpreter, args, kwargs)``, in the state of a handler
+    direct: ClassVar[dict[OpOverload, Callable[..., Any]]]
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.made = {}
+        cls.made, cls.direct = {}, {}
         FUNCTION_RULES[cls] = function_rule
+
+    def run_program(self, program: Program, args: Sequence[Any], whole: bool = True) -> Any:
+        """What the transform makes of a program; NotImplemented: it is to be run operator by operator.
+
+        ``whole``: what is sent down is sent as a program; else, since the tensors are not such as programs take, in
+        pieces.
+        """
+        return NotImplemented
+
+    def sender(self, whole: bool) -> Callable[..., Any]:
+        """``lower`` for programs, which are sent down in pieces unless ``whole``."""
+
+        def send(program: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return lower(self, program, args, kwargs)
+
+        def send_pieces(program: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return program.decompose(*args, send=send)
+
+        return send if whole else send_pieces
+
+    def is_ruled(self, program: Program) -> bool:
+        """Whether an operator of a program has a rule in the transform's own table."""
+        return any(self.rules.get(instruction.op) is not None for instruction in program.instructions)
+
+    def process(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if op._functrans.program:
+            out = NotImplemented if self.is_ruled(op) else self.run_program(op, args)
+            return op.decompose(*args, send=sending(self.watcher)) if out is NotImplemented else out
+        if self.rules.get(op) is None:
+            if not kwargs and (found := as_program(op, args)) is not None:
+                out = self.run_program(*found)
+                if out is not NotImplemented:
+                    return out
+            rule = self.direct.get(op) or self.rule_for(op)
+            if rule is not None and (any(map(self.carries, args)) or any(map(self.carries, kwargs.values()))):
+                return rule(self, args, kwargs)
+        return super().process(op, args, kwargs)
+
+    def model(self, args: Sequence[Any]) -> WrapperTensor | None:
+        """The argument of a program that shows what its results will show, if they are contiguous and of its shape."""
+        first: Any = None
+        for a in args:
+            kind = type(a)
+            if kind is WrapperTensor and a.interpreter is self and a.strides is None:
+                if first is None:
+                    first = a
+                elif a.shape != first.shape:
+                    return None
+            elif kind is not float and kind is not int:
+                return None
+        return first
+
+    def carries(self, a: Any) -> bool:
+        """Whether an argument, or one of a list, is no constant."""
+        if type(a) is WrapperTensor:
+            return a.interpreter is self and not self.is_constant(a)
+        return type(a) in (list, tuple) and any(map(self.carries, a))
+
+    def value_of(self, a: Any) -> Any:
+        """An argument one level down."""
+        if type(a) is WrapperTensor:
+            return a.value if a.interpreter is self else a
+        return [self.value_of(v) for v in a] if type(a) in (list, tuple) else a
 
     def rule_for(self, op: Any) -> Callable[..., Any] | None:
         rule = self.rules.get(op)
@@ -57,17 +140,58 @@ class DerivativeInterpreter(TableInterpreter):
         return known
 
 
+# --- operators as programs --------------------------------------------------------------------------------------------
+
+#: Operators whose numbers a program takes as inputs. Those of others are part of it.
+OF_ANY_NUMBER = frozenset((aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.mul.Tensor, aten.div.Tensor))
+#: Operators whose formulas are right for complex numbers as they are for real ones: they are holomorphic, and so are
+#: the operators in their formulas.
+HOLOMORPHIC = OF_ANY_NUMBER | {
+    getattr(aten, name).default
+    for name in ("neg", "exp", "expm1", "sin", "cos", "sinh", "cosh", "log", "sqrt", "reciprocal")
+} | {aten.square.default}  # fmt: skip
+#: Operators of which power series are known.
+KNOWN = TRACEABLE.union(RECURRENCES, DEFINITIONS, FORMULAS)
+SINGLE = RuleCache()
+#: The most programs that are kept; an exponent may be another one in every call.
+MOST = 2000
+
+
+def as_program(op: OpOverload, args: Sequence[Any]) -> tuple[Program, Sequence[Any], bool] | None:
+    """A pointwise operator as a program, the program's arguments, and whether it may be sent down whole."""
+    if op not in KNOWN or not fusible(op) or DERIVATIVES.get(op).tangent == NO_TANGENT:  # type: ignore[union-attr]
+        return None
+    dtypes = {a.dtype for a in args if isinstance(a, Tensor)}
+    if any(dtype.is_complex for dtype in dtypes) and op not in HOLOMORPHIC:
+        return None
+    if op in OF_ANY_NUMBER and len(args) == 2:
+        baked: tuple[Any, ...] = (None, None)
+        inputs = args
+    else:
+        baked = tuple([None if isinstance(a, Tensor) else (type(a), a) for a in args])
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        if len(SINGLE.entries) > MOST and (op, baked) not in SINGLE.entries:
+            return None
+    program = SINGLE.find((op, baked), of_operator, op, baked)
+    whole = len(dtypes) == 1 and dtypes <= REAL and not any(type(a) is complex for a in args)
+    return None if program is None else (program, inputs, whole)
+
+
+def of_operator(op: OpOverload, baked: Sequence[Any]) -> Program | None:
+    count = baked.count(None)
+    rest = iter(range(count))
+    builder = Builder(count)
+    try:
+        value = builder.emit(op, [Value(next(rest)) if number is None else number[1] for number in baked])
+        return slice_out(builder, [Value(i) for i in range(count)], [value])
+    except Untraceable:
+        return None
+
+
 def function_rule(interpreter: DerivativeInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
     """An autograd.Function: its own ``jvp``, which the table's policy differentiates as it does that of an operator."""
     given = [interpreter.own(a) if isinstance(a, Tensor) else a for a in args]
-    if all(interpreter.is_constant(a) for a in given if interpreter.owns(a)):
+    if not any(map(interpreter.carries, given)):
         with lowered(interpreter):
-            return map_tensors(interpreter.constant, cls.apply(*map(value_of, given)))
+            return map_tensors(interpreter.constant, cls.apply(*map(interpreter.value_of, given)))
     return interpreter.without_rule(interpreter, cls.apply, given, {})
-
-
-def value_of(a: Any) -> Any:
-    """An argument one level down."""
-    if isinstance(a, WrapperTensor):
-        return a.value
-    return [value_of(v) for v in a] if type(a) in (list, tuple) else a

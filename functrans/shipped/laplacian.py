@@ -7,35 +7,29 @@ network-based variational Monte Carlo with Forward Laplacian, Nature Machine Int
 Collapsing Taylor Mode Automatic Differentiation, arXiv:2505.13644.)
 
     y = f(x):   y_d = f'(x)·x_d      Σ y_dd = f'(x)·Σ x_dd + Σ f''(x)[x_d, x_d]
+
+The level is in laplacian_level.py; pointwise code becomes programs (laplacian_programs.py), what is not pointwise is in
+laplacian_by_table.py, and laplacian_rules.py has rules by hand.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_dense, check_flag
-from functrans.api.transforms import jvp
-from functrans.api.vmap import vmap
-from functrans.core.dispatch import map_tensors
 from functrans.core.errors import Call, CallValueError
 from functrans.core.errors.wording import shown, what
-from functrans.core.operators import DIFFERENTIABLE, op_info
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
-from functrans.core.rules import RuleTable
+from functrans.core.pytrees import tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
-from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import door_closed, lowered
-from functrans.derivatives.table import NO_TANGENT
-from functrans.extension.without_rule import as_function, passed
-from functrans.shipped.by_derivatives import DerivativeInterpreter, DerivativeRule, value_of
+from functrans.core.thread_state import lowered
+from functrans.shipped.laplacian_level import LaplacianInterpreter
 
-aten = torch.ops.aten
+__all__ = ["LaplacianInterpreter", "laplacian"]
 
 
 def laplacian(
@@ -115,170 +109,3 @@ def laplacian(
         return value, tree_unflatten(spec, placed), bend
 
     return function
-
-
-class LaplacianInterpreter(DerivativeInterpreter):
-    """Values with their derivatives along D directions, and the sum of the second derivatives along these."""
-
-    kind = "laplacian"
-    #: ``slopes`` is [D, *shape]; ``bend`` the sum of the second derivatives, None where that is zero
-    payload = ("slopes", "bend")
-    rules: ClassVar[Any] = RuleTable("laplacian rules", default=lambda interpreter, *call: derived(interpreter, *call))
-
-    def __init__(self, count: int, func: Callable[..., Any] | None = None) -> None:
-        super().__init__(func)
-        self.count = count
-
-    def details(self) -> list[str]:
-        return [f"directions={self.count}"]
-
-    def moving(self, value: Any, slopes: Any, bend: Any) -> WrapperTensor:
-        """A wrapper for an operator's output, a constant if it does not move."""
-        if not isinstance(value, Tensor) or value.dtype not in DIFFERENTIABLE or slopes is None:
-            return self.constant(value)
-        return self.carry(value, slopes=slopes, bend=bend)
-
-    def parts_of(self, leaf: Any) -> tuple[Any, Any, Any]:
-        """Value, slopes and bend of a leaf of the result."""
-        if not isinstance(leaf, Tensor):
-            return leaf, leaf, leaf
-        wrapper: Any = self.own(leaf)
-        value, slopes, bend = wrapper.value, wrapper.slopes, wrapper.bend
-        if slopes is None:
-            slopes = torch.zeros(self.count, *value.shape, dtype=value.dtype, device=value.device)
-        return value, slopes, torch.zeros_like(value) if bend is None else bend
-
-
-class ByTable(DerivativeRule):
-    """The rule of an operator that the derivative table has."""
-
-    def __call__(self, level: LaplacianInterpreter, *args: Any, **kwargs: Any) -> Any:
-        names = op_info(self.op).arguments
-        places = [*range(len(args)), *(names.index(name) for name in kwargs)]
-        moving = [i for i, a in zip(places, (*args, *kwargs.values()), strict=True) if moves(a)]
-        constant = self.entry.tangent == NO_TANGENT
-        if not constant and (not self.method.answered.issuperset(moving) or any(i >= len(args) for i in moving)):
-            return derived(level, self.op, args, kwargs)
-        values, given = [value_of(a) for a in args], {name: value_of(a) for name, a in kwargs.items()}
-        if constant:
-            return map_tensors(level.constant, self.op(*values, **given))
-        if self.entry.tangent == "linear":
-            return self.linear(level, args, values, given, moving)
-        if self.entry.tangent == "multilinear":
-            return self.multilinear(level, args, values, given, moving)
-        x = values[moving[0]]
-        if self.entry.tangent == "elementwise" and len(moving) == 1 and not x.is_complex():
-            return self.elementwise(level, args[moving[0]], values, given, moving[0])
-        return derived(level, self.op, args, kwargs)
-
-    def linear(self, level: LaplacianInterpreter, args: Any, values: Any, kwargs: Any, moving: list[int]) -> Any:
-        out = self.op(*values, **kwargs)
-
-        def push(tangents: dict[int, Any]) -> Any:
-            with door_closed():  # it sends operators down as a handler does
-                return self.method.linear(level, values, kwargs, tangents)  # type: ignore[arg-type]
-
-        given = {i: part_of(args[i], "slopes") for i in moving}
-        slopes = vmap(push, in_dims=(tree_map(lambda s: None if s is None else 0, given),))(given)
-        bends = {i: part_of(args[i], "bend") for i in moving}
-        bends = {i: b for i, b in bends.items() if b is not None}
-        bend = push(bends) if bends else None
-        if isinstance(out, Tensor):
-            return level.moving(out, slopes, bend)
-        each = zip(out, slopes, bend if bend is not None else [None] * len(out), strict=True)
-        parts = [level.moving(*parts) for parts in each]
-        return parts if type(out) is list else tuple(parts)
-
-    def multilinear(self, level: LaplacianInterpreter, args: Any, values: Any, kwargs: Any, moving: list[int]) -> Any:
-        def run(parts: dict[int, Any]) -> Any:
-            return self.op(*[parts.get(i, v) for i, v in enumerate(values)], **kwargs)
-
-        out = run({})
-        slopes = bend = None
-        for i in moving:
-            slopes = plus(slopes, vmap(lambda s, i=i: run({i: s}))(args[i].slopes))  # type: ignore[misc]
-            if args[i].bend is not None:
-                bend = plus(bend, run({i: args[i].bend}))
-        for i, j in itertools.combinations(moving, 2):
-            pairs = vmap(lambda s, t, i=i, j=j: run({i: s, j: t}))(args[i].slopes, args[j].slopes)  # type: ignore[misc]
-            bend = plus(bend, 2 * pairs.sum(0))
-        return level.moving(out, slopes, bend)
-
-    def elementwise(self, level: LaplacianInterpreter, x: Any, values: Any, kwargs: Any, place: int) -> Any:
-        out = self.op(*values, **kwargs)
-        if out.dtype not in DIFFERENTIABLE:
-            return level.constant(out)
-        value = x.value
-
-        def slope(value: Tensor, out: Tensor) -> Tensor:
-            found = self.method.tangent(
-                [*values[:place], value, *values[place + 1 :]], kwargs, {place: torch.ones_like(value)}, out
-            )
-            return torch.zeros_like(out) if found is None else found
-
-        ones = torch.ones_like(value)
-        first = slope(value, out)
-        _, second = jvp(slope, (value, out), (ones, first.expand_as(out)))
-        return bent(level, x, out, first, second)
-
-
-def bent(level: LaplacianInterpreter, x: Any, out: Tensor, first: Tensor, second: Tensor) -> WrapperTensor:
-    """The result of a function with these derivatives, element by element."""
-    bend = second * (x.slopes * x.slopes).sum(0)
-    if x.bend is not None:
-        bend = bend + first * x.bend
-    return level.moving(out, first * broadcast(x.slopes, out.dim()), bend)
-
-
-def broadcast(slopes: Tensor, rank: int) -> Tensor:
-    """Slopes of a tensor that is broadcast to ``rank`` dimensions."""
-    missing = rank - (slopes.dim() - 1)
-    return slopes if missing <= 0 else slopes.reshape(len(slopes), *[1] * missing, *slopes.shape[1:])
-
-
-def moves(a: Any) -> bool:
-    if isinstance(a, WrapperTensor):
-        return a.slopes is not None
-    return type(a) in (list, tuple) and any(moves(v) for v in a)
-
-
-def part_of(a: Any, name: str) -> Any:
-    """Slopes or bend of an argument; of a list a list, if one of it has some."""
-    if not isinstance(a, list | tuple):
-        return getattr(a, name)
-    found = [getattr(v, name) if isinstance(v, WrapperTensor) else None for v in a]
-    return found if any(p is not None for p in found) else None
-
-
-def plus(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
-
-
-def derived(level: LaplacianInterpreter, op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """An operator of which the table does not say enough: its derivatives by nested ``jvp``."""
-    f, carrying, values, rebuild = as_function(level, op, args, kwargs)
-    if not values:
-        return passed(level, op, args, kwargs)
-    with lowered(level):
-        outs = f(*values)
-        if not outs:
-            return rebuild([])
-
-        def along(*directions: Tensor) -> tuple[Any, Any]:
-            first = lambda *xs: jvp(f, xs, directions)[1]
-            return jvp(first, values, directions)
-
-        slopes, seconds = vmap(along)(*(x.slopes for x in carrying))
-        bends = [second.sum(0) for second in seconds]
-        if any(x.bend is not None for x in carrying):
-            pushed = [torch.zeros_like(v) if x.bend is None else x.bend for x, v in zip(carrying, values, strict=True)]
-            bends = [b + t for b, t in zip(bends, jvp(f, values, tuple(pushed))[1], strict=True)]
-    return rebuild([level.moving(*parts) for parts in zip(outs, slopes, bends, strict=True)])
-
-
-@LaplacianInterpreter.rules.register(aten.detach.default, aten.detach_copy.default)
-def detach(level: LaplacianInterpreter, x: WrapperTensor) -> WrapperTensor:
-    return level.constant(x.value.detach())
-
-
-LaplacianInterpreter.rule_kind = ByTable

@@ -1,136 +1,152 @@
-"""Rules of the forward Laplacian for layers and frequent functions: fewer operators than the derivative table takes."""
+"""Rules of the forward Laplacian for layers: fewer operators than the derivative table takes.
+
+In each, x_d are the slopes of the argument, one for each direction d, and b its bend.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from functrans.core.dispatch import call_below, lower
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload
 from functrans.functionalization.write_back import RESHAPES
-from functrans.shipped.by_derivatives import value_of
-from functrans.shipped.laplacian import LaplacianInterpreter, bent, broadcast, derived, moves
+from functrans.shipped.laplacian_by_table import derived
+from functrans.shipped.laplacian_level import LaplacianInterpreter
 
 aten = torch.ops.aten
+Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-def pointwise(
-    op: OpOverload, first: Callable[[Tensor, Tensor], Tensor], second: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> None:
-    """Register a function of one real tensor with its derivatives, ``first(x, y)`` and ``second(x, y, first)``."""
-
-    @LaplacianInterpreter.rules.register(op)
-    def rule(level: LaplacianInterpreter, x: Any) -> Any:
-        if x.is_complex():
-            return derived(level, op, (x,), {})
-        y = op(x.value)
-        slope = first(x.value, y)
-        return bent(level, x, y, slope, second(x.value, y, slope))
+@LaplacianInterpreter.rules.register(aten.detach.default, aten.detach_copy.default)
+def detach(level: LaplacianInterpreter, x: WrapperTensor) -> WrapperTensor:
+    return level.constant(x.value.detach())
 
 
-pointwise(aten.exp.default, lambda x, y: y, lambda x, y, s: y)
-pointwise(aten.tanh.default, lambda x, y: 1 - y * y, lambda x, y, s: -2 * y * s)
-pointwise(aten.sigmoid.default, lambda x, y: y * (1 - y), lambda x, y, s: s * (1 - 2 * y))
-pointwise(aten.sin.default, lambda x, y: x.cos(), lambda x, y, s: -y)
-pointwise(aten.cos.default, lambda x, y: -x.sin(), lambda x, y, s: -y)
-pointwise(aten.log.default, lambda x, y: 1 / x, lambda x, y, s: -s * s)
-pointwise(aten.sqrt.default, lambda x, y: 0.5 / y, lambda x, y, s: -0.5 * s / x)
-pointwise(aten.rsqrt.default, lambda x, y: -0.5 * y / x, lambda x, y, s: -1.5 * s / x)
-pointwise(aten.reciprocal.default, lambda x, y: -y * y, lambda x, y, s: -2 * s * y)
+def direct(*ops: OpOverload) -> Callable[[Rule], Rule]:
+    """Register a rule for some of an operator's calls, which returns NotImplemented for the others.
+
+    It is called with the level, the operator and its arguments, in the state of a handler.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for op in ops:
+            LaplacianInterpreter.direct[op] = functools.partial(otherwise_derived, rule, op)
+        return rule
+
+    return register
 
 
-def parts(x: Any, rank: int) -> tuple[Any, Tensor | None, Tensor | None]:
-    """Value, slopes broadcast to ``rank`` dimensions, and bend of an operand, which may be a number."""
-    if not isinstance(x, WrapperTensor):
-        return x, None, None
-    return x.value, None if x.slopes is None else broadcast(x.slopes, rank), x.bend
+def otherwise_derived(rule: Rule, op: OpOverload, level: LaplacianInterpreter, args: Any, kwargs: Any) -> Any:
+    found = rule(level, op, *args, **kwargs)
+    return derived(level, op, args, kwargs) if found is NotImplemented else found
 
 
-def total(*terms: Tensor | None) -> Tensor | None:
-    """The sum of what is there."""
-    present = [t for t in terms if t is not None]
-    return sum(present[1:], present[0]) if present else None
-
-
-def times(x: Any, y: Any) -> Tensor | None:
-    return None if x is None or y is None else x * y
-
-
-@LaplacianInterpreter.rules.register(aten.mul.Tensor)
-def mul(level: LaplacianInterpreter, x: Any, y: Any) -> Any:
-    out = value_of(x) * value_of(y)
-    (a, a_slopes, a_bend), (b, b_slopes, b_bend) = parts(x, out.dim()), parts(y, out.dim())
-    slopes = total(times(a_slopes, b), times(a, b_slopes))
-    product = times(a_slopes, b_slopes)
-    both = None if product is None else 2 * product.sum(0)
-    return level.moving(out, slopes, total(times(a_bend, b), times(a, b_bend), both))
-
-
-def sum_of(op: OpOverload, sign: int) -> None:
-    @LaplacianInterpreter.rules.register(op)
-    def rule(level: LaplacianInterpreter, x: Any, y: Any, *, alpha: Any = 1) -> Any:
-        out = op(value_of(x), value_of(y), alpha=alpha)
-        (_, a_slopes, a_bend), (_, b_slopes, b_bend) = parts(x, out.dim()), parts(y, out.dim())
-        factor = sign * alpha
-        slopes, bend = total(a_slopes, times(factor, b_slopes)), total(a_bend, times(factor, b_bend))
-        if slopes is not None:
-            slopes = slopes.expand(len(slopes), *out.shape)
-        return level.moving(out, slopes, None if bend is None else bend.expand(out.shape))
-
-
-sum_of(aten.add.Tensor, 1)
-sum_of(aten.sub.Tensor, -1)
-
-
-@LaplacianInterpreter.rules.register(aten.div.Tensor)
-def div(level: LaplacianInterpreter, x: Any, y: Any) -> Any:
-    with running_at(level):
-        return level.own(x * y.reciprocal()) if isinstance(y, Tensor) else level.own(x * (1 / y))
-
-
-@LaplacianInterpreter.rules.register(aten.linear.default)
-def linear(level: LaplacianInterpreter, x: Any, weight: Any, bias: Any = None) -> Any:
+@direct(aten.linear.default)
+def linear(level: LaplacianInterpreter, op: OpOverload, x: Any, weight: Any, bias: Any = None) -> Any:
     """A layer with fixed weights is one product for all directions."""
-    if moves(weight) or (bias is not None and moves(bias)):
-        return derived(level, aten.linear.default, (x, weight, bias), {})
-    out = functional.linear(x.value, weight.value, value_of(bias))
-    bend = None if x.bend is None else functional.linear(x.bend, weight.value)
-    return level.moving(out, functional.linear(x.slopes, weight.value), bend)
+    if not level.carries(x) or level.carries(weight) or level.carries(bias):
+        return NotImplemented
+    weight = level.value_of(weight)
+    out = lower(level, op, (x.value, weight, level.value_of(bias)), {})
+    bend = None if x.bend is None else lower(level, op, (x.bend, weight), {})
+    return level.moving(out, lower(level, op, (x.slopes, weight), {}), bend)
 
 
-def reshaping(op: OpOverload) -> None:
-    @LaplacianInterpreter.rules.register(op)
-    def rule(level: LaplacianInterpreter, x: Any, *args: Any) -> Any:
-        """Directions stay in front."""
-        out = op(x.value, *map(value_of, args))
-        bend = None if x.bend is None else x.bend.reshape(out.shape)
-        return level.moving(out, x.slopes.reshape(len(x.slopes), *out.shape), bend)
+@direct(aten.div.Tensor)
+def div(level: LaplacianInterpreter, op: OpOverload, x: Any, y: Any) -> Any:
+    """By a number, of which a program has no reciprocal."""
+    if isinstance(y, Tensor):
+        return NotImplemented
+    bend = None if x.bend is None else lower(level, op, (x.bend, y), {})
+    return level.moving(lower(level, op, (x.value, y), {}), lower(level, op, (x.slopes, y), {}), bend)
 
 
-for _op in RESHAPES:
-    reshaping(_op)
+@direct(*RESHAPES)
+def reshape(level: LaplacianInterpreter, op: OpOverload, x: Any, *args: Any) -> Any:
+    """Directions stay in front."""
+    if not level.carries(x):
+        return NotImplemented
+    out = lower(level, op, (x.value, *map(level.value_of, args)), {})
+    shape = list(out.shape)
+    bend = None if x.bend is None else lower(level, aten.reshape.default, (x.bend, shape), {})
+    return level.moving(out, lower(level, aten.reshape.default, (x.slopes, [level.count, *shape]), {}), bend)
 
 
-@LaplacianInterpreter.rules.register(aten.layer_norm.default)
+@direct(aten._softmax.default, aten.softmax.int)
+def softmax(level: LaplacianInterpreter, op: OpOverload, x: Any, dim: int, *rest: Any) -> Any:
+    """With u_d = x_d - Σ y·x_d, of the logarithm: y_d = y·u_d, and the bend is y·(g - Σ y·g) of g = b + Σ_d u_d²."""
+    if not level.carries(x) or not x.dim() or rest not in ((), (None,), (False,)):
+        return NotImplemented
+    y = lower(level, op, (x.value, dim, *rest), {})
+
+    def parts(y: Tensor, slopes: Tensor, bend: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+        u = slopes - (y * slopes).sum(dim, keepdim=True)
+        squares = (u * u).sum(0)
+        g = squares if bend is None else bend + squares
+        return y * u, y * (g - (y * g).sum(dim, keepdim=True))
+
+    return level.moving(y, *call_below(level, parts, (y, x.slopes, x.bend, from_end(x, dim)), {}))
+
+
+@direct(aten._log_softmax.default, aten.log_softmax.int)
+def log_softmax(level: LaplacianInterpreter, op: OpOverload, x: Any, dim: int, *rest: Any) -> Any:
+    """With y the softmax and u_d and g as above, u_d and b - Σ y·g."""
+    if not level.carries(x) or not x.dim() or rest not in ((), (None,), (False,)):
+        return NotImplemented
+    out = lower(level, op, (x.value, dim, *rest), {})
+
+    def parts(out: Tensor, slopes: Tensor, bend: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+        y = out.exp()
+        u = slopes - (y * slopes).sum(dim, keepdim=True)
+        squares = (u * u).sum(0)
+        g = squares if bend is None else bend + squares
+        change = (y * g).sum(dim, keepdim=True)
+        return u, -change.expand(out.shape) if bend is None else bend - change
+
+    return level.moving(out, *call_below(level, parts, (out, x.slopes, x.bend, from_end(x, dim)), {}))
+
+
+def from_end(x: Any, dim: int) -> int:
+    """A dimension of ``x`` as one of its slopes."""
+    return dim if dim < 0 else dim - x.dim()
+
+
+@direct(aten.layer_norm.default)
 def layer_norm(
-    level: LaplacianInterpreter, x: Any, shape: list[int], weight: Any, bias: Any, eps: float, cudnn_enable: bool
-) -> Any:
-    """As means, products and a square root, of which each bends little."""
-    with running_at(level):
+    level: LaplacianInterpreter, op: OpOverload, x: Any, shape: Any, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, *rest: Any,
+) -> Any:  # fmt: skip
+    """Of y = c·r with c = x - mean(x) and r = (mean(c²) + eps)^(-1/2).
+
+    With z_d = c_d·r and p_d = mean(y·z_d), r_d is -r·p_d; so y_d = z_d - y·p_d. With z = c_b·r of the bend b, that of
+    r is r times s = 3·Σ p_d² - Σ mean(z_d²) - mean(y·z), and that of y is z - 2·Σ z_d·p_d + y·s.
+    """
+    if not level.carries(x) or level.carries(weight) or level.carries(bias):
+        return NotImplemented
+    weight, bias = level.value_of(weight), level.value_of(bias)
+    out = lower(level, op, (x.value, shape, weight, bias, eps, *rest), {})
+
+    def parts(x: Tensor, slopes: Tensor, bent: Tensor | None, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         dims = [*range(-len(shape), 0)]
         centered = x - x.mean(dims, keepdim=True)
-        out = centered * ((centered * centered).mean(dims, keepdim=True) + eps).rsqrt()
-        out = out if weight is None else out * weight
-        return level.own(out if bias is None else out + bias)
+        r = ((centered * centered).mean(dims, keepdim=True) + eps).rsqrt()
+        y = centered * r
+        z = (slopes - slopes.mean(dims, keepdim=True)) * r
+        p = (y * z).mean(dims, keepdim=True)
+        change = 3 * (p * p).sum(0) - (z * z).sum([0, *dims], keepdim=True).squeeze(0) / math.prod(shape)
+        bend = (z * p).sum(0) * -2
+        if bent is not None:
+            z_of_bend = (bent - bent.mean(dims, keepdim=True)) * r
+            change, bend = change - (y * z_of_bend).mean(dims, keepdim=True), bend + z_of_bend
+        bend = bend + y * change
+        slopes = z - y * p
+        return (slopes, bend) if weight is None else (slopes * weight, bend * weight)
 
-
-@LaplacianInterpreter.rules.register(aten._softmax.default)
-def softmax(level: LaplacianInterpreter, x: WrapperTensor, dim: int, half_to_float: bool) -> Any:
-    with running_at(level):
-        e = (x - x.detach().amax(dim, keepdim=True)).exp()
-        return level.own(e / e.sum(dim, keepdim=True))
+    return level.moving(out, *call_below(level, parts, (x.value, x.slopes, x.bend, weight), {}))
