@@ -46,7 +46,6 @@ def along_a_line(order: int) -> Callable[[str, torch.dtype], Pair]:
     def make(device: str, dtype: torch.dtype) -> Pair:
         weights = [torch.randn(64, 64, device=device, dtype=dtype) / 8 for _ in range(3)]
         x, v = torch.randn(2, 256, 64, device=device, dtype=dtype)
-        zeros = [torch.zeros_like(x)] * (order - 1)
 
         def f(x: Tensor) -> Tensor:
             for w in weights:
@@ -62,7 +61,7 @@ def along_a_line(order: int) -> Callable[[str, torch.dtype], Pair]:
                 g = derivative(g)
             return g(x)
 
-        return lambda x, v: jet(f, (x,), ([v, *zeros],))[1][-1], nested, (x, v)
+        return lambda x, v: jet(f, (x,), ([v, *[None] * (order - 1)],))[1][-1], nested, (x, v)
 
     return make
 
