@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import functional_call, grad, jacrev, jvp, linearize, vjp, vmap
-from functrans.core.errors import InsideTransformError, RequiresGradError
+from functrans.core.errors import InsideTransformError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import PullbackInterpreter, PullbackTable
 
@@ -41,7 +41,7 @@ DIFFERENTIATED: dict[str, Callable[..., Tensor]] = {
     "grad of vmap": lambda f, rows: grad(lambda x: (vmap(f)(x) ** 2).sum())(rows),
     "vmap of vjp": lambda f, rows: vmap(lambda row: vjp(lambda x: (f(x) ** 2).sum(), row)[1](ONE)[0])(rows),
     "jacrev": lambda f, rows: torch.stack([2 * vjp(f, row)[0] @ jacrev(f)(row) for row in rows]),
-    "twice vmap": lambda f, rows: vmap(vmap(grad(lambda x: (f(x) ** 2).sum())))(rows.view(2, 2, -1)).view(4, -1),
+    "twice vmap": lambda f, rows: vmap(vmap(grad(lambda x: (f(x) ** 2).sum())))(rows.view(2, 2, -1)).reshape(4, -1),
 }  # fmt: skip
 
 
@@ -98,8 +98,39 @@ def by_both(x: Tensor) -> Tensor:
     return by_place * by_x
 
 
+WEIGHTS = torch.tensor([1.0, -2.0, 3.0], dtype=DOUBLE)
+
+
+def batched(x: Tensor) -> Tensor:
+    y, z = (x**3).cumsum(0), x.exp() * x.flip(0)
+    rows = [torch.stack([x, x.sin(), x.flip(0)]), torch.stack([x.cos(), x, x * x])]
+    by_x, by_y = gradient([y, z + y], [x, y], rows, create_graph=True, is_grads_batched=True)
+    return WEIGHTS @ (by_x * by_y)
+
+
+def batched_by_both(x: Tensor) -> Tensor:
+    place = torch.linspace(-1, 1, 6, dtype=DOUBLE).requires_grad_()
+    rows = torch.stack([x, x**2, x.exp()])
+    y = (place**2 * x.sin()).cumsum(0)
+    by_place, by_x = gradient(y, [place, x], rows, create_graph=True, is_grads_batched=True)
+    return WEIGHTS @ (by_place * by_x)
+
+
+def batched_by_constants(x: Tensor) -> Tensor:
+    y = (CAPTURED * x).sin()
+    rows = [torch.stack([x, x**2, x]), torch.stack([x.exp(), x, x.cos()])]
+    return WEIGHTS @ gradient([CAPTURED**2, y], CAPTURED, rows, create_graph=True, is_grads_batched=True)[0]
+
+
+def by_vmaps_of_cotangents(x: Tensor) -> Tensor:
+    y = (x**3).cumsum(0)
+    slopes = lambda v: gradient(y, x, torch.stack([v, v * x]), create_graph=True, is_grads_batched=True)[0]
+    return (vmap(slopes)(M[:3]) * M[3]).sum((0, 1)) + vmap(lambda v: gradient(y, x, v, create_graph=True)[0])(M)[0]
+
+
 FUNCTIONS = (asked, asked_again, of_a_copy, with_its_cotangent, several, by_a_constant, by_a_constant_with_cotangents,
-             by_what_is_captured, by_both)  # fmt: skip
+             by_what_is_captured, by_both, batched, batched_by_both, batched_by_constants, by_vmaps_of_cotangents)
+CONSTANTS = (by_a_constant, by_a_constant_with_cotangents, by_what_is_captured, batched_by_constants)
 
 
 @pytest.mark.parametrize("transform", DIFFERENTIATED)
@@ -119,7 +150,7 @@ def test_a_gradient_inside_has_tangents(f: Callable[[Tensor], Tensor]) -> None:
     second = torch.autograd.functional.hvp(squares(f), row, t)[1]
     close(jvp(grad(squares(f)), (row,), (t,))[1], second)
     close(grad(lambda x: (grad(squares(f))(x) * t).sum())(row), second)
-    if f in (by_a_constant, by_a_constant_with_cotangents, by_what_is_captured):
+    if f in CONSTANTS:
         close(jvp(f, (row,), (t,))[1], by_hand)
         close(vmap(lambda t: jvp(f, (row,), (t,))[1])(ROWS)[1], by_hand)
     followed = row.clone().requires_grad_()  # by PyTorch itself
@@ -160,6 +191,88 @@ def test_through_every_kind_of_operator(name: str) -> None:
     close(DIFFERENTIATED["grad"](f, ROWS[:1]), expected[:1])
     close(DIFFERENTIATED["vmap of grad"](f, ROWS), expected)
     close(DIFFERENTIATED["grad of vmap"](f, ROWS), expected)
+
+
+# Without a graph
+
+
+def cubes(x: Tensor) -> Tensor:
+    return (x**3).cumsum(0)
+
+
+def hooked_cubes(x: Tensor) -> Tensor:
+    y = x * 2
+    y.register_hook(lambda g: 3 * g)
+    return gradient((y**3).sum(), x)[0] * x + gradient((y**3).sum(), y)[0]
+
+
+def by_a_leaf(x: Tensor) -> Tensor:
+    place = torch.linspace(-1, 1, 6, dtype=DOUBLE, requires_grad=True)
+    return gradient((place**2 * x.sin()).sum(), place)[0] * x
+
+
+#: From a tensor to its product with a gradient that is a constant to what records.
+WITHOUT_GRAPH: dict[str, Callable[[Tensor], Tensor]] = {
+    "of an argument": lambda x: gradient(energy(x), x)[0] * x.sin(),
+    "of a result": lambda x: gradient(((y := x * x) ** 3).sum(), y)[0] * y,
+    "several": lambda x: sum(gradient([(x * x).sin().sum(), (x**3).prod()], [x], [x[0], x[1]])) * x,
+    "PyTorch's derivative": lambda x: gradient(torch.linalg.svdvals(torch.diag(x) + M).sum(), x)[0] * x,
+    "a Function": lambda x: gradient(Cube.apply(x).sum(), x)[0] * x,
+    "hooks": hooked_cubes,
+    "by a leaf": by_a_leaf,
+    "by what is captured": lambda x: gradient((CAPTURED**2 * x.sin()).sum(), CAPTURED)[0] * x,
+    "rows": lambda x: WEIGHTS[:2] @ gradient(cubes(x), x, torch.stack([x, x**2]), is_grads_batched=True)[0] * x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRAPH)
+def test_a_gradient_without_a_graph_is_a_constant_with_tangents(name: str) -> None:
+    f = WITHOUT_GRAPH[name]
+    expected = eager(f, ROWS)
+    for transform in DIFFERENTIATED.values():
+        close(transform(f, ROWS), expected)
+    row, t, step = ROWS[0], ROWS[1], 1e-5
+    value = lambda x: f(x.clone().requires_grad_()).detach()
+    slope = lambda x: eager(f, x[None])[0]
+    for function, by_loop in ((lambda x: vjp(f, x)[0], value), (grad(lambda x: (f(x) ** 2).sum()), slope)):
+        differences = (by_loop(row + step * t) - by_loop(row - step * t)) / (2 * step)
+        close(jvp(function, (row,), (t,))[1], differences, rtol=1e-6, atol=1e-6)
+        close(vmap(lambda t: jvp(function, (row,), (t,))[1])(ROWS)[1], differences, rtol=1e-6, atol=1e-6)  # noqa: B023
+
+
+def test_a_result_that_depends_by_such_gradients_alone_is_refused() -> None:
+    """As by PyTorch, whose backward() finds nothing that requires grad."""
+    alone = lambda x: gradient(energy(x), x)[0]
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        eager(alone, ROWS[:1])
+    twice = lambda x: grad(lambda y: (gradient((x * y**3).sum(), y)[0] * y).sum())(ROWS[1])
+    for f in (alone, twice):
+        for transform in ("grad", "vmap of grad", "grad of vmap", "vmap of vjp"):
+            with pytest.raises(InsideTransformError, match="without create_graph=True alone, .* Use create_graph=True"):
+                DIFFERENTIATED[transform](f, ROWS)
+            assert interpreter_stack() == []
+    close(vmap(alone)(ROWS.clone().requires_grad_()), torch.stack([grad(energy)(row) for row in ROWS]))
+
+
+FUNCTIONAL: dict[str, Callable[..., Any]] = {
+    "jacobian": lambda x, **how: torch.autograd.functional.jacobian(cubes, x, **how),
+    "vectorized": lambda x, **how: torch.autograd.functional.jacobian(cubes, x, vectorize=True, **how),
+    "hessian": lambda x, **how: torch.autograd.functional.hessian(energy, x, **how),
+    "vjp": lambda x, **how: torch.autograd.functional.vjp(cubes, x, M[0], **how)[1],
+    "jvp": lambda x, **how: torch.autograd.functional.jvp(cubes, x, M[0], **how)[1],
+    "hvp": lambda x, **how: torch.autograd.functional.hvp(energy, x, M[0], **how)[1],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_autograd_functional_inside(name: str) -> None:
+    f = lambda x, **how: (FUNCTIONAL[name](x, **how) * x).view(-1, 6).sum(0)
+    close(vmap(f)(ROWS).detach(), torch.stack([f(row) for row in ROWS]))
+    for how in ({}, {"create_graph": True}):
+        g = lambda x: f(x, **how)  # noqa: B023
+        expected = eager(g, ROWS)
+        close(DIFFERENTIATED["vmap of grad"](g, ROWS).detach(), expected)
+        close(DIFFERENTIATED["grad of vmap"](g, ROWS).detach(), expected)
 
 
 # Under vmap alone
@@ -312,8 +425,16 @@ def test_options() -> None:
             transform(lambda x: gradient(x * 2, x, create_graph=True))
         with pytest.raises(RuntimeError, match=r"a cotangent of shape \(1,\) for an output of shape \(6,\)"):
             transform(lambda x: gradient(x * 2, x, x[:1], create_graph=True))
-        with pytest.raises(InsideTransformError, match=r"is_grads_batched=True inside .* Use functrans.vmap"):
-            transform(lambda x: gradient(x * 2, x, torch.eye(6, dtype=DOUBLE), is_grads_batched=True))
+        def rows(x: Tensor, *cotangents: Any, **options: Any) -> Any:
+            options = {"is_grads_batched": True, "create_graph": True, **options}
+            return gradient([x * 2] * len(cotangents), [x, x.sin()], cotangents, **options)
+
+        for wrong in ([None], [ONE], [torch.ones(2, 6), torch.ones(3, 6)]):
+            with pytest.raises(RuntimeError, match="is_grads_batched=True with cotangents .* one batch of each"):
+                transform(lambda x: rows(x, *wrong))  # noqa: B023
+        with pytest.raises(RuntimeError, match=r"shape \(2, 1\), a batch of 2, for an output of shape \(6,\)"):
+            transform(lambda x: rows(x, torch.ones(2, 1)))
+        transform(lambda x: close(rows(x, M, materialize_grads=True)[1].detach() + M, M.expand(6, 6)) or [x])
     if "dict" in str(torch.autograd.grad.__doc__) and torch.__version__ >= "2.13":
         by_name = grad(lambda x: (gradient((x**3).sum(), {"x": x}, create_graph=True)["x"] ** 2).sum())
         close(by_name(ROWS[0]), eager(lambda x: 3 * x**2, ROWS[:1])[0])
@@ -327,10 +448,15 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Any) -> Any:
         return 3 * ctx.saved_tensors[0] ** 2 * cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Any) -> Any:
+        return 3 * ctx.saved_tensors[0] ** 2 * tangent
 
 
 def svd(x: Tensor) -> Tensor:
@@ -347,7 +473,6 @@ def inner(f: Callable[[Tensor], Tensor], **options: Any) -> Callable[[Tensor], T
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "no graph kept": (inner(energy), "without create_graph=True, inside .* Use create_graph=True"),
     "PyTorch's derivative": (inner(svd, create_graph=True), "through aten._linalg_svd.default"),
     "a Function": (inner(Cube.apply, create_graph=True), r"through (Batched)?Cube.apply"),
     "hooks": (inner(hooked, create_graph=True), "has hooks"),
@@ -365,15 +490,7 @@ def test_what_has_no_derivative_is_refused(name: str) -> None:
         assert interpreter_stack() == []
 
 
-def test_leaves_that_would_lose_a_derivative_are_refused() -> None:
-    for f in (lambda x: x.detach().requires_grad_(), nn.Parameter):
-        for transform in (lambda f: grad(lambda x: f(x).sum())(ROWS), lambda f: jvp(f, (ROWS,), (ROWS,))):
-            with pytest.raises(RequiresGradError):
-                transform(f)
-    with pytest.raises(RequiresGradError):
-        jvp(lambda x: x.requires_grad_(), (ROWS,), (ROWS,))
-    with pytest.raises(InsideTransformError, match=r"Use x.requires_grad_\(\) after x was made"):
-        grad(lambda x: gradient(x.sum(), torch.ones(6, requires_grad=True), create_graph=True)[0].sum())(ROWS[0])
+def test_gradients_of_what_nobody_records_are_refused() -> None:
     with pytest.raises(InsideTransformError, match="torch.autograd.grad inside linearize"):
         linearize(lambda x: gradient(energy(x), x, create_graph=True)[0], ROWS[0].clone().requires_grad_())
     kept: list[Tensor] = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functrans.api.structures import path_of
-from functrans.core.errors import Call, CallError, CallValueError
+from functrans.core.errors import Call, CallError, CallValueError, InsideTransformError
 from functrans.core.errors.wording import what
 from functrans.core.facades import Facade, are_plain, bare, class_of_gradients, of_class, shown_like
 from functrans.core.interpreter import Interpreter
@@ -19,6 +19,7 @@ from functrans.core.pytrees import TENSORS, tree_flatten, tree_unflatten
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.functionalization.views import contents_of
 from functrans.functionalization.writes import invalidate_saved, write_for_caller
+from functrans.interpreters.grad.interpreter import GradInterpreter
 
 Argnums = int | tuple[int, ...]
 #: In place of argnums: every argument, as in vjp and jvp, where they are called primals.
@@ -267,6 +268,13 @@ def check_scalar(call: Call, out: Any, holomorphic: bool = False) -> None:
         raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
     cure = "A count or a comparison has no gradient: return it as aux, with has_aux=True, beside a loss that has one."
     raise CallError(call, f"an output of dtype {out.dtype}", "a real floating-point dtype", cure)
+
+
+def check_graph(interpreter: GradInterpreter) -> None:
+    """The function's results do not depend on its arguments: not since gradients inside were taken without a graph."""
+    if interpreter.detached:
+        what = "a result that depends on the arguments by gradients without create_graph=True alone, or not at all,"
+        raise InsideTransformError(what, interpreter.name, "create_graph=True, or functrans.grad")
 
 
 def output_cure(x: Any) -> str:

@@ -16,6 +16,7 @@ from functrans.api.arguments import (
     argument_cure,
     check_argnums_kind,
     check_complex,
+    check_graph,
     check_outputs,
     check_scalar,
     gradients_by,
@@ -218,7 +219,10 @@ def run_scalar(
             out, aux = split_aux(call, out)
             aux = tree_map(inputs.leave, aux)
         check_scalar(call, out, bool(holomorphic))
-        return inputs.leave(out), interpreter.index_of(bare(out)), aux
+        index = interpreter.index_of(bare(out))
+        if index is None:
+            check_graph(interpreter)
+        return inputs.leave(out), index, aux
 
     return (inputs, *run_transformed(interpreter, body, enable_grad=True))
 
@@ -312,7 +316,10 @@ def run_recorded(
             aux = tree_map(inputs.leave, aux)
         leaves, spec = tree_flatten(out)
         check_outputs(call, out, leaves, differentiable=True)
-        return [inputs.leave(o) for o in leaves], [interpreter.index_of(bare(o)) for o in leaves], spec, aux
+        indices = [interpreter.index_of(bare(o)) for o in leaves]
+        if not any(indices):
+            check_graph(interpreter)
+        return [inputs.leave(o) for o in leaves], indices, spec, aux
 
     values, indices, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()

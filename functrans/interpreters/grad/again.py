@@ -13,7 +13,9 @@ the tape gives for ``y``, with a graph to ``p``; their derivative along ``c`` is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -87,17 +89,18 @@ def record_rest(
     return True
 
 
-def pull_again(level: GradInterpreter, cotangents: dict[int, Any], wanted: Iterable[int | None]) -> dict[int, Tensor]:
-    """By index, the cotangents of ``wanted``, tracked; ``cotangents``: of outputs, by index."""
+def pull_again(level: GradInterpreter, cotangents: dict[int, Tensor], wanted: list[Any]) -> list[Tensor | None]:
+    """The cotangents of ``wanted``, tracked; ``cotangents``: of outputs, by index."""
     if level.hooks:
         raise InsideTransformError("torch.autograd.grad with create_graph=True of what has hooks", level.name, CURE)
+    indices = {x.tape_index for x in wanted}
     found: dict[int, Any] = {}
     with running_at(level), torch.enable_grad():
         for node, outs, ins, saved in reversed(list(level.tape)):
             made = outs if isinstance(outs, list) else [outs]
             if not any(o in cotangents for o in made):
                 continue
-            found.update((o, cotangents[o]) for o in made if o in cotangents and o in wanted)
+            found.update((o, cotangents[o]) for o in made if o in cotangents and o in indices)
             grads = [None if o is None else cotangents.pop(o, None) for o in made]
             if type(node) is not ProgramNode:
                 grads = [tensor_of(g) for g in grads]
@@ -108,8 +111,22 @@ def pull_again(level: GradInterpreter, cotangents: dict[int, Any], wanted: Itera
                 for i, c in pairs:
                     if i is not None and c is not None:
                         cotangents[i] = total(cotangents[i], c) if i in cotangents else c
-        found.update((i, c) for i, c in cotangents.items() if i in wanted)
-        return {i: tensor_of(c) for i, c in found.items()}
+        found.update(cotangents)
+        return [tensor_of(found.get(x.tape_index)) for x in wanted]
+
+
+def pull_to(level: GradInterpreter, cotangents: dict[int, Tensor], wanted: list[Any]) -> list[Tensor | None]:
+    """The cotangents of ``wanted``, one level down, where this runs; ``cotangents``: of outputs, by index."""
+    before = level.hooks
+    found: dict[int, Tensor] = {}
+    level.hooks = {i: OrderedDict(hooks) for i, hooks in (before or {}).items()}
+    try:
+        for index in {x.tape_index for x in wanted}:  # after the hooks of the user's, which may replace it
+            level.hooks.setdefault(index, OrderedDict())[-1] = partial(found.__setitem__, index)
+        level.pull(dict(cotangents), consume=False)
+    finally:
+        level.hooks = before
+    return [found.get(x.tape_index) for x in wanted]
 
 
 class GradientNode(BackwardNode):

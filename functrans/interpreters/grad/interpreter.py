@@ -47,6 +47,11 @@ class GradInterpreter(Interpreter, whole=True):
     differentiates = True
     values_remain = True
 
+    #: whether a gradient of what it records was taken without a graph; see door/autograd_inside.py
+    detached = False
+    #: whether ``Tensor.backward()`` left its arguments without a ``.grad``
+    passed_by = False
+
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
         self.tape: list[Record] = new_tape()
