@@ -24,6 +24,7 @@ from functrans.door import (  # noqa: F401
     at_base,
     autograd_function,
     autograd_inside,
+    backward,
     dtensor,
     entrances,
     gradient_hooks,

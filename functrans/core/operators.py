@@ -51,8 +51,9 @@ class OpInfo:
     program: ClassVar[bool] = False
 
     __slots__ = (
-        "arguments", "defaults", "defined_by_others", "direct", "kind", "kind_by_schema", "metadata_write", "op",
-        "random", "reads_target", "returns_written", "settled", "single", "specialized", "tensor_lists", "written",
+        "arguments", "defaults", "defined_by_others", "direct", "kind", "kind_by_schema", "makes", "metadata_write",
+        "op", "random", "reads_target", "returns_written", "settled", "single", "specialized", "tensor_lists",
+        "written",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload) -> None:
@@ -66,6 +67,8 @@ class OpInfo:
         self.settled = op.namespace in PYTORCH_NAMESPACES
         self.defined_by_others: bool = op._can_decompose()
         self.random = torch.Tag.nondeterministic_seeded in op.tags
+        #: whether it is a factory, which PyTorch's functions take requires_grad for
+        self.makes = "pin_memory" in self.arguments
         self.tensor_lists = any("List[" in str(a.type) and "Tensor" in str(a.type) for a in schema.arguments)
         self.single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
         #: positions (in schema order) of the arguments that are written

@@ -14,7 +14,7 @@ from functrans.core.errors.described import describe, treescope_repr
 from functrans.core.errors.misuse import RESERVED
 from functrans.core.errors.refusals import Refusing
 from functrans.core.pytrees import TENSORS
-from functrans.core.torch_private import INDEX_BATCHED_KEYS, make_wrapper
+from functrans.core.torch_private import INDEX_BATCHED_KEYS, make_wrapper, without_torch_function
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter
@@ -56,6 +56,7 @@ class WrapperTensor(Refusing):
     shared: bool = False  # an argument of vmap that is the same for every example
     updated: bool = False  # whether a write made its contents of what they were
     quantifier: Any = None  # torch.all or torch.any, whose answer it is; see interpreters/vmap/checks.py
+    leaf: Any = None  # of a leaf that was made inside: makes of new contents a leaf again; see door/leaves.py
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing
         expected = "wrap(interpreter, value), or interpreter.carry(value, ...)"
@@ -129,6 +130,25 @@ class WrapperTensor(Refusing):
         return memo[id(self)]
 
 
+class Fresh:
+    """In the place of a view link of a tensor that was made inside: it looks whether PyTorch made it a leaf since; see
+    NOTE [Leaves made inside]."""
+
+    version = 0
+
+    @property
+    def group(self) -> Fresh:
+        return self
+
+    def refresh(self, x: WrapperTensor) -> None:
+        x.view_link = None
+        flag: Any = Tensor.requires_grad
+        if flag.__get__(x):
+            without_torch_function(flag.__set__, (), (x, False), {})
+            x.requires_grad_()
+
+
+FRESH = Fresh()
 TENSORS.add(WrapperTensor)
 RESERVED.update(dir(WrapperTensor))
 

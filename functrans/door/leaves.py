@@ -1,55 +1,83 @@
-"""Examples of a vmap as leaves of PyTorch's own autograd: ``requires_grad_``, ``grad`` and ``backward`` of wrappers.
+"""Leaves that are made inside of transforms: ``requires_grad_``, ``torch.nn.Parameter``, ``requires_grad=True``.
 
-The leaf is the whole batch, at the base. What a loop over the examples would have is what there is.
+NOTE [Leaves made inside]
+What is made a leaf inside of a transform is one of PyTorch's own graph, at the base: the wrapper then holds a leaf,
+all that is computed with it is recorded there, and gradients by it are those of door/autograd_inside.py. A leaf that is
+made under vmap is one of each example, so it has a batch from then on, also if its numbers are the same for all; an
+argument that they share (in_dim None) stays one leaf. A write under ``no_grad``, such as an optimizer's, leaves a leaf
+again (``WrapperTensor.leaf``), which the graph of before does not know.
+
+``requires_grad=True`` of a function that makes a tensor does not reach the door: PyTorch sets it on the result, which
+is a wrapper by then. So what is made inside has ``FRESH`` in the place of a view link, which looks at its first use.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
+from functools import partial
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
 from functrans.core.errors import RequiresGradError
-from functrans.core.errors.refusals import REFUSED, Refusing, concrete, refuse
-from functrans.core.stack import interpreter_stack
-from functrans.core.subclasses import ones_for
-from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered, running_at
-from functrans.door.autograd_inside import of_batch, values_at
+from functrans.core.errors.refusals import Refusing
+from functrans.core.tensor import FRESH, WrapperTensor, set_content
+from functrans.core.thread_state import STATE, lowered, running_at
+from functrans.functionalization.views import MadeInside
+from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.interpreters.vmap.table import materialize
 
 
 def requires_grad_(self: WrapperTensor, requires_grad: bool = True) -> Tensor:
-    """``Tensor.requires_grad_``, which makes a leaf at the base of examples that no level differentiates by."""
+    """``Tensor.requires_grad_``: it makes a leaf of what no level records; see NOTE [Leaves made inside]."""
+    if self.view_link is not None:
+        self.view_link.refresh(self)
+    if self.leaf is not None and not requires_grad:
+        self.leaf = None
+        set_content(self, self.detach())
     if not requires_grad or self.requires_grad:
         return self
-    # torch.nn.Parameter(w) detaches first: what it was taken from counts. On a constant its call means nothing:
-    # constructors of modules do it.
-    origin = self if self.view_link is None else self.view_link.base_content()
-    by_module = sys._getframe(1).f_globals.get("__name__") == nn.Parameter.__module__
-    if by_module and concrete(self) is not None and concrete(origin) is not None:
-        return self
-    if not (is_examples(self) and is_examples(origin)):
+    if not can_be_leaf(self):
         raise RequiresGradError(self.interpreter.name)
-    self.value = leaf_of(self.value)
+    version = self.version
+    set_content(self, leaf_of(self, self.shared))
+    self.version = version
+    if not self.shared:
+        self.leaf = partial(leaf_again, ref(self))
+        base_of(self).leaf_inside = ref(self)
     return self
 
 
-def is_examples(x: Any) -> bool:
-    """Whether ``x`` is a plain tensor, of which vmaps see examples."""
+def can_be_leaf(x: Any) -> bool:
+    """Whether ``x`` is a plain tensor, which levels see as examples, as constants or with tangents."""
     while type(x) is WrapperTensor:
-        if not (isinstance(x.interpreter, VmapInterpreter) or x.interpreter.is_constant(x)):
+        if not (isinstance(x.interpreter, VmapInterpreter | JvpInterpreter) or x.interpreter.is_constant(x)):
             return False
         x = x.value
     return True
 
 
-def leaf_of(x: Any) -> Tensor:
-    if type(x) is WrapperTensor:
-        return x.interpreter.rewrap(x, leaf_of(x.value))
-    with running_at(None):
-        return x.detach().requires_grad_()
+def leaf_of(x: Any, shared: bool = False) -> Any:
+    """``x`` around a new leaf at the base; ``shared``: of one tensor of all examples."""
+    if type(x) is not WrapperTensor:
+        with running_at(None):
+            return x.detach().requires_grad_()
+    level = x.interpreter
+    if isinstance(level, VmapInterpreter) and x.bdim is None and not shared:
+        with lowered(level):
+            batch = materialize(x.value, None, level.batch_size)
+        return level.batched(leaf_of(batch), 0)
+    return level.rewrap(x, leaf_of(x.value, x.shared))
+
+
+def leaf_again(holder: Any, new: Tensor) -> WrapperTensor:
+    """The leaf that the written ``holder()`` is, with the contents ``new``."""
+    level = holder().interpreter
+    made = leaf_of(new if level.owns(new) else level.constant(new))
+    base_of(made).leaf_inside = holder
+    return made
 
 
 def base_of(x: Any) -> Any:
@@ -58,49 +86,41 @@ def base_of(x: Any) -> Any:
     return x
 
 
-def grad_of(self: WrapperTensor) -> Tensor | None:
-    """``Tensor.grad``: what ``retain_grad`` asked for, or of examples that are a leaf at the base, their gradients."""
-    kept = self.__dict__.get("cotangent")
-    if kept is not None or not is_examples(self):
-        return kept
-    with running_at(None):
-        found = base_of(self)
-        found = found.grad if found.is_leaf else None
-    return None if found is None else like(self, found)
+original_new = nn.Parameter.__new__
 
 
-def like(x: Any, value: Tensor) -> Tensor:
-    """``value`` as examples, as ``x`` is of its base."""
-    return x.interpreter.rewrap(x, like(x.value, value)) if type(x) is WrapperTensor else value
+@functools.wraps(original_new)
+def new_parameter(cls: Any, data: Any = None, requires_grad: bool = True) -> Any:
+    """A parameter, which never has a history: that of ``data`` has to be cut by who has it made, if there is one."""
+    if type(data) is WrapperTensor and requires_grad and carries_derivative(data):
+        raise RequiresGradError(data.interpreter.name)
+    parameter = original_new(cls, data, requires_grad)
+    if STATE.top is not None and type(parameter) is not WrapperTensor:
+        parameter.made_inside = MadeInside(STATE.top)
+    return parameter
 
 
-def backward(self: WrapperTensor, gradient: Any = None, *args: Any, inputs: Any = None, **options: Any) -> None:
-    """``Tensor.backward``; it adds to ``.grad``, as a loop over the examples of a vmap does for each."""
-    levels = []
-    x: Any = self
+def carries_derivative(x: Any) -> bool:
     while type(x) is WrapperTensor:
-        if isinstance(x.interpreter, VmapInterpreter) and x.bdim is not None:
-            levels.append(x.interpreter)
+        if x.interpreter.differentiates and not x.interpreter.is_constant(x):
+            return True
         x = x.value
-    stack = interpreter_stack()
-    once = all(i in levels or getattr(i, "batch_size", None) == 1 for i in stack if i.repeats_writes)
-    followed = levels and any(i.differentiates for i in stack)  # .grad would lose its derivative
-    if not is_examples(self) or not x.requires_grad or not once or followed:
-        refuse(self, *REFUSED["backward"])
-    if gradient is None and self.numel() == 1:
-        gradient = ones_for(self, *self.shape)
-    x = self
-    while gradient is not None and type(x) is WrapperTensor:
-        level: Any = x.interpreter
-        with lowered(level):
-            gradient = of_batch(level, gradient, x) if level in levels else values_at(level, [gradient])[0]
-        x = x.value
-    if inputs is not None:
-        options["inputs"] = [base_of(i) for i in (inputs if isinstance(inputs, list | tuple) else [inputs])]
-    with running_at(None):
-        base_of(self).backward(gradient, *args, **options)
+    return False
 
 
-WrapperTensor.backward = backward  # type: ignore[assignment, method-assign]
+def looked_at(name: str) -> property:
+    """An attribute of a wrapper that may just have been made, with ``requires_grad=True``."""
+    attribute: Any = getattr(Refusing, name)
+
+    def read(self: WrapperTensor) -> Any:
+        if self.view_link is FRESH:
+            FRESH.refresh(self)
+        return attribute.fget(self)
+
+    return property(read, attribute.fset)
+
+
 WrapperTensor.requires_grad_ = requires_grad_  # type: ignore[assignment, method-assign]
-WrapperTensor.grad = property(grad_of, Refusing.grad.fset)  # type: ignore[assignment, attr-defined]
+for name in ("requires_grad", "is_leaf"):
+    setattr(WrapperTensor, name, looked_at(name))
+nn.Parameter.__new__ = staticmethod(new_parameter)  # type: ignore[assignment, method-assign]

@@ -22,7 +22,7 @@ from functrans.core.operators import PURE, OpInfo, kind_here, op_info
 from functrans.core.rules import SCOPES
 from functrans.core.schemas import normalized
 from functrans.core.subclasses import KeptClassMet
-from functrans.core.tensor import WrapperTensor
+from functrans.core.tensor import FRESH, WrapperTensor
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import (
     CONJUGATE,
@@ -91,6 +91,8 @@ class Door(Mode):
         if not types:  # what has a wrapper among its arguments came through ``otherwise``, which notes the place
             kind = type(out)
             if kind is WrapperTensor:
+                if known.makes and out.view_link is None:
+                    out.view_link = FRESH
                 frame = sys._getframe(1)
                 code = frame.f_code
                 if code.co_filename in USER_FILES:

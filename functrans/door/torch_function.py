@@ -79,6 +79,8 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     if kind is WrapperTensor:
         if args and out is args[0]:  # written
             return out
+        if kwargs and kwargs.get("requires_grad"):
+            out.requires_grad_()
         frame = sys._getframe(up)
         code = frame.f_code
         if code.co_filename in USER_FILES:

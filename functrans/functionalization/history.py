@@ -22,6 +22,12 @@ def with_history_of(old: Tensor, new: Tensor, *, everywhere: bool = False) -> Te
     See NOTE [Writes and grad mode].
     """
     recording = torch.is_grad_enabled()
+    if type(old) is WrapperTensor and old.leaf is not None:
+        if everywhere or not recording:
+            return old.leaf(_merge(old, new, recording, everywhere))
+        if not (new.requires_grad and new.is_leaf):
+            raise RuntimeError("a leaf that requires grad is used in an in-place operation: use torch.no_grad()")
+        return new
     level = old.interpreter.level if type(old) is WrapperTensor else 0
     usual = recording and not everywhere
     for interpreter in interpreter_stack():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from functrans.core.dispatch import dispatch
 from functrans.core.errors import InsideTransformError
-from functrans.core.tensor import WrapperTensor, strides_of, wrap_showing
+from functrans.core.tensor import FRESH, WrapperTensor, strides_of, wrap_showing
 from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
 from functrans.functionalization.memory import storage_offset_of
@@ -106,7 +106,7 @@ def on_meta(a: Any) -> Any:
 def check_places(x: Tensor) -> None:
     """Refuse to look up places in memory that are not where ``x`` shows them, at any level."""
     while type(x) is WrapperTensor:
-        if x.moved or x.view_link is not None and x.view_link.base_content().moved:
+        if x.moved or (x.view_link not in (None, FRESH) and x.view_link.base_content().moved):
             raise InsideTransformError(
                 "as_strided of a tensor that was written and leaves gaps in memory or begins within its storage",
                 "a transform",

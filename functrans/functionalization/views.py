@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -23,15 +24,28 @@ from functrans.core import thread_state
 from functrans.core.dispatch import base, dispatch, lift, scan
 from functrans.core.errors import InsideTransformError
 from functrans.core.errors.described import given
+from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import check_thread
 from functrans.core.operators import OpInfo
-from functrans.core.tensor import WrapperTensor, set_content
+from functrans.core.tensor import FRESH, WrapperTensor, set_content
 from functrans.core.thread_state import STATE, running_at
 from functrans.core.torch_private import OpOverload, no_dispatch, set_grad_enabled
 from functrans.functionalization.layouts import as_shown, check_places, dense_strides
 from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten
+
+
+class MadeInside:
+    """On a captured tensor's view, and on a parameter that shares its memory: the level where it was made."""
+
+    __slots__ = ("level",)
+
+    def __init__(self, level: Interpreter) -> None:
+        self.level = ref(level)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # to others it says nothing
 
 
 class AliasGroup:
@@ -124,13 +138,14 @@ class ViewLink:
                     "that operator on a .clone(memory_format=torch.contiguous_format)",
                 )
             with thread_state.door_closed():
-                set_content(view, self.replay())
+                new = self.replay()
+                set_content(view, new if view.leaf is None else view.leaf(new))
             view.synced_version = self.group.version
 
 
 def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
     """The wrapper that holds what was written to the argument ``wrapper``, by now a view of itself maybe (``t_``)."""
-    if wrapper.view_link is not None:
+    if wrapper.view_link is not None and wrapper.view_link is not FRESH:
         return wrapper.view_link.base_content()
     group = wrapper.alias_group
     return wrapper if group is None or group.content is None else group.content
@@ -142,8 +157,11 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     owner = scan(args, kwargs)[0]
     if owner is None:
         out = base(op, args, kwargs)
-        if STATE.top is not None and not _shares_memory(out, args[0]):
-            out = lift(out, None, STATE.top)
+        if STATE.top is not None:
+            if not _shares_memory(out, args[0]):
+                return lift(out, None, STATE.top)
+            if type(out) is Tensor:
+                out.made_inside = MadeInside(STATE.top)  # type: ignore[attr-defined]
         return out
     if owner is not STATE.top:
         check_thread(owner)

@@ -31,7 +31,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.leftovers import check_thread
 from functrans.core.operators import STAND_INS, VIEW, WRITE, OpInfo, kind_here
 from functrans.core.rules import SCOPES
-from functrans.core.tensor import WrapperTensor, set_content, strides_of
+from functrans.core.tensor import FRESH, WrapperTensor, set_content, strides_of
 from functrans.core.thread_state import STATE, door_closed, running_at
 from functrans.core.torch_private import (
     VIEWS_AND_VERSIONS,
@@ -40,7 +40,7 @@ from functrans.core.torch_private import (
     set_key_excluded,
 )
 from functrans.functionalization.history import with_history_of
-from functrans.functionalization.layouts import laid_out_like, note_moved, set_shape
+from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_shape
 from functrans.functionalization.memory import storage_offset_of
 from functrans.functionalization.out_of_place import Functional, pure_form
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
@@ -96,6 +96,9 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         outputs, news = news[: len(news) - len(targets)], news[len(news) - len(targets) :]
     else:
         outputs = None
+    news = [x for n in news for x in (n if isinstance(n, list | tuple) else [n])]
+    if len(news) != len(targets):  # it writes more than its pure form returns
+        raise NoPureFormError(op)
     out_form = known.returns_written and bool(known.written) and known.op._schema.arguments[known.written[0]].kwarg_only
     for target, value in zip(targets, news, strict=True):
         if value.dtype is not target.dtype and not out_form:
@@ -217,18 +220,16 @@ def write_metadata(known: OpInfo, op: OpOverload, target: Any, args: tuple[Any, 
     """An operator such as ``unsqueeze_`` that turns a tensor into a view of itself, by ``op``."""
     if type(target) is not WrapperTensor:
         raise NoPureFormError(known.op)
-    if target.moved:
-        raise InsideTransformError(
-            f"{known.op} of a tensor that was written and leaves gaps in memory",
-            target.interpreter.name,
-            "the operator that returns a view",
-        )
     invalidate_saved(target)
     if known.op is aten.detach_.default:
         set_content(target, dispatch(aten.detach.default, (target,), {}))
+        target.leaf = None
+        target.view_link = target.view_link or FRESH  # the last that torch.tensor calls
         return target
     before = _hold(target)
     new = dispatch(op, (before, *args[1:]), kwargs)
+    if target.moved:
+        new = as_shown(new, before, op, (before, *args[1:]), kwargs, None)
     set_shape(target, new)
     set_content(target, new)
     link_view(target, before, op, args, kwargs, None)
