@@ -412,6 +412,78 @@ def test_what_does_not_go_into_a_graph_is_run_outside_of_it(name: str, backend: 
         torch.compile(program, backend=backend, fullgraph=True)(x.clone())
 
 
+class Box:
+    """A container that batches itself, as a TensorDict does: tensors by name, which have a batch size in common."""
+
+    def __init__(self, tensors: dict[str, Tensor], batch_size: tuple[int, ...]) -> None:
+        self.tensors, self.batch_size, self.is_locked = tensors, torch.Size(batch_size), False
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self.tensors[key]
+        return self.apply(lambda value: value[key], self.batch_size[:-1])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.batch_size
+
+    def dim(self) -> int:
+        return len(self.batch_size)
+
+    def clone(self, recurse: bool) -> Box:
+        return Box(dict(self.tensors), self.batch_size)
+
+    def values(self, nested: bool, leaves: bool) -> Any:
+        return self.tensors.values()
+
+    def apply(self, f: Callable[[Tensor], Tensor], batch_size: Any) -> Box:
+        return Box({name: f(value) for name, value in self.tensors.items()}, batch_size)
+
+    def _add_batch_dim(self, *, in_dim: int, vmap_level: int) -> Box:
+        sizes = [n for i, n in enumerate(self.batch_size) if i != in_dim]
+        return self.apply(lambda value: torch._C._functorch._add_batch_dim(value, in_dim, vmap_level), sizes)
+
+    def _maybe_remove_batch_dim(self, name: str, vmap_level: int, batch_size: int, out_dim: int) -> Box:
+        back = torch._functorch.vmap._maybe_remove_batch_dim  # type: ignore[attr-defined]
+        sizes = list(self.batch_size)
+        sizes.insert(out_dim, batch_size)
+        return self.apply(lambda value: back(name, value, vmap_level, batch_size, out_dim), sizes)
+
+
+torch.utils._pytree.register_pytree_node(
+    Box,
+    lambda box: (list(box.tensors.values()), (tuple(box.tensors), tuple(box.batch_size))),
+    lambda values, context: Box(dict(zip(context[0], values, strict=True)), context[1]),
+)
+
+
+def by_example(box: Box, factor: Tensor) -> tuple[Tensor, Box]:
+    assert box.batch_size == () and box["a"].shape == (3,)
+    box["a"][0].mul_(2)
+    return box["a"].sum() * factor, Box({"b": box["a"].sin() * factor, "c": factor}, ())
+
+
+CONTAINERS: dict[str, Callable[..., Any]] = {
+    "in and out": lambda box, y: vmap(by_example)(box, y),
+    "in a dict": lambda box, y: vmap(lambda tree: by_example(tree["box"], tree["y"]))({"box": box, "y": y}),
+    "gradients": lambda box, y: vmap(grad(lambda w, b: (b["a"] * w).sum()), (None, 0))(x, box),
+    "the same for all": lambda box, y: vmap(lambda b, y: b["a"].sum() * y, (None, 0))(box, y),
+    "made inside": lambda box, y: vmap(lambda y: Box({"d": y * 2}, ()), out_dims=-1)(y),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_that_batch_themselves(name: str) -> None:
+    program, y = CONTAINERS[name], torch.arange(4.0)
+    outcomes = []
+    for run in (program, torch.compile(program, fullgraph=True, backend="aot_eager")):
+        box = Box({"a": rows.clone()}, (4,))
+        outcomes.append(torch.utils._pytree.tree_flatten((run(box, y), box)))
+    (expected, how), (found, as_expected) = outcomes
+    assert how == as_expected
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_pullback_may_leave_a_compiled_function() -> None:
     pullback = torch.compile(returned_pullback, backend="eager")(x)
     torch.testing.assert_close(pullback(x), (x.cos() * x,))

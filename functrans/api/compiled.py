@@ -35,6 +35,7 @@ from functrans.api.private_names import PAIRS
 from functrans.core.errors import Call
 from functrans.core.imports import when_imported
 from functrans.core.interpreter import Interpreter
+from functrans.core.pytrees import tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.thread_state import STATE, Snapshot, unchanged
 from functrans.core.torch_private import (
@@ -170,8 +171,11 @@ class TransformNode(Node):
     ``target`` makes the function that stands in the graph, which runs for the first time on Dynamo's fake tensors.
     """
 
-    def __init__(self, transform: Callable[..., Any], options: dict[str, Any], arguments: Tree, tangents: Tree) -> None:
+    def __init__(
+        self, transform: Callable[..., Any], options: dict[str, Any], arguments: Tree, tangents: Tree, seen: Tree
+    ) -> None:
         self.transform, self.options, self.arguments, self.tangents = transform, options, arguments, tangents
+        self.seen = seen  # the arguments as the function gets them: containers without their batch
 
     def target(self, graph: Callable[..., Any], outputs: Tree) -> Callable[..., Any]:
         """From tensors to tensors, by the function's ``graph``, which returns ``outputs``."""
@@ -183,7 +187,7 @@ class TransformNode(Node):
             captured = tuple(rest)
 
             def func(*args: Any, **kwargs: Any) -> Any:
-                return outputs.filled(iter(graph(*self.arguments.in_graph((args, kwargs)), *captured)))
+                return outputs.filled(iter(graph(*self.seen.in_graph((args, kwargs)), *captured)))
 
             return self.run(lambda: transformed(self.transform, func, self.options, args, kwargs, tangents))
 
@@ -207,8 +211,9 @@ class PullbackNode(Node):
 
 def sights(
     transform: Callable[..., Any], options: dict[str, Any], args: Any, kwargs: Any
-) -> list[tuple[int | None, bool]]:
-    """For each leaf of the arguments, the dimension of which the function sees one example, and whether it moves."""
+) -> tuple[list[tuple[int | None, bool]], Any]:
+    """For each leaf of the arguments, the dimension of which the function sees one example, and whether it moves; and
+    how the leaves stand in what the function sees."""
     moving: set[int] = set()
     if "argnums" in options or "in_dims" not in options:
         argnums = options.get("argnums", tuple(range(len(args))))
@@ -218,30 +223,38 @@ def sights(
         in_dims = options["in_dims"]
         if in_dims is None:  # of those that belong to single examples
             in_dims = tuple(None if i in moving else 0 for i in range(len(args)))
-        leaves, dims, _, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
-        if any(map(is_container, leaves)):
-            raise NotImplementedError("It has a container among its arguments, which batches itself.")
-        of_leaf = {id(x): d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)}
-        found = [of_leaf.get(id(x)) for x in torch_pytree.tree_leaves(args)]
+        leaves, dims, spec, _ = check_inputs(Call("vmap", len, {"in_dims": in_dims}), in_dims, args)
+        of_leaf = {id(x): d for leaf, d in zip(leaves, dims, strict=True) for x in torch_pytree.tree_leaves(leaf)}
+        found = [of_leaf.get(id(x)) if isinstance(x, Tensor) else None for x in torch_pytree.tree_leaves(args)]
+        if any(map(is_container, leaves)):  # it knows its batch size
+            first = lambda x, d: x if d is None or not is_container(x) else x[(slice(None),) * d + (0,)]
+            args = tree_unflatten(spec, list(map(first, leaves, dims)))
     else:
         found = [None] * len(moves)
     seen: list[tuple[int | None, bool]] = list(zip(found, moves, strict=True))
-    return seen + [(None, False) for _ in torch_pytree.tree_leaves(kwargs)]
+    seen += [(None, False) for _ in torch_pytree.tree_leaves(kwargs)]
+    return seen, torch_pytree.tree_flatten((args, kwargs))[1]
 
 
 def dynamo_variables(names: Any) -> tuple[type, type]:
     """What Dynamo makes of ``TRACED`` and ``UNTRACED``; the classes are made here since their base is Dynamo's."""
 
     class Body(names.VariableTracker):
-        """The function, called by leaves: those that are in the graph are given, the others are in place."""
+        """The function, by leaves: those that are in the graph are given, the others are in place; it returns leaves.
+
+        (What it returns is taken apart here, since Dynamo forgets what was written to it as it leaves the function.)
+        """
 
         def __init__(self, func: Any, leaves: list[Any], spec: Any, **more: Any) -> None:
             super().__init__(**more)
-            self.func, self.leaves, self.spec = func, leaves, spec
+            self.func, self.leaves, self.spec, self.results = func, leaves, spec, None
 
         def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             leaves = names.ListVariable(filled(self.leaves, iter(args)))
-            return names.make_inlined(tx, call_with)(self.func, leaves, self.spec)
+            out = names.make_inlined(tx, call_with)(self.func, leaves, self.spec)
+            found, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(out))
+            self.results = spec.as_python_constant()
+            return found
 
     class TracedVariable(names.TorchHigherOrderOperatorVariable):
         _HOP_NAME = "functrans_transform"
@@ -256,16 +269,20 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
         def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:
             arguments, leaves, spec = flat(tx, names.TupleVariable([args, kwargs]))
             tangents, tangent_leaves, _ = flat(tx, extra)
-            node = TransformNode(transform, options.as_python_constant(), arguments, tangents)
+            chosen = options.as_python_constant()
             given = holes(arguments, leaves)
             values = arguments.filled(x.as_proxy().node.meta["example_value"] for x in given)
-            seen = holes(arguments, sights(transform, node.options, *values))
+            seen, seen_spec = sights(transform, chosen, *values)
+            node = TransformNode(transform, chosen, arguments, tangents, Tree(arguments.leaves, seen_spec))
+            if seen_spec != arguments.spec:
+                spec = names.VariableTracker.build(tx, seen_spec)
             with names.discard_graph_changes(tx):
-                examples = [example(tx, x, *how) for x, how in zip(given, seen, strict=True)]
+                examples = [example(tx, x, *how) for x, how in zip(given, holes(arguments, seen), strict=True)]
             own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
+            body = Body(func, own, spec)
             (_, found), graph, captured = names.speculate_subgraph(
                 tx,
-                Body(func, own, spec),
+                body,
                 examples,
                 {},
                 self._HOP_NAME,
@@ -275,7 +292,7 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
                 should_flatten_outputs=True,
             )
             constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
-            outputs = Tree([x if masked else HOLE for x, masked in constants], found.treespec.as_python_constant())
+            outputs = Tree([x if masked else HOLE for x, masked in constants], body.results)
             target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
             proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]
             return put(tx, node, target, (*proxies, *captured))

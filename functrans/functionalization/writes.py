@@ -62,6 +62,9 @@ def run(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kind == WRITE:
             return run_write(known, args, kwargs)
         stand_in: Any = STAND_INS.get(known.op)
+        for a in args:
+            if type(a) is WrapperTensor and a.view_link is FRESH:
+                FRESH.refresh(a)
         return stand_in(known, args, kwargs)
     finally:
         set_key_excluded(VIEWS_AND_VERSIONS, excluded)
