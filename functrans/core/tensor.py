@@ -130,6 +130,9 @@ class WrapperTensor(Refusing):
         return memo[id(self)]
 
 
+REQUIRES_GRAD: Any = Tensor.requires_grad
+
+
 class Fresh:
     """In the place of a view link of a tensor that was made inside: it looks whether PyTorch made it a leaf since; see
     NOTE [Leaves made inside]."""
@@ -142,9 +145,8 @@ class Fresh:
 
     def refresh(self, x: WrapperTensor) -> None:
         x.view_link = None
-        flag: Any = Tensor.requires_grad
-        if flag.__get__(x):
-            without_torch_function(flag.__set__, (), (x, False), {})
+        if without_torch_function(REQUIRES_GRAD.__get__, (), (x,), {}):
+            without_torch_function(REQUIRES_GRAD.__set__, (), (x, False), {})
             x.requires_grad_()
 
 
