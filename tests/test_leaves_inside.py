@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from functrans import grad, jvp, vjp, vmap
+from functrans import functionalize, grad, jvp, vjp, vmap
 from functrans.core.errors import CapturedOnceError, InsideTransformError, RequiresGradError
 from functrans.core.stack import interpreter_stack
 
@@ -137,6 +137,10 @@ def test_adapting_a_copied_module() -> None:
             ((fast(x) - y) ** 2).sum().backward()
             nn.utils.clip_grad_norm_(fast.parameters(), 1.0)
             optimizer.step()
+        again = copy.deepcopy(fast)
+        assert all(p.is_leaf and p.requires_grad and isinstance(p, nn.Parameter) for p in again.parameters())
+        with torch.no_grad():
+            again[0].weight.zero_()
         return fast(x)
 
     close(vmap(adapted)(ROWS, TARGETS).detach(), loop(adapted, ROWS, TARGETS))
@@ -188,6 +192,12 @@ def by_hand(x: Tensor) -> Tensor:
 
 def test_descent_by_hand() -> None:
     close(vmap(by_hand)(ROWS).detach(), loop(by_hand, ROWS))
+
+
+@pytest.mark.parametrize("remove", ["mutations", "mutations_and_views"])
+def test_under_functionalize(remove: str) -> None:
+    close(functionalize(by_hand, remove=remove)(ROWS[0]).detach(), by_hand(ROWS[0]).detach())
+    close(vmap(functionalize(by_hand, remove=remove))(ROWS).detach(), loop(by_hand, ROWS))
 
 
 def test_gradients_of_gradients_in_grad() -> None:

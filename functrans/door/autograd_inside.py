@@ -12,7 +12,7 @@ inside].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +91,8 @@ def grad(
             found = torch.autograd.grad(plain_outs, plain_ins, cotangents, **options)
         return tuple(g if g is None else lift(g, None, top) for g in found)
     if top is None:  # of a transform that has ended
-        refuse(next(x for x in (*plain_outs, *plain_ins) if type(x) is WrapperTensor), "torch.autograd.grad", CURE)
+        ended = next(x for x in (*plain_outs, *plain_ins, *plain_given) if type(x) is WrapperTensor)
+        refuse(ended, "torch.autograd.grad", CURE)
     given = checked(outs, given, is_grads_batched)
     results = gradients(outs, ins, given, How(create_graph, is_grads_batched))
     if all(g is None for g in results) and not materialize_grads:
@@ -131,11 +132,19 @@ def gradients(outs: list[Any], ins: list[Any], cotangents: list[Any], how: How) 
     level = scan([*outs, *ins, *cotangents])[0]
     if level is None:
         return at_the_base(outs, ins, cotangents, how)
-    rule = next((RULES[kind] for kind in type(level).__mro__ if kind in RULES), None)
-    if rule is None:
-        raise InsideTransformError("torch.autograd.grad", level.name, CURE)
+    rule = next((RULES[kind] for kind in type(level).__mro__ if kind in RULES), constant_rule)
     with running_at(level):
         return rule(level, outs, ins, cotangents, how)
+
+
+def constant_rule(level: Interpreter, outs: list[Any], ins: list[Any], cotangents: list[Any], how: How) -> list[Any]:
+    """At a level of another kind, where it knows nothing of what the gradient is made of."""
+    if not all(level.is_constant(x) for x in (*outs, *ins, *cotangents) if level.owns(x)):
+        raise InsideTransformError("torch.autograd.grad", level.name, CURE)
+    values, below, given = (values_at(level, xs) for xs in (outs, ins, cotangents))
+    with lowered(level):
+        found = gradients(values, below, given, how)
+    return [None if g is None else level.constant(g) for g in found]
 
 
 def at_the_base(outs: list[Tensor], ins: list[Tensor], cotangents: list[Any], how: How) -> list[Any]:
@@ -276,8 +285,8 @@ def grad_rule(level: GradInterpreter, outs: list[Any], ins: list[Any], cotangent
     if recorded and type(level).pull is not GradInterpreter.pull:
         raise InsideTransformError("torch.autograd.grad past a way back of its own", level.name, CURE)
     if not (how.create and (recorded or moving)):
-        for o, _ in recorded:
-            note_detached(o)
+        for tracker in (tracker for o, _ in recorded for tracker in recording(o)):
+            tracker.detached = True
         return detached(level, recorded, outs, ins, cotangents, how)
     results: list[Any] = [None] * len(ins)
     own = [i for i, x in enumerate(ins) if level.index_of(x) is not None]
@@ -318,12 +327,11 @@ def detached(
     return [None if g is None else level.constant(g) for g in results]
 
 
-def note_detached(x: Any, backward: bool = False) -> None:
-    """Tell the levels that record ``x`` of a gradient without a graph, or of one that went into ``.grad``."""
+def recording(x: Any) -> Iterator[GradInterpreter]:
+    """The levels that record ``x``."""
     while type(x) is WrapperTensor:
         if isinstance(x.interpreter, GradInterpreter) and x.tape_index is not None:
-            x.interpreter.detached = True
-            x.interpreter.passed_by |= backward
+            yield x.interpreter
         x = x.value
 
 

@@ -19,7 +19,7 @@ from functrans.core.stack import interpreter_stack
 from functrans.core.subclasses import ones_for
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, lowered, running_at
-from functrans.door.autograd_inside import How, gradients, note_detached, of_batch, values_at
+from functrans.door.autograd_inside import How, gradients, of_batch, recording, values_at
 from functrans.door.leaves import base_of, can_be_leaf
 from functrans.interpreters.grad.again import CURE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -83,7 +83,9 @@ def backward(
     for x, g in zip(made, found, strict=True):
         if g is not None:
             add_to_grad(x, lift(g, scan([g])[0], STATE.top), create_graph)
-    note_detached(self, backward=True)
+    for level in recording(self):
+        level.passed_by = True
+        level.detached |= not create_graph
 
 
 def leaves_of(x: Any) -> list[Tensor]:

@@ -80,6 +80,19 @@ def leaf_again(holder: Any, new: Tensor) -> WrapperTensor:
     return made
 
 
+def deepcopy(self: WrapperTensor, memo: Any) -> Tensor:
+    """``copy.deepcopy``, which makes a leaf of a leaf, and a parameter of one."""
+    if self.leaf is None or id(self) in memo:
+        return original_deepcopy(self, memo)
+    copied = memo[id(self)] = self.detach().clone().requires_grad_()
+    if isinstance(self, nn.Parameter):
+        copied._is_param = True
+    return copied
+
+
+original_deepcopy = WrapperTensor.__deepcopy__
+
+
 def base_of(x: Any) -> Any:
     while type(x) is WrapperTensor:
         x = x.value
@@ -121,6 +134,7 @@ def looked_at(name: str) -> property:
 
 
 WrapperTensor.requires_grad_ = requires_grad_  # type: ignore[assignment, method-assign]
+WrapperTensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
 for name in ("requires_grad", "is_leaf"):
     setattr(WrapperTensor, name, looked_at(name))
 nn.Parameter.__new__ = staticmethod(new_parameter)  # type: ignore[assignment, method-assign]
