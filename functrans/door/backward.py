@@ -1,7 +1,7 @@
 """``Tensor.backward`` and ``Tensor.grad`` of wrappers.
 
 ``backward`` adds to ``.grad`` of leaves that were made inside, of each example its own: the gradients that
-``torch.autograd.grad`` gives inside (door/autograd_inside.py). To captured leaves, which are one for all, it adds as a
+``torch.autograd.grad`` gives inside (door/gradients_inside.py). To captured leaves, which are one for all, it adds as a
 loop over the examples of a vmap does.
 """
 
@@ -19,7 +19,7 @@ from functrans.core.stack import interpreter_stack
 from functrans.core.subclasses import ones_for
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import STATE, lowered, running_at
-from functrans.door.autograd_inside import How, gradients, of_batch, recording, values_at
+from functrans.door.gradients_inside import How, gradients, of_batch, recording, values_at
 from functrans.door.leaves import base_of, can_be_leaf
 from functrans.interpreters.grad.again import CURE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter

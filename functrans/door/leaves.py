@@ -2,7 +2,7 @@
 
 NOTE [Leaves made inside]
 What is made a leaf inside of a transform is one of PyTorch's own graph, at the base: the wrapper then holds a leaf,
-all that is computed with it is recorded there, and gradients by it are those of door/autograd_inside.py. A leaf that is
+all that is computed with it is recorded there, and gradients by it are those of NOTE [Gradients inside]. A leaf that is
 made under vmap is one of each example, so it has a batch from then on, also if its numbers are the same for all; an
 argument that they share (in_dim None) stays one leaf. A write under ``no_grad``, such as an optimizer's, leaves a leaf
 again (``WrapperTensor.leaf``), which the graph of before does not know.

@@ -47,7 +47,7 @@ class GradInterpreter(Interpreter, whole=True):
     differentiates = True
     values_remain = True
 
-    #: whether a gradient of what it records was taken without a graph; see door/autograd_inside.py
+    #: whether a gradient of what it records was taken without a graph; see door/gradients_inside.py
     detached = False
     #: whether ``Tensor.backward()`` left its arguments without a ``.grad``
     passed_by = False
