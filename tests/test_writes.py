@@ -496,3 +496,20 @@ def test_a_list_that_shares_memory_is_refused(other):
     for call in (lambda: vmap(f)(torch.ones(3, 2)), lambda: grad(f)(torch.ones(2))):
         with pytest.raises(FunctransError, match="in which tensors share memory"):
             call()
+
+
+@pytest.mark.parametrize("view", [lambda y: y[1], lambda y: y.view(3, 1)[1, 0], lambda y: y.unbind()[1]])
+def test_a_view_is_returned_as_its_base_was_written(view):
+    def f(x):
+        y = x.clone()
+        part = view(y)
+        y.sin_()
+        return part
+
+    x = torch.tensor([0.5, 1.0, 2.0])
+    slope = torch.tensor([0.0, 1.0, 0.0]) * x.cos()
+    torch.testing.assert_close(grad(f)(x), slope)
+    torch.testing.assert_close(vmap(grad(f))(x.expand(2, 3)), slope.expand(2, 3))
+    value, pullback = vjp(lambda x: (f(x), x), x)
+    torch.testing.assert_close((value[0], pullback((torch.ones(()), torch.zeros(3)))[0]), (x[1].sin(), slope))
+    torch.testing.assert_close(jvp(f, (x,), (torch.ones(3),))[1], slope.sum())

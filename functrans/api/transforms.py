@@ -219,10 +219,10 @@ def run_scalar(
             out, aux = split_aux(call, out)
             aux = tree_map(inputs.leave, aux)
         check_scalar(call, out, bool(holomorphic))
-        index = interpreter.index_of(bare(out))
+        value, index = inputs.leave(out), interpreter.index_of(bare(out))  # in this order: it may be a view to refresh
         if index is None:
             check_graph(interpreter)
-        return inputs.leave(out), index, aux
+        return value, index, aux
 
     return (inputs, *run_transformed(interpreter, body, enable_grad=True))
 
@@ -316,10 +316,11 @@ def run_recorded(
             aux = tree_map(inputs.leave, aux)
         leaves, spec = tree_flatten(out)
         check_outputs(call, out, leaves, differentiable=True)
+        values = [inputs.leave(o) for o in leaves]
         indices = [interpreter.index_of(bare(o)) for o in leaves]
         if not any(indices):
             check_graph(interpreter)
-        return [inputs.leave(o) for o in leaves], indices, spec, aux
+        return values, indices, spec, aux
 
     values, indices, spec, aux = run_transformed(interpreter, body, enable_grad=True)
     inputs.write_back()
