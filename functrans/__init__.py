@@ -32,10 +32,10 @@ from functrans.door import (  # noqa: F401
     leaves,
     sharded_modules,
 )
-from functrans.explain.comparing import diff
-from functrans.explain.explaining import explain
-from functrans.explain.printing import debug_print
-from functrans.explain.trace import make_trace
+from functrans.explanation.comparing import diff
+from functrans.explanation.explaining import explain
+from functrans.explanation.printing import debug_print
+from functrans.explanation.trace import make_trace
 from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if options.command == "explain":
         import functrans
-        from functrans.explain import command
+        from functrans.explanation import command
 
         return command.run(options, parser, {name: getattr(functrans, name) for name in functrans.__all__})
 
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     tour.add_argument("--steps", type=int, default=200, help="steps of private training (default: %(default)s)")
     tour.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: %(default)s)")
-    from functrans.explain import command
+    from functrans.explanation import command
 
     explained = commands.add_parser("explain", help="show what a function does", description=command.DESCRIPTION)
     command.add_arguments(explained)

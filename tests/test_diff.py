@@ -15,7 +15,7 @@ from torch import Tensor
 import functrans
 from functrans import diff, explain, grad, hessian, jacfwd, jacrev, jvp, vmap
 from functrans.decompositions.table import DECOMPOSITIONS
-from functrans.explain.comparing import DIFFERENT, LEFT, OTHERWISE, RIGHT, SAME
+from functrans.explanation.comparing import DIFFERENT, LEFT, OTHERWISE, RIGHT, SAME
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,

@@ -28,9 +28,9 @@ import functrans
 from functrans import explain, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
 from functrans.core.torch_private import debug_mode
-from functrans.explain import Event, Explanation
-from functrans.explain.verdicts import WAYS
-from functrans.explain.watching import Watched
+from functrans.explanation import Event, Explanation
+from functrans.explanation.verdicts import WAYS
+from functrans.explanation.watching import Watched
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,

@@ -12,7 +12,7 @@ from chromium import BROWSER, Page, chromium
 from torch import Tensor
 
 from functrans import explain, grad, vmap
-from functrans.explain import Explanation
+from functrans.explanation import Explanation
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (Debian's package: chromium)")
 

@@ -55,7 +55,7 @@ class _State(threading.local):
     number_read: Any = None
     #: whether a borrowed tangent opened forward AD's level
     level_open: bool = False
-    #: what is told of interpreters that are entered here while a run is explained; see functrans/explain/recording.py
+    #: what is told of interpreters entered here while a run is explained; see functrans/explanation/recording.py
     observer: Any = None
 
 

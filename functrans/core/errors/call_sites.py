@@ -32,8 +32,8 @@ CALLED = (
     "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap",
     "core/errors/made_at", "core/errors/refusals", "core/interpreter", "core/stack", "core/tensor",
     "door/autograd_function", "door/entrances", "door/operator_entrances", "door/program_entrances",
-    "door/torch_dispatch", "door/torch_function", "explain/comparing", "explain/explaining",
-    "explain/recording", "explain/trace", "explain/watching", "extend", "interpreters/function_context",
+    "door/torch_dispatch", "door/torch_function", "explanation/comparing", "explanation/explaining",
+    "explanation/recording", "explanation/trace", "explanation/watching", "extend", "interpreters/function_context",
     "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function",
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ def is_users(name: str) -> bool:
 def kind_of(path: str) -> set[str]:
     if path.startswith(OURS):
         rest = path[len(OURS) :]
-        if rest.startswith(("tour" + os.sep, os.path.join("explain", "demo"))):
+        if rest.startswith(("tour" + os.sep, os.path.join("explanation", "demo"))):
             return USER_FILES
         return LIBRARY_FILES if rest.removesuffix(".py").replace(os.sep, "/") in CALLED else WITHIN_FILES
     if path == PROGRAM_FILE or path.startswith(tuple(TORCH + part for part in ("_decomp", "_refs", "_prims"))):

@@ -175,7 +175,7 @@ class GradInterpreter(Interpreter, whole=True):
         product of a matrix and a vector scales the matrix's rows. Returns these rows, the index that they are
         cotangents of, and how much of the tape is left to be walked; None if the last step is of another kind.
         """
-        pull = getattr(type(self).pull, "watched", type(self).pull)  # see functrans/explain/watching.py
+        pull = getattr(type(self).pull, "watched", type(self).pull)  # see functrans/explanation/watching.py
         if self.hooks is not None or checks_numbers() or pull is not GradInterpreter.pull:
             return None
         size = diagonal.shape[0]

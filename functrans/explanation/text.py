@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functrans.core.errors.call_sites import OURS, PACKAGES, TORCH
-from functrans.explain.events import Event, Look, Site
-from functrans.explain.looking import number_text
-from functrans.explain.verdicts import BORROWED, CONSTANT, LOOPED, PASSED
+from functrans.explanation.events import Event, Look, Site
+from functrans.explanation.looking import number_text
+from functrans.explanation.verdicts import BORROWED, CONSTANT, LOOPED, PASSED
 
 if TYPE_CHECKING:
-    from functrans.explain.explanation import Explanation
+    from functrans.explanation.explanation import Explanation
 
 #: The ways that a reader should not overlook.
 MARKED = (BORROWED, LOOPED)

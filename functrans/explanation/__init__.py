@@ -1,8 +1,5 @@
 """Seeing a stack of transforms at work: ``explain``, ``diff``, ``make_trace`` and ``debug_print``.
 
-The package and one of its functions have one name. ``functrans.explain`` is the function; ``from functrans.explain
-import ...`` and ``python -m functrans.explain`` find the package.
-
 The modules, in the order to read them: ``events`` (what an explanation is made of), ``watching`` and ``recording`` (how
 one comes by it), ``looking``, ``sites`` and ``verdicts`` (what is said of a tensor, of the user's line, and of what
 took an operator), ``explaining`` and ``explanation`` (the function, and what it returns), ``text``, ``records`` and
@@ -10,12 +7,12 @@ took an operator), ``explaining`` and ``explanation`` (the function, and what it
 ``demo`` and ``command``.
 """
 
-from functrans.explain.comparing import Diff, diff
-from functrans.explain.events import Event, Level, Look, Site
-from functrans.explain.explaining import explain
-from functrans.explain.explanation import Explanation
-from functrans.explain.printing import debug_print
-from functrans.explain.trace import Trace, make_trace
+from functrans.explanation.comparing import Diff, diff
+from functrans.explanation.events import Event, Level, Look, Site
+from functrans.explanation.explaining import explain
+from functrans.explanation.explanation import Explanation
+from functrans.explanation.printing import debug_print
+from functrans.explanation.trace import Trace, make_trace
 
 __all__ = [
     "Diff", "Event", "Explanation", "Level", "Look", "Site", "Trace", "debug_print", "diff", "explain", "make_trace",

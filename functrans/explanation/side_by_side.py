@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from functrans.explain.events import Event
-from functrans.explain.text import Style, draw, headline, nodes, notes, place_text
+from functrans.explanation.events import Event
+from functrans.explanation.text import Style, draw, headline, nodes, notes, place_text
 
 if TYPE_CHECKING:
-    from functrans.explain.comparing import Diff, Row
+    from functrans.explanation.comparing import Diff, Row
 
 #: The mark in front of a row, by its status.
 MARKS = {"same": " ", "otherwise": "~", "different": "≠", "left only": "<", "right only": ">"}

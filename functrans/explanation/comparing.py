@@ -15,11 +15,11 @@ from torch import Tensor
 from functrans.api.checks import check_callable
 from functrans.core.errors import CallTypeError
 from functrans.core.errors.wording import what
-from functrans.explain.events import Event, Look, inside_of_a_rule
-from functrans.explain.explaining import explain
-from functrans.explain.explanation import Explanation
-from functrans.explain.looking import number_text, unseen
-from functrans.explain.side_by_side import as_text
+from functrans.explanation.events import Event, Look, inside_of_a_rule
+from functrans.explanation.explaining import explain
+from functrans.explanation.explanation import Explanation
+from functrans.explanation.looking import number_text, unseen
+from functrans.explanation.side_by_side import as_text
 
 #: How two steps compare: the same; the same results, taken another way; other results; a step of one side alone.
 SAME, OTHERWISE, DIFFERENT, LEFT, RIGHT = "same", "otherwise", "different", "left only", "right only"

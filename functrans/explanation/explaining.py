@@ -9,8 +9,8 @@ from functrans.api.checks import call_function, check_callable, check_flag
 from functrans.core.errors import CallTypeError
 from functrans.core.errors.wording import callable_name, what
 from functrans.core.interpreter import Interpreter
-from functrans.explain.explanation import Explanation
-from functrans.explain.recording import Observer, observing
+from functrans.explanation.explanation import Explanation
+from functrans.explanation.recording import Observer, observing
 
 
 def explain(func: Callable[..., Any], *args: Any, example: int = 0, catch: bool = False, **kwargs: Any) -> Explanation:

@@ -13,7 +13,7 @@ from functrans.api.checks import check_kind
 from functrans.core.errors import CallValueError
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import running_at
-from functrans.explain.looking import unseen
+from functrans.explanation.looking import unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 

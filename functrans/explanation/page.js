@@ -1,6 +1,6 @@
 "use strict";
-// Shows the records of an explanation; functrans/explain/records.py says what stands where in them. All text is set as
-// text: nothing that a user wrote is read as markup.
+// Shows the records of an explanation; functrans/explanation/records.py says what stands where in them. All text is set
+// as text: nothing that a user wrote is read as markup.
 const records = JSON.parse(document.getElementById("records").textContent);
 const { events, levels, files } = records;
 const byId = (id) => document.getElementById(id);

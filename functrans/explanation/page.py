@@ -10,8 +10,8 @@ from typing import Any
 
 
 def page(records: dict[str, Any]) -> str:
-    """The page that shows ``records``, which are as ``functrans/explain/records.py`` says."""
-    here = files("functrans.explain")
+    """The page that shows ``records``, which are as ``functrans/explanation/records.py`` says."""
+    here = files("functrans.explanation")
     parts = {name: here.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     return Template(parts["html"]).substitute(
         title=html.escape(f"explain: {records['name']}"),

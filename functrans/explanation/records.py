@@ -19,13 +19,13 @@ from __future__ import annotations
 import linecache
 from typing import TYPE_CHECKING, Any
 
-from functrans.explain.events import Event, Look
-from functrans.explain.looking import number_text
-from functrans.explain.text import indices, place_text, places_text
-from functrans.explain.verdicts import WAYS
+from functrans.explanation.events import Event, Look
+from functrans.explanation.looking import number_text
+from functrans.explanation.text import indices, place_text, places_text
+from functrans.explanation.verdicts import WAYS
 
 if TYPE_CHECKING:
-    from functrans.explain.explanation import Explanation
+    from functrans.explanation.explanation import Explanation
 
 #: So many lines of a file are shown before the first and after the last line that called something.
 AROUND = 12

@@ -77,7 +77,7 @@ class Event:
     returned: str = ""
     takes: list[Look] = field(default_factory=list)
     gives: list[Look] = field(default_factory=list)
-    #: what took it: one of ``functrans.explain.verdicts.WAYS``
+    #: what took it: one of ``functrans.explanation.verdicts.WAYS``
     way: str = ""
     #: where what took it is written
     place: str | None = None

@@ -9,7 +9,7 @@ import os
 from types import CodeType, FrameType
 
 from functrans.core.errors.call_sites import OURS, is_users, line_of
-from functrans.explain.events import Site
+from functrans.explanation.events import Site
 
 #: The code of transforms, and what of it calls the user's function, or does nothing but call operators.
 TRANSFORMS = OURS + "api" + os.sep

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from functrans.core.errors.described import is_wrapper, shown
 from functrans.core.torch_private import DisableTorchFunction, OpOverload, no_dispatch
-from functrans.explain.events import Look
+from functrans.explanation.events import Look
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.programs.program import names as letters
 

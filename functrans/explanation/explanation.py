@@ -13,10 +13,10 @@ from typing import Any
 from functrans.api.checks import check_kind
 from functrans.core.errors import CallTypeError
 from functrans.core.errors.wording import what
-from functrans.explain.events import Event, Level
-from functrans.explain.page import page
-from functrans.explain.records import as_records
-from functrans.explain.text import Style, as_summary, as_text
+from functrans.explanation.events import Event, Level
+from functrans.explanation.page import page
+from functrans.explanation.records import as_records
+from functrans.explanation.text import Style, as_summary, as_text
 
 
 class Explanation:
@@ -28,8 +28,8 @@ class Explanation:
         error: the exception that ended the run, if it was asked to be caught; else None.
         example: the example whose numbers are kept.
         levels: the interpreters that ran, in the order in which they were entered.
-        events: all that happened, in the order in which it began (``functrans.explain.events.Event``). What is inside
-            of an event is in its ``children``.
+        events: all that happened, in the order in which it began (``functrans.explanation.events.Event``). What is
+            inside of an event is in its ``children``.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Explanation:
             operator: a part of the operator's name, or a pattern such as ``"aten.*mm*"``.
             level: of this level; 0 is the base.
             line: called by this line of the user's.
-            kind: of this kind; see ``functrans.explain.events.Event``.
+            kind: of this kind; see ``functrans.explanation.events.Event``.
 
         Returns:
             The events, in order.
@@ -117,7 +117,7 @@ class Explanation:
         return as_text(self, Style(costs, numbers, checks))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as lists, dicts, strings and numbers; ``functrans/explain/records.py`` says what stands where."""
+        """All of it as lists, dicts, strings and numbers; functrans/explanation/records.py says what stands where."""
         return as_records(self)
 
     def to_json(self, *, indent: int | None = None) -> str:

@@ -12,7 +12,7 @@ from functrans.core.operators import op_info
 from functrans.core.tensor import PendingWrapper
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.decompositions.table import decomposition
-from functrans.explain.events import Event
+from functrans.explanation.events import Event
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, BorrowedNode, ProgramNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter

@@ -19,11 +19,11 @@ from functrans.core.operators import op_info
 from functrans.core.stack import interpreter_stack
 from functrans.core.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
 from functrans.core.torch_private import HigherOrderOperator, TorchDispatchMode
-from functrans.explain.events import Event, Level
-from functrans.explain.looking import bytes_made, looks, named, tensors_of, unseen
-from functrans.explain.sites import site_of
-from functrans.explain.verdicts import DECOMPOSED, LOOPED, PASSED, RULE, judge, way_back
-from functrans.explain.watching import Watched, watched_class
+from functrans.explanation.events import Event, Level
+from functrans.explanation.looking import bytes_made, looks, named, tensors_of, unseen
+from functrans.explanation.sites import site_of
+from functrans.explanation.verdicts import DECOMPOSED, LOOPED, PASSED, RULE, judge, way_back
+from functrans.explanation.watching import Watched, watched_class
 from functrans.interpreters.failures import name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from functrans.explain.comparing import diff
-from functrans.explain.demo import demo
-from functrans.explain.explaining import explain
+from functrans.explanation.comparing import diff
+from functrans.explanation.demo import demo
+from functrans.explanation.explaining import explain
 
 DESCRIPTION = (
     "Run a function once and print what happened: every operator, the levels that it went through, what each of them "
