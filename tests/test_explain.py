@@ -301,6 +301,10 @@ def test_the_run_is_the_plain_one_and_all_of_it_is_seen(name: str) -> None:
         expected = program()
         torch.manual_seed(0)
         plain = explain(program)
+        unobserved = Listing()
+        torch.manual_seed(0)
+        with unobserved:
+            program()
         before = injection.thread()
         listing = Listing()
         torch.manual_seed(0)
@@ -309,6 +313,7 @@ def test_the_run_is_the_plain_one_and_all_of_it_is_seen(name: str) -> None:
     assert injection.thread() == before
     assert same_bits(plain.result, expected)
     assert [e.replace("higher_order::", "") for e in found.base_operators()] == listing.names != []
+    assert listing.names == unobserved.names, "nothing runs for the sake of the explanation"
     assert {e.way for e in found} <= {"", *WAYS}
     json.loads(found.to_json())
     assert len(found.text(costs=True, numbers=True, checks=True).splitlines()) > len(found.find(kind="base"))
@@ -497,6 +502,65 @@ def test_random_numbers_are_those_of_the_plain_run() -> None:
     expected = f(ROWS)
     torch.manual_seed(3)
     assert torch.equal(explain(f, ROWS).result, expected)
+
+
+# --------------------------------------------------------------------------------------------- what is seen, and when
+
+
+def test_numbers_are_those_of_the_moment() -> None:
+    def f(x: Tensor) -> Tensor:
+        y = x + 1
+        y.numpy()[0] = 7.0  # which nothing sees
+        z = y * 2
+        z.add_(1)
+        z[1:].mul_(10)
+        return z
+
+    x = X.clone()
+    found = explain(f, x)
+    x.fill_(-1.0)
+    found.result.fill_(-1.0)
+    seen = {e.name: [looks[0].numbers["value"].tolist() for looks in (e.takes, e.gives)] for e in found}
+    assert seen["aten.add.Tensor"] == [[0, 1, 2], [1, 2, 3]]
+    assert seen["aten.mul.Tensor"] == [[7, 2, 3], [14, 4, 6]]
+    assert seen["aten.add_.Tensor"] == [[14, 4, 6], [15, 5, 7]]
+    assert seen["aten.slice.Tensor"] == [[15, 5, 7], [5, 7]]
+    assert seen["aten.mul_.Tensor"] == [[5, 7], [50, 70]]
+
+
+def test_a_wrapper_that_is_written_is_looked_at_again() -> None:
+    """PyTorch's own derivative of linalg.eig fills the diagonal of what it has just made."""
+    matrix = torch.tensor([[1.0, 2.0], [0.5, 3.0]])
+    with overriding(DERIVATIVES, aten.linalg_eig.default):
+        found = explain(grad(lambda a: torch.linalg.eig(a)[1].abs().sum()), matrix)
+    for event in found:
+        shadows = [look for look in event.takes if look.layers[0].startswith("level 1 native derivative")]
+        below = [child for child in event.children if child.name == event.name and child.kind == "base"]
+        for look, same in zip(shadows, below[0].takes if below else (), strict=False):
+            assert torch.equal(look.numbers["value"], same.numbers["value"])
+
+
+def test_of_a_large_tensor_a_selection_is_kept() -> None:
+    rows = torch.arange(3 * 70_000.0).reshape(3, 70_000)
+    found = explain(lambda x: jvp(vmap(lambda x: x.sin()), (x,), (x,)), rows, example=1)
+    (event,) = found.find("sin", level=2)
+    look = event.gives[0]
+    assert torch.equal(look.numbers["value"], rows[1].sin()[::2])
+    assert torch.equal(look.numbers["tangent at level 1"], (rows[1].cos() * rows[1])[::2])
+    assert torch.equal(found.find("sin", level=0)[0].takes[0].numbers["value"], rows.reshape(-1)[::4])
+    inner = explain(vmap(vmap(torch.sin)), rows[None].expand(2, 3, 70_000) + 1, example=1).find("sin", level=2)[0]
+    assert torch.equal(inner.takes[0].numbers["value"], rows[1][::2] + 1)
+
+
+def test_an_explanation_inside_of_what_is_compiled() -> None:
+    seen: list[Explanation] = []
+
+    def f(x: Tensor) -> Tensor:
+        seen.append(explain(vmap(grad(scaled)), x * 2, example=1))
+        return seen[-1].result + 1
+
+    assert torch.equal(torch.compile(f, backend="eager")(ROWS), f(ROWS))
+    assert ways(seen[0]) == ways(seen[1]) != []
 
 
 # ------------------------------------------------------------------------------------------------------- what is saved

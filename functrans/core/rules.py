@@ -225,8 +225,8 @@ class RuleTable(Generic[Rule]):
 
     def place(self, op: OpOverload) -> str:
         """``file:line`` of the registration of ``op``."""
-        self.check(op)
         if op not in self:
+            self.check(op)
             raise RegistrationError(f"{self.title}: got {op}, which has no rule; expected one that has.")
         entry = scope.entries[op] if SCOPES and (scope := covering(self, op)) is not None else None
         return self._places[op] if entry is None else entry[1]

@@ -8,9 +8,10 @@ took an operator), ``explaining`` and ``explanation`` (the function, and what it
 """
 
 from functrans.explanation.comparing import Diff, diff
-from functrans.explanation.events import Event, Level, Look, Site
+from functrans.explanation.events import Event, Level, Site
 from functrans.explanation.explaining import explain
 from functrans.explanation.explanation import Explanation
+from functrans.explanation.looks import Look
 from functrans.explanation.printing import debug_print
 from functrans.explanation.trace import Trace, make_trace
 

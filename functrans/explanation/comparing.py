@@ -15,10 +15,11 @@ from torch import Tensor
 from functrans.api.checks import check_callable
 from functrans.core.errors import CallTypeError
 from functrans.core.errors.wording import what
-from functrans.explanation.events import Event, Look, inside_of_a_rule
+from functrans.explanation.events import Event, inside_of_a_rule
 from functrans.explanation.explaining import explain
 from functrans.explanation.explanation import Explanation
 from functrans.explanation.looking import number_text, unseen
+from functrans.explanation.looks import Look
 from functrans.explanation.side_by_side import as_text
 
 #: How two steps compare: the same; the same results, taken another way; other results; a step of one side alone.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from torch import Tensor
+from functrans.core.errors.described import given, shown
+from functrans.core.torch_private import OpOverload
+from functrans.explanation.looks import Look, looks
+from functrans.programs.program import names as letters
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,6 @@ class Level:
     place: str | None
 
 
-@dataclass(frozen=True)
-class Look:
-    """How a tensor looked."""
-
-    #: what an operator calls it
-    name: str
-    #: dtype and shape, as the code at its level sees them
-    text: str
-    #: what the transforms keep on it, innermost transform first: "level 2 grad, tape_index=1"
-    layers: tuple[str, ...]
-    #: the numbers of one example, by what they are: the value, a tangent; those of large tensors are a selection
-    numbers: dict[str, Tensor]
-
-
 @dataclass(eq=False)
 class Event:
     """Something that happened.
@@ -72,11 +63,10 @@ class Event:
     site: Site | None = None
     #: whether the user's line itself called it, and not a transform that the line called
     direct: bool = False
-    #: the arguments and results of the call, as messages show them
-    given: str = ""
-    returned: str = ""
-    takes: list[Look] = field(default_factory=list)
-    gives: list[Look] = field(default_factory=list)
+    #: the operator, and how its arguments and results looked (see NOTE [Looks are taken at once and read later])
+    op: Any = None
+    arguments: tuple[Any, Any] = ((), {})
+    results: Any = None
     #: what took it: one of ``functrans.explanation.verdicts.WAYS``
     way: str = ""
     #: where what took it is written
@@ -93,6 +83,27 @@ class Event:
     #: new memory for results, of plain PyTorch, all together
     bytes: int = 0
     children: list[Event] = field(default_factory=list)
+
+    @cached_property
+    def given(self) -> str:
+        """The arguments of the call, as messages show them."""
+        return given(*self.arguments)
+
+    @cached_property
+    def returned(self) -> str:
+        """The results of the call, as messages show them."""
+        return "" if self.results is None else shown(self.results)
+
+    @cached_property
+    def takes(self) -> list[Look]:
+        """The tensors among the arguments."""
+        args, kwargs = self.arguments
+        return looks([*zip(names_of(self.op, len(args)), args, strict=True), *kwargs.items()])
+
+    @cached_property
+    def gives(self) -> list[Look]:
+        """The tensors among the results."""
+        return looks([("", self.results)])
 
     def walk(self) -> Iterator[Event]:
         """This event and all inside of it, in order."""
@@ -121,3 +132,11 @@ def inside_of_a_rule(event: Event | None) -> bool:
             return True
         event = event.parent
     return False
+
+
+def names_of(op: Any, count: int) -> list[str]:
+    """What an operator calls its first ``count`` arguments; of what is no operator, their places."""
+    names = [a.name for a in op._schema.arguments] if isinstance(op, OpOverload) else []
+    if hasattr(op, "instructions"):  # a program, whose Python has these
+        names = [*itertools.islice(letters(), count)]
+    return [*names[:count], *map(str, range(len(names), count))]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch.compiler import is_dynamo_compiling
+
 from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.compiled import UNTRACED
 from functrans.core.errors import CallTypeError
 from functrans.core.errors.wording import callable_name, what
 from functrans.core.interpreter import Interpreter
@@ -53,6 +56,8 @@ def explain(func: Callable[..., Any], *args: Any, example: int = 0, catch: bool 
         >>> explain(vmap(torch.logsumexp, in_dims=(0, None)), rows, 0).base_operators()
         ['aten.logsumexp.default']
     """
+    if is_dynamo_compiling():
+        return UNTRACED(lambda: explain(func, *args, example=example, catch=catch, **kwargs))
     check_callable("explain", func)
     call = f"explain({callable_name(func)}, ...)"
     if not isinstance(example, int) or isinstance(example, bool) or example < 0:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from time import perf_counter_ns
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from functrans.core.errors.call_sites import definition
-from functrans.core.errors.described import given, shown
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
 from functrans.core.stack import interpreter_stack
 from functrans.core.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
-from functrans.core.torch_private import HigherOrderOperator, TorchDispatchMode
+from functrans.core.torch_private import OpOverload, TorchDispatchMode
+from functrans.explanation.during import During
 from functrans.explanation.events import Event, Level
-from functrans.explanation.looking import bytes_made, looks, named, tensors_of, unseen
-from functrans.explanation.sites import site_of
+from functrans.explanation.looking import bytes_made
+from functrans.explanation.looks import Looking
 from functrans.explanation.verdicts import DECOMPOSED, LOOPED, PASSED, RULE, judge, way_back
 from functrans.explanation.watching import Watched, watched_class
 from functrans.interpreters.failures import name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
+
+#: What an operator or a program is called, which takes a while to write down.
+named = functools.lru_cache(maxsize=4096)(name_of)
 
 
 @dataclass
@@ -35,13 +36,15 @@ class Watch:
     level: Level
     #: the class that it had
     cls: type[Interpreter]
+    #: its number after those of the levels below it
+    stack: tuple[int, ...]
     #: how many records of its tape have been attributed
     claimed: int
     #: by the first tape index that a record made, the event in which it was made
     made_by: dict[int | None, Event] = field(default_factory=dict)
 
 
-class Observer(TorchDispatchMode):
+class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other than core.torch_private.Mode
     """Writes down what happens in this thread.
 
     It is PyTorch's innermost mode under the door, which sees what ends at the base, and it is told of interpreters and
@@ -52,9 +55,9 @@ class Observer(TorchDispatchMode):
 
     def __init__(self, example: int) -> None:
         super().__init__()
-        self.example = example
+        self.looking = Looking(example)
         self.run = Event(0, "run", "", None)
-        self.current = self.run
+        self.during: During | None = None
         self.events: list[Event] = []
         self.levels: list[Level] = []
         #: what is watched: its level, the class that it had, and the events of its tape's records
@@ -72,7 +75,8 @@ class Observer(TorchDispatchMode):
         details = () if tape_of(interpreter) is not None else tuple(interpreter.details())  # a tape of 0, by now
         about = interpreter.level, interpreter.kind, interpreter.name, details, place
         self.levels.append(Level(len(self.levels), *about))
-        self.watched[interpreter] = Watch(self.levels[-1], was, len(tape_of(interpreter) or ()))
+        stack = (*self.stack(interpreter.below), len(self.levels) - 1)
+        self.watched[interpreter] = Watch(self.levels[-1], was, stack, len(tape_of(interpreter) or ()))
         if cls not in self.classes:
             self.classes[cls] = watched_class(cls)
         interpreter.__class__ = self.classes[cls]
@@ -103,77 +107,58 @@ class Observer(TorchDispatchMode):
         watch = None if interpreter is None else self.watched.get(interpreter)
         return None if watch is None else watch.level
 
-    @contextmanager
+    def stack(self, top: Interpreter | None) -> tuple[int, ...]:
+        """The levels from ``top`` on that are watched, outermost first."""
+        while top is not None:
+            if (watch := self.watched.get(top)) is not None:
+                return watch.stack
+            top = top.below
+        return ()
+
+    @property
+    def current(self) -> Event:
+        """What goes on."""
+        return self.run if self.during is None else self.during.event
+
     def event(
-        self,
-        kind: str,
-        name: str,
-        interpreter: Interpreter | None = None,
-        args: Any = (),
-        kwargs: Any = None,
-        op: Any = None,
-    ) -> Iterator[Event]:
+        self, kind: str, name: str, interpreter: Interpreter | None, op: Any = None, args: Any = (), kwargs: Any = None
+    ) -> During:
         """Context: an event goes on."""
-        began = perf_counter_ns()
-        event = self.begin(kind, name, interpreter, args, kwargs or {}, op)
-        around, self.current = self.current, event
-        now = perf_counter_ns()
-        self.own_time += now - began
-        own = self.own_time
-        try:
-            yield event
-        except BaseException as error:
-            event.error = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            event.nanoseconds = perf_counter_ns() - now - (self.own_time - own)
-            self.claim_records(event)
-            event.bytes += sum(child.bytes for child in event.children)
-            self.current = around
+        return During(self, kind, name, interpreter, op, args, kwargs or {})
 
-    def begin(self, kind: str, name: str, interpreter: Interpreter | None, args: Any, kwargs: Any, op: Any) -> Event:
-        self.claim_records(self.current)
-        event = Event(len(self.events) + 1, kind, name, self.current, self.level_of(interpreter))
-        event.stack = tuple(level.number for i in reversed(interpreter_stack()) if (level := self.level_of(i)))
-        event.site, event.direct = site_of(sys._getframe(3))
-        with unseen():
-            event.given = given(args, kwargs)
-            event.takes = looks(tensors_of(op, args, kwargs), self.example)
+    def new_event(self, kind: str, name: str, interpreter: Interpreter | None) -> Event:
+        around = self.current
+        self.claim_records(around)
+        level = self.level_of(interpreter)
+        event = Event(len(self.events) + 1, kind, name, around, level, self.stack(STATE.top))
         self.events.append(event)
-        self.current.children.append(event)
+        around.children.append(event)
         return event
-
-    def gives(self, event: Event, out: Any) -> None:
-        """Note what an event returned."""
-        began = perf_counter_ns()
-        with unseen():
-            event.returned = "" if out is None else shown(out)
-            event.gives = looks(named("", out), self.example)
-        self.own_time += perf_counter_ns() - began
 
     def claim_records(self, event: Event) -> None:
         """Let what has come onto tapes since this was asked last be what ``event`` recorded."""
-        for interpreter in interpreter_stack():
-            watch, tape = self.watched.get(interpreter), tape_of(interpreter)
-            if watch is None or tape is None or len(tape) <= watch.claimed:
-                continue
-            for _, outs, ins, _ in tape[watch.claimed :]:
-                watch.made_by[first_index(outs)] = event
-                event.record = event.record or (outs, ins)
-            watch.claimed = len(tape)
+        interpreter = STATE.top
+        while interpreter is not None:
+            tape = tape_of(interpreter)
+            if tape and (watch := self.watched.get(interpreter)) is not None and len(tape) > watch.claimed:
+                for _, outs, ins, _ in tape[watch.claimed :]:
+                    watch.made_by[first_index(outs)] = event
+                    event.record = event.record or (outs, ins)
+                watch.claimed = len(tape)
+            interpreter = interpreter.below
 
     def operator(self, interpreter: Interpreter, process: Callable[..., Any], op: Any, args: Any, kwargs: Any) -> Any:
-        with self.event("operator", name_of(op), interpreter, args, kwargs, op) as event:
-            event.source = op.source if op_info(op).program else None
+        with self.event("operator", named(op), interpreter, op, args, kwargs) as during:
+            during.event.source = op.source if op_info(op).program else None
             out = process(interpreter, op, args, kwargs)
-            self.gives(event, out)
-        judge(event, interpreter, op, args, kwargs)
+            during.gives(out)
+        judge(during.event, interpreter, op, args, kwargs)
         return out
 
     def higher_order(self, interpreter: Interpreter, process: Callable[..., Any], op: Any, *args: Any) -> Any:
-        with self.event("operator", op.name(), interpreter) as event:
+        with self.event("operator", op.name(), interpreter) as during:
             out = process(interpreter, op, *args)
-            event.way = DECOMPOSED if out is NotImplemented else RULE
+            during.event.way = DECOMPOSED if out is NotImplemented else RULE
         return out
 
     def loop(self, interpreter: Interpreter, loop: Callable[..., Any], *args: Any) -> Any:
@@ -188,13 +173,14 @@ class Observer(TorchDispatchMode):
         """``rule``, by which a level will be asked about what is no operator: an autograd.Function, a primitive."""
 
         def observed(interpreter: Interpreter, *args: Any, **kwargs: Any) -> Any:
-            with self.event("operator", name, interpreter, args, kwargs) as event:
+            with self.event("operator", name, interpreter, None, args, kwargs) as during:
+                event = during.event
                 event.way, event.place = RULE, definition(rule)
                 out = rule(interpreter, *args, **kwargs)
                 if out is NotImplemented:
                     event.way = PASSED
                 else:
-                    self.gives(event, out)
+                    during.gives(out)
             return out
 
         return observed
@@ -219,27 +205,30 @@ class Observer(TorchDispatchMode):
     def pull(self, interpreter: Any, node: Any, outs: Any, ins: Any, saved: Any, grad: Any) -> Any:
         watch = self.watched[interpreter]
         op = node.operator(saved)
-        with self.event("pull", name_of(op), interpreter, (grad,)) as event:
+        with self.event("pull", named(op), interpreter, None, (grad,)) as during:
+            event = during.event
             event.record = outs, ins
             event.made_by = watch.made_by.get(first_index(outs))
             program = getattr(node, "pull_program", None)
             event.source = None if program is None else program.source
             event.way, event.place = way_back(node, op, interpreter)
             found = node.pull(saved, grad)
-            self.gives(event, found)
+            during.gives(found)
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":  # PyTorch asks a tensor of another subclass for its device: no operator
             return func(*args, **kwargs)
-        name = func.name() if isinstance(func, HigherOrderOperator) else str(func)
-        with self.event("base", name, None, args, kwargs, func) as event:
+        name = named(func) if isinstance(func, OpOverload) else func.name()
+        with self.event("base", name, None, func, args, kwargs) as during:
             if any(kind.__name__ == "DTensor" for kind in types):
                 return NotImplemented  # what it is made of comes here, too
             out = func(*args, **kwargs)
-            event.bytes = bytes_made(out, (args, kwargs))
-            self.gives(event, out)
+            during.event.bytes = bytes_made(out, args, kwargs)
+            if not isinstance(func, OpOverload) or func._schema.is_mutable:
+                self.looking.forget()
+            during.gives(out)
         return out
 
 

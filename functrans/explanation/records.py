@@ -19,8 +19,9 @@ from __future__ import annotations
 import linecache
 from typing import TYPE_CHECKING, Any
 
-from functrans.explanation.events import Event, Look
+from functrans.explanation.events import Event
 from functrans.explanation.looking import number_text
+from functrans.explanation.looks import Look
 from functrans.explanation.text import indices, place_text, places_text
 from functrans.explanation.verdicts import WAYS
 

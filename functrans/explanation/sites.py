@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import linecache
 import os
 from types import CodeType, FrameType
+from typing import NamedTuple
 
 from functrans.core.errors.call_sites import OURS, is_users, line_of
 from functrans.explanation.events import Site
@@ -15,21 +15,60 @@ from functrans.explanation.events import Site
 TRANSFORMS = OURS + "api" + os.sep
 DIRECT = tuple(TRANSFORMS + name for name in ("checks.py", "rearrange.py"))
 
+#: By file name, whose code it is: the user's, that of a transform, or other code of libraries.
+USERS, TRANSFORM, OTHER = "users", "transform", "other"
+KINDS: dict[str, str] = {}
 
-def site_of(frame: FrameType | None) -> tuple[Site | None, bool]:
-    """The innermost line outside of functrans, PyTorch and Python's library behind ``frame``, and whether it called
-    what goes on by itself, and not a transform, which did so."""
-    transform = ""
-    while frame is not None and not is_users(name := frame.f_code.co_filename):
-        if not transform and name.startswith(TRANSFORMS):
-            transform = name  # the innermost one
+
+class Origin(NamedTuple):
+    """Where what goes on was called from."""
+
+    #: the innermost line outside of functrans, PyTorch and Python's library
+    site: Site | None
+    #: whether that line called it by itself, and not a transform, which did so
+    direct: bool
+    #: whether the line is inside of the event that goes on
+    new: bool
+
+
+def origin_of(frame: FrameType | None, around: FrameType | None, outer: Origin | None) -> Origin:
+    """The origin of what goes on in ``frame``; ``outer`` is that of the event which goes on in the frame ``around``."""
+    direct = True
+    asked = False
+    while frame is not None:
+        if frame is around and outer is not None:
+            return Origin(outer.site, direct if asked else outer.direct, False)
+        name = frame.f_code.co_filename
+        kind = KINDS.get(name) or kind_of(name)
+        if kind is USERS:
+            return Origin(described(frame.f_code, frame.f_lasti), direct, True)
+        if kind is TRANSFORM and not asked:
+            direct, asked = name in DIRECT, True  # the innermost one says
         frame = frame.f_back
-    direct = not transform or transform in DIRECT
-    return (None, direct) if frame is None else (described(frame.f_code, frame.f_lasti), direct)
+    return Origin(None, direct, True)
 
 
-@functools.lru_cache(maxsize=4096)
+def kind_of(name: str) -> str:
+    kind = USERS if is_users(name) else TRANSFORM if name.startswith(TRANSFORMS) else OTHER
+    KINDS[name] = kind
+    return kind
+
+
+#: What is known of lines, by the number that Python knows their code by; it is held, so that no other gets that number.
+#: (Code that Dynamo has written need not be hashable.)
+SITES: dict[tuple[int, int], tuple[CodeType, Site]] = {}
+
+
 def described(code: CodeType, offset: int) -> Site:
+    known = SITES.get((id(code), offset))
+    if known is None:
+        if len(SITES) > 4096:
+            SITES.clear()
+        known = SITES[id(code), offset] = code, site_at(code, offset)
+    return known[1]
+
+
+def site_at(code: CodeType, offset: int) -> Site:
     line = line_of((code, offset))
     text = linecache.getline(code.co_filename, line)
     return Site(code.co_filename, line, code.co_name, text.strip(), columns_of(code, offset, line, text))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functrans.core.errors.call_sites import OURS, PACKAGES, TORCH
-from functrans.explanation.events import Event, Look, Site
+from functrans.explanation.events import Event, Site
 from functrans.explanation.looking import number_text
+from functrans.explanation.looks import Look
 from functrans.explanation.verdicts import BORROWED, CONSTANT, LOOPED, PASSED
 
 if TYPE_CHECKING:

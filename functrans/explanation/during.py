@@ -1,0 +1,81 @@
+"""The context of an event that goes on: where it was called from, how its arguments looked, how long it took."""
+
+from __future__ import annotations
+
+import sys
+from time import perf_counter_ns
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from functrans.explanation.sites import Origin, origin_of
+
+if TYPE_CHECKING:
+    from functrans.core.interpreter import Interpreter
+    from functrans.explanation.recording import Observer
+
+#: Events in which code of the user's runs without being inside of a further event.
+OPEN = ("run", "transform", "walk")
+
+
+class During:
+    """Context: an event goes on, inside of the one that the observer is in.
+
+    Args:
+        observer: who writes it down.
+        kind: that of the event, as ``name`` is.
+        interpreter: whose level it belongs to; None: the base.
+        op: the operator, where there is one, ``args`` and ``kwargs`` its arguments.
+    """
+
+    __slots__ = ("around", "began", "event", "frame", "fresh", "observer", "origin", "others")
+
+    def __init__(
+        self, observer: Observer, kind: str, name: str, interpreter: Interpreter | None, op: Any, args: Any, kwargs: Any
+    ) -> None:
+        began = perf_counter_ns()
+        self.observer = observer
+        self.around: During | None = observer.during
+        self.frame: FrameType | None = sys._getframe(2)
+        self.event = event = observer.new_event(kind, name, interpreter)
+        self.origin = self.origin_in(self.frame.f_back)
+        event.site, event.direct = self.origin.site, self.origin.direct
+        #: whether code of the user's can have run since what went on before, and can run after this event
+        self.fresh = event.parent is None or event.parent.kind in OPEN or self.origin.new
+        if self.fresh:
+            observer.looking.forget()
+        if args or kwargs:
+            given, named = observer.looking.look((args, [*kwargs.values()]))
+            event.op, event.arguments = op, (given, dict(zip(kwargs, named, strict=True)))
+        self.began = perf_counter_ns()
+        observer.own_time += self.began - began
+        self.others = observer.own_time
+
+    def origin_in(self, frame: FrameType | None) -> Origin:
+        around = self.around
+        return origin_of(frame, None, None) if around is None else origin_of(frame, around.frame, around.origin)
+
+    def gives(self, out: Any) -> None:
+        """Note what the event returned."""
+        if out is not None:
+            began = perf_counter_ns()
+            self.event.results = self.observer.looking.look(out)
+            self.observer.own_time += perf_counter_ns() - began
+
+    def __enter__(self) -> During:  # noqa: PYI034 - Python 3.10 has no Self
+        self.observer.during = self
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        event, observer = self.event, self.observer
+        ended = perf_counter_ns()
+        event.nanoseconds = ended - self.began - (observer.own_time - self.others)
+        if error is not None:
+            event.error = f"{type(error).__name__}: {error}"
+        observer.claim_records(event)
+        if self.fresh:
+            observer.looking.forget()
+        if event.parent is not None:
+            event.parent.bytes += event.bytes
+        self.frame = None
+        observer.during = self.around
+        observer.own_time += perf_counter_ns() - ended
