@@ -2,14 +2,15 @@
 
 They are text, the same for the same arguments, and need nothing else: no font that is measured, no style sheet, no
 script. A page that embeds one can give it colours of its own by CSS variables: ``--level-1``, ``--level-1-line``, ...,
-``--base``, ``--base-line``, ``--picture``, ``--picture-text`` (see ``PALETTE``).
+``--base``, ``--base-line``, ``--picture``, ``--picture-text``. ``variables`` writes down those of here, light or dark.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,15 +18,34 @@ from functrans.core.errors import CallTypeError, CallValueError
 from functrans.core.errors.described import is_wrapper, shown
 from functrans.core.stack import interpreter_stack
 
-#: By level, from 1, what fills its boxes and what their lines are; further levels begin again.
-PALETTE = (
-    ("#dbeafe", "#1d4ed8"),
-    ("#fde9c8", "#b45309"),
-    ("#d5f2df", "#15803d"),
-    ("#f6dcef", "#a21caf"),
-    ("#e3defb", "#6d28d9"),
-)
-BASE = ("#eef1f4", "#56616f")
+
+class Palette(NamedTuple):
+    """The colours of pictures: what fills boxes, and what their lines are."""
+
+    #: by level, from 1; further levels begin again
+    levels: tuple[tuple[str, str], ...]
+    base: tuple[str, str]
+    ground: str
+    text: str
+
+    def of(self, level: int) -> tuple[str, str]:
+        return self.levels[(level - 1) % len(self.levels)] if level else self.base
+
+
+LIGHT = Palette(
+    (
+        ("#dbeafe", "#1d4ed8"), ("#fde9c8", "#b45309"), ("#d5f2df", "#15803d"), ("#f6dcef", "#a21caf"),
+        ("#e3defb", "#6d28d9"),
+    ),
+    ("#eef1f4", "#56616f"), "#ffffff", "#1f2933",
+)  # fmt: skip
+DARK = Palette(
+    (
+        ("#1b3358", "#7fb2ff"), ("#4a3312", "#f0a95e"), ("#143f29", "#62d49a"), ("#471d46", "#ec93e2"),
+        ("#30295f", "#b9a8ff"),
+    ),
+    ("#262d35", "#9aa4af"), "#1c2229", "#e3e8ee",
+)  # fmt: skip
 
 LINE, PAD = 17, 10  # the height of a line and the margin in a box, in pixels
 FONT = "12px ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -83,6 +103,32 @@ def stack_picture(
         width, height = size(its_layers)
         right, bottom = right + 2 * PAD + max(width, text_width(name)), max(bottom, PAD + LINE + 4 + height)
     return drawing.svg(right + PAD, bottom + PAD, title or " in ".join(filter(None, (operator, ", ".join(levels)))))
+
+
+def value_picture(layers: Sequence[tuple[int, str]], *, title: str = "") -> str:
+    """A tensor as SVG: nested boxes, one for each layer.
+
+    Args:
+        layers: a list of (level, text), from the outermost layer to the value of the base, as ``layers(x)`` returns it.
+        title: what the picture shows, for those who cannot see it.
+
+    Returns:
+        The text of an SVG file. It is the same whenever the arguments are.
+
+    Raises:
+        CallValueError: there is no layer, or one has no level.
+
+    Example:
+        >>> from functrans.pictures import value_picture
+        >>> "bdim=0" in value_picture([(1, "vmap: float32[]\\nbdim=0"), (0, "float32[3]")])
+        True
+    """
+    if not layers or any(level < 0 for level, _ in layers):
+        raise CallValueError("value_picture(layers)", f"{list(layers)!r} as layers", "a list of (level, text)")
+    drawing = Drawing()
+    draw_nested(drawing, 1, 1, layers)
+    width, height = size(layers)
+    return drawing.svg(width + 2, height + 2, title or ", ".join(text.replace("\n", ", ") for _, text in layers))
 
 
 def text_width(text: str) -> int:
@@ -151,26 +197,51 @@ class Drawing:
     def text(self, x: int, y: int, text: str, bold: bool = False, anchor: str = "") -> None:
         look = (' font-weight="bold"' if bold else "") + (f' text-anchor="{anchor}"' if anchor else "")
         for i, line in enumerate(text.split("\n")):
-            self.elements.append(f'<text x="{x}" y="{y + LINE * i}"{look} xml:space="preserve">{escape(line)}</text>')
+            self.elements.append(f'<text x="{x}" y="{y + LINE * i}"{look} xml:space="preserve">{escaped(line)}</text>')
 
     def arrow(self, x: int, start: int, end: int) -> None:
-        line = "stroke:var(--picture-text,#1f2933);stroke-width:1.6;fill:none"
+        line = f"stroke:var(--picture-text,{LIGHT.text});stroke-width:1.6;fill:none"
         self.elements.append(f'<path d="M{x} {start}V{end - 1}m-4 -6l4 6l4 -6" style="{line}"/>')
 
     def svg(self, width: int, height: int, title: str) -> str:
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'role="img" style="font:{escape(FONT)};fill:var(--picture-text,#1f2933)">'
+            f'role="img" style="font:{escape(FONT)};fill:var(--picture-text,{LIGHT.text})">'
         )
-        ground = f'<rect width="{width}" height="{height}" rx="8" style="fill:var(--picture,#ffffff)"/>'
-        return "\n".join([head, f"<title>{escape(title)}</title>", ground, *self.elements, "</svg>"]) + "\n"
+        ground = f'<rect width="{width}" height="{height}" rx="8" style="fill:var(--picture,{LIGHT.ground})"/>'
+        return "\n".join([head, f"<title>{escaped(title)}</title>", ground, *self.elements, "</svg>"]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """``text`` as it stands in SVG, without the characters that it cannot have."""
+    return escape(re.sub("[^\t\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text))
 
 
 def colours(level: int) -> tuple[str, str]:
     """What fills a box of a level, and its lines, as CSS."""
-    fill, line = PALETTE[(level - 1) % len(PALETTE)] if level else BASE
-    name = f"--level-{level}" if level else "--base"
+    fill, line = LIGHT.of(level)
+    name = variable(level)
     return f"var({name},{fill})", f"var({name}-line,{line})"
+
+
+def variable(level: int) -> str:
+    return f"--level-{level}" if level else "--base"
+
+
+def variables(levels: int, *, dark: bool = False) -> str:
+    """The colours of pictures with so many levels as CSS, for the rule of a page that embeds them.
+
+    Example:
+        >>> from functrans.pictures import variables
+        >>> variables(0)
+        '--picture:#ffffff;--picture-text:#1f2933;--base:#eef1f4;--base-line:#56616f'
+    """
+    palette = DARK if dark else LIGHT
+    found = [f"--picture:{palette.ground}", f"--picture-text:{palette.text}"]
+    for level in range(levels + 1):
+        fill, line = palette.of(level)
+        found += [f"{variable(level)}:{fill}", f"{variable(level)}-line:{line}"]
+    return ";".join(found)
 
 
 def running() -> list[str]:

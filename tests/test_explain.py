@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import identity_functions
 import injection
@@ -29,6 +30,7 @@ from functrans import explain, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
 from functrans.core.torch_private import debug_mode
 from functrans.explanation import Event, Explanation
+from functrans.explanation.drawings import Drawings
 from functrans.explanation.verdicts import WAYS
 from functrans.explanation.watching import Watched
 from functrans.extend import (
@@ -43,6 +45,7 @@ from functrans.extend import (
     transform,
 )
 from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.pictures import stack_picture, value_picture
 
 aten = torch.ops.aten
 X = torch.tensor([0.0, 1.0, 2.0])
@@ -599,6 +602,36 @@ def test_a_page_needs_nothing_else_and_what_a_user_wrote_is_text(tmp_path: Path)
         assert (tmp_path / name).stat().st_size > 100
     with pytest.raises(functrans.FunctransError, match=r"expected a name that ends in \.html, \.json or \.txt"):
         found.save(tmp_path / "page.pdf")
+
+
+def test_pictures_of_the_stack() -> None:
+    """They are those of functrans.pictures, whatever the event is."""
+    found = explain(vmap(grad(scaled)), ROWS)
+    drawings = Drawings(found)
+    svg = ["\n".join(drawings.lines[line] for line in lines) + "\n" for lines in drawings.pictures]
+    (event,) = found.find("logsumexp", level=2, kind="operator")
+    name = "aten.logsumexp.default"
+    steps = {2: "▸ derivative entry, recorded as 2 <- 1", 1: "rule", 0: name}
+    levels = ["vmap(scaled)", "grad(scaled)"]
+    assert svg[drawings.stacks[event.number - 1]] == stack_picture(levels, operator=name, steps=steps)
+    (place,) = drawings.values[event.number - 1][0]
+    assert svg[place] == value_picture([
+        (2, "grad: float32[3]\ntracked, tape_index=1"), (1, "vmap: float32[3]\nbdim=0"), (0, "float32[2, 3]"),
+    ])  # fmt: skip
+    (pull,) = found.find("logsumexp", kind="pull")
+    assert "grad(scaled), ended" in svg[drawings.stacks[pull.number - 1]]
+    assert f"pull of {name}" in svg[drawings.stacks[pull.number - 1]]
+    assert svg[drawings.stacks[0]] == stack_picture(levels[:1])
+
+
+@pytest.mark.filterwarnings("ignore:vmap has no batching rule")
+def test_every_event_has_a_picture() -> None:
+    for name in ("borrowed", "functions", "own_transforms", "looped", "pullbacks", "explained", "depth"):
+        found = explain(injection.PROGRAMS[name])
+        drawings = Drawings(found)
+        assert len(drawings.stacks) == len(found)
+        for lines in drawings.pictures:
+            ElementTree.fromstring("\n".join(drawings.lines[line] for line in lines))
 
 
 def test_wrong_calls() -> None:

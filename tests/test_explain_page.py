@@ -13,6 +13,7 @@ from torch import Tensor
 
 from functrans import explain, grad, vmap
 from functrans.explanation import Explanation
+from functrans.pictures import DARK, LIGHT
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (Debian's package: chromium)")
 
@@ -72,7 +73,11 @@ def test_a_click_shows_path_pull_stack_and_numbers(page: Page, explanation: Expl
     page.click(f"#tree [data-event='{chosen.number}']")
     text = details(page)
     assert "derivatives/pointwise.py" in text and "3 ← 1" in text and "test_explain_page.py" in text
-    assert "level 1 vmap(<i>f</i>)" in text and "base plain PyTorch" in text
+    levels = page.evaluate("[...document.querySelectorAll('#details .picture text')].map((text) => text.textContent)")
+    assert levels[:4] == ["aten.sin.default", "level 2", "grad(<i>f</i>)", "▸ program, recorded as 3 <- 1"]
+    assert levels[4:7] == ["level 1", "vmap(<i>f</i>)", "program"]
+    assert levels[7:10] == ["base", "plain PyTorch", "aten.sin.default"]
+    assert ["grad: float32[3]", "tracked, tape_index=1"] == levels[10:12]
     assert "[0.1411, -0.9589, -0.7568]" in text, "the numbers of example 1"
     assert page.evaluate("document.querySelector('#source .now').innerText.includes('torch.sin')")
     marked = page.evaluate("document.querySelector('#source mark')?.textContent ?? null")
@@ -148,7 +153,11 @@ def test_it_is_drawn_in_light_and_dark(browser: Page, explanation: Explanation, 
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000, "more than an empty page"
     hues = browser.evaluate("['1', '2'].map((n) => getComputedStyle(document.querySelector("
                             "`#levels [data-level='${n}']`)).getPropertyValue('--hue'))")  # fmt: skip
-    assert hues == ["var(--level-1)", "var(--level-2)"] or len(set(hues)) == 2
+    assert hues == [(DARK if dark else LIGHT).of(level)[1] for level in (1, 2)]
+    filled = browser.evaluate(
+        "['rect', 'text'].map((kind) => getComputedStyle(document.querySelector(`#details .picture ${kind}`)).fill)"
+    )
+    assert filled == (["rgb(28, 34, 41)", "rgb(227, 232, 238)"] if dark else ["rgb(255, 255, 255)", "rgb(31, 41, 51)"])
     browser.click("#theme")
     assert browser.evaluate(paper) == ("rgb(255, 255, 255)" if dark else "rgb(20, 24, 29)")
 

@@ -12,7 +12,7 @@ import torch
 
 import functrans
 from functrans.core.errors import CallTypeError, CallValueError
-from functrans.pictures import layers, running, stack_picture, text_width
+from functrans.pictures import layers, running, stack_picture, text_width, value_picture, variables
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -79,6 +79,28 @@ def test_what_is_drawn_is_escaped():
     assert "<script>" not in picture and texts(picture)[0] == "f(\"a\" & '</svg><script>')"
 
 
+def test_a_value_is_drawn_as_it_is_beside_a_stack():
+    value = [(2, "grad: float32[]\ntracked"), (1, "vmap: float32[]"), (0, "float32[3]")]
+    beside = boxes(stack_picture(["vmap(f)", "grad(f)"], values={"x": value}))[-3:]
+    alone = boxes(value_picture(value))
+    assert [(w, h) for _, _, w, h in alone] == [(w, h) for _, _, w, h in beside] and alone[0][:2] == (1, 1)
+    assert "<title>grad: float32[], tracked, vmap: float32[], float32[3]</title>" in value_picture(value)
+
+
+def test_what_xml_cannot_have_is_not_drawn():
+    assert texts(stack_picture(["f\x00\x1b(\ud800)"]))[1] == "f��(�)"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_colours_of_a_page(dark):
+    """Every variable that a picture asks for has a value; without dark ones it is that which the picture has itself."""
+    picture = stack_picture([f"vmap(f{i})" for i in range(8)], operator="sin", steps={0: "sin"})
+    values = dict(entry.split(":") for entry in variables(8, dark=dark).split(";"))
+    asked = dict(re.findall(r"var\((--[\w-]+),(#\w+)\)", picture))
+    assert asked.keys() == values.keys()
+    assert (asked == values) is not dark
+
+
 def test_nothing_is_drawn_of_nothing():
     assert texts(stack_picture([])) == ["base", "plain PyTorch"]
 
@@ -119,3 +141,6 @@ def test_the_layers_of_live_wrappers(transform):
 def test_what_cannot_be_drawn(arguments, error, text):
     with pytest.raises(error, match=re.escape(text)):
         stack_picture(**arguments)
+    for nothing in ([], [(-1, "what")]):
+        with pytest.raises(CallValueError, match=r"a list of \(level, text\)"):
+            value_picture(nothing)

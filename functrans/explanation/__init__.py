@@ -1,10 +1,10 @@
 """Seeing a stack of transforms at work: ``explain``, ``diff``, ``make_trace`` and ``debug_print``.
 
-The modules, in the order to read them: ``events`` (what an explanation is made of), ``watching`` and ``recording`` (how
-one comes by it), ``looking``, ``sites`` and ``verdicts`` (what is said of a tensor, of the user's line, and of what
-took an operator), ``explaining`` and ``explanation`` (the function, and what it returns), ``text``, ``records`` and
-``page`` (how that is shown). Beside these stand ``comparing`` and ``side_by_side`` (``diff``), ``trace``, ``printing``,
-``demo`` and ``command``.
+The modules, in the order to read them: ``events`` (what an explanation is made of), ``watching``, ``recording`` and
+``during`` (how one comes by it), ``looks`` with ``looking``, ``sites`` and ``verdicts`` (what is said of a tensor, of
+the user's line, and of what took an operator), ``explaining`` and ``explanation`` (the function, and what it returns),
+``text``, ``records``, ``drawings`` and ``page`` (how that is shown). Beside these stand ``comparing`` and
+``side_by_side`` (``diff``), ``trace``, ``printing``, ``demo`` and ``command``.
 """
 
 from functrans.explanation.comparing import Diff, diff

@@ -130,7 +130,7 @@ class Explanation:
 
     def to_html(self) -> str:
         """The page: the user's source beside the tree, in one file that needs nothing else."""
-        return page(self.to_dict())
+        return page(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page to a file, to be opened in a browser.

@@ -49,6 +49,10 @@ class Seen:
     def layers(self) -> tuple[str, ...]:
         return (self.text,)
 
+    def boxes(self) -> list[tuple[int, str]]:
+        """The same as a picture shows it: level and text, outermost first (see ``functrans.pictures.layers``)."""
+        return [(0, self.text)]
+
     def whole(self) -> dict[str, Tensor]:
         """All numbers of one example, by what they are."""
         return {}
@@ -114,6 +118,10 @@ class SeenWrapper(SeenPlain):
     def layers(self) -> tuple[str, ...]:
         about = self.about or ", ".join(f"{name} {shown(part)}" for name, part in self.parts.items())
         return (f"level {self.level} {self.kind}{', ' if about else ''}{about}", *self.below.layers())
+
+    def boxes(self) -> list[tuple[int, str]]:
+        about = filter(None, [self.about, *(f"{name}: {shown(part)}" for name, part in self.parts.items())])
+        return [(self.level, "\n".join([f"{self.kind}: {self.text}", *about])), *self.below.boxes()]
 
     def whole(self) -> dict[str, Tensor]:
         found = dict(self.below.whole())

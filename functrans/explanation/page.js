@@ -29,7 +29,7 @@ function element(tag, options = {}, ...children) {
 }
 
 const levelOf = (event) => (event.level === null ? 0 : levels[event.level].level);
-const hueOf = (level) => (level === 0 ? "var(--base)" : `var(--level-${((level - 1) % 7) + 1})`);
+const hueOf = (level) => (level === 0 ? "var(--base-line)" : `var(--level-${level}-line)`);
 const isAlarming = (event) => event.way === "borrowed" || event.way === "looped";
 
 // ---------------------------------------------------------------------------------------------------------- the tree
@@ -199,27 +199,17 @@ function link(event) {
   return element("button", { class: "link", "data-to": event.number, click: () => choose(event.number) }, `${tag}  ${name}`);
 }
 
-function stack(event) {
-  const here = levelOf(event);
-  const running = new Set(event.stack);
-  const shown = levels.map((level, i) => ({ ...level, i })).filter((level) => running.has(level.i) || level.i === event.level);
-  shown.sort((a, b) => b.level - a.level);
-  const boxes = shown.map((level) => element("div",
-    { class: `box${level.i === event.level ? " here" : running.has(level.i) ? "" : " idle"}`, hue: hueOf(level.level) },
-    `level ${level.level}  ${level.name}${running.has(level.i) ? "" : ", has ended"}`));
-  boxes.push(element("div", { class: `box${here === 0 ? " here" : ""}`, hue: "var(--base)" }, "base  plain PyTorch"));
-  return element("div", { class: "stack" }, ...boxes.flatMap((box, i) => (i ? [element("div", { class: "arrow" }, "↓"), box] : [box])));
+function picture(number) {
+  const text = records.pictures[number].map((line) => records.lines[line]).join("\n");
+  const drawn = new DOMParser().parseFromString(text, "image/svg+xml"); // a script in it would not run
+  return element("div", { class: "picture" }, document.importNode(drawn.documentElement, true));
 }
 
 function value(look) {
-  let box = null;
-  for (const layer of [...look.layers].reverse()) {
-    const level = /^level (\d+)/.exec(layer);
-    box = element("div", { class: "box", hue: level ? hueOf(Number(level[1])) : "var(--base)" }, layer, box);
-  }
   const numbers = Object.entries(look.numbers).map(([part, text]) =>
     element("div", { class: "numbers" }, `${part === "value" ? "" : `${part}: `}${text}`));
-  return element("div", { class: "value" }, element("code", {}, `${look.name}${look.name ? ": " : ""}${look.text}`), box, ...numbers);
+  return element("div", { class: "value" }, element("code", {}, `${look.name}${look.name ? ": " : ""}${look.text}`),
+    look.picture === null ? "" : picture(look.picture), ...numbers);
 }
 
 function pair(name, ...content) {
@@ -251,7 +241,7 @@ function details(event) {
     ...(down.length ? [element("h2", {}, "Inside"), ...down.map((child) => element("div", {}, link(child)))] : []),
     ...(back.length ? [element("h2", {}, "Pulled back in"), ...back.map((pull) => element("div", {}, link(pull)))] : []),
     ...(event.made_by ? [element("h2", {}, "Recorded by"), element("div", {}, link(events[event.made_by - 1]))] : []),
-    element("h2", {}, "Stack"), stack(event),
+    element("h2", {}, "Stack"), picture(event.picture),
     ...(event.takes.length ? [element("h2", {}, `Takes, ${numbers}`), ...event.takes.map(value)] : []),
     ...(event.gives.length ? [element("h2", {}, `Gives, ${numbers}`), ...event.gives.map(value)] : []),
     ...(event.source ? [element("h2", {}, "Program"), element("pre", {}, event.source)] : []),
