@@ -16,6 +16,7 @@ extensions = [
     "links_in_docstrings",
     "sphinx.ext.napoleon",
     "pages_that_run",
+    "words_with_anchors",
 ]
 
 root_doc = "index"

@@ -74,10 +74,11 @@ def test_every_python_block_of_a_page_runs_and_asserts(page):
             )
 
 
-def headings(page: Path) -> set[str]:
-    """The anchors of the headings of a page."""
-    found = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
-    return {glossary_links.slug(heading) for heading in found}
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page: its headings, and those that are written."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {*map(glossary_links.slug, headings), *re.findall(r'<a id="([\w-]+)"></a>', text)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -88,8 +89,8 @@ def test_links_lead_somewhere(page):
             file, _, anchor = target.partition("#")
             path = page.parent / file
             assert path.exists(), f"{page.relative_to(ROOT)} links to {target}, which does not exist"
-            assert not anchor or anchor in headings(path), (
-                f"{page.relative_to(ROOT)} links to {target}: no such heading"
+            assert not anchor or anchor in anchors(path), (
+                f"{page.relative_to(ROOT)} links to {target}: no such anchor"
             )
 
 

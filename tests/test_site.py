@@ -148,6 +148,9 @@ def test_the_site_builds(tmp_path):
     assert 'href="#functrans.grad"' in grad, "a name in a docstring leads to its entry"
     assert "https://docs.pytorch.org/docs/stable/tensors.html#torch.Tensor" in pages["api/extend.html"]
 
+    words = {word for text in pages.values() for word in re.findall(r'href="[^"]*glossary\.html#([\w-]+)"', text)}
+    assert len(words) > 50 and [word for word in words if f'id="{word}"' not in pages["glossary.html"]] == []
+
     for program in GALLERY:
         page = pages[f"gallery/{program.stem}.html"]
         assert re.search(r'<img[^>]* src="\.\./_images/\w+\.svg"', page), f"{program.name} shows no plot"

@@ -77,7 +77,7 @@ TORCH_FUNC = [
         "jvp(strict)",
         "yes",
         "refused(jvp, lambda x: y, (x,), (x,), strict=True)",
-        "an output that does not depend on the primals is an error",
+        "an output that does not depend on the [primals](glossary.md#primal) is an error",
     ),
     row("jvp(has_aux)", "yes", "equal(jvp(lambda x: (x.sin(), x), (x,), (y,), has_aux=True)[2], x)"),
     row("vjp", "yes", "equal(vjp(torch.mul, x, y)[1](torch.ones(3)), (y, x))"),
@@ -86,7 +86,7 @@ TORCH_FUNC = [
         "vjp: retain_graph, create_graph of the function that it returns",
         "differs",
         "(lambda p: equal(p(y, retain_graph=False), p(y, create_graph=False)))(vjp(torch.sin, x)[1])",
-        "taken, and without effect: a pullback can be called again, and can be differentiated",
+        "taken, and without effect: a [pullback](glossary.md#pullback) can be called again, and can be differentiated",
     ),
     row("linearize", "yes", "equal(linearize(torch.sin, x)[1](y), x.cos() * y)"),
     row(
@@ -234,7 +234,7 @@ JAX = [
         "custom_batching.custom_vmap",
         "yes",
         "tests/test_custom_rules.py::test_custom_vmap",
-        "for an operator `functrans.batching_rule`",
+        "for an [operator](glossary.md#operator) `functrans.batching_rule`",
     ),
     row(
         "custom_batching.sequential_vmap",
@@ -348,9 +348,10 @@ def named(rows: list[Row]) -> set[str]:
 HEAD = """\
 # Name by name: torch.func and JAX
 
-Every name and option of `torch.func` (PyTorch 2.11 to 2.14) and of JAX's transforms (0.10), and whether functrans has
-it. What shows it is a line that is true, or a test; `tests/test_torch_func_table.py` runs the lines, and compares the
-names with those of what is installed. The page is written by `python tests/checkers/torch_func_table.py`.
+Every name and option of `torch.func` (PyTorch 2.11 to 2.14) and of JAX's [transforms](glossary.md#transform) (0.10),
+and whether functrans has it. What shows it is a line that is true, or a test; `tests/test_torch_func_table.py` runs the
+lines, and compares the names with those of what is installed. The page is written by
+`python tests/checkers/torch_func_table.py`.
 
 In the lines `x` is [1, 2, 3], `y` [4, 5, 6], `m` a matrix of 3 × 2 and `z` a complex number; `equal` compares trees of
 tensors, `refused(f, ...)` says whether `f(...)` is an error of functrans, `parameters(f)` are the names of its
