@@ -11,9 +11,12 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
+from torch._higher_order_ops.scan import scan
 
 import functrans
 from functrans import diff, explain, grad, hessian, jacfwd, jacrev, jvp, vmap
+from functrans.control_flow import definitions
+from functrans.control_flow.table import DEFINITIONS
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.explanation.comparing import DIFFERENT, LEFT, OTHERWISE, RIGHT, SAME
 from functrans.extend import (
@@ -28,6 +31,7 @@ from functrans.extend import (
 )
 
 aten = torch.ops.aten
+HIGHER = torch.ops.higher_order
 F64 = torch.float64
 X = torch.tensor([0.5, -1.0, 2.0], dtype=F64)
 ROWS = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]], dtype=F64)
@@ -214,6 +218,7 @@ diff(short, other)
     test_diff.py:N  return y * 3
 ≠ level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]   | level 1 vmap  aten.mul.Tensor(float32[], 3) -> float32[]
 2 different
+results: [0, 2.524] against [3, 1.621], 3 apart
 
 left, short
 level 1 vmap  aten.sin.default(float32[]) -> float32[]
@@ -271,3 +276,174 @@ def test_the_first_difference_is_the_events_of_both_sides() -> None:
     found = diff(vmap(short), one_by_one(short), ROWS)
     assert found.left.find("sin") and found.right.find("sin")
     assert isinstance(explain(short, X).events[0], type(found.rows[0].event))
+
+
+# ------------------------------------------------------ mistakes that take a second look, and what else diff compares
+
+
+def normalised(x: Tensor) -> Tensor:
+    m = torch.outer(x, x)
+    return (m - m.sum(1, keepdim=True)).sum()
+
+
+def ordered(x: Tensor) -> Tensor:
+    order = torch.argsort(x)
+    return x[order] * 2
+
+
+def written(x: Tensor) -> Tensor:
+    y = x * 2
+    y[0] = x[1] * 3
+    return y.exp().sum()
+
+
+def moments(x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(x, 0)
+    return variance * 2 + mean.exp()
+
+
+def shifted(x: Tensor) -> Tensor:
+    y = torch.addmm(x, W, W)
+    return (y * y).sum()
+
+
+def rooted(x: Tensor) -> Tensor:
+    y = torch.sqrt(x * x + 1)
+    return (y * 2).sum()
+
+
+def turned(z: Tensor) -> Tensor:
+    w = z * (z + 1)
+    return w.abs().sum()
+
+
+def summed(x: Tensor) -> Tensor:
+    y = torch.cumsum(x * x, 0)
+    return (y * torch.arange(3.0, dtype=F64)).sum()
+
+
+def scanned(x: Tensor) -> Tensor:
+    _, y = scan(lambda carry, v: (carry * v + 1, carry * v), torch.ones((), dtype=F64), x)
+    return (y * y).sum()
+
+
+def from_the_last(combine: Any, init: Any, xs: Any, more: Any) -> Any:
+    return definitions.scan(combine, init, [x.roll(1, 0) for x in xs], more)
+
+
+Z = torch.tensor([0.5 + 1j, -1.0 - 2j, 2.0 + 0.5j], dtype=torch.complex128)
+MORE = {
+    "an option that is ignored": Planted(
+        BATCHING_RULES, aten.sum.dim_IntList,
+        batching(aten.sum.dim_IntList, lambda info, dims, x, dim, keepdim=False, dtype=None: (x.sum(dim[0] + 1), 0)),
+        vmap(normalised), ROWS, one_by_one(normalised)),
+    "indices of another dtype": Planted(
+        BATCHING_RULES, aten.argsort.default,
+        batching(aten.argsort.default, lambda info, dims, x: (x.argsort(-1).to(torch.int32), 0)),
+        vmap(ordered), ROWS, one_by_one(ordered)),
+    "a write that is lost": Planted(
+        BATCHING_RULES, aten.select_scatter.default,
+        batching(aten.select_scatter.default, lambda info, dims, x, source, dim, index: (x.clone(), 0)),
+        vmap(written), ROWS, one_by_one(written)),
+    "one of two cotangents that is dropped": Planted(
+        DERIVATIVES, aten.var_mean.correction,
+        lambda: derivative(
+            aten.var_mean.correction, tangent="linear", self=lambda grads, self: grads[0] * (self - self.mean())),
+        grad(moments), X, kind="pull"),
+    "the sum over the other dimension": Planted(
+        DERIVATIVES, aten.addmm.default,
+        lambda: derivative(aten.addmm.default, self=lambda grad: grad.sum(1)), grad(shifted), X, kind="pull"),
+    "the argument in the place of the result": Planted(
+        DERIVATIVES, aten.sqrt.default,
+        lambda: derivative(aten.sqrt.default, self=lambda grad, self: grad / (2 * self), tangent="elementwise"),
+        grad(rooted), X, kind="pull"),
+    "a conjugate that is missing": Planted(
+        DERIVATIVES, aten.mul.Tensor,
+        lambda: derivative(
+            aten.mul.Tensor, self=lambda grad, other: grad * other, other=lambda grad, self: grad * self),
+        grad(turned), Z, kind="pull"),
+    "one element too few": Planted(
+        DERIVATIVES, aten.cumsum.default,
+        lambda: derivative(
+            aten.cumsum.default, self=lambda grad, dim: grad.flip(dim).cumsum(dim).flip(dim) - grad, tangent="linear"),
+        grad(summed), X, kind="pull"),
+    "a scan that begins with the last": Planted(
+        DEFINITIONS, HIGHER.scan, lambda: DEFINITIONS.register(HIGHER.scan)(from_the_last),
+        vmap(scanned), ROWS, vmap(scanned)),  # PyTorch's own, once it was run in a mode, does not run without
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_planted_mistake_of_another_kind_is_found(name: str) -> None:
+    """The events of the first difference have the rule among them, and nothing differs before or without it."""
+    case = MORE[name]
+
+    def right(x: Tensor) -> Any:
+        if case.other is not None:
+            return case.other(x)
+        with overriding(case.table, case.op):
+            return case.composition(x)
+
+    def wrong(x: Tensor) -> Any:
+        with planted(case):
+            return case.composition(x)
+
+    found = diff(right, wrong, case.x)
+    assert found.first is not None and found.first.status == DIFFERENT
+    last = found.first.right[-1]
+    assert last.kind == case.kind and last.name.removeprefix("higher_order::") in str(case.op)
+    assert any("test_diff.py" in (e.place or "") for e in last.walk())
+    assert "its arguments differ already" not in found.text() and "\nresults: " in found.text()
+
+    fine = diff(right, case.composition, case.x)
+    assert [row for row in fine.rows if row.status == DIFFERENT] == [] and fine.results == ""
+    assert "results: the same" in fine.text()
+
+
+def test_a_sign_in_a_second_derivative_is_found_inside_of_the_first() -> None:
+    """The entry of sin is right, and that of cos, which it calls, is not."""
+
+    def twice(x: Tensor) -> Tensor:
+        return torch.sin(x * 2).sum()
+
+    def right(x: Tensor) -> Any:
+        with overriding(DERIVATIVES, aten.cos.default):
+            return hessian(twice)(x)
+
+    def wrong(x: Tensor) -> Any:
+        with overriding(DERIVATIVES, aten.cos.default):
+            derivative(aten.cos.default, self=lambda grad, self: grad * self.sin(), tangent="elementwise")
+            return hessian(twice)(x)
+
+    found = diff(right, wrong, X)
+    assert found.first is not None and found.first.event.name == "aten.sin.default" and found.first.inside is not None
+    (cos,) = found.first.inside.right
+    assert cos.name == "aten.cos.default" and "test_diff.py" in (cos.place or "")
+    said = r"  inside, level 2 jvp  aten.cos.default\(.*\n  borrowed against derivative entry, .*test_diff.py"
+    assert re.search(said, found.text())
+
+
+def test_what_differs_before_a_step_is_said() -> None:
+    scale = [1.0, 2.0]
+
+    def first(x: Tensor) -> Tensor:
+        return last(x * scale[0])
+
+    def second(x: Tensor) -> Tensor:
+        return last(x * scale[1])
+
+    def last(x: Tensor) -> Tensor:
+        return x.exp()
+
+    found = diff(first, second, X)
+    assert found.first is not None and found.first.event.name == "aten.exp.default"
+    assert "  its arguments differ already, self: [0.5, -1, 2] against [1, -2, 4], 2 apart" in found.text()
+
+
+def test_the_operators_of_a_scan_are_inside_of_it() -> None:
+    found = explain(vmap(scanned), ROWS)
+    (event,) = found.find("scan", level=1)
+    assert event.way == "decomposed" and "definitions.py" in (event.place or "")
+    assert event.returned == "[float64[], float64[3]]" and len(event.children) > 6
+    assert all(child.parent is event for child in found.find("unbind", level=1))
+    assert not any(child.is_written for child in event.walk() if child is not event)

@@ -11,7 +11,7 @@ from functrans.core.errors.call_sites import user_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, running_at
+from functrans.core.thread_state import OBSERVERS, STATE, running_at
 from functrans.core.torch_private import EnableTorchFunction, HigherOrderOperator, torch_pytree
 from functrans.interpreters.failures import note_rule
 
@@ -32,6 +32,8 @@ def run_higher_order(op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dic
             definition = DEFINITIONS.get(op)  # type: ignore[arg-type]
             if definition is None:
                 raise HigherOrderError(op, top)
+            if OBSERVERS and STATE.observer is not None:
+                definition = STATE.observer.defined(top, op, definition)
             out = definition(*args, **kwargs)
     site = user_site(sys._getframe(1))
     for x in torch_pytree.tree_leaves(out):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import difflib
 import html
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from functrans.api.checks import check_callable
 from functrans.core.errors import CallTypeError
 from functrans.core.errors.wording import what
+from functrans.explanation.differences import culprit, difference, in_arguments, in_results
 from functrans.explanation.events import Event, inside_of_a_rule
 from functrans.explanation.explaining import explain
 from functrans.explanation.explanation import Explanation
-from functrans.explanation.looking import number_text, unseen
-from functrans.explanation.looks import Look
+from functrans.explanation.looks import Look, Looking, looks
 from functrans.explanation.side_by_side import as_text
 
 #: How two steps compare: the same; the same results, taken another way; other results; a step of one side alone.
@@ -37,6 +36,10 @@ class Row:
     right: tuple[Event, ...]
     status: str
     why: str = ""
+    #: what differs in the arguments already, where the results do
+    before: str = ""
+    #: inside of events that are different, the innermost that give something else for the same arguments, if any do
+    inside: Row | None = None
 
     @property
     def event(self) -> Event:
@@ -51,13 +54,16 @@ class Diff:
         left: the Explanation of the first function; ``right`` that of the second.
         rows: the steps in order.
         first: the first row whose results differ; if there is none, the first of one side alone; if there is none
-            either, the first that was taken another way; None if all is the same.
+            either, the first that was taken another way; None if all is the same. Where the results of its events
+            differ because those of an operator inside do, ``first.inside`` is that row.
+        results: what is different between what the functions returned; empty if nothing is.
     """
 
     def __init__(self, left: Explanation, right: Explanation, rtol: float | None) -> None:
         self.left = left
         self.right = right
         self.rows = list(compared(left, right, rtol))
+        self.results = "" if left.error or right.error else difference(returned(left), returned(right), rtol)
         by_weight = ((DIFFERENT,), (LEFT, RIGHT), (OTHERWISE,))
         self.first = next((r for statuses in by_weight for r in self.rows if r.status in statuses), None)
 
@@ -87,9 +93,10 @@ def diff(
     """Run ``f`` and ``g`` on the same arguments, and compare what happened step by step.
 
     A step is what an expression of the user's called, with the result that the code there sees, for one example; or a
-    record that was pulled back, with its cotangents. So a batch is comparable with a loop over the examples (with its
-    first turn), forward mode with reverse mode, a rule with the one that it takes the place of. Both runs start from
-    the same state of PyTorch's random numbers. (Arguments that ``f`` writes to are those that ``g`` gets.)
+    record that was pulled back, with its cotangents; of a write, the tensor that was written. So a batch is comparable
+    with a loop over the examples (with its first turn), forward mode with reverse mode, a rule with the one that it
+    takes the place of. Both runs start from the same state of PyTorch's random numbers. (Arguments that ``f`` writes to
+    are those that ``g`` gets.)
 
     Args:
         f: any function.
@@ -131,6 +138,10 @@ def diff(
     with torch.random.fork_rng(devices=devices):
         left = explain(f, *args, example=example, catch=True, **kwargs)
     return Diff(left, explain(g, *args, example=example, catch=True, **kwargs), rtol)
+
+
+def returned(explanation: Explanation) -> list[Look]:
+    return looks([("", Looking(explanation.example).look(explanation.result))])
 
 
 def compared(left: Explanation, right: Explanation, rtol: float | None) -> Iterator[Row]:
@@ -181,9 +192,11 @@ def row(left: tuple[Event, ...], right: tuple[Event, ...], rtol: float | None) -
         if x.error == y.error:
             return Row(left, right, SAME)
         return Row(left, right, DIFFERENT, x.error or y.error or "")
-    why = difference(x.gives, y.gives, rtol)
+    why = in_results(x, y, rtol)
     if why:
-        return Row(left, right, DIFFERENT, why)
+        a, b = culprit(x, y, rtol)
+        inside = None if a is x else Row((a,), (b,), DIFFERENT, difference(a.gives, b.gives, rtol))
+        return Row(left, right, DIFFERENT, why, in_arguments(x, y, rtol), inside)
     same_way = [shape_of(e) for e in left] == [shape_of(e) for e in right]
     return Row(left, right, SAME if same_way else OTHERWISE)
 
@@ -192,51 +205,3 @@ def shape_of(event: Event) -> list[Any]:
     """What took an event, and what it did below."""
     below = [shape_of(child) for child in event.children if child.kind != "check"]
     return [event.kind, event.name, event.way, event.level and event.level.kind, *below]
-
-
-def difference(left: Sequence[Look], right: Sequence[Look], rtol: float | None) -> str:
-    """What is different between results; empty if nothing is."""
-    if len(left) != len(right):
-        return f"{len(left)} results against {len(right)}"
-    for x, y in zip(left, right, strict=True):
-        if x.text != y.text:
-            return f"{x.text} against {y.text}"
-        mine, other = by_part(x), by_part(y)
-        for part in mine.keys() & other.keys():
-            if len(mine[part]) == len(other[part]):
-                for a, b in zip(mine[part], other[part], strict=True):
-                    apart = distance(a, b, rtol)
-                    if apart:
-                        named = "" if part == "value" else f"{part}: "
-                        return f"{named}{number_text(a)} against {number_text(b)}, {apart}"
-    return ""
-
-
-def by_part(look: Look) -> dict[str, list[Tensor]]:
-    """The numbers by what they are, whatever the level that carries them."""
-    found: dict[str, list[Tensor]] = {}
-    for part, x in look.numbers.items():
-        found.setdefault(part.split(" at level ")[0], []).append(x)
-    return found
-
-
-def distance(a: Tensor, b: Tensor, rtol: float | None) -> str:
-    """How far apart two tensors are, if they are further apart than rounding explains."""
-    if a.shape != b.shape or a.dtype is not b.dtype:
-        return "of other sizes"
-    with unseen():
-        if not (a.is_floating_point() or a.is_complex()):
-            count = int((a != b).sum())
-            return f"{count} of {a.numel()} numbers apart" if count else ""
-        wide = torch.complex128 if a.is_complex() else torch.float64
-        exact = torch.finfo(a.dtype).eps ** (2 / 3) if rtol is None else rtol
-        a, b = a.to(wide), b.to(wide)
-        equal = (a == b) | (a.isnan() & b.isnan())
-        apart = (a - b).abs()[~equal]
-        if apart.numel() == 0:
-            return ""
-        sizes = torch.cat([a.abs().reshape(-1), b.abs().reshape(-1)])
-        finite = sizes[sizes.isfinite()]
-        scale = float(finite.max()) if finite.numel() else 0.0
-        furthest = float(apart.max())
-        return "" if furthest <= exact * scale else f"{furthest:.3g} apart"

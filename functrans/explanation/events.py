@@ -67,6 +67,8 @@ class Event:
     op: Any = None
     arguments: tuple[Any, Any] = ((), {})
     results: Any = None
+    #: how the tensor looked to a view of which plain PyTorch wrote, after that
+    whole: Any = None
     #: what took it: one of ``functrans.explanation.verdicts.WAYS``
     way: str = ""
     #: where what took it is written

@@ -11,6 +11,7 @@ for that: PyTorch makes another one, by an operator, of a new tensor that somebo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from weakref import ref
@@ -203,6 +204,12 @@ class Looking:
         self.large.clear()
         return found
 
+    def whole(self, x: Any) -> Any:
+        """How the tensor looks that ``x`` is a view of; None if it is none, or nobody knows."""
+        with DisableTorchFunction():
+            base = x._base if type(x) in PLAIN else None
+        return None if base is None else self.look(base)
+
     def seen(self, x: Any) -> Seen:
         """How a tensor looks."""
         known = self.known.get(id(x))
@@ -232,7 +239,7 @@ class Looking:
             found = Mapping({str(key): self.tree(v) for key, v in x.items()})
             found.text = shown(x)
             return found
-        return Text(shown(x))
+        return Text(shown(x.func if isinstance(x, functools.partial) else x))
 
 
 def looks(trees: Iterable[tuple[str, Any]]) -> list[Look]:

@@ -155,11 +155,30 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         judge(during.event, interpreter, op, args, kwargs)
         return out
 
-    def higher_order(self, interpreter: Interpreter, process: Callable[..., Any], op: Any, *args: Any) -> Any:
-        with self.event("operator", op.name(), interpreter) as during:
-            out = process(interpreter, op, *args)
-            during.event.way = DECOMPOSED if out is NotImplemented else RULE
+    def higher_order(
+        self, interpreter: Interpreter, process: Callable[..., Any], op: Any, args: Any, kwargs: Any
+    ) -> Any:
+        with self.event("operator", op.name(), interpreter, None, args, kwargs) as during:
+            out = process(interpreter, op, args, kwargs)
+            if out is not NotImplemented:
+                during.event.way, during.event.place = RULE, interpreter.rule_place(op)
+                during.gives(out)
+        if out is NotImplemented and self.events[-1] is during.event:  # nothing happened: ``defined`` comes
+            self.events.pop()
+            self.current.children.pop()
         return out
+
+    def defined(self, interpreter: Interpreter, op: Any, meaning: Callable[..., Any]) -> Callable[..., Any]:
+        """``meaning``, by which the operator that takes functions will be run at a level that has no rule for it."""
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            with self.event("operator", op.name(), interpreter, None, args, kwargs) as during:
+                during.event.way, during.event.place = DECOMPOSED, definition(meaning)
+                out = meaning(*args, **kwargs)
+                during.gives(out)
+            return out
+
+        return observed
 
     def loop(self, interpreter: Interpreter, loop: Callable[..., Any], *args: Any) -> Any:
         self.current.way = LOOPED
@@ -228,6 +247,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
             during.event.bytes = bytes_made(out, args, kwargs)
             if not isinstance(func, OpOverload) or func._schema.is_mutable:
                 self.looking.forget()
+                during.event.whole = self.looking.whole(out)
             during.gives(out)
         return out
 

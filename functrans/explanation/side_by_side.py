@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from functrans.explanation.events import Event
-from functrans.explanation.text import Style, draw, headline, nodes, notes, place_text
+from functrans.explanation.text import Style, draw, headline, nodes, notes, place_text, places_text
 
 if TYPE_CHECKING:
     from functrans.explanation.comparing import Diff, Row
@@ -25,10 +25,12 @@ def as_text(diff: Diff, width: int) -> str:
             lines.append(f"    {line}")
         last = line
         if row is diff.first:
-            lines.append(f"▶ first difference{': ' if row.why else ' in the way'}{row.why}")
+            lines += first(row)
         lines += in_columns(row, width)
     counts = {status: sum(row.status == status for row in diff.rows) for status in MARKS}
     lines.append(", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no steps")
+    if diff.left.error is None and diff.right.error is None:
+        lines.append(f"results: {diff.results or 'the same'}")
     if diff.first is not None:
         lines += first_in_full(diff.first, diff)
     return "\n".join(lines)
@@ -51,12 +53,30 @@ def line_of(event: Event) -> str | None:
     return f"{'back: ' * (event.kind == 'pull')}{place_text(f'{site.file}:{site.line}')}  {site.text}".rstrip()
 
 
+def first(row: Row) -> Iterator[str]:
+    """What is said of the first difference, in front of its row."""
+    yield f"▶ first difference{': ' if row.why else ' in the way'}{row.why}"
+    if row.before:
+        yield f"  its arguments differ already, {row.before}"
+    if row.inside is not None:
+        yield f"  inside, {headline(row.inside.event)}: {row.inside.why}"
+        yield f"  {' against '.join(taken(*events) for events in (row.inside.left, row.inside.right))}"
+
+
+def taken(event: Event) -> str:
+    return f"{event.way}{'' if event.place is None else f', {places_text(event.place)}'}"
+
+
 def first_in_full(row: Row, diff: Diff) -> Iterator[str]:
+    """Both sides of the first difference, with what is inside of the innermost."""
     style = Style(numbers=True)
+    within = row.inside or row
     for side, explanation, events in (("left", diff.left, row.left), ("right", diff.right, row.right)):
         yield ""
         yield f"{side}, {explanation.name}{'' if events else ': nothing'}"
-        for event in events:
+        innermost = within.left if side == "left" else within.right
+        for event in events if within is row else (*events, *innermost):
             yield headline(event)
             yield from notes(event, style)
-            yield from draw(nodes(event.children, event.site, style))
+            if event in innermost:
+                yield from draw(nodes(event.children, event.site, style))

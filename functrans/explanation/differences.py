@@ -1,0 +1,109 @@
+"""Where two events differ: in what they give, in what they took, or inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from functrans.explanation.events import Event
+from functrans.explanation.looking import number_text, unseen
+from functrans.explanation.looks import Look, looks
+
+
+def in_results(left: Event, right: Event, rtol: float | None) -> str:
+    """What is different between the results of two events; empty if nothing is.
+
+    Where a write to a view is a write on one side and a pure operator on the other, the whole counts that was written.
+    An operator that is run as another one may return more than it: then those of its results count that are there.
+    """
+    x, y = results(left, right), results(right, left)
+    if left.name == right.name or len(x) == len(y):
+        return difference(x, y, rtol)
+    few, many = sorted((x, y), key=len)
+    for one in few:
+        if all(difference([one], [other], rtol) for other in many):
+            return f"{one.text} against {', '.join(other.text for other in many)}"
+    return ""
+
+
+def results(event: Event, other: Event) -> list[Look]:
+    return event.gives if event.whole is None or other.name == event.name else looks([("", event.whole)])
+
+
+def in_arguments(left: Event, right: Event, rtol: float | None) -> str:
+    """What is different between the tensors that two events took; empty if nothing is, or they are not comparable."""
+    if left.name != right.name or len(left.takes) != len(right.takes):
+        return ""
+    for x, y in zip(left.takes, right.takes, strict=True):
+        if x.text == y.text and (why := difference([x], [y], rtol)):
+            return f"{x.name}: {why}"
+    return ""
+
+
+def culprit(left: Event, right: Event, rtol: float | None) -> tuple[Event, Event]:
+    """Of two events whose results differ, the innermost that give something else for the same arguments."""
+    for x, y in matching(left, right):
+        if difference(x.gives, y.gives, rtol):
+            if x.given == y.given and not in_arguments(x, y, rtol):
+                return culprit(x, y, rtol)
+            break
+    return left, right
+
+
+def matching(left: Event, right: Event) -> Iterator[tuple[Event, Event]]:
+    """The operators inside of two events that are asked about in both, as far as these go the same way."""
+    inside = [[e for e in event.children if e.kind in ("operator", "pull")] for event in (left, right)]
+    for x, y in zip(*inside, strict=False):
+        if (x.name, x.level and x.level.kind) != (y.name, y.level and y.level.kind):
+            return
+        yield x, y
+
+
+def difference(left: Sequence[Look], right: Sequence[Look], rtol: float | None) -> str:
+    """What is different between results; empty if nothing is."""
+    if len(left) != len(right):
+        return f"{len(left)} results against {len(right)}"
+    for x, y in zip(left, right, strict=True):
+        if x.text != y.text:
+            return f"{x.text} against {y.text}"
+        mine, other = by_part(x), by_part(y)
+        for part in mine.keys() & other.keys():
+            if len(mine[part]) == len(other[part]):
+                for a, b in zip(mine[part], other[part], strict=True):
+                    apart = distance(a, b, rtol)
+                    if apart:
+                        named = "" if part == "value" else f"{part}: "
+                        return f"{named}{number_text(a)} against {number_text(b)}, {apart}"
+    return ""
+
+
+def by_part(look: Look) -> dict[str, list[Tensor]]:
+    """The numbers by what they are, whatever the level that carries them."""
+    found: dict[str, list[Tensor]] = {}
+    for part, x in look.numbers.items():
+        found.setdefault(part.split(" at level ")[0], []).append(x)
+    return found
+
+
+def distance(a: Tensor, b: Tensor, rtol: float | None) -> str:
+    """How far apart two tensors are, if they are further apart than rounding explains."""
+    if a.shape != b.shape or a.dtype is not b.dtype:
+        return "of other sizes"
+    with unseen():
+        if not (a.is_floating_point() or a.is_complex()):
+            count = int((a != b).sum())
+            return f"{count} of {a.numel()} numbers apart" if count else ""
+        wide = torch.complex128 if a.is_complex() else torch.float64
+        exact = torch.finfo(a.dtype).eps ** (2 / 3) if rtol is None else rtol
+        a, b = a.to(wide), b.to(wide)
+        equal = (a == b) | (a.isnan() & b.isnan())
+        apart = (a - b).abs()[~equal]
+        if apart.numel() == 0:
+            return ""
+        sizes = torch.cat([a.abs().reshape(-1), b.abs().reshape(-1)])
+        finite = sizes[sizes.isfinite()]
+        scale = float(finite.max()) if finite.numel() else 0.0
+        furthest = float(apart.max())
+        return "" if furthest <= exact * scale else f"{furthest:.3g} apart"
