@@ -1,6 +1,6 @@
 """Transforms that torch.func does not have, beside what one would write without them, in time and in memory.
 
-    python benchmarks/shipped.py [--quick] [--case TEXT ...] [--device cuda]
+python benchmarks/shipped.py [--quick] [--case TEXT ...] [--device cuda]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from functrans import (
     bounds,
     clipped_grad,
+    explain,
     functional_call,
     grad,
     hessian,
@@ -147,9 +148,11 @@ def clipping(
         if what == "norms":
             return per_example_norms(net.loss), by_examples, (params, x, y)
         # beside the plain gradient nothing is clipped, so that the results can be compared
-        return clipped_grad(net.loss, 1e9 if other == "grad" else 1.0), (
-            summed if other == "grad" else by_examples
-        ), (params, x, y)
+        return (
+            clipped_grad(net.loss, 1e9 if other == "grad" else 1.0),
+            (summed if other == "grad" else by_examples),
+            (params, x, y),
+        )
 
     return pair
 
@@ -186,11 +189,30 @@ def of_boxes(device: str, dtype: torch.dtype) -> Pair:
     return vmap(bounds(net, method="linear")), by_hand, (x - 0.1, x + 0.1)
 
 
+def explained(derivative: Callable[..., Any]) -> Callable[[str, torch.dtype], Pair]:
+    """``explain`` of derivatives of a small network's loss, an example each, beside the run that it explains."""
+
+    def make(device: str, dtype: torch.dtype) -> Pair:
+        weights = [torch.randn(a, b, device=device, dtype=dtype) for a, b in ((4, 16), (16, 1))]
+        biases = [torch.randn(n, device=device, dtype=dtype) for n in (16, 1)]
+
+        def loss(weights: list[Tensor], biases: list[Tensor], x: Tensor) -> Tensor:
+            hidden = torch.tanh(x @ weights[0] + biases[0])
+            return ((hidden @ weights[1] + biases[1]) ** 2).sum()
+
+        of_examples = vmap(derivative(loss), in_dims=(None, None, 0))
+        inputs = weights, biases, torch.randn(32, 4, device=device, dtype=dtype)
+        return lambda *args: explain(of_examples, *args).result, of_examples, inputs
+
+    return make
+
+
 HIDDEN = (lambda: nn.Linear(16, 64), nn.Tanh, lambda: nn.Linear(64, 64), nn.Tanh, lambda: nn.Linear(64, 1))
 NORMALIZED = (
     lambda: nn.Linear(16, 64), lambda: nn.LayerNorm(64), nn.Tanh, lambda: nn.Linear(64, 64), lambda: nn.Softmax(-1),
     lambda: nn.Linear(64, 1),
 )  # fmt: skip
+
 
 class Case(NamedTuple):
     make: Callable[[str, torch.dtype], Pair]
@@ -221,6 +243,8 @@ CASES = {
         f"clipped_grad, {name}, examples": Case(clipping(net, "vmap(grad)"), "vmap(grad), clipped")
         for name, net in NETS.items()
     },
+    "explain, gradients of 32 examples": Case(explained(grad), "the run itself", 4.4),
+    "explain, Hessians of 32 examples": Case(explained(lambda loss: hessian(loss, argnums=2)), "the run itself", 4.4),
     "per_example_norms, linear": Case(clipping(linear, "vmap(grad)", "norms"), "norms of vmap(grad)"),
 }
 
