@@ -243,8 +243,8 @@ CASES = {
         f"clipped_grad, {name}, examples": Case(clipping(net, "vmap(grad)"), "vmap(grad), clipped")
         for name, net in NETS.items()
     },
-    "explain, gradients of 32 examples": Case(explained(grad), "the run itself", 4.4),
-    "explain, Hessians of 32 examples": Case(explained(lambda loss: hessian(loss, argnums=2)), "the run itself", 4.4),
+    "explain, gradients of 32 examples": Case(explained(grad), "the run itself"),
+    "explain, Hessians of 32 examples": Case(explained(lambda loss: hessian(loss, argnums=2)), "the run itself"),
     "per_example_norms, linear": Case(clipping(linear, "vmap(grad)", "norms"), "norms of vmap(grad)"),
 }
 

@@ -30,12 +30,19 @@ class During:
     __slots__ = ("around", "began", "event", "frame", "fresh", "observer", "origin", "others")
 
     def __init__(
-        self, observer: Observer, kind: str, name: str, interpreter: Interpreter | None, op: Any, args: Any, kwargs: Any
+        self,
+        observer: Observer,
+        kind: str,
+        name: str,
+        interpreter: Interpreter | None,
+        op: Any = None,
+        args: Any = (),
+        kwargs: Any = None,
     ) -> None:
         began = perf_counter_ns()
         self.observer = observer
         self.around: During | None = observer.during
-        self.frame: FrameType | None = sys._getframe(2)
+        self.frame: FrameType | None = sys._getframe(1)
         self.event = event = observer.new_event(kind, name, interpreter)
         self.origin = self.origin_in(self.frame.f_back)
         event.site, event.direct = self.origin.site, self.origin.direct
@@ -44,6 +51,7 @@ class During:
         if self.fresh:
             observer.looking.forget()
         if args or kwargs:
+            kwargs = kwargs or {}
             given, named = observer.looking.look((args, [*kwargs.values()]))
             event.op, event.arguments = op, (given, dict(zip(kwargs, named, strict=True)))
         self.began = perf_counter_ns()

@@ -76,4 +76,4 @@ def explain(func: Callable[..., Any], *args: Any, example: int = 0, catch: bool 
         if not catch:
             raise
         error = caught
-    return Explanation(name, result, error, example, observer.run, observer.levels)
+    return Explanation(name, result, error, example, observer.events, observer.levels)

@@ -33,15 +33,20 @@ class Explanation:
     """
 
     def __init__(
-        self, name: str, result: Any, error: BaseException | None, example: int, run: Event, levels: list[Level]
+        self,
+        name: str,
+        result: Any,
+        error: BaseException | None,
+        example: int,
+        events: list[Event],
+        levels: list[Level],
     ) -> None:
         self.name = name
         self.result = result
         self.error = error
         self.example = example
-        self.run = run
         self.levels = levels
-        self.events: list[Event] = list(run.walk())[1:]
+        self.events = events
 
     def __repr__(self) -> str:
         return self.text()

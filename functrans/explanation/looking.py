@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from functrans.core.torch_private import DisableTorchFunction, no_dispatch
@@ -26,7 +27,9 @@ def unseen() -> Iterator[None]:
 
 
 def kept(x: Tensor) -> Tensor:
-    """A copy of a detached tensor that later writes do not reach, of a selection where it is large."""
+    """A copy that later writes and derivatives do not reach, of a selection where ``x`` is large."""
+    if x.requires_grad or forward_ad._current_level >= 0:  # it would take longer than the copy
+        x = x.detach()
     if x.is_conj() or x.is_neg():
         x = x.resolve_conj().resolve_neg()
     if x.numel() > MOST:

@@ -21,7 +21,12 @@ from torch import Tensor
 
 from functrans.core.errors.described import is_wrapper, shown
 from functrans.core.tensor import WRAPPERS
-from functrans.core.torch_private import DisableTorchFunction, no_dispatch
+from functrans.core.torch_private import (
+    DisableTorchFunction,
+    function_mode_stack_size,
+    mode_stack_size,
+    no_dispatch,
+)
 from functrans.explanation.looking import PLAIN, kept, unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
@@ -71,11 +76,9 @@ class SeenPlain(Seen):
     def __init__(self, x: Tensor) -> None:
         self.dtype = x.dtype
         self.shape = x.shape
-        self.all = x.detach()
-        self.kept = kept(self.all)
-        self.large = self.kept.numel() < self.all.numel()
-        if not self.large:
-            self.all = self.kept
+        self.kept = kept(x)
+        self.large = self.kept.numel() < x.numel()
+        self.all = x if self.large else self.kept
 
     @property
     def text(self) -> str:  # type: ignore[override]
@@ -111,7 +114,11 @@ class SeenWrapper(SeenPlain):
         self.example: tuple[int, int, int] | None = None
         if isinstance(interpreter, VmapInterpreter) and x.bdim is not None:
             self.example = x.bdim, interpreter.batch_size, min(looking.example, interpreter.batch_size - 1)
-        self.found = {name: kept(x) for name, x in self.whole().items()} if self.large else None
+        self.found = self.kept_parts() if self.large else None
+
+    def kept_parts(self) -> dict[str, Tensor]:
+        with no_dispatch(), DisableTorchFunction():
+            return {name: kept(x) for name, x in self.whole().items()}
 
     def still(self, x: Any, looking: Looking) -> bool:
         return self.version == getattr(x, "version", 0) and looking.seen(x._value) is self.below
@@ -197,11 +204,11 @@ class Looking:
 
     def look(self, x: Any) -> Any:
         """How an argument or a result looks: ``Seen`` in the place of tensors, in lists and dicts, and texts."""
-        with no_dispatch(), DisableTorchFunction():
-            found = self.tree(x)
-        for seen in self.large:
-            seen.all = seen.kept
-        self.large.clear()
+        found = self.tree(x)
+        if self.large:
+            for seen in self.large:
+                seen.all = seen.kept
+            self.large.clear()
         return found
 
     def whole(self, x: Any) -> Any:
@@ -215,17 +222,26 @@ class Looking:
         known = self.known.get(id(x))
         if known is not None and known[0]() is x and known[1].still(x, self):
             return known[1]
-        found: Seen
-        if type(x) in WRAPPERS or is_wrapper(x):
-            found = SeenWrapper(x, self)
-        elif type(x) not in PLAIN or x.is_nested or x.layout is not torch.strided or x.is_quantized or x.is_meta:
-            found = Seen(shown(x))
+        if type(x) in WRAPPERS:
+            found: Seen = SeenWrapper(x, self)
+        elif type(x) in PLAIN and not (mode_stack_size() or function_mode_stack_size()):
+            found = self.seen_at_base(x)
         else:
-            found = SeenPlain(x)
-            if found.large:
-                self.large.append(found)
+            with no_dispatch(), DisableTorchFunction():
+                found = self.seen_at_base(x)
         if not found.large:
             self.known[id(x)] = ref(x) if isinstance(x, Tensor) else lambda: x, found
+        return found
+
+    def seen_at_base(self, x: Any) -> Seen:
+        """How a tensor looks that is no wrapper, unless a class of the user's is in front of one."""
+        if is_wrapper(x):
+            return SeenWrapper(x, self)
+        if type(x) not in PLAIN or x.is_nested or x.layout is not torch.strided or x.is_quantized or x.is_meta:
+            return Seen(shown(x))
+        found = SeenPlain(x)
+        if found.large:
+            self.large.append(found)
         return found
 
     def tree(self, x: Any) -> Any:

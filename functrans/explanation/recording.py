@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from functrans.core.errors.call_sites import definition
 from functrans.core.interpreter import Interpreter
@@ -44,6 +44,26 @@ class Watch:
     made_by: dict[int | None, Event] = field(default_factory=dict)
 
 
+class WatchedInterpreters:
+    """A dict from interpreters to what is known of them that does not hold them, and is asked for every event."""
+
+    def __init__(self) -> None:
+        self.watches: dict[int, Watch] = {}
+        self.references: dict[int, ref[Interpreter]] = {}
+
+    def add(self, interpreter: Interpreter, watch: Watch) -> None:
+        number, watches = id(interpreter), self.watches
+        watches[number] = watch
+        self.references[number] = ref(interpreter, lambda _: watches.pop(number, None))  # before another gets it
+
+    def get(self, interpreter: Interpreter | None) -> Watch | None:
+        return self.watches.get(id(interpreter))
+
+    def items(self) -> list[tuple[Interpreter, Watch]]:
+        alive = [(reference(), self.watches.get(number)) for number, reference in self.references.items()]
+        return [(interpreter, watch) for interpreter, watch in alive if interpreter is not None and watch is not None]
+
+
 class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other than core.torch_private.Mode
     """Writes down what happens in this thread.
 
@@ -61,7 +81,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         self.events: list[Event] = []
         self.levels: list[Level] = []
         #: what is watched: its level, the class that it had, and the events of its tape's records
-        self.watched: WeakKeyDictionary[Interpreter, Watch] = WeakKeyDictionary()
+        self.watched = WatchedInterpreters()
         self.classes: dict[type[Interpreter], type[Interpreter]] = {}
         #: the time that the observer itself has taken
         self.own_time = 0
@@ -76,7 +96,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         about = interpreter.level, interpreter.kind, interpreter.name, details, place
         self.levels.append(Level(len(self.levels), *about))
         stack = (*self.stack(interpreter.below), len(self.levels) - 1)
-        self.watched[interpreter] = Watch(self.levels[-1], was, stack, len(tape_of(interpreter) or ()))
+        self.watched.add(interpreter, Watch(self.levels[-1], was, stack, len(tape_of(interpreter) or ())))
         if cls not in self.classes:
             self.classes[cls] = watched_class(cls)
         interpreter.__class__ = self.classes[cls]
@@ -84,7 +104,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
     def watch_copy(self, new: Interpreter, original: Any) -> Interpreter:
         watch = self.watched.get(original)
         if watch is not None:
-            self.watched[new] = watch
+            self.watched.add(new, watch)
             new.__class__ = type(original)
         return new
 
@@ -93,18 +113,18 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         self.watch(interpreter)
 
         def observed() -> Any:
-            with self.event("transform", interpreter.name, interpreter):
+            with During(self, "transform", interpreter.name, interpreter):
                 return body()
 
         return observed
 
     def release(self) -> None:
         """Give all that is watched its class back."""
-        for interpreter, watch in list(self.watched.items()):
+        for interpreter, watch in self.watched.items():
             interpreter.__class__ = watch.cls
 
     def level_of(self, interpreter: Interpreter | None) -> Level | None:
-        watch = None if interpreter is None else self.watched.get(interpreter)
+        watch = self.watched.get(interpreter)
         return None if watch is None else watch.level
 
     def stack(self, top: Interpreter | None) -> tuple[int, ...]:
@@ -119,12 +139,6 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
     def current(self) -> Event:
         """What goes on."""
         return self.run if self.during is None else self.during.event
-
-    def event(
-        self, kind: str, name: str, interpreter: Interpreter | None, op: Any = None, args: Any = (), kwargs: Any = None
-    ) -> During:
-        """Context: an event goes on."""
-        return During(self, kind, name, interpreter, op, args, kwargs or {})
 
     def new_event(self, kind: str, name: str, interpreter: Interpreter | None) -> Event:
         around = self.current
@@ -148,7 +162,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
             interpreter = interpreter.below
 
     def operator(self, interpreter: Interpreter, process: Callable[..., Any], op: Any, args: Any, kwargs: Any) -> Any:
-        with self.event("operator", named(op), interpreter, op, args, kwargs) as during:
+        with During(self, "operator", named(op), interpreter, op, args, kwargs) as during:
             during.event.source = op.source if op_info(op).program else None
             out = process(interpreter, op, args, kwargs)
             during.gives(out)
@@ -158,7 +172,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
     def higher_order(
         self, interpreter: Interpreter, process: Callable[..., Any], op: Any, args: Any, kwargs: Any
     ) -> Any:
-        with self.event("operator", op.name(), interpreter, None, args, kwargs) as during:
+        with During(self, "operator", op.name(), interpreter, None, args, kwargs) as during:
             out = process(interpreter, op, args, kwargs)
             if out is not NotImplemented:
                 during.event.way, during.event.place = RULE, interpreter.rule_place(op)
@@ -172,7 +186,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         """``meaning``, by which the operator that takes functions will be run at a level that has no rule for it."""
 
         def observed(*args: Any, **kwargs: Any) -> Any:
-            with self.event("operator", op.name(), interpreter, None, args, kwargs) as during:
+            with During(self, "operator", op.name(), interpreter, None, args, kwargs) as during:
                 during.event.way, during.event.place = DECOMPOSED, definition(meaning)
                 out = meaning(*args, **kwargs)
                 during.gives(out)
@@ -185,14 +199,14 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         return loop(interpreter, *args)
 
     def check(self, interpreter: Interpreter, check: Callable[..., Any], op: Any, *args: Any) -> Any:
-        with self.event("check", f"one example of {op}", interpreter):
+        with During(self, "check", f"one example of {op}", interpreter):
             return check(interpreter, op, *args)
 
     def asked(self, name: str, rule: Callable[..., Any]) -> Callable[..., Any]:
         """``rule``, by which a level will be asked about what is no operator: an autograd.Function, a primitive."""
 
         def observed(interpreter: Interpreter, *args: Any, **kwargs: Any) -> Any:
-            with self.event("operator", name, interpreter, None, args, kwargs) as during:
+            with During(self, "operator", name, interpreter, None, args, kwargs) as during:
                 event = during.event
                 event.way, event.place = RULE, definition(rule)
                 out = rule(interpreter, *args, **kwargs)
@@ -215,16 +229,16 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
                     telling.pull = functools.partial(self.pull, interpreter, node, outs, ins)
                     originals[telling] = node
                     tape[i] = telling, outs, ins, saved
-            with self.event("walk", f"back along the tape of {interpreter.name}", interpreter):
+            with During(self, "walk", f"back along the tape of {interpreter.name}", interpreter):
                 return walk(interpreter, *args, **kwargs)
         finally:
             for i, (node, *rest) in enumerate(tape):
                 tape[i] = originals.get(node, node), *rest
 
     def pull(self, interpreter: Any, node: Any, outs: Any, ins: Any, saved: Any, grad: Any) -> Any:
-        watch = self.watched[interpreter]
+        watch: Any = self.watched.get(interpreter)
         op = node.operator(saved)
-        with self.event("pull", named(op), interpreter, None, (grad,)) as during:
+        with During(self, "pull", named(op), interpreter, None, (grad,)) as during:
             event = during.event
             event.record = outs, ins
             event.made_by = watch.made_by.get(first_index(outs))
@@ -240,7 +254,7 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         if func.namespace == "prim":  # PyTorch asks a tensor of another subclass for its device: no operator
             return func(*args, **kwargs)
         name = named(func) if isinstance(func, OpOverload) else func.name()
-        with self.event("base", name, None, func, args, kwargs) as during:
+        with During(self, "base", name, None, func, args, kwargs) as during:
             if any(kind.__name__ == "DTensor" for kind in types):
                 return NotImplemented  # what it is made of comes here, too
             out = func(*args, **kwargs)

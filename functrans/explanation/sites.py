@@ -37,7 +37,8 @@ def origin_of(frame: FrameType | None, around: FrameType | None, outer: Origin |
     asked = False
     while frame is not None:
         if frame is around and outer is not None:
-            return Origin(outer.site, direct if asked else outer.direct, False)
+            same = not (outer.new or (asked and direct is not outer.direct))
+            return outer if same else Origin(outer.site, direct if asked else outer.direct, False)
         name = frame.f_code.co_filename
         kind = KINDS.get(name) or kind_of(name)
         if kind is USERS:

@@ -40,7 +40,8 @@ class Node(NamedTuple):
 
 
 def as_text(explanation: Explanation, style: Style) -> str:
-    lines = [f"explain({explanation.name})", *draw(nodes(explanation.run.children, None, style))]
+    outermost = [event for event in explanation if event.parent is None or event.parent.kind == "run"]
+    lines = [f"explain({explanation.name})", *draw(nodes(outermost, None, style))]
     if explanation.error is not None:
         lines.append(f"ended by {type(explanation.error).__name__}: {explanation.error}")
     return "\n".join(lines)

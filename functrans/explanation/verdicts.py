@@ -9,6 +9,7 @@ from functrans.core.errors.call_sites import definition
 from functrans.core.errors.described import is_wrapper
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
+from functrans.core.rules import RuleCache
 from functrans.core.tensor import PendingWrapper
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.decompositions.table import decomposition
@@ -52,7 +53,7 @@ def verdict(
         return PASSED, None
     if not carries(interpreter, [*args, *kwargs.values()]) and not op_info(op).random:
         return CONSTANT, None
-    place = interpreter.rule_place(op)
+    place = rule_place(interpreter, op)
     if op_info(op).program:
         return PROGRAM, place
     if differentiates and event.record is None and isinstance(interpreter, GradInterpreter) and place is None:
@@ -60,14 +61,25 @@ def verdict(
     return ENTRY if differentiates else RULE, place
 
 
+#: Where grad and jvp have their rules for an operator: their tables say when that is to be found anew.
+PLACES = RuleCache()
+
+
+def rule_place(interpreter: Interpreter, op: Any) -> str | None:
+    method: Any = interpreter.rule_place
+    if method.__func__ not in (GradInterpreter.rule_place, JvpInterpreter.rule_place):
+        return method(op)
+    return PLACES.find((method.__func__, op), method, op)
+
+
 def way_back(node: Any, op: Any, interpreter: Interpreter) -> tuple[str, str | None]:
     """What pulls a record of a tape back."""
     if isinstance(node, BorrowedNode):
         return BORROWED, None
     if isinstance(node, ProgramNode):
-        return PROGRAM, interpreter.rule_place(op)
+        return PROGRAM, rule_place(interpreter, op)
     if isinstance(node, BackwardNode):
-        return ENTRY, interpreter.rule_place(op)
+        return ENTRY, rule_place(interpreter, op)
     return RULE, None
 
 
