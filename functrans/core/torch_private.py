@@ -57,6 +57,7 @@ __all__ = [
     "OpOverload",
     "associative_module",
     "autocast_enabled",
+    "base_of",
     "debug_mode",
     "dynamo_names",
     "finished_work",
@@ -227,6 +228,7 @@ pop_function_mode = private("torch._C._pop_torch_function_stack", "to take funct
 DisableTorchFunction = private(
     "torch._C.DisableTorchFunction", "to hide wrappers' __torch_function__ and function modes from its own code"
 )
+base_of = private("torch.Tensor._base.__get__", "to show what a write to a view has written")
 function_state = private("torch._C._get_torch_function_state", "to know whether __torch_function__ is switched off")
 set_function_state = private(
     "torch._C._set_torch_function_state", "to switch __torch_function__ back on where an exception came in between"

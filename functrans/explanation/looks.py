@@ -23,6 +23,7 @@ from functrans.core.errors.described import is_wrapper, shown
 from functrans.core.tensor import WRAPPERS
 from functrans.core.torch_private import (
     DisableTorchFunction,
+    base_of,
     function_mode_stack_size,
     mode_stack_size,
     no_dispatch,
@@ -214,7 +215,7 @@ class Looking:
     def whole(self, x: Any) -> Any:
         """How the tensor looks that ``x`` is a view of; None if it is none, or nobody knows."""
         with DisableTorchFunction():
-            base = x._base if type(x) in PLAIN else None
+            base = base_of(x) if type(x) in PLAIN else None
         return None if base is None else self.look(base)
 
     def seen(self, x: Any) -> Seen:
