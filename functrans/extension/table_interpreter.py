@@ -200,13 +200,15 @@ class TableInterpreter(Interpreter):
         return self.rules.get(op)
 
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        carrying = False
+        carrying, owned = False, True
 
         def value(a: Any) -> Any:
-            nonlocal carrying
+            nonlocal carrying, owned
             if type(a) is WrapperTensor and a.interpreter is self:
                 carrying = carrying or not self.is_constant(a)
+                owned = owned and a.view_link is None
                 return a.value
+            owned = False
             return a
 
         values, kwarg_values = map_tensors(value, args), {k: map_tensors(value, a) for k, a in kwargs.items()}
@@ -220,12 +222,19 @@ class TableInterpreter(Interpreter):
         if rule is None and op_info(op).composite:
             return decompose(self, op, args, kwargs)
 
-        entered, entered_kwargs = map_tensors(self.own, args), {k: map_tensors(self.own, a) for k, a in kwargs.items()}
+        entered, entered_kwargs = args, kwargs
+        if not owned:
+            entered = map_tensors(self.own, args)
+            entered_kwargs = {k: map_tensors(self.own, a) for k, a in kwargs.items()}
         if rule is None:
             return self.without_rule(self, op, entered, entered_kwargs)
+        return self.run_rule(rule, op, entered, entered_kwargs)
+
+    def run_rule(self, rule: Callable[..., Any], op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What ``rule`` makes of ``op``; the tensors in its arguments are wrappers of this level."""
         with lowered(self):
-            out = completed(rule, op, 1)(self, *entered, **entered_kwargs)
-        return checked_result(self, op, out, entered, entered_kwargs)
+            out = completed(rule, op, 1)(self, *args, **kwargs)
+        return checked_result(self, op, out, args, kwargs)
 
     def process_higher_order(self, op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rule_for(op)

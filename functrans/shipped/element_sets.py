@@ -13,9 +13,13 @@ from torch import Tensor
 #: empty set. Elements that lie close together, as those of a stencil, take few bits, wherever they are.
 ElementSet = tuple[int, int]
 #: bits of a narrow set, of which many are united at once
-NARROW = 62
+NARROW = 63
 #: stands in the array of bits for a set that is no narrow one
 WIDE = -1
+#: wide sets, of which it is not worth while to look for equal ones
+FEW = 16
+#: where the empty set begins: behind all others
+BEHIND = 1 << 62
 
 
 class ElementSets:
@@ -28,7 +32,7 @@ class ElementSets:
 
     def __init__(self) -> None:
         self.count = 1
-        self.first = np.zeros(64, dtype=np.int64)
+        self.first = np.full(64, BEHIND, dtype=np.int64)
         self.bits = np.zeros(64, dtype=np.int64)
         self.wide: dict[int, ElementSet] = {}
         self.number_of: dict[ElementSet, int] = {}
@@ -73,33 +77,53 @@ class ElementSets:
             bits |= some << (low - first)
         return self.number((first, bits))
 
-    def unions_of_pairs(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """The numbers of many unions of two, of which no two are the same pair."""
-        first, bits = (self.first[a], self.first[b]), (self.bits[a], self.bits[b])
-        first = np.where(a == 0, first[1], first[0]), np.where(b == 0, first[0], first[1])
-        low = np.minimum(*first)
-        shift = first[0] - low, first[1] - low
-        narrow = np.ones(len(a), dtype=bool)
-        for some, by in zip(bits, shift, strict=True):
-            narrow &= (some != WIDE) & (np.frexp(some.astype(np.float64))[1] + by <= NARROW)
-        both = np.where(narrow, bits[0], 0) << np.where(narrow, shift[0], 0)
-        both |= np.where(narrow, bits[1], 0) << np.where(narrow, shift[1], 0)
-        out = np.where((low == first[0]) & (both == bits[0]), a, b)
-        new = narrow & ~((low == self.first[out]) & (both == self.bits[out]))
-        order = np.lexsort((both[new], low[new]))
-        low, both = low[new][order], both[new][order]
-        begins = np.ones(len(order), dtype=bool)
-        begins[1:] = (low[1:] != low[:-1]) | (both[1:] != both[:-1])
-        found = np.empty(len(order), dtype=np.int64)
-        found[order] = self.add(low[begins], both[begins])[np.cumsum(begins) - 1]
-        out[new] = found
-        for i in np.flatnonzero(~narrow):
-            out[i] = self.union_of((int(a[i]), int(b[i])))
-        return out
-
     def union(self, a: Tensor, b: Tensor) -> Tensor:
         """Element by element, with broadcasting."""
-        return self.union_pairs(*torch.broadcast_tensors(a, b))
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
+        strides = list(zip(a.shape, a.stride(), b.stride(), strict=True))
+        if any(n > 1 and s == t == 0 for n, s, t in strides):  # the same along a dimension: once is enough
+            once = tuple(slice(0, 1) if s == t == 0 else slice(None) for _, s, t in strides)
+            return self.union(a[once], b[once]).expand(a.shape)
+        return torch.from_numpy(self.unions(a.reshape(-1).numpy(), b.reshape(-1).numpy())).reshape(a.shape)
+
+    def unions(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """The numbers of many unions of two."""
+        first_a, first_b, bits_a, bits_b = self.first[a], self.first[b], self.bits[a], self.bits[b]
+        low = np.minimum(first_a, first_b)
+        first_a -= low
+        first_b -= low
+        shifted_a, shifted_b = bits_a << first_a, bits_b << first_b
+        both = shifted_a | shifted_b
+        # nothing was shifted out, and neither is WIDE
+        narrow = (both >= 0) & (shifted_a >> first_a == bits_a) & (shifted_b >> first_b == bits_b)
+        is_a = both == bits_a  # a union that begins before a has more bits than it
+        out = np.where(is_a, a, b)
+        new = narrow & ~is_a & (both != bits_b)
+        if new.any():
+            out[new] = self.add(low[new], both[new])
+        if not narrow.all():
+            rest = np.flatnonzero(~narrow)
+            a, b = (self.same(n[rest]) if len(rest) > FEW else n[rest] for n in (a, b))
+            known: dict[tuple[int, int], int] = {}
+            for i, pair in zip(rest.tolist(), zip(a.tolist(), b.tolist(), strict=True), strict=True):
+                n = known.get(pair)
+                if n is None:
+                    n = known[pair] = self.union_of(pair)
+                out[i] = n
+        return out
+
+    def same(self, numbers: np.ndarray) -> np.ndarray:
+        """One number for all of them that have the same narrow set."""
+        kinds, inverse = np.unique(numbers, return_inverse=True)
+        first, bits = self.first[kinds], self.bits[kinds]
+        order = np.lexsort((np.where(bits == WIDE, kinds, 0), bits, first))
+        first, bits, kinds = first[order], bits[order], kinds[order]
+        begins = np.ones(len(kinds), dtype=bool)
+        begins[1:] = (first[1:] != first[:-1]) | (bits[1:] != bits[:-1]) | (bits[1:] == WIDE)
+        found = np.empty(len(kinds), dtype=np.int64)
+        found[order] = kinds[begins][np.cumsum(begins) - 1]
+        return found[inverse.reshape(-1)]
 
     def union_last(self, numbers: Tensor) -> Tensor:
         """Along the last dimension, which goes."""
@@ -110,7 +134,7 @@ class ElementSets:
             return numbers.squeeze(-1)
         if width <= 16:  # by pairs, many at once
             half = width // 2
-            united = self.union_pairs(numbers[..., :half], numbers[..., half : 2 * half])
+            united = self.union(numbers[..., :half], numbers[..., half : 2 * half])
             return self.union_last(torch.cat([united, numbers[..., 2 * half :]], -1))
         rows = numbers.reshape(-1, width).numpy()
         seen: dict[bytes, int] = {}
@@ -122,13 +146,6 @@ class ElementSets:
                 n = seen[key] = self.union_of(row.tolist())
             out[i] = n
         return torch.from_numpy(out).reshape(shape)
-
-    def union_pairs(self, a: Tensor, b: Tensor) -> Tensor:
-        """Element by element, of tensors of one shape."""
-        low, high = torch.minimum(a, b).reshape(-1).numpy(), torch.maximum(a, b).reshape(-1).numpy()
-        keys, inverse = np.unique(low * self.count + high, return_inverse=True)
-        found = self.unions_of_pairs(*np.divmod(keys, self.count))
-        return torch.from_numpy(found[inverse.reshape(-1)]).reshape(a.shape)
 
     def union_along(self, numbers: Tensor, dims: Sequence[int] | None, keepdim: bool = True) -> Tensor:
         """Along ``dims``; None or none at all: along all of them, as in PyTorch's reductions."""
@@ -152,14 +169,19 @@ class ElementSets:
         rows, columns = [], []
         for start in range(0, len(numbers), 1 << 14):
             part = numbers[start : start + (1 << 14)].numpy()
-            bits, first = self.bits[part], self.first[part]
-            packed = np.where(bits == WIDE, 0, bits).astype("<i8").view(np.uint8).reshape(len(part), 8)
-            row, bit = np.nonzero(np.unpackbits(packed, axis=1, bitorder="little"))
-            column = first[row] + bit
-            if self.wide and (bits == WIDE).any():
-                several = [(i, self.elements(int(part[i]))) for i in np.flatnonzero(bits == WIDE)]
-                row = np.concatenate([row, *(np.full(len(found), i) for i, found in several)])
-                column = np.concatenate([column, *(found for _, found in several)])
+            bits = self.bits[part]
+            wide = np.flatnonzero(bits == WIDE)
+            bits[wide] = 0
+            widest = int(bits.max()).bit_length()
+            log = next(n for n in (3, 4, 5, 6) if widest <= 1 << n)  # of how many bits are looked at
+            packed = bits.astype("<i8", copy=False).view(np.uint8).reshape(len(part), 8)[:, : 1 << log - 3]
+            found = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool))
+            row, bit = found >> log, found & (1 << log) - 1
+            column = self.first[part[row]] + bit
+            if len(wide):
+                several = [self.elements(n) for n in part[wide].tolist()]
+                row = np.concatenate([row, np.repeat(wide, [len(found) for found in several])])
+                column = np.concatenate([column, *several])
                 order = np.argsort(row, kind="stable")
                 row, column = row[order], column[order]
             rows.append(row + start)
@@ -171,4 +193,4 @@ class ElementSets:
         """The elements of a set, in order."""
         first, bits = self.set_of(number)
         packed = np.frombuffer(bits.to_bytes((bits.bit_length() + 7) // 8, "little"), dtype=np.uint8)
-        return np.flatnonzero(np.unpackbits(packed, bitorder="little")) + first
+        return np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool)) + first

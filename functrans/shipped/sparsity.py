@@ -62,7 +62,8 @@ def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., An
     def pattern(*args: Any, **kwargs: Any) -> Any:
         found = Dependence(call, func, argnums, args, kwargs, rehearsal=False)
         with running_at(None):
-            return found.blocks(found.pattern, lambda where, o, a: torch.ones(len(where), dtype=torch.bool))
+            rows = found.pattern.rows
+            return found.blocks(found.pattern, lambda where, o, a: torch.ones(len(rows[where]), dtype=torch.bool))
 
     return pattern
 
@@ -214,23 +215,25 @@ class Dependence:
             rows, columns = level.sets.places(torch.cat([n.flatten() for n in numbers]))
         self.pattern = Pattern(rows, columns, (sum(self.outputs), level.count))
 
-    def blocks(self, pattern: Pattern, values: Callable[[np.ndarray, int, int], Tensor]) -> Any:
+    def blocks(self, pattern: Pattern, values: Callable[[Any, int, int], Tensor]) -> Any:
         """For each output the structure of the inputs, of sparse matrices: ``values(where, output, input)`` are those
         of some of the entries, which lie in this block."""
         row = np.cumsum([0, *self.outputs])
         column = np.cumsum([0, *(x.numel() for x in self.inputs)])
+        begin = np.searchsorted(pattern.rows, row)
         found = []
         for o in range(len(self.outputs)):
-            here = (pattern.rows >= row[o]) & (pattern.rows < row[o + 1])
+            here = slice(begin[o], begin[o + 1])
             line = []
             for a, x in enumerate(self.inputs):
-                where = np.flatnonzero(here & (pattern.columns >= column[a]) & (pattern.columns < column[a + 1]))
+                where: Any = here
+                if len(self.inputs) > 1:
+                    columns = pattern.columns[here]
+                    where = begin[o] + np.flatnonzero((columns >= column[a]) & (columns < column[a + 1]))
                 places = np.stack([pattern.rows[where] - row[o], pattern.columns[where] - column[a]])
                 size, entries = (int(row[o + 1] - row[o]), x.numel()), values(where, o, a)
                 indices = torch.from_numpy(places).to(entries.device)
-                line.append(
-                    torch.sparse_coo_tensor(indices, entries, size, is_coalesced=True, check_invariants=False)
-                )
+                line.append(torch.sparse_coo_tensor(indices, entries, size, is_coalesced=True, check_invariants=False))
             found.append(tree_unflatten(self.in_spec, line))
         return tree_unflatten(self.out_spec, found)
 
@@ -253,9 +256,7 @@ class Plan:
             mirror image's.
     """
 
-    def __init__(
-        self, pattern: Pattern, colors: np.ndarray, count: int, by_rows: bool = False, mirrored: bool = False
-    ):
+    def __init__(self, pattern: Pattern, colors: np.ndarray, count: int, by_rows: bool = False, mirrored: bool = False):
         self.pattern = pattern
         self.colors = torch.from_numpy(colors)
         self.count = count
@@ -276,13 +277,13 @@ class Plan:
             found.append(of_color.to(x.dtype).reshape(self.count, *x.shape))
         return found
 
-    def values(self, found: list[Tensor]) -> Callable[[np.ndarray, int, int], Tensor]:
+    def values(self, found: list[Tensor]) -> Callable[[Any, int, int], Tensor]:
         """Where the entries stand among the products ``found``, [count, *shape] for each output (``by_rows``: input).
         """
         starts = np.cumsum([0, *(f.shape[1:].numel() for f in found)])
         tables = [f.flatten(1) if f.dim() > 1 else f.unsqueeze(1) for f in found]
 
-        def values(where: np.ndarray, o: int, a: int) -> Tensor:
+        def values(where: Any, o: int, a: int) -> Tensor:
             lines, product_of = self.lines[where], self.product_of[where]
             which = np.searchsorted(starts, lines, side="right") - 1
             parts = np.unique(which)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.operators import DIFFERENTIABLE, op_info
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.core.pytrees import tree_flatten, tree_map
 from functrans.core.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered, running_at
+from functrans.core.thread_state import running_at
 from functrans.core.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.door.autograd_function import FUNCTION_RULES, send
 from functrans.extension.table_interpreter import TableInterpreter
+from functrans.interpreters.grad.nodes import tensors_in
 from functrans.programs.fusible import by_our_rules
 from functrans.shipped.element_sets import ElementSets
 
@@ -30,21 +32,28 @@ class OperatorCall:
     """What a rule is given: an operator's call, its outputs, and what its arguments depend on."""
 
     def __init__(self, level: SparsityLevel, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], out: Any):
-        known = op_info(op)
         self.level = level
         self.op = op
         self.sets = level.sets
-        self.named = {**dict(zip(known.arguments, known.defaults, strict=True)), **kwargs}
-        self.named.update(zip(known.arguments, args, strict=False))
-        self.outs: list[Any] = [o for o in tree_flatten(out)[0] if isinstance(o, Tensor)]
+        self.args, self.kwargs = args, kwargs
+        self.outs = tensors_in(out if isinstance(out, list | tuple) else (out,))
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """All arguments, in the schema's order."""
+        known = op_info(self.op)
+        named = {**dict(zip(known.arguments, known.defaults, strict=True)), **self.kwargs}
+        named.update(zip(known.arguments, self.args, strict=False))
+        return named
 
     def __getitem__(self, name: str) -> Any:
         return self.named[name]
 
-    def tensors(self, *names: str) -> Iterator[Tensor]:
+    def tensors(self, *names: str) -> list[Tensor]:
         """The tensors among the arguments of these names; without names, all."""
-        for name in names or self.named:
-            yield from (x for x in tree_flatten(self.named.get(name))[0] if isinstance(x, Tensor))
+        if names:
+            return tensors_in([self.named.get(name) for name in names])
+        return tensors_in(self.named.values() if self.kwargs else self.args)
 
     def carried(self, x: Tensor) -> Tensor | None:
         """The numbers of ``x``; None for a constant."""
@@ -114,6 +123,9 @@ class SparsityLevel(TableInterpreter):
             out = map_tensors(self.settled, out)
         return out
 
+    def run_rule(self, rule: Callable[..., Any], op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return rule(self, *args, **kwargs)  # all of them end in ``apply``, which needs no check
+
     def settled(self, x: Any) -> Any:
         return self.variable(x.value) if self.is_constant(x) else x
 
@@ -136,29 +148,28 @@ class SparsityLevel(TableInterpreter):
         def value(a: Any) -> Any:
             return a.value if type(a) is WrapperTensor and a.interpreter is self else a
 
-        out = lower(self, op, tree_map(value, list(args)), tree_map(value, kwargs))
+        values, by_keyword = map_tensors(value, args), {name: map_tensors(value, a) for name, a in kwargs.items()}
+        out = lower(self, op, values, by_keyword)
         return self.depending(OperatorCall(self, op, args, kwargs, out), out, pattern)
 
     def depending(self, call: OperatorCall, out: Any, pattern: Pattern) -> Any:
         smooth = any(o.dtype in DIFFERENTIABLE for o in call.outs)
-        with running_at(None), torch.no_grad():
+        with running_at(None):
             found = pattern(call) if smooth else [None] * len(call.outs)
-        numbers = [found] * len(call.outs) if isinstance(found, Tensor) else list(found)
-        wrappers: list[Any] = []
-        i = 0
-        leaves, spec = tree_flatten(out)
-        with lowered(self):
-            for leaf in leaves:
-                if not isinstance(leaf, Tensor):
-                    self.local = self.local or leaf is not None  # a number that was read
-                    wrappers.append(leaf)
-                    continue
-                if leaf.dtype in DIFFERENTIABLE and numbers[i] is not None:
-                    wrappers.append(self.carry(leaf, numbers=numbers[i].expand(leaf.shape)))
-                else:
-                    wrappers.append(self.variable(leaf))
-                i += 1
-        return tree_unflatten(spec, wrappers)
+            numbers = iter([found] * len(call.outs) if isinstance(found, Tensor) else found)
+            if isinstance(out, Tensor):
+                return self.carried(out, numbers)
+            return tree_map(lambda leaf: self.carried(leaf, numbers), out)
+
+    def carried(self, leaf: Any, numbers: Iterator[Tensor | None]) -> Any:
+        """A leaf of an operator's result with its numbers, the next ones if it is a tensor."""
+        if not isinstance(leaf, Tensor):
+            self.local = self.local or leaf is not None  # a number that was read
+            return leaf
+        found = next(numbers)
+        if found is None or leaf.dtype not in DIFFERENTIABLE:
+            return self.variable(leaf)
+        return self.carry(leaf, numbers=found if found.shape == leaf.shape else found.expand(leaf.shape))
 
 
 def everything(call: OperatorCall) -> list[Tensor]:
@@ -173,15 +184,15 @@ def nothing(call: OperatorCall) -> list[None]:
 
 def pointwise(call: OperatorCall) -> Any:
     """Each element depends on those at its place, if the arguments do have the output's places."""
-    shapes = [x.shape for x in call.tensors()]
-    try:
-        shape = torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        return everything(call)
+    given, shape = call.tensors(), call.outs[0].shape
+    if any(x.shape != shape for x in given):
+        try:
+            shape = torch.broadcast_shapes(*(x.shape for x in given))
+        except RuntimeError:
+            return everything(call)
     if any(o.shape != shape for o in call.outs):
         return everything(call)
-    found = [n for x in call.tensors() if (n := call.carried(x)) is not None]
-    return call.union(*found)
+    return call.union(*(n for x in given if (n := call.carried(x)) is not None))
 
 
 def by_table(op: OpOverload) -> Pattern:

@@ -14,13 +14,13 @@ aten = torch.ops.aten
 
 @pattern_of(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default)
 def product(call: OperatorCall) -> Any:
-    left, right = [x for x in call.tensors()][:2]
+    left, right = call.tensors()[:2]
     return multiplied(call, left, right).reshape(call.outs[0].shape)
 
 
 @pattern_of(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
 def product_and_sum(call: OperatorCall) -> Any:
-    more, left, right = list(call.tensors())
+    more, left, right = call.tensors()
     return call.union(multiplied(call, left, right).reshape(call.outs[0].shape), call.numbers(more))
 
 
