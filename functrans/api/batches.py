@@ -38,11 +38,28 @@ class Asked(NamedTuple):
     axis_name: Hashable | None = None
 
 
-def run_batched(
-    asked: Asked, leaves: list[Any], dims: list[int | None], spec: Any, size: int, kwargs: dict[str, Any]
-) -> Any:
-    """Run the whole batch; ``leaves``: the arguments' tensors and the like, with the dimension of each."""
+class Batch(NamedTuple):
+    """The arguments of one call.
+
+    Attributes:
+        leaves: the tensors and the like of the positional arguments.
+        dims: of each leaf the dimension that counts the examples.
+        spec: what the leaves make up.
+        size: how many examples there are.
+        kwargs: the arguments by keyword, which all examples share.
+    """
+
+    leaves: list[Any]
+    dims: list[int | None]
+    spec: Any
+    size: int
+    kwargs: dict[str, Any]
+
+
+def run_batched(asked: Asked, batch: Batch) -> Any:
+    """Run the whole batch."""
     call, func, out_dims, randomness, cls, axis_name = asked
+    leaves, dims, spec, size, kwargs = batch
     interpreter = cls(size, randomness, func)
     if axis_name is not None:
         interpreter.axis_name = axis_name
@@ -114,7 +131,8 @@ def run_batched(
 
 def view_of_origin(interpreter: VmapInterpreter, link: ViewLink, origin: Tensor, dim: int, place: int) -> Tensor:
     """The view that ``link`` is of an argument, of the batch that the caller has."""
-    again = VmapInterpreter(interpreter.batch_size, interpreter.randomness, interpreter.func)
+    again = type(interpreter)(interpreter.batch_size, interpreter.randomness, interpreter.func)
+    again.axis_name = interpreter.axis_name
     view = run_transformed(again, lambda: link.replay(again.batched(as_here(origin), dim)))
     return view.value.movedim(view.bdim, place)  # type: ignore[attr-defined, no-any-return]
 
@@ -137,37 +155,21 @@ def write_back(
     write_for_caller(origin, wrapper, value)
 
 
-def run_chunks(
-    asked: Asked,
-    leaves: list[Any],
-    dims: list[int | None],
-    spec: Any,
-    size: int,
-    kwargs: dict[str, Any],
-    chunk_size: int,
-) -> Any:
+def run_chunks(asked: Asked, batch: Batch, chunk_size: int) -> Any:
     """Run the batch in chunks."""
     outs: list[Any] = []
-    for_chunks(outs.append, asked, leaves, dims, spec, size, kwargs, chunk_size)
+    for_chunks(outs.append, asked, batch, chunk_size)
     return joined(asked.call, outs, asked.out_dims)
 
 
-def for_chunks(
-    take: Callable[[Any], Any],
-    asked: Asked,
-    leaves: list[Any],
-    dims: list[int | None],
-    spec: Any,
-    size: int,
-    kwargs: dict[str, Any],
-    chunk_size: int,
-) -> None:
+def for_chunks(take: Callable[[Any], Any], asked: Asked, batch: Batch, chunk_size: int) -> None:
     """Run the batch in chunks, and hand the result of each over to ``take``.
 
     With randomness "same" every chunk starts from the same generator state.
     """
+    leaves, dims, _, size, _ = batch
     if chunk_size >= size:
-        take(run_batched(asked, leaves, dims, spec, size, kwargs))
+        take(run_batched(asked, batch))
         return
     state = torch.get_rng_state() if asked.randomness == "same" else None
     for x, d in zip(leaves, dims, strict=True):
@@ -178,7 +180,7 @@ def for_chunks(
         chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
         if state is not None:
             torch.set_rng_state(state)
-        take(run_batched(asked, chunk, dims, spec, length, kwargs))
+        take(run_batched(asked, batch._replace(leaves=chunk, size=length)))
 
 
 def joined(call: Call, outs: list[Any], out_dims: Any) -> Any:

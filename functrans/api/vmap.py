@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.compiler import is_dynamo_compiling
 
-from functrans.api.batches import Asked, run_batched, run_chunks
+from functrans.api.batches import Asked, Batch, run_batched, run_chunks
 from functrans.api.checks import (
     check_callable,
     check_chunk_size,
@@ -90,12 +90,13 @@ def vmap(
                        "axis_name": axis_name, "axis_size": axis_size, "interpreter": interpreter}  # fmt: skip
             return TRACED(vmap, func, options, args, kwargs, None)
         leaves, dims, spec, size = check_inputs(call, in_dims, args, axis_size)
+        batch = Batch(leaves, dims, spec, size, kwargs)
         if chunk_size is None or chunk_size >= size:
-            return run_batched(asked, leaves, dims, spec, size, kwargs)
+            return run_batched(asked, batch)
         if axis_name is not None:
             got = f"chunk_size={chunk_size} for {size} examples with axis_name={axis_name!r}"
             raise CallValueError(call, got, "a batch in one piece, whose examples see each other", "Leave one out.")
-        return run_chunks(asked, leaves, dims, spec, size, kwargs, chunk_size)
+        return run_chunks(asked, batch, chunk_size)
 
     return batched
 
@@ -155,10 +156,8 @@ def chunk_vmap(
             options = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunks": chunks,
                        "interpreter": interpreter}  # fmt: skip
             return TRACED(chunk_vmap, func, options, args, kwargs, None)
-        leaves, dims, spec, size = check_inputs(call, in_dims, args)
-        chunk_size = max(-(-size // chunks), 1)
-        if chunk_size >= size:
-            return run_batched(asked, leaves, dims, spec, size, kwargs)
-        return run_chunks(asked, leaves, dims, spec, size, kwargs, chunk_size)
+        batch = Batch(*check_inputs(call, in_dims, args), kwargs)
+        chunk_size = max(-(-batch.size // chunks), 1)
+        return run_batched(asked, batch) if chunk_size >= batch.size else run_chunks(asked, batch, chunk_size)
 
     return batched

@@ -27,6 +27,7 @@ from functrans.core.thread_state import lowered, running_at
 from functrans.interpreters.grad.again import CURE, pull_again, pull_to, record_gradients
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.interpreters.own_methods import method_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
 
@@ -198,7 +199,7 @@ def grad_rule(level: GradInterpreter, outs: list[Any], ins: list[Any], cotangent
     pairs = list(zip(outs, cotangents, strict=True))
     recorded = [(o, c) for o, c in pairs if level.index_of(o) is not None]
     moving = [c for o, c in pairs if level.index_of(c) is not None]
-    if recorded and type(level).pull is not GradInterpreter.pull:
+    if recorded and method_of(level, "pull") is not GradInterpreter.pull:
         raise InsideTransformError("torch.autograd.grad past a way back of its own", level.name, CURE)
     if not (how.create and (recorded or moving)):
         for x in (*(o for o, _ in recorded), *moving):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_argnums, gradients_by
-from functrans.api.batches import Asked, for_chunks, joined
+from functrans.api.batches import Asked, Batch, for_chunks, joined
 from functrans.api.checks import check_chunk_size, check_dense, check_randomness
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
@@ -195,7 +195,7 @@ def by_chunk(
             if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
                 path = path_of(f"args[{i}]", args[i], place)
                 raise CallTypeError(call, f"{path} of layout {leaf.layout}", "a dense tensor")
-    leaves, found, spec, size = check_inputs(call, dims, args)
+    batch = Batch(*check_inputs(call, dims, args), kwargs)
 
     def with_norms(out: Any) -> None:
         gradients, values, aux = out
@@ -205,7 +205,7 @@ def by_chunk(
             take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
 
     asked = Asked(call, one_example, 0, randomness)
-    for_chunks(with_norms, asked, leaves, found, spec, size, kwargs, chunk_size or size)
+    for_chunks(with_norms, asked, batch, chunk_size or batch.size)
 
 
 def root(square: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from functrans.interpreters.grad.grad_fn import grad_fn_of
 from functrans.interpreters.grad.nodes import BackwardNode, ProgramNode, matrix_of
 from functrans.interpreters.grad.noted_tape import new_tape
 from functrans.interpreters.grad.programs import record_program
-from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, choose_method
+from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, ByHooks, TableMethod, choose_method
+from functrans.interpreters.own_methods import method_of, overrides
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program
 
@@ -51,9 +52,17 @@ class GradInterpreter(Interpreter, whole=True):
     detached = False
     #: whether ``Tensor.backward()`` left its arguments without a ``.grad``
     passed_by = False
+    #: how operators with an entry in the derivative table are recorded
+    method_by_table: ClassVar[type[TableMethod]] = TableMethod
+
+    def __init_subclass__(cls, *, whole: bool = False) -> None:
+        super().__init_subclass__(whole=whole)
+        if overrides(cls, GradInterpreter, "track", "record", "constant"):
+            cls.method_by_table = ByHooks
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
+        self.by_table = self.method_by_table
         self.tape: list[Record] = new_tape()
         self.last_index = 0
         #: functions that see, and may replace, the cotangent of an index
@@ -95,11 +104,11 @@ class GradInterpreter(Interpreter, whole=True):
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
         specialized = known.specialized if not SCOPES else specialized_here(known)
         try:
-            method = specialized[GradInterpreter]
+            method = specialized[self.by_table]
         except KeyError:
-            method = choose_method(op, known)
+            method = choose_method(op, known, self.by_table)
             if known.settled or method not in WITHOUT_RULE:
-                specialized[GradInterpreter] = method
+                specialized[self.by_table] = method
         return method(self, op, (args, kwargs), values, below_kwargs, list(indices), list(indices.values()))
 
     def output(self, value: Tensor) -> WrapperTensor:
@@ -175,8 +184,7 @@ class GradInterpreter(Interpreter, whole=True):
         product of a matrix and a vector scales the matrix's rows. Returns these rows, the index that they are
         cotangents of, and how much of the tape is left to be walked; None if the last step is of another kind.
         """
-        pull = getattr(type(self).pull, "watched", type(self).pull)  # see functrans/explanation/watching.py
-        if self.hooks is not None or checks_numbers() or pull is not GradInterpreter.pull:
+        if self.hooks is not None or checks_numbers() or method_of(self, "pull") is not GradInterpreter.pull:
             return None
         size = diagonal.shape[0]
         end, found = len(self.tape), None

@@ -11,7 +11,7 @@ from torch import Tensor
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.operators import DIFFERENTIABLE, OpInfo
 from functrans.core.rules import RuleTable
-from functrans.core.tensor import wrap
+from functrans.core.tensor import WrapperTensor, wrap
 from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
@@ -35,13 +35,14 @@ aten = torch.ops.aten
 GRAD_RULES: RuleTable[Callable[..., Any]] = RuleTable("grad rules", cached=True)
 
 
-def choose_method(op: OpOverload, known: OpInfo) -> Callable[..., Any]:
+def choose_method(op: OpOverload, known: OpInfo, by_table: Callable[[Derivative, OpInfo], Any]) -> Callable[..., Any]:
+    """How ``op`` is recorded; ``by_table``: TableMethod, or ByHooks for a class that overrides what that does."""
     rule = GRAD_RULES.get(op)
     if rule is not None:
         return lambda self, op, given, values, kwargs, places, indices: rule(self, op, values, kwargs)
     entry = DERIVATIVES.get(op)
     if entry is not None:
-        return run_constant if entry.tangent == NO_TANGENT else TableMethod(entry, known)
+        return run_constant if entry.tangent == NO_TANGENT else by_table(entry, known)
     if known.composite or decomposition(op) is not None:
         return take_apart
     return borrow
@@ -89,9 +90,8 @@ class TableMethod:
             node = self.nodes[key]
         except KeyError:
             node = self.nodes[key] = self.make_node(places)
-        if node is None:  # the table says nothing of some tracked argument
-            fallback = take_apart if self.known.composite or decomposition(op) is not None else borrow
-            return fallback(grad, op, given, values, kwargs, places, indices)
+        if node is None:
+            return self.fall_back(grad, op, given, values, kwargs, places, indices)
         out = lower(grad, op, values, kwargs)
         outs: Any
         wrapped: Any
@@ -120,6 +120,11 @@ class TableMethod:
         grad.tape.append((node, outs, indices, saved))
         return wrapped
 
+    def fall_back(self, grad: GradInterpreter, op: OpOverload, *call: Any) -> Any:
+        """Record an operator where the table says nothing of some tracked argument."""
+        method = take_apart if self.known.composite or decomposition(op) is not None else borrow
+        return method(grad, op, *call)
+
     def default(self, i: int, kwargs: dict[str, Any]) -> Any:
         return kwargs.get(self.known.arguments[i], self.known.defaults[i])
 
@@ -130,6 +135,28 @@ class TableMethod:
         if self.foreign:
             return CheckedNode(TableNode(self.entry, self.known, names, fixes=False))
         return TableNode(self.entry, self.known, names, self.fixes)
+
+
+class ByHooks(TableMethod):
+    """The same for a class of a user's that overrides ``track``, ``record`` or ``constant``: by these."""
+
+    def __call__(self, grad: GradInterpreter, op: OpOverload, *call: Any) -> Any:
+        if self.make_node(call[-2]) is None:
+            return self.fall_back(grad, op, *call)
+        last, tape, grad.tape = grad.last_index, grad.tape, []
+        try:
+            made = super().__call__(grad, op, *call)
+        finally:
+            records, grad.tape, grad.last_index = grad.tape, tape, last
+
+        def again(w: WrapperTensor) -> WrapperTensor:
+            return grad.constant(w.value) if w.tape_index is None else grad.track(w.value)
+
+        made = map_tensors(again, made)
+        for node, outs, ins, saved in records:
+            outs = grad.index_of(made) if type(outs) is int else [grad.index_of(w) for w in made]
+            grad.record(node, outs, ins, saved)
+        return made
 
 
 def borrow(

@@ -21,6 +21,7 @@ from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.jvp.fallback import borrow
 from functrans.interpreters.jvp.programs import run_program
+from functrans.interpreters.own_methods import overrides
 from functrans.programs.fusible import by_our_rules
 
 aten = torch.ops.aten
@@ -37,6 +38,10 @@ class JvpInterpreter(Interpreter, whole=True):
     payload = ("tangent",)
     differentiates = True
     values_remain = True
+
+    def __init_subclass__(cls, *, whole: bool = False) -> None:
+        super().__init_subclass__(whole=whole)
+        overrides(cls, JvpInterpreter, "dual", "constant")
 
     #: the tangents that it started from, where a transform has given them
     seeds: list[Tensor] | None = None

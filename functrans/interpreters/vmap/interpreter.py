@@ -19,6 +19,7 @@ from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_
 from functrans.core.thread_state import lowered, running_at
 from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
+from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
@@ -47,6 +48,11 @@ class VmapInterpreter(Interpreter, whole=True):
     #: the name by which collective operations find it; see shipped/collectives.py
     axis_name: Hashable | None = None
 
+    def __init_subclass__(cls, *, whole: bool = False) -> None:
+        super().__init_subclass__(whole=whole)
+        if overrides(cls, VmapInterpreter, "batched", "constant"):
+            cls.left, cls.again = left_by_batched, again_by_batched  # type: ignore[method-assign]
+
     def __init__(self, batch_size: int, randomness: str, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
         self.batch_size = batch_size
@@ -71,8 +77,7 @@ class VmapInterpreter(Interpreter, whole=True):
             value = tensor_of(value)
         shape, strides = value.shape, strides_of(value)
         if of is not None and (not -len(shape) <= bdim < len(shape) or shape[bdim] != self.batch_size):
-            expected = f"the dimension of size {self.batch_size}, the batch's"
-            raise BatchingRuleError(rule_of(of), f"out_dim {bdim} for an output of shape {tuple(shape)}", expected)
+            raise refusal_of(of, shape, bdim, self.batch_size)
         if bdim == 0:
             shape = shape[1:]  # type: ignore[assignment]
             if strides is not None:
@@ -86,6 +91,9 @@ class VmapInterpreter(Interpreter, whole=True):
         wrapper = wrap_as(self, value, shape, strides)
         wrapper.bdim = bdim
         return wrapper
+
+    #: what a rule returned, as ``batched`` makes a wrapper of it
+    left = batched
 
     def rewrap(self, source: WrapperTensor, value: Tensor) -> WrapperTensor:
         return self.batched(value, source.bdim)
@@ -166,7 +174,7 @@ class VmapInterpreter(Interpreter, whole=True):
                     if not isinstance(out, Tensor):
                         return self._leave(op, out, bdim)
                     shown = self.batched(out, bdim)
-                    if look is not None:
+                    if look is not None and type(self).left is VmapInterpreter.left:
                         remember(seen, look, values[0], op_below, physical, out, shown)  # type: ignore[arg-type]
                     return shown
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
@@ -259,7 +267,7 @@ class VmapInterpreter(Interpreter, whole=True):
         if type(result) is not tuple or len(result) != 2:
             raise BatchingRuleError(rule_of(of), described(result), "a pair (output, out_dims)")
         out, bdim = result
-        return self.batched(out, bdim, of) if type(out) is Tensor and type(bdim) is int else self._leave(of, out, bdim)
+        return self.left(out, bdim, of) if type(out) is Tensor and type(bdim) is int else self._leave(of, out, bdim)
 
     def _leave(self, of: Any, out: Any, out_dims: Any) -> Any:
         if isinstance(out, Tensor):
@@ -271,7 +279,7 @@ class VmapInterpreter(Interpreter, whole=True):
                     f"a value of level {out.interpreter.level}",
                     f"one below level {self.level}, computed from its arguments",
                 )
-            return self.batched(out, out_dims, of)
+            return self.left(out, out_dims, of)
         if isinstance(out, tuple | list):
             if not isinstance(out_dims, tuple | list):
                 out_dims = [out_dims] * len(out)
@@ -323,6 +331,19 @@ class VmapInterpreter(Interpreter, whole=True):
 carried_as("bdim")
 
 
+def left_by_batched(self: VmapInterpreter, value: Tensor, bdim: int | None, of: Any = None) -> WrapperTensor:
+    """``left`` of a class that overrides ``batched``."""
+    shape = value.shape
+    if bdim is not None and (not -len(shape) <= bdim < len(shape) or shape[bdim] != self.batch_size):
+        raise refusal_of(of, shape, bdim, self.batch_size)
+    return self.batched(value, bdim)
+
+
+def again_by_batched(self: VmapInterpreter, call: SeenCall, value: Tensor) -> WrapperTensor:
+    """``again`` of such a class."""
+    return self.batched(lower(self, call.op, (value, *call.rest), NO_KWARGS), call.bdim)
+
+
 def in_dims(values: Sequence[Any], bdims: dict[int, Any]) -> list[Any]:
     """The batch dimensions as rules get them: for each argument one, or a list for a list."""
     return [
@@ -343,6 +364,11 @@ def for_each(info: BatchInfo, dims: Sequence[Any], values: Sequence[Any]) -> tup
 def in_front(x: Any) -> Any:
     """The batch dimension of an argument whose tensors have it first, as rules get it."""
     return [in_front(v) for v in x] if isinstance(x, list | tuple) else 0 if isinstance(x, Tensor) else None
+
+
+def refusal_of(of: Any, shape: Sequence[int], bdim: int, batch_size: int) -> BatchingRuleError:
+    expected = f"the dimension of size {batch_size}, the batch's"
+    return BatchingRuleError(rule_of(of), f"out_dim {bdim} for an output of shape {tuple(shape)}", expected)
 
 
 def rule_of(of: Any) -> str:
