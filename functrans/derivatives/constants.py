@@ -40,7 +40,8 @@ CONSTANT = {
 #: Names of operators that answer a question about shapes or memory by a Python value.
 ABOUT_METADATA = frozenset((
     "aten::is_same_size", "aten::is_set_to", "aten::_is_zerotensor", "aten::_has_same_storage_numel", "aten::sym_size",
-    "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset",
+    "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset", "aten::is_coalesced", "aten::sparse_dim",
+    "aten::dense_dim", "aten::_nnz",
 ))  # fmt: skip
 
 #: Operators that read nothing of their arguments but shape, dtype and device, so that their result is a constant of

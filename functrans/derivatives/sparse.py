@@ -1,4 +1,4 @@
-"""Derivatives of conversions to the sparse COO layout, of its constructor, and of ``torch.sparse.mm``.
+"""Derivatives of conversions to the sparse COO layout and back, of its constructor, and of ``torch.sparse.mm``.
 
 PyTorch's own of the former go through ``_values``, which has no derivative, so that second and forward derivatives
 would be lost in silence; that of the product would have a wrapper hold the sparse matrix, which may be compressed.
@@ -23,6 +23,19 @@ def sparse_values(grad: Tensor, indices: Tensor) -> Tensor:
     return dense(grad)[tuple(indices.unbind(0))]
 
 
+def sparse_entries(grad: Tensor, self: Tensor) -> Tensor:
+    """What is known of a sparse matrix: its entries, which are no others for having been zeros."""
+    indices = (self if self.is_coalesced() else self.coalesce()).indices()
+    values = sparse_values(grad.to(self.dtype), indices)
+    return torch.sparse_coo_tensor(indices, values, self.shape, is_coalesced=True, check_invariants=False)
+
+
+def of_dense(grad: Tensor, self: Tensor, masked_grad: bool | None) -> Tensor:
+    return grad.to(self.dtype).to_sparse(self.sparse_dim()) if masked_grad is False else sparse_entries(grad, self)
+
+
+derivative(aten._coalesce.default, tangent="linear", self=lambda grad: grad)
+derivative(aten._to_dense.default, tangent="linear", self=of_dense)
 for _op in (aten._to_sparse.default, aten._to_sparse.sparse_dim):
     derivative(_op, tangent="linear", self=dense)
 derivative(aten._sparse_coo_tensor_with_dims_and_tensors.default, tangent="linear", values=sparse_values)

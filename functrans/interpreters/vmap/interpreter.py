@@ -307,8 +307,12 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def _example(self, a: Any, i: int) -> Any:
         if type(a) is WrapperTensor and a.interpreter is self:
+            if a.bdim is None:
+                return a.value
             # A copy: some operators look at the storage, which is the example's own.
-            return a.value if a.bdim is None else a.value.select(a.bdim, i).clone()
+            example = a.value.select(a.bdim, i).clone()
+            # of a sparse matrix PyTorch has forgotten that it is coalesced
+            return example.coalesce() if a.layout is torch.sparse_coo and a.value.is_coalesced() else example
         if type(a) in (list, tuple):
             return type(a)(self._example(v, i) for v in a)
         return a
