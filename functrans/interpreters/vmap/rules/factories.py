@@ -20,7 +20,7 @@ def in_memory_format(
 ) -> tuple[Any, Any]:
     """``run(x, memory_format=...)`` so that each example comes out in the memory format."""
     if memory_format is None or memory_format is torch.preserve_format:
-        return run(x), bdim  # which is to preserve it; a sparse tensor takes no word of it
+        return run(x, memory_format=None), bdim  # to preserve it, without a word of it to sparse tensors
     x = to_front(x, bdim)
     if memory_format is torch.contiguous_format:
         return run(x, memory_format=memory_format), 0
