@@ -34,13 +34,14 @@ from functrans.extension.calls import (
     running_at,
     wrap,
 )
+from functrans.extension.carried import Carried
 from functrans.extension.checkers import CheckFailedError, check_batching_rule, check_derivative, check_transform
 from functrans.extension.levels import Handler, PassThrough
 from functrans.extension.missing_rules import missing_rules
 from functrans.extension.primitives import Primitive
 from functrans.extension.provenance import Caller, Origin, caller, origin
 from functrans.extension.rule_scopes import overriding, rules_in_scope
-from functrans.extension.table_interpreter import Carried, TableInterpreter, missing_rule
+from functrans.extension.table_interpreter import TableInterpreter, missing_rule
 from functrans.extension.transforming import transform
 from functrans.extension.without_rule import as_function
 from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -10,6 +10,7 @@ from functrans.core.errors import MissingRuleError
 from functrans.core.schemas import schema_default
 from functrans.core.stack import interpreter_stack
 from functrans.core.torch_private import OpOverload
+from functrans.interpreters.failures import add_note
 
 if TYPE_CHECKING:
     from functrans.extension.table_interpreter import TableInterpreter
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
 
 def missing_rule_error(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
     levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
-    return MissingRuleError(
+    error = MissingRuleError(
         op,
         interpreter,
         f"Levels: {levels}. Schema: {op._schema}\n"
         f"The rules of {interpreter.kind} stand in {rules_file(interpreter)}. Add there:\n\n"
         f"{rule_to_paste(owner_of_rules(type(interpreter)), op)}",
     )
+    if interpreter.rule_for(op) is not None:
+        add_note(error, f"Its rule, registered at {interpreter.rule_place(op)}, returned NotImplemented for this call.")
+    return error
 
 
 def owner_of_rules(cls: type[TableInterpreter]) -> type[TableInterpreter]:

@@ -13,12 +13,13 @@ from functrans.core.errors import CallTypeError
 from functrans.core.errors.wording import what
 from functrans.core.interpreter import Interpreter
 from functrans.core.operators import op_info
-from functrans.core.pytrees import tree_map
+from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, wrap
 from functrans.core.torch_private import OpOverload
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
+from functrans.extension.carried import is_carried
 from functrans.extension.missing_rule import rule_to_paste
 from functrans.extension.table_interpreter import TableInterpreter
 from functrans.extension.without_rule import refused
@@ -62,7 +63,9 @@ def missing_rules(
     finder = Finder(cls, func)
 
     def body() -> None:
-        given = tree_map(lambda x: finder.marked(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        leaves, spec = tree_flatten((args, kwargs), is_carried)
+        values = [leaf.value if is_carried(leaf) else leaf for leaf in leaves]
+        given = tree_unflatten(spec, [finder.marked(x) if isinstance(x, Tensor) else x for x in values])
         call_function(call, func, *given)
 
     if cls.without_rule is refused:

@@ -185,9 +185,10 @@ class Primitive:
                 raise DeadWrapperError(leaf)
             if level.owns(leaf) and not level.is_constant(leaf):
                 levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
-                raise MissingRuleError(
-                    self.name, level, f"Levels: {levels}. Register one: @{self.name}.rule({type(level).__name__})."
-                )
+                cure = f"Levels: {levels}. Register one: @{self.name}.rule({type(level).__name__})."
+                if level.differentiates:
+                    cure += f" That of grad and jvp is made by {self.name}.derivative(...)."
+                raise MissingRuleError(self.name, level, cure)
         return tree_map(lambda x: x.value if level.owns(x) else x, args)
 
 

@@ -23,6 +23,7 @@ from functrans.core.torch_private import HigherOrderOperator, OpOverload, torch_
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.extension.calls import check_operator
+from functrans.extension.carried import Carried
 from functrans.extension.case_by_case import check_has_cases
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.extension.own_metadata import (
@@ -33,36 +34,6 @@ from functrans.extension.own_metadata import (
 )
 from functrans.extension.rule_results import check_below, check_carried, checked_result, checked_tree
 from functrans.extension.without_rule import policy_of, refused
-
-
-class Carried:
-    """A value and what a transform carries beside it, outside of the transform: an argument or result of ``transform``.
-
-    Args:
-        value: a tensor.
-        payload: by name, what is carried beside it. Each is an attribute too.
-
-    Example:
-        >>> import torch
-        >>> from functrans.extend import Carried
-        >>> interval = Carried(torch.tensor(1.0), upper=torch.tensor(2.0))
-        >>> interval.value, interval.upper
-        (tensor(1.), tensor(2.))
-    """
-
-    def __init__(self, value: Tensor, /, **payload: Any) -> None:
-        check_kind("Carried(value, **payload)", "value", value, Tensor, "a tensor")
-        self.value = value
-        self.payload = payload
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["payload"][name]
-        except KeyError:
-            raise AttributeError(f"Carried(...) has no {name!r}; it carries {sorted(self.payload)}") from None
-
-    def __repr__(self) -> str:
-        return f"Carried({self.value}{''.join(f', {name}={carried}' for name, carried in self.payload.items())})"
 
 
 class TableInterpreter(Interpreter):
@@ -77,7 +48,8 @@ class TableInterpreter(Interpreter):
     A rule is called as ``rule(interpreter, *args, **kwargs)`` with the operator's arguments, in which every tensor is a
     wrapper of this interpreter: ``x.value`` is the value one level down, and ``x.<payload name>`` what it carries, None
     on a constant. It runs one level down, in plain ``torch``, and returns what ``interpreter.carry(value, name=...)``
-    makes, for each output of the operator and of its shape; anything else is a RuleResultError. The functions among the
+    makes, for each output of the operator and of its shape, or NotImplemented: this call is as if it had no rule.
+    Anything else is a RuleResultError. The functions among the
     arguments of an operator such as ``torch.ops.higher_order.cond`` are code of this level: a rule calls them inside
     ``with running_at(interpreter):``.
     """
@@ -219,22 +191,27 @@ class TableInterpreter(Interpreter):
                 values = map_tensors(lambda a: without_numbers(self, a), args)
         if not carrying or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
-        if rule is None and op_info(op).composite:
+        composite = op_info(op).composite
+        if rule is None and composite:
             return decompose(self, op, args, kwargs)
 
         entered, entered_kwargs = args, kwargs
         if not owned:
             entered = map_tensors(self.own, args)
             entered_kwargs = {k: map_tensors(self.own, a) for k, a in kwargs.items()}
-        if rule is None:
-            return self.without_rule(self, op, entered, entered_kwargs)
-        return self.run_rule(rule, op, entered, entered_kwargs)
+        if rule is not None:
+            out = self.run_rule(rule, op, entered, entered_kwargs)
+            if out is not NotImplemented:
+                return out
+            if composite:
+                return decompose(self, op, args, kwargs)
+        return self.without_rule(self, op, entered, entered_kwargs)
 
     def run_rule(self, rule: Callable[..., Any], op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """What ``rule`` makes of ``op``; the tensors in its arguments are wrappers of this level."""
+        """What ``rule`` makes of ``op``, or NotImplemented; the tensors in its arguments are wrappers of this level."""
         with lowered(self):
             out = completed(rule, op, 1)(self, *args, **kwargs)
-        return checked_result(self, op, out, args, kwargs)
+        return out if out is NotImplemented else checked_result(self, op, out, args, kwargs)
 
     def process_higher_order(self, op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rule_for(op)
@@ -247,7 +224,7 @@ class TableInterpreter(Interpreter):
         entered, entered_kwargs = torch_pytree.tree_map(mine, (args, kwargs))
         with lowered(self):
             out = rule(self, *entered, **entered_kwargs)
-        return checked_tree(self, op, out)
+        return out if out is NotImplemented else checked_tree(self, op, out)
 
 
 def missing_rule(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:

@@ -12,11 +12,13 @@ from functrans.api.checks import call_function, check_callable
 from functrans.core.errors import CallError, CallTypeError
 from functrans.core.errors.wording import what
 from functrans.core.interpreter import Interpreter
-from functrans.core.pytrees import tree_map
+from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.core.thread_state import lowered
+from functrans.extension.carried import is_carried
 from functrans.extension.rule_results import shows_own
+from functrans.extension.table_interpreter import TableInterpreter
 from functrans.functionalization.views import contents_of
 
 
@@ -80,7 +82,9 @@ def transform(
 
         def body() -> Any:
             with lowered(running):
-                given = tree_map(enter, args), tree_map(enter, kwargs)
+                whole = is_carried if isinstance(running, TableInterpreter) else None
+                leaves, spec = tree_flatten((args, kwargs), whole)
+                given = tree_unflatten(spec, [enter(leaf) for leaf in leaves])
             out = call_function(call, func, *given)
             with lowered(running):
                 return tree_map(running.leave, out)

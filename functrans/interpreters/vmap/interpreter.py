@@ -178,11 +178,9 @@ class VmapInterpreter(Interpreter, whole=True):
                         remember(seen, look, values[0], op_below, physical, out, shown)  # type: ignore[arg-type]
                     return shown
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
-                result = call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs)
+                return self.leave(op, call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs))
             except RuleDeclined:
                 pass
-            else:
-                return self.leave(op, result)
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
             if op in TRUTH and asked_for_all(args[0]):
@@ -265,6 +263,8 @@ class VmapInterpreter(Interpreter, whole=True):
         Every rule passes here: ours, those of ``torch.library.register_vmap``, and ``autograd.Function.vmap``.
         """
         if type(result) is not tuple or len(result) != 2:
+            if result is NotImplemented and isinstance(of, OpOverload):
+                raise RuleDeclined("not for this call")
             raise BatchingRuleError(rule_of(of), described(result), "a pair (output, out_dims)")
         out, bdim = result
         return self.left(out, bdim, of) if type(out) is Tensor and type(bdim) is int else self._leave(of, out, bdim)
