@@ -124,7 +124,7 @@ def _adopt(kind: type) -> bool:
 
     def flatten(x: Any) -> tuple[Any, Any]:
         children, context = node.flatten_fn(x)
-        return tuple(children), _Context(context)
+        return tuple(children), Context(context)
 
     def unflatten(context: Any, children: Any) -> Any:
         return node.unflatten_fn(list(children), context.value)
@@ -136,14 +136,14 @@ def _adopt(kind: type) -> bool:
     return True
 
 
-class _Context:
+class Context:
     """A node's context, compared by value where it can be."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Context) and bool(self.value == other.value)
+        return isinstance(other, Context) and bool(self.value == other.value)
 
     def __hash__(self) -> int:
         return hash(type(self.value))

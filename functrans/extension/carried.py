@@ -8,7 +8,7 @@ import optree
 from torch import Tensor
 
 from functrans.api.checks import check_kind
-from functrans.core.pytrees import NAMESPACE, tree_flatten
+from functrans.core.pytrees import NAMESPACE, Context, tree_flatten
 
 
 class Carried:
@@ -45,15 +45,15 @@ class Carried:
         return f"Carried({self.value}{''.join(f', {name}={carried}' for name, carried in self.payload.items())})"
 
 
-def flatten(x: Carried) -> tuple[Any, Any]:
+def flatten(x: Any) -> tuple[Any, Any]:
     fixed = {name: None if name in x.branches else carried for name, carried in x.payload.items()}
-    return (x.value, *(x.payload[name] for name in x.branches)), (x.branches, fixed)
+    return (x.value, *(x.payload[name] for name in x.branches)), Context((x.branches, fixed))
 
 
 def unflatten(about: Any, children: Any) -> Carried:
     x = object.__new__(Carried)  # of whatever stands in the place of its tensors
     x.value, *carried = children
-    x.branches, fixed = about
+    x.branches, fixed = about.value
     x.payload = {**fixed, **dict(zip(x.branches, carried, strict=True))}
     return x
 
