@@ -105,6 +105,10 @@ def linear() -> tuple[Layers, Tensor, Tensor]:
     return Layers(*layers, nn.Linear(512, 10)), torch.randn(64, 512), torch.randint(10, (64,))
 
 
+def many_rows() -> tuple[Layers, Tensor, Tensor]:
+    return linear()[0], torch.randn(1024, 512), torch.randint(10, (1024,))
+
+
 def convolutional() -> tuple[Layers, Tensor, Tensor]:
     net = Layers(
         nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.ReLU(), nn.MaxPool2d(2),
@@ -237,7 +241,7 @@ CASES = {
     "linear bounds, MLP of relu, 32 boxes": Case(of_boxes, "CROWN by hand", None),
     **{
         f"clipped_grad, {name}": Case(clipping(net, "grad"), "grad of the summed loss", 1.25, 1.05)
-        for name, net in NETS.items()
+        for name, net in {**NETS, "linear, 1,024 examples": many_rows}.items()
     },
     **{
         f"clipped_grad, {name}, examples": Case(clipping(net, "vmap(grad)"), "vmap(grad), clipped")

@@ -25,6 +25,7 @@ from functrans import (
 from functrans.core.errors import CallError, CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
 from functrans.interpreters.vmap.rules.random import RandomnessError
+from functrans.shipped import clipping, gradient_parts
 from functrans.shipped.example_gradients import ExampleInterpreter
 from functrans.shipped.gradient_parts import Gradient
 
@@ -113,7 +114,7 @@ NETS = {
     "layer norm": Net(lambda: nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 12), nn.LayerNorm((3, 12))), (3, 12),
         [0, 0, 1, 0, 0, 0]),
     "group norm": Net(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 2, 1)),
-        (2, 5, 5), [0] * 6),
+        (2, 5, 5), [1, 0, 0, 0, 0, 0]),
     "conv1d": Net(lambda: nn.Sequential(nn.Conv1d(24, 32, 3, stride=2, padding=2, dilation=2), nn.Tanh(),
         nn.Conv1d(32, 40, 2)), (24, 9), [1, 0, 1, 0]),
     "conv2d": Net(lambda: nn.Sequential(nn.Conv2d(24, 32, 3, stride=2, padding=1, groups=2), nn.Tanh(),
@@ -124,7 +125,7 @@ NETS = {
         nn.Conv2d(1, 20, (3, 2), stride=(2, 1), dilation=(1, 2), padding=1), nn.Tanh(),
         nn.Conv2d(20, 200, (1, 2), groups=10)),
         (1, 7, 6), [0] * 4),
-    "conv2d, groups and strides": Net(lambda: nn.Conv2d(2, 40, 3, stride=2, groups=2), (2, 9, 8), [0, 0]),
+    "conv2d, groups and strides": Net(lambda: nn.Conv2d(2, 40, 3, stride=2, groups=2), (2, 9, 8), [1, 0]),
     "conv2d, same": Net(lambda: nn.Conv2d(20, 20, 3, padding="same", padding_mode="reflect"), (20, 4, 4), [1, 0]),
     "conv3d": Net(lambda: nn.Conv3d(12, 20, 2, padding=1), (12, 3, 2, 3), [1, 0]),
     "transposed": Net(lambda: nn.ConvTranspose2d(8, 20, 3, stride=2), (8, 3, 3), [0, 0]),
@@ -153,6 +154,45 @@ def test_networks(name: str, parts: list[int]) -> None:
     loss, params = of_net(net.module())
     agree(loss, params, torch.randn(N, *net.shape, dtype=torch.float64), torch.randn(N, dtype=torch.float64))
     assert parts[: len(net.parts)] == net.parts
+
+
+@pytest.mark.parametrize("most", [1, 1 << 30])
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv2d, same", "conv3d"])
+def test_convolutions_a_few_examples_at_a_time(
+    name: str, most: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the gradients themselves and by inner products of positions, which are the less in one case and the other."""
+    monkeypatch.setattr(gradient_parts, "MOST", most)
+    test_networks(name, parts)
+
+
+def test_two_halves_where_rows_outweigh_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Any] = []
+
+    def loss(params: Params, x: Tensor) -> Tensor:
+        runs.append(x)
+        return ((x @ params["a"]).tanh() @ params["b"]).square().sum() + params["c"] @ x
+
+    params = {name: torch.randn(shape, dtype=torch.float64) for name, shape in (("a", (6, 4)), ("b", (4, 5)), ("c", 6))}
+    batch = torch.randn(31, 6, dtype=torch.float64)
+    whole = clipped_grad(loss, 0.5, chunk_size=31)(params, batch)
+    for large, count in ((1 << 27, 1), (300, 2), (700, 1)):
+        monkeypatch.setattr(clipping, "LARGE", large)
+        runs.clear()
+        torch.testing.assert_close(clipped_grad(loss, 0.5)(params, batch), whole)
+        assert len(runs) == count
+    monkeypatch.setattr(clipping, "LARGE", 0)
+    for options, examples, count in (
+        ({}, batch[:2], 1),  # the matrices outweigh the rows
+        ({"randomness": "different"}, batch, 1),  # which would draw others
+        ({"in_dims": (None, 1)}, batch.T, 2),
+        ({"chunk_size": 31}, batch, 1),
+    ):
+        runs.clear()
+        norms = per_example_norms(loss, **options)(params, examples)
+        assert len(runs) == count
+        torch.testing.assert_close(norms, torch.stack([per_example_norms(loss)(params, x[None])[0] for x in (
+            examples.T if "in_dims" in options else examples)]))  # fmt: skip
 
 
 #: Numbers of the module do not depend on what ran before.

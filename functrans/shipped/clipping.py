@@ -57,8 +57,9 @@ def clipped_grad(
             example.
         has_aux: ``loss`` returns ``(output, aux)``; aux comes back with the examples in front.
         randomness: what random operators do, as in ``vmap``.
-        chunk_size: run at most this many examples at a time; None: all. What the sum is made of is kept until the norms
-            are known, which may be as much again as the activations; chunks bound that.
+        chunk_size: run at most this many examples at a time. What the sum is made of is kept until the norms are known,
+            which may be as much again as the activations; chunks bound that. None: all, or two halves where many rows
+            meet matrices so large that it costs little time.
 
     Returns:
         A function of the arguments. It returns the sum, of the structure, shapes and dtypes of the argument that
@@ -98,7 +99,10 @@ def clipped_grad(
             weights = torch.where(over, bound / torch.where(over, norms, 1), 1)
             for i in reversed(range(len(leaves))):  # each gradient is let go of once it is added up
                 found = gradients.pop().weighted_sum(weights, leaves[i])
-                sums[i] = found if sums[i] is None else sums[i] + found
+                if type(sums[i]) is type(found) is Tensor and not found.requires_grad:
+                    sums[i] += found  # in place: without a second sum
+                else:
+                    sums[i] = found if sums[i] is None else sums[i] + found
             auxes.append(aux)
 
         by_chunk(add, call, loss, argnums, in_dims, has_aux, randomness, chunk_size, args, kwargs)
@@ -128,7 +132,7 @@ def per_example_norms(
         in_dims: as in ``clipped_grad``; here those of ``argnums`` may have a dimension that counts the examples, too.
         has_aux: ``loss`` returns ``(output, aux)``; aux comes back with the examples in front.
         randomness: what random operators do, as in ``vmap``.
-        chunk_size: run at most this many examples at a time, to save memory; None: all.
+        chunk_size: as in ``clipped_grad``.
 
     Returns:
         A function of the arguments, which returns a tensor with a norm for each example, or ``(norms, aux)``. The norms
@@ -205,7 +209,37 @@ def by_chunk(
             take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
 
     asked = Asked(call, one_example, 0, randomness)
-    for_chunks(with_norms, asked, batch, chunk_size or batch.size)
+    parameters = [x for i in positions for x in tree_flatten(args[i])[0] if isinstance(x, Tensor)]
+    halves = chunk_size is None and randomness == "error" and worth_halving(parameters, batch)
+    for_chunks(with_norms, asked, batch, -(-batch.size // 2) if halves else chunk_size or batch.size)
+
+
+#: multiplications of a matrix with all rows, beside which a second run of the function costs little
+LARGE = 1 << 27
+
+
+def worth_halving(parameters: list[Tensor], batch: Batch) -> bool:
+    """Whether a batch is better run in two halves.
+
+    What is kept until the norms are known, a cotangent for each input of a layer, is as much again as the activations;
+    of half of the examples both are as much as the activations of all. So it is where rows of inputs outweigh the
+    matrices that they are multiplied by, and where these products take so long that running the function twice is a
+    small part of it. Both are read off the shapes, for matrices that are applied once to each row of the batch.
+    """
+    sizes = [p.numel() for p in parameters if p.dim() == 2]
+    if not sizes or batch.size < 2 or any(p.dim() > 2 or p.device.type != "cpu" for p in parameters):
+        return False
+    rows = max(rows_of(x, d) for x, d in zip(batch.leaves, batch.dims, strict=True) if d is not None)
+    kept = rows * sum(sum(p.shape) for p in parameters if p.dim() == 2)
+    return kept > sum(sizes) and rows * sum(sizes) > LARGE * len(sizes)
+
+
+def rows_of(x: Any, dim: int) -> int:
+    """How many vectors a batched argument has; an integer stands for one."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+        return x.numel() if isinstance(x, Tensor) else 1
+    last = x.shape[-2] if dim % x.dim() == x.dim() - 1 else x.shape[-1]
+    return x.numel() // max(last, 1)
 
 
 def root(square: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
         if isinstance(part, Factors) and self.leaves[index] != 2:
             return False
         noted = self.lane.setdefault(index, [])
-        if sum(p.size() for p in (*noted, part)) >= parameter.numel():
+        if sum(p.size() for p in (*noted, part)) >= parameter.numel() * part.worth:
             return False
         noted.append(part.turned() if turned and isinstance(part, Factors) else part)
         return True

@@ -17,12 +17,15 @@ So is that for a convolution's weight: its right factor has the patches of the i
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+#: how many numbers are computed with at a time where examples can be taken a few at a time
+MOST = 1 << 18
 
 
 class Factors(NamedTuple):
@@ -33,6 +36,11 @@ class Factors(NamedTuple):
 
     left: Tensor
     right: Tensor
+
+    @property
+    def worth(self) -> int:
+        """How much larger than the gradient they may be: at the walk's peak they are there anyway."""
+        return 1
 
     def turned(self) -> Factors:
         return Factors(self.right, self.left)
@@ -83,6 +91,10 @@ class Patches(NamedTuple):
     input: Tensor
     geometry: Geometry
 
+    @property
+    def worth(self) -> int:
+        return 2
+
     def size(self) -> int:
         return self.grad.numel() + self.input.numel()
 
@@ -108,6 +120,19 @@ class Patches(NamedTuple):
         return x.flatten(3 + len(self.geometry.kernel)).flatten(2, -2)
 
     def squared_norms(self) -> Tensor:
+        """Of the gradients, or by the inner products of positions, whichever takes less; a few examples at a time."""
+        whole = self.grad.shape[2] * self.input.shape[2] // self.geometry.groups * math.prod(self.geometry.kernel)
+        positions = self.grad.shape[1] * math.prod(self.grad.shape[3:])
+        norms = Patches.norms_of_whole if whole <= positions**2 else Patches.norms_by_positions
+        count = max(1, MOST // max(1, min(whole, positions**2)))
+        pairs = zip(self.grad.split(count), self.input.split(count), strict=True)
+        return torch.cat([norms(Patches(grad, input, self.geometry)) for grad, input in pairs])
+
+    def norms_of_whole(self) -> Tensor:
+        flat = precise(self.whole()).flatten(1)
+        return dot(flat, flat)
+
+    def norms_by_positions(self) -> Tensor:
         grad = self.columns(precise(self.grad))
         windows = self.windows()
         total = grad.mT @ grad
