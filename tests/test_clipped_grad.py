@@ -514,6 +514,10 @@ def test_randomness() -> None:
 def test_no_examples_and_no_dependence() -> None:
     assert per_example_norms(LOSS)(PARAMS, X[:0]).shape == (0,)
     assert not any(g.any() for g in clipped_grad(LOSS, 1.0)(PARAMS, X[:0]).values())
+    convolution, kernels = of_net(nn.Conv2d(20, 20, 3))
+    for images in (torch.zeros(0, 20, 4, 4), torch.zeros(2, 20, 4, 4)):
+        found = clipped_grad(convolution, 1.0)(kernels, images.double(), torch.zeros(len(images)).double())
+        assert found["weight"].shape == (20, 20, 3, 3) and not found["weight"].any()
     assert not per_example_norms(lambda p, x: x.sum())(PARAMS, X).any()
     constant = lambda p, x: p["w"].square().sum()
     torch.testing.assert_close(per_example_norms(constant)(PARAMS, X), 2 * PARAMS["w"].norm().expand(N))

@@ -95,6 +95,8 @@ CALLS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "vmap": (VmapInterpreter, "batched", lambda i: ft.vmap(model, **i)(X.outer(X).cos())),
     "vmap of grad": (VmapInterpreter, "batched", lambda i: ft.vmap(ft.grad(model), **i)(X.outer(X).cos())),
     "jvp": (JvpInterpreter, "dual", lambda i: ft.jvp(model, (X,), (X.cos(),), **i)),
+    "jacfwd": (JvpInterpreter, "dual", lambda i: ft.jacfwd(model, **i)(X)),
+    "linearize": (JvpInterpreter, "dual", lambda i: ft.linearize(model, X, **i)[1](X.cos())),
     "jvp of grad": (JvpInterpreter, "dual", lambda i: ft.jvp(ft.grad(model), (X,), (X.cos(),), **i)),
 }
 

@@ -62,7 +62,7 @@ class GradInterpreter(Interpreter, whole=True):
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
-        self.by_table = self.method_by_table
+        self.by_table = self.method_by_table  # asked for with every operator, and found sooner here
         self.tape: list[Record] = new_tape()
         self.last_index = 0
         #: functions that see, and may replace, the cotangent of an index
