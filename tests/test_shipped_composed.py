@@ -47,7 +47,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import CallError, CallValueError, InsideTransformError, MissingRuleError
+from functrans.core.errors import CallError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
 from functrans.interpreters.vmap.rules.random import RandomnessError
 
@@ -212,7 +212,6 @@ PAIRED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         lambda f: lambda x: (f(x) + f(2 * x)).expand(2, *f(x).shape),
     ),
 }  # fmt: skip
-SECOND_ORDER = ("hessian", "jet", "laplacian", "sparse_hessian")
 
 #: pairs without a value: of which kind the error is, and what it says; the first is applied to the second
 REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
@@ -220,22 +219,6 @@ REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
     **{
         (outer, "custom_vjp"): (CallError, "got forward mode (jvp, jacfwd, ...); expected reverse mode")
         for outer in ("jvp", "linearize", "jet", "laplacian")
-    },
-    # PyTorch has no second derivative of to_dense(); the values have
-    **{
-        (outer, inner): (MissingRuleError, "no rule for aten.sparse_mask.default")
-        for outer in SECOND_ORDER
-        for inner in ("sparse_jacobian", "sparse_hessian")
-    },
-    # and to_dense() asks a tangent whether it is coalesced, which a recorded one cannot say
-    **{
-        ("linearize", inner): (InsideTransformError, "reading numbers of a tangent (aten.is_coalesced.default)")
-        for inner in ("sparse_jacobian", "sparse_hessian")
-    },
-    # a batch of sparse tensors is one sparse tensor more, and its own indices would be those of all examples
-    **{
-        (outer, "values of sparse_jacobian"): (RuntimeError, "Cannot get indices on an uncoalesced tensor")
-        for outer in ("vmap", "psum")
     },
     # whether the examples share a draw has to be said; a Hessian is a vmap over directions
     **{
