@@ -157,11 +157,10 @@ def test_networks(name: str, parts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 1 << 30])
-@pytest.mark.parametrize("name", ["conv1d", "conv2d", "conv2d, same", "conv3d"])
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "group norm", "conv2d, groups and strides", "conv3d"])
 def test_convolutions_a_few_examples_at_a_time(
     name: str, most: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the gradients themselves and by inner products of positions, which are the less in one case and the other."""
     monkeypatch.setattr(gradient_parts, "MOST", most)
     test_networks(name, parts)
 

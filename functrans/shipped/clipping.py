@@ -200,17 +200,19 @@ def by_chunk(
                 path = path_of(f"args[{i}]", args[i], place)
                 raise CallTypeError(call, f"{path} of layout {leaf.layout}", "a dense tensor")
     batch = Batch(*check_inputs(call, dims, args), kwargs)
+    parameters = [x for i in positions for x in tree_flatten(args[i])[0]]
 
     def with_norms(out: Any) -> None:
         gradients, values, aux = out
+        gradients = [g.settled(x) for g, x in zip(gradients, parameters, strict=True)]
         # whatever precision the loss is computed in
         with torch.autocast(values.device.type, enabled=False) if autocast_enabled() else nullcontext():
             squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
             take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
 
     asked = Asked(call, one_example, 0, randomness)
-    parameters = [x for i in positions for x in tree_flatten(args[i])[0] if isinstance(x, Tensor)]
-    halves = chunk_size is None and randomness == "error" and worth_halving(parameters, batch)
+    tensors = [x for x in parameters if isinstance(x, Tensor)]
+    halves = chunk_size is None and randomness == "error" and worth_halving(tensors, batch)
     for_chunks(with_norms, asked, batch, -(-batch.size // 2) if halves else chunk_size or batch.size)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 #: how many numbers are computed with at a time where examples can be taken a few at a time
-MOST = 1 << 18
+MOST = 1 << 20
 
 
 class Factors(NamedTuple):
@@ -119,20 +119,21 @@ class Patches(NamedTuple):
         x = x.unflatten(1, (self.geometry.groups, -1))
         return x.flatten(3 + len(self.geometry.kernel)).flatten(2, -2)
 
-    def squared_norms(self) -> Tensor:
-        """Of the gradients, or by the inner products of positions, whichever takes less; a few examples at a time."""
-        whole = self.grad.shape[2] * self.input.shape[2] // self.geometry.groups * math.prod(self.geometry.kernel)
-        positions = self.grad.shape[1] * math.prod(self.grad.shape[3:])
-        norms = Patches.norms_of_whole if whole <= positions**2 else Patches.norms_by_positions
-        count = max(1, MOST // max(1, min(whole, positions**2)))
+    def patch_size(self) -> int:
+        """How many numbers the patches of one example are."""
+        return math.prod((*self.input.shape[1:3], *self.geometry.kernel, *self.grad.shape[3:]))
+
+    def a_few(self, numbers: int) -> list[Patches]:
+        """The same for a few examples each; ``numbers``: how many are computed with for one."""
+        count = max(1, MOST // max(1, numbers))
         pairs = zip(self.grad.split(count), self.input.split(count), strict=True)
-        return torch.cat([norms(Patches(grad, input, self.geometry)) for grad, input in pairs])
+        return [Patches(grad, input, self.geometry) for grad, input in pairs]
 
-    def norms_of_whole(self) -> Tensor:
-        flat = precise(self.whole()).flatten(1)
-        return dot(flat, flat)
+    def squared_norms(self) -> Tensor:
+        positions = self.grad.shape[1] * math.prod(self.grad.shape[3:])
+        return torch.cat([few.norms_at_once() for few in self.a_few(positions**2)])
 
-    def norms_by_positions(self) -> Tensor:
+    def norms_at_once(self) -> Tensor:
         grad = self.columns(precise(self.grad))
         windows = self.windows()
         total = grad.mT @ grad
@@ -181,6 +182,15 @@ class Gradient(NamedTuple):
         for i, f in enumerate(self.factors):
             terms += [inner(f, f), *(2 * inner(f, g) for g in self.factors[:i])]
         return sum(terms[1:], terms[0]) if terms else None
+
+    def settled(self, like: Tensor) -> Gradient:
+        """With those gradients as they are that are no larger than their patches, now that the walk is over."""
+        small = [p for p in self.patches if p.size() >= len(p.grad) * like.numel()]
+        if not small:
+            return self
+        wholes = [torch.cat([few.whole() for few in p.a_few(p.patch_size())]) for p in small]
+        whole = sum(wholes, start=self.whole) if self.whole is not None else sum(wholes[1:], wholes[0])
+        return Gradient(whole, self.factors, [p for p in self.patches if all(p is not s for s in small)])
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
         """Over the examples, each times its weight."""
