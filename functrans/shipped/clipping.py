@@ -204,7 +204,8 @@ def by_chunk(
 
     def with_norms(out: Any) -> None:
         gradients, values, aux = out
-        gradients = [g.settled(x) for g, x in zip(gradients, parameters, strict=True)]
+        # in the list that came, so that nothing else holds what is let go of
+        gradients[:] = [g.settled(x) for g, x in zip(gradients, parameters, strict=True)]
         # whatever precision the loss is computed in
         with torch.autocast(values.device.type, enabled=False) if autocast_enabled() else nullcontext():
             squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
