@@ -374,6 +374,31 @@ def test_a_sparse_matrix_that_is_differentiated_for() -> None:
             grad(lambda A: (A @ V).sum())(LAYOUTS[layout])
 
 
+PLACES = torch.tensor([[0, 1, 1], [2, 0, 2]])
+OF_EACH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "A @ M": lambda A, v: A @ M,
+    "A @ v": lambda A, v: A @ v,
+    "mv": lambda A, v: torch.mv(A, V),
+    "mm": lambda A, v: torch.mm(A, torch.outer(v, v)),
+    "M.t() @ A.t()": lambda A, v: M.t() @ A.t(),
+    "sparse.mm": lambda A, v: (torch.mm if A.layout is torch.strided else torch.sparse.mm)(A, M),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_products_with_a_sparse_matrix_of_each_example(name: str) -> None:
+    def program(v: Tensor) -> Tensor:
+        return OF_EACH[name](torch.sparse_coo_tensor(PLACES, v, (2, 3)), v).sin()
+
+    def dense(v: Tensor) -> Tensor:
+        return OF_EACH[name](v.new_zeros(2, 3).index_put(tuple(PLACES), v), v).sin()
+
+    rows = some(4, 3, seed=11)
+    torch.testing.assert_close(vmap(program)(rows), torch.stack([dense(v) for v in rows]))
+    expected = torch.stack([gradient(dense, v) for v in rows])
+    torch.testing.assert_close(vmap(grad(lambda v: (program(v) ** 2).sum()))(rows), expected)
+
+
 def test_compressed_tensors_come_out_as_they_went_in() -> None:
     csr = LAYOUTS["csr"]
     _, doubled = grad(lambda x: ((csr @ x).sum(), csr * 2), has_aux=True)(V)

@@ -42,7 +42,14 @@ LARGE_MATRIX = 4096
 
 
 def matmul_pair(x: Tensor, x_dim: int | None, y: Tensor, y_dim: int | None) -> Output:
-    """``matmul`` of examples of rank 1 or more, of which at least one operand is batched."""
+    """``matmul`` of examples of rank 1 or more, of which at least one operand is batched.
+
+    A batch of sparse matrices is taken as a dense one: PyTorch has next to no products of them.
+    """
+    if x_dim is not None and x.layout is not torch.strided:
+        x = x.to_dense()
+    if y_dim is not None and y.layout is not torch.strided:
+        y = y.to_dense()
     if y_dim is None:
         return matmul_rows(x, x_dim, y)  # type: ignore[arg-type]
     if x_dim is None:
