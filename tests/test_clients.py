@@ -462,6 +462,16 @@ def test_posteriors_variational_inference_comes_to_the_posterior():
     close(state.log_sd_diag["w"].exp(), torch.tensor([0.5, 0.5]), atol=0.1, rtol=0)
 
 
+@needs("posteriors")
+def test_posteriors_finds_that_the_aux_output_is_missing():
+    import posteriors
+
+    log_posterior = lambda p, batch: -0.5 * (batch @ p["w"]).square()
+    transform = posteriors.laplace.dense_fisher.build(log_posterior, per_sample=True)
+    with pytest.raises(RuntimeError, match="forgotten to return the aux output"):
+        transform.update(transform.init({"w": torch.zeros(2)}), torch.ones(3, 2))
+
+
 # dattri
 
 

@@ -24,6 +24,7 @@ from functrans import (
     value_and_grad,
     vmap,
 )
+from functrans.core.errors import CallError
 
 torch.manual_seed(0)
 X, Y, V = torch.randn(3, 3, dtype=torch.float64)
@@ -113,6 +114,17 @@ def test_complex_jacobians(transform: Any, chunk_size: int | None) -> None:
     close(transform(lambda z: z * Z, holomorphic=True)(Z), torch.diag(Z))
     tree = transform(lambda d, x: {"out": d["z"] * x}, holomorphic=True)({"z": Z}, X)  # the other argument is real
     close(tree["out"]["z"], torch.diag(X).to(Z.dtype))
+
+
+@pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
+def test_the_arguments_that_are_not_differentiated_for_may_be_complex(transform: Any) -> None:
+    f = lambda x, z: (x * z).abs().square().sum()
+    expected = torch.diag(2 * Z.abs() ** 2) if transform is hessian else 2 * X * Z.abs() ** 2
+    close(transform(f)(X, Z), expected)
+    close(transform(lambda z, x: f(x, z["z"]), argnums=1)({"z": Z}, X), expected)
+    for wrong in ((1,), (0, 1)):
+        with pytest.raises(CallError, match=r"complex128 as args\[1\]; expected real tensors"):
+            transform(f, argnums=wrong)(X, Z)
 
 
 def test_complex_gradients() -> None:

@@ -203,8 +203,9 @@ def pick(call: Call, args: tuple[Any, ...], argnums: Argnums) -> Any:
 
 def split_aux(call: Call, out: Any) -> tuple[Any, Any]:
     if not (isinstance(out, tuple) and len(out) == 2):
-        cure = "Return a tuple of both, or leave has_aux out."
-        raise CallError(call, f"{what(out)} from the function", "a pair (output, aux), since has_aux=True", cure)
+        # libraries look for torch.func's words: the first sentence, up to True
+        cure = "What it returns should be a tuple: (output, aux) if has_aux is True. Leave it out if there is none."
+        raise CallError(call, f"{what(out)} from the function", "a pair", cure)
     return out
 
 
@@ -229,15 +230,27 @@ def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool 
             )
 
 
-def check_complex(call: Call, root: str, values: Any, positions: Sequence[int] | None = None) -> None:
-    """What a holomorphic function takes at ``positions``, or returns, is complex."""
+def first_of(is_complex: bool, root: str, values: Any, positions: Sequence[int] | None) -> str | None:
+    """The first complex, or real, tensor of ``values``, or of what it has at ``positions``: said for an error."""
     for i in [None] if positions is None else positions:
         tree = values if i is None else values[i]
         for place, x in enumerate(tree_flatten(tree)[0]):
-            if isinstance(x, Tensor) and not x.is_complex():
-                path = path_of(root if i is None else f"{root}[{i}]", tree, place)
-                cure = "Leave holomorphic out for a function of real numbers."
-                raise CallError(call, f"a tensor of dtype {x.dtype} as {path}", "a complex dtype", cure)
+            if isinstance(x, Tensor) and x.is_complex() is is_complex:
+                return f"a tensor of dtype {x.dtype} as {path_of(root if i is None else f'{root}[{i}]', tree, place)}"
+    return None
+
+
+def check_complex(call: Call, root: str, values: Any, positions: Sequence[int] | None = None) -> None:
+    """What a holomorphic function takes at ``positions``, or returns, is complex."""
+    if got := first_of(False, root, values, positions):
+        raise CallError(call, got, "a complex dtype", "Leave holomorphic out for a function of real numbers.")
+
+
+def refuse_complex(call: Call, root: str, values: Any, positions: Sequence[int] | None = None) -> None:
+    """What a function that is not holomorphic takes at ``positions``, or returns, is real."""
+    if got := first_of(True, root, values, positions):
+        way = "Differentiate for torch.view_as_real(x)" if root == "args" else "Return torch.view_as_real(output)"
+        raise CallError(call, got, "real tensors", f"{way}, or pass holomorphic=True if the function is that.")
 
 
 def check_scalar(call: Call, out: Any, holomorphic: bool = False) -> None:

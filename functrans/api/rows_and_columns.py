@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from functrans.api.arguments import Argnums, check_argnums, check_arguments, check_complex, pick
+from functrans.api.arguments import Argnums, check_argnums, check_arguments, check_complex, pick, refuse_complex
 from functrans.api.checks import check_chunk_size, check_interpreter, check_randomness
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.pullbacks import Pullback, conjugated
-from functrans.api.structures import path_of
 from functrans.api.transforms import (
     differentiating,
     jvp_with_argnums,
@@ -209,26 +208,14 @@ def columns(
 
 
 def check_numbers(call: Call, holomorphic: bool, args: tuple[Any, ...], argnums: Argnums) -> None:
-    """The arguments are real; those to differentiate for are complex where the function is ``holomorphic``."""
-    if holomorphic:
-        check_complex(call, "args", args, check_argnums(call, argnums, len(args)))
-    else:
-        refuse_complex(call, "args", args)
+    """The arguments to differentiate for are real, and complex where the function is ``holomorphic``."""
+    check = check_complex if holomorphic else refuse_complex
+    check(call, "args", args, check_argnums(call, argnums, len(args)))
 
 
 def check_output_numbers(call: Call, holomorphic: bool, out: Any) -> None:
-    if holomorphic:
-        check_complex(call, "output", out)
-    else:
-        refuse_complex(call, "output", out)
-
-
-def refuse_complex(call: Call, root: str, values: Any) -> None:
-    for place, x in enumerate(tree_flatten(values)[0]):
-        if isinstance(x, Tensor) and x.is_complex():
-            way = "Differentiate for torch.view_as_real(x)" if root == "args" else "Return torch.view_as_real(output)"
-            got = f"a tensor of dtype {x.dtype} as {path_of(root, values, place)}"
-            raise CallError(call, got, "real tensors", f"{way}, or pass holomorphic=True if the function is that.")
+    check = check_complex if holomorphic else refuse_complex
+    check(call, "output", out)
 
 
 def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:

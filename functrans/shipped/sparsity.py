@@ -10,10 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from functrans.api.arguments import Argnums, check_argnums, check_arguments, check_outputs, check_scalar, pick
+from functrans.api.arguments import (
+    Argnums,
+    check_argnums,
+    check_arguments,
+    check_outputs,
+    check_scalar,
+    pick,
+    refuse_complex,
+)
 from functrans.api.checks import call_function, check_chunk_size, check_flag
 from functrans.api.compiled import named_after
-from functrans.api.rows_and_columns import check_output_numbers, refuse_complex
+from functrans.api.rows_and_columns import check_output_numbers
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, grad, jvp_with_argnums, vjp_with_argnums
 from functrans.api.vmap import vmap
@@ -331,7 +339,7 @@ class Plans:
         self.kept: dict[Any, tuple[Dependence, Plan]] | None = {} if cache else None
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Dependence, Plan]:
-        refuse_complex(self.call, "args", args)
+        refuse_complex(self.call, "args", args, check_argnums(self.call, self.argnums, len(args)))
         if self.kept is None:
             found = Dependence(self.call, self.func, self.argnums, args, kwargs)
             return found, self.make(found)
