@@ -513,3 +513,33 @@ def test_a_view_is_returned_as_its_base_was_written(view):
     value, pullback = vjp(lambda x: (f(x), x), x)
     torch.testing.assert_close((value[0], pullback((torch.ones(()), torch.zeros(3)))[0]), (x[1].sin(), slope))
     torch.testing.assert_close(jvp(f, (x,), (torch.ones(3),))[1], slope.sum())
+
+
+def under_no_grad(w: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return w.mul_(2) + w
+
+
+def initialized(w: torch.Tensor) -> torch.Tensor:
+    return torch.nn.init.constant_(w, 3.0).sum()
+
+
+def through_data(w: torch.Tensor) -> torch.Tensor:
+    w.data -= 1
+    w.data.mul_(2)
+    return w.sum()
+
+
+@pytest.mark.parametrize("write", [under_no_grad, initialized, through_data])
+def test_a_parameter_is_written_as_in_pytorch(write: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    start = torch.stack([X, Y])
+    expected = start.clone()
+    write(expected)
+    parts = lambda w: write(w).sum()
+    for transformed in (vmap(write), vmap(write, 1), vmap(vmap(write)), grad(parts), lambda w: vjp(write, w)):
+        parameter = torch.nn.Parameter(start.clone())
+        transformed(parameter)
+        assert parameter.is_leaf and parameter.requires_grad
+        torch.testing.assert_close(parameter.detach(), expected)
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place operation"):
+        vmap(lambda w: w.mul_(2))(torch.nn.Parameter(start))

@@ -55,6 +55,7 @@ class WrapperTensor(Refusing):
     given: bool = False  # an argument of vmap that is not contiguous
     shared: bool = False  # an argument of vmap that is the same for every example
     updated: bool = False  # whether a write made its contents of what they were
+    recorded: bool = False  # whether it was written with grad mode on, by its own name
     quantifier: Any = None  # torch.all or torch.any, whose answer it is; see interpreters/vmap/checks.py
     leaf: Any = None  # of a leaf that was made inside: makes of new contents a leaf again; see door/leaves.py
 

@@ -126,7 +126,10 @@ def add_to_grad(x: WrapperTensor, g: Any, create_graph: bool) -> None:
         g = g.value
     kept = x.__dict__.get("cotangent")
     with running_at(x.interpreter), torch.set_grad_enabled(create_graph):
-        x.cotangent = g if kept is None else kept + g
+        if type(kept) is WrapperTensor and not create_graph:
+            kept.add_(g)  # in place, as PyTorch does: the program may hold it
+        else:
+            x.cotangent = g if kept is None else kept + g
 
 
 def to_captured(self: WrapperTensor, gradient: Any, leaves: list[Tensor], **options: Any) -> None:

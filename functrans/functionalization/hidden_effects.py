@@ -218,10 +218,18 @@ def resize_as(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 @stands_in_for(aten._has_compatible_shallow_copy_type.default)
 def refuse_data_assignment(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """PyTorch asks this when ``x.data = y`` is executed, which would put one tensor's insides into another."""
+    """PyTorch asks this when ``x.data = y`` is executed, which would put one tensor's insides into another.
+
+    ``x.data -= y`` has written them, and executes ``x.data = x.data``.
+    """
     owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
+    target, link = args[0], getattr(args[1], "view_link", None)
+    if link is not None and link.op is aten.detach.default and (link.parent or link.base_content()) is (
+        getattr(target, "view_link", None) or target
+    ):
+        return True
     raise InsideTransformError("assigning Tensor.data", owner.name, "copy_() or the new tensor itself")
 
 

@@ -155,9 +155,11 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
             raise WriteShapeError(list(target.shape), list(new.shape))
         set_shape(target, new)
     new = unwrap_constants(new, target.interpreter, op, target)
-    written = target if target.view_link is None else target.view_link.owner
+    link = target.view_link
+    written = target if link is None else link.owner
     check_written_once(last_level(written), op, reads)
     written.updated |= reads
+    written.recorded |= torch.is_grad_enabled() and (link is None or link.op is not aten.detach.default)
     invalidate_saved(target)
     if target.view_link is not None and target.view_link.doubtful:
         part(target)
@@ -295,7 +297,10 @@ def last_level(target: Tensor) -> int:
 def write_for_caller(origin: Tensor, wrapper: WrapperTensor, value: Tensor) -> None:
     """Let ``origin``, an argument of a transform that has ended, have the ``value`` written to ``wrapper`` there."""
     check_written_once(last_level(origin), aten.copy_.default, wrapper.updated)
-    origin.copy_(value)
+    value = value if wrapper.leaf is None else value.detach()
+    allowed = not wrapper.recorded and origin.requires_grad and origin.is_leaf  # of a leaf, under no_grad
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not allowed):
+        origin.copy_(value)
 
 
 def check_written_once(level: int, op: OpOverload, reads: bool) -> None:
