@@ -321,7 +321,8 @@ class VmapInterpreter(Interpreter, whole=True):
         first = outs[0]
         if isinstance(first, Tensor):
             if any(o.shape != first.shape for o in outs):
-                raise DataDependentError(op, self, "its result has another shape for each example")
+                cure = "let its result have one shape for all examples: torch.where(mask, x, 0) in the place of x[mask]"
+                raise DataDependentError(op, self, cure)
             strides_of(first)  # refuses layouts that cannot be batched
             return self.batched(torch.stack(outs), 0)
         if isinstance(first, tuple | list):
