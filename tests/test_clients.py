@@ -466,10 +466,9 @@ def test_posteriors_variational_inference_comes_to_the_posterior():
 def test_posteriors_finds_that_the_aux_output_is_missing():
     import posteriors
 
-    log_posterior = lambda p, batch: -0.5 * (batch @ p["w"]).square()
-    transform = posteriors.laplace.dense_fisher.build(log_posterior, per_sample=True)
-    with pytest.raises(RuntimeError, match="forgotten to return the aux output"):
-        transform.update(transform.init({"w": torch.zeros(2)}), torch.ones(3, 2))
+    for transform in (torch.func.grad, torch.func.grad_and_value, torch.func.jacrev, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="forgotten to return the aux output"), posteriors.CatchAuxError():
+            transform(torch.square, has_aux=True)(torch.tensor(1.0))
 
 
 # dattri
