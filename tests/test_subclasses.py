@@ -381,6 +381,7 @@ OF_EACH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mv": lambda A, v: torch.mv(A, V),
     "mm": lambda A, v: torch.mm(A, torch.outer(v, v)),
     "M.t() @ A.t()": lambda A, v: M.t() @ A.t(),
+    "outer(v, v) @ A.t()": lambda A, v: torch.outer(v, v) @ A.t(),
     "sparse.mm": lambda A, v: (torch.mm if A.layout is torch.strided else torch.sparse.mm)(A, M),
 }
 

@@ -127,7 +127,9 @@ def pair_as_it_lies(in_dims: Dims, x: Tensor, y: Tensor) -> Any:
         return None
     if in_dims[1] is None:
         return (aten.matmul.default, (x, y), 0) if y.dim() == 2 and x.is_contiguous() else None
-    return (aten.bmm.default, (x, y), 0) if in_dims[1] == 0 and y.dim() == 3 else None
+    if in_dims[1] != 0 or y.dim() != 3 or y.layout is not torch.strided:
+        return None
+    return aten.bmm.default, (x, y), 0
 
 
 def matmul(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
