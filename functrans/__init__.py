@@ -13,8 +13,8 @@ from functrans.api.modules import functional_call, replace_all_batch_norm_module
 from functrans.api.rearrange import rearrange
 from functrans.api.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 from functrans.api.vmap import chunk_vmap, vmap
-from functrans.core.errors import FunctransError
-from functrans.core.operators import STAND_INS
+from functrans.errors import FunctransError
+from functrans.operators.info import STAND_INS
 
 # importing these connects them
 from functrans.decompositions import least_squares, recurrent, transformer  # noqa: F401

@@ -9,18 +9,9 @@ table. See docs/extending.md. An operator that takes functions is defined by pla
 from __future__ import annotations
 
 from functrans.control_flow.table import DEFINITIONS
-from functrans.core.errors import (
-    CarriedValueError,
-    CustomFunctionError,
-    DerivativeEntryError,
-    DuplicateRuleError,
-    FunctransError,
-    MissingRuleError,
-    RuleError,
-    RuleResultError,
-)
+from functrans.errors import CarriedValueError, CustomFunctionError, DerivativeEntryError, DuplicateRuleError, FunctransError, MissingRuleError, RuleError, RuleResultError
 from functrans.core.interpreter import Interpreter
-from functrans.core.rules import RuleTable
+from functrans.operators.rules import RuleTable
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functrans.core.errors import CallTypeError, CallValueError
-from functrans.core.errors.described import is_wrapper, shown
+from functrans.errors import CallTypeError, CallValueError
+from functrans.tensors.described import is_wrapper, shown
 from functrans.core.stack import interpreter_stack
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import functional_call, grad, jacrev, jvp, linearize, vjp, vmap
-from functrans.core.errors import InsideTransformError
+from functrans.errors import InsideTransformError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import PullbackInterpreter, PullbackTable
 

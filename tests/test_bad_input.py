@@ -16,7 +16,7 @@ from wrong_calls import CASES, Case, is_deliberate, meant, outcome, thread_state
 
 import functrans
 from functrans import extend
-from functrans.core.errors import CallError
+from functrans.errors import CallError
 
 #: Public names that are no functions to be called wrongly here.
 NO_CALLS = {

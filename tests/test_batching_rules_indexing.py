@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 import functrans
-from functrans.core.errors import FunctransError
+from functrans.errors import FunctransError
 from functrans.interpreters.vmap.rules import indexing, lookups, nll, scatter
 
 aten = torch.ops.aten

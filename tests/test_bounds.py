@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import bounds, grad, hessian, jvp, sparse_jacobian, vmap
-from functrans.core.errors import CallTypeError, CallValueError, MissingRuleError
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
 
 Function = Callable[[Tensor], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import bounds, grad, hessian, jacfwd, jvp, sparse_jacobian, vmap
-from functrans.core.errors import CallValueError, MissingRuleError
+from functrans.errors import CallValueError, MissingRuleError
 
 MORE: dict[str, Function] = {
     "pairs of maxima": lambda x: torch.stack([torch.maximum(x[0], x[1]), torch.minimum(x[2] * x[3], x[4])]),

@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from functrans import grad, vmap
-from functrans.core.errors import CarriedValueError, DeadWrapperError, RuleResultError
+from functrans.errors import CarriedValueError, DeadWrapperError, RuleResultError
 from functrans.extend import (
     RuleTable,
     TableInterpreter,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from functrans import hessian, jet, laplacian, vmap
-from functrans.core.errors import CallTypeError
+from functrans.errors import CallTypeError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import (
     BATCHING_RULES,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functrans import grad, jacrev, jvp, vmap
-from functrans.core.errors import DataDependentError
+from functrans.errors import DataDependentError
 from functrans.core.stack import interpreter_stack, run_transformed
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 

@@ -22,7 +22,7 @@ from functrans import (
     per_example_norms,
     vmap,
 )
-from functrans.core.errors import CallError, CallTypeError, CallValueError
+from functrans.errors import CallError, CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
 from functrans.interpreters.vmap.rules.random import RandomnessError
 from functrans.shipped import clipping, gradient_parts

@@ -23,7 +23,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import CallTypeError, CallValueError
+from functrans.errors import CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
 
 

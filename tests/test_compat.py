@@ -17,7 +17,7 @@ from torch._C import _functorch as core  # what clients import
 
 import functrans
 from functrans import compat
-from functrans.core.errors import CallTypeError, CallValueError, MixedTransformsError
+from functrans.errors import CallTypeError, CallValueError, MixedTransformsError
 
 NAMES = sorted(torch.func.__all__)
 ORIGINALS = {name: getattr(torch.func, name) for name in NAMES}

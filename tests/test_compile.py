@@ -34,7 +34,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import CallError, MixedTransformsError
+from functrans.errors import CallError, MixedTransformsError
 from functrans.extend import Interpreter, lower, map_tensors, run_transformed, wrap
 
 x = torch.tensor([0.3, 1.0, 2.0])

@@ -29,17 +29,8 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import (
-    BranchWriteError,
-    CallError,
-    CallTypeError,
-    DataDependentError,
-    HigherOrderError,
-    NotAnOverloadError,
-    RuleResultError,
-    UndecidedError,
-)
-from functrans.core.versions import INSTALLED
+from functrans.errors import BranchWriteError, CallError, CallTypeError, DataDependentError, HigherOrderError, NotAnOverloadError, RuleResultError, UndecidedError
+from functrans.pytorch.versions import INSTALLED
 from functrans.extend import (
     DEFINITIONS,
     DERIVATIVES,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from functrans import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
-from functrans.core.errors import AnomalyError, CallValueError, DeadWrapperError, InsideTransformError
+from functrans.errors import AnomalyError, CallValueError, DeadWrapperError, InsideTransformError
 
 F64 = torch.float64
 X = torch.tensor([[1.0, 2.0, -1.0], [0.5, -2.0, 3.0]], dtype=F64)

@@ -27,7 +27,7 @@ from functrans import (
     sow,
     vmap,
 )
-from functrans.core.errors import CallTypeError, CustomFunctionError, MissingRuleError
+from functrans.errors import CallTypeError, CustomFunctionError, MissingRuleError
 from functrans.core.stack import interpreter_stack
 
 

@@ -12,8 +12,8 @@ from plain import difference
 from torch import Tensor
 
 from functrans import grad, jacfwd, jacrev, jvp, vjp, vmap
-from functrans.core.errors import CustomFunctionError
-from functrans.core.versions import INSTALLED
+from functrans.errors import CustomFunctionError
+from functrans.pytorch.versions import INSTALLED
 from functrans.interpreters.function_context import Context
 
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from derivative_checker import Call, check_entry, recorded_calls
 
 import functrans
-from functrans.core.errors import NoFormulaError
-from functrans.core.versions import INSTALLED
+from functrans.errors import NoFormulaError
+from functrans.pytorch.versions import INSTALLED
 from functrans.derivatives import activations, binary, pointwise, reductions, scans, selections, splits, ties, views
 from functrans.derivatives.table import DERIVATIVES, Derivative
 

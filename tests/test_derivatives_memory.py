@@ -79,7 +79,7 @@ def test_as_strided_in_examples():
     )
     with pytest.raises(RuntimeError, match="belong to other examples"):
         functrans.vmap(lambda x: torch.as_strided(x, (2,), (12,)))(x)
-    with pytest.raises(functrans.core.errors.InsideTransformError, match="between each other"):
+    with pytest.raises(functrans.errors.InsideTransformError, match="between each other"):
         functrans.vmap(lambda x: torch.as_strided(x, (2,), (1,)), in_dims=2)(x)
 
 
@@ -95,9 +95,9 @@ def test_sparse():
 
 @pytest.mark.parametrize("convert", [Tensor.to_sparse_csr, Tensor.to_sparse_csc])
 def test_layouts_that_cannot_be_wrapped(convert):
-    with pytest.raises(functrans.core.errors.LayoutError, match="to_dense"):
+    with pytest.raises(functrans.errors.LayoutError, match="to_dense"):
         functrans.grad(lambda x: (convert(x) @ torch.ones(4, 1, dtype=x.dtype)).sum())(X)
-    with pytest.raises(functrans.core.errors.LayoutError, match="to_dense"):
+    with pytest.raises(functrans.errors.LayoutError, match="to_dense"):
         functrans.grad(lambda x: (x @ torch.ones(4, 1, dtype=x.dtype)).sum())(convert(X))
 
 

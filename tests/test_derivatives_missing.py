@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans import grad, hessian, jvp, vjp, vmap
-from functrans.core import errors
+from functrans import errors
 from functrans.derivatives.constants import CONSTANT
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extend import derivative, overriding

@@ -34,7 +34,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import InsideTransformError
+from functrans.errors import InsideTransformError
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="PyTorch was built without torch.distributed")

@@ -17,7 +17,7 @@ from torch import distributions as D
 from torch.distributions import constraints
 
 from functrans import grad, jvp, vmap
-from functrans.core.errors import DataDependentError, FunctransError
+from functrans.errors import DataDependentError, FunctransError
 from functrans.interpreters.vmap.rules.random import RandomnessError
 
 N = 3  # examples

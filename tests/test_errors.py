@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import functrans
-from functrans.core import errors
-from functrans.core.errors import FunctransError
-from functrans.core.errors.refusals import OF_VALUES, REFUSED
+from functrans import errors
+from functrans.errors import FunctransError
+from functrans.tensors.answers import OF_VALUES, REFUSED
 
 HOME = Path(functrans.__file__).parent
 KINDS = {k: v for k, v in vars(errors).items() if inspect.isclass(v) and issubclass(v, FunctransError)}

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 import functrans
 from functrans import explain, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
-from functrans.core.torch_private import debug_mode
+from functrans.pytorch.torch_private import debug_mode
 from functrans.explanation import Event, Explanation
 from functrans.explanation.drawings import Drawings
 from functrans.explanation.verdicts import WAYS

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import functrans
 from functrans import grad, jvp, vmap
-from functrans.core.errors import CustomFunctionError, DuplicateRuleError
+from functrans.errors import CustomFunctionError, DuplicateRuleError
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,

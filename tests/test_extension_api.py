@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from functrans import grad, hessian, jacfwd, jvp, vmap
-from functrans.core.errors import (
-    CallError,
-    CallTypeError,
-    DuplicateRuleError,
-    MissingRuleError,
-    RegistrationError,
-)
+from functrans.errors import CallError, CallTypeError, DuplicateRuleError, MissingRuleError, RegistrationError
 from functrans.extend import (
     Carried,
     GradInterpreter,

@@ -26,7 +26,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import CapturedOnceError, CustomFunctionError, NonLinearError
+from functrans.errors import CapturedOnceError, CustomFunctionError, NonLinearError
 
 F64 = torch.float64
 X = torch.tensor([0.5, -1.2, 2.0, 0.3], dtype=F64)

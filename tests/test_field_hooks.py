@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
 from functrans import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
-from functrans.core.errors import HookError, InsideTransformError
-from functrans.core.torch_private import debug_mode
+from functrans.errors import HookError, InsideTransformError
+from functrans.pytorch.torch_private import debug_mode
 
 F64 = torch.float64
 torch.manual_seed(0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from functrans import functionalize, grad, hessian, jacrev, jvp, linear_transpose, linearize, vjp, vmap
-from functrans.core.errors import DeadWrapperError, FunctransError, ModifiedError, OtherThreadError
+from functrans.errors import DeadWrapperError, FunctransError, ModifiedError, OtherThreadError
 
 F64 = torch.float64
 X = torch.tensor([0.5, -1.2, 2.0], dtype=F64)

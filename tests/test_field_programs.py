@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import functionalize, grad, grad_and_value, jvp, linearize, vjp, vmap
-from functrans.core.errors import FunctransError, InsideTransformError
+from functrans.errors import FunctransError, InsideTransformError
 
 F64 = torch.float64
 torch.manual_seed(0)

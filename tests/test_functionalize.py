@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from wrong_calls import thread_state
 
 from functrans import functionalize, grad, hessian, jacrev, jvp, linearize, vjp, vmap
-from functrans.core.errors import FunctransError
-from functrans.core.operators import VIEW, WRITE, op_info
+from functrans.errors import FunctransError
+from functrans.operators.info import VIEW, WRITE, op_info
 
 REMOVE = ("mutations", "mutations_and_views")
 XS = torch.stack([X, Y, -X])

@@ -14,7 +14,7 @@ from torch.autograd.functional import jacobian
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from functrans import functionalize, grad, jvp, vjp, vmap
-from functrans.core.errors import CapturedOnceError, InsideTransformError
+from functrans.errors import CapturedOnceError, InsideTransformError
 
 DOUBLE = torch.float64
 #: Each transform as one that gives the function's value.

@@ -10,14 +10,14 @@ from unittest import mock
 import pytest
 from injection import violations
 
-from functrans.core.operators import OpInfo
-from functrans.core.thread_state import Snapshot
+from functrans.operators.info import OpInfo
+from functrans.pytorch.thread_state import Snapshot
 from functrans.functionalization import out_of_place
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each exception is raised in a process of its own")
 
 #: Where state is switched, and what is found of an operator is kept.
-CORE = ("core/thread_state.py", "core/stack.py", "door/torch_dispatch.py", "functionalization/out_of_place.py")
+CORE = ("pytorch/thread_state.py", "core/stack.py", "door/torch_dispatch.py", "functionalization/out_of_place.py")
 #: By default every so many lines of the rest; all of them take a quarter of an hour.
 EVERY = 30
 

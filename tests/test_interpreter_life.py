@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functrans import grad, vmap
-from functrans.core.errors import InterpreterError, PayloadError
+from functrans.errors import InterpreterError, PayloadError
 from functrans.core.tensor import WrapperTensor
 from functrans.extend import Interpreter, RuleTable, TableInterpreter, interpreter_stack, lowered, run_transformed
 from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -24,7 +24,7 @@ from functrans import (
     value_and_grad,
     vmap,
 )
-from functrans.core.errors import CallError
+from functrans.errors import CallError
 
 torch.manual_seed(0)
 X, Y, V = torch.randn(3, 3, dtype=torch.float64)

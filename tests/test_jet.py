@@ -11,7 +11,7 @@ from smooth_functions import FUNCTIONS, B
 from torch import Tensor
 
 from functrans import grad, hessian, jacfwd, jet, jvp, vmap
-from functrans.core.errors import CallTypeError, CallValueError
+from functrans.errors import CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import derivative
 

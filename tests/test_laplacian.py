@@ -9,7 +9,7 @@ from smooth_functions import FUNCTIONS
 from torch import Tensor, nn
 
 from functrans import grad, hessian, jacrev, jvp, laplacian, vmap
-from functrans.core.errors import CallTypeError, CallValueError
+from functrans.errors import CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from functrans import functionalize, grad, jvp, vjp, vmap
-from functrans.core.errors import CapturedOnceError, InsideTransformError, RequiresGradError
+from functrans.errors import CapturedOnceError, InsideTransformError, RequiresGradError
 from functrans.core.stack import interpreter_stack
 
 DOUBLE = torch.float64

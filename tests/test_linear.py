@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_calls import thread_state
 
 from functrans import grad, jacfwd, jacrev, jvp, linear_transpose, linearize, vjp, vmap
-from functrans.core.errors import CallError, FunctransError, InsideTransformError, ModifiedError, NonLinearError
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.errors import CallError, FunctransError, InsideTransformError, ModifiedError, NonLinearError
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 torch.manual_seed(0)
 X, Y, T, S = torch.randn(4, 3, dtype=torch.float64)

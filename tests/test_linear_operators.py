@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import functionalize, jvp, linear_transpose, linearize, vjp
-from functrans.core.errors import FunctransError, NonLinearError
-from functrans.core.operators import VIEW, WRITE, op_info
+from functrans.errors import FunctransError, NonLinearError
+from functrans.operators.info import VIEW, WRITE, op_info
 
 NAMES = sorted(opinfo.operators())
 EVERY = [pytest.param(name, marks=() if i % 16 == 0 else pytest.mark.slow) for i, name in enumerate(NAMES)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from wrong_calls import thread_state
 
 import functrans as ft
-from functrans.core.errors import CallError, CarriedValueError, RegistrationError
+from functrans.errors import CallError, CarriedValueError, RegistrationError
 from functrans.extend import Carried, RuleTable, TableInterpreter, overriding, transform
 
 aten = torch.ops.aten

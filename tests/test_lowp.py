@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from functrans import count, grad, hessian, jvp, lowp, psum, reap, sanitize, sow, vmap
-from functrans.core.errors import CallTypeError, CallValueError, NonFiniteError
+from functrans.errors import CallTypeError, CallValueError, NonFiniteError
 from functrans.core.stack import interpreter_stack
-from functrans.core.versions import INSTALLED
+from functrans.pytorch.versions import INSTALLED
 
 #: By dtype: bits of the significand behind the point, the least exponent, the greatest number, what is beyond it.
 FORMATS = {

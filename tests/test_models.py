@@ -29,7 +29,7 @@ from functrans import (
     seed,
     vmap,
 )
-from functrans.core.errors import CallTypeError, CallValueError, MissingRuleError
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
 
 F64 = torch.float64

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from functrans import grad, jvp, vmap
-from functrans.core.errors import DataDependentError, NumberArgumentError
+from functrans.errors import DataDependentError, NumberArgumentError
 
 A = torch.tensor(0.5, dtype=torch.float64)
 Y = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from functrans import grad, vmap
-from functrans.core.broadcasting import broadcast_shapes
+from functrans.tensors.broadcasting import broadcast_shapes
 from functrans.interpreters.vmap.one_example import SMALL, takes_zeros
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import functrans as ft
-from functrans.core.errors import BatchingRuleError, RegistrationError
+from functrans.errors import BatchingRuleError, RegistrationError
 from functrans.extend import BackwardNode, GradInterpreter, JvpInterpreter, PullbackInterpreter, VmapInterpreter
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from wrong_calls import thread_state
 
 import functrans as ft
 from functrans import extend
-from functrans.core.errors import CallTypeError
+from functrans.errors import CallTypeError
 from functrans.extend import BackwardNode, GradInterpreter, JvpInterpreter, VmapInterpreter, lower, transform
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ from torch import Tensor
 from wrong_calls import thread_state
 
 import functrans as ft
-from functrans.core.errors import CallError, CallTypeError, InsideTransformError, MissingRuleError
+from functrans.errors import CallError, CallTypeError, InsideTransformError, MissingRuleError
 from functrans.extend import (
     Carried,
     RuleResultError,

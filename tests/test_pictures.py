@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import functrans
-from functrans.core.errors import CallTypeError, CallValueError
+from functrans.errors import CallTypeError, CallValueError
 from functrans.pictures import layers, running, stack_picture, text_width, value_picture, variables
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "pictures"

@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.dispatch import base, dispatch, lower, map_tensors
-from functrans.core.errors import DeadWrapperError
+from functrans.errors import DeadWrapperError
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import op_info
+from functrans.operators.info import op_info
 from functrans.core.tensor import wrap
 from functrans.extend import BATCHING_RULES, DERIVATIVES, derivative, overriding, run_transformed
 from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -13,8 +13,8 @@ from torch import Tensor
 from wrong_calls import thread_state
 
 import functrans as ft
-from functrans.core.errors import CallError
-from functrans.core.errors.call_sites import is_users
+from functrans.errors import CallError
+from functrans.errors.call_sites import is_users
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,

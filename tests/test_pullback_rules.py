@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functrans import grad, jacrev, jvp, vjp, vmap
-from functrans.core.errors import CallValueError, MissingRuleError, RegistrationError, RuleError, RuleResultError
+from functrans.errors import CallValueError, MissingRuleError, RegistrationError, RuleError, RuleResultError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import GradInterpreter, PullbackInterpreter, PullbackTable, Step, overriding, run_transformed
 

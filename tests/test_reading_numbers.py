@@ -12,7 +12,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
-from functrans.core.errors import DataDependentError, NoDataError
+from functrans.errors import DataDependentError, NoDataError
 
 X = torch.tensor([1.0, 2.0, 3.0])
 

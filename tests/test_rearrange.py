@@ -11,7 +11,7 @@ from torch import Tensor
 
 import functrans
 from functrans import chunk_vmap, debug_unwrap, grad, jvp, rearrange, vmap
-from functrans.core.errors import FunctransError
+from functrans.errors import FunctransError
 
 #: pattern, shape, sizes that are given, how an element's place on the right follows from that on the left
 CASES: dict[str, tuple[tuple[int, ...], dict[str, int], Any]] = {

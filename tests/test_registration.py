@@ -16,10 +16,10 @@ from torch import Tensor
 
 import functrans
 from functrans import batching_rule, derivative, grad, jvp, vmap
-from functrans.core.defaults import completed
-from functrans.core.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
-from functrans.core.operators import op_info
-from functrans.core.schemas import schema_default
+from functrans.operators.defaults import completed
+from functrans.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
+from functrans.operators.info import op_info
+from functrans.operators.schemas import schema_default
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.extend import (
     BATCHING_RULES,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import functrans.door.autograd_function
 from functrans import grad, jvp, vmap
-from functrans.core.operators import op_info
+from functrans.operators.info import op_info
 from functrans.core.tensor import PendingWrapper
 from functrans.derivatives.table import DERIVATIVES
 from functrans.extend import RuleTable, TableInterpreter, interpreter_stack, run_transformed

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import FunctransError, functional_call, grad, jvp, vjp, vmap
-from functrans.core.errors import RuleError
-from functrans.core.operators import op_info
+from functrans.errors import RuleError
+from functrans.operators.info import op_info
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,

@@ -13,7 +13,7 @@ from identity_functions import identity
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
-from functrans.core.errors import BatchingRuleError
+from functrans.errors import BatchingRuleError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import overriding
 from functrans.interpreters.vmap.table import BATCHING_RULES

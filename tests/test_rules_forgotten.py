@@ -19,8 +19,8 @@ from torch import Tensor
 
 import functrans
 from functrans import grad, jvp, vmap
-from functrans.core.errors import DataDependentError, NoPureFormError
-from functrans.core.operators import STAND_INS
+from functrans.errors import DataDependentError, NoPureFormError
+from functrans.operators.info import STAND_INS
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import Derivative
 from functrans.door.autograd_function import FUNCTION_RULES
@@ -390,7 +390,7 @@ def test_a_module_of_the_package_is_what_its_name_imports() -> None:
 
 
 def test_the_decorator_of_stand_ins_is_that_of_the_table() -> None:
-    with pytest.raises(functrans.core.errors.DuplicateRuleError, match="functionalization/hidden_effects.py"):
+    with pytest.raises(functrans.errors.DuplicateRuleError, match="functionalization/hidden_effects.py"):
         stands_in_for(aten.dropout.default)(len)
 
 
@@ -407,5 +407,5 @@ def test_a_cell_that_runs_again_replaces_its_rule() -> None:
             cell(factor)
             assert functrans.grad(torch.erfinv)(x) == factor
             assert functrans.vmap(functrans.grad(torch.erfinv))(x.expand(2)).tolist() == [factor] * 2
-        with pytest.raises(functrans.core.errors.DuplicateRuleError, match="test_rules_forgotten.py"):
+        with pytest.raises(functrans.errors.DuplicateRuleError, match="test_rules_forgotten.py"):
             functrans.derivative(op, self=lambda grad: grad, tangent="elementwise")

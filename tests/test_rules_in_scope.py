@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from functrans import derivative, grad, jvp, vjp, vmap
-from functrans.core.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
-from functrans.core.operators import STAND_INS, op_info
-from functrans.core.rules import SCOPES
+from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
+from functrans.operators.info import STAND_INS, op_info
+from functrans.operators.scopes import SCOPES
 from functrans.derivatives.table import Derivative
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, batching_rule, overriding, rules_in_scope
 from functrans.functionalization.out_of_place import PURE_FORMS

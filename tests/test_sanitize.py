@@ -26,7 +26,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import CallTypeError, CustomFunctionError, MissingRuleError, NonFiniteError
+from functrans.errors import CallTypeError, CustomFunctionError, MissingRuleError, NonFiniteError
 from functrans.core.stack import interpreter_stack
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import functrans as ft
 from functrans import grad, jacfwd, jacrev, jvp, vmap
-from functrans.core.errors import CapturedWriteError, DeadWrapperError
+from functrans.errors import CapturedWriteError, DeadWrapperError
 
 DOUBLE = torch.float64
 TABLE = torch.randn(5, 4, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))

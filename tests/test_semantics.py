@@ -12,7 +12,7 @@ import torch
 from plain import difference
 
 from functrans import FunctransError, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, value_and_grad, vjp, vmap
-from functrans.core.errors import DataDependentError, DeadWrapperError
+from functrans.errors import DataDependentError, DeadWrapperError
 
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 B = torch.arange(6.0, dtype=torch.float64).view(2, 3) / 5 - 0.4

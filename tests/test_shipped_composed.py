@@ -47,7 +47,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import CallError, CallValueError, MissingRuleError
+from functrans.errors import CallError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
 from functrans.interpreters.vmap.rules.random import RandomnessError
 

@@ -22,7 +22,7 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.core.errors import CallTypeError, CallValueError, DeadWrapperError, MissingRuleError
+from functrans.errors import CallTypeError, CallValueError, DeadWrapperError, MissingRuleError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import Carried, RuleTable, TableInterpreter, transform
 

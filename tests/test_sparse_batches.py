@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import functrans as ft
-from functrans.core.errors import DataDependentError
+from functrans.errors import DataDependentError
 
 X = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 CHAIN = lambda x: x[1:] * x[:-1].sin()

@@ -27,7 +27,7 @@ from functrans import (
     sparsity,
     vmap,
 )
-from functrans.core.errors import CallError
+from functrans.errors import CallError
 from functrans.core.stack import interpreter_stack
 from functrans.extend import DERIVATIVES, derivative, overriding
 from functrans.interpreters.vmap.interpreter import VmapInterpreter

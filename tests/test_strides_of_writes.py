@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
-from functrans.core.errors import InsideTransformError
+from functrans.errors import InsideTransformError
 
 F64 = torch.float64
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from functrans import grad, hessian, hvp, jacfwd, jacrev, jvp, linearize, vjp, vmap
-from functrans.core.errors import DataDependentError, LayoutError, NoFormulaError
+from functrans.errors import DataDependentError, LayoutError, NoFormulaError
 
 Program = Callable[..., Any]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from functrans import grad, hessian, jvp, vmap
-from functrans.core.errors import CallIndexError, InsideTransformError
+from functrans.errors import CallIndexError, InsideTransformError
 
 F64 = torch.float64
 

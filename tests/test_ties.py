@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import functrans
-from functrans.core.versions import INSTALLED, SPLITS_TIES
+from functrans.pytorch.versions import INSTALLED, SPLITS_TIES
 from functrans.derivatives.table import DERIVATIVES
 
 aten = torch.ops.aten
@@ -196,7 +196,7 @@ def difference(case: Case, mode: Callable[[Case], tuple[list[Any], list[Any]]]) 
     try:
         got, expected = mode(case)
     except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, functrans.core.errors.FunctransError):
+        if isinstance(error, functrans.errors.FunctransError):
             raise
         return f"PyTorch: {error}"
     for n, (g, e) in enumerate(zip(got, expected, strict=True)):

@@ -1,4 +1,4 @@
-"""Private names of PyTorch stand in functrans/core/torch_private.py, and one that has moved is named."""
+"""Private names of PyTorch stand in functrans/pytorch/torch_private.py, and one that has moved is named."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import functrans
-from functrans.core.torch_private import ATTRIBUTES, private
+from functrans.pytorch.torch_private import ATTRIBUTES, private
 
 PACKAGE = Path(functrans.__file__).parent
-HOME = PACKAGE / "core/torch_private.py"
+HOME = PACKAGE / "pytorch/torch_private.py"
 TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -127,7 +127,7 @@ def test_home_has_only_resolved_names() -> None:
 
 
 def test_a_name_that_moved_is_named() -> None:
-    with pytest.raises(functrans.core.errors.TorchMovedError) as caught:
+    with pytest.raises(functrans.pytorch.versions.TorchMovedError) as caught:
         private("torch._C._set_grad_enabled_by_hand", "to set the grad mode")
     assert isinstance(caught.value, ImportError) and isinstance(caught.value.__cause__, AttributeError)
     assert str(caught.value) == (
@@ -135,12 +135,12 @@ def test_a_name_that_moved_is_named() -> None:
         "to set the grad mode. "
         "functrans supports PyTorch 2.11 to 2.14: install one of these, or a functrans that supports "
         f"{torch.__version__}. "
-        "(functrans/core/torch_private.py is the place to mend.)"
+        "(functrans/pytorch/torch_private.py is the place to mend.)"
     )
 
 
 def test_a_module_that_moved_is_named() -> None:
-    with pytest.raises(functrans.core.errors.TorchMovedError, match=r"has no torch\._no_such_module\.name, which"):
+    with pytest.raises(functrans.pytorch.versions.TorchMovedError, match=r"has no torch\._no_such_module\.name, which"):
         private("torch._no_such_module.name", "to test")
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as torch_pytree
 
 import functrans
 from functrans import jvp, stack_module_state, vjp, vmap
-from functrans.core.errors import CallError, CallValueError
+from functrans.errors import CallError, CallValueError
 
 Pair = namedtuple("Pair", "first second")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import functrans as ft
-from functrans.core.errors import BatchingRuleError
+from functrans.errors import BatchingRuleError
 from functrans.extend import (
     Carried,
     Handler,

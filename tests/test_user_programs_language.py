@@ -22,7 +22,7 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 from functrans import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from functrans.core.errors import MixedTransformsError
+from functrans.errors import MixedTransformsError
 
 DOUBLE = torch.float64
 

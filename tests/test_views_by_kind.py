@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
-from functrans.core.errors import CapturedOnceError, InsideTransformError
-from functrans.core.operators import SPECIAL, VIEW, op_info
+from functrans.errors import CapturedOnceError, InsideTransformError
+from functrans.operators.info import SPECIAL, VIEW, op_info
 from functrans.functionalization.write_back import BY_INDEX, WRITE_BACK
 
 aten = torch.ops.aten

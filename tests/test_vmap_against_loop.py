@@ -10,7 +10,7 @@ import vmap_against_loop as oracle
 from vmap_against_loop import ANSWERED, REFUSED, WRONG, Finding
 
 import functrans
-from functrans.core.versions import INSTALLED
+from functrans.pytorch.versions import INSTALLED
 
 OPERATORS = oracle.operators()
 

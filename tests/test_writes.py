@@ -11,7 +11,7 @@ import torch
 from plain import Plain, difference
 
 from functrans import FunctransError, grad, jvp, vjp, vmap
-from functrans.core.errors import CapturedOnceError, CapturedWriteError, NoFormulaError
+from functrans.errors import CapturedOnceError, CapturedWriteError, NoFormulaError
 
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 Y = torch.tensor([1.3, 0.2, -0.4], dtype=torch.float64)

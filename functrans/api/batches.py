@@ -14,14 +14,14 @@ from functrans.api.containers import entered as batched_container
 from functrans.api.out_dims import check_out_dims, leave
 from functrans.api.private_names import answer_for_good, current
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import Call, CallValueError
-from functrans.core.errors.made_at import note_results
-from functrans.core.facades import are_plain, bare, shown_like
-from functrans.core.leftovers import as_here
-from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
+from functrans.errors import Call, CallValueError
+from functrans.boundary.made_at import note_results
+from functrans.boundary.facades import are_plain, bare, shown_like
+from functrans.boundary.leftovers import as_here
+from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
-from functrans.core.thread_state import STATE
+from functrans.pytorch.thread_state import STATE
 from functrans.functionalization.views import ViewLink, contents_of
 from functrans.functionalization.writes import write_for_caller
 from functrans.interpreters.vmap.interpreter import VmapInterpreter

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.errors import Call, CallTypeError, CallValueError
-from functrans.core.errors.wording import callable_name, shown, what
+from functrans.errors import Call, CallTypeError, CallValueError
+from functrans.errors.wording import callable_name, shown, what
 from functrans.core.interpreter import Interpreter
 
 

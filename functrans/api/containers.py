@@ -16,7 +16,7 @@ from torch import Tensor
 
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import ADD_BATCH_DIM, REMOVE_BATCH_DIM, TREE_NODES
+from functrans.pytorch.torch_private import ADD_BATCH_DIM, REMOVE_BATCH_DIM, TREE_NODES
 
 
 class Level(int):

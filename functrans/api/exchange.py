@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from functrans.core.torch_private import PLACES_OF_TORCH_FUNC, forget_rules_of_dynamo
+from functrans.pytorch.torch_private import PLACES_OF_TORCH_FUNC, forget_rules_of_dynamo
 
 Pairs = Iterable[tuple[Any, Any]]
 

@@ -10,12 +10,12 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.arguments import Inputs
 from functrans.api.checks import call_function, check_callable
 from functrans.api.compiled import TRACED, named_after
-from functrans.core.errors import Call, CallValueError
-from functrans.core.errors.made_at import note_results
-from functrans.core.errors.wording import shown
-from functrans.core.pytrees import tree_map
+from functrans.errors import Call, CallValueError
+from functrans.boundary.made_at import note_results
+from functrans.errors.wording import shown
+from functrans.tensors.pytrees import tree_map
 from functrans.core.stack import run_transformed
-from functrans.core.thread_state import STATE
+from functrans.pytorch.thread_state import STATE
 from functrans.interpreters.functionalize import FunctionalizeInterpreter
 
 REMOVE = ("mutations", "mutations_and_views")

@@ -16,8 +16,8 @@ from functrans.api.transforms import (
     jvp,
     jvp_with_argnums,
 )
-from functrans.core.errors import Call
-from functrans.core.errors.wording import callable_name, shown
+from functrans.errors import Call
+from functrans.errors.wording import callable_name, shown
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 

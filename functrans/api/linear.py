@@ -19,16 +19,16 @@ from functrans.api.mismatches import refuse_tangent
 from functrans.api.pullbacks import Pullback
 from functrans.api.structures import difference, path_of
 from functrans.api.transforms import run_forward, run_recorded
-from functrans.core.errors import Call, CallError, CallTypeError, MixedTransformsError
-from functrans.core.errors.made_at import note_results
-from functrans.core.errors.wording import shown, what
-from functrans.core.facades import bare
-from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.errors import Call, CallError, CallTypeError, MixedTransformsError
+from functrans.boundary.made_at import note_results
+from functrans.errors.wording import shown, what
+from functrans.boundary.facades import bare
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import is_torch_func_active
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import is_torch_func_active
 from functrans.interpreters.grad.interpreter import check_versions
 from functrans.interpreters.grad.nodes import tensors_in
 from functrans.interpreters.jvp.interpreter import JvpInterpreter

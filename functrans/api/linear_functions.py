@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.core.errors import CallError
-from functrans.core.leftovers import as_here
-from functrans.core.pytrees import TreeSpec, tree_unflatten
-from functrans.core.subclasses import model_of, ones_for
+from functrans.errors import CallError
+from functrans.boundary.leftovers import as_here
+from functrans.tensors.pytrees import TreeSpec, tree_unflatten
+from functrans.boundary.factories import model_of, ones_for
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
-from functrans.core.thread_state import door_closed
-from functrans.core.torch_private import register_tree_node
+from functrans.pytorch.thread_state import door_closed
+from functrans.pytorch.torch_private import register_tree_node
 
 Kind = TypeVar("Kind", bound="LinearFunction")
 

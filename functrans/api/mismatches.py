@@ -10,8 +10,8 @@ from torch import Tensor
 from functrans.api.arguments import argument_cure
 from functrans.api.linear_functions import Like
 from functrans.api.structures import path_of
-from functrans.core.errors import Call, CallError, CallTypeError
-from functrans.core.errors.wording import what
+from functrans.errors import Call, CallError, CallTypeError
+from functrans.errors.wording import what
 
 
 def refuse_tangent(call: Call | str, p: Tensor | Like, t: Any, place: int, primals: Any) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from functrans.api.containers import Level, brought_back, is_container, whole
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import Call, CallIndexError, CallValueError
-from functrans.core.errors.wording import callable_name, what
-from functrans.core.facades import Facade, shown_like
-from functrans.core.leftovers import as_here
-from functrans.core.pytrees import broadcast_prefix
+from functrans.errors import Call, CallIndexError, CallValueError
+from functrans.errors.wording import callable_name, what
+from functrans.boundary.facades import Facade, shown_like
+from functrans.boundary.leftovers import as_here
+from functrans.tensors.pytrees import broadcast_prefix
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.errors import CallTypeError, CallValueError
-from functrans.core.errors.wording import shown, what
+from functrans.errors import CallTypeError, CallValueError
+from functrans.errors.wording import shown, what
 
 ELLIPSIS = "..."
 TOKEN = re.compile(r"\.\.\.|[()]|\w+|\S")

@@ -7,8 +7,8 @@ from typing import Any
 
 import optree
 
-from functrans.core.errors.wording import shown, what
-from functrans.core.pytrees import NAMESPACE
+from functrans.errors.wording import shown, what
+from functrans.tensors.pytrees import NAMESPACE
 
 PLURALS = ("args", "primals")
 

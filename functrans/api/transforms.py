@@ -29,18 +29,18 @@ from functrans.api.linear_functions import like
 from functrans.api.mismatches import refuse_tangent
 from functrans.api.pullbacks import Pullback, conjugated
 from functrans.api.structures import difference, path_of
-from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
-from functrans.core.errors.made_at import note_results
-from functrans.core.errors.wording import shown, what
-from functrans.core.facades import bare
-from functrans.core.leftovers import as_here
-from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.errors import Call, CallError, CallTypeError, CallValueError
+from functrans.boundary.made_at import note_results
+from functrans.errors.wording import shown, what
+from functrans.boundary.facades import bare
+from functrans.boundary.leftovers import as_here
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
-from functrans.core.subclasses import ones_for
+from functrans.boundary.factories import ones_for
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import set_forward_enabled
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import set_forward_enabled
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 

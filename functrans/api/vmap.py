@@ -16,8 +16,8 @@ from functrans.api.checks import (
 )
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
-from functrans.core.errors import Call, CallValueError
-from functrans.core.errors.wording import shown
+from functrans.errors import Call, CallValueError
+from functrans.errors.wording import shown
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 #: how ``randomness`` is left out

@@ -16,9 +16,9 @@ from torch import Tensor
 from functrans.control_flow.choices import Sides, Split, check_alike, decide
 from functrans.control_flow.mapped import mapped
 from functrans.control_flow.table import DEFINITIONS
-from functrans.core.errors import CallTypeError
-from functrans.core.errors.described import shown
-from functrans.core.torch_private import kept_by, torch_pytree
+from functrans.errors import CallTypeError
+from functrans.tensors.described import shown
+from functrans.pytorch.torch_private import kept_by, torch_pytree
 
 higher_order: Any = torch.ops.higher_order
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from functrans.core.dispatch import scan
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import torch_pytree
+from functrans.pytorch.torch_private import torch_pytree
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
 

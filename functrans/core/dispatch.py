@@ -20,31 +20,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from functrans.core import thread_state
-from functrans.core.errors import DeadWrapperError
+from functrans.pytorch import thread_state
+from functrans.errors import DeadWrapperError
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import Operator, OpInfo, op_info
-from functrans.core.rules import SCOPES, scope_here
-from functrans.core.subclasses import KeptClassMet, keeps_class
+from functrans.operators.info import Operator, OpInfo, op_info
+from functrans.operators.scopes import SCOPES, scope_here
+from functrans.tensors.subclasses import KeptClassMet, keeps_class
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
-from functrans.core.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
-from functrans.core.torch_private import (
-    AUTOGRAD,
-    VIEWS_AND_VERSIONS,
-    ZERO_TENSOR,
-    DisableTorchFunction,
-    function_mode_enabled,
-    is_forward_enabled,
-    is_key_excluded,
-    mode_stack_size,
-    pop_mode,
-    pop_packing,
-    push_mode,
-    set_forward_enabled,
-    set_grad_enabled,
-    set_key_excluded,
-    top_packing,
-)
+from functrans.pytorch.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
+from functrans.pytorch.torch_private import AUTOGRAD, VIEWS_AND_VERSIONS, ZERO_TENSOR, DisableTorchFunction, function_mode_enabled, is_forward_enabled, is_key_excluded, mode_stack_size, pop_mode, pop_packing, push_mode, set_forward_enabled, set_grad_enabled, set_key_excluded, top_packing
 
 
 def dispatch(op: Operator, args: Any, kwargs: dict[str, Any], watcher: Interpreter | None = None) -> Any:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functrans.core.errors import InsideTransformError, LayoutError
-from functrans.core.errors.misuse import check_payload
-from functrans.core.errors.wording import callable_name
+from functrans.errors import InsideTransformError, LayoutError
+from functrans.errors.misuse import check_payload
+from functrans.errors.wording import callable_name
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import HigherOrderOperator, OpOverload, is_forward_enabled
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload, is_forward_enabled
 
 
 class Interpreter:

@@ -1,7 +1,7 @@
 """The interpreter stack: what is on it, and how it is entered.
 
 The stack is a linked list: ``STATE.top`` is the innermost interpreter, ``interpreter.below`` the next one, None the
-base (plain PyTorch). It is thread-local, and so is all that is switched with it: see core/thread_state.py.
+base (plain PyTorch). It is thread-local, and so is all that is switched with it: see pytorch/thread_state.py.
 
 NOTE [Grad mode per level]
 PyTorch has one grad-mode flag per thread. A level's flag is that flag while the level is on top; entering the next
@@ -17,24 +17,13 @@ from typing import Any
 
 import torch
 
-from functrans.core import thread_state
-from functrans.core.errors import MixedTransformsError
-from functrans.core.errors.misuse import check_enterable
-from functrans.core.export import traced_behind_autograd
+from functrans.pytorch import thread_state
+from functrans.errors import MixedTransformsError
+from functrans.errors.misuse import check_enterable
+from functrans.pytorch.export import traced_behind_autograd
 from functrans.core.interpreter import Interpreter
-from functrans.core.thread_state import OBSERVERS, STATE, Snapshot
-from functrans.core.torch_private import (
-    AUTOGRAD,
-    INDEX_BATCHED,
-    PRE_DISPATCH,
-    VIEWS_AND_VERSIONS,
-    is_key_included,
-    is_torch_func_active,
-    push_mode,
-    set_eval_frame,
-    set_grad_enabled,
-    set_key_excluded,
-)
+from functrans.pytorch.thread_state import OBSERVERS, STATE, Snapshot
+from functrans.pytorch.torch_private import AUTOGRAD, INDEX_BATCHED, PRE_DISPATCH, VIEWS_AND_VERSIONS, is_key_included, is_torch_func_active, push_mode, set_eval_frame, set_grad_enabled, set_key_excluded
 
 
 def interpreter_stack() -> list[Interpreter]:

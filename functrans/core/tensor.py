@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrans.core import thread_state
-from functrans.core.errors import CallTypeError, LayoutError
-from functrans.core.errors.described import describe, treescope_repr
-from functrans.core.errors.misuse import RESERVED
-from functrans.core.errors.refusals import Refusing
-from functrans.core.pytrees import TENSORS
-from functrans.core.torch_private import INDEX_BATCHED_KEYS, make_wrapper, without_torch_function
+from functrans.pytorch import thread_state
+from functrans.errors import CallTypeError, LayoutError
+from functrans.tensors.described import describe, treescope_repr
+from functrans.errors.misuse import RESERVED
+from functrans.tensors.answers import Refusing
+from functrans.tensors.pytrees import TENSORS
+from functrans.pytorch.torch_private import INDEX_BATCHED_KEYS, make_wrapper, without_torch_function
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from functrans.core.operators import OpInfo
+from functrans.operators.info import OpInfo
 from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for
 from functrans.functionalization.numbers_read import carries_derivative
 

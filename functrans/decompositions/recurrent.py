@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import base, scan
-from functrans.core.operators import OpInfo
-from functrans.core.thread_state import STATE, running_at
+from functrans.operators.info import OpInfo
+from functrans.pytorch.thread_state import STATE, running_at
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.functionalization.hidden_effects import stands_in_for
 

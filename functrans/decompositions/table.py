@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from functrans.core.defaults import completed
+from functrans.operators.defaults import completed
 from functrans.core.interpreter import Interpreter
-from functrans.core.rules import RuleTable
-from functrans.core.thread_state import running_at
-from functrans.core.torch_private import OpOverload
+from functrans.operators.rules import RuleTable
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import OpOverload
 
 #: Functions with the operator's signature, in plain ``torch``, that grad and jvp run in place of PyTorch's definition.
 DECOMPOSITIONS: RuleTable[Callable[..., Any]] = RuleTable("decompositions", cached=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.subclasses import ones_for
+from functrans.boundary.factories import ones_for
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative

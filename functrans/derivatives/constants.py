@@ -6,7 +6,7 @@ a formula]).
 
 import torch
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import no_derivative
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import with_names

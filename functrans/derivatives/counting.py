@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.subclasses import range_for
+from functrans.boundary.factories import range_for
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.table import derivative

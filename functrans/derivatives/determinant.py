@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans.core.subclasses import identity_for, range_for
+from functrans.boundary.factories import identity_for, range_for
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import door_closed, is_recorded
-from functrans.core.torch_private import is_torch_func_active
+from functrans.pytorch.thread_state import door_closed, is_recorded
+from functrans.pytorch.torch_private import is_torch_func_active
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.scans import product_of_others
 from functrans.derivatives.table import derivative

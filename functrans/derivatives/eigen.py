@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.subclasses import identity_for
+from functrans.boundary.factories import identity_for
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.table import derivative

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.broadcasting import broadcast_shapes
-from functrans.core.subclasses import range_for
+from functrans.tensors.broadcasting import broadcast_shapes
+from functrans.boundary.factories import range_for
 from functrans.derivatives.helpers import conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import conj, times
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import no_cotangent, with_names

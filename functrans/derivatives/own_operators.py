@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 
 LIBRARY = torch.library.Library("functrans", "FRAGMENT")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import add, cast, conj
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative

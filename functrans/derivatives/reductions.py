@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.subclasses import identity_for
-from functrans.core.torch_private import OpOverload
+from functrans.boundary.factories import identity_for
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, subtrahend, where_or_zero
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative

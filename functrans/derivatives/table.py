@@ -40,10 +40,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from functrans.core.errors import DerivativeEntryError, RegistrationError
-from functrans.core.errors.wording import shown
-from functrans.core.rules import RuleTable, caller_place
-from functrans.core.torch_private import OpOverload
+from functrans.errors import DerivativeEntryError, RegistrationError
+from functrans.errors.wording import shown
+from functrans.operators.rules import RuleTable, caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 Formula = Callable[..., Any]
 

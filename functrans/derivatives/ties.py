@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.versions import SPLITS_TIES
+from functrans.pytorch.versions import SPLITS_TIES
 from functrans.derivatives.helpers import where_or_zero
 from functrans.derivatives.table import derivative
 

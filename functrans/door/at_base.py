@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import parameter
 
 from functrans.core.dispatch import lift
-from functrans.core.errors import InsideTransformError
-from functrans.core.facades import as_subclass
+from functrans.errors import InsideTransformError
+from functrans.boundary.facades import as_subclass
 from functrans.core.stack import interpreter_stack
-from functrans.core.thread_state import STATE, running_at
-from functrans.core.torch_private import torch_utils
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import torch_utils
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 

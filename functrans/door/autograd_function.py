@@ -23,13 +23,13 @@ from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from functrans.core.dispatch import entered, lift, scan
-from functrans.core.errors import CustomFunctionError, DeadWrapperError
-from functrans.core.errors.made_at import note_site
-from functrans.core.facades import bare
+from functrans.errors import CustomFunctionError, DeadWrapperError
+from functrans.boundary.made_at import note_site
+from functrans.boundary.facades import bare
 from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import all_as_here
-from functrans.core.thread_state import STATE, lowered, running_at
-from functrans.core.torch_private import ModuleHook, mode_stack_size
+from functrans.boundary.leftovers import all_as_here
+from functrans.pytorch.thread_state import STATE, lowered, running_at
+from functrans.pytorch.torch_private import ModuleHook, mode_stack_size
 from functrans.functionalization.writes import write_outside_of_operators
 from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.failures import note_rule

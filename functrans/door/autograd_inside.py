@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lift, scan
-from functrans.core.errors import InsideTransformError
-from functrans.core.errors.refusals import concrete, refuse
-from functrans.core.subclasses import ones_for
+from functrans.errors import InsideTransformError
+from functrans.tensors.answers import concrete, refuse
+from functrans.boundary.factories import ones_for
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, running_at
-from functrans.core.torch_private import without_torch_function
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import without_torch_function
 from functrans.door.gradients_inside import How, gradients
 from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
 from functrans.interpreters.grad.again import CURE

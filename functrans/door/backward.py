@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lift, scan
-from functrans.core.errors.refusals import REFUSED, Refusing, refuse
+from functrans.tensors.answers import REFUSED, Refusing, refuse
 from functrans.core.stack import interpreter_stack
-from functrans.core.subclasses import ones_for
+from functrans.boundary.factories import ones_for
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, lowered, running_at
+from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.door.gradients_inside import How, gradients, of_batch, recording, values_at
 from functrans.door.leaves import base_of, can_be_leaf
 from functrans.interpreters.grad.again import CURE

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from functrans.core.errors import InsideTransformError
-from functrans.core.errors.misuse import RESERVED
+from functrans.errors import InsideTransformError
+from functrans.errors.misuse import RESERVED
 from functrans.core.interpreter import Interpreter
-from functrans.core.subclasses import model_of
+from functrans.boundary.factories import model_of
 from functrans.core.tensor import WrapperTensor
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 

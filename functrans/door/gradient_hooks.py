@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import graph
 
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import ENGINE_CALLBACK, MultiHandle, graph_task, trackers
+from functrans.pytorch.torch_private import ENGINE_CALLBACK, MultiHandle, graph_task, trackers
 from functrans.interpreters.grad.interpreter import GradInterpreter
 
 _original = graph.register_multi_grad_hook

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import scan
-from functrans.core.errors import InsideTransformError
+from functrans.errors import InsideTransformError
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered, running_at
+from functrans.pytorch.thread_state import lowered, running_at
 from functrans.interpreters.grad.again import CURE, pull_again, pull_to, record_gradients
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter

@@ -20,10 +20,12 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from functrans.core.errors import RequiresGradError
-from functrans.core.errors.refusals import Refusing
-from functrans.core.tensor import FRESH, WrapperTensor, set_content
-from functrans.core.thread_state import STATE, lowered, running_at
+from functrans.errors import RequiresGradError
+from functrans.tensors.answers import Refusing
+from functrans.boundary.fresh import FRESH
+from functrans.core.tensor import WrapperTensor
+from functrans.functionalization.layouts import set_content
+from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.functionalization.views import MadeInside
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter

@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS
-from functrans.core.errors import DeadWrapperError
-from functrans.core.errors.call_sites import USER_FILES
-from functrans.core.errors.made_at import SENT_ON, note_site, several
-from functrans.core.operators import OpInfo, op_info
+from functrans.errors import DeadWrapperError
+from functrans.errors.call_sites import USER_FILES
+from functrans.boundary.made_at import SENT_ON, note_site, several
+from functrans.operators.info import OpInfo, op_info
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import (
-    OpOverload,
-    autocast_enabled,
-    function_mode_enabled,
-    is_torch_func_active,
-    mode_stack_size,
-    pop_mode,
-    push_mode,
-)
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import OpOverload, autocast_enabled, function_mode_enabled, is_torch_func_active, mode_stack_size, pop_mode, push_mode
 from functrans.door.torch_dispatch import DOOR, handle
 from functrans.door.torch_function import STRIDED, otherwise, reopen
 from functrans.interpreters.failures import explain

@@ -15,22 +15,15 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import NO_KWARGS, dispatch, lift
-from functrans.core.errors.call_sites import USER_FILES
-from functrans.core.errors.made_at import SENT_ON, note_site
+from functrans.errors.call_sites import USER_FILES
+from functrans.boundary.made_at import SENT_ON, note_site
 from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import check_thread
-from functrans.core.rules import FORGET, SCOPES, RuleTable, scope_here
+from functrans.boundary.leftovers import check_thread
+from functrans.operators.rules import FORGET, RuleTable
+from functrans.operators.scopes import SCOPES, scope_here
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import (
-    OpOverload,
-    autocast_enabled,
-    function_mode_enabled,
-    is_torch_func_active,
-    mode_stack_size,
-    pop_mode,
-    push_mode,
-)
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import OpOverload, autocast_enabled, function_mode_enabled, is_torch_func_active, mode_stack_size, pop_mode, push_mode
 from functrans.door.torch_dispatch import DOOR
 from functrans.door.torch_function import STRIDED, otherwise, reopen
 from functrans.interpreters.failures import explain

@@ -24,22 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from functrans.core.errors import InsideTransformError
-from functrans.core.imports import when_imported
+from functrans.errors import InsideTransformError
+from functrans.pytorch.imports import when_imported
 from functrans.core.interpreter import Interpreter
-from functrans.core.subclasses import model_of
+from functrans.boundary.factories import model_of
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import (
-    FSDP_BEFORE,
-    FSDP_STATES,
-    forget_call,
-    parameter_at,
-    places_of,
-    replace_in_fsdp,
-    special,
-    swap_tensor,
-)
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import FSDP_BEFORE, FSDP_STATES, forget_call, parameter_at, places_of, replace_in_fsdp, special, swap_tensor
 from functrans.door.dtensor import FromLocal, in_batch, module
 
 WHOLE = "functional_call of the module as it was, with full_tensor() of each parameter"

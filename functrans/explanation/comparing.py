@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from functrans.api.checks import check_callable
-from functrans.core.errors import CallTypeError
-from functrans.core.errors.wording import what
+from functrans.errors import CallTypeError
+from functrans.errors.wording import what
 from functrans.explanation.differences import culprit, difference, in_arguments, in_results
 from functrans.explanation.events import Event, inside_of_a_rule
 from functrans.explanation.explaining import explain

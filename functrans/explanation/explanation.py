@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from functrans.api.checks import check_kind
-from functrans.core.errors import CallTypeError
-from functrans.core.errors.wording import what
+from functrans.errors import CallTypeError
+from functrans.errors.wording import what
 from functrans.explanation.events import Event, Level
 from functrans.explanation.page import page
 from functrans.explanation.records import as_records

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from functrans.core.torch_private import DisableTorchFunction, no_dispatch
+from functrans.pytorch.torch_private import DisableTorchFunction, no_dispatch
 
 #: Of a larger tensor so many elements are kept, evenly spaced.
 MOST = 1 << 16

@@ -19,15 +19,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.core.errors.described import is_wrapper, shown
+from functrans.tensors.described import is_wrapper, shown
 from functrans.core.tensor import WRAPPERS
-from functrans.core.torch_private import (
-    DisableTorchFunction,
-    base_of,
-    function_mode_stack_size,
-    mode_stack_size,
-    no_dispatch,
-)
+from functrans.pytorch.torch_private import DisableTorchFunction, base_of, function_mode_stack_size, mode_stack_size, no_dispatch
 from functrans.explanation.looking import PLAIN, kept, unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from functrans.api.checks import check_kind
-from functrans.core.errors import CallValueError
+from functrans.errors import CallValueError
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 from functrans.explanation.looking import unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
-from functrans.core.errors.call_sites import definition
+from functrans.errors.call_sites import definition
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import op_info
+from functrans.operators.info import op_info
 from functrans.core.stack import interpreter_stack
-from functrans.core.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
-from functrans.core.torch_private import OpOverload, TorchDispatchMode
+from functrans.pytorch.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
+from functrans.pytorch.torch_private import OpOverload, TorchDispatchMode
 from functrans.explanation.during import During
 from functrans.explanation.events import Event, Level
 from functrans.explanation.looking import bytes_made

@@ -8,7 +8,7 @@ import os
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-from functrans.core.errors.call_sites import OURS, is_users, line_of
+from functrans.errors.call_sites import OURS, is_users, line_of
 from functrans.explanation.events import Site
 
 #: The code of transforms, and what of it calls the user's function, or does nothing but call operators.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from functrans.core.errors.call_sites import OURS, PACKAGES, TORCH
+from functrans.errors.call_sites import OURS, PACKAGES, TORCH
 from functrans.explanation.events import Event, Site
 from functrans.explanation.looking import number_text
 from functrans.explanation.looks import Look

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.functionalize import functionalize
-from functrans.core.errors import CallError, InsideTransformError
-from functrans.core.errors.call_sites import TORCH
-from functrans.core.errors.described import shown
-from functrans.core.errors.wording import callable_name, what
-from functrans.core.pytrees import tree_flatten, tree_unflatten
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import OpOverload
+from functrans.errors import CallError, InsideTransformError
+from functrans.errors.call_sites import TORCH
+from functrans.tensors.described import shown
+from functrans.errors.wording import callable_name, what
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import OpOverload
 
 #: What is Python by its repr.
 WRITTEN = (int, float, str, type(None), torch.dtype, torch.layout, torch.memory_format)

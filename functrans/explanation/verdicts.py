@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from functrans.core.errors.call_sites import definition
-from functrans.core.errors.described import is_wrapper
+from functrans.errors.call_sites import definition
+from functrans.tensors.described import is_wrapper
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import op_info
-from functrans.core.rules import RuleCache
+from functrans.operators.info import op_info
+from functrans.operators.rules import RuleCache
 from functrans.core.tensor import PendingWrapper
-from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
+from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.decompositions.table import decomposition
 from functrans.explanation.events import Event
 from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from functrans.core.interpreter import Interpreter
-from functrans.core.thread_state import STATE
+from functrans.pytorch.thread_state import STATE
 
 #: The methods around which the observer is called, by the name of its own method for them.
 AROUND = {

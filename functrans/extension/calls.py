@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_flag, check_kind
-from functrans.core import dispatch, operators, stack, tensor, thread_state
-from functrans.core.errors import CallError, CallTypeError
-from functrans.core.errors.wording import shown
+from functrans.core import dispatch, stack, tensor
+from functrans.operators import info as operators
+from functrans.pytorch import thread_state
+from functrans.errors import CallError, CallTypeError
+from functrans.errors.wording import shown
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions import table
 
 

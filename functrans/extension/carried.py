@@ -8,7 +8,7 @@ import optree
 from torch import Tensor
 
 from functrans.api.checks import check_kind
-from functrans.core.pytrees import NAMESPACE, Context, tree_flatten
+from functrans.tensors.pytrees import NAMESPACE, Context, tree_flatten
 
 
 class Carried:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functrans.core.errors import CallError, RegistrationError
-from functrans.core.errors.described import shown
-from functrans.core.errors.wording import what
-from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.errors import CallError, RegistrationError
+from functrans.tensors.described import shown
+from functrans.errors.wording import what
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.rule_results import check_below
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from torch import Tensor
 from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.transforms import grad, jvp, vjp
 from functrans.api.vmap import vmap
-from functrans.core.errors import CallTypeError, FunctransError
-from functrans.core.errors.described import given as described_call
-from functrans.core.errors.described import shown
-from functrans.core.errors.wording import callable_name
-from functrans.core.pytrees import tree_flatten
+from functrans.errors import CallTypeError, FunctransError
+from functrans.tensors.described import given as described_call
+from functrans.tensors.described import shown
+from functrans.errors.wording import callable_name
+from functrans.tensors.pytrees import tree_flatten
 from functrans.core.stack import interpreter_stack
 
 #: The step of central differences of doubles, and how exact they are with it.

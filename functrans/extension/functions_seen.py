@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from functrans.core.errors import CustomFunctionError
+from functrans.errors import CustomFunctionError
 from functrans.core.interpreter import Interpreter
-from functrans.core.pytrees import tree_flatten
+from functrans.tensors.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 from functrans.interpreters.function_context import Context, as_tuple, is_setup_style
 
 

@@ -6,10 +6,10 @@ import keyword
 import sys
 from typing import TYPE_CHECKING
 
-from functrans.core.errors import MissingRuleError
-from functrans.core.schemas import schema_default
+from functrans.errors import MissingRuleError
+from functrans.operators.schemas import schema_default
 from functrans.core.stack import interpreter_stack
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.failures import add_note
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.errors import CallTypeError
-from functrans.core.errors.wording import what
+from functrans.errors import CallTypeError
+from functrans.errors.wording import what
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import op_info
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.operators.info import op_info
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.extension.carried import is_carried

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.core.errors import CallError, CallTypeError, InsideTransformError
-from functrans.core.errors.described import shown
-from functrans.core.pytrees import tree_flatten
-from functrans.core.tensor import WrapperTensor, strides_of, wrap, wrap_showing
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import OpOverload
+from functrans.errors import CallError, CallTypeError, InsideTransformError
+from functrans.tensors.described import shown
+from functrans.tensors.pytrees import tree_flatten
+from functrans.core.tensor import WrapperTensor, strides_of, wrap
+from functrans.functionalization.layouts import wrap_showing
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.functionalization.numbers_read import carries_derivative
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
-from functrans.core.errors import MissingRuleError
-from functrans.core.errors.call_sites import definition
-from functrans.core.torch_private import is_forward_enabled
+from functrans.errors import MissingRuleError
+from functrans.errors.call_sites import definition
+from functrans.pytorch.torch_private import is_forward_enabled
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter

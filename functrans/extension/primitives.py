@@ -9,14 +9,14 @@ from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
 from functrans.core.dispatch import lift, scan
-from functrans.core.errors import CallTypeError, DeadWrapperError, DuplicateRuleError, MissingRuleError
-from functrans.core.errors.wording import what
+from functrans.errors import CallTypeError, DeadWrapperError, DuplicateRuleError, MissingRuleError
+from functrans.errors.wording import what
 from functrans.core.interpreter import Interpreter
-from functrans.core.pytrees import tree_flatten, tree_map
-from functrans.core.rules import caller_place
+from functrans.tensors.pytrees import tree_flatten, tree_map
+from functrans.operators.rules import caller_place
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, lowered, running_at
+from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.extension.calls import check_running
 from functrans.extension.primitive_derivatives import PrimitiveDerivative
 from functrans.interpreters.failures import note_rule

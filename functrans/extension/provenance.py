@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
-from functrans.core.errors import CallError
-from functrans.core.errors.call_sites import place
+from functrans.errors import CallError
+from functrans.errors.call_sites import place
 from functrans.core.interpreter import Interpreter
 from functrans.door.autograd_function import send
 from functrans.extension.primitives import Primitive

@@ -14,19 +14,13 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import WITHOUT_TENSORS
-from functrans.core.errors import CarriedValueError, DeadWrapperError, RuleResultError
-from functrans.core.errors.described import shown
+from functrans.errors import CarriedValueError, DeadWrapperError, RuleResultError
+from functrans.tensors.described import shown
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import Operator
-from functrans.core.pytrees import tree_flatten
+from functrans.operators.info import Operator
+from functrans.tensors.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import (
-    DisableTorchFunction,
-    HigherOrderOperator,
-    OpOverload,
-    no_dispatch,
-    torch_pytree,
-)
+from functrans.pytorch.torch_private import DisableTorchFunction, HigherOrderOperator, OpOverload, no_dispatch, torch_pytree
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from functrans.core.errors import CallTypeError, RegistrationError
-from functrans.core.errors.wording import what
-from functrans.core.rules import RuleTable, caller_place, scope_of
-from functrans.core.torch_private import OpOverload
+from functrans.errors import CallTypeError, RegistrationError
+from functrans.errors.wording import what
+from functrans.operators.rules import RuleTable, caller_place
+from functrans.operators.scopes import scope_of
+from functrans.pytorch.torch_private import OpOverload
 
 Rule = TypeVar("Rule")
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import check_kind
-from functrans.core.defaults import completed
+from functrans.operators.defaults import completed
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.errors import CallTypeError, CarriedValueError, MissingRuleError
-from functrans.core.errors.call_sites import definition
-from functrans.core.facades import bare
+from functrans.errors import CallTypeError, CarriedValueError, MissingRuleError
+from functrans.errors.call_sites import definition
+from functrans.boundary.facades import bare
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import op_info
-from functrans.core.rules import RuleTable, place_in
+from functrans.operators.info import op_info
+from functrans.operators.rules import RuleTable, place_in
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import HigherOrderOperator, OpOverload, torch_pytree
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload, torch_pytree
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.extension.calls import check_operator

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable
-from functrans.core.errors import CallError, CallTypeError
-from functrans.core.errors.wording import what
+from functrans.errors import CallError, CallTypeError
+from functrans.errors.wording import what
 from functrans.core.interpreter import Interpreter
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered
+from functrans.pytorch.thread_state import lowered
 from functrans.extension.carried import is_carried
 from functrans.extension.rule_results import shows_own
 from functrans.extension.table_interpreter import TableInterpreter

@@ -15,13 +15,13 @@ from torch import Tensor
 from functrans.api.checks import check_kind
 from functrans.api.transforms import jvp
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.errors import RegistrationError
-from functrans.core.errors.wording import shown
-from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.errors import RegistrationError
+from functrans.errors.wording import shown
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered, running_at
-from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload
+from functrans.pytorch.thread_state import lowered, running_at
+from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extension.calls import check_running
 from functrans.extension.case_by_case import looped

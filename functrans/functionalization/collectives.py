@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from functrans.core.dispatch import base, scan
-from functrans.core.errors import InsideTransformError
-from functrans.core.operators import OpInfo
-from functrans.core.thread_state import STATE, running_at
-from functrans.core.torch_private import FUNCTIONAL_COLLECTIVES, IN_PLACE_COLLECTIVES, finished_work
+from functrans.errors import InsideTransformError
+from functrans.operators.info import OpInfo
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import FUNCTIONAL_COLLECTIVES, IN_PLACE_COLLECTIVES, finished_work
 from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.functionalization.writes import write
 

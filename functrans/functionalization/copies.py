@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

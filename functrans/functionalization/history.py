@@ -13,7 +13,7 @@ from torch import Tensor
 
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 
 
 def with_history_of(old: Tensor, new: Tensor, *, everywhere: bool = False) -> Tensor:

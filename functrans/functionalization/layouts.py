@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import dispatch
-from functrans.core.errors import InsideTransformError
-from functrans.core.tensor import FRESH, WrapperTensor, strides_of, wrap_showing
-from functrans.core.thread_state import running_at
-from functrans.core.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
+from functrans.errors import InsideTransformError
+from functrans.boundary.fresh import FRESH
+from functrans.core.tensor import WrapperTensor, strides_of
+from functrans.functionalization.layouts import wrap_showing
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
 from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 
 
 def storage_offset_of(x: Tensor) -> int:

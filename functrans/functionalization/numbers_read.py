@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.core.errors import NumberArgumentError
-from functrans.core.operators import OpInfo
+from functrans.errors import NumberArgumentError
+from functrans.operators.info import OpInfo
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import OpOverload
 from functrans.functionalization.hidden_effects import as_usual, stands_in_for
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ READERS = frozenset(
 #: Where the frames between a reader and the code that asked are.
 ON_THE_WAY = (
     "functrans.door.torch_dispatch", "functrans.door.torch_function", "functrans.door.entrances",
-    "functrans.door.program_entrances", "functrans.door.operator_entrances", "functrans.core.errors.refusals",
+    "functrans.door.program_entrances", "functrans.door.operator_entrances", "functrans.tensors.answers",
 )  # fmt: skip
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from functrans.core import thread_state
-from functrans.core.operators import OpInfo, specialized_here
-from functrans.core.rules import SCOPES, RuleTable
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch import thread_state
+from functrans.operators.info import OpInfo, specialized_here
+from functrans.operators.rules import RuleTable
+from functrans.operators.scopes import SCOPES
+from functrans.pytorch.torch_private import OpOverload
 from functrans.functionalization.layouts import copied_like
 
 aten = torch.ops.aten

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import dispatch, lift, scan
-from functrans.core.errors import CapturedWriteError
-from functrans.core.errors.refusals import concrete
-from functrans.core.operators import OpInfo
+from functrans.errors import CapturedWriteError
+from functrans.tensors.answers import concrete
+from functrans.operators.info import OpInfo
 from functrans.core.tensor import SCALAR_INDICES, WrapperTensor
-from functrans.core.thread_state import STATE, is_recorded
+from functrans.pytorch.thread_state import STATE, is_recorded
 from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view
 from functrans.functionalization.write_back import WRITE_BACK

@@ -20,16 +20,18 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.core import thread_state
+from functrans.pytorch import thread_state
 from functrans.core.dispatch import base, dispatch, lift, scan
-from functrans.core.errors import InsideTransformError
-from functrans.core.errors.described import given
+from functrans.errors import InsideTransformError
+from functrans.tensors.described import given
 from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import check_thread
-from functrans.core.operators import OpInfo
-from functrans.core.tensor import FRESH, WrapperTensor, set_content
-from functrans.core.thread_state import STATE, running_at
-from functrans.core.torch_private import OpOverload, no_dispatch, set_grad_enabled
+from functrans.boundary.leftovers import check_thread
+from functrans.operators.info import OpInfo
+from functrans.boundary.fresh import FRESH
+from functrans.core.tensor import WrapperTensor
+from functrans.functionalization.layouts import set_content
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import OpOverload, no_dispatch, set_grad_enabled
 from functrans.functionalization.layouts import as_shown, check_places, dense_strides
 from functrans.functionalization.memory import storage_offset_of
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.thread_state import running_at
-from functrans.core.torch_private import DisableTorchFunction, OpOverload, no_dispatch
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import DisableTorchFunction, OpOverload, no_dispatch
 
 aten = torch.ops.aten
 

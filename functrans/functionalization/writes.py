@@ -20,25 +20,16 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import base, dispatch, scan
-from functrans.core.errors import (
-    CapturedOnceError,
-    CapturedWriteError,
-    InsideTransformError,
-    NoPureFormError,
-    WriteShapeError,
-)
+from functrans.errors import CapturedOnceError, CapturedWriteError, InsideTransformError, NoPureFormError, WriteShapeError
 from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import check_thread
-from functrans.core.operators import STAND_INS, VIEW, WRITE, OpInfo, kind_here
-from functrans.core.rules import SCOPES
-from functrans.core.tensor import FRESH, WrapperTensor, set_content, strides_of
-from functrans.core.thread_state import STATE, door_closed, running_at
-from functrans.core.torch_private import (
-    VIEWS_AND_VERSIONS,
-    OpOverload,
-    is_key_excluded,
-    set_key_excluded,
-)
+from functrans.boundary.leftovers import check_thread
+from functrans.operators.info import STAND_INS, VIEW, WRITE, OpInfo, kind_here
+from functrans.operators.scopes import SCOPES
+from functrans.boundary.fresh import FRESH
+from functrans.core.tensor import WrapperTensor, strides_of
+from functrans.functionalization.layouts import set_content
+from functrans.pytorch.thread_state import STATE, door_closed, running_at
+from functrans.pytorch.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, set_key_excluded
 from functrans.functionalization.history import with_history_of
 from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_shape
 from functrans.functionalization.memory import storage_offset_of

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors, scan
-from functrans.core.errors import BranchWriteError
+from functrans.errors import BranchWriteError
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WRAPPERS, WrapperTensor, tensor_of, wrap
-from functrans.core.thread_state import running_at
-from functrans.core.torch_private import OpOverload, set_forward_enabled, set_grad_enabled
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import OpOverload, set_forward_enabled, set_grad_enabled
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 

@@ -22,9 +22,9 @@ from typing import Any
 from torch import Tensor
 
 from functrans.core import dispatch
-from functrans.core.errors import FunctransError, LayoutError, RuleError
-from functrans.core.errors.call_sites import TORCH, definition, is_users, place, user_site
-from functrans.core.errors.described import given
+from functrans.errors import FunctransError, LayoutError, RuleError
+from functrans.errors.call_sites import TORCH, definition, is_users, place, user_site
+from functrans.tensors.described import given
 from functrans.core.interpreter import Interpreter
 
 #: Code under which a kernel runs.

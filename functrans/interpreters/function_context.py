@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import WITHOUT_TENSORS
-from functrans.core.errors import CustomFunctionError
+from functrans.errors import CustomFunctionError
 from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import suspended
-from functrans.core.pytrees import tree_flatten, tree_map
+from functrans.boundary.leftovers import suspended
+from functrans.tensors.pytrees import tree_flatten, tree_map
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import no_setup_context
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import no_setup_context
 from functrans.interpreters.fitting import expect_tangent, fitted, reduce_to, spec
 
 

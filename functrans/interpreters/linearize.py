@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors, unwrap
-from functrans.core.errors import InsideTransformError
+from functrans.errors import InsideTransformError
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import OpInfo, op_info
+from functrans.operators.info import OpInfo, op_info
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import OpOverload, set_grad_enabled
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload, set_grad_enabled
 from functrans.derivatives.constants import ABOUT_METADATA
 from functrans.functionalization.history import with_history_of
 from functrans.interpreters.function_context import unwrapped, without

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from functrans.core.errors import RegistrationError
+from functrans.errors import RegistrationError
 from functrans.core.interpreter import Interpreter
 
 

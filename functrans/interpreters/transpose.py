@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors, unwrap
-from functrans.core.errors import NonLinearError
-from functrans.core.errors.call_sites import at_line
-from functrans.core.operators import DIFFERENTIABLE, OpInfo, op_info
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import OpOverload
+from functrans.errors import NonLinearError
+from functrans.errors.call_sites import at_line
+from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.constants import ABOUT_METADATA, READS_NO_VALUES
 from functrans.derivatives.table import DERIVATIVES, Derivative

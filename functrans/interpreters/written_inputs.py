@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.core.errors import CustomFunctionError
+from functrans.errors import CustomFunctionError
 from functrans.interpreters.function_context import as_tuple, is_setup_style, overrides
 
 _known: WeakKeyDictionary[type[Function], bool] = WeakKeyDictionary()

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.core.operators import op_info
-from functrans.core.torch_private import OpOverload
+from functrans.operators.info import op_info
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.programs.program import Instruction, Program, Value
 from functrans.programs.tracing import Builder, Tracer, Untraceable, tracing

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from functrans.core.operators import op_info
-from functrans.core.rules import RuleCache, RuleTable
-from functrans.core.torch_private import OpOverload
+from functrans.operators.info import op_info
+from functrans.operators.rules import RuleCache, RuleTable
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 
 aten = torch.ops.aten

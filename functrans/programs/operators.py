@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from functrans.core.rules import SCOPES, RuleCache
-from functrans.core.torch_private import OpOverload
+from functrans.operators.rules import RuleCache
+from functrans.operators.scopes import SCOPES
+from functrans.pytorch.torch_private import OpOverload
 from functrans.programs.deriving import pullback, slice_out, tangent
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable, tracing

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors, sending
-from functrans.core.operators import op_info
-from functrans.core.rules import RuleCache
+from functrans.operators.info import op_info
+from functrans.operators.rules import RuleCache
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.extension.table_interpreter import TableInterpreter

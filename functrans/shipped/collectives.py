@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import check_dense
-from functrans.core.errors import CallTypeError, CallValueError, MissingRuleError
-from functrans.core.errors.wording import shown, what
-from functrans.core.pytrees import tree_map
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
+from functrans.errors.wording import shown, what
+from functrans.tensors.pytrees import tree_map
 from functrans.core.stack import interpreter_stack
 from functrans.extension.primitives import Primitive
 from functrans.extension.table_interpreter import TableInterpreter

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from functrans.api.checks import check_callable
-from functrans.core.errors import LayoutError
-from functrans.core.operators import VIEW, op_info
-from functrans.core.pytrees import tree_flatten
-from functrans.core.torch_private import OpOverload
+from functrans.errors import LayoutError
+from functrans.operators.info import VIEW, op_info
+from functrans.tensors.pytrees import tree_flatten
+from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.levels import PassThrough
 from functrans.extension.transforming import transform
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.api.transforms import vjp
-from functrans.core.errors import CallValueError
-from functrans.core.errors.wording import callable_name, what
-from functrans.core.operators import DIFFERENTIABLE
+from functrans.errors import CallValueError
+from functrans.errors.wording import callable_name, what
+from functrans.operators.info import DIFFERENTIABLE
 from functrans.shipped.functions_with_rules import Arguments, Results, WithRule, fitting, keeping_inputs
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.core.errors import CallError, CallValueError
-from functrans.core.errors.wording import what
-from functrans.core.pytrees import leaves_like, tree_flatten, tree_unflatten
+from functrans.errors import CallError, CallValueError
+from functrans.errors.wording import what
+from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.shipped.functions_with_rules import Arguments, Results, WithRule, fitting
 from functrans.shipped.vjp_rules import VjpRule
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.api.transforms import jvp, vjp
-from functrans.core.errors import CallValueError
-from functrans.core.errors.wording import callable_name, what
-from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import leaves_like, tree_unflatten
+from functrans.errors import CallValueError
+from functrans.errors.wording import callable_name, what
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.tensors.pytrees import leaves_like, tree_unflatten
 from functrans.shipped.functions_with_rules import Arguments, Results, WithRule, keeping_inputs
 
 

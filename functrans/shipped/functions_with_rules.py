@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.api.checks import call_function, check_callable, check_signature
-from functrans.core.errors import Call, CallError, CallTypeError, CallValueError
-from functrans.core.errors.wording import callable_name, shown, what
-from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.errors import Call, CallError, CallTypeError, CallValueError
+from functrans.errors.wording import callable_name, shown, what
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 
 class Arguments:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import check_callable, check_dense
-from functrans.core.errors import Call, CallTypeError, CallValueError
-from functrans.core.errors.wording import shown, what
-from functrans.core.pytrees import tree_flatten, tree_unflatten
+from functrans.errors import Call, CallTypeError, CallValueError
+from functrans.errors.wording import shown, what
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 from functrans.shipped.jet_level import JetInterpreter, run_jet
 
 __all__ = ["JetInterpreter", "jet"]

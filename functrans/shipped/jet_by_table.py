@@ -18,9 +18,9 @@ from torch import Tensor
 
 from functrans.api.transforms import jvp
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.operators import DIFFERENTIABLE, op_info
+from functrans.operators.info import DIFFERENTIABLE, op_info
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered
+from functrans.pytorch.thread_state import lowered
 from functrans.derivatives.table import NO_TANGENT
 from functrans.extension.without_rule import as_function, passed
 from functrans.interpreters.jvp.interpreter import COPYING, TableMethod

@@ -3,7 +3,8 @@ its arguments."""
 
 from __future__ import annotations
 
-from functrans.core.rules import SCOPES, RuleCache
+from functrans.operators.rules import RuleCache
+from functrans.operators.scopes import SCOPES
 from functrans.programs.deriving import Derived, derived
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable

@@ -16,10 +16,10 @@ from torch import Tensor
 from functrans.api.transforms import jvp
 from functrans.api.vmap import vmap
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.operators import DIFFERENTIABLE, op_info
-from functrans.core.pytrees import tree_map
-from functrans.core.thread_state import door_closed, lowered
-from functrans.core.torch_private import OpOverload
+from functrans.operators.info import DIFFERENTIABLE, op_info
+from functrans.tensors.pytrees import tree_map
+from functrans.pytorch.thread_state import door_closed, lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import NO_TANGENT
 from functrans.extension.without_rule import as_function, passed
 from functrans.interpreters.jvp.interpreter import COPYING

@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from functrans.core.rules import SCOPES, RuleCache
+from functrans.operators.rules import RuleCache
+from functrans.operators.scopes import SCOPES
 from functrans.programs.deriving import Derived, derived
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import call_below, lower
+from functrans.boundary.calls import call_below
+from functrans.core.dispatch import lower
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.functionalization.write_back import RESHAPES
 from functrans.shipped.laplacian_by_table import derived
 from functrans.shipped.laplacian_level import LaplacianInterpreter

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from functrans.api.checks import check_callable
 from functrans.core.dispatch import map_tensors
-from functrans.core.errors import CallTypeError, CallValueError
-from functrans.core.errors.wording import what
-from functrans.core.torch_private import OpOverload
+from functrans.errors import CallTypeError, CallValueError
+from functrans.errors.wording import what
+from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.levels import PassThrough
 from functrans.extension.transforming import transform
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
-from functrans.core.errors import CallTypeError, CallValueError, MissingRuleError
-from functrans.core.errors.wording import shown, what
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
+from functrans.errors.wording import shown, what
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack, run_transformed
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
 from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from functrans.core.operators import op_info
-from functrans.core.torch_private import OpOverload
+from functrans.operators.info import op_info
+from functrans.pytorch.torch_private import OpOverload
 from functrans.programs.deriving import formula_of
 from functrans.programs.program import Instruction, Value
 from functrans.programs.torch_functions import OPERATORS

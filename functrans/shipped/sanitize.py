@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import check_callable, check_flag
-from functrans.core.dispatch import scan, start
-from functrans.core.errors import Call, LayoutError, NonFiniteError
-from functrans.core.errors.call_sites import at_site, user_site
+from functrans.boundary.calls import start
+from functrans.core.dispatch import scan
+from functrans.errors import Call, LayoutError, NonFiniteError
+from functrans.errors.call_sites import at_site, user_site
 from functrans.core.interpreter import Interpreter
-from functrans.core.pytrees import tree_flatten
+from functrans.tensors.pytrees import tree_flatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, tensor_of
-from functrans.core.thread_state import running_at
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.levels import PassThrough
 from functrans.extension.primitives import Primitive
 from functrans.extension.table_interpreter import TableInterpreter
@@ -67,7 +68,7 @@ def sanitize(func: Callable[..., Any], *, nan: bool = True, inf: bool = True) ->
         >>> sanitize(vmap(grad(torch.sqrt)))(torch.tensor([1.0, 0.0]))
         Traceback (most recent call last):
             ...
-        functrans.core.errors.NonFiniteError: ...got inf in a cotangent that the derivative of aten.sqrt.default
+        functrans.errors.NonFiniteError: ...got inf in a cotangent that the derivative of aten.sqrt.default
         returned, in the backward pass of grad(sqrt) at level 3, for example 1 of vmap(sqrt) at level 2...
     """
     check_callable("sanitize", func)

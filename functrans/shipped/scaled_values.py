@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.programs.program import Value
 from functrans.programs.tracing import Builder, Untraceable
 

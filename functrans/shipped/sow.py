@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
-from functrans.core.errors import CallTypeError, CallValueError, MissingRuleError
-from functrans.core.errors.wording import shown, what
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
+from functrans.errors.wording import shown, what
 from functrans.core.interpreter import Interpreter
-from functrans.core.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import interpreter_stack, run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.extension.levels import Handler

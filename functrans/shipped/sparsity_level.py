@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.operators import DIFFERENTIABLE, op_info
-from functrans.core.pytrees import tree_flatten, tree_map
-from functrans.core.rules import RuleTable
+from functrans.operators.info import DIFFERENTIABLE, op_info
+from functrans.tensors.pytrees import tree_flatten, tree_map
+from functrans.operators.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import running_at
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.door.autograd_function import FUNCTION_RULES, send
 from functrans.extension.table_interpreter import TableInterpreter

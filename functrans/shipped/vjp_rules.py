@@ -16,12 +16,12 @@ from torch.autograd.function import Function
 
 from functrans.api.vmap import vmap
 from functrans.core.dispatch import lift, scan
-from functrans.core.errors import MissingRuleError
-from functrans.core.errors.call_sites import definition
-from functrans.core.errors.wording import callable_name
+from functrans.errors import MissingRuleError
+from functrans.errors.call_sites import definition
+from functrans.errors.wording import callable_name
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.thread_state import STATE, lowered, running_at
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.extension.functions_seen import follows
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode

@@ -153,7 +153,7 @@ def of_mode(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pairs = mode(f, x, v, truth, moving)
-    except functrans.core.errors.FunctransError as error:
+    except functrans.errors.FunctransError as error:
         return Verdict(name, place, "refused", f"{mode.__name__}: {type(error).__name__}: {str(error)[:160]}")
     except Exception as error:  # noqa: BLE001 - reported
         return Verdict(name, place, "crash", f"{mode.__name__}: {type(error).__name__}: {str(error)[:160]}")

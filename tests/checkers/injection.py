@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import functrans
 from functrans import grad, hessian, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
-from functrans.core.thread_state import OBSERVERS, STATE
+from functrans.pytorch.thread_state import OBSERVERS, STATE
 from functrans.extend import DERIVATIVES, RuleTable, TableInterpreter, derivative, overriding, run_transformed
 
 HOME = str(Path(functrans.__file__).parent)

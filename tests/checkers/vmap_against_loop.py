@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import functrans
-from functrans.core.errors import DataDependentError, InsideTransformError
+from functrans.errors import DataDependentError, InsideTransformError
 
 SIZE = 3
 DTYPES = (torch.float64, torch.complex64, torch.int64, torch.bool)

@@ -22,9 +22,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.core.errors import InsideTransformError
+from functrans.errors import InsideTransformError
 from functrans.core.tensor import WrapperTensor, tensor_of, wrap
-from functrans.core.thread_state import lowered, running_at
+from functrans.pytorch.thread_state import lowered, running_at
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
 from functrans.interpreters.grad.nodes import BackwardNode, CheckedNode, ProgramNode, TableNode, tensors_in
 

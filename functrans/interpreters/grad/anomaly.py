@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from functrans.core.errors import AnomalyError
-from functrans.core.errors.call_sites import at_site
+from functrans.errors import AnomalyError
+from functrans.errors.call_sites import at_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, tensor_of
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 from functrans.interpreters.grad.noted_tape import site_of
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import map_tensors
-from functrans.core.errors.call_sites import definition
-from functrans.core.leftovers import suspended
-from functrans.core.thread_state import lowered
+from functrans.errors.call_sites import definition
+from functrans.boundary.leftovers import suspended
+from functrans.pytorch.thread_state import lowered
 from functrans.interpreters.function_context import (
     Context,
     as_tuple,

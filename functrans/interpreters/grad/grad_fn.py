@@ -15,8 +15,8 @@ from weakref import ref
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from functrans.core.errors import HookError
-from functrans.core.leftovers import suspended
+from functrans.errors import HookError
+from functrans.boundary.leftovers import suspended
 from functrans.core.tensor import tensor_of
 from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.function_context import Context

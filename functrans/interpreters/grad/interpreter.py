@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from functrans.core.dispatch import lower, map_tensors, start, unwrap
-from functrans.core.errors import HookError, ModifiedError
-from functrans.core.errors.described import given, shown
+from functrans.boundary.calls import start
+from functrans.core.dispatch import lower, map_tensors, unwrap
+from functrans.errors import HookError, ModifiedError
+from functrans.tensors.described import given, shown
 from functrans.core.interpreter import Interpreter
-from functrans.core.leftovers import suspended
-from functrans.core.operators import DIFFERENTIABLE, OpInfo, specialized_here
-from functrans.core.rules import SCOPES, place_in
+from functrans.boundary.leftovers import suspended
+from functrans.operators.info import DIFFERENTIABLE, OpInfo, specialized_here
+from functrans.operators.rules import place_in
+from functrans.operators.scopes import SCOPES
 from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec

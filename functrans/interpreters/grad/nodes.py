@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import start
-from functrans.core.errors import DerivativeEntryError, ModifiedError
-from functrans.core.errors.call_sites import definition, is_users
-from functrans.core.errors.described import shown
-from functrans.core.operators import OpInfo
-from functrans.core.rules import place_in, rules_of
+from functrans.boundary.calls import start
+from functrans.errors import DerivativeEntryError, ModifiedError
+from functrans.errors.call_sites import definition, is_users
+from functrans.tensors.described import shown
+from functrans.operators.info import OpInfo
+from functrans.operators.rules import place_in
+from functrans.operators.scopes import rules_of
 from functrans.core.tensor import WrapperTensor, tensor_of
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, Derivative
 from functrans.interpreters.fitting import described, fitted, reduce_to

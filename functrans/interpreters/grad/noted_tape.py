@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from functrans.core.errors.call_sites import Site, user_site
+from functrans.errors.call_sites import Site, user_site
 
 NOTING: ContextVar[bool] = ContextVar("noting lines", default=False)
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import unwrap
-from functrans.core.errors import CallValueError, MissingRuleError, RegistrationError, RuleResultError
-from functrans.core.errors.wording import shown
-from functrans.core.operators import OpInfo, op_info
-from functrans.core.rules import RuleTable
+from functrans.errors import CallValueError, MissingRuleError, RegistrationError, RuleResultError
+from functrans.errors.wording import shown
+from functrans.operators.info import OpInfo, op_info
+from functrans.operators.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import HigherOrderOperator, OpOverload
+from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload
 from functrans.decompositions.table import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.interpreters.fitting import described, fitted, spec

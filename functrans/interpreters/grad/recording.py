@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
-from functrans.core.operators import DIFFERENTIABLE, OpInfo
-from functrans.core.rules import RuleTable
+from functrans.operators.info import DIFFERENTIABLE, OpInfo
+from functrans.operators.rules import RuleTable
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.autograd_fallback import run_recorded

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
-from functrans.core.errors import MissingRuleError, NoFormulaError
-from functrans.core.operators import PYTORCH_NAMESPACES, op_info
+from functrans.errors import MissingRuleError, NoFormulaError
+from functrans.operators.info import PYTORCH_NAMESPACES, op_info
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import door_closed, lowered
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.thread_state import door_closed, lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.autograd_fallback import run_forward_mode, run_recorded
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import tensors_in

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import map_tensors
-from functrans.core.errors import CustomFunctionError
-from functrans.core.leftovers import suspended
-from functrans.core.operators import DIFFERENTIABLE
-from functrans.core.thread_state import lowered
-from functrans.core.torch_private import is_forward_enabled
+from functrans.errors import CustomFunctionError
+from functrans.boundary.leftovers import suspended
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import is_forward_enabled
 from functrans.interpreters.function_context import (
     as_tuple,
     overrides,

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import call_below, lower, map_tensors, unwrap
-from functrans.core.errors import DerivativeEntryError
+from functrans.boundary.calls import call_below
+from functrans.core.dispatch import lower, map_tensors, unwrap
+from functrans.errors import DerivativeEntryError
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import DIFFERENTIABLE, OpInfo, op_info, specialized_here
-from functrans.core.rules import SCOPES, RuleTable, place_in
+from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info, specialized_here
+from functrans.operators.rules import RuleTable, place_in
+from functrans.operators.scopes import SCOPES
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
-from functrans.core.torch_private import OpOverload, is_forward_enabled
+from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative

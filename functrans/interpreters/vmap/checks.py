@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.core.errors import DataDependentError
-from functrans.core.errors.refusals import NUMBERS
-from functrans.core.operators import OpInfo
+from functrans.errors import DataDependentError
+from functrans.tensors.answers import NUMBERS
+from functrans.operators.info import OpInfo
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered, running_at
+from functrans.pytorch.thread_state import lowered, running_at
 from functrans.functionalization.hidden_effects import as_usual, stands_in_for
 
 if TYPE_CHECKING:

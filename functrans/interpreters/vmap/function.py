@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import WITHOUT_TENSORS, map_tensors
-from functrans.core.errors import CustomFunctionError
-from functrans.core.leftovers import as_here, suspended
-from functrans.core.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.errors import CustomFunctionError
+from functrans.boundary.leftovers import as_here, suspended
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered
+from functrans.pytorch.thread_state import lowered
 from functrans.interpreters.function_context import (
     Context,
     as_tuple,

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors, unwrap
-from functrans.core.errors import BatchingRuleError, DataDependentError, InsideTransformError
-from functrans.core.errors.call_sites import definition, frames_to_user
+from functrans.boundary.calls import call_below
+from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, unwrap
+from functrans.errors import BatchingRuleError, DataDependentError, InsideTransformError
+from functrans.errors.call_sites import definition, frames_to_user
 from functrans.core.interpreter import Interpreter
-from functrans.core.operators import OpInfo
-from functrans.core.rules import SCOPES, place_in
+from functrans.operators.info import OpInfo
+from functrans.operators.rules import place_in
+from functrans.operators.scopes import SCOPES
 from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
-from functrans.core.thread_state import lowered, running_at
-from functrans.core.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
+from functrans.pytorch.thread_state import lowered, running_at
+from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.decompositions.table import decompose
 from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import NO_KWARGS, call_below, lower, map_tensors
-from functrans.core.tensor import PendingWrapper, WrapperTensor, pend, tensor_of, wrap_like
+from functrans.boundary.calls import call_below
+from functrans.core.dispatch import NO_KWARGS, lower, map_tensors
+from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of, wrap_like
+from functrans.interpreters.program_arguments import pend
 from functrans.interpreters.program_arguments import are_alike
 from functrans.interpreters.vmap.elementwise import align
 from functrans.programs.program import Program

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrans.core.rules import RuleTable
+from functrans.operators.rules import RuleTable
 
 BatchingRule = Callable[..., tuple[Any, Any]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.shipped.interval_rules.level import IntervalLevel, both, ends, rule
 from functrans.shipped.interval_rules.pointwise import increasing

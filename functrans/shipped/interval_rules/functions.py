@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.autograd.function import Function
 
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.interpreters.function_context import Context, is_setup_style
 from functrans.shipped.interval_rules.level import IntervalLevel

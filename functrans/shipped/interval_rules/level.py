@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functrans.core.rules import RuleTable
+from functrans.operators.rules import RuleTable
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import lowered
+from functrans.pytorch.thread_state import lowered
 from functrans.extension.table_interpreter import TableInterpreter
 
 Ends = tuple[Tensor, Tensor]

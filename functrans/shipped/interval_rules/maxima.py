@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import IntervalLevel, ends, rule
 
 aten = torch.ops.aten

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.pytrees import tree_map
-from functrans.core.torch_private import OpOverload
+from functrans.tensors.pytrees import tree_map
+from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.functionalization.write_back import RESHAPES
 from functrans.shipped.interval_rules.level import IntervalLevel, ends, high_of, is_interval, low_of, rule

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import Ends, IntervalLevel, ends, plus, rule, scaled
 
 aten = torch.ops.aten

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from functrans.api.transforms import vjp
 from functrans.api.vmap import vmap
-from functrans.core.defaults import completed
-from functrans.core.pytrees import tree_flatten, tree_unflatten
-from functrans.core.rules import RuleTable
+from functrans.operators.defaults import completed
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
+from functrans.operators.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.functionalization.write_back import RESHAPES
 from functrans.programs.fusible import by_our_rules

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 from functrans.shipped.interval_rules.level import Ends, ends
 from functrans.shipped.relaxations.level import PARTS, RELAXATIONS, Affine, OperatorCall, Relaxation, RelaxationLevel
 from functrans.shipped.sparsity_rules.windows import spread

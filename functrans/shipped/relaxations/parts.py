@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.thread_state import running_at
+from functrans.pytorch.thread_state import running_at
 from functrans.shipped.interval_rules.level import ends
 from functrans.shipped.relaxations.level import PARTS, RelaxationLevel
 from functrans.shipped.relaxations.maxima import along

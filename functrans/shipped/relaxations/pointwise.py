@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functrans.api.transforms import jvp
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import Ends, ends, image
 from functrans.shipped.relaxations.level import RELAXATIONS, Affine, OperatorCall, Relaxation
 from functrans.shipped.relaxations.lines import (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import Ends, ends
 from functrans.shipped.relaxations.level import AFFINE, RELAXATIONS, Affine, OperatorCall, Relaxation
 from functrans.shipped.relaxations.lines import convex

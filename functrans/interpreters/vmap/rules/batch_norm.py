@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.folding import (
     empty_batch,

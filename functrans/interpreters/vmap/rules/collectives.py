@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.core.torch_private import FUNCTIONAL_COLLECTIVES, OpOverload
+from functrans.pytorch.torch_private import FUNCTIONAL_COLLECTIVES, OpOverload
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 
 #: What works on every element, whatever the shape.

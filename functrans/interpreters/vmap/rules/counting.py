@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.subclasses import range_for
+from functrans.boundary.factories import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize
 

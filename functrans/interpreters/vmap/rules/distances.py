@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.rules import caller_place
-from functrans.core.torch_private import OpOverload
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.rules import caller_place
+from functrans.operators.rules import caller_place
 from functrans.interpreters.vmap.families import RuleDeclined, argument_place
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, to_front
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, wrap_dim
 
 aten = torch.ops.aten

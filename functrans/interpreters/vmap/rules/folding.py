@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.core.rules import caller_place
-from functrans.core.torch_private import OpOverload
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import argument_place, tensor_positions
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.subclasses import range_for
+from functrans.boundary.factories import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank
 from functrans.interpreters.vmap.rules.scatter import (
     index_select,

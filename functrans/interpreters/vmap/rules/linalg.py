@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.broadcasting import broadcast_shapes
-from functrans.core.rules import caller_place
-from functrans.core.torch_private import OpOverload
-from functrans.core.versions import present
+from functrans.tensors.broadcasting import broadcast_shapes
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
+from functrans.pytorch.versions import present
 from functrans.derivatives.nuclear import lyapunov, nuclear, polar
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.table import (

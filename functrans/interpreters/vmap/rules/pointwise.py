@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.broadcasting import broadcast_shapes
-from functrans.core.torch_private import OpOverload
+from functrans.tensors.broadcasting import broadcast_shapes
+from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.airy import airy_ai_slope
 from functrans.derivatives.orthogonal import gegenbauer, laguerre
 from functrans.interpreters.vmap.elementwise import align, elementwise

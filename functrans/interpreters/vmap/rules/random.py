@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.errors import FunctransError
-from functrans.core.pytrees import tree_flatten, tree_unflatten
-from functrans.core.rules import RuleTable
-from functrans.core.schemas import has_composite_kernel
-from functrans.core.torch_private import OpOverload
+from functrans.errors import FunctransError
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
+from functrans.operators.rules import RuleTable
+from functrans.operators.schemas import has_composite_kernel
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.elementwise import align
 from functrans.interpreters.vmap.families import (
     RuleDeclined,

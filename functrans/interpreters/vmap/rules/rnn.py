@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.torch_private import OpOverload
+from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.recurrent import STEPS, run_layers, run_padded
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import random_rule

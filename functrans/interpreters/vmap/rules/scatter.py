@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.rules import caller_place
-from functrans.core.subclasses import range_for
-from functrans.core.torch_private import OpOverload
+from functrans.operators.rules import caller_place
+from functrans.boundary.factories import range_for
+from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
 from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (

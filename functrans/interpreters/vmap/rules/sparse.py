@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.errors import DataDependentError
+from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from functrans.core.errors.call_sites import at_line, made_where
-from functrans.core.errors.wording import callable_name, overloads_meant, shown, what_was_named
-from functrans.core.versions import SUPPORTED
+from functrans.errors.call_sites import at_line, made_where
+from functrans.errors.wording import callable_name, overloads_meant, shown, what_was_named
+from functrans.pytorch.versions import SUPPORTED
 
 
 class FunctransError(RuntimeError):
@@ -43,7 +43,7 @@ class FunctransError(RuntimeError):
 
 class TorchMovedError(FunctransError, ImportError):
     sentence = """PyTorch {torch} has no {name}, which functrans needs {purpose}. functrans supports PyTorch {first} to
-        {last}: install one of these, or a functrans that supports {torch}. (functrans/core/torch_private.py is the
+        {last}: install one of these, or a functrans that supports {torch}. (functrans/pytorch/torch_private.py is the
         place to mend.)"""
 
     def __init__(self, name: str, purpose: str) -> None:

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from functrans.core.errors import DuplicateRuleError, NotAnOverloadError, RegistrationError
-from functrans.core.errors.wording import shown
-from functrans.core.torch_private import HigherOrderOperator, OpOverload, overload_of_library
+from functrans.errors import DuplicateRuleError, NotAnOverloadError, RegistrationError
+from functrans.errors.wording import shown
+from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload, overload_of_library
 
 Rule = TypeVar("Rule")
 
@@ -32,7 +32,7 @@ FORGET: list[Callable[[RuleTable[Any], OpOverload], None]] = []
 #: the scopes that are open in any context
 SCOPES: list[Scope] = []
 _LOCK = threading.RLock()
-_innermost: ContextVar[Scope | None] = ContextVar("functrans.core.rules", default=None)
+_innermost: ContextVar[Scope | None] = ContextVar("functrans.operators.rules", default=None)
 
 
 class Scope:
@@ -183,7 +183,7 @@ class RuleTable(Generic[Rule]):
             raise
 
     def _changed(self, op: OpOverload) -> None:
-        # nothing is made of an operator's rules before its OpInfo (core/operators.py)
+        # nothing is made of an operator's rules before its OpInfo (operators/info.py)
         if not self.cached or not hasattr(op, "_functrans"):
             return
         for scope in SCOPES:

@@ -9,7 +9,7 @@ from typing import Any
 import optree
 from torch import Tensor
 
-from functrans.core.torch_private import TREE_NODES
+from functrans.pytorch.torch_private import TREE_NODES
 
 NAMESPACE = "torch"
 TreeSpec = optree.PyTreeSpec

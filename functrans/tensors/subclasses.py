@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import door_closed
-from functrans.core.torch_private import without_torch_function
+from functrans.pytorch.thread_state import door_closed
+from functrans.pytorch.torch_private import without_torch_function
 
 
 def model_of(x: Tensor) -> Tensor | None:

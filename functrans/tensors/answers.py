@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from functrans.core.errors import DataDependentError, InsideTransformError, NoDataError
-from functrans.core.errors.described import describe, treescope_repr
-from functrans.core.torch_private import PYTHON, is_key_excluded
+from functrans.errors import DataDependentError, InsideTransformError, NoDataError
+from functrans.tensors.described import describe, treescope_repr
+from functrans.pytorch.torch_private import PYTHON, is_key_excluded
 
 #: The methods that no wrapper has an answer to; None where NoDataError knows the cure.
 REFUSED = {

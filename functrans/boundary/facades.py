@@ -20,18 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.core import thread_state
-from functrans.core.errors.refusals import Refusing
-from functrans.core.pytrees import TENSORS
-from functrans.core.subclasses import keeps_class
+from functrans.pytorch import thread_state
+from functrans.tensors.answers import Refusing
+from functrans.tensors.pytrees import TENSORS
+from functrans.tensors.subclasses import keeps_class
 from functrans.core.tensor import WrapperTensor
-from functrans.core.thread_state import STATE, running_at
-from functrans.core.torch_private import (
-    make_wrapper,
-    nowrap_functions,
-    tensor_as_subclass,
-    tensor_torch_function,
-)
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import make_wrapper, nowrap_functions, tensor_as_subclass, tensor_torch_function
 
 
 class Facade(Tensor):

@@ -1,4 +1,4 @@
-"""Where the PyTorch versions that are supported differ, beyond the private names of core/torch_private.py."""
+"""Where the PyTorch versions that are supported differ, beyond the private names of pytorch/torch_private.py."""
 
 from __future__ import annotations
 

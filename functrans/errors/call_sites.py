@@ -30,7 +30,7 @@ OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 CALLED = (
     "api/arguments", "api/batches", "api/functionalize", "api/jacobians", "api/linear", "api/modules", "api/pullbacks",
     "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap",
-    "core/errors/made_at", "core/errors/refusals", "core/interpreter", "core/stack", "core/tensor",
+    "boundary/made_at", "tensors/answers", "core/interpreter", "core/stack", "core/tensor",
     "door/autograd_function", "door/entrances", "door/operator_entrances", "door/program_entrances",
     "door/torch_dispatch", "door/torch_function", "explanation/comparing", "explanation/explaining",
     "explanation/recording", "explanation/trace", "explanation/watching", "extend", "interpreters/function_context",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from functrans.core.torch_private import COMPOSITE, OpOverload
+from functrans.pytorch.torch_private import COMPOSITE, OpOverload
 
 
 def schema_default(argument: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functrans.core.errors import TorchMovedError
+from functrans.pytorch.versions import TorchMovedError
 
 __all__ = [
     "ADD_BATCH_DIM",

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from functrans.core.rules import FORGET, SCOPES, RuleTable, covering, scope_here
-from functrans.core.schemas import direct_call, schema_default
-from functrans.core.torch_private import OpOverload
+from functrans.operators.rules import FORGET, RuleTable
+from functrans.operators.scopes import SCOPES, covering, scope_here
+from functrans.operators.schemas import direct_call, schema_default
+from functrans.pytorch.torch_private import OpOverload
 
 #: What goes down the stack: an OpOverload, or a program (see functrans.programs), which has what is asked of one.
 Operator: TypeAlias = Any

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from functrans.core.torch_private import OpOverload, no_dispatch
+from functrans.pytorch.torch_private import OpOverload, no_dispatch
 
 
 def given(args: Sequence[Any], kwargs: dict[str, Any]) -> str:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functrans.core.errors import InterpreterError, PayloadError
+from functrans.errors import InterpreterError, PayloadError
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter
-    from functrans.core.thread_state import Snapshot
+    from functrans.pytorch.thread_state import Snapshot
 
 #: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.core.tensor``)
 RESERVED = {"self", *dir(Tensor)}

@@ -21,25 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from functrans.core.torch_private import (
-    AUTOGRAD,
-    VIEWS_AND_VERSIONS,
-    ZERO_TENSOR,
-    function_state,
-    is_forward_enabled,
-    is_key_excluded,
-    mode_at,
-    mode_stack_size,
-    pop_mode,
-    pop_packing,
-    push_mode,
-    push_packing,
-    set_forward_enabled,
-    set_function_state,
-    set_grad_enabled,
-    set_key_excluded,
-    top_packing,
-)
+from functrans.pytorch.torch_private import AUTOGRAD, VIEWS_AND_VERSIONS, ZERO_TENSOR, function_state, is_forward_enabled, is_key_excluded, mode_at, mode_stack_size, pop_mode, pop_packing, push_mode, push_packing, set_forward_enabled, set_function_state, set_grad_enabled, set_key_excluded, top_packing
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter

@@ -12,9 +12,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from functrans.core.errors import RegistrationError
-from functrans.core.schemas import schema_default
-from functrans.core.torch_private import OpOverload
+from functrans.errors import RegistrationError
+from functrans.operators.schemas import schema_default
+from functrans.pytorch.torch_private import OpOverload
 
 Parameter = inspect.Parameter
 BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
