@@ -20,10 +20,16 @@ import functrans
 from functrans.core.dispatch import lower
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor, wrap_like
-from functrans.pytorch.thread_state import DOOR, STATE
-from functrans.pytorch.torch_private import autocast_enabled, function_mode_enabled, mode_stack_size, pop_mode, push_mode
 from functrans.door.torch_function import ENTRANCES
 from functrans.programs.operators import operator_program
+from functrans.pytorch.thread_state import DOOR, STATE
+from functrans.pytorch.torch_private import (
+    autocast_enabled,
+    function_mode_enabled,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+)
 
 aten = torch.ops.aten
 

@@ -13,8 +13,6 @@ from functrans.api.modules import functional_call, replace_all_batch_norm_module
 from functrans.api.rearrange import rearrange
 from functrans.api.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 from functrans.api.vmap import chunk_vmap, vmap
-from functrans.errors import FunctransError
-from functrans.operators.info import STAND_INS
 
 # importing these connects them
 from functrans.decompositions import least_squares, recurrent, transformer  # noqa: F401
@@ -32,6 +30,7 @@ from functrans.door import (  # noqa: F401
     leaves,
     sharded_modules,
 )
+from functrans.errors import FunctransError
 from functrans.explanation.comparing import diff
 from functrans.explanation.explaining import explain
 from functrans.explanation.printing import debug_print
@@ -41,6 +40,7 @@ from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules
 from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
+from functrans.operators.info import STAND_INS
 from functrans.programs.fusible import watch
 from functrans.shipped import jet_rules, laplacian_rules  # noqa: F401
 from functrans.shipped.bounds import bounds

@@ -9,12 +9,20 @@ table. See docs/extending.md. An operator that takes functions is defined by pla
 from __future__ import annotations
 
 from functrans.control_flow.table import DEFINITIONS
-from functrans.errors import CarriedValueError, CustomFunctionError, DerivativeEntryError, DuplicateRuleError, FunctransError, MissingRuleError, RuleError, RuleResultError
 from functrans.core.interpreter import Interpreter
-from functrans.operators.rules import RuleTable
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
+from functrans.errors import (
+    CarriedValueError,
+    CustomFunctionError,
+    DerivativeEntryError,
+    DuplicateRuleError,
+    FunctransError,
+    MissingRuleError,
+    RuleError,
+    RuleResultError,
+)
 from functrans.extension.calls import (
     decompose,
     lower,
@@ -42,6 +50,7 @@ from functrans.interpreters.grad.pullback_rules import PullbackInterpreter, Pull
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule
+from functrans.operators.rules import RuleTable
 
 __all__ = [
     "BATCHING_RULES",

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from functrans.core.stack import interpreter_stack
 from functrans.errors import CallTypeError, CallValueError
 from functrans.tensors.described import is_wrapper, shown
-from functrans.core.stack import interpreter_stack
 
 
 class Palette(NamedTuple):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import functional_call, grad, jacrev, jvp, linearize, vjp, vmap
-from functrans.errors import InsideTransformError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import InsideTransformError
 from functrans.extend import PullbackInterpreter, PullbackTable
 
 DOUBLE = torch.float64

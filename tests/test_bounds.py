@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from functrans import bounds, grad, hessian, jvp, sparse_jacobian, vmap
-from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 
 Function = Callable[[Tensor], Tensor]
 #: what rounding may take an end off, in float64

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from functrans import hessian, jet, laplacian, vmap
-from functrans.errors import CallTypeError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from functrans import grad, jacrev, jvp, vmap
-from functrans.errors import DataDependentError
 from functrans.core.stack import interpreter_stack, run_transformed
+from functrans.errors import DataDependentError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 aten = torch.ops.aten

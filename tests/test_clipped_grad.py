@@ -22,8 +22,8 @@ from functrans import (
     per_example_norms,
     vmap,
 )
-from functrans.errors import CallError, CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallError, CallTypeError, CallValueError
 from functrans.interpreters.vmap.rules.random import RandomnessError
 from functrans.shipped import clipping, gradient_parts
 from functrans.shipped.example_gradients import ExampleInterpreter

@@ -23,8 +23,8 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.errors import CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CallValueError
 
 
 def each(x: Tensor, of_all: Tensor) -> Tensor:

@@ -29,8 +29,16 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.errors import BranchWriteError, CallError, CallTypeError, DataDependentError, HigherOrderError, NotAnOverloadError, RuleResultError, UndecidedError
-from functrans.pytorch.versions import INSTALLED
+from functrans.errors import (
+    BranchWriteError,
+    CallError,
+    CallTypeError,
+    DataDependentError,
+    HigherOrderError,
+    NotAnOverloadError,
+    RuleResultError,
+    UndecidedError,
+)
 from functrans.extend import (
     DEFINITIONS,
     DERIVATIVES,
@@ -44,6 +52,7 @@ from functrans.extend import (
     run_transformed,
     running_at,
 )
+from functrans.pytorch.versions import INSTALLED
 
 F64 = torch.float64
 #: Before, PyTorch stacks the results of ``scan`` along the first dimension, whatever ``dim`` is.

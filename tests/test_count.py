@@ -27,8 +27,8 @@ from functrans import (
     sow,
     vmap,
 )
-from functrans.errors import CallTypeError, CustomFunctionError, MissingRuleError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CustomFunctionError, MissingRuleError
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from functrans import grad, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.errors import CustomFunctionError
-from functrans.pytorch.versions import INSTALLED
 from functrans.interpreters.function_context import Context
+from functrans.pytorch.versions import INSTALLED
 
 X = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
 Y = torch.tensor([1.3, 0.2, -0.4], dtype=torch.float64)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans import custom_jvp, custom_vjp, custom_vmap, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from functrans.errors import CallError, CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallError, CallTypeError, CallValueError
 
 
 @custom_vjp

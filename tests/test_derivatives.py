@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from derivative_checker import Call, check_entry, recorded_calls
 
 import functrans
-from functrans.errors import NoFormulaError
-from functrans.pytorch.versions import INSTALLED
 from functrans.derivatives import activations, binary, pointwise, reductions, scans, selections, splits, ties, views
 from functrans.derivatives.table import DERIVATIVES, Derivative
+from functrans.errors import NoFormulaError
+from functrans.pytorch.versions import INSTALLED
 
 aten = torch.ops.aten
 FAMILIES = {

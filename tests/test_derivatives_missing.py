@@ -14,8 +14,7 @@ from derivative_checker import Call
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from functrans import grad, hessian, jvp, vjp, vmap
-from functrans import errors
+from functrans import errors, grad, hessian, jvp, vjp, vmap
 from functrans.derivatives.constants import CONSTANT
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extend import derivative, overriding

@@ -28,7 +28,6 @@ from torch.utils._pytree import tree_leaves
 import functrans
 from functrans import explain, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
-from functrans.pytorch.torch_private import debug_mode
 from functrans.explanation import Event, Explanation
 from functrans.explanation.drawings import Drawings
 from functrans.explanation.verdicts import WAYS
@@ -46,6 +45,7 @@ from functrans.extend import (
 )
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.pictures import stack_picture, value_picture
+from functrans.pytorch.torch_private import debug_mode
 
 aten = torch.ops.aten
 X = torch.tensor([0.0, 1.0, 2.0])

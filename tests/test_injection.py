@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 from injection import violations
 
+from functrans.functionalization import out_of_place
 from functrans.operators.info import OpInfo
 from functrans.pytorch.thread_state import Snapshot
-from functrans.functionalization import out_of_place
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each exception is raised in a process of its own")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from functrans import grad, vmap
-from functrans.errors import InterpreterError, PayloadError
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import InterpreterError, PayloadError
 from functrans.extend import Interpreter, RuleTable, TableInterpreter, interpreter_stack, lowered, run_transformed
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter

@@ -11,8 +11,8 @@ from smooth_functions import FUNCTIONS, B
 from torch import Tensor
 
 from functrans import grad, hessian, jacfwd, jet, jvp, vmap
-from functrans.errors import CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CallValueError
 from functrans.extend import derivative
 
 

@@ -9,8 +9,8 @@ from smooth_functions import FUNCTIONS
 from torch import Tensor, nn
 
 from functrans import grad, hessian, jacrev, jvp, laplacian, vmap
-from functrans.errors import CallTypeError, CallValueError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CallValueError
 
 
 def some(*shape: int) -> Tensor:

@@ -13,7 +13,11 @@ import functrans
 HOME = Path(functrans.__file__).parent
 #: The rooms, the lowest first; those of one line do not use each other.
 FLOORS = [
+    {"errors"},
+    {"pytorch"},
+    {"operators", "tensors"},
     {"core"},
+    {"boundary"},
     {"functionalization", "pictures"},
     {"decompositions"},
     {"derivatives"},
@@ -107,6 +111,11 @@ def test_no_arrow_points_up() -> None:
 
 def test_no_modules_import_each_other() -> None:
     assert circle({m: at_import(tree) - {m} for m, tree in MODULES.items()}) == []
+
+
+def test_the_core_is_read_in_one_sitting() -> None:
+    files = list(HOME.joinpath("core").rglob("*.py"))
+    assert len(files) == 5 and sum(len(path.read_text().splitlines()) for path in files) < 800
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from functrans import functionalize, grad, jvp, vjp, vmap
-from functrans.errors import CapturedOnceError, InsideTransformError, RequiresGradError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CapturedOnceError, InsideTransformError, RequiresGradError
 
 DOUBLE = torch.float64
 close = torch.testing.assert_close

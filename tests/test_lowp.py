@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from functrans import count, grad, hessian, jvp, lowp, psum, reap, sanitize, sow, vmap
-from functrans.errors import CallTypeError, CallValueError, NonFiniteError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CallValueError, NonFiniteError
 from functrans.pytorch.versions import INSTALLED
 
 #: By dtype: bits of the significand behind the point, the least exponent, the greatest number, what is beyond it.

@@ -18,8 +18,8 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from functrans import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.extend import RuleTable, TableInterpreter, run_transformed
 
 aten = torch.ops.aten

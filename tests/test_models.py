@@ -29,8 +29,8 @@ from functrans import (
     seed,
     vmap,
 )
-from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 
 F64 = torch.float64
 X = torch.tensor([[1.0, 0.5], [-0.3, 2.0], [0.7, -1.1]], dtype=F64)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from functrans import grad, vmap
-from functrans.tensors.broadcasting import broadcast_shapes
 from functrans.interpreters.vmap.one_example import SMALL, takes_zeros
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 

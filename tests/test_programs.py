@@ -20,14 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from functrans import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.dispatch import base, dispatch, lower, map_tensors
-from functrans.errors import DeadWrapperError
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import op_info
 from functrans.core.tensor import wrap
+from functrans.errors import DeadWrapperError
 from functrans.extend import BATCHING_RULES, DERIVATIVES, derivative, overriding, run_transformed
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.operators.info import op_info
 from functrans.programs.deriving import pullback, tangent
 from functrans.programs.operators import operator_program, traced
 from functrans.programs.torch_functions import BINARY, OPERATORS, UNARY

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from functrans import grad, jacrev, jvp, vjp, vmap
-from functrans.errors import CallValueError, MissingRuleError, RegistrationError, RuleError, RuleResultError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallValueError, MissingRuleError, RegistrationError, RuleError, RuleResultError
 from functrans.extend import GradInterpreter, PullbackInterpreter, PullbackTable, Step, overriding, run_transformed
 
 aten = torch.ops.aten

@@ -16,11 +16,8 @@ from torch import Tensor
 
 import functrans
 from functrans import batching_rule, derivative, grad, jvp, vmap
-from functrans.operators.defaults import completed
-from functrans.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
-from functrans.operators.info import op_info
-from functrans.operators.schemas import schema_default
 from functrans.decompositions.table import DECOMPOSITIONS
+from functrans.errors import DerivativeEntryError, NotAnOverloadError, RegistrationError
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,
@@ -35,6 +32,9 @@ from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import along_dim, reduction
 from functrans.interpreters.vmap.rules.random import RandomnessError, random_family
+from functrans.operators.defaults import completed
+from functrans.operators.info import op_info
+from functrans.operators.schemas import schema_default
 
 aten = torch.ops.aten
 X = torch.tensor([0.3, 0.7, 1.1], dtype=torch.float64)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import functrans.door.autograd_function
 from functrans import grad, jvp, vmap
-from functrans.operators.info import op_info
 from functrans.core.tensor import PendingWrapper
 from functrans.derivatives.table import DERIVATIVES
 from functrans.extend import RuleTable, TableInterpreter, interpreter_stack, run_transformed
+from functrans.operators.info import op_info
 
 X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 

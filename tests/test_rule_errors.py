@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import FunctransError, functional_call, grad, jvp, vjp, vmap
 from functrans.errors import RuleError
-from functrans.operators.info import op_info
 from functrans.extend import (
     BATCHING_RULES,
     DERIVATIVES,
@@ -31,6 +30,7 @@ from functrans.extend import (
     run_transformed,
     wrap,
 )
+from functrans.operators.info import op_info
 
 aten = torch.ops.aten
 X = torch.tensor([0.3, -0.7, 1.1])

@@ -13,8 +13,8 @@ from identity_functions import identity
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
-from functrans.errors import BatchingRuleError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import BatchingRuleError
 from functrans.extend import overriding
 from functrans.interpreters.vmap.table import BATCHING_RULES
 

@@ -19,11 +19,10 @@ from torch import Tensor
 
 import functrans
 from functrans import grad, jvp, vmap
-from functrans.errors import DataDependentError, NoPureFormError
-from functrans.operators.info import STAND_INS
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import Derivative
 from functrans.door.autograd_function import FUNCTION_RULES
+from functrans.errors import DataDependentError, NoPureFormError
 from functrans.extend import BATCHING_RULES, DEFINITIONS, DERIVATIVES, RuleTable, rules_in_scope
 from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.functionalization.out_of_place import PURE_FORMS
@@ -31,6 +30,7 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES
+from functrans.operators.info import STAND_INS
 
 aten = torch.ops.aten
 X = torch.tensor([0.3, 0.7, 1.1], dtype=torch.float64)

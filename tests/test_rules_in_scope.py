@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from functrans import derivative, grad, jvp, vjp, vmap
-from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
-from functrans.operators.info import STAND_INS, op_info
-from functrans.operators.scopes import SCOPES
 from functrans.derivatives.table import Derivative
+from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, batching_rule, overriding, rules_in_scope
 from functrans.functionalization.out_of_place import PURE_FORMS
+from functrans.operators.info import STAND_INS, op_info
+from functrans.operators.scopes import SCOPES
 from functrans.programs import deriving
 from functrans.programs.operators import PROGRAMS, operator_program
 

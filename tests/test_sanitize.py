@@ -26,8 +26,8 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.errors import CallTypeError, CustomFunctionError, MissingRuleError, NonFiniteError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CustomFunctionError, MissingRuleError, NonFiniteError
 
 
 @pytest.fixture(autouse=True)

@@ -47,8 +47,8 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.errors import CallError, CallValueError, MissingRuleError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallError, CallValueError, MissingRuleError
 from functrans.interpreters.vmap.rules.random import RandomnessError
 
 X, V = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([1.0, -1.0, 2.0])

@@ -22,8 +22,8 @@ from functrans import (
     vjp,
     vmap,
 )
-from functrans.errors import CallTypeError, CallValueError, DeadWrapperError, MissingRuleError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallTypeError, CallValueError, DeadWrapperError, MissingRuleError
 from functrans.extend import Carried, RuleTable, TableInterpreter, transform
 
 F64 = torch.float64

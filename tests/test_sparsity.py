@@ -27,8 +27,8 @@ from functrans import (
     sparsity,
     vmap,
 )
-from functrans.errors import CallError
 from functrans.core.stack import interpreter_stack
+from functrans.errors import CallError
 from functrans.extend import DERIVATIVES, derivative, overriding
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.shipped.coloring import Pattern, alone, colors_of_columns, star_colors

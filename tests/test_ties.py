@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import functrans
-from functrans.pytorch.versions import INSTALLED, SPLITS_TIES
 from functrans.derivatives.table import DERIVATIVES
+from functrans.pytorch.versions import INSTALLED, SPLITS_TIES
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from functrans import grad, jvp, vmap
 from functrans.errors import CapturedOnceError, InsideTransformError
-from functrans.operators.info import SPECIAL, VIEW, op_info
 from functrans.functionalization.write_back import BY_INDEX, WRITE_BACK
+from functrans.operators.info import SPECIAL, VIEW, op_info
 
 aten = torch.ops.aten
 F64, C128 = torch.float64, torch.complex128

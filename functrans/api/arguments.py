@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from functrans.api.structures import path_of
+from functrans.boundary.facades import Facade, are_plain, bare, class_of_gradients, of_class, shown_like
+from functrans.boundary.leftovers import as_here
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.errors import Call, CallError, CallValueError, InsideTransformError
 from functrans.errors.wording import what
-from functrans.boundary.facades import Facade, are_plain, bare, class_of_gradients, of_class, shown_like
-from functrans.core.interpreter import Interpreter
-from functrans.boundary.leftovers import as_here
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.tensors.pytrees import TENSORS, tree_flatten, tree_unflatten
-from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.functionalization.views import contents_of
 from functrans.functionalization.writes import invalidate_saved, write_for_caller
 from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.tensors.pytrees import TENSORS, tree_flatten, tree_unflatten
 
 Argnums = int | tuple[int, ...]
 #: In place of argnums: every argument, as in vjp and jvp, where they are called primals.

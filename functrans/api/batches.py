@@ -14,17 +14,17 @@ from functrans.api.containers import entered as batched_container
 from functrans.api.out_dims import check_out_dims, leave
 from functrans.api.private_names import answer_for_good, current
 from functrans.api.structures import difference, path_of
-from functrans.errors import Call, CallValueError
-from functrans.boundary.made_at import note_results
 from functrans.boundary.facades import are_plain, bare, shown_like
 from functrans.boundary.leftovers import as_here
-from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
+from functrans.boundary.made_at import note_results
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, strides_of
-from functrans.pytorch.thread_state import STATE
+from functrans.errors import Call, CallValueError
 from functrans.functionalization.views import ViewLink, contents_of
 from functrans.functionalization.writes import write_for_caller
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.thread_state import STATE
+from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
 
 
 class Asked(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.interpreter import Interpreter
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import callable_name, shown, what
-from functrans.core.interpreter import Interpreter
 
 
 def check_callable(transform: str, func: Any) -> None:

@@ -32,13 +32,19 @@ from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
 from functrans.api.private_names import PAIRS
+from functrans.core.interpreter import Interpreter
+from functrans.core.stack import run_transformed
 from functrans.errors import Call
 from functrans.pytorch.imports import when_imported
-from functrans.core.interpreter import Interpreter
-from functrans.tensors.pytrees import tree_unflatten
-from functrans.core.stack import run_transformed
 from functrans.pytorch.thread_state import STATE, Snapshot, unchanged
-from functrans.pytorch.torch_private import HigherOrderOperator, dynamo_names, run_as_written_while, run_untraced, torch_pytree
+from functrans.pytorch.torch_private import (
+    HigherOrderOperator,
+    dynamo_names,
+    run_as_written_while,
+    run_untraced,
+    torch_pytree,
+)
+from functrans.tensors.pytrees import tree_unflatten
 
 #: Transforms that are called with the function and its arguments at once.
 AT_ONCE = ("jvp", "linear_transpose", "linearize", "vjp")

@@ -10,13 +10,13 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.arguments import Inputs
 from functrans.api.checks import call_function, check_callable
 from functrans.api.compiled import TRACED, named_after
-from functrans.errors import Call, CallValueError
 from functrans.boundary.made_at import note_results
-from functrans.errors.wording import shown
-from functrans.tensors.pytrees import tree_map
 from functrans.core.stack import run_transformed
-from functrans.pytorch.thread_state import STATE
+from functrans.errors import Call, CallValueError
+from functrans.errors.wording import shown
 from functrans.interpreters.functionalize import FunctionalizeInterpreter
+from functrans.pytorch.thread_state import STATE
+from functrans.tensors.pytrees import tree_map
 
 REMOVE = ("mutations", "mutations_and_views")
 

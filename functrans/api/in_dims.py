@@ -8,10 +8,10 @@ from torch import Tensor
 
 from functrans.api.containers import is_container, whole
 from functrans.api.structures import difference, path_of, paths
+from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.errors import Call, CallValueError
 from functrans.errors.wording import what
 from functrans.tensors.pytrees import broadcast_prefix, tree_flatten
-from functrans.core.tensor import WrapperTensor, check_layout
 
 SHARED = "Give it in_dim None if it is the same for every example."
 

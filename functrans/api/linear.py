@@ -19,21 +19,21 @@ from functrans.api.mismatches import refuse_tangent
 from functrans.api.pullbacks import Pullback
 from functrans.api.structures import difference, path_of
 from functrans.api.transforms import run_forward, run_recorded
-from functrans.errors import Call, CallError, CallTypeError, MixedTransformsError
-from functrans.boundary.made_at import note_results
-from functrans.errors.wording import shown, what
 from functrans.boundary.facades import bare
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.boundary.made_at import note_results
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import is_torch_func_active
+from functrans.errors import Call, CallError, CallTypeError, MixedTransformsError
+from functrans.errors.wording import shown, what
 from functrans.interpreters.grad.interpreter import check_versions
 from functrans.interpreters.grad.nodes import tensors_in
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter, Step, Variable
 from functrans.interpreters.transpose import TransposeInterpreter, vanishes
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import is_torch_func_active
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
 
 def linearize(

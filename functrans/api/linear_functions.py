@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.errors import CallError
-from functrans.boundary.leftovers import as_here
-from functrans.tensors.pytrees import TreeSpec, tree_unflatten
 from functrans.boundary.factories import model_of, ones_for
+from functrans.boundary.leftovers import as_here
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
+from functrans.errors import CallError
 from functrans.pytorch.thread_state import door_closed
 from functrans.pytorch.torch_private import register_tree_node
+from functrans.tensors.pytrees import TreeSpec, tree_unflatten
 
 Kind = TypeVar("Kind", bound="LinearFunction")
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from functrans.api.containers import Level, brought_back, is_container, whole
 from functrans.api.structures import difference, path_of
-from functrans.errors import Call, CallIndexError, CallValueError
-from functrans.errors.wording import callable_name, what
 from functrans.boundary.facades import Facade, shown_like
 from functrans.boundary.leftovers import as_here
-from functrans.tensors.pytrees import broadcast_prefix
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of
+from functrans.errors import Call, CallIndexError, CallValueError
+from functrans.errors.wording import callable_name, what
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.tensors.pytrees import broadcast_prefix
 
 
 def check_out_dims(call: Call, out_dims: Any, out: Any, leaves: list[Any], spec: Any) -> list[int | None]:

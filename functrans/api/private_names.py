@@ -16,12 +16,12 @@ from torch import Tensor
 from functrans.api.containers import Level
 from functrans.api.exchange import put_in, take_out
 from functrans.api.out_dims import leave
-from functrans.errors import Call, CallTypeError
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import Call, CallTypeError
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import functorch_core, functorch_vmap, is_torch_func_active
-from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 Answer = Callable[..., Any]
 

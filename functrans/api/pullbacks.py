@@ -14,14 +14,14 @@ from functrans.api.compiled import UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, as_here_leaves, is_tree_node, like, stand_ins
 from functrans.api.mismatches import convertible, refuse_cotangent
 from functrans.api.structures import difference, path_of
-from functrans.errors import CallError, MixedTransformsError
-from functrans.boundary.made_at import note_results
 from functrans.boundary.facades import bare, class_of_gradients, of_class
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_map, tree_unflatten
+from functrans.boundary.made_at import note_results
 from functrans.core.tensor import check_layout
+from functrans.errors import CallError, MixedTransformsError
+from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import is_torch_func_active
-from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_map, tree_unflatten
 
 
 @is_tree_node

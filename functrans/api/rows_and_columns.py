@@ -20,12 +20,12 @@ from functrans.api.transforms import (
     vjp_with_argnums,
 )
 from functrans.api.vmap import vmap
+from functrans.boundary.factories import identity_for, model_of
 from functrans.errors import Call, CallError
 from functrans.errors.wording import callable_name, what
-from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
-from functrans.boundary.factories import identity_for, model_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 
 def traceable(

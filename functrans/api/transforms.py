@@ -29,20 +29,20 @@ from functrans.api.linear_functions import like
 from functrans.api.mismatches import refuse_tangent
 from functrans.api.pullbacks import Pullback, conjugated
 from functrans.api.structures import difference, path_of
-from functrans.errors import Call, CallError, CallTypeError, CallValueError
-from functrans.boundary.made_at import note_results
-from functrans.errors.wording import shown, what
 from functrans.boundary.facades import bare
-from functrans.boundary.leftovers import as_here
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
-from functrans.core.stack import run_transformed
 from functrans.boundary.factories import ones_for
+from functrans.boundary.leftovers import as_here
+from functrans.boundary.made_at import note_results
+from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import set_forward_enabled
+from functrans.errors import Call, CallError, CallTypeError, CallValueError
+from functrans.errors.wording import shown, what
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import set_forward_enabled
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
 
 def grad(

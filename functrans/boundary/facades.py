@@ -20,13 +20,13 @@ from typing import Any
 
 from torch import Tensor
 
+from functrans.core.tensor import WrapperTensor
 from functrans.pytorch import thread_state
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import make_wrapper, nowrap_functions, tensor_as_subclass, tensor_torch_function
 from functrans.tensors.answers import Refusing
 from functrans.tensors.pytrees import TENSORS
 from functrans.tensors.subclasses import keeps_class
-from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import make_wrapper, nowrap_functions, tensor_as_subclass, tensor_torch_function
 
 
 class Facade(Tensor):

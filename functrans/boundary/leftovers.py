@@ -17,12 +17,12 @@ from operator import attrgetter
 from threading import get_ident
 from typing import Any
 
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import WrapperTensor
 from functrans.errors import DeadWrapperError, OtherThreadError
 from functrans.errors.call_sites import frames_to_user, made_where
-from functrans.core.interpreter import Interpreter
 from functrans.operators.info import OpInfo
 from functrans.tensors.pytrees import tree_map
-from functrans.core.tensor import WrapperTensor
 
 
 def as_here(x: Any, expected: bool = False) -> Any:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
-from functrans.tensors.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
+from functrans.errors.call_sites import LIBRARY_FILES, OURS, USER_FILES, WITHIN_FILES, is_users
 from functrans.pytorch.torch_private import TENSOR_MODULE
+from functrans.tensors.pytrees import tree_flatten
 
 MODULE_CALL = torch.nn.Module.__call__.__code__
 #: PyTorch's code that hands on what it was called with to ``otherwise``, which notes the place.

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import scan
-from functrans.errors import CallError, CallTypeError, MissingRuleError, UndecidedError
-from functrans.tensors.described import shown
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import TRACING_MODES, FakeTensor, mode_of_kind, torch_pytree
+from functrans.errors import CallError, CallTypeError, MissingRuleError, UndecidedError
 from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import TRACING_MODES, FakeTensor, mode_of_kind, torch_pytree
+from functrans.tensors.described import shown
 
 
 class Sides(NamedTuple):

@@ -10,9 +10,9 @@ from torch import Tensor
 from functrans.core.dispatch import scan
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.torch_private import torch_pytree
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
+from functrans.pytorch.torch_private import torch_pytree
 
 
 def mapped(function: Callable[..., Any], xs: Sequence[Tensor]) -> Any:

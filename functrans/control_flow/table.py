@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import WrapperTensor
 from functrans.errors import HigherOrderError
 from functrans.errors.call_sites import user_site
-from functrans.core.interpreter import Interpreter
+from functrans.interpreters.failures import note_rule
 from functrans.operators.rules import RuleTable
-from functrans.core.tensor import WrapperTensor
 from functrans.pytorch.thread_state import OBSERVERS, STATE, running_at
 from functrans.pytorch.torch_private import EnableTorchFunction, HigherOrderOperator, torch_pytree
-from functrans.interpreters.failures import note_rule
 
 #: The operators in terms of others: ``definition(*args, **kwargs)`` is run at the level where the operator was called.
 DEFINITIONS: RuleTable[Callable[..., Any]] = RuleTable("definitions of higher-order operators")

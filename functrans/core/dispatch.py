@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,26 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from functrans.pytorch import thread_state
-from functrans.errors import DeadWrapperError
 from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
+from functrans.errors import DeadWrapperError
 from functrans.operators.info import Operator, OpInfo, op_info
 from functrans.operators.scopes import SCOPES, scope_here
+from functrans.pytorch.thread_state import pack_as_outside, same_hooks
+from functrans.pytorch.torch_private import (
+    AUTOGRAD,
+    VIEWS_AND_VERSIONS,
+    ZERO_TENSOR,
+    function_mode_enabled,
+    is_forward_enabled,
+    is_key_excluded,
+    pop_packing,
+    set_forward_enabled,
+    set_grad_enabled,
+    set_key_excluded,
+    top_packing,
+)
 from functrans.tensors.subclasses import KeptClassMet, keeps_class
-from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
-from functrans.pytorch.thread_state import STATE, door_closed, lowered, pack_as_outside, same_hooks
-from functrans.pytorch.torch_private import AUTOGRAD, VIEWS_AND_VERSIONS, ZERO_TENSOR, DisableTorchFunction, function_mode_enabled, is_forward_enabled, is_key_excluded, mode_stack_size, pop_mode, pop_packing, push_mode, set_forward_enabled, set_grad_enabled, set_key_excluded, top_packing
 
 
 def dispatch(op: Operator, args: Any, kwargs: dict[str, Any], watcher: Interpreter | None = None) -> Any:
@@ -234,38 +245,13 @@ def lower(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, A
         return base(op, args, kwargs)
     below = interpreter.below
     if not interpreter.lowers_plainly:
-        if modes_differ(interpreter):
-            return in_outer_modes(interpreter, lower, op, args, kwargs)
+        grad, forward = interpreter.outer_grad_mode, interpreter.outer_forward_mode
+        if (torch.is_grad_enabled() and not grad) or (is_forward_enabled() and not forward):
+            return lower_in_outer_modes(interpreter, op, args, kwargs)
         args, kwargs = entered(below, args, kwargs)
     if below is not None and op_info(op).random:
         return below.process(op, args, kwargs)  # every level decides whether its examples draw for themselves
     return dispatch(op, args, kwargs, None if below is None else below.watcher)
-
-
-def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Dispatch ``op`` from code that runs at a level, where the door is open."""
-    top = STATE.top
-    if top is not None and top.within is not None:
-        args, kwargs = entered(top, args, kwargs)
-    depth, modes = STATE.door_depth, mode_stack_size()
-    if function_mode_enabled():
-        with DisableTorchFunction():
-            return start(op, args, kwargs)
-    if depth == 0:
-        return base(op, args, kwargs)
-    watcher = None if top is None else top.watcher
-    if modes < depth:
-        return dispatch(op, args, kwargs, watcher)
-    if modes > depth:
-        with door_closed():
-            return dispatch(op, args, kwargs, watcher)
-    door = None
-    try:
-        door = pop_mode(None)
-        return dispatch(op, args, kwargs, watcher)
-    finally:
-        if door is not None:
-            push_mode(door)
 
 
 def entered(level: Interpreter | None, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -276,55 +262,16 @@ def entered(level: Interpreter | None, args: Any, kwargs: dict[str, Any]) -> tup
     return tuple([within.enter(a) for a in args]), {name: within.enter(a) for name, a in kwargs.items()}
 
 
-def modes_differ(interpreter: Interpreter) -> bool:
-    """Whether a mode is on that was off when ``interpreter`` was entered; see NOTE [Grad mode per level]."""
-    return (torch.is_grad_enabled() and not interpreter.outer_grad_mode) or (
-        is_forward_enabled() and not interpreter.outer_forward_mode
-    )
-
-
-def in_outer_modes(interpreter: Interpreter, lowering: Callable[..., Any], *args: Any) -> Any:
-    """``lowering(interpreter, *args)`` with what was off when ``interpreter`` was entered switched off."""
+def lower_in_outer_modes(interpreter: Interpreter, op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
+    """``lower`` with what was off when ``interpreter`` was entered off; see NOTE [Grad mode per level]."""
     grad, forward = torch.is_grad_enabled(), is_forward_enabled()
     try:
         set_grad_enabled(grad and interpreter.outer_grad_mode)
         set_forward_enabled(forward and interpreter.outer_forward_mode)
-        return lowering(interpreter, *args)
+        return lower(interpreter, op, args, kwargs)
     finally:
         set_grad_enabled(grad)
         set_forward_enabled(forward)
-
-
-def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any], inputs: Any = None) -> Any:
-    """Call ``function``, plain ``torch`` code, one level down, from a handler.
-
-    What ``lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already,
-    and at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
-    """
-    if not interpreter.lowers_plainly or forward_ad._current_level >= 0:
-        with lowered(interpreter):
-            return function(*args, **kwargs)
-    top = STATE.top
-    if interpreter.below is not None:
-        views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
-        try:
-            STATE.top = interpreter.below
-            set_key_excluded(VIEWS_AND_VERSIONS, True)
-            push_mode(thread_state.DOOR)
-            return function(*args, **kwargs)
-        finally:
-            if mode_stack_size() >= STATE.door_depth:
-                pop_mode(None)
-            set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
-            STATE.top = top
-    if scan(args if inputs is None else inputs)[1]:
-        with lowered(interpreter):
-            return function(*args, **kwargs)
-    try:
-        STATE.top = None
-        return function(*args, **kwargs)
-    finally:
-        STATE.top = top
 
 
 def map_tensors(function: Any, out: Any) -> Any:
@@ -341,11 +288,4 @@ def lift(out: Any, owner: Interpreter | None, top: Interpreter | None) -> Any:
     """Values made at ``owner``'s level (None: the base), as constants of every level up to ``top``."""
     if top is None or (owner is not None and owner.level >= top.level):
         return out
-    between = []
-    interpreter: Interpreter | None = top
-    while interpreter is not None and interpreter is not owner:
-        between.append(interpreter)
-        interpreter = interpreter.below
-    for interpreter in reversed(between):
-        out = map_tensors(interpreter.constant, out)
-    return out
+    return map_tensors(top.constant, lift(out, owner, top.below))

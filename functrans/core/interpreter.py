@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from functrans.core.tensor import WrapperTensor, wrap
 from functrans.errors import InsideTransformError, LayoutError
 from functrans.errors.misuse import check_payload
 from functrans.errors.wording import callable_name
-from functrans.core.tensor import WrapperTensor, wrap
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload, is_forward_enabled
 

@@ -17,13 +17,24 @@ from typing import Any
 
 import torch
 
-from functrans.pytorch import thread_state
+from functrans.core.interpreter import Interpreter
 from functrans.errors import MixedTransformsError
 from functrans.errors.misuse import check_enterable
+from functrans.pytorch import thread_state
 from functrans.pytorch.export import traced_behind_autograd
-from functrans.core.interpreter import Interpreter
 from functrans.pytorch.thread_state import OBSERVERS, STATE, Snapshot
-from functrans.pytorch.torch_private import AUTOGRAD, INDEX_BATCHED, PRE_DISPATCH, VIEWS_AND_VERSIONS, is_key_included, is_torch_func_active, push_mode, set_eval_frame, set_grad_enabled, set_key_excluded
+from functrans.pytorch.torch_private import (
+    AUTOGRAD,
+    INDEX_BATCHED,
+    PRE_DISPATCH,
+    VIEWS_AND_VERSIONS,
+    is_key_included,
+    is_torch_func_active,
+    push_mode,
+    set_eval_frame,
+    set_grad_enabled,
+    set_key_excluded,
+)
 
 
 def interpreter_stack() -> list[Interpreter]:

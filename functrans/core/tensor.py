@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from functrans.pytorch import thread_state
 from functrans.errors import CallTypeError, LayoutError
-from functrans.tensors.described import describe, treescope_repr
 from functrans.errors.misuse import RESERVED
-from functrans.tensors.answers import Refusing
+from functrans.pytorch import thread_state
+from functrans.pytorch.torch_private import INDEX_BATCHED_KEYS, make_wrapper
+from functrans.tensors.answers import Answering
+from functrans.tensors.described import describe, treescope_repr
 from functrans.tensors.pytrees import TENSORS
-from functrans.pytorch.torch_private import INDEX_BATCHED_KEYS, make_wrapper, without_torch_function
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 Strides = tuple[int, ...] | None  # None: contiguous
 
 
-class WrapperTensor(Refusing):
+class WrapperTensor(Answering):
     """A value of one level, as the level's code sees it.
 
     Attributes:
@@ -87,71 +86,7 @@ class WrapperTensor(Refusing):
 
     # __torch_function__, the short way in, is set by door/torch_function.py.
 
-    # Metadata, without the way through PyTorch's parser.
 
-    def dim(self) -> int:
-        return len(self.shape)
-
-    ndim = property(dim)  # type: ignore[assignment]
-
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
-        if dim is None:
-            return self.shape
-        return self.shape[dim] if type(dim) is int and -len(self.shape) <= dim < len(self.shape) else super().size(dim)
-
-    def numel(self) -> int:
-        return math.prod(self.shape)  # shape.numel() would fix symbolic sizes
-
-    def __len__(self) -> int:
-        return self.shape[0] if self.shape else super().__len__()
-
-    def is_complex(self) -> bool:
-        return self.dtype.is_complex
-
-    def is_floating_point(self) -> bool:
-        return self.dtype.is_floating_point
-
-    def is_conj(self) -> bool:
-        return self.value.is_conj()
-
-    def is_neg(self) -> bool:
-        return self.value.is_neg()
-
-    def storage_offset(self) -> int:
-        return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
-
-    # A copy is a function of what is copied, and has its derivative. PyTorch's own copies are leaves of a graph.
-
-    def __copy__(self) -> Tensor:
-        return self.view_as(self)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self.clone()
-        return memo[id(self)]
-
-
-REQUIRES_GRAD: Any = Tensor.requires_grad
-
-
-class Fresh:
-    """In the place of a view link of a tensor that was made inside: it looks whether PyTorch made it a leaf since; see
-    NOTE [Leaves made inside]."""
-
-    version = 0
-
-    @property
-    def group(self) -> Fresh:
-        return self
-
-    def refresh(self, x: WrapperTensor) -> None:
-        x.view_link = None
-        if without_torch_function(REQUIRES_GRAD.__get__, (), (x,), {}):
-            without_torch_function(REQUIRES_GRAD.__set__, (), (x, False), {})
-            x.requires_grad_()
-
-
-FRESH = Fresh()
 TENSORS.add(WrapperTensor)
 RESERVED.update(dir(WrapperTensor))
 
@@ -182,20 +117,6 @@ class PendingWrapper:
         return describe(self, "PendingWrapper")
 
     __treescope_repr__ = treescope_repr
-
-
-def pend(interpreter: Interpreter, value: Any, like: Any) -> PendingWrapper:
-    """What ``wrap_like`` makes, pending."""
-    wrapper = PendingWrapper()
-    wrapper.interpreter = interpreter
-    wrapper._value = value
-    wrapper.made = None
-    wrapper.shape = like.shape
-    wrapper.strides = like.strides
-    wrapper.dtype = like.dtype
-    wrapper.layout = like.layout
-    wrapper.device = like.device
-    return wrapper
 
 
 def tensor_of(x: Any) -> Any:
@@ -266,23 +187,6 @@ def wrap_as(
     return wrapper
 
 
-class Shown(NamedTuple):
-    """What ``wrap_as`` asks of a value, where a wrapper shows something else."""
-
-    dtype: torch.dtype
-    layout: torch.layout
-    device: torch.device
-
-
-def wrap_showing(
-    interpreter: Interpreter, value: Tensor, shape: torch.Size, strides: Strides, dtype: torch.dtype
-) -> WrapperTensor:
-    """A wrapper around ``value`` that shows a shape and a dtype of its own, as a dense tensor's."""
-    wrapper = wrap_as(interpreter, Shown(dtype, torch.strided, value.device), shape, strides)  # type: ignore[arg-type]
-    wrapper._value = value
-    return wrapper
-
-
 def wrap_like(interpreter: Interpreter, value: Any, like: Any) -> WrapperTensor:
     """A wrapper around ``value`` that shows the metadata that ``like`` shows."""
     shape, strides, dtype, layout, device = like.shape, like.strides, like.dtype, like.layout, like.device
@@ -298,10 +202,8 @@ def wrap_like(interpreter: Interpreter, value: Any, like: Any) -> WrapperTensor:
     return wrapper
 
 
-#: The dtypes of which a tensor without dimensions selects one row when it is an index.
-SCALAR_INDICES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
-#: Those of which indexing must not read one without dimensions: a truth value selects all or nothing.
-NOT_READ = SCALAR_INDICES | {torch.bool}
+#: The dtypes of which indexing must not read a tensor without dimensions; see NOTE [Scalar indices].
+NOT_READ = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.bool))
 WRAPPERS = (WrapperTensor, PendingWrapper)
 
 
@@ -315,14 +217,3 @@ def strides_of(value: Tensor) -> Strides:
         if value.layout is not torch.sparse_coo:
             raise LayoutError(value) from None  # making a wrapper of it would end the process
         return None
-
-
-def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
-    """Let ``wrapper`` hold what ``new``, of the same level or below, holds."""
-    interpreter = wrapper.interpreter
-    if type(new) is not WrapperTensor or new.interpreter is not interpreter:
-        new = interpreter.constant(new)
-    wrapper.value = new.value
-    for name in interpreter.payload:
-        setattr(wrapper, name, getattr(new, name))
-    wrapper.version += 1

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from functrans.operators.info import OpInfo
 from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for
 from functrans.functionalization.numbers_read import carries_derivative
+from functrans.operators.info import OpInfo
 
 aten = torch.ops.aten
 

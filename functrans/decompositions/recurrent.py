@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import base, scan
-from functrans.operators.info import OpInfo
-from functrans.pytorch.thread_state import STATE, running_at
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.functionalization.hidden_effects import stands_in_for
+from functrans.operators.info import OpInfo
+from functrans.pytorch.thread_state import STATE, running_at
 
 aten = torch.ops.aten
 

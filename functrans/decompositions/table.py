@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from functrans.operators.defaults import completed
 from functrans.core.interpreter import Interpreter
+from functrans.operators.defaults import completed
 from functrans.operators.rules import RuleTable
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functrans.core.dispatch import base, scan
+from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.operators.info import OpInfo
 from functrans.pytorch.thread_state import STATE, running_at
-from functrans.functionalization.hidden_effects import stands_in_for
 
 aten = torch.ops.aten
 

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import conj
 from functrans.derivatives.series import even_or, power_series
 from functrans.derivatives.table import derivative
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 special = torch.special

@@ -6,8 +6,8 @@ a formula]).
 
 import torch
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import no_derivative
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

@@ -15,11 +15,11 @@ from torch.autograd import forward_ad
 
 from functrans.boundary.factories import identity_for, range_for
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import door_closed, is_recorded
-from functrans.pytorch.torch_private import is_torch_func_active
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.scans import product_of_others
 from functrans.derivatives.table import derivative
+from functrans.pytorch.thread_state import door_closed, is_recorded
+from functrans.pytorch.torch_private import is_torch_func_active
 
 aten = torch.ops.aten
 

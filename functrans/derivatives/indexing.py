@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.tensors.broadcasting import broadcast_shapes
 from functrans.boundary.factories import range_for
 from functrans.derivatives.helpers import conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.tensors.broadcasting import broadcast_shapes
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.helpers import conj, sum_to_shape
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.table import derivative
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
-from functrans.tensors.broadcasting import broadcast_shapes
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import DECOMPOSITIONS, DEFINED_LATE
 from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import conj, times
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 Values = dict[str, Any]

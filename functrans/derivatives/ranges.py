@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import add, cast, conj
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

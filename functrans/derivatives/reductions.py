@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from functrans.boundary.factories import identity_for
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore_dims, subtrahend, where_or_zero
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dim = int | Sequence[int] | None

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.versions import SPLITS_TIES
 from functrans.derivatives.helpers import where_or_zero
 from functrans.derivatives.table import derivative
+from functrans.pytorch.versions import SPLITS_TIES
 
 aten = torch.ops.aten
 pointwise = partial(derivative, tangent="elementwise")

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import parameter
 
-from functrans.core.dispatch import lift
-from functrans.errors import InsideTransformError
 from functrans.boundary.facades import as_subclass
+from functrans.core.dispatch import lift
 from functrans.core.stack import interpreter_stack
+from functrans.errors import InsideTransformError
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import STATE, running_at
 from functrans.pytorch.torch_private import torch_utils
-from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 
 def at_base(function: Callable[..., Any]) -> Callable[..., Any]:

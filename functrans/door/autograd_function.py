@@ -22,14 +22,12 @@ from typing import Any
 from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from functrans.core.dispatch import entered, lift, scan
-from functrans.errors import CustomFunctionError, DeadWrapperError
-from functrans.boundary.made_at import note_site
 from functrans.boundary.facades import bare
-from functrans.core.interpreter import Interpreter
 from functrans.boundary.leftovers import all_as_here
-from functrans.pytorch.thread_state import STATE, lowered, running_at
-from functrans.pytorch.torch_private import ModuleHook, mode_stack_size
+from functrans.boundary.made_at import note_site
+from functrans.core.dispatch import entered, lift, scan
+from functrans.core.interpreter import Interpreter
+from functrans.errors import CustomFunctionError, DeadWrapperError
 from functrans.functionalization.writes import write_outside_of_operators
 from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.failures import note_rule
@@ -44,6 +42,8 @@ from functrans.interpreters.transpose import TransposeInterpreter, transpose_rul
 from functrans.interpreters.vmap.function import vmap_rule
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.written_inputs import on_copies, writes_inputs
+from functrans.pytorch.thread_state import STATE, lowered, running_at
+from functrans.pytorch.torch_private import ModuleHook, mode_stack_size
 
 _original: Any = Function.__dict__["apply"]
 

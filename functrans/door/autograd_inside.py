@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import lift, scan
-from functrans.errors import InsideTransformError
-from functrans.tensors.answers import concrete, refuse
 from functrans.boundary.factories import ones_for
+from functrans.core.dispatch import lift, scan
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import without_torch_function
 from functrans.door.gradients_inside import How, gradients
 from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
+from functrans.errors import InsideTransformError
 from functrans.interpreters.grad.again import CURE
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import without_torch_function
+from functrans.tensors.answers import concrete, refuse
 
 
 def plain_if_constant(x: Any) -> Any:

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import lift, scan
-from functrans.tensors.answers import REFUSED, Refusing, refuse
-from functrans.core.stack import interpreter_stack
 from functrans.boundary.factories import ones_for
+from functrans.core.dispatch import lift, scan
+from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.door.gradients_inside import How, gradients, of_batch, recording, values_at
 from functrans.door.leaves import base_of, can_be_leaf
 from functrans.interpreters.grad.again import CURE
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.thread_state import STATE, lowered, running_at
+from functrans.tensors.answers import REFUSED, Refusing, refuse
 
 
 def grad_of(self: WrapperTensor) -> Tensor | None:

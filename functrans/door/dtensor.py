@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from functrans.boundary.factories import model_of
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import WrapperTensor
 from functrans.errors import InsideTransformError
 from functrans.errors.misuse import RESERVED
-from functrans.core.interpreter import Interpreter
-from functrans.boundary.factories import model_of
-from functrans.core.tensor import WrapperTensor
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd import graph
 
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.torch_private import ENGINE_CALLBACK, MultiHandle, graph_task, trackers
 from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.pytorch.torch_private import ENGINE_CALLBACK, MultiHandle, graph_task, trackers
 
 _original = graph.register_multi_grad_hook
 

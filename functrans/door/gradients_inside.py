@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import scan
-from functrans.errors import InsideTransformError
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered, running_at
+from functrans.errors import InsideTransformError
 from functrans.interpreters.grad.again import CURE, pull_again, pull_to, record_gradients
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.own_methods import method_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
+from functrans.pytorch.thread_state import lowered, running_at
 
 
 class How(NamedTuple):

@@ -20,16 +20,16 @@ from weakref import ref
 
 from torch import Tensor, nn
 
-from functrans.errors import RequiresGradError
-from functrans.tensors.answers import Refusing
 from functrans.boundary.fresh import FRESH
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import RequiresGradError
 from functrans.functionalization.layouts import set_content
-from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.functionalization.views import MadeInside
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
+from functrans.pytorch.thread_state import STATE, lowered, running_at
+from functrans.tensors.answers import Refusing
 
 
 def requires_grad_(self: WrapperTensor, requires_grad: bool = True) -> Tensor:
@@ -136,7 +136,7 @@ def looked_at(name: str) -> property:
 
 
 WrapperTensor.requires_grad_ = requires_grad_  # type: ignore[assignment, method-assign]
-WrapperTensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+WrapperTensor.__deepcopy__ = deepcopy  # type: ignore[method-assign, assignment]
 for name in ("requires_grad", "is_leaf"):
     setattr(WrapperTensor, name, looked_at(name))
 nn.Parameter.__new__ = staticmethod(new_parameter)  # type: ignore[assignment, method-assign]

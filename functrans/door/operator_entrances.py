@@ -12,18 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import NO_KWARGS
-from functrans.errors import DeadWrapperError
-from functrans.errors.call_sites import USER_FILES
 from functrans.boundary.made_at import SENT_ON, note_site, several
-from functrans.operators.info import OpInfo, op_info
+from functrans.core.dispatch import NO_KWARGS
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import OpOverload, autocast_enabled, function_mode_enabled, is_torch_func_active, mode_stack_size, pop_mode, push_mode
 from functrans.door.torch_dispatch import DOOR, handle
 from functrans.door.torch_function import STRIDED, otherwise, reopen
+from functrans.errors import DeadWrapperError
+from functrans.errors.call_sites import USER_FILES
 from functrans.interpreters.failures import explain
+from functrans.operators.info import OpInfo, op_info
 from functrans.programs.torch_functions import DIRECT
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import (
+    OpOverload,
+    autocast_enabled,
+    function_mode_enabled,
+    is_torch_func_active,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+)
 
 #: Letters for the kinds of arguments in ``torch_functions.DIRECT``.
 KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", float: "f", type(None): "N"}

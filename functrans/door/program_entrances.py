@@ -14,22 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import NO_KWARGS, dispatch, lift
-from functrans.errors.call_sites import USER_FILES
-from functrans.boundary.made_at import SENT_ON, note_site
-from functrans.core.interpreter import Interpreter
 from functrans.boundary.leftovers import check_thread
-from functrans.operators.rules import FORGET, RuleTable
-from functrans.operators.scopes import SCOPES, scope_here
+from functrans.boundary.made_at import SENT_ON, note_site
+from functrans.core.dispatch import NO_KWARGS, dispatch, lift
+from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import OpOverload, autocast_enabled, function_mode_enabled, is_torch_func_active, mode_stack_size, pop_mode, push_mode
 from functrans.door.torch_dispatch import DOOR
 from functrans.door.torch_function import STRIDED, otherwise, reopen
+from functrans.errors.call_sites import USER_FILES
 from functrans.interpreters.failures import explain
+from functrans.operators.rules import FORGET, RuleTable
+from functrans.operators.scopes import SCOPES, scope_here
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program
 from functrans.programs.program import Program
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import (
+    OpOverload,
+    autocast_enabled,
+    function_mode_enabled,
+    is_torch_func_active,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+)
 
 aten = torch.ops.aten
 #: as nn.ReLU says it

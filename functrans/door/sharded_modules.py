@@ -24,14 +24,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from functrans.boundary.factories import model_of
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import WrapperTensor
+from functrans.door.dtensor import FromLocal, in_batch, module
 from functrans.errors import InsideTransformError
 from functrans.pytorch.imports import when_imported
-from functrans.core.interpreter import Interpreter
-from functrans.boundary.factories import model_of
-from functrans.core.tensor import WrapperTensor
 from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import FSDP_BEFORE, FSDP_STATES, forget_call, parameter_at, places_of, replace_in_fsdp, special, swap_tensor
-from functrans.door.dtensor import FromLocal, in_batch, module
+from functrans.pytorch.torch_private import (
+    FSDP_BEFORE,
+    FSDP_STATES,
+    forget_call,
+    parameter_at,
+    places_of,
+    replace_in_fsdp,
+    special,
+    swap_tensor,
+)
 
 WHOLE = "functional_call of the module as it was, with full_tensor() of each parameter"
 

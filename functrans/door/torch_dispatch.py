@@ -9,26 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.facades import bare
+from functrans.boundary.fresh import FRESH
+from functrans.boundary.leftovers import arguments_as_here, check_thread
+from functrans.boundary.made_at import note_site, several
 from functrans.control_flow import definitions  # noqa: F401
 from functrans.control_flow.table import run_higher_order
-from functrans.pytorch import thread_state
 from functrans.core.dispatch import base, entered, lift, scan
+from functrans.core.tensor import WrapperTensor
 from functrans.errors import DeadWrapperError
 from functrans.errors.call_sites import USER_FILES
-from functrans.boundary.made_at import note_site, several
-from functrans.boundary.facades import bare
-from functrans.boundary.leftovers import arguments_as_here, check_thread
-from functrans.operators.info import PURE, OpInfo, kind_here, op_info
-from functrans.operators.scopes import SCOPES
-from functrans.operators.schemas import normalized
-from functrans.tensors.subclasses import KeptClassMet
-from functrans.boundary.fresh import FRESH
-from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import CONJUGATE, NEGATIVE, HigherOrderOperator, Mode, OpOverload, debug_mode, set_key_excluded
 from functrans.functionalization import writes
 from functrans.functionalization.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
+from functrans.operators.info import PURE, OpInfo, kind_here, op_info
+from functrans.operators.schemas import normalized
+from functrans.operators.scopes import SCOPES
+from functrans.pytorch import thread_state
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import (
+    CONJUGATE,
+    NEGATIVE,
+    HigherOrderOperator,
+    Mode,
+    OpOverload,
+    debug_mode,
+    set_key_excluded,
+)
+from functrans.tensors.subclasses import KeptClassMet
 
 
 class Door(Mode):

@@ -15,16 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.errors.call_sites import USER_FILES
-from functrans.boundary.made_at import note_site, several
 from functrans.boundary.facades import Facade
 from functrans.boundary.leftovers import has_leftovers
-from functrans.tensors.subclasses import keeps_class
+from functrans.boundary.made_at import note_site, several
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import AUTOGRAD, VIEWS_AND_VERSIONS, is_key_excluded, mode_stack_size, push_mode, set_key_excluded, tensor_torch_function, without_torch_function
 from functrans.door.lost_arguments import LOST, recovered
 from functrans.door.torch_dispatch import DOOR
+from functrans.errors.call_sites import USER_FILES
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import (
+    AUTOGRAD,
+    VIEWS_AND_VERSIONS,
+    is_key_excluded,
+    mode_stack_size,
+    push_mode,
+    set_key_excluded,
+    tensor_torch_function,
+    without_torch_function,
+)
+from functrans.tensors.subclasses import keeps_class
 
 STRIDED = torch.strided
 

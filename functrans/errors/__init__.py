@@ -5,11 +5,8 @@ from __future__ import annotations
 import copyreg
 from typing import Any, ClassVar
 
-import torch
-
 from functrans.errors.call_sites import at_line, made_where
 from functrans.errors.wording import callable_name, overloads_meant, shown, what_was_named
-from functrans.pytorch.versions import SUPPORTED
 
 
 class FunctransError(RuntimeError):
@@ -39,16 +36,6 @@ class FunctransError(RuntimeError):
     def __reduce__(self) -> Any:
         # A copy takes the text over; to call the class again would take what the text was made of.
         return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
-
-
-class TorchMovedError(FunctransError, ImportError):
-    sentence = """PyTorch {torch} has no {name}, which functrans needs {purpose}. functrans supports PyTorch {first} to
-        {last}: install one of these, or a functrans that supports {torch}. (functrans/pytorch/torch_private.py is the
-        place to mend.)"""
-
-    def __init__(self, name: str, purpose: str) -> None:
-        first, last = (".".join(map(str, version)) for version in SUPPORTED)
-        super().__init__(torch=torch.__version__, name=name, purpose=purpose, first=first, last=last)
 
 
 class DuplicateRuleError(FunctransError, takes="title op place"):

@@ -21,7 +21,7 @@ Site = tuple[CodeType, int]
 #: The file name that the code of programs has.
 PROGRAM_FILE = "<functrans program>"
 
-OURS = os.path.abspath(os.path.join(__file__, *[os.pardir] * 3)) + os.sep
+OURS = os.path.abspath(os.path.join(__file__, *[os.pardir] * 2)) + os.sep
 TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 PACKAGES = tuple(STANDARD + name + os.sep for name in ("site-packages", "dist-packages"))
@@ -29,12 +29,12 @@ OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
 CALLED = (
     "api/arguments", "api/batches", "api/functionalize", "api/jacobians", "api/linear", "api/modules", "api/pullbacks",
-    "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap",
-    "boundary/made_at", "tensors/answers", "core/interpreter", "core/stack", "core/tensor",
-    "door/autograd_function", "door/entrances", "door/operator_entrances", "door/program_entrances",
-    "door/torch_dispatch", "door/torch_function", "explanation/comparing", "explanation/explaining",
-    "explanation/recording", "explanation/trace", "explanation/watching", "extend", "interpreters/function_context",
-    "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function",
+    "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap", "boundary/made_at", "core/interpreter",
+    "core/stack", "core/tensor", "door/autograd_function", "door/entrances", "door/operator_entrances",
+    "door/program_entrances", "door/torch_dispatch", "door/torch_function", "explanation/comparing",
+    "explanation/explaining", "explanation/recording", "explanation/trace", "explanation/watching", "extend",
+    "interpreters/function_context", "interpreters/grad/function", "interpreters/jvp/function",
+    "interpreters/vmap/function", "tensors/answers",
 )  # fmt: skip
 
 

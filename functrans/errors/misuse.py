@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from functrans.errors import InterpreterError, PayloadError
 
-if TYPE_CHECKING:
-    from functrans.core.interpreter import Interpreter
-    from functrans.pytorch.thread_state import Snapshot
-
 #: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.core.tensor``)
 RESERVED = {"self", *dir(Tensor)}
 
 
-def check_payload(cls: type[Interpreter]) -> None:
+def check_payload(cls: Any) -> None:
     """Refuse names of a payload that would overwrite what a wrapper is made of."""
     payload: Any = cls.payload
     if not isinstance(payload, tuple) or not all(isinstance(name, str) and name.isidentifier() for name in payload):
@@ -29,7 +25,7 @@ def check_payload(cls: type[Interpreter]) -> None:
         raise PayloadError(cls, f"payload has {', '.join(map(repr, taken))}, which every wrapper tensor has already")
 
 
-def check_enterable(interpreter: Interpreter, before: Snapshot) -> None:
+def check_enterable(interpreter: Any, before: Any) -> None:
     """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
     here, grad, forward = before.top, before.grad, before.forward
     if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
@@ -46,7 +42,7 @@ def check_enterable(interpreter: Interpreter, before: Snapshot) -> None:
     raise InterpreterError(interpreter, what)
 
 
-def place_of(interpreter: Interpreter | None) -> str:
+def place_of(interpreter: Any) -> str:
     """Where code at a level is, for a message."""
     return (
         "outside of all transforms"

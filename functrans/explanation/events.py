@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from functrans.tensors.described import given, shown
-from functrans.pytorch.torch_private import OpOverload
 from functrans.explanation.looks import Look, looks
 from functrans.programs.program import names as letters
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.described import given, shown
 
 
 @dataclass(frozen=True)

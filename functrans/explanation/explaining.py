@@ -9,9 +9,9 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_flag
 from functrans.api.compiled import UNTRACED
+from functrans.core.interpreter import Interpreter
 from functrans.errors import CallTypeError
 from functrans.errors.wording import callable_name, what
-from functrans.core.interpreter import Interpreter
 from functrans.explanation.explanation import Explanation
 from functrans.explanation.recording import Observer, observing
 

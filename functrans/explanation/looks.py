@@ -19,11 +19,17 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.tensors.described import is_wrapper, shown
 from functrans.core.tensor import WRAPPERS
-from functrans.pytorch.torch_private import DisableTorchFunction, base_of, function_mode_stack_size, mode_stack_size, no_dispatch
 from functrans.explanation.looking import PLAIN, kept, unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.torch_private import (
+    DisableTorchFunction,
+    base_of,
+    function_mode_stack_size,
+    mode_stack_size,
+    no_dispatch,
+)
+from functrans.tensors.described import is_wrapper, shown
 
 #: Kinds of arguments that are no tensors and never change.
 FIXED = frozenset((int, float, bool, complex, str, type(None), torch.dtype, torch.layout, torch.device))

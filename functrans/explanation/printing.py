@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from functrans.api.checks import check_kind
-from functrans.errors import CallValueError
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import running_at
+from functrans.errors import CallValueError
 from functrans.explanation.looking import unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.thread_state import running_at
 
 
 def debug_print(template: str = "", /, *values: Any, **named: Any) -> None:

@@ -10,12 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
-from functrans.errors.call_sites import definition
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import op_info
 from functrans.core.stack import interpreter_stack
-from functrans.pytorch.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
-from functrans.pytorch.torch_private import OpOverload, TorchDispatchMode
+from functrans.errors.call_sites import definition
 from functrans.explanation.during import During
 from functrans.explanation.events import Event, Level
 from functrans.explanation.looking import bytes_made
@@ -24,6 +21,9 @@ from functrans.explanation.verdicts import DECOMPOSED, LOOPED, PASSED, RULE, jud
 from functrans.explanation.watching import Watched, watched_class
 from functrans.interpreters.failures import name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
+from functrans.operators.info import op_info
+from functrans.pytorch.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
+from functrans.pytorch.torch_private import OpOverload, TorchDispatchMode
 
 #: What an operator or a program is called, which takes a while to write down.
 named = functools.lru_cache(maxsize=4096)(name_of)

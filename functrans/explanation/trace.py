@@ -18,11 +18,11 @@ from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.functionalize import functionalize
 from functrans.errors import CallError, InsideTransformError
 from functrans.errors.call_sites import TORCH
-from functrans.tensors.described import shown
 from functrans.errors.wording import callable_name, what
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.described import shown
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 #: What is Python by its repr.
 WRITTEN = (int, float, str, type(None), torch.dtype, torch.layout, torch.memory_format)

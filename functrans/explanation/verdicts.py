@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from functrans.errors.call_sites import definition
-from functrans.tensors.described import is_wrapper
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import op_info
-from functrans.operators.rules import RuleCache
 from functrans.core.tensor import PendingWrapper
-from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.decompositions.table import decomposition
+from functrans.errors.call_sites import definition
 from functrans.explanation.events import Event
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, BorrowedNode, ProgramNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.operators.info import op_info
+from functrans.operators.rules import RuleCache
+from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
+from functrans.tensors.described import is_wrapper
 
 RULE, PROGRAM, ENTRY = "rule", "program", "derivative entry"
 DECOMPOSED, BORROWED, LOOPED, CONSTANT, PASSED = "decomposed", "borrowed", "looped", "constant", "passed on"

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_flag, check_kind
 from functrans.core import dispatch, stack, tensor
-from functrans.operators import info as operators
-from functrans.pytorch import thread_state
-from functrans.errors import CallError, CallTypeError
-from functrans.errors.wording import shown
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions import table
+from functrans.errors import CallError, CallTypeError
+from functrans.errors.wording import shown
+from functrans.operators import info as operators
+from functrans.pytorch import thread_state
+from functrans.pytorch.torch_private import OpOverload
 
 
 def check_interpreter(call: str, interpreter: Any) -> None:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functrans.errors import CallError, RegistrationError
-from functrans.tensors.described import shown
-from functrans.errors.wording import what
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import CallError, RegistrationError
+from functrans.errors.wording import what
+from functrans.extension.rule_results import check_below
 from functrans.pytorch.thread_state import lowered
 from functrans.pytorch.torch_private import OpOverload
-from functrans.extension.rule_results import check_below
+from functrans.tensors.described import shown
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
     from functrans.extension.table_interpreter import TableInterpreter

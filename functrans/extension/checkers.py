@@ -13,12 +13,12 @@ from torch import Tensor
 from functrans.api.checks import call_function, check_callable, check_dense
 from functrans.api.transforms import grad, jvp, vjp
 from functrans.api.vmap import vmap
+from functrans.core.stack import interpreter_stack
 from functrans.errors import CallTypeError, FunctransError
+from functrans.errors.wording import callable_name
 from functrans.tensors.described import given as described_call
 from functrans.tensors.described import shown
-from functrans.errors.wording import callable_name
 from functrans.tensors.pytrees import tree_flatten
-from functrans.core.stack import interpreter_stack
 
 #: The step of central differences of doubles, and how exact they are with it.
 STEP, EXACT = 1e-5, 1e-5

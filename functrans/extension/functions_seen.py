@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from functrans.errors import CustomFunctionError
 from functrans.core.interpreter import Interpreter
-from functrans.tensors.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import running_at
+from functrans.errors import CustomFunctionError
 from functrans.interpreters.function_context import Context, as_tuple, is_setup_style
+from functrans.pytorch.thread_state import running_at
+from functrans.tensors.pytrees import tree_flatten
 
 
 def seen_function(level: Interpreter, cls: type[Function], args: Sequence[Any]) -> Any:

@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
-from functrans.errors.call_sites import definition
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import op_info
-from functrans.tensors.pytrees import tree_map
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.pytorch.thread_state import lowered
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import decompose
 from functrans.door.autograd_function import FUNCTION_RULES
+from functrans.errors.call_sites import definition
 from functrans.extension.functions_seen import seen_function
+from functrans.operators.info import op_info
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tree_map
 
 
 class PassThrough(Interpreter):

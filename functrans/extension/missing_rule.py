@@ -6,11 +6,11 @@ import keyword
 import sys
 from typing import TYPE_CHECKING
 
-from functrans.errors import MissingRuleError
-from functrans.operators.schemas import schema_default
 from functrans.core.stack import interpreter_stack
-from functrans.pytorch.torch_private import OpOverload
+from functrans.errors import MissingRuleError
 from functrans.interpreters.failures import add_note
+from functrans.operators.schemas import schema_default
+from functrans.pytorch.torch_private import OpOverload
 
 if TYPE_CHECKING:
     from functrans.extension.table_interpreter import TableInterpreter

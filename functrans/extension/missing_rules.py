@@ -9,20 +9,20 @@ from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable
 from functrans.core.dispatch import lower, map_tensors
-from functrans.errors import CallTypeError
-from functrans.errors.wording import what
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import op_info
-from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
+from functrans.errors import CallTypeError
+from functrans.errors.wording import what
 from functrans.extension.carried import is_carried
 from functrans.extension.missing_rule import rule_to_paste
 from functrans.extension.table_interpreter import TableInterpreter
 from functrans.extension.without_rule import refused
+from functrans.operators.info import op_info
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 
 def missing_rules(

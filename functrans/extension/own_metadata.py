@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.errors import CallError, CallTypeError, InsideTransformError
-from functrans.tensors.described import shown
-from functrans.tensors.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor, strides_of, wrap
+from functrans.errors import CallError, CallTypeError, InsideTransformError
 from functrans.functionalization.layouts import wrap_showing
+from functrans.functionalization.numbers_read import carries_derivative
 from functrans.pytorch.thread_state import lowered
 from functrans.pytorch.torch_private import OpOverload
-from functrans.functionalization.numbers_read import carries_derivative
+from functrans.tensors.described import shown
+from functrans.tensors.pytrees import tree_flatten
 
 if TYPE_CHECKING:
     from functrans.extension.table_interpreter import TableInterpreter

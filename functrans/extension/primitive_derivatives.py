@@ -11,11 +11,11 @@ from torch import Tensor
 from functrans.core.dispatch import map_tensors
 from functrans.errors import MissingRuleError
 from functrans.errors.call_sites import definition
-from functrans.pytorch.torch_private import is_forward_enabled
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter, Step, as_variables, tensors_in
+from functrans.pytorch.torch_private import is_forward_enabled
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter

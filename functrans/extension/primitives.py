@@ -9,20 +9,20 @@ from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
 from functrans.core.dispatch import lift, scan
-from functrans.errors import CallTypeError, DeadWrapperError, DuplicateRuleError, MissingRuleError
-from functrans.errors.wording import what
 from functrans.core.interpreter import Interpreter
-from functrans.tensors.pytrees import tree_flatten, tree_map
-from functrans.operators.rules import caller_place
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import STATE, lowered, running_at
+from functrans.errors import CallTypeError, DeadWrapperError, DuplicateRuleError, MissingRuleError
+from functrans.errors.wording import what
 from functrans.extension.calls import check_running
 from functrans.extension.primitive_derivatives import PrimitiveDerivative
 from functrans.interpreters.failures import note_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
+from functrans.operators.rules import caller_place
+from functrans.pytorch.thread_state import STATE, lowered, running_at
+from functrans.tensors.pytrees import tree_flatten, tree_map
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
-from functrans.errors import CallError
-from functrans.errors.call_sites import place
 from functrans.core.interpreter import Interpreter
 from functrans.door.autograd_function import send
+from functrans.errors import CallError
+from functrans.errors.call_sites import place
 from functrans.extension.primitives import Primitive
 from functrans.interpreters.failures import meaning_at
 from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import WITHOUT_TENSORS
-from functrans.errors import CarriedValueError, DeadWrapperError, RuleResultError
-from functrans.tensors.described import shown
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import Operator
-from functrans.tensors.pytrees import tree_flatten
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.torch_private import DisableTorchFunction, HigherOrderOperator, OpOverload, no_dispatch, torch_pytree
+from functrans.errors import CarriedValueError, DeadWrapperError, RuleResultError
+from functrans.operators.info import Operator
+from functrans.pytorch.torch_private import (
+    DisableTorchFunction,
+    HigherOrderOperator,
+    OpOverload,
+    no_dispatch,
+    torch_pytree,
+)
+from functrans.tensors.described import shown
+from functrans.tensors.pytrees import tree_flatten
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter

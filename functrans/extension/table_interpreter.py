@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import check_kind
-from functrans.operators.defaults import completed
-from functrans.core.dispatch import lower, map_tensors
-from functrans.errors import CallTypeError, CarriedValueError, MissingRuleError
-from functrans.errors.call_sites import definition
 from functrans.boundary.facades import bare
+from functrans.core.dispatch import lower, map_tensors
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import op_info
-from functrans.operators.rules import RuleTable, place_in
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.pytorch.thread_state import lowered
-from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload, torch_pytree
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
+from functrans.errors import CallTypeError, CarriedValueError, MissingRuleError
+from functrans.errors.call_sites import definition
 from functrans.extension.calls import check_operator
 from functrans.extension.carried import Carried
 from functrans.extension.case_by_case import check_has_cases
@@ -34,6 +29,11 @@ from functrans.extension.own_metadata import (
 )
 from functrans.extension.rule_results import check_below, check_carried, checked_result, checked_tree
 from functrans.extension.without_rule import policy_of, refused
+from functrans.operators.defaults import completed
+from functrans.operators.info import op_info
+from functrans.operators.rules import RuleTable, place_in
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload, torch_pytree
 
 
 class TableInterpreter(Interpreter):

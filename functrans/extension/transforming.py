@@ -9,17 +9,17 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable
-from functrans.errors import CallError, CallTypeError
-from functrans.errors.wording import what
 from functrans.core.interpreter import Interpreter
-from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered
+from functrans.errors import CallError, CallTypeError
+from functrans.errors.wording import what
 from functrans.extension.carried import is_carried
 from functrans.extension.rule_results import shows_own
 from functrans.extension.table_interpreter import TableInterpreter
 from functrans.functionalization.views import contents_of
+from functrans.pytorch.thread_state import lowered
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 
 class Transforming(Protocol):

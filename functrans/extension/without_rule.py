@@ -15,18 +15,18 @@ from torch import Tensor
 from functrans.api.checks import check_kind
 from functrans.api.transforms import jvp
 from functrans.core.dispatch import lower, map_tensors
+from functrans.core.tensor import WrapperTensor
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.errors import RegistrationError
 from functrans.errors.wording import shown
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
-from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered, running_at
-from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
-from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.extension.calls import check_running
 from functrans.extension.case_by_case import looped
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.extension.own_metadata import check_values
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.pytorch.thread_state import lowered, running_at
+from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 if TYPE_CHECKING:
     from functrans.extension.table_interpreter import TableInterpreter

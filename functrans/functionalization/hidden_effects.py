@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 
-from functrans.pytorch import thread_state
-from functrans.tensors.broadcasting import broadcast_shapes
 from functrans.core.dispatch import base, lift, scan
-from functrans.errors import InsideTransformError
-from functrans.operators.info import STAND_INS, OpInfo, op_info
 from functrans.core.tensor import WrapperTensor
-from functrans.functionalization.layouts import set_content
-from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import OpOverload
-from functrans.functionalization.layouts import check_places, dense_strides, memory_order, set_shape
+from functrans.errors import InsideTransformError
+from functrans.functionalization.layouts import check_places, dense_strides, memory_order, set_content, set_shape
 from functrans.functionalization.views import hides_layout, run_view
 from functrans.functionalization.writes import write
+from functrans.operators.info import STAND_INS, OpInfo, op_info
+from functrans.pytorch import thread_state
+from functrans.pytorch.thread_state import STATE, running_at
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 

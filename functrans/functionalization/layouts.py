@@ -11,19 +11,19 @@ tensor is refused after a write.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import dispatch
-from functrans.errors import InsideTransformError
 from functrans.boundary.fresh import FRESH
-from functrans.core.tensor import WrapperTensor, strides_of
-from functrans.functionalization.layouts import wrap_showing
+from functrans.core.dispatch import dispatch
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import Strides, WrapperTensor, strides_of, wrap_as
+from functrans.errors import InsideTransformError
+from functrans.functionalization.memory import storage_offset_of
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
-from functrans.functionalization.memory import storage_offset_of
 
 aten = torch.ops.aten
 
@@ -125,3 +125,31 @@ def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
         room = make_wrapper(type(wrapper), shape, strides, None, None, wrapper.dtype, wrapper.layout, wrapper.device)
         without_torch_function(Tensor.set_, (), (wrapper, room), {})
     wrapper.shape, wrapper.strides = shape, strides_of(like)
+
+
+class Shown(NamedTuple):
+    """What ``wrap_as`` asks of a value, where a wrapper shows something else."""
+
+    dtype: torch.dtype
+    layout: torch.layout
+    device: torch.device
+
+
+def wrap_showing(
+    interpreter: Interpreter, value: Tensor, shape: torch.Size, strides: Strides, dtype: torch.dtype
+) -> WrapperTensor:
+    """A wrapper around ``value`` that shows a shape and a dtype of its own, as a dense tensor's."""
+    wrapper = wrap_as(interpreter, Shown(dtype, torch.strided, value.device), shape, strides)  # type: ignore[arg-type]
+    wrapper._value = value
+    return wrapper
+
+
+def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
+    """Let ``wrapper`` hold what ``new``, of the same level or below, holds."""
+    interpreter = wrapper.interpreter
+    if type(new) is not WrapperTensor or new.interpreter is not interpreter:
+        new = interpreter.constant(new)
+    wrapper.value = new.value
+    for name in interpreter.payload:
+        setattr(wrapper, name, getattr(new, name))
+    wrapper.version += 1

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.errors import NumberArgumentError
-from functrans.operators.info import OpInfo
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import NumberArgumentError
+from functrans.functionalization.hidden_effects import as_usual, stands_in_for
+from functrans.operators.info import OpInfo
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import OpOverload
-from functrans.functionalization.hidden_effects import as_usual, stands_in_for
 
 aten = torch.ops.aten
 

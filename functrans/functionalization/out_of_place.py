@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from functrans.pytorch import thread_state
+from functrans.functionalization.layouts import copied_like
 from functrans.operators.info import OpInfo, specialized_here
 from functrans.operators.rules import RuleTable
 from functrans.operators.scopes import SCOPES
+from functrans.pytorch import thread_state
 from functrans.pytorch.torch_private import OpOverload
-from functrans.functionalization.layouts import copied_like
 
 aten = torch.ops.aten
 

@@ -17,17 +17,21 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import dispatch, lift, scan
+from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.errors import CapturedWriteError
-from functrans.tensors.answers import concrete
-from functrans.operators.info import OpInfo
-from functrans.core.tensor import SCALAR_INDICES, WrapperTensor
-from functrans.pytorch.thread_state import STATE, is_recorded
 from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view
 from functrans.functionalization.write_back import WRITE_BACK
 from functrans.functionalization.writes import run_write, unwrap_constants
+from functrans.operators.info import OpInfo
+from functrans.pytorch.thread_state import STATE, is_recorded
+from functrans.tensors.answers import concrete
 
 aten = torch.ops.aten
+
+#: The dtypes of which a tensor without dimensions selects one row when it is an index; a truth value selects all or
+#: nothing.
+SCALAR_INDICES = NOT_READ - {torch.bool}
 
 
 class CapturedAliasGroup(AliasGroup):

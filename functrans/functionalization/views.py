@@ -20,20 +20,19 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.pytorch import thread_state
-from functrans.core.dispatch import base, dispatch, lift, scan
-from functrans.errors import InsideTransformError
-from functrans.tensors.described import given
-from functrans.core.interpreter import Interpreter
-from functrans.boundary.leftovers import check_thread
-from functrans.operators.info import OpInfo
 from functrans.boundary.fresh import FRESH
+from functrans.boundary.leftovers import check_thread
+from functrans.core.dispatch import base, dispatch, lift, scan
+from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
-from functrans.functionalization.layouts import set_content
+from functrans.errors import InsideTransformError
+from functrans.functionalization.layouts import as_shown, check_places, dense_strides, set_content
+from functrans.functionalization.memory import storage_offset_of
+from functrans.operators.info import OpInfo
+from functrans.pytorch import thread_state
 from functrans.pytorch.thread_state import STATE, running_at
 from functrans.pytorch.torch_private import OpOverload, no_dispatch, set_grad_enabled
-from functrans.functionalization.layouts import as_shown, check_places, dense_strides
-from functrans.functionalization.memory import storage_offset_of
+from functrans.tensors.described import given
 
 aten = torch.ops.aten
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from functrans.core.dispatch import dispatch
 from functrans.errors import InsideTransformError
-from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import OpOverload
 from functrans.functionalization.history import with_history_of
 from functrans.functionalization.memory import places, positions, storage_offset_of
 from functrans.functionalization.views import ViewLink
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

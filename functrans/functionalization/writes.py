@@ -19,24 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import base, dispatch, scan
-from functrans.errors import CapturedOnceError, CapturedWriteError, InsideTransformError, NoPureFormError, WriteShapeError
-from functrans.core.interpreter import Interpreter
-from functrans.boundary.leftovers import check_thread
-from functrans.operators.info import STAND_INS, VIEW, WRITE, OpInfo, kind_here
-from functrans.operators.scopes import SCOPES
 from functrans.boundary.fresh import FRESH
+from functrans.boundary.leftovers import check_thread
+from functrans.core.dispatch import base, dispatch, scan
+from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, strides_of
-from functrans.functionalization.layouts import set_content
-from functrans.pytorch.thread_state import STATE, door_closed, running_at
-from functrans.pytorch.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, set_key_excluded
+from functrans.errors import (
+    CapturedOnceError,
+    CapturedWriteError,
+    InsideTransformError,
+    NoPureFormError,
+    WriteShapeError,
+)
 from functrans.functionalization.history import with_history_of
-from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_shape
+from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_content, set_shape
 from functrans.functionalization.memory import storage_offset_of
 from functrans.functionalization.out_of_place import Functional, pure_form
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
 from functrans.functionalization.without_data import run_without_data
 from functrans.functionalization.write_back import write_back
+from functrans.operators.info import STAND_INS, VIEW, WRITE, OpInfo, kind_here
+from functrans.operators.scopes import SCOPES
+from functrans.pytorch.thread_state import STATE, door_closed, running_at
+from functrans.pytorch.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, set_key_excluded
 
 aten = torch.ops.aten
 

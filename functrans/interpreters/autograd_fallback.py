@@ -23,13 +23,21 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from functrans.core.dispatch import base, dispatch, entered, map_tensors
-from functrans.errors import MissingRuleError, NoFormulaError
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import op_info
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of, wrap_as
-from functrans.pytorch.thread_state import STATE, Snapshot, forward_level, running_at, unchanged
-from functrans.pytorch.torch_private import AUTOGRAD, OpOverload, push_packing, set_forward_enabled, set_grad_enabled, set_key_excluded, without_torch_function
 from functrans.derivatives.constants import PLACES
+from functrans.errors import MissingRuleError, NoFormulaError
+from functrans.operators.info import op_info
+from functrans.pytorch.thread_state import STATE, Snapshot, forward_level, running_at, unchanged
+from functrans.pytorch.torch_private import (
+    AUTOGRAD,
+    OpOverload,
+    push_packing,
+    set_forward_enabled,
+    set_grad_enabled,
+    set_key_excluded,
+    without_torch_function,
+)
 
 aten = torch.ops.aten
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors, scan
-from functrans.errors import BranchWriteError
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WRAPPERS, WrapperTensor, tensor_of, wrap
+from functrans.errors import BranchWriteError
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload, set_forward_enabled, set_grad_enabled
-from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 
 class BranchInterpreter(Interpreter, whole=True):

@@ -22,10 +22,10 @@ from typing import Any
 from torch import Tensor
 
 from functrans.core import dispatch
+from functrans.core.interpreter import Interpreter
 from functrans.errors import FunctransError, LayoutError, RuleError
 from functrans.errors.call_sites import TORCH, definition, is_users, place, user_site
 from functrans.tensors.described import given
-from functrans.core.interpreter import Interpreter
 
 #: Code under which a kernel runs.
 KERNELS = (dispatch.base.__code__, dispatch.base_recorded.__code__)

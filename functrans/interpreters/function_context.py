@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.core.dispatch import WITHOUT_TENSORS
-from functrans.errors import CustomFunctionError
-from functrans.core.interpreter import Interpreter
 from functrans.boundary.leftovers import suspended
-from functrans.tensors.pytrees import tree_flatten, tree_map
+from functrans.core.dispatch import WITHOUT_TENSORS
+from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import CustomFunctionError
+from functrans.interpreters.fitting import expect_tangent, fitted, reduce_to, spec
 from functrans.pytorch.thread_state import lowered
 from functrans.pytorch.torch_private import no_setup_context
-from functrans.interpreters.fitting import expect_tangent, fitted, reduce_to, spec
+from functrans.tensors.pytrees import tree_flatten, tree_map
 
 
 def within(a: Any) -> Sequence[Any]:

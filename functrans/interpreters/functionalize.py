@@ -14,15 +14,21 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors
-from functrans.errors import InsideTransformError
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import PURE, VIEW, OpInfo, op_info
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
-from functrans.pytorch.thread_state import lowered, running_at
-from functrans.pytorch.torch_private import OpOverload, is_forward_enabled, no_dispatch, set_forward_enabled, set_grad_enabled
+from functrans.errors import InsideTransformError
 from functrans.functionalization.copies import COPIES
 from functrans.functionalization.views import contents_of
 from functrans.interpreters.function_context import unwrapped, without
+from functrans.operators.info import PURE, VIEW, OpInfo, op_info
+from functrans.pytorch.thread_state import lowered, running_at
+from functrans.pytorch.torch_private import (
+    OpOverload,
+    is_forward_enabled,
+    no_dispatch,
+    set_forward_enabled,
+    set_grad_enabled,
+)
 
 aten = torch.ops.aten
 

@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors, unwrap
-from functrans.errors import InsideTransformError
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import OpInfo, op_info
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
-from functrans.pytorch.thread_state import lowered
-from functrans.pytorch.torch_private import OpOverload, set_grad_enabled
 from functrans.derivatives.constants import ABOUT_METADATA
+from functrans.errors import InsideTransformError
 from functrans.functionalization.history import with_history_of
 from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.grad.nodes import snapshot, tensors_in
+from functrans.operators.info import OpInfo, op_info
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload, set_grad_enabled
 
 
 class Variable(NamedTuple):

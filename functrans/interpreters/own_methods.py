@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from functrans.errors import RegistrationError
 from functrans.core.interpreter import Interpreter
+from functrans.errors import RegistrationError
 
 
 def overrides(cls: type[Interpreter], base: type[Interpreter], *names: str) -> bool:

@@ -1,4 +1,4 @@
-"""What grad and jvp ask of a program's arguments."""
+"""What our interpreters ask of a program's arguments, and how its results wait."""
 
 from __future__ import annotations
 
@@ -56,3 +56,17 @@ def unwrap_program(interpreter: Interpreter, args: Sequence[Any]) -> tuple[Any, 
             same = same and first is not None and a.shape == first.shape
         values.append(a)
     return values, places, carried, first, alike, same
+
+
+def pend(interpreter: Interpreter, value: Any, like: Any) -> PendingWrapper:
+    """What ``wrap_like`` makes, pending."""
+    wrapper = PendingWrapper()
+    wrapper.interpreter = interpreter
+    wrapper._value = value
+    wrapper.made = None
+    wrapper.shape = like.shape
+    wrapper.strides = like.strides
+    wrapper.dtype = like.dtype
+    wrapper.layout = like.layout
+    wrapper.device = like.device
+    return wrapper

@@ -19,19 +19,19 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors, unwrap
-from functrans.errors import NonLinearError
-from functrans.errors.call_sites import at_line
-from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info
-from functrans.pytorch.thread_state import lowered
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.constants import ABOUT_METADATA, READS_NO_VALUES
 from functrans.derivatives.table import DERIVATIVES, Derivative
+from functrans.errors import NonLinearError
+from functrans.errors.call_sites import at_line
 from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, tensors_in
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.fallback import is_zero
+from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
 
 
 class NonLinear(BackwardNode):

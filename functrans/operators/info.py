@@ -7,8 +7,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from functrans.operators.rules import FORGET, RuleTable
-from functrans.operators.scopes import SCOPES, covering, scope_here
 from functrans.operators.schemas import direct_call, schema_default
+from functrans.operators.scopes import SCOPES, covering, scope_here
 from functrans.pytorch.torch_private import OpOverload
 
 #: What goes down the stack: an OpOverload, or a program (see functrans.programs), which has what is asked of one.

@@ -7,86 +7,24 @@ operator, and those drop the container that they keep things in. They drop it ra
 making something by the old rule took the container before it looked, and puts what it made where nobody looks any more.
 So no thread keeps what no longer holds, without a lock.
 
-Rules of a scope (``rules_in_scope``) hold in one context: a thread, or a task of asyncio, and the tasks started from
-it. What is made by them is kept by the scope; outside, nothing is given up. While no scope is open anywhere, all of
-this costs the look at an empty list.
+What is made by the rules of a scope (operators/scopes.py) is kept by the scope; outside, nothing is given up.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from functrans.errors import DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.errors.wording import shown
+from functrans.operators.scopes import LOCK, SCOPES, covered, covering, scope_here
 from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload, overload_of_library
 
 Rule = TypeVar("Rule")
 
 #: called with (table, operator) when a rule changes: every cache of what is made of rules has a function here
 FORGET: list[Callable[[RuleTable[Any], OpOverload], None]] = []
-#: the scopes that are open in any context
-SCOPES: list[Scope] = []
-_LOCK = threading.RLock()
-_innermost: ContextVar[Scope | None] = ContextVar("functrans.operators.rules", default=None)
-
-
-class Scope:
-    """Rules that hold in one context for the length of a block."""
-
-    def __init__(self, table: RuleTable[Any], entries: Mapping[OpOverload, tuple[Any, str] | None]) -> None:
-        self.table = table
-        #: by operator its rule and the place of that; None: no rule
-        self.entries = dict(entries)
-        self.outer = _innermost.get()
-        self.open = True
-        #: what is made of rules here, by who keeps it
-        self.kept: dict[Any, dict[Any, Any]] = {}
-
-    def outwards(self) -> Iterator[Scope]:
-        """This scope and those that it was opened in."""
-        scope: Scope | None = self
-        while scope is not None:
-            yield scope
-            scope = scope.outer
-
-    def chain(self) -> Iterator[Scope]:
-        """Those of them that are open: one that a task was started in may have been closed meanwhile."""
-        return (scope for scope in self.outwards() if scope.open)
-
-    def forget(self) -> None:
-        """Give up what was made by this scope's rules, here and in the scopes inside."""
-        for scope in SCOPES:
-            if self in scope.outwards():
-                scope.kept = {}
-
-    def close(self) -> None:
-        self.open = False
-        try:
-            with _LOCK:
-                self.forget()
-                SCOPES[:] = [scope for scope in SCOPES if scope.open]
-        finally:
-            if _innermost.get() is self:
-                _innermost.set(self.outer)
-
-
-def scope_here() -> Scope | None:
-    """The innermost open scope of this context that changes a rule of which something is kept."""
-    innermost = _innermost.get()
-    return None if innermost is None else next((s for s in innermost.chain() if s.table.cached), None)
-
-
-def covering(table: RuleTable[Any], op: OpOverload) -> Scope | None:
-    """The innermost open scope of this context that has a say about ``op`` in ``table``."""
-    innermost = _innermost.get()
-    if innermost is None:
-        return None
-    return next((s for s in innermost.chain() if s.table is table and op in s.entries), None)
 
 
 class RuleTable(Generic[Rule]):
@@ -150,7 +88,7 @@ class RuleTable(Generic[Rule]):
         self.check(op)
         self.check_rule(op, rule)
         place = place or caller_place()
-        with _LOCK:
+        with LOCK:
             if op in self and self.place(op) != place:
                 raise DuplicateRuleError(self.title, op, self.place(op))
             scope = covering(self, op)
@@ -163,7 +101,7 @@ class RuleTable(Generic[Rule]):
     def remove(self, op: OpOverload) -> None:
         """Take out the rule of ``op``, if it has one, so that another can be registered."""
         self.check(op)
-        with _LOCK:
+        with LOCK:
             scope = covering(self, op)
             if scope is not None:
                 scope.entries[op] = None
@@ -238,11 +176,9 @@ class RuleTable(Generic[Rule]):
         return self.get(op) is not None  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[OpOverload]:
-        innermost = _innermost.get() if SCOPES else None
-        if innermost is None:
+        if not SCOPES:
             return iter(self._rules)
-        more = [op for scope in innermost.chain() if scope.table is self for op in scope.entries]
-        return iter([op for op in dict.fromkeys([*self._rules, *more]) if op in self])
+        return iter([op for op in dict.fromkeys([*self._rules, *covered(self)]) if op in self])
 
     def __len__(self) -> int:
         return len(self._rules) if not SCOPES else len(list(iter(self)))
@@ -270,37 +206,6 @@ class RuleCache:
         if found is MISSING:
             found = entries[key] = make(*args)
         return found
-
-
-@contextmanager
-def scope_of(table: RuleTable[Any], entries: Mapping[OpOverload, tuple[Any, str] | None]) -> Iterator[RuleTable[Any]]:
-    """Context: these rules lie over those of ``table``; see ``Scope``."""
-    scope = Scope(table, entries)
-    try:
-        try:
-            with _LOCK:
-                SCOPES.append(scope)
-            _innermost.set(scope)
-            yield table
-        finally:
-            scope.close()
-    except BaseException:
-        scope.close()  # once more: the exception may have come while it was closed
-        raise
-
-
-@contextmanager
-def rules_of(scope: Scope | None) -> Iterator[None]:
-    """Context: the rules of ``scope`` hold (None: those outside of all scopes), whatever else does."""
-    if not SCOPES:
-        yield
-        return
-    here = _innermost.get()
-    _innermost.set(scope)
-    try:
-        yield
-    finally:
-        _innermost.set(here)
 
 
 def place_in(op: Any, *tables: RuleTable[Any]) -> str | None:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.operators.info import op_info
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.operators.info import op_info
 from functrans.programs.program import Instruction, Program, Value
 from functrans.programs.tracing import Builder, Tracer, Untraceable, tracing
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

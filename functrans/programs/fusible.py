@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.operators.info import op_info
 from functrans.operators.rules import RuleCache, RuleTable
 from functrans.pytorch.torch_private import OpOverload
-from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 
 aten = torch.ops.aten
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from functrans.operators.rules import RuleCache
 from functrans.operators.scopes import SCOPES
-from functrans.pytorch.torch_private import OpOverload
 from functrans.programs.deriving import pullback, slice_out, tangent
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable, tracing
+from functrans.pytorch.torch_private import OpOverload
 
 PROGRAMS = RuleCache()
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
+from functrans.core.tensor import tensor_of
 from functrans.errors.call_sites import PROGRAM_FILE
 from functrans.operators.info import PURE, OpInfo
-from functrans.operators.scopes import SCOPES, scope_here
 from functrans.operators.schemas import direct_call
-from functrans.core.tensor import tensor_of
+from functrans.operators.scopes import SCOPES, scope_here
 from functrans.pytorch.torch_private import OpOverload
 
 

@@ -9,10 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.pytorch.torch_private import EnableTorchFunction, OpOverload, function_mode_stack_size, pop_function_mode, push_function_mode
 from functrans.programs.fusible import fusible
 from functrans.programs.program import Instruction, Value, key_of
 from functrans.programs.torch_functions import OPERATORS, operator_of, spellings
+from functrans.pytorch.torch_private import (
+    EnableTorchFunction,
+    OpOverload,
+    function_mode_stack_size,
+    pop_function_mode,
+    push_function_mode,
+)
 
 
 class Untraceable(Exception):

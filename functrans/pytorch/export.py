@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from functrans.pytorch.torch_private import KEY_OF_MODE, PRE_DISPATCH, TRACER_MODE, push_mode, set_key_included, tracers_before_autograd, unset_mode
+from functrans.pytorch.torch_private import (
+    KEY_OF_MODE,
+    PRE_DISPATCH,
+    TRACER_MODE,
+    push_mode,
+    set_key_included,
+    tracers_before_autograd,
+    unset_mode,
+)
 
 
 class traced_behind_autograd:

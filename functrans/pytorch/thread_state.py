@@ -16,19 +16,37 @@ where the transform ends, by ``run_transformed``.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from functrans.pytorch.torch_private import AUTOGRAD, VIEWS_AND_VERSIONS, ZERO_TENSOR, function_state, is_forward_enabled, is_key_excluded, mode_at, mode_stack_size, pop_mode, pop_packing, push_mode, push_packing, set_forward_enabled, set_function_state, set_grad_enabled, set_key_excluded, top_packing
+from functrans.pytorch.torch_private import (
+    AUTOGRAD,
+    VIEWS_AND_VERSIONS,
+    ZERO_TENSOR,
+    function_state,
+    is_forward_enabled,
+    is_key_excluded,
+    mode_at,
+    mode_stack_size,
+    pop_mode,
+    pop_packing,
+    push_mode,
+    push_packing,
+    set_forward_enabled,
+    set_function_state,
+    set_grad_enabled,
+    set_key_excluded,
+    top_packing,
+)
 
-if TYPE_CHECKING:
-    from functrans.core.interpreter import Interpreter
+#: An interpreter, which is above: of it ``level``'s neighbours and modes are asked here, and nothing else.
+Level = Any
 
 
 class _State(threading.local):
-    top: Interpreter | None = None
+    top: Level = None
     #: size of PyTorch's mode stack while the door is on it; while the door handles an operator it is one less
     door_depth: int = 0
     #: the saved-tensor hooks around the outermost transform
@@ -129,7 +147,7 @@ class running_at:
 
     __slots__ = ("before", "level")
 
-    def __init__(self, level: Interpreter | None) -> None:
+    def __init__(self, level: Level) -> None:
         self.level = level
 
     def switch(self) -> None:
@@ -168,7 +186,7 @@ class lowered(running_at):
 
     __slots__ = ("interpreter",)
 
-    def __init__(self, interpreter: Interpreter) -> None:
+    def __init__(self, interpreter: Level) -> None:
         self.interpreter = interpreter
         self.level = interpreter.below
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from functrans.errors import FunctransError
+
 #: The first and the last minor version that the tests were run on; docs/versions.md has the table.
 SUPPORTED = ((2, 11), (2, 14))
 
@@ -23,3 +25,13 @@ GONE = {"cholesky": (2, 14)}
 def present(*names: str) -> list[Any]:
     """The ``default`` overloads of these aten operators, without those that the installed version no longer has."""
     return [getattr(torch.ops.aten, name).default for name in names if INSTALLED < GONE[name]]
+
+
+class TorchMovedError(FunctransError, ImportError):
+    sentence = """PyTorch {torch} has no {name}, which functrans needs {purpose}. functrans supports PyTorch {first} to
+        {last}: install one of these, or a functrans that supports {torch}. (functrans/pytorch/torch_private.py is the
+        place to mend.)"""
+
+    def __init__(self, name: str, purpose: str) -> None:
+        first, last = (".".join(map(str, version)) for version in SUPPORTED)
+        super().__init__(torch=torch.__version__, name=name, purpose=purpose, first=first, last=last)

@@ -11,15 +11,15 @@ from torch import Tensor
 from functrans.api.checks import call_function, check_callable
 from functrans.api.compiled import named_after
 from functrans.api.structures import difference, path_of
-from functrans.errors import Call, CallTypeError, CallValueError
-from functrans.errors.wording import shown, what
 from functrans.core.interpreter import Interpreter
-from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import Call, CallTypeError, CallValueError
+from functrans.errors.wording import shown, what
 from functrans.pytorch.thread_state import lowered
 from functrans.shipped.interval_rules import IntervalLevel
 from functrans.shipped.relaxations import RelaxationLevel
+from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
 
 LEVELS: dict[Any, type[IntervalLevel]] = {"intervals": IntervalLevel, "linear": RelaxationLevel}
 

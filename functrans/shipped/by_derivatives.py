@@ -15,19 +15,19 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors, sending
-from functrans.operators.info import op_info
-from functrans.operators.rules import RuleCache
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.extension.table_interpreter import TableInterpreter
 from functrans.interpreters.jvp.interpreter import TableMethod
+from functrans.operators.info import op_info
+from functrans.operators.rules import RuleCache
 from functrans.programs.deriving import slice_out
 from functrans.programs.fusible import REAL, fusible
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped import series_formulas  # noqa: F401 - it adds formulas
 from functrans.shipped.power_series import DEFINITIONS, FORMULAS, RECURRENCES, TRACEABLE
 

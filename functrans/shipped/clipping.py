@@ -22,13 +22,13 @@ from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, run_scalar, unit
+from functrans.boundary.facades import bare
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
-from functrans.boundary.facades import bare
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 from functrans.pytorch.torch_private import autocast_enabled
 from functrans.shipped.example_gradients import ExampleInterpreter
 from functrans.shipped.gradient_parts import Gradient
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 
 def clipped_grad(

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import check_dense
+from functrans.core.stack import interpreter_stack
 from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
-from functrans.tensors.pytrees import tree_map
-from functrans.core.stack import interpreter_stack
 from functrans.extension.primitives import Primitive
 from functrans.extension.table_interpreter import TableInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -25,6 +24,7 @@ from functrans.shipped.interval_rules.level import IntervalLevel, is_interval
 from functrans.shipped.jet import JetInterpreter
 from functrans.shipped.laplacian import LaplacianInterpreter
 from functrans.shipped.sparsity_level import SparsityLevel
+from functrans.tensors.pytrees import tree_map
 
 AxisName = Hashable | tuple[Hashable, ...]
 

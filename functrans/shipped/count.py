@@ -12,11 +12,11 @@ from torch.utils.flop_counter import flop_registry
 
 from functrans.api.checks import check_callable
 from functrans.errors import LayoutError
-from functrans.operators.info import VIEW, op_info
-from functrans.tensors.pytrees import tree_flatten
-from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.levels import PassThrough
 from functrans.extension.transforming import transform
+from functrans.operators.info import VIEW, op_info
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tree_flatten
 
 
 class OperatorCounts(NamedTuple):

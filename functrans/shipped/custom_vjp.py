@@ -9,9 +9,9 @@ from torch import Tensor
 
 from functrans.errors import CallError, CallValueError
 from functrans.errors.wording import what
-from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
 from functrans.shipped.functions_with_rules import Arguments, Results, WithRule, fitting
 from functrans.shipped.vjp_rules import VjpRule
+from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
 
 
 class custom_vjp(WithRule):

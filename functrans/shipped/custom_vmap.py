@@ -16,8 +16,8 @@ from functrans.api.transforms import jvp, vjp
 from functrans.errors import CallValueError
 from functrans.errors.wording import callable_name, what
 from functrans.operators.info import DIFFERENTIABLE
-from functrans.tensors.pytrees import leaves_like, tree_unflatten
 from functrans.shipped.functions_with_rules import Arguments, Results, WithRule, keeping_inputs
+from functrans.tensors.pytrees import leaves_like, tree_unflatten
 
 
 class custom_vmap(WithRule):

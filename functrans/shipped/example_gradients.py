@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.named import named
 from functrans.interpreters.grad.pullback_rules import PullbackInterpreter, PullbackTable, Step
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.gradient_parts import Factors, Geometry, Gradient, Patches
 
 aten = torch.ops.aten

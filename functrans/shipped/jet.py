@@ -19,8 +19,8 @@ from torch import Tensor
 from functrans.api.checks import check_callable, check_dense
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 from functrans.shipped.jet_level import JetInterpreter, run_jet
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 __all__ = ["JetInterpreter", "jet"]
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from functrans.api.transforms import jvp
 from functrans.core.dispatch import lower, map_tensors
-from functrans.operators.info import DIFFERENTIABLE, op_info
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered
 from functrans.derivatives.table import NO_TANGENT
 from functrans.extension.without_rule import as_function, passed
 from functrans.interpreters.jvp.interpreter import COPYING, TableMethod
+from functrans.operators.info import DIFFERENTIABLE, op_info
+from functrans.pytorch.thread_state import lowered
 from functrans.shipped.by_derivatives import DerivativeRule
 from functrans.shipped.jet_level import JetInterpreter, Terms, run_jet
 

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from functrans.api.checks import call_function
 from functrans.core.dispatch import lower, map_tensors
-from functrans.errors import Call
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
-from functrans.operators.rules import RuleTable
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of, wrap, wrap_like
-from functrans.pytorch.thread_state import lowered
+from functrans.errors import Call
 from functrans.functionalization.views import contents_of
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.operators.rules import RuleTable
 from functrans.programs.program import Program
+from functrans.pytorch.thread_state import lowered
 from functrans.shipped.by_derivatives import DerivativeInterpreter
 from functrans.shipped.jet_programs import FIXED, NUMBER, coefficients
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 aten = torch.ops.aten
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
 from functrans.core.tensor import WrapperTensor
+from functrans.decompositions.table import decompose
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
-from functrans.decompositions.table import decompose
 from functrans.shipped import jet_by_table  # noqa: F401 - it says what is done without a rule
 from functrans.shipped.jet_level import JetInterpreter
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_dense, check_flag
+from functrans.core.stack import run_transformed
 from functrans.errors import Call, CallValueError
 from functrans.errors.wording import shown, what
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
-from functrans.core.stack import run_transformed
 from functrans.pytorch.thread_state import lowered
 from functrans.shipped.laplacian_level import LaplacianInterpreter
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 __all__ = ["LaplacianInterpreter", "laplacian"]
 

@@ -16,16 +16,16 @@ from torch import Tensor
 from functrans.api.transforms import jvp
 from functrans.api.vmap import vmap
 from functrans.core.dispatch import lower, map_tensors
-from functrans.operators.info import DIFFERENTIABLE, op_info
-from functrans.tensors.pytrees import tree_map
-from functrans.pytorch.thread_state import door_closed, lowered
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import NO_TANGENT
 from functrans.extension.without_rule import as_function, passed
 from functrans.interpreters.jvp.interpreter import COPYING
 from functrans.interpreters.vmap.specialized import rule_here
+from functrans.operators.info import DIFFERENTIABLE, op_info
+from functrans.pytorch.thread_state import door_closed, lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.by_derivatives import DerivativeRule
 from functrans.shipped.laplacian_level import LaplacianInterpreter
+from functrans.tensors.pytrees import tree_map
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
+from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of, wrap, wrap_like
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.operators.rules import RuleTable
-from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of, wrap, wrap_like
 from functrans.programs.program import Program
 from functrans.shipped.by_derivatives import DerivativeInterpreter
 from functrans.shipped.laplacian_programs import bending

@@ -13,9 +13,9 @@ from functrans.api.checks import check_callable
 from functrans.core.dispatch import map_tensors
 from functrans.errors import CallTypeError, CallValueError
 from functrans.errors.wording import what
-from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.levels import PassThrough
 from functrans.extension.transforming import transform
+from functrans.pytorch.torch_private import OpOverload
 
 #: The formats that results are rounded to.
 DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
-from functrans.errors import CallTypeError, CallValueError, MissingRuleError
-from functrans.errors.wording import shown, what
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack, run_transformed
-from functrans.pytorch.thread_state import running_at
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
+from functrans.errors.wording import shown, what
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -26,6 +25,7 @@ from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
 from functrans.interpreters.transpose import TransposeInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.thread_state import running_at
 from functrans.shipped.by_derivatives import DerivativeInterpreter
 from functrans.shipped.interval_rules.level import IntervalLevel
 from functrans.shipped.sow import is_of, of_basis, of_each, sow

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from functrans.operators.info import op_info
-from functrans.pytorch.torch_private import OpOverload
 from functrans.programs.deriving import formula_of
 from functrans.programs.program import Instruction, Value
 from functrans.programs.torch_functions import OPERATORS
 from functrans.programs.tracing import Builder, Untraceable, tracing
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.scaled_values import Arithmetic, Scaled, scaled
 
 aten = torch.ops.aten

@@ -22,14 +22,11 @@ from torch import Tensor
 from functrans.api.checks import check_callable, check_flag
 from functrans.boundary.calls import start
 from functrans.core.dispatch import scan
-from functrans.errors import Call, LayoutError, NonFiniteError
-from functrans.errors.call_sites import at_site, user_site
 from functrans.core.interpreter import Interpreter
-from functrans.tensors.pytrees import tree_flatten
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor, tensor_of
-from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import OpOverload
+from functrans.errors import Call, LayoutError, NonFiniteError
+from functrans.errors.call_sites import at_site, user_site
 from functrans.extension.levels import PassThrough
 from functrans.extension.primitives import Primitive
 from functrans.extension.table_interpreter import TableInterpreter
@@ -38,6 +35,9 @@ from functrans.interpreters.failures import meaning_at, name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
 from functrans.interpreters.grad.noted_tape import noting_lines, site_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tree_flatten
 
 
 def sanitize(func: Callable[..., Any], *, nan: bool = True, inf: bool = True) -> Callable[..., Any]:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.programs.program import Value
 from functrans.programs.tracing import Builder, Untraceable
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

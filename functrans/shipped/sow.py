@@ -13,12 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
-from functrans.errors import CallTypeError, CallValueError, MissingRuleError
-from functrans.errors.wording import shown, what
 from functrans.core.interpreter import Interpreter
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 from functrans.core.stack import interpreter_stack, run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
+from functrans.errors import CallTypeError, CallValueError, MissingRuleError
+from functrans.errors.wording import shown, what
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -30,6 +29,7 @@ from functrans.interpreters.vmap.table import materialize
 from functrans.shipped.by_derivatives import DerivativeInterpreter
 from functrans.shipped.interval_rules.level import IntervalLevel
 from functrans.shipped.sparsity_level import SparsityLevel
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
 SOW, REAP, PLANT = "sow(value, name)", "reap(func)", "plant(func, values)"
 

@@ -25,14 +25,14 @@ from functrans.api.rows_and_columns import check_output_numbers
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, grad, jvp_with_argnums, vjp_with_argnums
 from functrans.api.vmap import vmap
+from functrans.core.stack import run_transformed
 from functrans.errors import Call, CallError
 from functrans.errors.wording import what
-from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
-from functrans.core.stack import run_transformed
 from functrans.pytorch.thread_state import lowered, running_at
 from functrans.shipped import sparsity_rules  # noqa: F401 - importing it adds the rules
 from functrans.shipped.coloring import Pattern, alone, colors_of_columns, star_colors
 from functrans.shipped.sparsity_level import SparsityLevel
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 
 def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Any]:

@@ -16,16 +16,16 @@ from torch.autograd.function import Function
 
 from functrans.api.vmap import vmap
 from functrans.core.dispatch import lift, scan
+from functrans.core.interpreter import Interpreter
 from functrans.errors import MissingRuleError
 from functrans.errors.call_sites import definition
 from functrans.errors.wording import callable_name
-from functrans.core.interpreter import Interpreter
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.extension.functions_seen import follows
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.pytorch.thread_state import STATE, lowered, running_at
 from functrans.shipped.sparsity_level import SparsityLevel
 
 Tensors = tuple[Tensor, ...]

@@ -3,6 +3,7 @@ instead."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from functrans.errors import DataDependentError, InsideTransformError, NoDataError
-from functrans.tensors.described import describe, treescope_repr
 from functrans.pytorch.torch_private import PYTHON, is_key_excluded
+from functrans.tensors.described import describe, treescope_repr
 
 #: The methods that no wrapper has an answer to; None where NoDataError knows the cure.
 REFUSED = {
@@ -156,6 +157,56 @@ class Refusing(torch.Tensor):
             # Only constructors of tensors do so with dispatch off; the result would have no derivative, or no batch.
             refuse(self, "making a tensor of other tensors' numbers, as torch.tensor([x]) does,", "torch.stack([x])")
         return to(self._asked(to.__name__))
+
+
+class Answering(Refusing):
+    """Metadata from the wrapper's slots, without the way through PyTorch's parser."""
+
+    if TYPE_CHECKING:
+        shape: torch.Size  # type: ignore[assignment]
+        dtype: torch.dtype
+        shown_offset: int | None
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    ndim = property(dim)  # type: ignore[assignment]
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        if dim is None:
+            return self.shape
+        return self.shape[dim] if type(dim) is int and -len(self.shape) <= dim < len(self.shape) else super().size(dim)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)  # shape.numel() would fix symbolic sizes
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else super().__len__()
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def is_conj(self) -> bool:
+        return self.value.is_conj()
+
+    def is_neg(self) -> bool:
+        return self.value.is_neg()
+
+    def storage_offset(self) -> int:
+        return int(self.value.storage_offset()) if self.shown_offset is None else self.shown_offset
+
+    # A copy is a function of what is copied, and has its derivative. PyTorch's own copies are leaves of a graph.
+
+    def __copy__(self) -> Tensor:
+        return self.view_as(self)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        return memo[id(self)]
 
 
 def of_value(name: str, what: str, cure: str | None) -> Callable[..., Any]:

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import functrans
 from functrans import grad, hessian, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
-from functrans.pytorch.thread_state import OBSERVERS, STATE
 from functrans.extend import DERIVATIVES, RuleTable, TableInterpreter, derivative, overriding, run_transformed
+from functrans.pytorch.thread_state import OBSERVERS, STATE
 
 HOME = str(Path(functrans.__file__).parent)
 #: Code that runs while the package is imported, or in its own program.

@@ -22,9 +22,15 @@ from wrong_values import FUNCTIONS, VALUES, Counting, OwnError, V, W, X
 
 import functrans
 from functrans import extend
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import AUTOGRAD, VIEWS_AND_VERSIONS, is_forward_enabled, is_key_excluded, mode_stack_size
 from functrans.extend import interpreter_stack
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import (
+    AUTOGRAD,
+    VIEWS_AND_VERSIONS,
+    is_forward_enabled,
+    is_key_excluded,
+    mode_stack_size,
+)
 
 aten = torch.ops.aten
 

@@ -22,11 +22,11 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.errors import InsideTransformError
 from functrans.core.tensor import WrapperTensor, tensor_of, wrap
-from functrans.pytorch.thread_state import lowered, running_at
+from functrans.errors import InsideTransformError
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
 from functrans.interpreters.grad.nodes import BackwardNode, CheckedNode, ProgramNode, TableNode, tensors_in
+from functrans.pytorch.thread_state import lowered, running_at
 
 #: From outputs, inputs and cotangents: the gradients for the inputs, one level down.
 Gradients = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor | None]]

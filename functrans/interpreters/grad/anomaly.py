@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from functrans.errors import AnomalyError
-from functrans.errors.call_sites import at_site
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, tensor_of
-from functrans.pytorch.thread_state import running_at
+from functrans.errors import AnomalyError
+from functrans.errors.call_sites import at_site
 from functrans.interpreters.grad.noted_tape import site_of
+from functrans.pytorch.thread_state import running_at
 
 
 def checks_numbers() -> bool:

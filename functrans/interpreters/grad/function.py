@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from functrans.boundary.leftovers import suspended
 from functrans.core.dispatch import map_tensors
 from functrans.errors.call_sites import definition
-from functrans.boundary.leftovers import suspended
-from functrans.pytorch.thread_state import lowered
 from functrans.interpreters.function_context import (
     Context,
     as_tuple,
@@ -25,6 +24,7 @@ from functrans.interpreters.function_context import (
 )
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import snapshot, tensors_in
+from functrans.pytorch.thread_state import lowered
 
 
 def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:

@@ -15,9 +15,9 @@ from weakref import ref
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from functrans.errors import HookError
 from functrans.boundary.leftovers import suspended
 from functrans.core.tensor import tensor_of
+from functrans.errors import HookError
 from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.function_context import Context
 

@@ -11,17 +11,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from functrans.boundary.calls import start
-from functrans.core.dispatch import lower, map_tensors, unwrap
-from functrans.errors import HookError, ModifiedError
-from functrans.tensors.described import given, shown
-from functrans.core.interpreter import Interpreter
 from functrans.boundary.leftovers import suspended
-from functrans.operators.info import DIFFERENTIABLE, OpInfo, specialized_here
-from functrans.operators.rules import place_in
-from functrans.operators.scopes import SCOPES
+from functrans.core.dispatch import lower, map_tensors, unwrap
+from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
+from functrans.errors import HookError, ModifiedError
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.grad.anomaly import check_numbers, checks_numbers
@@ -31,8 +26,13 @@ from functrans.interpreters.grad.noted_tape import new_tape
 from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, ByHooks, TableMethod, choose_method
 from functrans.interpreters.own_methods import method_of, overrides
+from functrans.operators.info import DIFFERENTIABLE, OpInfo, specialized_here
+from functrans.operators.rules import place_in
+from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.described import given, shown
 
 # A record of the tape: the node that can pull back, the output indices, the input indices, what was saved.
 Record = tuple[Any, Any, Any, Any]

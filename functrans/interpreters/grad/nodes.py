@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from functrans.boundary.calls import start
+from functrans.core.tensor import WrapperTensor, tensor_of
+from functrans.derivatives.helpers import sum_to_shape
+from functrans.derivatives.table import DERIVATIVES, Derivative
 from functrans.errors import DerivativeEntryError, ModifiedError
 from functrans.errors.call_sites import definition, is_users
-from functrans.tensors.described import shown
+from functrans.interpreters.fitting import described, fitted, reduce_to
 from functrans.operators.info import OpInfo
 from functrans.operators.rules import place_in
 from functrans.operators.scopes import rules_of
-from functrans.core.tensor import WrapperTensor, tensor_of
-from functrans.pytorch.torch_private import OpOverload
-from functrans.derivatives.helpers import sum_to_shape
-from functrans.derivatives.table import DERIVATIVES, Derivative
-from functrans.interpreters.fitting import described, fitted, reduce_to
 from functrans.programs.deriving import Derived, pullback
 from functrans.programs.fusible import by_our_rules
 from functrans.programs.program import Program
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.described import shown
 
 aten = torch.ops.aten
 

@@ -9,9 +9,8 @@ import torch
 
 from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, sending
 from functrans.core.tensor import wrap, wrap_like
-from functrans.interpreters.program_arguments import pend
 from functrans.interpreters.grad.nodes import ProgramNode
-from functrans.interpreters.program_arguments import are_alike, unwrap_program
+from functrans.interpreters.program_arguments import are_alike, pend, unwrap_program
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
 

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import unwrap
-from functrans.errors import CallValueError, MissingRuleError, RegistrationError, RuleResultError
-from functrans.errors.wording import shown
-from functrans.operators.info import OpInfo, op_info
-from functrans.operators.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload
 from functrans.decompositions.table import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
+from functrans.errors import CallValueError, MissingRuleError, RegistrationError, RuleResultError
+from functrans.errors.wording import shown
 from functrans.interpreters.fitting import described, fitted, spec
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, TableNode, tensors_in
 from functrans.interpreters.grad.recording import GRAD_RULES
+from functrans.operators.info import OpInfo, op_info
+from functrans.operators.rules import RuleTable
+from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload
 
 
 class PullbackTable(RuleTable[Callable[..., Any]]):

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import lower, map_tensors
-from functrans.operators.info import DIFFERENTIABLE, OpInfo
-from functrans.operators.rules import RuleTable
 from functrans.core.tensor import WrapperTensor, wrap
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.autograd_fallback import run_recorded
@@ -24,7 +21,10 @@ from functrans.interpreters.grad.nodes import (
     TableNode,
     tensors_in,
 )
+from functrans.operators.info import DIFFERENTIABLE, OpInfo
+from functrans.operators.rules import RuleTable
 from functrans.programs.fusible import by_our_rules
+from functrans.pytorch.torch_private import OpOverload
 
 if TYPE_CHECKING:
     from functrans.interpreters.grad.interpreter import GradInterpreter

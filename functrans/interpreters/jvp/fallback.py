@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
-from functrans.errors import MissingRuleError, NoFormulaError
-from functrans.operators.info import PYTORCH_NAMESPACES, op_info
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import door_closed, lowered
-from functrans.pytorch.torch_private import OpOverload
+from functrans.errors import MissingRuleError, NoFormulaError
 from functrans.interpreters.autograd_fallback import run_forward_mode, run_recorded
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import tensors_in
+from functrans.operators.info import PYTORCH_NAMESPACES, op_info
+from functrans.pytorch.thread_state import door_closed, lowered
+from functrans.pytorch.torch_private import OpOverload
 
 if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from functrans.boundary.leftovers import suspended
 from functrans.core.dispatch import map_tensors
 from functrans.errors import CustomFunctionError
-from functrans.boundary.leftovers import suspended
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.pytorch.thread_state import lowered
-from functrans.pytorch.torch_private import is_forward_enabled
 from functrans.interpreters.function_context import (
     as_tuple,
     overrides,
@@ -24,6 +21,9 @@ from functrans.interpreters.function_context import (
     unwrapped,
 )
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import is_forward_enabled
 
 
 def jvp_rule(interpreter: JvpInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:

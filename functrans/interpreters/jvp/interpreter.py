@@ -10,21 +10,21 @@ from torch import Tensor
 
 from functrans.boundary.calls import call_below
 from functrans.core.dispatch import lower, map_tensors, unwrap
-from functrans.errors import DerivativeEntryError
 from functrans.core.interpreter import Interpreter
-from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info, specialized_here
-from functrans.operators.rules import RuleTable, place_in
-from functrans.operators.scopes import SCOPES
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
-from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
+from functrans.errors import DerivativeEntryError
 from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.jvp.fallback import borrow
 from functrans.interpreters.jvp.programs import run_program
 from functrans.interpreters.own_methods import overrides
+from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info, specialized_here
+from functrans.operators.rules import RuleTable, place_in
+from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import by_our_rules
+from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
 
 aten = torch.ops.aten
 

@@ -10,12 +10,11 @@ import torch
 
 from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, sending
 from functrans.core.tensor import WrapperTensor, tensor_of, wrap, wrap_like
-from functrans.interpreters.program_arguments import pend
-from functrans.pytorch.torch_private import is_forward_enabled
-from functrans.interpreters.program_arguments import are_alike, unwrap_program
+from functrans.interpreters.program_arguments import are_alike, pend, unwrap_program
 from functrans.programs.deriving import tangent as tangent_of
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
+from functrans.pytorch.torch_private import is_forward_enabled
 
 if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter

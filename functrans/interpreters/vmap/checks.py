@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.errors import DataDependentError
-from functrans.tensors.answers import NUMBERS
-from functrans.operators.info import OpInfo
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered, running_at
+from functrans.errors import DataDependentError
 from functrans.functionalization.hidden_effects import as_usual, stands_in_for
+from functrans.operators.info import OpInfo
+from functrans.pytorch.thread_state import lowered, running_at
+from functrans.tensors.answers import NUMBERS
 
 if TYPE_CHECKING:
     from functrans.interpreters.vmap.interpreter import VmapInterpreter

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank, same_dims, tensor_positions
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 
 def elementwise(*ops: OpOverload, promoting: tuple[int, ...] | None = None, expand: bool = False) -> None:

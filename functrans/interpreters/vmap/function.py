@@ -8,13 +8,11 @@ from typing import Any, NoReturn
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.core.dispatch import WITHOUT_TENSORS, map_tensors
-from functrans.errors import CustomFunctionError
 from functrans.boundary.leftovers import as_here, suspended
-from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
+from functrans.core.dispatch import WITHOUT_TENSORS, map_tensors
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered
+from functrans.errors import CustomFunctionError
 from functrans.interpreters.function_context import (
     Context,
     as_tuple,
@@ -26,6 +24,8 @@ from functrans.interpreters.function_context import (
     unwrapped,
 )
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.thread_state import lowered
+from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 
 def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functrans.errors import DeadWrapperError, InsideTransformError
 from functrans.boundary.leftovers import as_here, suspended
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
+from functrans.errors import DeadWrapperError, InsideTransformError
 from functrans.pytorch.torch_private import forward_class
 
 if TYPE_CHECKING:

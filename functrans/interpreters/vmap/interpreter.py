@@ -11,16 +11,11 @@ from torch import Tensor
 
 from functrans.boundary.calls import call_below
 from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, unwrap
+from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
+from functrans.decompositions.table import decompose
 from functrans.errors import BatchingRuleError, DataDependentError, InsideTransformError
 from functrans.errors.call_sites import definition, frames_to_user
-from functrans.core.interpreter import Interpreter
-from functrans.operators.info import OpInfo
-from functrans.operators.rules import place_in
-from functrans.operators.scopes import SCOPES
-from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
-from functrans.pytorch.thread_state import lowered, running_at
-from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
-from functrans.decompositions.table import decompose
 from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
@@ -31,6 +26,11 @@ from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessErr
 from functrans.interpreters.vmap.seen_calls import SeenCall, look_of, remember
 from functrans.interpreters.vmap.specialized import DATA_DEPENDENT, NOT_DECOMPOSED, Specialized, rule_here
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
+from functrans.operators.info import OpInfo
+from functrans.operators.rules import place_in
+from functrans.operators.scopes import SCOPES
+from functrans.pytorch.thread_state import lowered, running_at
+from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 
 aten = torch.ops.aten
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.functionalization.without_data import leaves, run_on_zeros, run_without_data
 from functrans.operators.info import PYTORCH_NAMESPACES
 from functrans.pytorch.torch_private import OpOverload
-from functrans.functionalization.without_data import leaves, run_on_zeros, run_without_data
 
 #: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)

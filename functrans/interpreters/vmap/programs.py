@@ -11,8 +11,7 @@ from torch import Tensor
 from functrans.boundary.calls import call_below
 from functrans.core.dispatch import NO_KWARGS, lower, map_tensors
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of, wrap_like
-from functrans.interpreters.program_arguments import pend
-from functrans.interpreters.program_arguments import are_alike
+from functrans.interpreters.program_arguments import are_alike, pend
 from functrans.interpreters.vmap.elementwise import align
 from functrans.programs.program import Program
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.operators.defaults import completed
-from functrans.operators.info import OpInfo, specialized_here
-from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 from functrans.interpreters.vmap.families import tensor_positions
 from functrans.interpreters.vmap.seen_calls import SeenCall
 from functrans.interpreters.vmap.table import BATCHING_RULES
+from functrans.operators.defaults import completed
+from functrans.operators.info import OpInfo, specialized_here
+from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
 
 aten = torch.ops.aten
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.missing_rule import missing_rule_error
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import IntervalLevel, both, ends, rule
 from functrans.shipped.interval_rules.pointwise import increasing
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.autograd.function import Function
 
-from functrans.pytorch.thread_state import running_at
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.interpreters.function_context import Context, is_setup_style
+from functrans.pytorch.thread_state import running_at
 from functrans.shipped.interval_rules.level import IntervalLevel
 
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import RuleTable
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.thread_state import lowered
 from functrans.extension.table_interpreter import TableInterpreter
+from functrans.operators.rules import RuleTable
+from functrans.pytorch.thread_state import lowered
 
 Ends = tuple[Tensor, Tensor]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.tensors.pytrees import tree_map
-from functrans.pytorch.torch_private import OpOverload
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.functionalization.write_back import RESHAPES
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import IntervalLevel, ends, high_of, is_interval, low_of, rule
 from functrans.shipped.sparsity_rules.moves import MOVES
+from functrans.tensors.pytrees import tree_map
 
 aten = torch.ops.aten
 

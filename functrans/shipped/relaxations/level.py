@@ -25,17 +25,17 @@ from torch import Tensor
 
 from functrans.api.transforms import vjp
 from functrans.api.vmap import vmap
-from functrans.operators.defaults import completed
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
-from functrans.operators.rules import RuleTable
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.table import DERIVATIVES
 from functrans.functionalization.write_back import RESHAPES
+from functrans.operators.defaults import completed
+from functrans.operators.rules import RuleTable
 from functrans.programs.fusible import by_our_rules
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import Ends, IntervalLevel, is_interval
 from functrans.shipped.relaxations.lines import Line, against
 from functrans.shipped.sparsity_rules.moves import MOVES
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 #: operators that move elements, of which the way back says nothing new
 MOVED = frozenset((*RESHAPES, *MOVES))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.folding import (
     empty_batch,
@@ -24,6 +23,7 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_n,
 )
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
@@ -19,6 +17,8 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
 from functrans.interpreters.vmap.families import RuleDeclined, argument_place
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, to_front
+from functrans.operators.rules import caller_place
 
 aten = torch.ops.aten
 

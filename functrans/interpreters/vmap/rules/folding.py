@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import argument_place, tensor_positions
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 
 def side_of_n(*operands: tuple[Tensor, int | None]) -> int:

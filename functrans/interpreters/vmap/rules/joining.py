@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.tensors.broadcasting import broadcast_shapes
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front, wrap_dim
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

@@ -8,10 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.tensors.broadcasting import broadcast_shapes
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
-from functrans.pytorch.versions import present
 from functrans.derivatives.nuclear import lyapunov, nuclear, polar
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.table import (
@@ -22,6 +18,10 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
+from functrans.pytorch.versions import present
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 

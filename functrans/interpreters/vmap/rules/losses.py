@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, argument_place, pad_rank, tensor_positions, with_defaults
 from functrans.interpreters.vmap.rules.folding import fold_n, unfold_n
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, logical_rank, materialize
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

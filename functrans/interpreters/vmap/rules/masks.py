@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.tensors.broadcasting import broadcast_shapes
 from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 

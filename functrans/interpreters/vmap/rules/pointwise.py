@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.tensors.broadcasting import broadcast_shapes
-from functrans.pytorch.torch_private import OpOverload
 from functrans.derivatives.airy import airy_ai_slope
 from functrans.derivatives.orthogonal import gegenbauer, laguerre
 from functrans.interpreters.vmap.elementwise import align, elementwise
 from functrans.interpreters.vmap.families import RuleDeclined, same_dims, tensor_positions
 from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, logical_rank, materialize
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import argument_place
 from functrans.interpreters.vmap.rules.folding import fold_c, fold_into_n, fold_n, side_of_n, unfold_c, unfold_n
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, materialize, to_front
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

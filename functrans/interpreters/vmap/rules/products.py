@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn.functional import bilinear as torch_bilinear
 from torch.nn.functional import linear as torch_linear
 
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
 from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
@@ -29,6 +27,8 @@ from functrans.interpreters.vmap.table import (
     to_front,
     wrap_dim,
 )
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

@@ -14,10 +14,6 @@ import torch
 from torch import Tensor
 
 from functrans.errors import FunctransError
-from functrans.tensors.pytrees import tree_flatten, tree_unflatten
-from functrans.operators.rules import RuleTable
-from functrans.operators.schemas import has_composite_kernel
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.elementwise import align
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
@@ -29,6 +25,10 @@ from functrans.interpreters.vmap.families import (
 )
 from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
+from functrans.operators.rules import RuleTable
+from functrans.operators.schemas import has_composite_kernel
+from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 aten = torch.ops.aten
 

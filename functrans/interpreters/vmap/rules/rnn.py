@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
 from functrans.decompositions.recurrent import STEPS, run_layers, run_padded
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.random import random_rule
@@ -20,6 +19,7 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 

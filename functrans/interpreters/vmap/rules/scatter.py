@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
 from functrans.boundary.factories import range_for
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
 from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
@@ -27,6 +25,8 @@ from functrans.interpreters.vmap.table import (
     to_front,
     wrap_dim,
 )
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from functrans.errors import InsideTransformError
-from functrans.pytorch.thread_state import door_closed
 from functrans.functionalization.memory import storage_offset_of
 from functrans.interpreters.vmap.families import RuleDeclined, any_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize
+from functrans.pytorch.thread_state import door_closed
 
 aten = torch.ops.aten
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
 from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
@@ -31,6 +29,8 @@ from functrans.interpreters.vmap.table import (
     to_front,
     wrap_dim,
 )
+from functrans.operators.rules import caller_place
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 Dims = Sequence[Any]

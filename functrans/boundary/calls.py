@@ -1,0 +1,82 @@
+"""Calls from one level to another that are no operator on its way down: of code at a level, and of a rule's code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.autograd import forward_ad
+
+from functrans.core.dispatch import base, dispatch, entered, scan
+from functrans.core.interpreter import Interpreter
+from functrans.operators.info import Operator
+from functrans.pytorch import thread_state
+from functrans.pytorch.thread_state import STATE, door_closed, lowered
+from functrans.pytorch.torch_private import (
+    VIEWS_AND_VERSIONS,
+    DisableTorchFunction,
+    function_mode_enabled,
+    is_key_excluded,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+    set_key_excluded,
+)
+
+
+def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Dispatch ``op`` from code that runs at a level, where the door is open."""
+    top = STATE.top
+    if top is not None and top.within is not None:
+        args, kwargs = entered(top, args, kwargs)
+    depth, modes = STATE.door_depth, mode_stack_size()
+    if function_mode_enabled():
+        with DisableTorchFunction():
+            return start(op, args, kwargs)
+    if depth == 0:
+        return base(op, args, kwargs)
+    watcher = None if top is None else top.watcher
+    if modes < depth:
+        return dispatch(op, args, kwargs, watcher)
+    if modes > depth:
+        with door_closed():
+            return dispatch(op, args, kwargs, watcher)
+    door = None
+    try:
+        door = pop_mode(None)
+        return dispatch(op, args, kwargs, watcher)
+    finally:
+        if door is not None:
+            push_mode(door)
+
+
+def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any], inputs: Any = None) -> Any:
+    """Call ``function``, plain ``torch`` code, one level down, from a handler.
+
+    What ``lowered`` does, without what the state of a handler makes superfluous: autograd's key is excluded already,
+    and at the base it has to come back only where something among ``inputs`` (None: ``args``) requires grad.
+    """
+    if not interpreter.lowers_plainly or forward_ad._current_level >= 0:
+        with lowered(interpreter):
+            return function(*args, **kwargs)
+    top = STATE.top
+    if interpreter.below is not None:
+        views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
+        try:
+            STATE.top = interpreter.below
+            set_key_excluded(VIEWS_AND_VERSIONS, True)
+            push_mode(thread_state.DOOR)
+            return function(*args, **kwargs)
+        finally:
+            if mode_stack_size() >= STATE.door_depth:
+                pop_mode(None)
+            set_key_excluded(VIEWS_AND_VERSIONS, views_excluded)
+            STATE.top = top
+    if scan(args if inputs is None else inputs)[1]:
+        with lowered(interpreter):
+            return function(*args, **kwargs)
+    try:
+        STATE.top = None
+        return function(*args, **kwargs)
+    finally:
+        STATE.top = top
