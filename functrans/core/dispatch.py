@@ -160,7 +160,7 @@ def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
             if a.requires_grad:
                 return base_recorded(op, args, kwargs)
             ordinary = False  # a subclass would be asked by a torch function
-        elif kind not in WITHOUT_TENSORS and scan((a,))[1]:
+        elif kind not in WITHOUT_TENSORS and (kind is not list or (a and type(a[0]) is not int)) and scan((a,))[1]:
             return base_recorded(op, args, kwargs)
     if forward_ad._current_level >= 0 or (kwargs and scan(kwargs.values())[1]):
         return base_recorded(op, args, kwargs)

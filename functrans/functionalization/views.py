@@ -272,7 +272,7 @@ def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, 
     if viewed.layout is not torch.strided or (viewed.strides is None and op in VIEWS_OF_CONTIGUOUS):
         return True
     if strides is None:
-        strides = tuple(viewed.stride())
+        strides = viewed.strides or tuple(viewed.stride())
     rest = (_described(args[1:]), _described(sorted(kwargs.items())))
     given = (op, viewed.shape, strides, viewed.dtype, viewed.device, *rest)
     try:
