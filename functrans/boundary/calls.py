@@ -29,13 +29,12 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     top = STATE.top
     if top is not None and top.within is not None:
         args, kwargs = entered(top, args, kwargs)
-    depth, modes = STATE.door_depth, mode_stack_size()
     if function_mode_enabled():
         with DisableTorchFunction():
             return start(op, args, kwargs)
-    if depth == 0:
+    if top is None:
         return base(op, args, kwargs)
-    watcher = None if top is None else top.watcher
+    watcher, depth, modes = top.watcher, STATE.door_depth, mode_stack_size()
     if modes < depth:
         return dispatch(op, args, kwargs, watcher)
     if modes > depth:

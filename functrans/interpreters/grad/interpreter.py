@@ -31,7 +31,8 @@ from functrans.operators.rules import place_in
 from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program
-from functrans.pytorch.torch_private import OpOverload
+from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.torch_private import OpOverload, mode_stack_size, pop_mode, push_mode
 from functrans.tensors.described import given, shown
 
 # A record of the tape: the node that can pull back, the output indices, the input indices, what was saved.
@@ -224,44 +225,57 @@ class GradInterpreter(Interpreter, whole=True):
         """
         tape = self.tape
         checking = checks_numbers()
-        for i in range((len(tape) if end is None else end) - 1, -1, -1):
-            node, outs, ins, saved = tape[i]
-            grad: Any
-            if type(outs) is int:
-                grad = cotangents.pop(outs, None)
-                if grad is None:
-                    continue
-                if self.hooks is not None:
-                    grad = self.hooked(outs, grad)
-            else:
-                grad = [None if o is None else cotangents.pop(o, None) for o in outs]
-                if all(g is None for g in grad):
-                    continue
-                if self.hooks is not None:
-                    grad = [None if g is None else self.hooked(o, g) for o, g in zip(outs, grad, strict=True)]
-            if type(node) is not ProgramNode:
-                grad = tensor_of(grad) if type(outs) is int else [tensor_of(g) for g in grad]
-            if consume:
-                tape[i] = SPENT
-            try:
-                found = node.pull(saved, grad)
-            except Exception as error:
-                formula = isinstance(node, BackwardNode)
-                explain_pull(error, self, node.operator(saved), grad, formula, node.rule_place(saved))
-                raise
-            if checking:
-                check_numbers(self, tape, i, node.operator(saved), found)
-            for index, cotangent in zip(ins, found, strict=True):
-                if cotangent is None:
-                    continue
-                if type(index) is int:
-                    if index in cotangents:
-                        cotangent = total(cotangents[index], cotangent)
-                    cotangents[index] = cotangent
+        door: Any = None  # taken off PyTorch's mode stack while programs follow each other
+        top = STATE.top
+        closes = self.hooks is None and not checking and top is not None and top.watcher is None
+        closes = closes and mode_stack_size() == STATE.door_depth
+        try:
+            for i in range((len(tape) if end is None else end) - 1, -1, -1):
+                node, outs, ins, saved = tape[i]
+                if type(node) is ProgramNode:
+                    if closes and door is None:
+                        door = pop_mode(None)
+                elif door is not None:
+                    door = push_mode(door)
+                grad: Any
+                if type(outs) is int:
+                    grad = cotangents.pop(outs, None)
+                    if grad is None:
+                        continue
+                    if self.hooks is not None:
+                        grad = self.hooked(outs, grad)
                 else:
-                    for s, c in zip(index, cotangent, strict=True):
-                        if s is not None and c is not None:
-                            cotangents[s] = total(cotangents[s], c) if s in cotangents else c
+                    grad = [None if o is None else cotangents.pop(o, None) for o in outs]
+                    if all(g is None for g in grad):
+                        continue
+                    if self.hooks is not None:
+                        grad = [None if g is None else self.hooked(o, g) for o, g in zip(outs, grad, strict=True)]
+                if type(node) is not ProgramNode:
+                    grad = tensor_of(grad) if type(outs) is int else [tensor_of(g) for g in grad]
+                if consume:
+                    tape[i] = SPENT
+                try:
+                    found = node.pull(saved, grad)
+                except Exception as error:
+                    formula = isinstance(node, BackwardNode)
+                    explain_pull(error, self, node.operator(saved), grad, formula, node.rule_place(saved))
+                    raise
+                if checking:
+                    check_numbers(self, tape, i, node.operator(saved), found)
+                for index, cotangent in zip(ins, found, strict=True):
+                    if cotangent is None:
+                        continue
+                    if type(index) is int:
+                        if index in cotangents:
+                            cotangent = total(cotangents[index], cotangent)
+                        cotangents[index] = cotangent
+                    else:
+                        for s, c in zip(index, cotangent, strict=True):
+                            if s is not None and c is not None:
+                                cotangents[s] = total(cotangents[s], c) if s in cotangents else c
+        finally:
+            if door is not None:
+                push_mode(door)
         node = None  # for who asks from here on which record is pulled back through: see extension/provenance.py
         cotangents = {index: tensor_of(cotangent) for index, cotangent in cotangents.items()}
         if self.hooks is not None:

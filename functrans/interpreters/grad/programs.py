@@ -36,7 +36,12 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             out = lower(self, known.forward, (value,), NO_KWARGS)
             wrapper = make(self, out, x)
             self.last_index = wrapper._carried = index = self.last_index + 1
-            self.tape.append((known, index, [x._carried], [value if i < 0 else out for i in known.saves]))
+            saves = known.saves
+            if len(saves) == 1:
+                saved = [value] if saves[0] else [out]
+            else:
+                saved = [value if i else out for i in saves]
+            self.tape.append((known, index, [x._carried], saved))
             return wrapper
     elif count == 2:
         x, y = args
