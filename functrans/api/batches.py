@@ -180,7 +180,7 @@ def for_chunks(take: Callable[[Any], Any], asked: Asked, batch: Batch, chunk_siz
         chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
         if state is not None:
             torch.set_rng_state(state)
-        take(run_batched(asked, batch._replace(leaves=chunk, size=length)))
+        take(run_batched(asked, Batch(chunk, dims, batch.spec, length, batch.kwargs)))
 
 
 def joined(call: Call, outs: list[Any], out_dims: Any) -> Any:

@@ -101,8 +101,7 @@ WITHOUT_TENSORS = frozenset(
 )
 
 
-#: where an operator has none
-NO_KWARGS: dict[str, Any] = {}
+NO_KWARGS: dict[str, Any] = {}  # where an operator has none
 
 
 def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Interpreter | None, bool]:

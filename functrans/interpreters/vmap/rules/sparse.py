@@ -115,7 +115,7 @@ def entries(op: Any, read: Any, checked: bool) -> None:
 
 def of_each(info: BatchInfo, op: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The indices, ``[dimensions, examples, entries]``, and the values, ``[examples, entries, ...]``."""
-    indices, values = x._indices(), x._values()
+    indices, values = aten._indices.default(x), aten._values.default(x)
     count, rest = divmod(indices.shape[1], max(info.batch_size, 1))
     if not x.is_coalesced():
         order = indices[0].argsort(stable=True)
