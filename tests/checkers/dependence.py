@@ -61,10 +61,12 @@ class Verdict:
 
 
 def floats(values: Any) -> list[Tensor]:
+    """The tensors of floats among the results, and those that a nested one is made of."""
     leaves = tree_flatten(values)[0]
     return [
         o
-        for o in leaves
+        for leaf in leaves
+        for o in (leaf.unbind() if isinstance(leaf, Tensor) and leaf.is_nested else (leaf,))
         if isinstance(o, Tensor) and o.dtype in (torch.float64, torch.float32) and o.layout is torch.strided
     ]
 
