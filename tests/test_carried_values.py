@@ -15,7 +15,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor
 
 from functrans import grad, vmap
-from functrans.errors import CarriedValueError, DeadWrapperError, RuleResultError
+from functrans.errors import CarriedValueError, DeadWrapperError, MissingRuleError, RuleResultError
 from functrans.extend import (
     RuleTable,
     TableInterpreter,
@@ -198,7 +198,6 @@ def returning(make: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     [
         lambda i, x: x.value.sin(),  # carry forgotten
         lambda i, x: None,
-        lambda i, x: NotImplemented,
         lambda i, x: 1.0,
         lambda i, x: (i.carry(x.value.sin(), u=x.u),),
         lambda i, x: [i.carry(x.value.sin(), u=x.u)],
@@ -213,6 +212,12 @@ def returning(make: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 def test_what_a_rule_may_not_return(make: Callable[..., Any], around: Callable[..., Any]) -> None:
     with rule_of(aten.sin.default, returning(make)), pytest.raises(RuleResultError):
         around(lambda x: slope(torch.sin, x))(X)
+
+
+def test_a_rule_that_declines_is_none() -> None:
+    with rule_of(aten.sin.default, returning(lambda i, x: NotImplemented)), pytest.raises(MissingRuleError) as caught:
+        slope(torch.sin, X)
+    assert "returned NotImplemented for this call" in caught.value.__notes__[0]
 
 
 def test_a_rule_that_returns_its_argument_makes_a_tensor_of_its_own() -> None:

@@ -41,12 +41,10 @@ from functrans.pytorch.torch_private import (
     top_packing,
 )
 
-#: An interpreter, which is above: of it ``level``'s neighbours and modes are asked here, and nothing else.
-Level = Any
-
 
 class _State(threading.local):
-    top: Level = None
+    #: the innermost interpreter; its class is further up (functrans/core/interpreter.py)
+    top: Any = None
     #: size of PyTorch's mode stack while the door is on it; while the door handles an operator it is one less
     door_depth: int = 0
     #: the saved-tensor hooks around the outermost transform
@@ -147,7 +145,7 @@ class running_at:
 
     __slots__ = ("before", "level")
 
-    def __init__(self, level: Level) -> None:
+    def __init__(self, level: Any) -> None:
         self.level = level
 
     def switch(self) -> None:
@@ -186,7 +184,7 @@ class lowered(running_at):
 
     __slots__ = ("interpreter",)
 
-    def __init__(self, interpreter: Level) -> None:
+    def __init__(self, interpreter: Any) -> None:
         self.interpreter = interpreter
         self.level = interpreter.below
 
