@@ -113,6 +113,11 @@ def test_no_modules_import_each_other() -> None:
     assert circle({m: at_import(tree) - {m} for m, tree in MODULES.items()}) == []
 
 
+def test_every_room_is_a_package() -> None:
+    folders = {path.parent for path in HOME.rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 def test_the_core_is_read_in_one_sitting() -> None:
     files = list(HOME.joinpath("core").rglob("*.py"))
     assert len(files) == 5 and sum(len(path.read_text().splitlines()) for path in files) < 800
