@@ -29,6 +29,6 @@ def overrides(cls: type[Interpreter], base: type[Interpreter], *names: str) -> b
 
 
 def method_of(interpreter: Interpreter, name: str) -> Any:
-    """The method of an interpreter's class, whether or not it is watched (functrans/explain/watching.py)."""
+    """The method of an interpreter's class, whether or not it is watched (functrans/explanation/watching.py)."""
     method = getattr(type(interpreter), name)
     return getattr(method, "watched", method)
