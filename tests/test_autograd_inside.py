@@ -508,3 +508,38 @@ def test_a_way_back_with_rules_of_its_own_is_not_passed_by() -> None:
     for f in (asked, lambda x: gradient((x * place**3).sum(), place, create_graph=True)[0]):
         with pytest.raises(InsideTransformError, match="torch.autograd.grad past a way back of its own"):
             grad(lambda x: f(x).sum(), interpreter=Noting)(ROWS[0])  # noqa: B023
+
+
+class Alone(torch.autograd.Function):
+    """The square, with a backward pass that takes one cotangent at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        assert grad.shape == x.shape and type(grad) is Tensor
+        return 2 * x * grad * grad.sum().item() ** 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_rows_go_through_a_graph_of_the_base_one_by_one(count: int) -> None:
+    leaf = torch.tensor([1.0, -2.0, 0.5], dtype=DOUBLE, requires_grad=True)
+    unused = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+    with torch.enable_grad():
+        y = Alone.apply(leaf)
+    rows = torch.arange(1.0, 3 * count + 1, dtype=DOUBLE).reshape(count, 3)
+
+    def f(scale: Tensor) -> Tensor:
+        options: Any = {"is_grads_batched": True, "allow_unused": True, "retain_graph": True}
+        # of y itself the call would be PyTorch's alone
+        found = torch.autograd.grad(y.clone(), [leaf, unused], rows * scale, **options)
+        assert found[1] is None
+        return found[0]
+
+    scales = torch.tensor([1.0, -3.0], dtype=DOUBLE)
+    expected = torch.stack([2 * leaf.detach() * rows * scale for scale in scales])
+    torch.testing.assert_close(vmap(f)(scales), expected)

@@ -69,13 +69,30 @@ def at_the_base(outs: list[Tensor], ins: list[Tensor], cotangents: list[Any], ho
     places = [i for i, x in enumerate(ins) if x.requires_grad]
     results: list[Any] = [None] * len(ins)
     if recorded and places:
+        found: Any
         options: Any = {"create_graph": how.create, "retain_graph": True, "allow_unused": True}
-        given = [o for o, _ in recorded], [ins[i] for i in places], [c for _, c in recorded]
+        given, wanted, seeds = [o for o, _ in recorded], [ins[i] for i in places], [c for _, c in recorded]
         with running_at(None):
-            found = torch.autograd.grad(*given, **options, is_grads_batched=how.rows)
+            if how.rows:  # one by one: PyTorch would batch them by its own vmap
+                each = [torch.autograd.grad(given, wanted, row, **options) for row in rows_of(seeds)]
+                found = [joined(parts, len(seeds[0])) for parts in zip(*each, strict=True)]
+            else:
+                found = torch.autograd.grad(given, wanted, seeds, **options)
         for i, g in zip(places, found, strict=True):
             results[i] = g
     return results
+
+
+def rows_of(seeds: list[Tensor]) -> list[list[Tensor]]:
+    """The rows of cotangents; of none one of zeros, which says what has a gradient."""
+    if not len(seeds[0]):
+        return [[c.new_zeros(c.shape[1:]) for c in seeds]]
+    return [list(row) for row in zip(*(c.unbind(0) for c in seeds), strict=True)]
+
+
+def joined(parts: tuple[Any, ...], count: int) -> Tensor | None:
+    """The gradients of ``count`` rows as one tensor."""
+    return None if parts[0] is None else torch.stack(parts)[:count]
 
 
 def over_rows(function: Callable[[list[Any]], list[Any]], cotangents: list[Any]) -> list[Any]:

@@ -115,6 +115,16 @@ class DerivativeInterpreter(TableInterpreter):
                 return None
         return first
 
+    def as_wide(self, x: Tensor, out: Tensor, front: int = 0) -> Tensor:
+        """What belongs to ``out`` with its shape, behind ``front`` dimensions, and its dtype."""
+        extra = len(x.shape) - front - len(out.shape)
+        if extra > 0:  # other results of the program have more dimensions
+            x = lower(self, aten.reshape.default, (x, [*x.shape[:front], *x.shape[front + extra :]]), {})
+        shape = (*x.shape[:front], *out.shape)
+        if tuple(x.shape) != shape:
+            x = lower(self, aten.expand.default, (x, list(shape)), {})
+        return x if x.dtype is out.dtype else lower(self, aten._to_copy.default, (x,), {"dtype": out.dtype})
+
     def carries(self, a: Any) -> bool:
         """Whether an argument, or one of a list, is no constant."""
         if type(a) is WrapperTensor:

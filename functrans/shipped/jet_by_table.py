@@ -83,7 +83,8 @@ class ByTable(DerivativeRule):
         else:
             for k in range(jet.order):
                 moving = self.at(terms, k)
-                found.append(self.method.linear(jet, values, kwargs, moving) if moving else None)  # type: ignore[arg-type]
+                term: Any = self.method.linear(jet, values, kwargs, moving) if moving else None  # type: ignore[arg-type]
+                found.append(term)
         if isinstance(out, tuple | list):
             return [[None if t is None else t[i] for t in found] for i in range(len(out))]
         return found

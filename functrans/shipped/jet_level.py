@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function
-from functrans.core.dispatch import lower, map_tensors
+from functrans.core.dispatch import map_tensors
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of, wrap, wrap_like
 from functrans.errors import Call
@@ -21,8 +20,6 @@ from functrans.pytorch.thread_state import lowered
 from functrans.shipped.by_derivatives import DerivativeInterpreter
 from functrans.shipped.jet_programs import FIXED, NUMBER, coefficients
 from functrans.tensors.pytrees import tree_flatten, tree_unflatten
-
-aten = torch.ops.aten
 
 #: A value's Taylor coefficients: the first, the second, ...; None is zero.
 Terms = tuple[Tensor | None, ...]
@@ -100,12 +97,6 @@ class JetInterpreter(DerivativeInterpreter, whole=True):
             return wrapper
         out = tensor_of(out)
         return self.with_terms(out, [None if t is None else self.as_wide(tensor_of(t), out) for t in terms])
-
-    def as_wide(self, term: Tensor, out: Tensor) -> Tensor:
-        """A term of the shape and dtype of what it belongs to."""
-        if term.shape != out.shape:
-            term = lower(self, aten.expand.default, (term, out.shape), {})
-        return term if term.dtype is out.dtype else lower(self, aten._to_copy.default, (term,), {"dtype": out.dtype})
 
 
 def run_jet(

@@ -111,15 +111,5 @@ class LaplacianInterpreter(DerivativeInterpreter, whole=True):
             wrapper = wrap_like(self, out, like)
             wrapper.slopes, wrapper.bend = slopes, bend
             return wrapper
-        bend = None if bend is None else self.as_wide(bend, 0, out)
-        return self.moving(out, self.as_wide(slopes, 1, out), bend)
-
-    def as_wide(self, x: Tensor, front: int, out: Tensor) -> Tensor:
-        """A part of ``out`` with its shape behind ``front`` dimensions, and its dtype."""
-        extra = len(x.shape) - front - len(out.shape)
-        if extra > 0:  # other results of the program have more dimensions
-            x = lower(self, aten.reshape.default, (x, [*x.shape[:front], *x.shape[front + extra :]]), {})
-        shape = (*x.shape[:front], *out.shape)
-        if tuple(x.shape) != shape:
-            x = lower(self, aten.expand.default, (x, list(shape)), {})
-        return x if x.dtype is out.dtype else lower(self, aten._to_copy.default, (x,), {"dtype": out.dtype})
+        bend = None if bend is None else self.as_wide(bend, out)
+        return self.moving(out, self.as_wide(slopes, out, 1), bend)

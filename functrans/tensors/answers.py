@@ -1,5 +1,5 @@
-"""What a wrapper tensor is asked for and does not have: data and autograd state; how messages call it, what to write
-instead."""
+"""What a wrapper tensor answers: metadata; and what it is asked for and does not have, data and autograd state: how
+messages call it, what to write instead."""
 
 from __future__ import annotations
 
