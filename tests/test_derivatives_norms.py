@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ class Table:
     def __getattr__(self, name: str) -> Any:
         op = getattr(aten, name)
         entry = DERIVATIVES.get(op.default) if "default" in op.overloads() else None
-        return op if entry is None or op.default not in PLAIN else differentiable_by(entry)
+        return op if entry is None or op.default not in PLAIN else SimpleNamespace(default=differentiable_by(entry))
 
 
 def differentiable_by(entry):
@@ -148,29 +149,29 @@ class ByEntry(torch.autograd.Function):
 
 HIGHER = {
     "layer_norm": (
-        lambda t, x, w, b: t.native_layer_norm(x, [3], w, b, EPS)[0],
+        lambda t, x, w, b: t.native_layer_norm.default(x, [3], w, b, EPS)[0],
         lambda x, w, b: layer_norm(x, [3], w, b, EPS)[0],
         (4, 3),
     ),
     "group_norm": (
-        lambda t, x, w, b: t.native_group_norm(x, w, b, 2, 3, 4, 1, EPS)[0],
+        lambda t, x, w, b: t.native_group_norm.default(x, w, b, 2, 3, 4, 1, EPS)[0],
         lambda x, w, b: group_norm(x, w, b, 2, 3, 4, 1, EPS)[0],
         (2, 3, 4),
     ),
     "batch_norm, training": (
-        lambda t, x, w, b: t._native_batch_norm_legit_functional(
+        lambda t, x, w, b: t._native_batch_norm_legit_functional.default(
             x, w, b, torch.zeros_like(w), torch.ones_like(w), True, 0.1, EPS
         )[0],
         lambda x, w, b: batch_norm(x, w, b, EPS)[0],
         (4, 3, 2),
     ),
     "batch_norm, evaluation": (
-        lambda t, x, w, b: t._native_batch_norm_legit_functional(x, w, b, b, w * w, False, 0.1, EPS)[0],
+        lambda t, x, w, b: t._native_batch_norm_legit_functional.default(x, w, b, b, w * w, False, 0.1, EPS)[0],
         lambda x, w, b: batch_norm(x, w, b, EPS, (b, w * w))[0],
         (4, 3, 2),
     ),
     "rms_norm": (
-        lambda t, x, w, b: t._fused_rms_norm(x, [3], w, EPS)[0] + b,
+        lambda t, x, w, b: t._fused_rms_norm.default(x, [3], w, EPS)[0] + b,
         lambda x, w, b: rms_norm(x, [3], w, EPS)[0] + b,
         (4, 3),
     ),

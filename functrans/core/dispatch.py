@@ -100,7 +100,6 @@ WITHOUT_TENSORS = frozenset(
     (int, float, bool, complex, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 )
 
-
 NO_KWARGS: dict[str, Any] = {}  # where an operator has none
 
 

@@ -62,6 +62,7 @@ class Interpreter:
         self.below: Interpreter | None = STATE.top
         self.level: int = 1 if self.below is None else self.below.level + 1
         self.alive = True
+        self.unused = [True]  # empty once it has run: see errors/misuse.py
         self.func = func
         self.watcher = self if self.sees_everything else None if self.below is None else self.below.watcher
         self.outer_grad_mode: bool = torch.is_grad_enabled()

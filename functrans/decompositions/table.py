@@ -8,8 +8,9 @@ from typing import Any
 from functrans.core.interpreter import Interpreter
 from functrans.operators.defaults import completed
 from functrans.operators.rules import RuleTable
+from functrans.operators.schemas import taken_apart
 from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import OpOverload
+from functrans.pytorch.torch_private import EnableTorchFunction, OpOverload
 
 #: Functions with the operator's signature, in plain ``torch``, that grad and jvp run in place of PyTorch's definition.
 DECOMPOSITIONS: RuleTable[Callable[..., Any]] = RuleTable("decompositions", cached=True)
@@ -27,4 +28,7 @@ def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[
     """Run the pieces of a composite ``op`` through ``interpreter``'s level again."""
     ours = decomposition(op)
     with running_at(interpreter):
-        return op.decompose(*args, **kwargs) if ours is None else completed(ours, op)(*args, **kwargs)
+        if ours is not None:
+            with EnableTorchFunction():  # where PyTorch's own way led here, its short ones are switched off
+                return completed(ours, op)(*args, **kwargs)
+        return taken_apart(op, *args, **kwargs)

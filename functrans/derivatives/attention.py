@@ -44,7 +44,7 @@ def attention(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     scores, masked = scores_of(query, key, attn_mask, is_causal, scale)
-    weights = aten._safe_softmax(scores, -1) if masked else scores.softmax(-1)
+    weights = aten._safe_softmax.default(scores, -1) if masked else scores.softmax(-1)
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, True)
     out = torch.matmul(weights, value)
@@ -96,11 +96,11 @@ def dropout_scale(p: float, train: bool | None) -> float:
 
 
 def dropout_input(v: dict[str, Any]) -> Tensor:
-    return aten.native_dropout_backward(v["grads"][0], v["results"][1], dropout_scale(v["p"], v["train"]))
+    return aten.native_dropout_backward.default(v["grads"][0], v["results"][1], dropout_scale(v["p"], v["train"]))
 
 
 def dropout_tangent(v: dict[str, Any]) -> tuple[Tensor, None]:
-    return aten.native_dropout_backward(v["input_t"], v["results"][1], dropout_scale(v["p"], v["train"])), None
+    return aten.native_dropout_backward.default(v["input_t"], v["results"][1], dropout_scale(v["p"], v["train"])), None
 
 
 derivative(
@@ -111,7 +111,7 @@ derivative(
 derivative(
     aten.native_dropout_backward.default,
     tangent="linear",
-    grad_output=lambda grad, mask, scale: aten.native_dropout_backward(grad, mask, scale),
+    grad_output=lambda grad, mask, scale: aten.native_dropout_backward.default(grad, mask, scale),
 )
 
 

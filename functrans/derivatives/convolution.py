@@ -16,6 +16,7 @@ from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
+from functrans.operators.schemas import taken_apart
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -25,11 +26,11 @@ INPUT, WEIGHT, BIAS = [True, False, False], [False, True, False], [False, False,
 
 
 def forward(v: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return aten.convolution(input, weight, bias, *(v[n] for n in OPTIONS))
+    return aten.convolution.default(input, weight, bias, *(v[n] for n in OPTIONS))
 
 
 def backward(v: dict[str, Any], grad: Tensor, input: Tensor, weight: Tensor, mask: list[bool]) -> Any:
-    return aten.convolution_backward(grad, input, weight, None, *(v[n] for n in OPTIONS), mask)
+    return aten.convolution_backward.default(grad, input, weight, None, *(v[n] for n in OPTIONS), mask)
 
 
 def over_channels(grad: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def plain_convolution(op: OpOverload) -> Callable[..., Tensor]:
     ) -> Tensor:
         dims = weight.dim() - 2
         if input.dim() != weight.dim() or input.is_complex():  # complex kernels are made of real ones
-            return op.decompose(input, weight, bias, stride, padding, dilation, groups)
+            return taken_apart(op, input, weight, bias, stride, padding, dilation, groups)
         sizes = [list(s) * dims if len(s) == 1 else list(s) for s in (stride, padding, dilation)]
         return aten.convolution.default(input, weight, bias, *sizes, False, [0] * dims, groups)
 

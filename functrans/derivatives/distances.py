@@ -69,14 +69,14 @@ def cdist_tangent(x1: Tensor, x2: Tensor, p: float, x1_t: Tensor | None, x2_t: T
 
 
 def cdist_x2(grad: Tensor, x1: Tensor, x2: Tensor, p: float, result: Tensor) -> Tensor:
-    return aten._cdist_backward(grad.mT.contiguous(), x2, x1, p, result.mT.contiguous())
+    return aten._cdist_backward.default(grad.mT.contiguous(), x2, x1, p, result.mT.contiguous())
 
 
 derivative(
     aten._cdist_forward.default,
     tangent=cdist_tangent,
     broadcasts=True,  # leading dimensions do
-    x1=lambda grad, x1, x2, p, result: aten._cdist_backward(grad.contiguous(), x1, x2, p, result),
+    x1=lambda grad, x1, x2, p, result: aten._cdist_backward.default(grad.contiguous(), x1, x2, p, result),
     x2=cdist_x2,
 )
 
@@ -156,5 +156,5 @@ def pdist_tangent(self: Tensor, p: float, self_t: Tensor) -> Tensor:
 derivative(
     aten._pdist_forward.default,
     tangent=pdist_tangent,
-    self=lambda grad, self, p, result: aten._pdist_backward(grad.contiguous(), self, p, result),
+    self=lambda grad, self, p, result: aten._pdist_backward.default(grad.contiguous(), self, p, result),
 )

@@ -87,7 +87,7 @@ def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor, added: bool 
     rest = [
         n for have, want in zip(reversed(read.shape), reversed(source.shape), strict=True) for n in (0, want - have)
     ]
-    return aten.constant_pad_nd(read, rest)
+    return aten.constant_pad_nd.default(read, rest)
 
 
 def selected(grad: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
@@ -225,11 +225,11 @@ derivative(
 def embedding_backward_grad_output(
     grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
-    read = aten.embedding(grad, indices)
+    read = aten.embedding.default(grad, indices)
     if scale_grad_by_freq:
         flat = indices.flatten()
         count = grad.new_zeros(num_weights).index_add(0, flat, grad.new_ones(flat.shape))
-        read = read / aten.embedding(count.unsqueeze(-1), indices)
+        read = read / aten.embedding.default(count.unsqueeze(-1), indices)
     if padding_idx >= 0:
         read = read.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     return read
@@ -239,7 +239,7 @@ def embedding_weight(
     grad: Tensor, weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
     # sparse=True asks for a sparse gradient; ours is dense, which is the same value.
-    return aten.embedding_dense_backward(grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
+    return aten.embedding_dense_backward.default(grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
 
 
 def embedding_tangent(

@@ -100,7 +100,8 @@ def triangle(x: Tensor, upper: bool, unitriangular: bool) -> Tensor:
 
 
 def triangular_right(grad: Tensor, self: Tensor, upper: bool, left: bool, unitriangular: bool) -> Tensor:
-    return aten.linalg_solve_triangular(adjoint(self), grad, upper=not upper, left=left, unitriangular=unitriangular)
+    options = {"upper": not upper, "left": left, "unitriangular": unitriangular}
+    return aten.linalg_solve_triangular.default(adjoint(self), grad, **options)
 
 
 def triangular_both(
@@ -125,7 +126,7 @@ def triangular_tangent(
         changed = self_t @ result if left else result @ self_t
         moved = -changed if moved is None else moved - changed
     assert moved is not None
-    return aten.linalg_solve_triangular(self, moved, upper=upper, left=left, unitriangular=unitriangular)
+    return aten.linalg_solve_triangular.default(self, moved, upper=upper, left=left, unitriangular=unitriangular)
 
 
 derivative(
@@ -168,16 +169,16 @@ def cholesky_self(grads: Any, upper: bool, results: Any) -> Tensor | None:
     factor, grad = (adjoint(results[0]), adjoint(grads[0])) if upper else (results[0], grads[0])
     middle = half_lower(adjoint(factor) @ grad)
     middle = (middle + adjoint(middle)) / 2
-    middle = aten.linalg_solve_triangular(adjoint(factor), middle, upper=True, left=True)
-    return aten.linalg_solve_triangular(factor, middle, upper=False, left=False)
+    middle = aten.linalg_solve_triangular.default(adjoint(factor), middle, upper=True, left=True)
+    return aten.linalg_solve_triangular.default(factor, middle, upper=False, left=False)
 
 
 def cholesky_tangent(self_t: Tensor, upper: bool, results: Any) -> tuple[Tensor, None]:
     """Along the Hermitian part of ``self_t``, so that it is the transpose of ``cholesky_self``; PyTorch's is not."""
     self_t = (self_t + adjoint(self_t)) / 2
     factor = adjoint(results[0]) if upper else results[0]
-    middle = aten.linalg_solve_triangular(factor, self_t, upper=False, left=True)
-    middle = aten.linalg_solve_triangular(adjoint(factor), middle, upper=True, left=False)
+    middle = aten.linalg_solve_triangular.default(factor, self_t, upper=False, left=True)
+    middle = aten.linalg_solve_triangular.default(adjoint(factor), middle, upper=True, left=False)
     moved = factor @ half_lower(middle)
     return adjoint(moved) if upper else moved, None
 

@@ -18,6 +18,7 @@ from functrans.decompositions.table import DECOMPOSITIONS, DEFINED_LATE
 from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
+from functrans.operators.schemas import taken_apart
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.broadcasting import broadcast_shapes
 
@@ -271,7 +272,7 @@ def cross_entropy(
     """For labels of one or a row of examples the two kernels at once; PyTorch's definition is four composites deep."""
     op = aten.cross_entropy_loss.default
     if label_smoothing or target.dtype.is_floating_point or self.dim() > 2 or self.dim() == 0:
-        return op.decompose(self, target, weight, reduction, ignore_index, label_smoothing)
+        return taken_apart(op, self, target, weight, reduction, ignore_index, label_smoothing)
     logs = torch.log_softmax(self, self.dim() - 1, dtype=self.dtype)
     return aten.nll_loss_forward.default(logs, target, weight, reduction, ignore_index)[0]
 
@@ -297,7 +298,7 @@ def chunked_reduced(
     *chunking: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = linear(input, linear_weight, linear_bias)
-    out = aten.cross_entropy_loss(logits, target, weight, REDUCTIONS[reduction], ignore_index, label_smoothing)
+    out = aten.cross_entropy_loss.default(logits, target, weight, REDUCTIONS[reduction], ignore_index, label_smoothing)
     return out, input.new_empty(0), input.new_empty(0), input.new_empty(0)
 
 
@@ -310,7 +311,8 @@ def chunked_unreduced(
     ignore_index: int,
     *chunking: Any,
 ) -> Tensor:
-    return aten.cross_entropy_loss(linear(input, linear_weight, linear_bias), target, weight, NONE, ignore_index)
+    logits = linear(input, linear_weight, linear_bias)
+    return aten.cross_entropy_loss.default(logits, target, weight, NONE, ignore_index)
 
 
 DEFINED_LATE["torch_nn::_linear_cross_entropy_batch_chunked"] = chunked_reduced

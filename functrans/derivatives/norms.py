@@ -344,7 +344,8 @@ BATCH_EVAL = Norm(batch_layout, ("eps",), "save_mean", "save_invstd", trainable=
 
 def layer_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
     mean, rstd = v["results"][1:3]
-    return aten.native_layer_norm_backward(grad, v["input"], v["normalized_shape"], mean, rstd, v["weight"], None, mask)
+    given = v["input"], v["normalized_shape"], mean, rstd, v["weight"], None
+    return aten.native_layer_norm_backward.default(grad, *given, mask)
 
 
 def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
@@ -358,7 +359,7 @@ def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
         return of_input, s.layout.to_affine(given * s.normal, v["weight"]) if mask[1] else None, None
     mean, rstd = v["results"][1:3]
     sizes = (v[n] for n in GROUP.options)
-    return aten.native_group_norm_backward(
+    return aten.native_group_norm_backward.default(
         grad.contiguous(), v["input"].contiguous(), mean, rstd, v["weight"], *sizes, mask
     )
 
@@ -366,7 +367,7 @@ def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
 def batch_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
     if v.get("training"):
         mean, rstd = v["results"][1:3]
-        return aten.native_batch_norm_backward(
+        return aten.native_batch_norm_backward.default(
             grad, v["input"], v["weight"], None, None, mean, rstd, True, v["eps"], mask
         )
     # plain, because the fused operator has no derivative by the running statistics

@@ -17,6 +17,7 @@ from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.own_operators import own_matrix_operator
 from functrans.derivatives.table import derivative
+from functrans.operators.schemas import taken_apart
 
 aten = torch.ops.aten
 
@@ -134,7 +135,7 @@ def matrix_norm(
 ) -> Tensor:
     """The rest is left to PyTorch."""
     if ord != "nuc" or dtype is not None or not acceptable(self, dim):
-        return aten.linalg_matrix_norm.str_ord.decompose(self, ord, dim, keepdim, dtype=dtype)
+        return taken_apart(aten.linalg_matrix_norm.str_ord, self, ord, dim, keepdim, dtype=dtype)
     return nuclear_along(self, dim, keepdim)
 
 
@@ -148,5 +149,5 @@ def nuclear_norm_of_dims(self: Tensor, dim: Any, keepdim: bool = False) -> Tenso
     return (
         nuclear_along(self, dim, keepdim)
         if acceptable(self, dim)
-        else aten.nuclear_norm.dim.decompose(self, dim, keepdim)
+        else taken_apart(aten.nuclear_norm.dim, self, dim, keepdim)
     )

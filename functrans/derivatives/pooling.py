@@ -74,7 +74,7 @@ def unwrapped(grad: Tensor, dim: int, n: int, left: int, right: int) -> Tensor:
     if right:
         end = grad.narrow(dim, grad.shape[dim] - right, right)
         inner = torch.cat([inner.narrow(dim, 0, right) + end, inner.narrow(dim, right, n - right)], dim)
-    return aten.constant_pad_nd(inner, [0, 0] * (grad.dim() - 1 - dim) + crop) if any(crop) else inner
+    return aten.constant_pad_nd.default(inner, [0, 0] * (grad.dim() - 1 - dim) + crop) if any(crop) else inner
 
 
 def pad_circular_self(grad: Tensor, self: Tensor, pad: list[int]) -> Tensor:
@@ -131,24 +131,26 @@ for _name in RESAMPLING:
 derivative(
     aten.pixel_shuffle.default,
     tangent="linear",
-    self=lambda grad, upscale_factor: aten.pixel_unshuffle(grad, upscale_factor),
+    self=lambda grad, upscale_factor: aten.pixel_unshuffle.default(grad, upscale_factor),
 )
 derivative(
     aten.pixel_unshuffle.default,
     tangent="linear",
-    self=lambda grad, downscale_factor: aten.pixel_shuffle(grad, downscale_factor),
+    self=lambda grad, downscale_factor: aten.pixel_shuffle.default(grad, downscale_factor),
 )
 derivative(
     aten.im2col.default,
     tangent="linear",
-    self=lambda grad, self, kernel_size, dilation, padding, stride: aten.col2im(
+    self=lambda grad, self, kernel_size, dilation, padding, stride: aten.col2im.default(
         grad, self.shape[-2:], kernel_size, dilation, padding, stride
     ),
 )
 derivative(
     aten.col2im.default,
     tangent="linear",
-    self=lambda grad, kernel_size, dilation, padding, stride: aten.im2col(grad, kernel_size, dilation, padding, stride),
+    self=lambda grad, kernel_size, dilation, padding, stride: aten.im2col.default(
+        grad, kernel_size, dilation, padding, stride
+    ),
 )
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
-from functrans.door.operator_entrances import direct, indexed, joining
+from functrans.door.operator_entrances import direct, indexed, joining, overload
 from functrans.door.program_entrances import binary, power, unary
-from functrans.door.torch_function import ENTRANCES
+from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
 from functrans.programs.torch_functions import (
     BINARY,
-    DIM_BY_NAME,
+    BY_SIZES,
     DIRECT,
     DUNDERS,
     JOINING,
@@ -26,6 +26,7 @@ from functrans.programs.torch_functions import (
     UNARY,
     spellings,
 )
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -64,17 +65,20 @@ def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..
         return binary(function, REFLECTED[name], up, reflected=True)
     if name in JOINING:
         return joining(function, JOINING[name], up)
-    return direct(function, DIRECT[name], up, dim_by_name=name in DIM_BY_NAME) if name in DIRECT else None
+    return direct(function, DIRECT[name], up, sizes=name in BY_SIZES) if name in DIRECT else None
 
 
 def set_up() -> None:
     """Fill ``ENTRANCES``, and give the wrapper methods of its own."""
+    ENTRANCES[OpOverload] = overload
     names = spellings()
     names.update({getattr(Tensor, name): name for name in REFLECTED})
     for function, name in names.items():
         entrance = entrance_of(function, name, 1 + frames_above(function))
         if entrance is not None:
             ENTRANCES[function] = entrance
+            if name in DIRECT:  # whose entrance looks at every argument's type
+                OF_ANY_TYPES.add(function)
     for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
         method: Any = getattr(Tensor, name, None)
         if method in ENTRANCES:

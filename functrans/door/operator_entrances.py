@@ -6,7 +6,7 @@ When that way is open is said in door/program_entrances.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from functrans.errors import DeadWrapperError
 from functrans.errors.call_sites import USER_FILES
 from functrans.interpreters.failures import explain
 from functrans.operators.info import OpInfo, op_info
+from functrans.operators.schemas import Form, form_of, formed
 from functrans.programs.torch_functions import DIRECT
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import (
@@ -33,47 +34,84 @@ from functrans.pytorch.torch_private import (
     push_mode,
 )
 
-#: Letters for the kinds of arguments in ``torch_functions.DIRECT``.
-KINDS = {WrapperTensor: "T", Tensor: "T", torch.nn.Parameter: "T", int: "i", float: "f", type(None): "N"}
+#: The types of tensors that have no say of their own.
+TENSORS = frozenset((WrapperTensor, Tensor, torch.nn.Parameter))
 LISTS = (list, tuple)
+#: the form of sizes that are given one by one
+REST: Form = ((-1, 0),)
 
 
 def direct(
-    function: Callable[..., Any], patterns: dict[str, OpOverload], up: int, *, dim_by_name: bool = False
+    function: Callable[..., Any], overloads: Sequence[OpOverload], up: int, *, sizes: bool = False
 ) -> Callable[..., Any]:
-    """What takes the place of ``function``, whose operator is found in ``patterns`` by the kinds of the arguments.
+    """What takes the place of ``function``, which is the first of ``overloads`` that takes the arguments.
 
-    ``dim_by_name``: its second one may be given as ``dim=``.
+    ``sizes``: the ints after the first argument may be given one by one.
     """
-    found: dict[tuple[type, ...], tuple[OpInfo | None, bool]] = {}
+    found: dict[tuple[type, ...], tuple[OpInfo | None, Form]] = {}
+    known = [op_info(op) for op in overloads]
     above = up + 1
 
-    def meant(types: tuple[type, ...]) -> tuple[OpInfo | None, bool]:
-        """The operator for arguments of these types, and whether all after the first are one list."""
-        kinds = "".join([KINDS.get(kind, "?") for kind in types])
-        op, listed = patterns.get(kinds), False
-        if op is None and len(kinds) > 1 and kinds == "T" + "i" * (len(kinds) - 1):
-            op, listed = patterns.get("T*"), True
-        if op is None:
-            return None, False
-        found[types] = op_info(op), listed
-        return found[types]
+    def meant(kinds: tuple[type, ...]) -> tuple[OpInfo | None, Form]:
+        if sizes and len(kinds) > 1 and all(kind is int for kind in kinds[1:]):
+            found[kinds] = known[0], REST
+            return found[kinds]
+        forms = ((info, form_of(info.op, kinds, TENSORS)) for info in known)
+        found[kinds] = next(((info, form) for info, form in forms if form is not None), (None, ()))
+        return found[kinds]
 
     def entrance(*args: Any, **kwargs: Any) -> Any:
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
-        if dim_by_name and len(kwargs) == len(args) == 1 and type(kwargs.get("dim")) is int:
-            args, kwargs = (*args, kwargs["dim"]), {}
-        if not (closed or kwargs or is_torch_func_active()):
-            types = (*map(type, args),)
-            known, listed = found.get(types) or meant(types)
-            top = STATE.top
-            if known is not None and args[0].layout is STRIDED and top is not None and not top.carries_autograd:
-                out = handled(known, (args[0], list(args[1:])) if listed else args, above)
-                if out is not LEFTOVER:
-                    return out
+        top = STATE.top
+        if not closed and top is not None and not top.carries_autograd and not is_torch_func_active():
+            given = placed(known, args, kwargs) if kwargs else args
+            kinds = (*map(type, given),)
+            info, form = found.get(kinds) or meant(kinds)
+            if info is not None and given[0].layout is STRIDED:
+                if form is REST:
+                    given = given[0], list(given[1:])
+                elif form:
+                    given = formed(form, given)  # type: ignore[assignment]
+                if given is not None:
+                    out = handled(info, given, above)
+                    if out is not LEFTOVER:
+                        return out
         return otherwise(function, (), args, kwargs, above)
 
     return entrance
+
+
+def placed(known: Sequence[OpInfo], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments by position, where the next ones of an overload have the names in ``kwargs``; else none."""
+    for info in known:
+        names = info.arguments[len(args) : len(args) + len(kwargs)]
+        if args and len(names) == len(kwargs) and kwargs.keys() == set(names):
+            return (*args, *(kwargs[name] for name in names))
+    return ()
+
+
+CALL = OpOverload.__call__.__code__
+
+
+def overload(op: OpOverload, types: Any, args: tuple[Any, ...], up: int) -> Any:
+    """``aten.mm.default(x, y)``, which derivatives' formulas and rules are made of, called ``up`` frames up."""
+    top = STATE.top
+    closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+    closed = closed or sys._getframe(up).f_code is not CALL  # ``op.decompose(...)`` is to run its pieces
+    if not closed and top is not None and not top.carries_autograd and not is_torch_func_active():
+        known = op_info(op)
+        kinds = (*map(type, args),)
+        try:
+            form = known.forms[kinds]
+        except KeyError:
+            form = known.forms[kinds] = form_of(op, kinds, TENSORS) if known.settled else None
+        if form is not None and args[0].layout is STRIDED:
+            given = formed(form, args) if form else args
+            if given is not None:
+                out = handled(known, given, up + 1)
+                if out is not LEFTOVER:
+                    return out
+    return otherwise(op, types, args, {}, up + 1)
 
 
 #: what ``handled`` returns where a transform that has ended left an argument: PyTorch's way knows what to do with it
@@ -127,7 +165,7 @@ def joining(function: Callable[..., Any], op: OpOverload, up: int) -> Callable[.
 
 def is_strided(x: Any) -> bool:
     """Whether ``x`` is an ordinary tensor."""
-    return KINDS.get(type(x)) == "T" and x.layout is STRIDED
+    return type(x) in TENSORS and x.layout is STRIDED
 
 
 def indexed(function: Callable[..., Any], up: int) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from functrans.functionalization import writes
 from functrans.functionalization.numbers_read import check_number_read
 from functrans.interpreters.failures import explain
 from functrans.operators.info import PURE, OpInfo, kind_here, op_info
-from functrans.operators.schemas import normalized
+from functrans.operators.schemas import normalized, taken_apart
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch import thread_state
 from functrans.pytorch.thread_state import STATE, running_at
@@ -160,7 +160,7 @@ def run_apart(nested: Any, op: OpOverload, types: Any, args: Any, kwargs: dict[s
         except NotImplementedError:
             if not op_info(op).composite:
                 raise
-            return op.decompose(*args, **kwargs)
+            return taken_apart(op, *args, **kwargs)
 
 
 def shown_in(mode: Any) -> None:

@@ -26,6 +26,7 @@ from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
+    OpOverload,
     is_key_excluded,
     mode_stack_size,
     push_mode,
@@ -37,7 +38,8 @@ from functrans.tensors.subclasses import keeps_class
 
 STRIDED = torch.strided
 
-#: By torch function or method: what takes its place on wrappers.
+#: By torch function or method: what takes its place on wrappers. That of ``OpOverload`` is called with the operator,
+#: the types of tensors, the arguments, and how many frames up that is.
 ENTRANCES: dict[Callable[..., Any], Callable[..., Any]] = {}
 #: Those functions among them that are called with tensors of other types beside wrappers.
 OF_ANY_TYPES: set[Callable[..., Any]] = set()
@@ -48,6 +50,8 @@ def torch_function(
     cls: type, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
     """A torch function was called with a wrapper among its arguments."""
+    if type(func) is OpOverload:
+        return otherwise(func, types, args, kwargs, 2) if kwargs else ENTRANCES[OpOverload](func, types, args, 2)
     entrance = ENTRANCES.get(func)
     if entrance is None or (len(types) > 1 and func not in OF_ANY_TYPES):
         return otherwise(func, types, args, kwargs or {}, 4 if type(func) is FunctionType else 2)  # 1 + frames_above
@@ -69,7 +73,8 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
         with behind_autograd():
             return otherwise(function, types, args, kwargs, up + 1)
     if len(types) != 1 or types[0] is not WrapperTensor:
-        others = [t for t in types or {type(a): None for a in args} if t not in ORDINARY and answers(t)]
+        given = types or {type(a): None for a in (*args, *kwargs.values())}
+        others = [t for t in given if t not in ORDINARY and answers(t)]
         for t in others:
             out = t.__torch_function__(function, tuple(others), args, kwargs)
             if out is not NotImplemented:

@@ -29,11 +29,12 @@ def check_enterable(interpreter: Any, before: Any) -> None:
     """Refuse an interpreter that has run, or whose level and switches are not those of the place where it is run."""
     here, grad, forward = before.top, before.grad, before.forward
     if interpreter.below is here and interpreter.outer_grad_mode is grad and interpreter.outer_forward_mode is forward:
-        mine: list[Any] = []
-        # atomic: threads that try at once get one run between them
-        if interpreter.__dict__.setdefault("run", mine) is mine:
+        try:
+            interpreter.unused.pop()  # atomic: threads that try at once get one run between them
             return
-    if "run" in interpreter.__dict__:
+        except IndexError:
+            pass
+    if not interpreter.unused:
         what = "got one that is running" if interpreter.alive else "got one that has run already"
     elif interpreter.below is not here:
         what = f"got one that was made {place_of(interpreter.below)}, and is run {place_of(here)}"

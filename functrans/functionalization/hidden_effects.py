@@ -14,6 +14,7 @@ from functrans.functionalization.layouts import check_places, dense_strides, mem
 from functrans.functionalization.views import hides_layout, run_view
 from functrans.functionalization.writes import write
 from functrans.operators.info import STAND_INS, OpInfo, op_info
+from functrans.operators.schemas import taken_apart
 from functrans.pytorch import thread_state
 from functrans.pytorch.thread_state import STATE, running_at
 from functrans.pytorch.torch_private import OpOverload
@@ -86,7 +87,7 @@ def sum_to_size(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def by_its_views(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Composite operators that return views without their schema saying so: the door sees the views one by one."""
     with running_at(STATE.top):
-        return known.op.decompose(*args, **kwargs)
+        return taken_apart(known.op, *args, **kwargs)
 
 
 @stands_in_for(aten.broadcast_tensors.default)

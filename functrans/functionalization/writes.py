@@ -39,6 +39,7 @@ from functrans.functionalization.views import AliasGroup, ViewLink, link_view, p
 from functrans.functionalization.without_data import run_without_data
 from functrans.functionalization.write_back import write_back
 from functrans.operators.info import STAND_INS, VIEW, WRITE, OpInfo, kind_here
+from functrans.operators.schemas import taken_apart
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import STATE, door_closed, running_at
 from functrans.pytorch.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, set_key_excluded
@@ -83,7 +84,7 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if functional is NotImplemented:
         if known.composite:
             with running_at(STATE.top):
-                return op.decompose(*args, **kwargs)
+                return taken_apart(op, *args, **kwargs)
         raise NoPureFormError(op)
     if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
         return write_metadata(known, functional.op, targets[0], args, kwargs)

@@ -21,6 +21,7 @@ from functrans.functionalization.copies import COPIES
 from functrans.functionalization.views import contents_of
 from functrans.interpreters.function_context import unwrapped, without
 from functrans.operators.info import PURE, VIEW, OpInfo, op_info
+from functrans.operators.schemas import taken_apart
 from functrans.pytorch.thread_state import lowered, running_at
 from functrans.pytorch.torch_private import (
     OpOverload,
@@ -54,7 +55,7 @@ class FunctionalizeInterpreter(Interpreter):
             if self.copies and known.kind_by_schema == PURE:
                 return self.take_apart(op, args, kwargs)
             with running_at(self):
-                return op.decompose(*args, **kwargs)
+                return taken_apart(op, *args, **kwargs)
         values, below_kwargs = [self.value_of(a) for a in args], {k: self.value_of(a) for k, a in kwargs.items()}
         if not self.copies or known.kind_by_schema != VIEW:
             return map_tensors(self.constant, lower(self, op, values, below_kwargs))
@@ -86,7 +87,8 @@ class FunctionalizeInterpreter(Interpreter):
             return entered[-1][0]
 
         with running_at(self):
-            out = op.decompose(*map_tensors(enter, args), **{name: map_tensors(enter, a) for name, a in kwargs.items()})
+            entering = {name: map_tensors(enter, a) for name, a in kwargs.items()}
+            out = taken_apart(op, *map_tensors(enter, args), **entering)
             for wrapper, captured in entered:
                 if wrapper.version:  # running statistics, which no schema shows
                     captured.copy_(contents_of(wrapper))

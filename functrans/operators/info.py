@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 
 from functrans.operators.rules import FORGET, RuleTable
-from functrans.operators.schemas import direct_call, schema_default
+from functrans.operators.schemas import Form, direct_call, schema_default
 from functrans.operators.scopes import SCOPES, covering, scope_here
 from functrans.pytorch.torch_private import OpOverload
 
@@ -52,9 +52,9 @@ class OpInfo:
     program: ClassVar[bool] = False
 
     __slots__ = (
-        "arguments", "defaults", "defined_by_others", "direct", "kind", "kind_by_schema", "makes", "metadata_write",
-        "op", "random", "reads_target", "returns_written", "settled", "single", "specialized", "tensor_lists",
-        "written",
+        "arguments", "defaults", "defined_by_others", "direct", "forms", "kind", "kind_by_schema", "makes",
+        "metadata_write", "op", "random", "reads_target", "returns_written", "settled", "single", "specialized",
+        "tensor_lists", "written",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload) -> None:
@@ -84,6 +84,8 @@ class OpInfo:
         self.kind = SPECIAL if STAND_INS.rule_outside(op) is not None else self.kind_by_schema
         #: a function that does the same as ``op`` on plain tensors in less time, or None
         self.direct: Any = direct_call(op)
+        #: by the types of arguments; None: PyTorch's parser has to see them
+        self.forms: dict[tuple[type, ...], Form | None] = {}
         #: what each interpreter class makes of its rules, and the pure form, outside of scopes (``specialized_here``)
         self.specialized: dict[type, Any] = {}
         #: whether the new contents of what is written depend on the old ones

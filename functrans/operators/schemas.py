@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from functrans.pytorch.torch_private import COMPOSITE, OpOverload
+from functrans.pytorch.torch_private import COMPOSITE, DisableTorchFunction, OpOverload
 
 
 def schema_default(argument: Any) -> Any:
@@ -43,6 +44,57 @@ def normalized(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for a in positional[len(args) : last + 1]:
         full.append(rest.pop(a.name) if a.name in rest else schema_default(a))
     return tuple(full), rest
+
+
+#: By what a schema declares: the types that PyTorch's parser takes for it and leaves as they are.
+AS_IT_IS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "bool": (bool,), "float": (float,), "number": (int, float, bool), "str": (str,),
+    "ScalarType": (torch.dtype,), "List[bool]": (list,),
+}  # fmt: skip
+
+#: What PyTorch's parser would make of arguments that may be given otherwise: the place of each list of ints, and how
+#: often a single int is repeated for it (0: it is a list, a tuple or a size).
+Form = tuple[tuple[int, int], ...]
+
+
+def form_of(op: OpOverload, kinds: tuple[type, ...], tensors: Collection[type]) -> Form | None:
+    """The form of arguments of the types ``kinds``, the first of which is a tensor; None if PyTorch's parser has to
+    see them. ``tensors``: the types of tensors."""
+    schema = op._schema.arguments
+    places = [a for a in schema if not a.kwarg_only]
+    needed = sum(not a.has_default_value() for a in schema)
+    if not needed <= len(kinds) <= len(places) or not kinds or kinds[0] not in tensors:
+        return None
+    lists = []
+    for place, (argument, kind) in enumerate(zip(places, kinds, strict=False)):
+        declared = str(argument.real_type)
+        if declared.startswith("Optional["):
+            declared = declared[len("Optional[") : -1]
+            if kind is type(None):
+                continue
+        if declared == "List[int]" and kind in (list, tuple, torch.Size):
+            lists.append((place, 0))
+        elif declared == "List[int]" and kind is int and argument.N:  # type: ignore[attr-defined]
+            lists.append((place, argument.N))  # type: ignore[attr-defined]
+        elif kind not in (tensors if declared == "Tensor" else AS_IT_IS.get(declared, ())):
+            return None
+    return tuple(lists)
+
+
+def formed(form: Form, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The arguments with lists of ints where ``form`` has them; None if one holds anything else."""
+    made = list(args)
+    for place, repeated in form:
+        made[place] = [args[place]] * repeated if repeated else list(args[place])
+        if not all(type(n) is int for n in made[place]):
+            return None
+    return tuple(made)
+
+
+def taken_apart(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Run the operators that PyTorch makes of a composite ``op``; what they come to is as it was for ``op``."""
+    with DisableTorchFunction():  # or wrappers among the arguments would take it for a call of ``op``
+        return op.decompose(*args, **kwargs)
 
 
 def has_composite_kernel(op: OpOverload) -> bool:

@@ -49,34 +49,33 @@ OPERATORS: dict[str, dict[str, OpOverload]] = {
     **CHOICES,
 }
 
-_BY_SIZES = {name: {"T*": getattr(aten, name).default} for name in ("view", "reshape", "expand", "permute")}
+#: Functions whose sizes or dimensions may be given one by one.
+BY_SIZES = frozenset(("view", "reshape", "expand", "permute"))
 
-#: Functions of other kinds whose operator takes their arguments as they are: T a tensor, i an int, N None; ``*`` a
-#: list of the ints that follow.
-DIRECT: dict[str, dict[str, OpOverload]] = {
-    **{name: {"TT": getattr(aten, name).default} for name in ("matmul", "mm", "bmm", "mv", "dot")},
-    **{name: {"T": getattr(aten, name).default} for name in ("t", "clone", "detach")},
-    **_BY_SIZES,
+#: Functions of other kinds, by their names in PyTorch's namespaces, and the overloads that they are.
+DIRECT: dict[str, tuple[OpOverload, ...]] = {
     **{
-        name: {kinds.replace("n", n): op for kinds, op in CHOICES[name].items() for n in "if"}
-        for name in ("eq", "ne", "lt", "le", "gt", "ge")
+        name: (getattr(aten, name).default,)
+        for name in (
+            *BY_SIZES, "matmul", "mm", "bmm", "mv", "dot", "outer", "addmm", "linear", "conv1d", "conv2d", "conv3d",
+            "layer_norm", "avg_pool2d", "gelu", "t", "clone", "detach", "unsqueeze", "amax", "amin", "cumsum",
+            "index_select", "gather", "tril", "triu",
+        )
     },
-    "linear": {kinds: aten.linear.default for kinds in ("TT", "TTT", "TTN")},
-    "addmm": {"TTT": aten.addmm.default},
-    "transpose": {"Tii": aten.transpose.int},
-    "unsqueeze": {"Ti": aten.unsqueeze.default},
-    "squeeze": {"T": aten.squeeze.default, "Ti": aten.squeeze.dim},
-    "select": {"Tii": aten.select.int},
-    "flatten": {kinds: aten.flatten.using_ints for kinds in ("T", "Ti", "Tii")},
-    "sum": {"T": aten.sum.default, "T*": aten.sum.dim_IntList},
-    "mean": {"T": aten.mean.default, "T*": aten.mean.dim},
-    "softmax": {"Ti": aten.softmax.int},
-    "log_softmax": {"Ti": aten.log_softmax.int},
-    "where": {"TTT": aten.where.self},
-}
-
-#: Those of them whose second argument is given as ``dim=`` as well.
-DIM_BY_NAME = frozenset(("sum", "mean", "softmax", "log_softmax", "unsqueeze", "squeeze"))
+    **{name: (getattr(aten, name).Tensor, getattr(aten, name).Scalar) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "transpose": (aten.transpose.int,),
+    "movedim": (aten.movedim.int, aten.movedim.intlist),
+    "squeeze": (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+    "select": (aten.select.int,),
+    "unbind": (aten.unbind.int,),
+    "flatten": (aten.flatten.using_ints,),
+    "sum": (aten.sum.default, aten.sum.dim_IntList),
+    "mean": (aten.mean.default, aten.mean.dim),
+    "softmax": (aten.softmax.int,),
+    "log_softmax": (aten.log_softmax.int,),
+    "where": (aten.where.self,),
+    "masked_fill": (aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+}  # fmt: skip
 
 #: Functions of a list of tensors and a dimension.
 JOINING = {"cat": aten.cat.default, "concat": aten.cat.default, "stack": aten.stack.default}

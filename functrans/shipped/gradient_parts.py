@@ -152,8 +152,8 @@ class Patches(NamedTuple):
         """Over the examples, each times its weight."""
         kernel, stride, padding, dilation, groups = self.geometry
         grad = (self.grad * weights.to(like.dtype).view(-1, *[1] * (self.grad.dim() - 1))).flatten(0, 1)
-        options = stride, padding, dilation, False, [0] * len(kernel), groups
-        return aten.convolution_backward(grad, self.input.flatten(0, 1), like, None, *options, [False, True, False])[1]
+        options = stride, padding, dilation, False, [0] * len(kernel), groups, [False, True, False]
+        return aten.convolution_backward.default(grad, self.input.flatten(0, 1), like, None, *options)[1]
 
 
 class Gradient(NamedTuple):

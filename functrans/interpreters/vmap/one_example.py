@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.tensor import WrapperTensor
 from functrans.functionalization.without_data import leaves, run_on_zeros, run_without_data
 from functrans.operators.info import PYTORCH_NAMESPACES
 from functrans.pytorch.torch_private import OpOverload
@@ -33,12 +34,16 @@ SMALL = 1 << 20
 
 def kinds_of(args: Sequence[Any]) -> tuple[Any, ...]:
     """Dtypes and ranks of the tensors among ``args``, as the code at this level sees them."""
-    return tuple([
-        (a.dtype, len(a.shape)) if isinstance(a, Tensor)
-        else kinds_of(a) if (type(a) is list or type(a) is tuple) and a and type(a[0]) is not int
-        else None
-        for a in args
-    ])  # fmt: skip
+    found: list[Any] = []
+    for a in args:
+        kind = type(a)
+        if kind is WrapperTensor or isinstance(a, Tensor):
+            found += (a.dtype, len(a.shape))
+        elif (kind is list or kind is tuple) and a and type(a[0]) is not int:
+            found.append(kinds_of(a))
+        else:
+            found.append(None)
+    return tuple(found)
 
 
 def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int, run: Callable[[], Any]) -> None:

@@ -75,7 +75,7 @@ def isclose(
 ) -> tuple[Tensor, int]:
     """With ``equal_nan`` it writes into what is of the first one's shape (until PyTorch 2.11)."""
     self, other = align((self, other), in_dims, (0, 1))
-    return aten.isclose(self.expand(broadcast_shapes(self.shape, other.shape)), other, *options), 0
+    return aten.isclose.default(self.expand(broadcast_shapes(self.shape, other.shape)), other, *options), 0
 
 
 @batching_rule(aten.masked_fill.Tensor)
