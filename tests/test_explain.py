@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 import functrans
 from functrans import explain, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
+from functrans.core.tensor import WrapperTensor
 from functrans.explanation import Event, Explanation
 from functrans.explanation.drawings import Drawings
 from functrans.explanation.verdicts import WAYS
@@ -281,6 +282,18 @@ class Listing(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+class Wrappers(TorchDispatchMode):
+    """Writes down the operators that it is asked about with wrappers among their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += [str(op) for x in tree_leaves(args) if isinstance(x, WrapperTensor)]
+        return op(*args, **(kwargs or {}))
+
+
 def tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
@@ -497,6 +510,24 @@ def test_modes_of_the_users_inside_see_what_the_code_there_calls() -> None:
     assert torch.equal(found.result, ROWS.cos())
     assert listing.names == ["aten.sin.default", "aten.sum.default"]
     assert ways(found)[:2] == [(2, "aten.sin.default", "derivative entry"), (1, "aten.sin.default", "rule")]
+
+
+def test_a_sum_of_cotangents_between_programs_is_no_operator_of_the_base() -> None:
+    """The walk back takes the door off for programs; what adds cotangents up there has wrappers among its arguments."""
+
+    def f(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.sin(x) * 2 + x.sum()
+        return x.sum()
+
+    product = vmap(lambda x: jvp(grad(f), (x,), (x,))[1])
+    plain = product(ROWS)
+    with Wrappers() as mode:
+        assert torch.equal(product(ROWS), plain)
+    assert mode.found == []
+    found = explain(product, ROWS)
+    assert torch.equal(found.result, plain)
+    assert not [e for e in found.find(level=0, kind="base") if any(len(look.layers) > 1 for look in e.takes)]
 
 
 def test_random_numbers_are_those_of_the_plain_run() -> None:
