@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -235,7 +236,7 @@ level 1 vmap  aten.sin.default(float32[]) -> float32[]
 = value 1
 └ base  aten.cos.default(float32[2]) -> float32[2]
   = value [1, 0.5403]""")
-    assert found._repr_html_().startswith("<pre>diff(short, other)")
+    assert found._repr_html_().startswith("<iframe srcdoc=")
 
 
 def test_an_error_ends_its_side() -> None:
@@ -255,8 +256,7 @@ def test_random_numbers_and_exactness() -> None:
     assert found.same and found.first is None
     one = lambda x: x * 1.0
     nearly = lambda x: x * (1 + 1e-12)
-    rows = diff(one, nearly, X).rows
-    assert [row.status for row in rows] == [LEFT, RIGHT]  # two lines of code are two steps
+    assert [row.status for row in diff(one, nearly, X).rows] == [SAME]
 
     def times(by: float) -> Callable[[Tensor], Tensor]:
         return lambda x: x * by
@@ -436,8 +436,10 @@ def test_what_differs_before_a_step_is_said() -> None:
         return x.exp()
 
     found = diff(first, second, X)
-    assert found.first is not None and found.first.event.name == "aten.exp.default"
-    assert "  its arguments differ already, self: [0.5, -1, 2] against [1, -2, 4], 2 apart" in found.text()
+    assert found.first is not None and found.first.event.name == "aten.mul.Tensor"
+    assert "  its arguments differ already, other: 1.0 against 2.0" in found.text()
+    rows = {row.event.name: row for row in found.rows}
+    assert rows["aten.exp.default"].before == "self: [0.5, -1, 2] against [1, -2, 4], 2 apart"
 
 
 def test_the_operators_of_a_scan_are_inside_of_it() -> None:
@@ -447,3 +449,129 @@ def test_the_operators_of_a_scan_are_inside_of_it() -> None:
     assert event.returned == "[float64[], float64[3]]" and len(event.children) > 6
     assert all(child.parent is event for child in found.find("unbind", level=1))
     assert not any(child.is_written for child in event.walk() if child is not event)
+
+
+# ---------------------------------------------------------------------------- two versions of one thing, on other lines
+
+B = torch.tensor([0.25, -0.5, 0.125], dtype=F64)
+
+
+def normed(x: Tensor) -> Tensor:
+    return (x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-5)
+
+
+def model(x: Tensor) -> Tensor:
+    h = torch.relu(W @ x + B)
+    h = normed(h)
+    h = torch.tanh(W @ h)
+    return (h**2).sum()
+
+
+def fused(x: Tensor) -> Tensor:
+    """The same by other operators."""
+    h = torch.addmv(B, W, x)
+    h = h.clamp(min=0)
+    h = torch.nn.functional.layer_norm(h, (3,))
+    h = torch.tanh(W @ h)
+    return (h * h).sum()
+
+
+def forgetful(x: Tensor) -> Tensor:
+    """The same on other lines, but for the norm."""
+    z = W @ x + B
+    z = torch.relu(z)
+    z = torch.tanh(W @ z)
+    return (z**2).sum()
+
+
+def smooth(x: Tensor) -> Tensor:
+    """The same on other lines, but for the activation."""
+    z = torch.nn.functional.softplus(W @ x + B)
+    z = normed(z)
+    z = torch.tanh(W @ z)
+    return (z**2).sum()
+
+
+def counts(found: functrans.explanation.Diff) -> dict[str, int]:
+    return {status: sum(row.status == status for row in found.rows) for status in {row.status for row in found.rows}}
+
+
+@pytest.mark.parametrize(
+    ("composition", "x"), [(lambda f: f, X), (grad, X), (hessian, X), (lambda f: vmap(grad(f)), ROWS)]
+)
+def test_two_versions_by_other_operators_are_the_same_steps(composition: Any, x: Tensor) -> None:
+    found = diff(composition(model), composition(fused), x)
+    assert found.same and found.results == "" and counts(found).keys() == {SAME, OTHERWISE}
+    forward = [row for row in found.rows if row.event.kind != "pull"]
+    (norm,) = [row for row in forward if any("layer_norm" in e.name for e in row.right)]
+    assert [e.name.split(".")[1] for e in norm.left] == ["mean", "sub", "var", "add", "sqrt", "div"]
+    assert len(norm.right) == 1
+
+
+@pytest.mark.parametrize("composition", [lambda f: f, grad, hessian, jacfwd])
+def test_a_step_that_one_version_forgot_is_the_first_difference(composition: Any) -> None:
+    found = diff(composition(model), composition(forgetful), X)
+    assert found.first is not None and found.first.status == LEFT and found.first.event.name == "aten.mean.default"
+    assert found.first.event.site is not None and found.first.event.site.function == "normed"
+    before = found.rows[: found.rows.index(found.first)]
+    assert (before[-1].event.name, before[-1].status) == ("aten.relu.default", SAME)
+    assert re.search(r"▶ first difference: only in model; so aten\.(mv|matmul)\.default gets another \w+", found.text())
+
+
+def test_another_operator_in_one_version_is_the_first_difference() -> None:
+    found = diff(grad(model), grad(smooth), X)
+    assert found.first is not None and found.first.status == DIFFERENT
+    (left,), (right,) = found.first.left, found.first.right
+    assert (left.name, right.name) == ("aten.relu.default", "aten.softplus.default")
+    assert "test_diff.py" in found.text().split("▶")[0] and " | " in found.text().split("▶")[0]
+
+
+def test_hessians_of_two_versions() -> None:
+    again = lambda x: (torch.tanh(torch.matmul(W, normed(torch.relu(torch.matmul(W, x) + B)))) ** 2).sum()
+    found = diff(hessian(model), jacfwd(jacrev(again)), X)
+    assert found.same and found.first is None and counts(found).keys() == {SAME}
+
+
+def test_a_loop_that_goes_on_longer() -> None:
+    def turns(n: int) -> Callable[[Tensor], Tensor]:
+        def few(x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = torch.sin(x) + x
+            return x
+
+        def many(x: Tensor) -> Tensor:
+            for _ in range(n):
+                x = torch.sin(x) + x
+            return x
+
+        return few if n == 3 else many
+
+    found = diff(turns(3), turns(5), X)
+    assert [row.status for row in found.rows] == [SAME] * 6 + [RIGHT] * 4 and "apart" in found.results
+
+
+def test_versions_that_have_nothing_in_common() -> None:
+    found = diff(lambda x: x.sin().sum(), lambda x: torch.zeros(7, dtype=torch.int64).flip(0), X)
+    assert counts(found).keys() == {LEFT, RIGHT} and not found.same
+
+
+def test_a_constant_that_is_another() -> None:
+    """Zeros are no reason to take unlike operators for one step."""
+    found = diff(lambda x: (x - x) * 3, lambda x: torch.zeros_like(x).exp(), X)
+    assert found.first is not None and found.first.status in (DIFFERENT, LEFT)
+    assert "results: [0, 0, 0] against [1, 1, 1], 1 apart" in found.text()
+
+
+def test_a_page_of_two_versions(tmp_path: Path) -> None:
+    def marked(x: Tensor) -> Tensor:
+        return x.sin() * 2  # </details><script>alert(1)</script>
+
+    found = diff(marked, lambda x: x.sin() * 3, X)
+    page = found.to_html()
+    assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
+    assert page.count('id="first"') == 1 and page.count("<details class=") == len(found.rows)
+    for name in ("a.html", "b.txt"):
+        found.save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 100
+    with pytest.raises(functrans.FunctransError, match=r"expected a name that ends in \.html or \.txt"):
+        found.save(tmp_path / "b.json")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--numbers", action="store_true", help="print a few numbers of that example")
     parser.add_argument("--costs", action="store_true", help="print the time and the memory of every event")
-    parser.add_argument("--save", metavar="PATH", help="write a page (.html), JSON (.json) or text (.txt) instead")
+    parser.add_argument("--save", metavar="PATH", help="write a page (.html), text (.txt) or JSON (.json) instead")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser, public: Mapping[str, Any]) -> int:
@@ -56,7 +56,11 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, public: Ma
     args = evaluated(f"({options.args},)" if options.args.strip() else "()", names, parser)
     if options.against is not None:
         found = diff(func, evaluated(options.against, names, parser), *args, example=options.example)
-        print(found)
+        if options.save is not None:
+            found.save(options.save)
+            print(f"{len(found.rows)} steps, written to {options.save}")
+        else:
+            print(found)
         return 0 if found.same else 1
     explanation = explain(func, *args, example=options.example)
     if options.save is not None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from functrans.explanation.events import Event
+from functrans.explanation.events import Event, names_of
 from functrans.explanation.looking import number_text, unseen
-from functrans.explanation.looks import Look, looks
+from functrans.explanation.looks import Look, Seen, looks
 
 
 def in_results(left: Event, right: Event, rtol: float | None) -> str:
@@ -33,13 +33,33 @@ def results(event: Event, other: Event) -> list[Look]:
 
 
 def in_arguments(left: Event, right: Event, rtol: float | None) -> str:
-    """What is different between the tensors that two events took; empty if nothing is, or they are not comparable."""
-    if left.name != right.name or len(left.takes) != len(right.takes):
-        return ""
-    for x, y in zip(left.takes, right.takes, strict=True):
-        if x.text == y.text and (why := difference([x], [y], rtol)):
-            return f"{x.name}: {why}"
+    """What is different between what two events took; empty if nothing is, or they are not comparable."""
+    found = apart(left, right, rtol)
+    if found is not None:
+        x, y = found
+        return f"{x.name}: {difference([x], [y], rtol)}"
+    if left.name == right.name and [x.text for x in left.takes] == [y.text for y in right.takes]:
+        ours, theirs = constants(left), constants(right)
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name]:
+                return f"{name}: {ours[name]} against {theirs[name]}"
     return ""
+
+
+def apart(left: Event, right: Event, rtol: float | None) -> tuple[Look, Look] | None:
+    """The first tensors that two events of one operator took, of the same shape, whose numbers differ."""
+    if left.name == right.name and len(left.takes) == len(right.takes):
+        for x, y in zip(left.takes, right.takes, strict=True):
+            if x.text == y.text and difference([x], [y], rtol):
+                return x, y
+    return None
+
+
+def constants(event: Event) -> dict[str, str]:
+    """By name, the arguments of an event that are no tensors, as text."""
+    args, kwargs = event.arguments
+    named = {**dict(zip(names_of(event.op, len(args)), args, strict=True)), **kwargs}
+    return {name: str(x) for name, x in named.items() if not isinstance(x, Seen)}
 
 
 def culprit(left: Event, right: Event, rtol: float | None) -> tuple[Event, Event]:
