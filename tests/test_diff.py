@@ -373,10 +373,107 @@ MORE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MORE)
+def batched_softplus(info: Any, dims: Any, x: Tensor, beta: float = 1, threshold: float = 20) -> Any:
+    return torch.nn.functional.softplus(x.clamp(max=1), beta, threshold), 0
+
+
+def arranged(x: Tensor) -> Tensor:
+    a = torch.nn.functional.softplus(x)
+    b = torch.sort(torch.roll(a, 1, 0)).values
+    c = torch.where(b > 1, b, b * 0.1)
+    d = torch.gather(c, 0, torch.tensor([2, 0, 1]))
+    return d.prod() + torch.logcumsumexp(d, 0).sum() + torch.atan2(d, x).sum()
+
+
+def framed(x: Tensor) -> Tensor:
+    y = torch.constant_pad_nd(x, [1, 0], 0.5)
+    z = torch.triu(torch.outer(y, y))
+    return (z * z).sum()
+
+
+def overwritten(x: Tensor) -> Tensor:
+    y = x * 4
+    y[1:] += x[:2]
+    y.index_add_(0, torch.tensor([0]), x[2:])
+    y.masked_fill_(y > 3, 1.0)
+    return (y * y).sum()
+
+
+def gathered(x: Tensor) -> Tensor:
+    y = torch.sin(x)
+    y.index_add_(0, torch.tensor([0]), x[2:])
+    return (y * y).sum()
+
+
+def expanded(x: Tensor) -> Tensor:
+    y = torch.kron(torch.nn.functional.gelu(x), x)
+    return (y * torch.arange(9.0, dtype=F64)).sum()
+
+
+NEW = {
+    "rolled along the batch": Planted(
+        BATCHING_RULES, aten.roll.default,
+        batching(aten.roll.default, lambda info, dims, x, shifts, d=(): (x.roll(shifts, [0]), 0)),
+        vmap(arranged), ROWS, one_by_one(arranged)),
+    "sorted the other way round": Planted(
+        BATCHING_RULES, aten.sort.default,
+        batching(aten.sort.default, lambda info, dims, x, dim=-1, falling=False: (x.sort(1, not falling), (0, 0))),
+        vmap(grad(arranged)), ROWS, one_by_one(grad(arranged))),
+    "the branches exchanged": Planted(
+        BATCHING_RULES, aten.where.self,
+        batching(aten.where.self, lambda info, dims, condition, a, b: (torch.where(condition, b, a), 0)),
+        vmap(jacrev(arranged)), ROWS, one_by_one(jacrev(arranged))),
+    "right for small numbers only": Planted(
+        BATCHING_RULES, aten.softplus.default, batching(aten.softplus.default, batched_softplus),
+        vmap(arranged), ROWS[:, [1, 0, 2]], one_by_one(arranged)),
+    "a value to pad with that is ignored": Planted(
+        BATCHING_RULES, aten.constant_pad_nd.default,
+        batching(aten.constant_pad_nd.default, lambda info, dims, x, pad, value=0: (torch.constant_pad_nd(x, pad), 0)),
+        vmap(framed), ROWS, one_by_one(framed)),
+    "a diagonal too far": Planted(
+        BATCHING_RULES, aten.triu.default,
+        batching(aten.triu.default, lambda info, dims, x, diagonal=0: (x.triu(diagonal + 1), 0)),
+        vmap(grad(framed)), ROWS, one_by_one(grad(framed))),
+    "a write to the wrong places": Planted(
+        BATCHING_RULES, aten.slice_scatter.default,
+        batching(aten.slice_scatter.default, lambda info, dims, x, source, dim=0, start=None, end=None, step=1: (
+            x.slice_scatter(source, 1, 0, 2), 0)),
+        vmap(overwritten), ROWS, one_by_one(overwritten)),
+    "scattered in the order of gathering": Planted(
+        DERIVATIVES, aten.gather.default,
+        lambda: derivative(aten.gather.default, self=lambda grad, self, dim, index: torch.zeros_like(self).scatter(
+            dim, index.flip(0), grad)),
+        grad(arranged), X, kind="pull"),
+    "derivatives by the other argument": Planted(
+        DERIVATIVES, aten.atan2.default,
+        lambda: derivative(
+            aten.atan2.default, self=lambda grad, self, other: -grad * self / (self**2 + other**2),
+            other=lambda grad, self, other: grad * other / (self**2 + other**2)),
+        vmap(grad(arranged)), ROWS, kind="pull"),
+    "a tangent that is passed on": Planted(
+        DERIVATIVES, aten.logcumsumexp.default,
+        lambda: derivative(aten.logcumsumexp.default, self=lambda grad: grad, tangent=lambda self_t: self_t),
+        tangent(arranged), X),
+    "what was added gets nothing": Planted(
+        DERIVATIVES, aten.index_add.default,
+        lambda: derivative(
+            aten.index_add.default, self=lambda grad: grad, source=lambda grad, source: torch.zeros_like(source)),
+        grad(gathered), X, kind="pull"),
+    "a tangent that should have been overwritten": Planted(
+        DERIVATIVES, aten.masked_fill.Scalar,
+        lambda: derivative(aten.masked_fill.Scalar, tangent="linear", self=lambda grad: grad),
+        jacfwd(overwritten), X),
+    "a decomposition with its factors exchanged": Planted(
+        DECOMPOSITIONS, aten.kron.default,
+        lambda: DECOMPOSITIONS.register(aten.kron.default)(lambda self, other: torch.outer(other, self).reshape(-1)),
+        lambda x: vmap(grad(expanded))(x), ROWS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MORE, *NEW])
 def test_a_planted_mistake_of_another_kind_is_found(name: str) -> None:
     """The events of the first difference have the rule among them, and nothing differs before or without it."""
-    case = MORE[name]
+    case = {**MORE, **NEW}[name]
 
     def right(x: Tensor) -> Any:
         if case.other is not None:
@@ -398,6 +495,46 @@ def test_a_planted_mistake_of_another_kind_is_found(name: str) -> None:
     fine = diff(right, case.composition, case.x)
     assert [row for row in fine.rows if row.status == DIFFERENT] == [] and fine.results == ""
     assert "results: the same" in fine.text()
+
+
+def test_a_rule_that_writes_to_its_argument_is_found() -> None:
+    """The operator with the rule gives the right thing; the first difference is said to come from there."""
+
+    def reused(x: Tensor) -> Tensor:
+        a = x * 2
+        b = torch.cumprod(a, 0)
+        c = a + 1
+        return (b * c).sum()
+
+    def writing(info: Any, dims: Any, x: Tensor, dim: int) -> Any:
+        out = x.cumprod(1)
+        x.mul_(3)
+        return out, 0
+
+    def wrong(x: Tensor) -> Any:
+        with overriding(BATCHING_RULES, aten.cumprod.default):
+            BATCHING_RULES.register(aten.cumprod.default)(writing)
+            return vmap(grad(reused))(x)
+
+    found = diff(one_by_one(grad(reused)), wrong, ROWS)
+    assert found.first is not None and found.first.event.name == "aten.add.Tensor"
+    said = r"arguments differ already, a: .* apart; aten.mul_.Tensor wrote that inside of aten.cumprod.default \(rule, "
+    assert re.search(said + r"[^ ]*test_diff.py:\d+\)", found.text())
+
+
+@pytest.mark.parametrize("composition", [lambda f: jacrev(jacrev(f)), hessian])
+def test_a_derivative_that_is_right_once_and_a_constant_then_is_found(composition: Any) -> None:
+    """The numbers of the pull are right; where they are differentiated, something is missing."""
+
+    def wrong(x: Tensor) -> Any:
+        with overriding(DERIVATIVES, aten.prod.default):
+            derivative(aten.prod.default, self=lambda grad, self, result: (grad * result / self).detach())
+            return composition(arranged)(x)
+
+    found = diff(composition(arranged), wrong, X)
+    said = r"aten.prod.default of .* has the same numbers, but \[0\] at level \d \w+: .* against constant\n"
+    place = r"  derivative entry, .* against derivative entry, [^ ]*test_diff.py:\d+\n"
+    assert found.first is not None and re.search(said + place, found.text()), found.text()
 
 
 def test_a_sign_in_a_second_derivative_is_found_inside_of_the_first() -> None:

@@ -16,7 +16,7 @@ from functrans.errors import CallTypeError
 from functrans.errors.wording import what
 from functrans.explanation.aligning import aligned
 from functrans.explanation.diff_page import diff_page
-from functrans.explanation.differences import apart, culprit, difference, in_arguments, in_results
+from functrans.explanation.differences import apart, culprit, difference, in_arguments, in_derivatives, in_results
 from functrans.explanation.events import Event, inside_of_a_rule
 from functrans.explanation.explaining import explain
 from functrans.explanation.explanation import Explanation, in_frame, write_as
@@ -37,6 +37,7 @@ class Row:
     left: tuple[Event, ...]
     right: tuple[Event, ...]
     status: str
+    #: what is different; of a row with the same results, the derivative that one of them lacks
     why: str = ""
     #: what differs in the arguments already, where the results do
     before: str = ""
@@ -291,7 +292,7 @@ def row(left: tuple[Event, ...], right: tuple[Event, ...], rtol: float | None) -
         inside = None if a is x else Row((a,), (b,), DIFFERENT, difference(a.gives, b.gives, rtol))
         return Row(left, right, DIFFERENT, why, in_arguments(x, y, rtol), inside)
     same_way = [shape_of(e) for e in left] == [shape_of(e) for e in right]
-    return Row(left, right, SAME if same_way else OTHERWISE)
+    return Row(left, right, SAME if same_way else OTHERWISE, in_derivatives(x, y))
 
 
 def shape_of(event: Event) -> list[Any]:

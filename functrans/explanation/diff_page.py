@@ -44,14 +44,14 @@ def rows(diff: Diff) -> Iterator[str]:
         if any(lines) and lines != last:
             yield f'<div class="sides line">{"".join(f"<div>{html.escape(line)}</div>" for line in lines)}</div>'
         last = lines
-        yield one_row(row, row is diff.first)
+        yield one_row(row, diff)
 
 
-def one_row(row: Row, is_first: bool) -> str:
-    said = f'<p class="why" id="first">{html.escape(chr(10).join(first(row)))}</p>' if is_first else ""
+def one_row(row: Row, diff: Diff) -> str:
+    said = f'<p class="why" id="first">{html.escape(chr(10).join(first(row, diff)))}</p>' if row is diff.first else ""
     heads = "".join(f"<div>{'<br>'.join(map(head, events))}</div>" for events in (row.left, row.right))
     inside = "".join(f"<pre>{html.escape(chr(10).join(in_full(events)))}</pre>" for events in (row.left, row.right))
-    opened = " open" if is_first else ""
+    opened = " open" if row is diff.first else ""
     return (
         f'{said}<details class="{row.status.replace(" ", "-")}"{opened}><summary><b title="{row.status}">'
         f'{MARKS[row.status]}</b>{heads}</summary><div class="sides">{inside}</div></details>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from functrans.explanation.events import Event, names_of
 from functrans.explanation.looking import number_text, unseen
 from functrans.explanation.looks import Look, Seen, looks
+from functrans.explanation.text import places_text
+from functrans.operators.info import op_info
+from functrans.pytorch.torch_private import OpOverload
 
 
 def in_results(left: Event, right: Event, rtol: float | None) -> str:
@@ -32,12 +36,24 @@ def results(event: Event, other: Event) -> list[Look]:
     return event.gives if event.whole is None or other.name == event.name else looks([("", event.whole)])
 
 
+def in_derivatives(left: Event, right: Event) -> str:
+    """Which level records, or has a tangent of, a result on one side alone; that shows in a later step."""
+    for x, y in zip(left.gives, right.gives, strict=False):
+        for ours, theirs in zip(x.layers, y.layers, strict=False):
+            (level, *mine), (other, *its) = ours.split(", "), theirs.split(", ")
+            if level == other and mine != its and ["constant"] in (mine, its):
+                states = (" ".join(state[:1]) or "a tangent" for state in (mine, its))
+                return f"{x.name}{' ' * bool(x.name)}at {level}: {' against '.join(states)}"
+    return ""
+
+
 def in_arguments(left: Event, right: Event, rtol: float | None) -> str:
     """What is different between what two events took; empty if nothing is, or they are not comparable."""
     found = apart(left, right, rtol)
     if found is not None:
         x, y = found
-        return f"{x.name}: {difference([x], [y], rtol)}"
+        writers = [writer for event, look in ((left, x), (right, y)) if (writer := written_in(event, look))]
+        return "; ".join([f"{x.name}: {difference([x], [y], rtol)}", *writers])
     if left.name == right.name and [x.text for x in left.takes] == [y.text for y in right.takes]:
         ours, theirs = constants(left), constants(right)
         for name in ours.keys() & theirs.keys():
@@ -53,6 +69,35 @@ def apart(left: Event, right: Event, rtol: float | None) -> tuple[Look, Look] | 
             if x.text == y.text and difference([x], [y], rtol):
                 return x, y
     return None
+
+
+def written_in(event: Event, argument: Look) -> str:
+    """Which operator, inside of what a level did with another one, wrote to an argument before; empty if none did."""
+    (*_, run) = ancestors(event)
+    for one in reversed([e for e in run.walk() if e.number < event.number and e.kind == "base" and not e.is_written]):
+        known = op_info(one.op) if isinstance(one.op, OpOverload) else None
+        if known is not None and known.written and same_at_base(one.gives, argument):
+            around = next(e for e in ancestors(one) if e.kind in ("operator", "pull"))
+            place = "" if around.place is None else f" ({around.way}, {places_text(around.place)})"
+            return f"{one.name} wrote that inside of {around.name}{place}"
+    return ""
+
+
+def ancestors(event: Event) -> Iterator[Event]:
+    """The events around ``event``, innermost first; last the run."""
+    while event.parent is not None:
+        event = event.parent
+        yield event
+
+
+def same_at_base(results: Sequence[Look], argument: Look) -> bool:
+    """Whether a result of plain PyTorch is what ``argument`` consists of."""
+    seen: Any = argument.seen
+    while hasattr(seen, "below"):
+        seen = seen.below
+    written = [x for look in results for x in look.seen.whole().values()]
+    with unseen():
+        return any(torch.equal(x, y) for x in written for y in seen.whole().values())
 
 
 def constants(event: Event) -> dict[str, str]:
@@ -94,7 +139,8 @@ def difference(left: Sequence[Look], right: Sequence[Look], rtol: float | None) 
                 for a, b in zip(mine[part], other[part], strict=True):
                     apart = distance(a, b, rtol)
                     if apart:
-                        named = "" if part == "value" else f"{part}: "
+                        named = f"{x.name} " if len(left) > 1 and x.name else ""
+                        named += "" if part == "value" else f"{part}: "
                         return f"{named}{number_text(a)} against {number_text(b)}, {apart}"
     return ""
 

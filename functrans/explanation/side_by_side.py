@@ -25,7 +25,7 @@ def as_text(diff: Diff, width: int) -> str:
             lines.append(f"    {line}")
         last = line
         if row is diff.first:
-            lines += first(row)
+            lines += first(row, diff)
         lines += in_columns(row, width)
     lines.append(counted(diff))
     if diff.left.error is None and diff.right.error is None:
@@ -64,9 +64,15 @@ def line_of(event: Event) -> str | None:
     return f"{'back: ' * (event.kind == 'pull')}{place_text(f'{site.file}:{site.line}')}  {site.text}".rstrip()
 
 
-def first(row: Row) -> Iterator[str]:
+def first(row: Row, diff: Diff) -> Iterator[str]:
     """What is said of the first difference, in front of its row."""
-    yield f"▶ first difference{': ' if row.why else ' in the way'}{row.why}"
+    yield f"▶ first difference{' in the way' if row.status == 'otherwise' else ''}{': ' if row.why else ''}{row.why}"
+    if row.status != "otherwise":
+        for one in itertools.takewhile(lambda one: one is not row, diff.rows):
+            if one.status in ("same", "otherwise") and one.why:
+                yield f"  before, {headline(one.event)} has the same numbers, but {one.why}"
+                yield f"  {' against '.join(taken(events[-1]) for events in (one.left, one.right))}"
+                break
     if row.before:
         yield f"  its arguments differ already, {row.before}"
     if row.inside is not None:
