@@ -16,6 +16,7 @@ extensions = [
     "links_in_docstrings",
     "sphinx.ext.napoleon",
     "pages_that_run",
+    "titles_of_pages",
     "words_with_anchors",
 ]
 
