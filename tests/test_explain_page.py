@@ -143,8 +143,8 @@ def test_an_address_with_a_step_shows_it(page: Page, explanation: Explanation) -
 
 
 def test_lines_of_the_source_are_in_one_column(page: Page) -> None:
-    left = "[...document.querySelectorAll('#source .code > :last-child')].map((code) => code.getBoundingClientRect().left)"
-    assert len(set(page.evaluate(left))) == 1
+    texts = "[...document.querySelectorAll('#source .code > :last-child')]"
+    assert len(set(page.evaluate(f"{texts}.map((text) => text.getBoundingClientRect().left)"))) == 1
 
 
 def test_a_page_of_two_versions(browser: Page, tmp_path: Path) -> None:
