@@ -264,8 +264,8 @@ class Observer(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = op_info(func) if isinstance(func, OpOverload) else None
-        name = func.name() if known is None else named(func)
+        known = facts(func)
+        name = named(func) if known is not None else name_of(func) if isinstance(func, OpOverload) else func.name()
         if name.startswith("prim."):  # PyTorch asks a tensor of another subclass for its device: no operator
             return func(*args, **kwargs)
         with During(self, "base", name, None, func, args, kwargs) as during:
@@ -281,6 +281,14 @@ class Observer(Mode):
 
 
 leave_alone(Observer.__torch_dispatch__)
+
+
+def facts(op: Any) -> OpInfo | None:
+    """What is known of an operator; None: it takes functions, or is one that PyTorch has but a name for."""
+    try:
+        return op_info(op) if isinstance(op, OpOverload) else None
+    except RuntimeError:  # aten.dim of a jagged tensor, in PyTorch 2.11
+        return None
 
 
 def tape_of(interpreter: Any) -> list[Any] | None:
