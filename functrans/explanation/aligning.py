@@ -6,7 +6,8 @@ What is left between two such steps are the user's own versions of the same thin
 by what they have in common, most of it first: operator, levels, shapes and numbers; the numbers of the results alone,
 for which all that was done since the last such place belongs together (``x * x`` and ``x.pow(2)``, a norm in pieces and
 ``layer_norm``); operator, levels and shapes; operator and levels; the operator. Each time the longest runs of agreement
-are taken, and what is between two of them goes on to the next.
+are taken, and what is between two of them goes on to the next. Before all that, what has operator, levels, shapes and
+numbers in common but comes at another time, as independent steps may, is put together.
 """
 
 from __future__ import annotations
@@ -28,7 +29,31 @@ FEW = 16
 
 def aligned(left: Sequence[Event], right: Sequence[Event], runs: tuple[Explanation, Explanation]) -> Iterator[Pair]:
     """The events of both sides in order, those together that belong together; ``runs`` are what they are of."""
-    yield from by_keys(left, right, runs, [by_numbers, by_results, by_shapes, by_levels, by_operator])
+    moved = at_other_times(left, right, runs)
+    elsewhere = {event for pair in moved for event in pair}
+    ours, theirs = ([event for event in side if event not in elsewhere] for side in (left, right))
+    for pair in by_keys(ours, theirs, runs, [by_numbers, by_results, by_shapes, by_levels, by_operator]):
+        while moved and pair[0] and moved[0][0].number < pair[0][0].number:
+            x, y = moved.pop(0)
+            yield (x,), (y,)
+        yield pair
+    yield from (((x,), (y,)) for x, y in moved)
+
+
+def at_other_times(
+    left: Sequence[Event], right: Sequence[Event], runs: tuple[Explanation, Explanation]
+) -> list[tuple[Event, Event]]:
+    """Events that are alike, numbers and all, and not in the same order on both sides; by the order of the left."""
+    ours, theirs = ([by_numbers(event, run) for event in side] for side, run in zip((left, right), runs, strict=True))
+    blocks = SequenceMatcher(None, ours, theirs, autojunk=False).get_matching_blocks()
+    here = {block.a + k for block in blocks for k in range(block.size)}
+    there = {block.b + k for block in blocks for k in range(block.size)}
+    waiting: dict[Any, list[Event]] = {}
+    for j, event in enumerate(right):
+        if j not in there and not says_nothing(event.gives):
+            waiting.setdefault(theirs[j], []).append(event)
+    alone = [(event, key) for i, (event, key) in enumerate(zip(left, ours, strict=True)) if i not in here]
+    return [(event, waiting[key].pop(0)) for event, key in alone if waiting.get(key)]
 
 
 def by_keys(
@@ -89,10 +114,13 @@ def by_numbers(event: Event, run: Explanation) -> Any:
 
 def by_results(event: Event, run: Explanation) -> Any:
     """The first result; results that say nothing are like no others."""
-    found = numbers(event.gives[:1])
-    if all(number in TELLING_NOTHING for _, few in found for number in few):
+    if says_nothing(event.gives[:1]):
         return event
-    return event.kind == "pull", event.gives[0].text, *found
+    return event.kind == "pull", event.gives[0].text, *numbers(event.gives[:1])
+
+
+def says_nothing(found: Sequence[Look]) -> bool:
+    return all(number in TELLING_NOTHING for _, few in numbers(found) for number in few)
 
 
 #: Numbers that results of unlike operators have in common.

@@ -85,7 +85,7 @@ class Diff:
             if any(not difference([look], [argument], rtol) for look in one.event.gives):
                 while i and self.rows[i - 1].status in (LEFT, RIGHT):
                     i -= 1
-                why = f"{self.rows[i].why}; so {row.event.name} gets another {argument.name or 'argument'}"
+                why = f"{self.rows[i].why}; so the argument {argument.name} of {row.event.name} differs"
                 self.rows[i] = replace(self.rows[i], why=why)
                 return self.rows[i]
         return row

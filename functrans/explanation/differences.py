@@ -24,12 +24,21 @@ def in_results(left: Event, right: Event, rtol: float | None) -> str:
     """
     x, y = results(left, right), results(right, left)
     if left.name == right.name or len(x) == len(y):
-        return difference(x, y, rtol)
+        return difference(x, y[::-1] if exchanged(left, right, rtol) else y, rtol)
     few, many = sorted((x, y), key=len)
     for one in few:
         if all(difference([one], [other], rtol) for other in many):
             return f"{one.text} against {', '.join(other.text for other in many)}"
     return ""
+
+
+def exchanged(left: Event, right: Event, rtol: float | None) -> bool:
+    """Whether two events pull back through one operator whose two arguments stand in the other order on one side."""
+    if left.made_by is None or right.made_by is None or not left.name == right.name == left.made_by.name:
+        return False
+    x, y = left.made_by.takes, right.made_by.takes
+    two = len(x) == len(y) == len(left.gives) == len(right.gives) == 2
+    return two and difference(x, y, rtol) != "" and difference(x, y[::-1], rtol) == ""
 
 
 def results(event: Event, other: Event) -> list[Look]:
