@@ -27,7 +27,7 @@ class During:
         op: the operator, where there is one, ``args`` and ``kwargs`` its arguments.
     """
 
-    __slots__ = ("around", "began", "event", "frame", "fresh", "observer", "origin", "others")
+    __slots__ = ("around", "began", "event", "frame", "fresh", "observer", "origin", "others", "out")
 
     def __init__(
         self,
@@ -56,16 +56,14 @@ class During:
             look = observer.looking.look
             named = {name: look(x) for name, x in kwargs.items()} if kwargs else {}
             event.op, event.arguments = op, (look(args), named)
+        self.out: Any = None
         self.began = perf_counter_ns()
         observer.own_time += self.began - began
         self.others = observer.own_time
 
     def gives(self, out: Any) -> None:
-        """Note what the event returned."""
-        if out is not None:
-            began = perf_counter_ns()
-            self.event.results = self.observer.looking.look(out)
-            self.observer.own_time += perf_counter_ns() - began
+        """Note what the event returned, which is looked at as it ends."""
+        self.out = out
 
     def __enter__(self) -> During:  # noqa: PYI034 - Python 3.10 has no Self
         self.observer.during = self
@@ -74,6 +72,9 @@ class During:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         event, observer, ended = self.event, self.observer, perf_counter_ns()
         event.nanoseconds = ended - self.began - (observer.own_time - self.others)
+        if self.out is not None:
+            event.results = observer.looking.look(self.out)
+            self.out = None
         if error is not None:
             event.error = f"{type(error).__name__}: {error}"
         if event.kind != "base":

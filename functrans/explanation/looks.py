@@ -257,7 +257,7 @@ class Looking:
         if kind in TENSORS or isinstance(x, Tensor):
             return self.seen(x)
         if isinstance(x, list | tuple):
-            return [self.tree(v) for v in x]
+            return list(map(self.tree, x))
         if isinstance(x, dict):
             found = Mapping({str(key): self.tree(v) for key, v in x.items()})
             found.text = shown(x)

@@ -44,13 +44,15 @@ def verdict(
 ) -> tuple[str, str | None]:
     if event.way:
         return event.way, event.place
-    inside = [c for c in event.children if c.level is not None and c.kind != "check"]
     differentiates = isinstance(interpreter, DIFFERENTIATE)
-    if inside:
-        if any(c.level is event.level and c.kind == "operator" for c in inside):
-            return DECOMPOSED, definition_of(op, differentiates)
-        if differentiates and any(is_borrowing(c, interpreter) for c in inside):
-            return BORROWED, None
+    borrowed = False
+    for inside in event.children:
+        if inside.level is not None and inside.kind != "check":
+            if inside.level is event.level and inside.kind == "operator":
+                return DECOMPOSED, definition_of(op, differentiates)
+            borrowed = borrowed or (differentiates and is_borrowing(inside, interpreter))
+    if borrowed:
+        return BORROWED, None
     if interpreter.carries_autograd or (interpreter.sees_everything and not interpreter.payload):
         return PASSED, None
     known = op_info(op)
