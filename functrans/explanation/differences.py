@@ -12,7 +12,6 @@ from functrans.explanation.events import Event, names_of
 from functrans.explanation.looking import number_text, unseen
 from functrans.explanation.looks import Look, Seen, looks
 from functrans.explanation.text import places_text
-from functrans.operators.info import op_info
 from functrans.pytorch.torch_private import OpOverload
 
 
@@ -65,9 +64,9 @@ def in_arguments(left: Event, right: Event, rtol: float | None) -> str:
         return "; ".join([f"{x.name}: {difference([x], [y], rtol)}", *writers])
     if left.name == right.name and [x.text for x in left.takes] == [y.text for y in right.takes]:
         ours, theirs = constants(left), constants(right)
-        for name in ours.keys() & theirs.keys():
-            if ours[name] != theirs[name]:
-                return f"{name}: {ours[name]} against {theirs[name]}"
+        for name, text in ours.items():
+            if theirs.get(name, text) != text:
+                return f"{name}: {text} against {theirs[name]}"
     return ""
 
 
@@ -84,8 +83,8 @@ def written_in(event: Event, argument: Look) -> str:
     """Which operator, inside of what a level did with another one, wrote to an argument before; empty if none did."""
     (*_, run) = ancestors(event)
     for one in reversed([e for e in run.walk() if e.number < event.number and e.kind == "base" and not e.is_written]):
-        known = op_info(one.op) if isinstance(one.op, OpOverload) else None
-        if known is not None and known.written and same_at_base(one.gives, argument):
+        writes = isinstance(one.op, OpOverload) and one.op._schema.is_mutable
+        if writes and same_at_base(one.gives, argument):
             around = next(e for e in ancestors(one) if e.kind in ("operator", "pull"))
             place = "" if around.place is None else f" ({around.way}, {places_text(around.place)})"
             return f"{one.name} wrote that inside of {around.name}{place}"
