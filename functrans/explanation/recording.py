@@ -6,9 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
 
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
@@ -18,7 +16,7 @@ from functrans.explanation.events import Event, Level
 from functrans.explanation.looking import bytes_made
 from functrans.explanation.looks import Looking
 from functrans.explanation.verdicts import DECOMPOSED, LOOPED, PASSED, RULE, judge, way_back
-from functrans.explanation.watching import Watched, watched_class
+from functrans.explanation.watching import Watch, Watched, WatchedInterpreters, watched_class
 from functrans.interpreters.failures import name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.operators.info import PURE, SPECIAL, OpInfo, op_info
@@ -37,41 +35,6 @@ def named(op: Any) -> str:
             NAMES.clear()
         name = NAMES[known] = name_of(op)
     return name
-
-
-@dataclass
-class Watch:
-    """What is known of an interpreter that is watched."""
-
-    level: Level
-    #: the class that it had
-    cls: type[Interpreter]
-    #: its number after those of the levels below it
-    stack: tuple[int, ...]
-    #: how many records of its tape have been attributed
-    claimed: int
-    #: by the first tape index that a record made, the event in which it was made
-    made_by: dict[int | None, Event] = field(default_factory=dict)
-
-
-class WatchedInterpreters:
-    """A dict from interpreters to what is known of them that does not hold them, and is asked for every event."""
-
-    def __init__(self) -> None:
-        self.watches: dict[int, Watch] = {}
-        self.references: dict[int, ref[Interpreter]] = {}
-
-    def add(self, interpreter: Interpreter, watch: Watch) -> None:
-        number, watches = id(interpreter), self.watches
-        watches[number] = watch
-        self.references[number] = ref(interpreter, lambda _: watches.pop(number, None))  # before another gets it
-
-    def get(self, interpreter: Interpreter | None) -> Watch | None:
-        return self.watches.get(id(interpreter))
-
-    def items(self) -> list[tuple[Interpreter, Watch]]:
-        alive = [(reference(), self.watches.get(number)) for number, reference in self.references.items()]
-        return [(interpreter, watch) for interpreter, watch in alive if interpreter is not None and watch is not None]
 
 
 class Observer(Mode):
