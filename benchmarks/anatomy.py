@@ -166,7 +166,7 @@ def at_grad(found: dict[str, Rows], microseconds: Clock) -> None:
     whole = clock(200)(lambda: pullback(seed)) / length
     found["grad: pulling back through one `sin`"] = [
         ("`cos` and a product", own),
-        ("the tape, the plan, the sum", whole - own),
+        ("the tape, the record, the sum", whole - own),
         ("**all**", whole),
     ]
 

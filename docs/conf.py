@@ -16,6 +16,7 @@ extensions = [
     "links_in_docstrings",
     "sphinx.ext.napoleon",
     "pages_that_run",
+    "titles_of_pages",
     "words_with_anchors",
 ]
 
@@ -31,6 +32,8 @@ nb_ipywidgets_js = {}  # they would come from another host
 
 # docstrings
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # a class as a default is its name, and not a repr, which is no Python
+maximum_signature_line_length = 100
 napoleon_use_rtype = False
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3/", str(HERE / "site" / "python.inv")),

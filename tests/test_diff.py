@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -235,7 +236,7 @@ level 1 vmap  aten.sin.default(float32[]) -> float32[]
 = value 1
 └ base  aten.cos.default(float32[2]) -> float32[2]
   = value [1, 0.5403]""")
-    assert found._repr_html_().startswith("<pre>diff(short, other)")
+    assert found._repr_html_().startswith("<iframe srcdoc=")
 
 
 def test_an_error_ends_its_side() -> None:
@@ -255,8 +256,7 @@ def test_random_numbers_and_exactness() -> None:
     assert found.same and found.first is None
     one = lambda x: x * 1.0
     nearly = lambda x: x * (1 + 1e-12)
-    rows = diff(one, nearly, X).rows
-    assert [row.status for row in rows] == [LEFT, RIGHT]  # two lines of code are two steps
+    assert [row.status for row in diff(one, nearly, X).rows] == [SAME]
 
     def times(by: float) -> Callable[[Tensor], Tensor]:
         return lambda x: x * by
@@ -373,10 +373,107 @@ MORE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MORE)
+def batched_softplus(info: Any, dims: Any, x: Tensor, beta: float = 1, threshold: float = 20) -> Any:
+    return torch.nn.functional.softplus(x.clamp(max=1), beta, threshold), 0
+
+
+def arranged(x: Tensor) -> Tensor:
+    a = torch.nn.functional.softplus(x)
+    b = torch.sort(torch.roll(a, 1, 0)).values
+    c = torch.where(b > 1, b, b * 0.1)
+    d = torch.gather(c, 0, torch.tensor([2, 0, 1]))
+    return d.prod() + torch.logcumsumexp(d, 0).sum() + torch.atan2(d, x).sum()
+
+
+def framed(x: Tensor) -> Tensor:
+    y = torch.constant_pad_nd(x, [1, 0], 0.5)
+    z = torch.triu(torch.outer(y, y))
+    return (z * z).sum()
+
+
+def overwritten(x: Tensor) -> Tensor:
+    y = x * 4
+    y[1:] += x[:2]
+    y.index_add_(0, torch.tensor([0]), x[2:])
+    y.masked_fill_(y > 3, 1.0)
+    return (y * y).sum()
+
+
+def gathered(x: Tensor) -> Tensor:
+    y = torch.sin(x)
+    y.index_add_(0, torch.tensor([0]), x[2:])
+    return (y * y).sum()
+
+
+def expanded(x: Tensor) -> Tensor:
+    y = torch.kron(torch.nn.functional.gelu(x), x)
+    return (y * torch.arange(9.0, dtype=F64)).sum()
+
+
+NEW = {
+    "rolled along the batch": Planted(
+        BATCHING_RULES, aten.roll.default,
+        batching(aten.roll.default, lambda info, dims, x, shifts, d=(): (x.roll(shifts, [0]), 0)),
+        vmap(arranged), ROWS, one_by_one(arranged)),
+    "sorted the other way round": Planted(
+        BATCHING_RULES, aten.sort.default,
+        batching(aten.sort.default, lambda info, dims, x, dim=-1, falling=False: (x.sort(1, not falling), (0, 0))),
+        vmap(grad(arranged)), ROWS, one_by_one(grad(arranged))),
+    "the branches exchanged": Planted(
+        BATCHING_RULES, aten.where.self,
+        batching(aten.where.self, lambda info, dims, condition, a, b: (torch.where(condition, b, a), 0)),
+        vmap(jacrev(arranged)), ROWS, one_by_one(jacrev(arranged))),
+    "right for small numbers only": Planted(
+        BATCHING_RULES, aten.softplus.default, batching(aten.softplus.default, batched_softplus),
+        vmap(arranged), ROWS[:, [1, 0, 2]], one_by_one(arranged)),
+    "a value to pad with that is ignored": Planted(
+        BATCHING_RULES, aten.constant_pad_nd.default,
+        batching(aten.constant_pad_nd.default, lambda info, dims, x, pad, value=0: (torch.constant_pad_nd(x, pad), 0)),
+        vmap(framed), ROWS, one_by_one(framed)),
+    "a diagonal too far": Planted(
+        BATCHING_RULES, aten.triu.default,
+        batching(aten.triu.default, lambda info, dims, x, diagonal=0: (x.triu(diagonal + 1), 0)),
+        vmap(grad(framed)), ROWS, one_by_one(grad(framed))),
+    "a write to the wrong places": Planted(
+        BATCHING_RULES, aten.slice_scatter.default,
+        batching(aten.slice_scatter.default, lambda info, dims, x, source, dim=0, start=None, end=None, step=1: (
+            x.slice_scatter(source, 1, 0, 2), 0)),
+        vmap(overwritten), ROWS, one_by_one(overwritten)),
+    "scattered in the order of gathering": Planted(
+        DERIVATIVES, aten.gather.default,
+        lambda: derivative(aten.gather.default, self=lambda grad, self, dim, index: torch.zeros_like(self).scatter(
+            dim, index.flip(0), grad)),
+        grad(arranged), X, kind="pull"),
+    "derivatives by the other argument": Planted(
+        DERIVATIVES, aten.atan2.default,
+        lambda: derivative(
+            aten.atan2.default, self=lambda grad, self, other: -grad * self / (self**2 + other**2),
+            other=lambda grad, self, other: grad * other / (self**2 + other**2)),
+        vmap(grad(arranged)), ROWS, kind="pull"),
+    "a tangent that is passed on": Planted(
+        DERIVATIVES, aten.logcumsumexp.default,
+        lambda: derivative(aten.logcumsumexp.default, self=lambda grad: grad, tangent=lambda self_t: self_t),
+        tangent(arranged), X),
+    "what was added gets nothing": Planted(
+        DERIVATIVES, aten.index_add.default,
+        lambda: derivative(
+            aten.index_add.default, self=lambda grad: grad, source=lambda grad, source: torch.zeros_like(source)),
+        grad(gathered), X, kind="pull"),
+    "a tangent that should have been overwritten": Planted(
+        DERIVATIVES, aten.masked_fill.Scalar,
+        lambda: derivative(aten.masked_fill.Scalar, tangent="linear", self=lambda grad: grad),
+        jacfwd(overwritten), X),
+    "a decomposition with its factors exchanged": Planted(
+        DECOMPOSITIONS, aten.kron.default,
+        lambda: DECOMPOSITIONS.register(aten.kron.default)(lambda self, other: torch.outer(other, self).reshape(-1)),
+        lambda x: vmap(grad(expanded))(x), ROWS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MORE, *NEW])
 def test_a_planted_mistake_of_another_kind_is_found(name: str) -> None:
     """The events of the first difference have the rule among them, and nothing differs before or without it."""
-    case = MORE[name]
+    case = {**MORE, **NEW}[name]
 
     def right(x: Tensor) -> Any:
         if case.other is not None:
@@ -398,6 +495,46 @@ def test_a_planted_mistake_of_another_kind_is_found(name: str) -> None:
     fine = diff(right, case.composition, case.x)
     assert [row for row in fine.rows if row.status == DIFFERENT] == [] and fine.results == ""
     assert "results: the same" in fine.text()
+
+
+def test_a_rule_that_writes_to_its_argument_is_found() -> None:
+    """The operator with the rule gives the right thing; the first difference is said to come from there."""
+
+    def reused(x: Tensor) -> Tensor:
+        a = x * 2
+        b = torch.cumprod(a, 0)
+        c = a + 1
+        return (b * c).sum()
+
+    def writing(info: Any, dims: Any, x: Tensor, dim: int) -> Any:
+        out = x.cumprod(1)
+        x.mul_(3)
+        return out, 0
+
+    def wrong(x: Tensor) -> Any:
+        with overriding(BATCHING_RULES, aten.cumprod.default):
+            BATCHING_RULES.register(aten.cumprod.default)(writing)
+            return vmap(grad(reused))(x)
+
+    found = diff(one_by_one(grad(reused)), wrong, ROWS)
+    assert found.first is not None and found.first.event.name == "aten.add.Tensor"
+    said = r"arguments differ already, a: .* apart; aten.mul_.Tensor wrote that inside of aten.cumprod.default \(rule, "
+    assert re.search(said + r"[^ ]*test_diff.py:\d+\)", found.text())
+
+
+@pytest.mark.parametrize("composition", [lambda f: jacrev(jacrev(f)), hessian])
+def test_a_derivative_that_is_right_once_and_a_constant_then_is_found(composition: Any) -> None:
+    """The numbers of the pull are right; where they are differentiated, something is missing."""
+
+    def wrong(x: Tensor) -> Any:
+        with overriding(DERIVATIVES, aten.prod.default):
+            derivative(aten.prod.default, self=lambda grad, self, result: (grad * result / self).detach())
+            return composition(arranged)(x)
+
+    found = diff(composition(arranged), wrong, X)
+    said = r"aten.prod.default of .* has the same numbers, but \[0\] at level \d \w+: .* against constant\n"
+    place = r"  derivative entry, .* against derivative entry, [^ ]*test_diff.py:\d+\n"
+    assert found.first is not None and re.search(said + place, found.text()), found.text()
 
 
 def test_a_sign_in_a_second_derivative_is_found_inside_of_the_first() -> None:
@@ -436,8 +573,10 @@ def test_what_differs_before_a_step_is_said() -> None:
         return x.exp()
 
     found = diff(first, second, X)
-    assert found.first is not None and found.first.event.name == "aten.exp.default"
-    assert "  its arguments differ already, self: [0.5, -1, 2] against [1, -2, 4], 2 apart" in found.text()
+    assert found.first is not None and found.first.event.name == "aten.mul.Tensor"
+    assert "  its arguments differ already, other: 1.0 against 2.0" in found.text()
+    rows = {row.event.name: row for row in found.rows}
+    assert rows["aten.exp.default"].before == "self: [0.5, -1, 2] against [1, -2, 4], 2 apart"
 
 
 def test_the_operators_of_a_scan_are_inside_of_it() -> None:
@@ -447,3 +586,153 @@ def test_the_operators_of_a_scan_are_inside_of_it() -> None:
     assert event.returned == "[float64[], float64[3]]" and len(event.children) > 6
     assert all(child.parent is event for child in found.find("unbind", level=1))
     assert not any(child.is_written for child in event.walk() if child is not event)
+
+
+# ---------------------------------------------------------------------------- two versions of one thing, on other lines
+
+B = torch.tensor([0.25, -0.5, 0.125], dtype=F64)
+
+
+def normed(x: Tensor) -> Tensor:
+    return (x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-5)
+
+
+def model(x: Tensor) -> Tensor:
+    h = torch.relu(W @ x + B)
+    h = normed(h)
+    h = torch.tanh(W @ h)
+    return (h**2).sum()
+
+
+def fused(x: Tensor) -> Tensor:
+    """The same by other operators."""
+    h = torch.addmv(B, W, x)
+    h = h.clamp(min=0)
+    h = torch.nn.functional.layer_norm(h, (3,))
+    h = torch.tanh(W @ h)
+    return (h * h).sum()
+
+
+def forgetful(x: Tensor) -> Tensor:
+    """The same on other lines, but for the norm."""
+    z = W @ x + B
+    z = torch.relu(z)
+    z = torch.tanh(W @ z)
+    return (z**2).sum()
+
+
+def smooth(x: Tensor) -> Tensor:
+    """The same on other lines, but for the activation."""
+    z = torch.nn.functional.softplus(W @ x + B)
+    z = normed(z)
+    z = torch.tanh(W @ z)
+    return (z**2).sum()
+
+
+def counts(found: functrans.explanation.Diff) -> dict[str, int]:
+    return {status: sum(row.status == status for row in found.rows) for status in {row.status for row in found.rows}}
+
+
+@pytest.mark.parametrize(
+    ("composition", "x"), [(lambda f: f, X), (grad, X), (hessian, X), (lambda f: vmap(grad(f)), ROWS)]
+)
+def test_two_versions_by_other_operators_are_the_same_steps(composition: Any, x: Tensor) -> None:
+    found = diff(composition(model), composition(fused), x)
+    assert found.same and found.results == "" and counts(found).keys() == {SAME, OTHERWISE}
+    forward = [row for row in found.rows if row.event.kind != "pull"]
+    (norm,) = [row for row in forward if any("layer_norm" in e.name for e in row.right)]
+    assert [e.name.split(".")[1] for e in norm.left] == ["mean", "sub", "var", "add", "sqrt", "div"]
+    assert len(norm.right) == 1
+
+
+@pytest.mark.parametrize("composition", [lambda f: f, grad, hessian, jacfwd])
+def test_a_step_that_one_version_forgot_is_the_first_difference(composition: Any) -> None:
+    found = diff(composition(model), composition(forgetful), X)
+    assert found.first is not None and found.first.status == LEFT and found.first.event.name == "aten.mean.default"
+    assert found.first.event.site is not None and found.first.event.site.function == "normed"
+    before = found.rows[: found.rows.index(found.first)]
+    assert (before[-1].event.name, before[-1].status) == ("aten.relu.default", SAME)
+    said = r"▶ first difference: only in model; so the argument \w+ of aten\.(mv|matmul)\.default differs"
+    assert re.search(said, found.text())
+
+
+def test_another_operator_in_one_version_is_the_first_difference() -> None:
+    found = diff(grad(model), grad(smooth), X)
+    assert found.first is not None and found.first.status == DIFFERENT
+    (left,), (right,) = found.first.left, found.first.right
+    assert (left.name, right.name) == ("aten.relu.default", "aten.softplus.default")
+    assert "test_diff.py" in found.text().split("▶")[0] and " | " in found.text().split("▶")[0]
+
+
+def test_hessians_of_two_versions() -> None:
+    again = lambda x: (torch.tanh(torch.matmul(W, normed(torch.relu(torch.matmul(W, x) + B)))) ** 2).sum()
+    found = diff(hessian(model), jacfwd(jacrev(again)), X)
+    assert found.same and found.first is None and counts(found).keys() == {SAME}
+
+
+def test_operands_in_the_other_order() -> None:
+    """The cotangents are, too, and are those of the same tensors; a rule that exchanges them is another thing."""
+
+    def f(x: Tensor) -> Tensor:
+        return (x.sin() + torch.logsumexp(x, 0)).exp().sum()
+
+    def g(x: Tensor) -> Tensor:
+        return (torch.logsumexp(x, 0) + x.sin()).exp().sum()
+
+    found = diff(grad(f), grad(g), X)
+    assert found.same and found.results == "" and any(row.event.name == "aten.add.Tensor" for row in found.rows)
+
+    def wrong(x: Tensor) -> Any:
+        with overriding(DERIVATIVES, aten.atan2.default):
+            formula = {"self": lambda grad, self: -grad * self, "other": lambda grad, other: grad * other}
+            derivative(aten.atan2.default, **formula)
+            return grad(lambda x: torch.atan2(x * 2, x.exp()).sum())(x)
+
+    found = diff(grad(lambda x: torch.atan2(x * 2, x.exp()).sum()), wrong, X)
+    assert found.first is not None and found.first.event.name == "aten.atan2.default"
+    assert found.first.status == DIFFERENT
+
+
+def test_a_loop_that_goes_on_longer() -> None:
+    def turns(n: int) -> Callable[[Tensor], Tensor]:
+        def few(x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = torch.sin(x) + x
+            return x
+
+        def many(x: Tensor) -> Tensor:
+            for _ in range(n):
+                x = torch.sin(x) + x
+            return x
+
+        return few if n == 3 else many
+
+    found = diff(turns(3), turns(5), X)
+    assert [row.status for row in found.rows] == [SAME] * 6 + [RIGHT] * 4 and "apart" in found.results
+
+
+def test_versions_that_have_nothing_in_common() -> None:
+    found = diff(lambda x: x.sin().sum(), lambda x: torch.zeros(7, dtype=torch.int64).flip(0), X)
+    assert counts(found).keys() == {LEFT, RIGHT} and not found.same
+
+
+def test_a_constant_that_is_another() -> None:
+    """Zeros are no reason to take unlike operators for one step."""
+    found = diff(lambda x: (x - x) * 3, lambda x: torch.zeros_like(x).exp(), X)
+    assert found.first is not None and found.first.status in (DIFFERENT, LEFT)
+    assert "results: [0, 0, 0] against [1, 1, 1], 1 apart" in found.text()
+
+
+def test_a_page_of_two_versions(tmp_path: Path) -> None:
+    def marked(x: Tensor) -> Tensor:
+        return x.sin() * 2  # </details><script>alert(1)</script>
+
+    found = diff(marked, lambda x: x.sin() * 3, X)
+    page = found.to_html()
+    assert "<script" not in page and "&lt;script&gt;" in page and "default-src 'none'" in page
+    assert page.count('id="first"') == 1 and page.count("<details class=") == len(found.rows)
+    for name in ("a.html", "b.txt"):
+        found.save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 100
+    with pytest.raises(functrans.FunctransError, match=r"expected a name that ends in \.html or \.txt"):
+        found.save(tmp_path / "b.json")

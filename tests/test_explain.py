@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 import functrans
 from functrans import explain, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
+from functrans.core.tensor import WrapperTensor
 from functrans.explanation import Event, Explanation
 from functrans.explanation.drawings import Drawings
 from functrans.explanation.verdicts import WAYS
@@ -281,6 +282,18 @@ class Listing(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+class Wrappers(TorchDispatchMode):
+    """Writes down the operators that it is asked about with wrappers among their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += [str(op) for x in tree_leaves(args) if isinstance(x, WrapperTensor)]
+        return op(*args, **(kwargs or {}))
+
+
 def tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
@@ -497,6 +510,36 @@ def test_modes_of_the_users_inside_see_what_the_code_there_calls() -> None:
     assert torch.equal(found.result, ROWS.cos())
     assert listing.names == ["aten.sin.default", "aten.sum.default"]
     assert ways(found)[:2] == [(2, "aten.sin.default", "derivative entry"), (1, "aten.sin.default", "rule")]
+
+
+BETWEEN_PROGRAMS = {
+    "a sum of cotangents": lambda x: (torch.sin(x) * 2 + x.sum()).sin().sum(),
+    "a sum to a shape": lambda x: ((x.exp() + 1).log() * x.mean() + x[0]).sum(),
+    "a product": lambda x: torch.tanh(ROWS[:, :3] @ x * x.sum()).sum(),
+    "a choice": lambda x: torch.where(x > 0, x * x.sum(), x.exp() * 2).sum(),
+}
+COMPOSED: dict[str, Callable[[Any], Callable[..., Any]]] = {
+    "hessian": hessian,
+    "reverse over reverse": lambda f: jacrev(jacrev(f)),
+    "of examples": lambda f: lambda x: vmap(grad(f))(torch.stack([x, x + 1])),
+    "hessians of examples": lambda f: lambda x: vmap(hessian(f))(torch.stack([x, x + 1])),
+    "a product with the hessian": lambda f: lambda x: jvp(grad(f), (x,), (x,)),
+}
+
+
+@pytest.mark.parametrize("composition", COMPOSED)
+@pytest.mark.parametrize("function", BETWEEN_PROGRAMS)
+def test_what_comes_between_programs_is_no_operator_of_the_base(function: str, composition: str) -> None:
+    """The walk back takes the door off for programs. What it does between them has wrappers among its arguments, which
+    a mode around it must not be asked about."""
+    composed = COMPOSED[composition](BETWEEN_PROGRAMS[function])
+    plain = composed(X)
+    with Wrappers() as mode:
+        composed(X)
+    assert mode.found == []
+    found = explain(composed, X)
+    assert all(map(torch.equal, tree_leaves(found.result), tree_leaves(plain)))
+    assert not [e for e in found.find(level=0, kind="base") if any(len(look.layers) > 1 for look in e.takes)]
 
 
 def test_random_numbers_are_those_of_the_plain_run() -> None:

@@ -59,6 +59,9 @@ def test_a_comparison(file: str, capsys: Any) -> None:
     assert main([*arguments, "grad(loss)"]) == 0
     assert main([*arguments, "grad(lambda x: loss(2 * x))"]) == 1
     assert "first difference" in capsys.readouterr().out
+    page = Path(file).with_name("diff.html")
+    assert main([*arguments, "grad(other)", "--save", str(page)]) == 1
+    assert 'id="first"' in page.read_text() and "6 steps, written to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,9 @@ def test_a_comparison(file: str, capsys: Any) -> None:
         (["run"], "expected FILE:FUNCTION"),
         (["{file}:missing"], "name 'missing' is not defined"),
         (["{file}:run", "--args", "1 +"], "invalid syntax"),
+        (["{file}:run", "--save", "page.pdf"], "expected a name that ends in .html, .json or .txt"),
+        (["{file}:run", "--against", "run", "--save", "page.json"], "expected a name that ends in .html or .txt"),
+        (["{file}:run", "--save", "nowhere/page.html"], "No such file or directory"),
     ],
 )
 def test_what_is_not_understood(file: str, arguments: list[str], message: str, capsys: Any) -> None:

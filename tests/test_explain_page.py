@@ -11,7 +11,7 @@ import torch
 from chromium import BROWSER, Page, chromium
 from torch import Tensor
 
-from functrans import explain, grad, vmap
+from functrans import diff, explain, grad, vmap
 from functrans.explanation import Explanation
 from functrans.pictures import DARK, LIGHT
 
@@ -133,6 +133,43 @@ def test_steps(page: Page, explanation: Explanation) -> None:
     assert here() == shown_rows(page)[-1]
     page.press("ArrowRight")
     assert here() == shown_rows(page)[-1], "there is nothing behind the last step"
+
+
+def test_an_address_with_a_step_shows_it(page: Page, explanation: Explanation) -> None:
+    chosen = number(explanation, "sin", kind="pull")
+    page.evaluate(f"location.hash = '#{chosen}'")
+    assert "of the cotangent" in details(page) or "Recorded by".upper() in details(page).upper()
+    assert page.evaluate("document.querySelector('#tree .now').closest('[data-event]').dataset.event") == str(chosen)
+
+
+def test_lines_of_the_source_are_in_one_column(page: Page) -> None:
+    texts = "[...document.querySelectorAll('#source .code > :last-child')]"
+    assert len(set(page.evaluate(f"{texts}.map((text) => text.getBoundingClientRect().left)"))) == 1
+
+
+def test_a_page_of_two_versions(browser: Page, tmp_path: Path) -> None:
+    """The first difference is marked and open, a step unfolds at a click, and nothing sticks out."""
+
+    def g(x: Tensor) -> Tensor:
+        y = torch.logsumexp(x, 0)  # <b>bold</b>
+        return y * torch.cos(x).sum()
+
+    found = diff(grad(f), grad(g), ROWS[0])
+    found.save(tmp_path / "diff.html")
+    for dark, size in ((False, (1400, 900)), (True, (420, 800))):
+        browser.problems.clear()
+        browser.open(tmp_path / "diff.html", dark=dark, size=size)
+        assert browser.problems == [] and browser.evaluate("document.querySelectorAll('main details b b').length") == 0
+        assert browser.evaluate("document.documentElement.scrollWidth") <= size[0]
+        assert browser.evaluate("document.getElementById('first').innerText").startswith("▶ first difference")
+        opened = "[...document.querySelectorAll('details')].map((row) => row.open)"
+        assert sum(browser.evaluate(opened)) == 1
+        assert browser.evaluate("document.querySelector('details[open]').previousElementSibling.id") == "first"
+        browser.click("details:not([open]) summary")
+        assert sum(browser.evaluate(opened)) == 2
+        paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)")
+        assert len(browser.screenshot(tmp_path / "diff.png")) > 20_000
 
 
 def test_folding(page: Page, explanation: Explanation) -> None:

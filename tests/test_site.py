@@ -148,6 +148,12 @@ def test_the_site_builds(tmp_path):
     assert 'href="#functrans.grad"' in grad, "a name in a docstring leads to its entry"
     assert "https://docs.pytorch.org/docs/stable/tensors.html#torch.Tensor" in pages["api/extend.html"]
 
+    assert "~collections" not in grad and "&lt;class" not in grad, "a signature that Sphinx could not read"
+    file_names = re.compile(r"<a [^>]*reference internal[^>]*>(?:<[^>]*>)*([\w/]+\.md)<")
+    linked = {name: found for name, text in pages.items() if (found := file_names.findall(text))}
+    assert linked == {}, "a link that says a file's name"
+    assert pages["index.html"].count("<img alt=") == 1 and 'alt="../' not in pages["gallery/hessians.html"]
+
     words = {word for text in pages.values() for word in re.findall(r'href="[^"]*glossary\.html#([\w-]+)"', text)}
     assert len(words) > 50 and [word for word in words if f'id="{word}"' not in pages["glossary.html"]] == []
 

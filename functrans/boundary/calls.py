@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.autograd import forward_ad
@@ -47,6 +47,21 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     finally:
         if door is not None:
             push_mode(door)
+
+
+def through_door(function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function``, plain ``torch`` code of a level, where a walk back may have taken the door off.
+
+    Without the door, modes of the user's would be asked about wrappers.
+    """
+    if STATE.top is None or mode_stack_size() >= STATE.door_depth:
+        return function(*args)
+    try:
+        push_mode(thread_state.DOOR)
+        return function(*args)
+    finally:
+        if mode_stack_size() >= STATE.door_depth:
+            pop_mode(None)
 
 
 def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[str, Any], inputs: Any = None) -> Any:

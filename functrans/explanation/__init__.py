@@ -3,8 +3,8 @@
 The modules, in the order to read them: ``events`` (what an explanation is made of), ``watching``, ``recording`` and
 ``during`` (how one comes by it), ``looks`` with ``looking``, ``sites`` and ``verdicts`` (what is said of a tensor, of
 the user's line, and of what took an operator), ``explaining`` and ``explanation`` (the function, and what it returns),
-``text``, ``records``, ``drawings`` and ``page`` (how that is shown). Beside these stand ``comparing``,
-``differences`` and ``side_by_side`` (``diff``), ``trace``, ``printing``, ``demo`` and ``command``.
+``text``, ``records``, ``drawings`` and ``page`` (how that is shown). Beside these stand ``comparing``, ``aligning``,
+``differences``, ``side_by_side`` and ``diff_page`` (``diff``), ``trace``, ``printing``, ``demo`` and ``command``.
 """
 
 from functrans.explanation.comparing import Diff, diff

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from functrans.explanation.comparing import diff
+from functrans.errors import CallTypeError
+from functrans.explanation.comparing import Diff, diff
 from functrans.explanation.demo import demo
 from functrans.explanation.explaining import explain
+from functrans.explanation.explanation import Explanation
 
 DESCRIPTION = (
     "Run a function once and print what happened: every operator, the levels that it went through, what each of them "
@@ -35,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--numbers", action="store_true", help="print a few numbers of that example")
     parser.add_argument("--costs", action="store_true", help="print the time and the memory of every event")
-    parser.add_argument("--save", metavar="PATH", help="write a page (.html), JSON (.json) or text (.txt) instead")
+    parser.add_argument(
+        "--save", metavar="PATH", help="write a page (.html) or text (.txt) instead; of one function also JSON (.json)"
+    )
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser, public: Mapping[str, Any]) -> int:
@@ -56,16 +60,27 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser, public: Ma
     args = evaluated(f"({options.args},)" if options.args.strip() else "()", names, parser)
     if options.against is not None:
         found = diff(func, evaluated(options.against, names, parser), *args, example=options.example)
-        print(found)
+        if options.save is not None:
+            saved(found, options.save, parser)
+            print(f"{len(found.rows)} steps, written to {options.save}")
+        else:
+            print(found)
         return 0 if found.same else 1
     explanation = explain(func, *args, example=options.example)
     if options.save is not None:
-        explanation.save(options.save)
+        saved(explanation, options.save, parser)
         print(f"{len(explanation)} events, written to {options.save}")
     else:
         print(explanation.text(costs=options.costs, numbers=options.numbers))
         print(f"\n{explanation.summary()}")
     return 0
+
+
+def saved(found: Explanation | Diff, path: str, parser: argparse.ArgumentParser) -> None:
+    try:
+        found.save(path)
+    except (CallTypeError, OSError) as error:
+        parser.error(f"--save {path}: {error}")
 
 
 def load(file: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class During:
         op: the operator, where there is one, ``args`` and ``kwargs`` its arguments.
     """
 
-    __slots__ = ("around", "began", "event", "frame", "fresh", "observer", "origin", "others")
+    __slots__ = ("around", "began", "event", "frame", "fresh", "observer", "origin", "others", "out")
 
     def __init__(
         self,
@@ -44,42 +44,41 @@ class During:
         self.around: During | None = observer.during
         self.frame: FrameType | None = sys._getframe(1)
         self.event = event = observer.new_event(kind, name, interpreter)
-        self.origin = self.origin_in(self.frame.f_back)
-        event.site, event.direct = self.origin.site, self.origin.direct
+        around, frame = self.around, self.frame.f_back
+        outer = (None, None) if around is None else (around.frame, around.origin)
+        self.origin: Origin = origin_of(frame, *outer)
+        event.site, event.direct, new = self.origin
         #: whether code of the user's can have run since what went on before, and can run after this event
-        self.fresh = event.parent is None or event.parent.kind in OPEN or self.origin.new
+        self.fresh = new or event.parent is None or event.parent.kind in OPEN
         if self.fresh:
             observer.looking.forget()
         if args or kwargs:
-            kwargs = kwargs or {}
-            given, named = observer.looking.look((args, [*kwargs.values()]))
-            event.op, event.arguments = op, (given, dict(zip(kwargs, named, strict=True)))
+            look = observer.looking.look
+            named = {name: look(x) for name, x in kwargs.items()} if kwargs else {}
+            event.op, event.arguments = op, (look(args), named)
+        self.out: Any = None
         self.began = perf_counter_ns()
         observer.own_time += self.began - began
         self.others = observer.own_time
 
-    def origin_in(self, frame: FrameType | None) -> Origin:
-        around = self.around
-        return origin_of(frame, None, None) if around is None else origin_of(frame, around.frame, around.origin)
-
     def gives(self, out: Any) -> None:
-        """Note what the event returned."""
-        if out is not None:
-            began = perf_counter_ns()
-            self.event.results = self.observer.looking.look(out)
-            self.observer.own_time += perf_counter_ns() - began
+        """Note what the event returned, which is looked at as it ends."""
+        self.out = out
 
     def __enter__(self) -> During:  # noqa: PYI034 - Python 3.10 has no Self
         self.observer.during = self
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        event, observer = self.event, self.observer
-        ended = perf_counter_ns()
+        event, observer, ended = self.event, self.observer, perf_counter_ns()
         event.nanoseconds = ended - self.began - (observer.own_time - self.others)
+        if self.out is not None:
+            event.results = observer.looking.look(self.out)
+            self.out = None
         if error is not None:
             event.error = f"{type(error).__name__}: {error}"
-        observer.claim_records(event)
+        if event.kind != "base":
+            observer.claim_records(event)
         if self.fresh:
             observer.looking.forget()
         if event.parent is not None:

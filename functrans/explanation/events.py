@@ -60,31 +60,31 @@ class Event:
     level: Level | None = None
     #: the levels that were running, outermost first
     stack: tuple[int, ...] = ()
-    site: Site | None = None
+    site: Site | None = field(default=None, init=False)
     #: whether the user's line itself called it, and not a transform that the line called
-    direct: bool = False
+    direct: bool = field(default=False, init=False)
     #: the operator, and how its arguments and results looked (see NOTE [Looks are taken at once and read later])
-    op: Any = None
-    arguments: tuple[Any, Any] = ((), {})
-    results: Any = None
+    op: Any = field(default=None, init=False)
+    arguments: tuple[Any, Any] = field(default=((), {}), init=False)
+    results: Any = field(default=None, init=False)
     #: how the tensor looked to a view of which plain PyTorch wrote, after that
-    whole: Any = None
+    whole: Any = field(default=None, init=False)
     #: what took it: one of ``functrans.explanation.verdicts.WAYS``
-    way: str = ""
+    way: str = field(default="", init=False)
     #: where what took it is written
-    place: str | None = None
+    place: str | None = field(default=None, init=False)
     #: the operators of a program as Python
-    source: str | None = None
+    source: str | None = field(default=None, init=False)
     #: the tape indices of outputs and inputs of the record that was made, or is pulled back
-    record: tuple[Any, Any] | None = None
+    record: tuple[Any, Any] | None = field(default=None, init=False)
     #: of a pull: the event in which its record was made
-    made_by: Event | None = None
+    made_by: Event | None = field(default=None, init=False)
     #: the error that ended it
-    error: str | None = None
-    nanoseconds: int = 0
+    error: str | None = field(default=None, init=False)
+    nanoseconds: int = field(default=0, init=False)
     #: new memory for results, of plain PyTorch, all together
-    bytes: int = 0
-    children: list[Event] = field(default_factory=list)
+    bytes: int = field(default=0, init=False)
+    children: list[Event] = field(default_factory=list, init=False)
 
     @cached_property
     def given(self) -> str:

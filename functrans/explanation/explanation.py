@@ -6,7 +6,7 @@ import fnmatch
 import html
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +147,27 @@ class Explanation:
         Raises:
             CallTypeError: ``path`` is no path, or ends otherwise.
         """
-        call = "Explanation.save(path)"
-        check_kind(call, "path", path, str | os.PathLike, "a path")
-        made = {".html": self.to_html, ".json": self.to_json, ".txt": self.text}.get(Path(path).suffix)
-        if made is None:
-            raise CallTypeError(call, f"{what(os.fspath(path))}", "a name that ends in .html, .json or .txt")
-        Path(path).write_text(made(), encoding="utf-8")
+        made = {".html": self.to_html, ".json": self.to_json, ".txt": self.text}
+        write_as("Explanation.save(path)", path, made)
 
     def _repr_html_(self) -> str:
-        inner = html.escape(self.to_html(), quote=True)
-        style = "width: 100%; height: 640px; border: 1px solid #8888; border-radius: 6px"
-        return f'<iframe srcdoc="{inner}" style="{style}" sandbox="allow-scripts"></iframe>'
+        return in_frame(self.to_html())
+
+
+def write_as(call: str, path: str | os.PathLike[str], made: dict[str, Callable[[], str]]) -> None:
+    """Write what ``made`` makes for the ending of ``path`` to that file."""
+    check_kind(call, "path", path, str | os.PathLike, "a path")
+    make = made.get(Path(path).suffix)
+    if make is None:
+        *most, last = made
+        raise CallTypeError(call, f"{what(os.fspath(path))}", f"a name that ends in {', '.join(most)} or {last}")
+    Path(path).write_text(make(), encoding="utf-8")
+
+
+def in_frame(page: str) -> str:
+    """A page inside of a notebook."""
+    style = "width: 100%; height: 640px; border: 1px solid #8888; border-radius: 6px"
+    return f'<iframe srcdoc="{html.escape(page, quote=True)}" style="{style}" sandbox="allow-scripts"></iframe>'
 
 
 def fits(event: Event, operator: str | None, level: int | None, line: int | None, kind: str | None) -> bool:

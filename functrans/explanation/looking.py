@@ -52,10 +52,12 @@ def nested_text(x: Tensor, edge: int) -> str:
     return f"[{', '.join('...' if i is None else nested_text(x[i], edge) for i in places)}]"
 
 
-def bytes_made(out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """The bytes of the tensors in ``out`` that do not share memory with the arguments."""
+def bytes_made(pure: bool, out: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """The bytes of the tensors in ``out`` that do not share memory with the arguments; ``pure``: none of them does."""
+    if pure and type(out) is Tensor and out.layout is torch.strided and not out.is_nested:
+        return out.untyped_storage().nbytes()
     made = memory(out if isinstance(out, list | tuple) else (out,))
-    taken = memory([*args, *kwargs.values()]) if made else made
+    taken = {} if pure or not made else memory([*args, *kwargs.values()])
     return sum(size for place, size in made.items() if place not in taken)
 
 

@@ -19,7 +19,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.core.tensor import WRAPPERS
+from functrans.core.tensor import WRAPPERS, PendingWrapper
 from functrans.explanation.looking import PLAIN, kept, unseen
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.torch_private import (
@@ -33,6 +33,7 @@ from functrans.tensors.described import is_wrapper, shown
 
 #: Kinds of arguments that are no tensors and never change.
 FIXED = frozenset((int, float, bool, complex, str, type(None), torch.dtype, torch.layout, torch.device))
+TENSORS = PLAIN | {*WRAPPERS}
 
 
 class Seen:
@@ -78,7 +79,7 @@ class SeenPlain(Seen):
         self.dtype = x.dtype
         self.shape = x.shape
         self.kept = kept(x)
-        self.large = self.kept.numel() < x.numel()
+        self.large = self.kept.shape != self.shape
         self.all = x if self.large else self.kept
 
     @property
@@ -107,10 +108,11 @@ class SeenWrapper(SeenPlain):
         self.about = interpreter.describe(x)
         self.below = looking.seen(x._value)
         self.large = self.below.large
-        parts = interpreter.parts(x)
-        self.parts = {name: looking.tree(part) for name, part in parts.items()} if parts else parts
-        for part in self.parts.values():
-            self.large |= isinstance(part, Seen) and part.large
+        self.parts = interpreter.parts(x)
+        if self.parts:
+            self.parts = {name: looking.tree(part) for name, part in self.parts.items()}
+            for part in self.parts.values():
+                self.large |= isinstance(part, Seen) and part.large
         #: where the numbers of one example are: batch dimension, its size, the example
         self.example: tuple[int, int, int] | None = None
         if isinstance(interpreter, VmapInterpreter) and x.bdim is not None:
@@ -220,25 +222,28 @@ class Looking:
 
     def seen(self, x: Any) -> Seen:
         """How a tensor looks."""
-        known = self.known.get(id(x))
-        if known is not None and known[0]() is x and known[1].still(x, self):
-            return known[1]
-        if type(x) in WRAPPERS:
-            found: Seen = SeenWrapper(x, self)
-        elif type(x) in PLAIN and not (mode_stack_size() or function_mode_stack_size()):
+        number, kind = id(x), type(x)
+        known = self.known.get(number)
+        if known is not None:
+            reference, found = known
+            if reference() is x and (kind in PLAIN or found.still(x, self)):
+                return found
+        if kind in WRAPPERS:
+            found = SeenWrapper(x, self)
+        elif kind in PLAIN and not (mode_stack_size() or function_mode_stack_size()):
             found = self.seen_at_base(x)
         else:
             with no_dispatch(), DisableTorchFunction():
                 found = self.seen_at_base(x)
         if not found.large:
-            self.known[id(x)] = ref(x) if isinstance(x, Tensor) else lambda: x, found
+            self.known[number] = (lambda: x) if kind is PendingWrapper else ref(x), found
         return found
 
     def seen_at_base(self, x: Any) -> Seen:
         """How a tensor looks that is no wrapper, unless a class of the user's is in front of one."""
-        if is_wrapper(x):
-            return SeenWrapper(x, self)
-        if type(x) not in PLAIN or x.is_nested or x.layout is not torch.strided or x.is_quantized or x.is_meta:
+        if type(x) not in PLAIN:
+            return SeenWrapper(x, self) if is_wrapper(x) else Seen(shown(x))
+        if x.is_nested or x.layout is not torch.strided or x.is_quantized or x.is_meta:
             return Seen(shown(x))
         found = SeenPlain(x)
         if found.large:
@@ -246,12 +251,13 @@ class Looking:
         return found
 
     def tree(self, x: Any) -> Any:
-        if type(x) in FIXED:
+        kind = type(x)
+        if kind in FIXED:
             return x
-        if isinstance(x, Tensor) or is_wrapper(x):
+        if kind in TENSORS or isinstance(x, Tensor):
             return self.seen(x)
         if isinstance(x, list | tuple):
-            return [self.tree(v) for v in x]
+            return list(map(self.tree, x))
         if isinstance(x, dict):
             found = Mapping({str(key): self.tree(v) for key, v in x.items()})
             found.text = shown(x)

@@ -176,6 +176,10 @@ function choose(number) {
   showStep();
 }
 
+function duration(microseconds) {
+  return microseconds < 10000 ? `${microseconds.toFixed(0)} µs` : `${(microseconds / 1000).toFixed(0)} ms`;
+}
+
 function step(by) {
   const shown = events.filter(isShown);
   if (!shown.length) return;
@@ -226,7 +230,7 @@ function details(event) {
     ...(event.way ? pair("taken", element("span", { class: isAlarming(event) ? "way alarm" : "" }, event.way), `: ${records.ways[event.way]}`) : []),
     ...(event.place ? pair("written at", event.place) : []),
     ...(event.record ? pair("tape", `${event.record[0]} ← ${event.record[1]}`) : []),
-    ...pair("time", `${(event.nanoseconds / 1000).toFixed(0)} µs`),
+    ...pair("time", duration(event.nanoseconds / 1000)),
     ...pair("memory", `${event.bytes} bytes for results`),
   ];
   const back = pulls.get(event.number) ?? [];
@@ -284,4 +288,6 @@ document.addEventListener("keydown", (key) => {
 });
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches);
 applyFilter();
-choose(Number(location.hash.slice(1)) || (events.length ? events[0].number : 0));
+const toHash = () => choose(Number(location.hash.slice(1)) || (events.length ? events[0].number : 0));
+window.addEventListener("hashchange", toHash);
+toHash();

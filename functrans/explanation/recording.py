@@ -6,9 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
 
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
@@ -18,53 +16,28 @@ from functrans.explanation.events import Event, Level
 from functrans.explanation.looking import bytes_made
 from functrans.explanation.looks import Looking
 from functrans.explanation.verdicts import DECOMPOSED, LOOPED, PASSED, RULE, judge, way_back
-from functrans.explanation.watching import Watched, watched_class
+from functrans.explanation.watching import Watch, Watched, WatchedInterpreters, watched_class
 from functrans.interpreters.failures import name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.operators.info import op_info
+from functrans.operators.info import PURE, SPECIAL, OpInfo, op_info
 from functrans.pytorch.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
-from functrans.pytorch.torch_private import OpOverload, TorchDispatchMode
+from functrans.pytorch.torch_private import Mode, OpOverload, leave_alone
 
-#: What an operator or a program is called, which takes a while to write down.
-named = functools.lru_cache(maxsize=4096)(name_of)
-
-
-@dataclass
-class Watch:
-    """What is known of an interpreter that is watched."""
-
-    level: Level
-    #: the class that it had
-    cls: type[Interpreter]
-    #: its number after those of the levels below it
-    stack: tuple[int, ...]
-    #: how many records of its tape have been attributed
-    claimed: int
-    #: by the first tape index that a record made, the event in which it was made
-    made_by: dict[int | None, Event] = field(default_factory=dict)
+#: What operators and programs are called, which takes a while to write down, by what is known of them.
+NAMES: dict[OpInfo | str, str] = {}
 
 
-class WatchedInterpreters:
-    """A dict from interpreters to what is known of them that does not hold them, and is asked for every event."""
-
-    def __init__(self) -> None:
-        self.watches: dict[int, Watch] = {}
-        self.references: dict[int, ref[Interpreter]] = {}
-
-    def add(self, interpreter: Interpreter, watch: Watch) -> None:
-        number, watches = id(interpreter), self.watches
-        watches[number] = watch
-        self.references[number] = ref(interpreter, lambda _: watches.pop(number, None))  # before another gets it
-
-    def get(self, interpreter: Interpreter | None) -> Watch | None:
-        return self.watches.get(id(interpreter))
-
-    def items(self) -> list[tuple[Interpreter, Watch]]:
-        alive = [(reference(), self.watches.get(number)) for number, reference in self.references.items()]
-        return [(interpreter, watch) for interpreter, watch in alive if interpreter is not None and watch is not None]
+def named(op: Any) -> str:
+    known = op if type(op) is str else op_info(op)  # of a pull it may be a name
+    name = NAMES.get(known)
+    if name is None:
+        if len(NAMES) > 4096:
+            NAMES.clear()
+        name = NAMES[known] = name_of(op)
+    return name
 
 
-class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other than core.torch_private.Mode
+class Observer(Mode):
     """Writes down what happens in this thread.
 
     It is PyTorch's innermost mode under the door, which sees what ends at the base, and it is told of interpreters and
@@ -141,11 +114,12 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         return self.run if self.during is None else self.during.event
 
     def new_event(self, kind: str, name: str, interpreter: Interpreter | None) -> Event:
-        around = self.current
-        self.claim_records(around)
-        level = self.level_of(interpreter)
-        event = Event(len(self.events) + 1, kind, name, around, level, self.stack(STATE.top))
-        self.events.append(event)
+        around, events, top = self.current, self.events, STATE.top
+        if top is not None and around.kind != "base":
+            self.claim_records(around)
+        level = None if interpreter is None else self.level_of(interpreter)
+        event = Event(len(events) + 1, kind, name, around, level, () if top is None else self.stack(top))
+        events.append(event)
         around.children.append(event)
         return event
 
@@ -153,17 +127,19 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
         """Let what has come onto tapes since this was asked last be what ``event`` recorded."""
         interpreter = STATE.top
         while interpreter is not None:
-            tape = tape_of(interpreter)
-            if tape and (watch := self.watched.get(interpreter)) is not None and len(tape) > watch.claimed:
-                for _, outs, ins, _ in tape[watch.claimed :]:
-                    watch.made_by[first_index(outs)] = event
-                    event.record = event.record or (outs, ins)
-                watch.claimed = len(tape)
+            if isinstance(interpreter, GradInterpreter) and (tape := interpreter.tape):
+                watch = self.watched.get(interpreter)
+                if watch is not None and len(tape) > watch.claimed:
+                    for _, outs, ins, _ in tape[watch.claimed :]:
+                        watch.made_by[first_index(outs)] = event
+                        event.record = event.record or (outs, ins)
+                    watch.claimed = len(tape)
             interpreter = interpreter.below
 
     def operator(self, interpreter: Interpreter, process: Callable[..., Any], op: Any, args: Any, kwargs: Any) -> Any:
         with During(self, "operator", named(op), interpreter, op, args, kwargs) as during:
-            during.event.source = op.source if op_info(op).program else None
+            if op_info(op).program:
+                during.event.source = op.source
             out = process(interpreter, op, args, kwargs)
             during.gives(out)
         judge(during.event, interpreter, op, args, kwargs)
@@ -251,19 +227,31 @@ class Observer(TorchDispatchMode):  # which torch.compile leaves alone, other th
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # PyTorch asks a tensor of another subclass for its device: no operator
+        known = facts(func)
+        name = named(func) if known is not None else name_of(func) if isinstance(func, OpOverload) else func.name()
+        if name.startswith("prim."):  # PyTorch asks a tensor of another subclass for its device: no operator
             return func(*args, **kwargs)
-        name = named(func) if isinstance(func, OpOverload) else func.name()
         with During(self, "base", name, None, func, args, kwargs) as during:
-            if any(kind.__name__ == "DTensor" for kind in types):
+            if types and any(kind.__name__ == "DTensor" for kind in types):
                 return NotImplemented  # what it is made of comes here, too
             out = func(*args, **kwargs)
-            during.event.bytes = bytes_made(out, args, kwargs)
-            if not isinstance(func, OpOverload) or func._schema.is_mutable:
+            during.event.bytes = bytes_made(known is not None and known.kind == PURE, out, args, kwargs)
+            if known is None or known.written or known.kind == SPECIAL:
                 self.looking.forget()
                 during.event.whole = self.looking.whole(out)
             during.gives(out)
         return out
+
+
+leave_alone(Observer.__torch_dispatch__)
+
+
+def facts(op: Any) -> OpInfo | None:
+    """What is known of an operator; None: it takes functions, or is one that PyTorch has but a name for."""
+    try:
+        return op_info(op) if isinstance(op, OpOverload) else None
+    except RuntimeError:  # aten.dim of a jagged tensor, in PyTorch 2.11
+        return None
 
 
 def tape_of(interpreter: Any) -> list[Any] | None:

@@ -20,20 +20,25 @@ def as_text(diff: Diff, width: int) -> str:
     lines = [f"diff({diff.left.name}, {diff.right.name})"]
     last = None
     for row in diff.rows:
-        line = line_of(row.event)
-        if line is not None and line != last:
+        line = lines_of(row)
+        if line and line != last:
             lines.append(f"    {line}")
         last = line
         if row is diff.first:
-            lines += first(row)
+            lines += first(row, diff)
         lines += in_columns(row, width)
-    counts = {status: sum(row.status == status for row in diff.rows) for status in MARKS}
-    lines.append(", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no steps")
+    lines.append(counted(diff))
     if diff.left.error is None and diff.right.error is None:
         lines.append(f"results: {diff.results or 'the same'}")
     if diff.first is not None:
         lines += first_in_full(diff.first, diff)
     return "\n".join(lines)
+
+
+def counted(diff: Diff) -> str:
+    """How many steps are of which status."""
+    counts = {status: sum(row.status == status for row in diff.rows) for status in MARKS}
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no steps"
 
 
 def in_columns(row: Row, width: int) -> Iterator[str]:
@@ -45,6 +50,12 @@ def clipped(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def lines_of(row: Row) -> str:
+    """The user's lines that a step belongs to: one, or that of each side."""
+    found = [line for events in (row.left, row.right) if events and (line := line_of(events[-1])) is not None]
+    return " | ".join(dict.fromkeys(found))
+
+
 def line_of(event: Event) -> str | None:
     """The user's line that a step belongs to."""
     site = event.site if event.kind != "pull" else None if event.made_by is None else event.made_by.site
@@ -53,9 +64,15 @@ def line_of(event: Event) -> str | None:
     return f"{'back: ' * (event.kind == 'pull')}{place_text(f'{site.file}:{site.line}')}  {site.text}".rstrip()
 
 
-def first(row: Row) -> Iterator[str]:
+def first(row: Row, diff: Diff) -> Iterator[str]:
     """What is said of the first difference, in front of its row."""
-    yield f"▶ first difference{': ' if row.why else ' in the way'}{row.why}"
+    yield f"▶ first difference{' in the way' if row.status == 'otherwise' else ''}{': ' if row.why else ''}{row.why}"
+    if row.status != "otherwise":
+        for one in itertools.takewhile(lambda one: one is not row, diff.rows):
+            if one.status in ("same", "otherwise") and one.why:
+                yield f"  before, {headline(one.event)} has the same numbers, but {one.why}"
+                yield f"  {' against '.join(taken(events[-1]) for events in (one.left, one.right))}"
+                break
     if row.before:
         yield f"  its arguments differ already, {row.before}"
     if row.inside is not None:

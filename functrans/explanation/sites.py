@@ -40,7 +40,10 @@ def origin_of(frame: FrameType | None, around: FrameType | None, outer: Origin |
             same = not (outer.new or (asked and direct is not outer.direct))
             return outer if same else Origin(outer.site, direct if asked else outer.direct, False)
         name = frame.f_code.co_filename
-        kind = KINDS.get(name) or kind_of(name)
+        try:
+            kind = KINDS[name]
+        except KeyError:
+            kind = kind_of(name)
         if kind is USERS:
             return Origin(described(frame.f_code, frame.f_lasti), direct, True)
         if kind is TRANSFORM and not asked:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from functrans.core.interpreter import Interpreter
-from functrans.core.tensor import PendingWrapper
+from functrans.core.tensor import PendingWrapper, WrapperTensor
 from functrans.decompositions.table import decomposition
 from functrans.errors.call_sites import definition
 from functrans.explanation.events import Event
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, BorrowedNode, ProgramNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.operators.info import op_info
 from functrans.operators.rules import RuleCache
 from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
@@ -43,33 +44,42 @@ def verdict(
 ) -> tuple[str, str | None]:
     if event.way:
         return event.way, event.place
-    inside = [c for c in event.children if c.level is not None and c.kind != "check"]
-    differentiates = isinstance(interpreter, GradInterpreter | JvpInterpreter)
-    if any(c.level is event.level and c.kind == "operator" for c in inside):
-        return DECOMPOSED, definition_of(op, differentiates)
-    if differentiates and any(is_borrowing(c, interpreter) for c in inside):
+    differentiates = isinstance(interpreter, DIFFERENTIATE)
+    borrowed = False
+    for inside in event.children:
+        if inside.level is not None and inside.kind != "check":
+            if inside.level is event.level and inside.kind == "operator":
+                return DECOMPOSED, definition_of(op, differentiates)
+            borrowed = borrowed or (differentiates and is_borrowing(inside, interpreter))
+    if borrowed:
         return BORROWED, None
     if interpreter.carries_autograd or (interpreter.sees_everything and not interpreter.payload):
         return PASSED, None
-    if not carries(interpreter, [*args, *kwargs.values()]) and not op_info(op).random:
+    known = op_info(op)
+    if not (carries(interpreter, args) or known.random or (kwargs and carries(interpreter, [*kwargs.values()]))):
         return CONSTANT, None
     place = rule_place(interpreter, op)
-    if op_info(op).program:
+    if known.program:
         return PROGRAM, place
     if differentiates and event.record is None and isinstance(interpreter, GradInterpreter) and place is None:
         return CONSTANT, None  # under no_grad
     return ENTRY if differentiates else RULE, place
 
 
-#: Where grad and jvp have their rules for an operator: their tables say when that is to be found anew.
+DIFFERENTIATE = (GradInterpreter, JvpInterpreter)
+#: Where grad, jvp and vmap have their rules for an operator: their tables say when that is to be found anew.
 PLACES = RuleCache()
+IN_TABLES = frozenset(cls.rule_place for cls in (GradInterpreter, JvpInterpreter, VmapInterpreter))
 
 
 def rule_place(interpreter: Interpreter, op: Any) -> str | None:
     method: Any = interpreter.rule_place
-    if method.__func__ not in (GradInterpreter.rule_place, JvpInterpreter.rule_place):
+    if method.__func__ not in IN_TABLES or type(op) is str:
         return method(op)
-    return PLACES.find((method.__func__, op), method, op)
+    known = op_info(op)
+    if not (known.program or known.settled):  # PyTorch may come to have a rule for it, and tells nobody
+        return method(op)
+    return PLACES.find((method.__func__, known), method, op)
 
 
 def way_back(node: Any, op: Any, interpreter: Interpreter) -> tuple[str, str | None]:
@@ -92,7 +102,7 @@ def is_borrowing(inside: Event, interpreter: Interpreter) -> bool:
 def carries(interpreter: Interpreter, values: Sequence[Any]) -> bool:
     """Whether the transform keeps something on one of ``values``."""
     for x in values:
-        if is_wrapper(x):
+        if type(x) is WrapperTensor or is_wrapper(x):
             if x.interpreter is interpreter and not is_constant(x):
                 return True
         elif isinstance(x, list | tuple) and carries(interpreter, x):

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 from functrans.core.interpreter import Interpreter
+from functrans.explanation.events import Event, Level
 from functrans.pytorch.thread_state import STATE
 
 #: The methods around which the observer is called, by the name of its own method for them.
@@ -25,6 +28,41 @@ AROUND = {
     "loop": "loop",
     "check_example": "check",
 }
+
+
+@dataclass
+class Watch:
+    """What is known of an interpreter that is watched."""
+
+    level: Level
+    #: the class that it had
+    cls: type[Interpreter]
+    #: its number after those of the levels below it
+    stack: tuple[int, ...]
+    #: how many records of its tape have been attributed
+    claimed: int
+    #: by the first tape index that a record made, the event in which it was made
+    made_by: dict[int | None, Event] = field(default_factory=dict)
+
+
+class WatchedInterpreters:
+    """A dict from interpreters to what is known of them that does not hold them, and is asked for every event."""
+
+    def __init__(self) -> None:
+        self.watches: dict[int, Watch] = {}
+        self.references: dict[int, ref[Interpreter]] = {}
+
+    def add(self, interpreter: Interpreter, watch: Watch) -> None:
+        number, watches = id(interpreter), self.watches
+        watches[number] = watch
+        self.references[number] = ref(interpreter, lambda _: watches.pop(number, None))  # before another gets it
+
+    def get(self, interpreter: Interpreter | None) -> Watch | None:
+        return self.watches.get(id(interpreter))
+
+    def items(self) -> list[tuple[Interpreter, Watch]]:
+        alive = [(reference(), self.watches.get(number)) for number, reference in self.references.items()]
+        return [(interpreter, watch) for interpreter, watch in alive if interpreter is not None and watch is not None]
 
 
 class Watched:

@@ -77,6 +77,7 @@ __all__ = [
     "keep_parametrizations",
     "kept_by",
     "kept_parametrizations",
+    "leave_alone",
     "make_wrapper",
     "mode_at",
     "mode_of_kind",
@@ -355,6 +356,9 @@ _FOR_FRAMES = "to run transforms untraced, and what is compiled as it was writte
 torch_pytree: Any = private("torch.utils._pytree", "to take arguments apart as Dynamo does")
 set_eval_frame: Any = private("torch._C._dynamo.eval_frame.set_eval_frame", _FOR_FRAMES)
 _frames = private("torch._C._dynamo.eval_frame", _FOR_FRAMES)
+_set_strategy = private("torch._C._dynamo.eval_frame.set_code_exec_strategy", _FOR_FRAMES)
+_Strategy = private("torch._C._dynamo.eval_frame._FrameExecStrategy", _FOR_FRAMES)
+_Action = private("torch._C._dynamo.eval_frame._FrameAction", _FOR_FRAMES)
 if TYPE_CHECKING:
     from torch._ops import HigherOrderOperator
 else:
@@ -402,6 +406,14 @@ def run_untraced(function: Callable[..., Any]) -> None:
     """
     private("torch._dynamo.trace_rules._disallowed_callable_ids", _FOR_FRAMES).add(id(function))
     private("torch._dynamo.eval_frame.skip_code", _FOR_FRAMES)(function.__code__)
+
+
+def leave_alone(function: Callable[..., Any]) -> None:
+    """Let Dynamo compile neither the code of ``function`` nor what is called from there.
+
+    It costs a call nothing, other than the context that PyTorch puts around the same methods of modes.
+    """
+    _set_strategy(function.__code__, _Strategy(_Action.SKIP, _Action.SKIP))
 
 
 def forget_rules_of_dynamo() -> None:

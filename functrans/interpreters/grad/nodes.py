@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.boundary.calls import start
+from functrans.boundary.calls import start, through_door
 from functrans.core.tensor import WrapperTensor, tensor_of
 from functrans.derivatives.helpers import sum_to_shape
 from functrans.derivatives.table import DERIVATIVES, Derivative
@@ -227,7 +227,7 @@ class ProgramNode(BackwardNode):
             found = self.derived[given].of([*(grad[i] for i in given), *kept], start)
         if kept is not saved:
             found = [
-                g if g is None or g.shape == s else sum_to_shape(tensor_of(g), s)
+                g if g is None or g.shape == s else through_door(sum_to_shape, tensor_of(g), s)
                 for g, s in zip(found, saved[count:], strict=True)
             ]
         return found  # type: ignore[return-value]
