@@ -23,8 +23,10 @@ from torch.autograd import forward_ad
 
 from functrans.pytorch.torch_private import (
     AUTOGRAD,
+    FUNCTION_ENABLED,
     VIEWS_AND_VERSIONS,
     ZERO_TENSOR,
+    function_enabled,
     function_state,
     is_forward_enabled,
     is_key_excluded,
@@ -105,7 +107,7 @@ class Snapshot:
         self.views = is_key_excluded(VIEWS_AND_VERSIONS)
         self.grad = torch.is_grad_enabled()
         self.forward = is_forward_enabled()
-        self.function = function_state()
+        self.function = None if function_enabled() else function_state()
         self.hooks = top_packing(True)
 
     def restore(self) -> None:
@@ -129,8 +131,8 @@ class Snapshot:
             set_grad_enabled(self.grad)
         if is_forward_enabled() is not self.forward:
             set_forward_enabled(self.forward)
-        if function_state() != self.function:
-            set_function_state(self.function)
+        if self.function is not None or not function_enabled():
+            set_function_state(FUNCTION_ENABLED if self.function is None else self.function)
         hooks = top_packing(True)
         while hooks is not None and not same_hooks(hooks, self.hooks):
             pop_packing()

@@ -30,6 +30,7 @@ __all__ = [
     "FSDP_BEFORE",
     "FSDP_STATES",
     "FUNCTIONAL_COLLECTIVES",
+    "FUNCTION_ENABLED",
     "INDEX_BATCHED",
     "INDEX_BATCHED_KEYS",
     "IN_PLACE_COLLECTIVES",
@@ -64,6 +65,7 @@ __all__ = [
     "forget_call",
     "forget_rules_of_dynamo",
     "forward_class",
+    "function_enabled",
     "function_mode_enabled",
     "function_mode_stack_size",
     "function_state",
@@ -230,7 +232,9 @@ DisableTorchFunction = private(
     "torch._C.DisableTorchFunction", "to hide wrappers' __torch_function__ and function modes from its own code"
 )
 base_of = private("torch.Tensor._base.__get__", "to show what a write to a view has written")
-function_state = private("torch._C._get_torch_function_state", "to know whether __torch_function__ is switched off")
+function_state = private("torch._C._get_torch_function_state", "to know how far __torch_function__ is switched off")
+function_enabled = private("torch._C._is_torch_function_enabled", "to know whether it is on, in less time")
+FUNCTION_ENABLED = private("torch._C._TorchFunctionState.ENABLED", "to switch it on")
 set_function_state = private(
     "torch._C._set_torch_function_state", "to switch __torch_function__ back on where an exception came in between"
 )
