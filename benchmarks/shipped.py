@@ -41,6 +41,21 @@ def network(*layers: nn.Module, device: str, dtype: torch.dtype) -> Callable[[Te
     return lambda x: net(x).squeeze(-1)
 
 
+def nested_jvp(f: Callable[[Tensor], Tensor], order: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The derivative of an order at x along v."""
+
+    def nested(x: Tensor, v: Tensor) -> Tensor:
+        def derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda x: jvp(f, (x,), (v,))[1]
+
+        g = f
+        for _ in range(order):
+            g = derivative(g)
+        return g(x)
+
+    return nested
+
+
 def along_a_line(order: int) -> Callable[[str, torch.dtype], Pair]:
     """All derivatives up to an order of a network, for a batch of points and a direction each."""
 
@@ -53,16 +68,7 @@ def along_a_line(order: int) -> Callable[[str, torch.dtype], Pair]:
                 x = torch.tanh(x @ w)
             return x
 
-        def nested(x: Tensor, v: Tensor) -> Tensor:
-            def derivative(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-                return lambda x: jvp(f, (x,), (v,))[1]
-
-            g = f
-            for _ in range(order):
-                g = derivative(g)
-            return g(x)
-
-        return lambda x, v: jet(f, (x,), ([v, *[None] * (order - 1)],))[1][-1], nested, (x, v)
+        return lambda x, v: jet(f, (x,), ([v, *[None] * (order - 1)],))[1][-1], nested_jvp(f, order), (x, v)
 
     return make
 
@@ -74,6 +80,48 @@ def of_points(*layers: Callable[[], nn.Module]) -> Callable[[str, torch.dtype], 
         f = network(*[layer() for layer in layers], device=device, dtype=dtype)
         points = torch.randn(128, 16, device=device, dtype=dtype)
         return vmap(laplacian(f)), vmap(lambda x: hessian(f)(x).trace()), (points,)
+
+    return make
+
+
+def matrix(x: Tensor) -> Tensor:
+    """A well-conditioned matrix of 16 numbers."""
+    return x.view(4, 4) + 4 * torch.eye(4, device=x.device, dtype=x.dtype)
+
+
+#: functions of 16 numbers that are made of an operator beside those that networks are made of
+RARER: dict[str, Callable[[Tensor], Tensor]] = {
+    "solve": lambda x: torch.linalg.solve(matrix(x), x[:4]),
+    "inv": lambda x: torch.linalg.inv(matrix(x)),
+    "cholesky": lambda x: torch.linalg.cholesky(matrix(x) @ matrix(x).mT),
+    "svd": lambda x: torch.linalg.svdvals(matrix(x)),
+    "slogdet": lambda x: torch.linalg.slogdet(matrix(x)).logabsdet,
+    "norm": lambda x: torch.linalg.vector_norm(x.view(4, 4), dim=1),
+    "std": lambda x: x.view(4, 4).std(1),
+    "prod": lambda x: x.view(4, 4).prod(1),
+    "cross_entropy": lambda x: nn.functional.cross_entropy(x, torch.tensor(3, device=x.device)),
+    "max_pool2d": lambda x: nn.functional.max_pool2d(x.view(1, 4, 4), 2),
+}
+
+
+def rarer_along_a_line(f: Callable[[Tensor], Tensor]) -> Callable[[str, torch.dtype], Pair]:
+    """The derivatives up to the fourth, at a point."""
+
+    def make(device: str, dtype: torch.dtype) -> Pair:
+        x, v = torch.randn(2, 16, device=device, dtype=dtype)
+
+        return lambda x, v: jet(f, (x,), ([v, None, None, None],))[1][-1], nested_jvp(f, 4), (x, v)
+
+    return make
+
+
+def rarer_of_points(f: Callable[[Tensor], Tensor]) -> Callable[[str, torch.dtype], Pair]:
+    """The Laplacian of the sum of squares at 32 points."""
+
+    def make(device: str, dtype: torch.dtype) -> Pair:
+        total = lambda x: f(x).square().sum()
+        points = torch.randn(32, 16, device=device, dtype=dtype)
+        return vmap(laplacian(total)), vmap(lambda x: hessian(total)(x).trace()), (points,)
 
     return make
 
@@ -236,6 +284,8 @@ CASES = {
     },
     "laplacian, MLP": Case(of_points(*HIDDEN), "vmap(trace(hessian))", 0.48),
     "laplacian, LayerNorm and softmax": Case(of_points(*NORMALIZED), "vmap(trace(hessian))", 1.0),
+    **{f"jet of order 4, {name}": Case(rarer_along_a_line(f), "jvp nested 4 times", 1.0) for name, f in RARER.items()},
+    **{f"laplacian, {name}": Case(rarer_of_points(f), "vmap(trace(hessian))", 1.0) for name, f in RARER.items()},
     "sparsity, stencil of 2,000": Case(pattern, "jacfwd", 0.05),
     "sparse_jacobian, stencil of 2,000": Case(values, "jacfwd", 1.0),
     "linear bounds, MLP of relu, 32 boxes": Case(of_boxes, "CROWN by hand", None),

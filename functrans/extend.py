@@ -38,7 +38,7 @@ from functrans.extension.checkers import CheckFailedError, check_batching_rule, 
 from functrans.extension.levels import Handler, PassThrough
 from functrans.extension.missing_rules import missing_rules
 from functrans.extension.primitives import Primitive
-from functrans.extension.provenance import Caller, Origin, caller, origin
+from functrans.extension.provenance import Caller, Origin, caller, origin, user_line
 from functrans.extension.rule_scopes import overriding, rules_in_scope
 from functrans.extension.table_interpreter import TableInterpreter, missing_rule
 from functrans.extension.transforming import transform
@@ -106,5 +106,6 @@ __all__ = [
     "run_transformed",
     "running_at",
     "transform",
+    "user_line",
     "wrap",
 ]

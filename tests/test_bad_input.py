@@ -26,7 +26,7 @@ NO_CALLS = {
     "Handler", "Interpreter",
     "JvpInterpreter", "MissingRuleError", "Origin", "PassThrough", "PullbackInterpreter", "RuleError", "Step",
     "RuleResultError", "RuleTable", "TableInterpreter", "VmapInterpreter", "WrapperTensor",
-    "caller", "noting_lines", "origin",
+    "caller", "noting_lines", "origin", "user_line",
 }  # fmt: skip
 
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from functrans import grad, hessian, jacfwd, jvp, vmap
-from functrans.errors import CallError, CallTypeError, DuplicateRuleError, MissingRuleError, RegistrationError
+from functrans.errors import (
+    CallError,
+    CallTypeError,
+    DuplicateRuleError,
+    FunctransError,
+    MissingRuleError,
+    RegistrationError,
+)
 from functrans.extend import (
     Carried,
     GradInterpreter,
@@ -277,6 +284,76 @@ def test_pass_through_may_replace_results() -> None:
     x = torch.tensor([0.4, 2.6])
     assert transform(Rounded, lambda x: x * 1.0)(x).tolist() == [0.0, 3.0]
     assert vmap(transform(Rounded, lambda x: x * 1.0))(x).tolist() == [0.0, 3.0]
+
+
+class Remembered(PassThrough):
+    """Each product of the same matrices is computed once."""
+
+    kind = "remembered"
+
+    def __init__(self, func: Any = None) -> None:
+        super().__init__(func)
+        self.known: list[tuple[Any, Any, Any]] = []
+        self.seen: list[str] = []
+
+    def instead(self, op: Any, args: Any, kwargs: Any) -> Any:
+        found = (out for op_, args_, out in self.known if op_ is op and all(a is b for a, b in zip(args, args_)))
+        return next(found, NotImplemented)
+
+    def after(self, op: Any, args: Any, kwargs: Any, out: Any) -> None:
+        self.seen.append(str(op))
+        if op is aten.matmul.default:
+            self.known.append((op, args, out))
+
+
+def test_pass_through_may_answer_in_an_operators_place() -> None:
+    w, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    f = lambda x: ((w @ x) * (w @ x).sin()).sum()
+    level = Remembered(f)
+    torch.testing.assert_close(transform(level, f)(x[0]), f(x[0]))
+    assert level.seen.count("aten.matmul.default") == 1 and level.seen.count("aten.sin.default") == 1
+    level.known.clear()
+    torch.testing.assert_close(vmap(transform(Remembered, f))(x), vmap(f)(x))
+    torch.testing.assert_close(vmap(grad(transform(Remembered, f)))(x), vmap(grad(f))(x))
+    torch.testing.assert_close(transform(Remembered, vmap(grad(f)))(x), vmap(grad(f))(x))
+    torch.testing.assert_close(hessian(transform(Remembered, f))(x[0]), hessian(f)(x[0]))
+
+
+@pytest.mark.parametrize(
+    ("hook", "answer", "text"),
+    [
+        ("instead", lambda x: 3.0, "got a float; expected a tensor. Return a value of the level below"),
+        ("instead", lambda x: x[:1], "got float64[1]; expected shape [2], the operator's for these arguments"),
+        ("instead", lambda x: None, "got None; expected a tensor"),
+        ("instead", lambda x: Answers.inside, "the result: got float64[2] of answers"),
+        ("after", lambda x: x[:1], "got float64[1] of no level; expected a tensor of shape [2], as aten.sin.default"),
+        ("after", lambda x: 3.0, "got a float; expected a tensor of shape [2]"),
+        ("after", lambda x: Answers.inside, "the result: got float64[2] of answers"),
+    ],
+)
+def test_what_is_no_result_in_its_place(hook: str, answer: Any, text: str) -> None:
+    class Wrong(Answers):
+        pass
+
+    def of_sin(self: Any, op: Any, args: Any, kwargs: Any, *out: Any) -> Any:
+        return answer(args[0]) if op is aten.sin.default else None if out else NotImplemented
+
+    setattr(Wrong, hook, of_sin)
+
+    def f(x: Tensor) -> Tensor:
+        Answers.inside = x
+        return x.sin()
+
+    with pytest.raises(FunctransError) as caught:
+        transform(Wrong, f)(torch.zeros(2, dtype=torch.float64))
+    assert text in str(caught.value)
+    Answers.inside = None
+    assert interpreter_stack() == []
+
+
+class Answers(PassThrough):
+    kind = "answers"
+    inside: Any = None
 
 
 def test_arguments_that_are_written() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +146,47 @@ def test_of_many_threads_one_runs_it() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = [one.result() for one in [pool.submit(run) for _ in range(8)]]
     assert sorted(found) == ["ran"] + ["refused"] * 7
+
+
+BORROWED = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from torch.autograd import forward_ad
+import functrans as ft
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+x, v = torch.randn(2, 4, 4, dtype=torch.float64)
+borrowed = lambda: ft.jvp(lambda x: torch.linalg.householder_product(x, x[0]), (x,), (v,))[1]
+looked_at = lambda: ft.count(Square.apply)(x)[0]
+expected = borrowed(), looked_at()
+start = threading.Barrier(12)
+sys.setswitchinterval(1e-6)
+
+def rounds(n):
+    start.wait()
+    for _ in range(20):
+        torch.testing.assert_close(looked_at() if n % 3 == 0 else borrowed(), expected[n % 3 == 0])
+
+with ThreadPoolExecutor(12) as pool:
+    for done in [pool.submit(rounds, n) for n in range(12)]:
+        done.result()
+assert forward_ad._current_level == -1
+"""
+
+
+def test_threads_that_borrow_tangents_share_the_level_of_forward_ad() -> None:
+    """In a process of its own: what is freed under another thread's hands ends it."""
+    done = subprocess.run([sys.executable, "-c", BORROWED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- payloads

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from identity_functions import identity
-from torch import Tensor
+from torch import Tensor, nn
 from wrong_calls import thread_state
 
 import functrans as ft
@@ -38,6 +38,7 @@ from functrans.extend import (
     overriding,
     running_at,
     transform,
+    user_line,
 )
 from functrans.shipped.interval_rules import IntervalLevel
 from functrans.shipped.jet import JetInterpreter
@@ -505,3 +506,36 @@ def test_outside_of_rules() -> None:
     )
     with running_at(None):
         assert origin() is None
+
+
+class Lines(PassThrough):
+    kind = "lines"
+
+    def before(self, op: Any, args: Any, kwargs: Any) -> None:
+        self.own_helper(op)
+
+    def own_helper(self, op: Any) -> None:
+        SEEN.append((str(op), (user_line() or "").rpartition(", in ")[2]))
+
+
+def lines(f: Callable[..., Any], *args: Any) -> list[Any]:
+    SEEN.clear()
+    transform(Lines, f)(*args)
+    return list(SEEN)
+
+
+def test_the_users_line() -> None:
+    def inner(x: Tensor) -> Tensor:
+        return x.sin()
+
+    def outer(x: Tensor) -> Tensor:
+        return inner(x) + 1
+
+    assert lines(outer, X) == [(SIN, "inner"), ("aten.add.Tensor", "outer")]
+    assert lines(ft.vmap(outer), ROWS) == lines(outer, X)
+    assert lines(lambda x: nn.functional.softplus(x), X) == [("aten.softplus.default", "<lambda>")]
+    assert ("aten.cos.default", "lines") in lines(ft.grad(total(outer)), X)  # who asked for the walk
+    with noting_lines():
+        assert ("aten.cos.default", "inner") in lines(ft.grad(total(outer)), X)
+    with pytest.raises(CallError, match="no operator that is being interpreted"):
+        user_line()

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from functrans import derivative, grad, jvp, vjp, vmap
+from functrans import derivative, grad, jet, jvp, laplacian, vjp, vmap
 from functrans.derivatives.table import Derivative
 from functrans.errors import CallError, DuplicateRuleError, NotAnOverloadError, RegistrationError
 from functrans.extend import BATCHING_RULES, DERIVATIVES, RuleTable, batching_rule, overriding, rules_in_scope
@@ -333,6 +333,65 @@ def hasty() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+#: operators that jet or laplacian have rules by hand for, each with a function of a vector, and another derivative
+CHANGED: dict[str, tuple[Any, Callable[[Tensor], Tensor], dict[str, Any]]] = {
+    "tanh": (aten.tanh.default, torch.tanh, {"self": lambda grad, self: grad * self.sin(), "tangent": "elementwise"}),
+    "softmax": (
+        aten.softmax.int, lambda x: x.softmax(0),
+        {"self": lambda grad, self: grad * self.sin(), "tangent": lambda self, self_t: self_t * self.sin()},
+    ),
+    "linear": (
+        aten.linear.default, lambda x: torch.nn.functional.linear(x, MATRIX),
+        {"input": lambda grad, input: grad * input.sin(), "tangent": lambda input, input_t: input_t * input.sin()},
+    ),
+    "division": (
+        aten.div.Tensor, lambda x: x / 3, {"self": lambda grad, self: grad * self.sin(), "tangent": "elementwise"}
+    ),
+    "view": (
+        aten.unsqueeze.default, lambda x: x.unsqueeze(0),
+        {"self": lambda grad, self: grad[0] * self.sin(), "tangent": lambda self, self_t: (self_t * self.sin())[None]},
+    ),
+    "solve": (
+        aten._linalg_solve_ex.default, lambda x: torch.linalg.solve(MATRIX, x),
+        {"B": lambda grads, B: grads[0] * B.sin(), "tangent": lambda B, B_t: (B_t * B.sin(), None, None, None)},
+    ),
+    "norm": (
+        aten.linalg_vector_norm.default, torch.linalg.vector_norm,
+        {"self": lambda grad, self: grad * self.sin(), "tangent": lambda self, self_t: (self_t * self.sin()).sum()},
+    ),
+    "the exponential in a softmax": (
+        aten.exp.default, lambda x: x.softmax(0) * x.exp(),
+        {"self": lambda grad, self: grad * self.sin(), "tangent": "elementwise"},
+    ),
+}  # fmt: skip
+MATRIX = torch.tensor([[1.0, -0.5, 0.3], [0.2, 0.8, -1.1], [0.4, 0.1, 1.3]], dtype=X.dtype)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_jet_and_laplacian_ask_for_them(name: str) -> None:
+    op, f, entry = CHANGED[name]
+
+    def along(f: Callable[[Tensor], Tensor], v: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: jvp(f, (x,), (v,))[1]
+
+    def found() -> tuple[list[Tensor], Tensor]:
+        return jet(f, (X,), ([X, None, None],))[1], laplacian(f)(X)
+
+    before = found()
+    with overriding(DERIVATIVES, op):
+        derivative(op, **entry)
+        first = along(f, X)
+        expected = [first(X), along(first, X)(X), along(along(first, X), X)(X)]
+        axes = torch.eye(3, dtype=X.dtype)
+        of_axes = [along(along(f, v), v)(X) for v in axes]
+        series, total = found()
+        torch.testing.assert_close(series, expected)
+        torch.testing.assert_close(total, torch.stack(of_axes).sum(0))
+        assert not torch.allclose(series[0], before[0][0])
+    after = found()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("hasty")

@@ -265,6 +265,31 @@ def test_every_ordered_pair(outer: str, inner: str) -> None:
     assert interpreter_stack() == []
 
 
+@pytest.mark.parametrize("outer", ["grad", "jvp", "linearize", "sparse_jacobian"])
+@pytest.mark.parametrize("inner", [name for name in PAIRED if name != "linear bounds"])
+def test_the_modes_of_the_caller_change_no_derivative(outer: str, inner: str) -> None:
+    """``no_grad`` around a transform is not one in it; one in it makes constants."""
+    if (outer, inner) in REFUSED:
+        return
+    transform = PAIRED[outer][0]
+    program = transform(PAIRED[inner][0](sowing))
+    expected = program(X2)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(program(X2), expected)
+
+    def constant(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = PAIRED[inner][0](sowing)(x)
+        return y * x.sum()
+
+    value = PAIRED[inner][0](sowing)(X2)
+    if outer == "grad":
+        torch.testing.assert_close(transform(constant)(X2), value.sum().expand(3))
+        with torch.no_grad():
+            torch.testing.assert_close(transform(constant)(X2), value.sum().expand(3))
+
+
 #: what cannot look across the examples of a vmap, being of one of them
 OF_ONE_EXAMPLE = ("laplacian", "sparsity", "sparse_jacobian", "sparse_hessian", "values of sparse_jacobian")
 ACROSS = sorted(PAIRED.keys() - {"seed", "psum", "vmap", "log_density", "custom_vmap", "condition", *OF_ONE_EXAMPLE})

@@ -1,4 +1,4 @@
-"""Tangents of eigenvalues and eigenvectors.
+"""Tangents of eigenvalues and eigenvectors, and of singular ones.
 
 For reverse mode PyTorch's formulas are right. Its tangents divide by a difference that is 0 on the diagonal and
 overwrite the quotient afterwards, which leaves a NaN for reverse mode to find (torch 2.13).
@@ -43,5 +43,42 @@ def eig_tangent(self_t: Tensor, results: Any) -> tuple[Tensor, Tensor]:
     return P.diagonal(0, -2, -1), moved - V * (V.conj() * moved).sum(-2, keepdim=True).real
 
 
+def svd_tangent(
+    A: Tensor, full_matrices: bool, compute_uv: bool, A_t: Tensor, results: Any
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Of distinct singular values (Townsend, Differentiating the singular value decomposition, 2016).
+
+    Of complex vectors the diagonals of Uᴴ·U' and Vᴴ·V' share what the equation leaves open, as in PyTorch.
+    """
+    if full_matrices and compute_uv and A.shape[-1] != A.shape[-2]:
+        raise RuntimeError(
+            "the derivative of linalg.svd of a matrix that is not square needs full_matrices=False: the further "
+            "singular vectors are not determined"
+        )
+    U, S, Vh = results if compute_uv else aten._linalg_svd(A, False, True)
+    P = adjoint(U) @ A_t @ adjoint(Vh)
+    diagonal = P.diagonal(0, -2, -1)
+    S_t = cast(diagonal, S.dtype)
+    if not compute_uv:
+        return None, S_t, None
+    Q = P - torch.diag_embed(diagonal)
+    right, left = Q * S.unsqueeze(-2), S.unsqueeze(-1) * Q
+    squares = S * S
+    K, L = turned(right + adjoint(right), squares), turned(left + adjoint(left), squares)
+    if P.is_complex():
+        phases = torch.diag_embed(torch.complex(torch.zeros_like(S), diagonal.imag / (2 * S)))
+        K, L = K + phases, L - phases
+    U_t, V_t = U @ K, adjoint(Vh) @ L
+    rows, columns = A.shape[-2:]
+    if rows > columns:
+        moved = A_t @ adjoint(Vh)
+        U_t = U_t + (moved - U @ P) / S.unsqueeze(-2)
+    if columns > rows:
+        moved = adjoint(A_t) @ U
+        V_t = V_t + (moved - adjoint(Vh) @ adjoint(P)) / S.unsqueeze(-2)
+    return U_t, S_t, adjoint(V_t)
+
+
 derivative(aten._linalg_eigh.default, tangent=eigh_tangent)
+derivative(aten._linalg_svd.default, tangent=svd_tangent)
 derivative(aten.linalg_eig.default, tangent=eig_tangent)

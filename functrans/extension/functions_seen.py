@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import CustomFunctionError
 from functrans.interpreters.function_context import Context, as_tuple, is_setup_style
-from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.thread_state import is_forward_level_open, running_at
 from functrans.tensors.pytrees import tree_flatten
 
 
@@ -33,7 +32,7 @@ def seen_function(level: Interpreter, cls: type[Function], args: Sequence[Any]) 
 
 def follows(tensors: Sequence[Tensor]) -> bool:
     """Whether a level, or PyTorch's own autograd, takes a derivative by one of the tensors."""
-    if forward_ad._current_level >= 0:
+    if is_forward_level_open():
         return True  # it may; at_base will tell
     for x in tensors:
         value: Any = x

@@ -14,19 +14,23 @@ from functrans.decompositions.table import decompose
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.errors.call_sites import definition
 from functrans.extension.functions_seen import seen_function
+from functrans.extension.rule_results import check_carried, check_replacement, checked_result
 from functrans.operators.info import op_info
 from functrans.pytorch.thread_state import lowered
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.pytrees import tree_map
 
+#: what a subclass of PassThrough overrides; the first of them is what messages point at
+HOOKS = ("instead", "before", "after", "given")
+
 
 class PassThrough(Interpreter):
-    """A level that sees every operator, and lets it run one level down.
+    """A level that sees every operator, and lets it run one level down or answers in its place.
 
-    A subclass sets ``kind`` and overrides ``given``, ``before`` or ``after``. They run one level down, with values of
-    that level; what stands around it (an outer grad, vmap, ...) has its say about what they compute. Operators on
-    captured tensors and on none are seen as well. (Not seen: views of captured tensors, and writes to them, which no
-    level interprets.)
+    A subclass sets ``kind`` and overrides ``given``, ``before``, ``instead`` or ``after``. They run one level down,
+    with values of that level; what stands around it (an outer grad, vmap, ...) has its say about what they compute.
+    Operators on captured tensors and on none are seen as well. (Not seen: views of captured tensors, and writes to
+    them, which no level interprets.)
 
     Example:
         >>> import torch
@@ -58,8 +62,18 @@ class PassThrough(Interpreter):
     def before(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """``op`` is about to run."""
 
+    def instead(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What ``op`` is to return without being run; NotImplemented: it runs. (Then ``after`` is not asked.)
+
+        As many outputs as the operator has, of their shapes: values of the level below, as the arguments are.
+        """
+        return NotImplemented
+
     def after(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        """``op`` has run, and returned ``out``. What this returns takes its place, unless it is None."""
+        """``op`` has run, and returned ``out``. What this returns takes its place, unless it is None.
+
+        Of the shapes that ``out`` has.
+        """
 
     def enter(self, leaf: Any) -> Any:
         """What the function gets for a leaf of its arguments: a tensor as one of this level."""
@@ -82,8 +96,8 @@ class PassThrough(Interpreter):
         return leaf.value
 
     def rule_place(self, op: Any) -> str | None:
-        hooks = (getattr(type(self), name) for name in ("before", "after", "given"))
-        return next((definition(hook) for hook in hooks if hook is not getattr(PassThrough, hook.__name__)), None)
+        names = [n for n in HOOKS if getattr(type(self), n) is not getattr(PassThrough, n)]
+        return definition(getattr(type(self), names[0])) if names else None
 
     def constant(self, value: Tensor) -> WrapperTensor:
         return wrap(self, value)
@@ -104,10 +118,17 @@ class PassThrough(Interpreter):
         with lowered(self):
             values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
             self.before(op, values, below_kwargs)
+            answer = self.instead(op, values, below_kwargs)
+        if answer is not NotImplemented:
+            check_carried(self, "the result", answer)
+            return checked_result(self, op, map_tensors(self.constant, answer), values, below_kwargs)
         out = lower(self, op, values, below_kwargs)
         with lowered(self):
-            instead = self.after(op, values, below_kwargs, out)
-        return map_tensors(self.constant, out if instead is None else instead)
+            other = self.after(op, values, below_kwargs, out)
+        if other is not None and other is not out:
+            check_replacement(self, op, definition(type(self).after) or "an unknown place", out, other)
+            out = other
+        return map_tensors(self.constant, out)
 
 
 FUNCTION_RULES[PassThrough] = seen_function

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
@@ -15,15 +14,28 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter, Step, as_variables, tensors_in
-from functrans.pytorch.torch_private import is_forward_enabled
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter
     from functrans.extension.primitives import Primitive
 
 
+class Modes(NamedTuple):
+    """Whether derivatives are followed where a primitive was called; the state in which its rules run has other ones,
+    those around the level."""
+
+    grad: bool
+    forward: bool
+
+    def below(self, level: Interpreter) -> Modes:
+        return Modes(self.grad and level.outer_grad_mode, self.forward and level.outer_forward_mode)
+
+
 class PrimitiveDerivative:
-    """What ``Primitive.derivative`` was given, as rules of the levels that differentiate."""
+    """What ``Primitive.derivative`` was given, as rules of the levels that differentiate.
+
+    These are called as others are, with the modes in front.
+    """
 
     def __init__(self, primitive: Primitive, pullback: Callable[..., Any] | None, tangent: Callable[..., Any] | None):
         self.primitive = primitive
@@ -34,14 +46,14 @@ class PrimitiveDerivative:
         cure = f"Give {self.primitive.name}.derivative(...) a {mode} as well."
         return MissingRuleError(f"{self.primitive.name}, which has no {mode}", level, cure)
 
-    def at_grad(self, level: GradInterpreter, *args: Any, **kwargs: Any) -> Any:
+    def at_grad(self, modes: Modes, level: GradInterpreter, *args: Any, **kwargs: Any) -> Any:
         """Recorded on the tape."""
         indices = [level.index_of(a) for a in args]
         if all(index is None for index in indices):
             return NotImplemented
         values = values_of(level, args)
         out = self.primitive.below(level, *values, **kwargs)
-        if not torch.is_grad_enabled():
+        if not modes.grad:
             return map_tensors(level.constant, out)
         if self.pullback is None:
             raise self.refusal(level, "pullback")
@@ -51,14 +63,14 @@ class PrimitiveDerivative:
         level.record(node, outs, [index for index in indices if index is not None], [out, *values])
         return wrapped
 
-    def at_jvp(self, level: JvpInterpreter, *args: Any, **kwargs: Any) -> Any:
+    def at_jvp(self, modes: Modes, level: JvpInterpreter, *args: Any, **kwargs: Any) -> Any:
         """Pushed forward."""
         tangents = tuple(a.tangent if level.owns(a) else None for a in args)
         if all(t is None for t in tangents):
             return NotImplemented
         values = values_of(level, args)
         out = self.primitive.below(level, *values, **kwargs)
-        if not is_forward_enabled():
+        if not modes.forward:
             return map_tensors(level.constant, out)
         if self.tangent is None:
             raise self.refusal(level, "tangent")
@@ -67,7 +79,7 @@ class PrimitiveDerivative:
             return level.dual(out, found)
         return tuple(level.dual(o, t) if isinstance(o, Tensor) else o for o, t in zip(out, found, strict=True))
 
-    def at_linearize(self, level: LinearizeInterpreter, *args: Any, **kwargs: Any) -> Any:
+    def at_linearize(self, modes: Modes, level: LinearizeInterpreter, *args: Any, **kwargs: Any) -> Any:
         """A step of the linear function, where it was applied to a tangent."""
         variables = [a.variable if level.owns(a) else None for a in args]
         if all(variable is None for variable in variables):
@@ -76,7 +88,7 @@ class PrimitiveDerivative:
         wrapped: Any = map_tensors(level.track, self.primitive.below(level, *values, **kwargs))
         given = [as_variables(v, n) for v, n in zip(values, variables, strict=True)]
         outs = [w.variable for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
-        level.steps.append(Step(self.primitive, given, kwargs, outs, not torch.is_grad_enabled()))
+        level.steps.append(Step(self.primitive, given, kwargs, outs, not modes.grad))
         return wrapped
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_kind
@@ -15,13 +17,14 @@ from functrans.core.tensor import WrapperTensor
 from functrans.errors import CallTypeError, DeadWrapperError, DuplicateRuleError, MissingRuleError
 from functrans.errors.wording import what
 from functrans.extension.calls import check_running
-from functrans.extension.primitive_derivatives import PrimitiveDerivative
+from functrans.extension.primitive_derivatives import Modes, PrimitiveDerivative
 from functrans.interpreters.failures import note_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
 from functrans.operators.rules import caller_place
 from functrans.pytorch.thread_state import STATE, lowered, running_at
+from functrans.pytorch.torch_private import is_forward_enabled
 from functrans.tensors.pytrees import tree_flatten, tree_map
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -154,9 +157,12 @@ class Primitive:
         return self.ask(level.below, args, kwargs)
 
     def ask(self, level: Interpreter | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        modes = Modes(torch.is_grad_enabled(), is_forward_enabled())
         while level is not None:
             rule = self.rule_of(level)
             if rule is not None:
+                if isinstance(getattr(rule, "__self__", None), PrimitiveDerivative):
+                    rule = functools.partial(rule, modes)
                 if STATE.observer is not None:
                     rule = STATE.observer.asked(self.name, rule)
                 try:
@@ -168,6 +174,7 @@ class Primitive:
                 if out is not NotImplemented:
                     return out
             args, kwargs = self.values_below(level, (args, kwargs))
+            modes = modes.below(level)
             level = level.below
         with running_at(None):
             return call_function(f"{self.name}(...)", self.base, args, kwargs)

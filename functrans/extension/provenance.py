@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from functrans.core.interpreter import Interpreter
 from functrans.door.autograd_function import send
 from functrans.errors import CallError
-from functrans.errors.call_sites import place
+from functrans.errors.call_sites import place, user_site
 from functrans.extension.primitives import Primitive
 from functrans.interpreters.failures import meaning_at
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -113,6 +113,41 @@ def origin() -> Origin | None:
     return None
 
 
+def user_line() -> str | None:
+    """Inside a rule: ``file:line, in function`` of the code outside of functrans that called the operator.
+
+    On a walk back it is where the operator was called that is being pulled back through, inside of ``noting_lines()``;
+    otherwise what asked for the walk. None: there is no such code (a function of a library, called from C++).
+
+    Raises:
+        CallError: no operator is being interpreted.
+
+    Example:
+        >>> import torch
+        >>> from functrans.extend import PassThrough, transform, user_line
+        >>> class Lines(PassThrough):
+        ...     kind = "lines"
+        ...     def before(self, op, args, kwargs):
+        ...         print(op, "in", user_line().rpartition(", in ")[2])
+        >>> def double(x):
+        ...     return x + x
+        >>> _ = transform(Lines, lambda x: double(x).sin())(torch.ones(2))
+        aten.add.Tensor in double
+        aten.sin.default in <lambda>
+    """
+    record = origin()
+    if record is not None and record.place is not None:
+        return record.place
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and next(meanings(frame, 1), None) is None:
+        frame = frame.f_back
+    if frame is None:
+        cure = "Call it in a rule: what an interpreter does with an operator."
+        raise CallError("user_line()", "no operator that is being interpreted", "a rule that runs", cure)
+    site = user_site(frame)
+    return None if site is None else place(site)
+
+
 SEND, ASK = send.__code__, Primitive.ask.__code__
 PULL, ROWS = GradInterpreter.pull.__code__, GradInterpreter.rows_behind.__code__
 
@@ -125,9 +160,11 @@ def record_at(frame: FrameType) -> int | None:
     return walk["i"] if frame.f_code is PULL else walk["end"] - 1
 
 
-def meanings(frame: FrameType | None) -> Iterator[Caller]:
-    """The operators that are being interpreted around ``frame``, innermost first."""
-    while frame is not None:
+def meanings(frame: FrameType | None, frames: int | None = None) -> Iterator[Caller]:
+    """The operators that are being interpreted around ``frame``, innermost first; in so many frames, if a number is
+    given."""
+    while frame is not None and frames != 0:
+        frames = None if frames is None else frames - 1
         code, values = frame.f_code, frame.f_locals
         interpreter = meaning_at(frame) or meaning_at(frame, "process_higher_order")
         if interpreter is not None:

@@ -107,6 +107,22 @@ def checked_tree(interpreter: Interpreter, op: HigherOrderOperator, out: Any) ->
     return out
 
 
+def check_replacement(interpreter: Interpreter, op: OpOverload, place: str, out: Any, other: Any) -> None:
+    """Refuse what is not of the shapes and the level of what ``op`` returned, in whose place it is."""
+    if isinstance(out, Tensor):
+        if not isinstance(other, Tensor) or other.shape != out.shape:
+            expected = f"a tensor of shape {list(out.shape)}, as {op} returned"
+            cure = "Return None where the result is to stay as it is."
+            raise RuleResultError(op, interpreter, place, kind_of(other), expected, cure)
+        check_below(interpreter, "the result", other)
+    elif isinstance(out, tuple | list):
+        if not isinstance(other, tuple | list) or len(other) != len(out):
+            got = f"{len(other)} outputs" if isinstance(other, tuple | list) else kind_of(other)
+            raise RuleResultError(op, interpreter, place, got, f"{len(out)}, as {op} returned", "Return them all.")
+        for one, another in zip(out, other, strict=True):
+            check_replacement(interpreter, op, place, one, another)
+
+
 def checked_output(
     interpreter: Interpreter, op: Operator, which: str, kind: str, out: Any, shape: Any, args: Sequence[Any]
 ) -> Any:
@@ -131,6 +147,8 @@ def checked_output(
     place, expected = interpreter.name, f"a tensor of {interpreter.name} at level {interpreter.level}"
     payload = "".join(f", {name}=..." for name in interpreter.payload)
     cure = f"Return interpreter.carry(value{payload}); interpreter.constant(value) where nothing is carried."
+    if not hasattr(interpreter, "carry"):
+        expected, cure = "a tensor", "Return a value of the level below, as the arguments are."
     if type(out) is not WrapperTensor or out.interpreter is not interpreter:
         raise wrong(interpreter, op, kind_of(out) + which, expected, cure)
     missing = [name for name in interpreter.payload if not hasattr(out, name)]

@@ -40,6 +40,17 @@ def by_our_rules(op: Any) -> bool:
 
 
 FUSIBLE = RuleCache()
+UNCHANGED = RuleCache()
+
+
+def own_derivatives() -> bool:
+    """Whether all derivatives are those of the library, but for operators that it does not know."""
+    return UNCHANGED.find(DERIVATIVES, look_through)
+
+
+def look_through() -> bool:
+    own = next(rules for table, rules in _tables if table is DERIVATIVES)
+    return all(DERIVATIVES.get(op) is entry for op, entry in own.items())
 
 
 def fusible(op: OpOverload) -> bool:

@@ -225,16 +225,24 @@ class door_closed:
             set_modes(self.modes)
 
 
+#: Forward AD has one level for all threads: those in which a borrowed tangent has it open.
+HOLDERS: set[int] = set()
+HOLDING = threading.RLock()
+
+
 class forward_level:
-    """Context: forward AD has its one level; ours, if none is open yet."""
+    """Context: forward AD has its one level; ours, unless the user has one open. The last thread closes it."""
 
     __slots__ = ("ours",)
 
     def __enter__(self) -> None:
-        self.ours = forward_ad._current_level < 0
-        if self.ours:
-            STATE.level_open = True
-            forward_ad.enter_dual_level()
+        with HOLDING:
+            self.ours = not STATE.level_open and (bool(HOLDERS) or forward_ad._current_level < 0)
+            if self.ours:
+                STATE.level_open = True
+                HOLDERS.add(threading.get_ident())
+                if forward_ad._current_level < 0:
+                    forward_ad.enter_dual_level()
 
     def __exit__(self, *exc: object) -> None:
         if self.ours:
@@ -242,9 +250,16 @@ class forward_level:
 
 
 def close_level() -> None:
-    if forward_ad._current_level >= 0:
-        forward_ad.exit_dual_level()
-    STATE.level_open = False
+    with HOLDING:
+        HOLDERS.discard(threading.get_ident())
+        if not HOLDERS and forward_ad._current_level >= 0:
+            forward_ad.exit_dual_level()
+        STATE.level_open = False
+
+
+def is_forward_level_open() -> bool:
+    """Whether forward AD has a level open that is no matter of other threads alone."""
+    return forward_ad._current_level >= 0 and (STATE.level_open or not HOLDERS)
 
 
 def unchanged(x: Any) -> Any:

@@ -7,6 +7,7 @@ down whole; an operator that the door sends in by itself is made a program here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from torch.autograd.function import Function
 
 from functrans.core.dispatch import lower, map_tensors, sending
 from functrans.core.tensor import WrapperTensor
+from functrans.decompositions.table import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.extension.table_interpreter import TableInterpreter
@@ -23,10 +25,10 @@ from functrans.interpreters.jvp.interpreter import TableMethod
 from functrans.operators.info import op_info
 from functrans.operators.rules import RuleCache
 from functrans.programs.deriving import slice_out
-from functrans.programs.fusible import REAL, fusible
+from functrans.programs.fusible import REAL, fusible, own_derivatives
 from functrans.programs.program import Program, Value
 from functrans.programs.tracing import Builder, Untraceable
-from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.thread_state import lowered, running_at
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped import series_formulas  # noqa: F401 - it adds formulas
 from functrans.shipped.power_series import DEFINITIONS, FORMULAS, RECURRENCES, TRACEABLE
@@ -96,7 +98,7 @@ class DerivativeInterpreter(TableInterpreter):
                 out = self.run_program(*found)
                 if out is not NotImplemented:
                     return out
-            rule = self.direct.get(op) or self.rule_for(op)
+            rule = self.by_hand(op) or self.rule_for(op)
             if rule is not None and (any(map(self.carries, args)) or any(map(self.carries, kwargs.values()))):
                 return rule(self, args, kwargs)
         return super().process(op, args, kwargs)
@@ -137,6 +139,15 @@ class DerivativeInterpreter(TableInterpreter):
             return a.value if a.interpreter is self else a
         return [self.value_of(v) for v in a] if type(a) in (list, tuple) else a
 
+    def by_hand(self, op: Any) -> Callable[..., Any] | None:
+        """The rule by hand that is called as those of ``rule_kind`` are.
+
+        It stands for the derivative that the library has. Where somebody has given an operator another one, that holds,
+        of this operator or of those that the rule is made of.
+        """
+        rule = self.direct.get(op)
+        return rule if rule is not None and own_derivatives() else None
+
     def rule_for(self, op: Any) -> Callable[..., Any] | None:
         rule = self.rules.get(op)
         if rule is not None:
@@ -148,6 +159,38 @@ class DerivativeInterpreter(TableInterpreter):
         if known is None or known.entry is not entry:
             known = self.made[op] = self.rule_kind(TableMethod(entry, op_info(op)))
         return known
+
+
+# --- operators as plain code ------------------------------------------------------------------------------------------
+
+
+def code_at_level(
+    cls: type[DerivativeInterpreter], *ops: OpOverload
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register operators that are to be run as plain ``torch`` code at the level, which gets the operator and its
+    arguments; NotImplemented: as if there were no such code."""
+
+    def register(code: Callable[..., Any]) -> Callable[..., Any]:
+        for op in ops:
+            cls.direct[op] = functools.partial(run_code, code, op)
+        return code
+
+    return register
+
+
+def run_code(
+    code: Callable[..., Any], op: OpOverload, level: DerivativeInterpreter, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    with running_at(level):
+        out = code(op, *args, **kwargs)
+        if out is not NotImplemented:
+            return map_tensors(level.own, out)
+    rule = level.rule_for(op)
+    if rule is not None:
+        return rule(level, args, kwargs)
+    if op_info(op).composite:
+        return decompose(level, op, args, kwargs)
+    return level.without_rule(level, op, args, kwargs)
 
 
 # --- operators as programs --------------------------------------------------------------------------------------------

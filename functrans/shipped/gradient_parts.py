@@ -145,8 +145,8 @@ class Patches(NamedTuple):
 
     def whole(self) -> Tensor:
         """Each example's gradient."""
-        found = self.patches(self.windows()) @ self.columns(self.grad).mT
-        return found.mT.flatten(1, 2).unflatten(-1, (-1, *self.geometry.kernel))
+        found = self.columns(self.grad) @ self.patches(self.windows()).mT
+        return found.flatten(1, 2).unflatten(-1, (-1, *self.geometry.kernel))
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
         """Over the examples, each times its weight."""

@@ -3,7 +3,8 @@
 A linear operator is applied to each coefficient; of a multilinear one each coefficient is a sum of products. For every
 other the table has the tangent y' as a function F(x, x', y), and the coefficients of y are those of F along the same
 curve, one order less (Griewank and Walther, Evaluating Derivatives, 2008, chapter 13). Where F needs y, they are found
-one after the other. An operator that the table does not have is differentiated by ``jvp`` in the place of F.
+one after the other. Of what an equation defines, each is one tangent (remainders.py). An operator that the table does
+not have is differentiated by ``jvp`` in the place of F.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from functrans.extension.without_rule import as_function, passed
 from functrans.interpreters.jvp.interpreter import COPYING, TableMethod
 from functrans.operators.info import DIFFERENTIABLE, op_info
 from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.by_derivatives import DerivativeRule
 from functrans.shipped.jet_level import JetInterpreter, Terms, run_jet
+from functrans.shipped.remainders import Bound, Product, has_remainder, remainder, tangent_of
 
 aten = torch.ops.aten
 
@@ -41,7 +44,7 @@ class ByTable(DerivativeRule):
         entry = method.entry
         kinds = {"linear": self.linear, "multilinear": self.multilinear}
         self.push = kinds.get(entry.tangent, self.by_formula) if isinstance(entry.tangent, str) else self.by_formula
-        if self.op in LAYERS:
+        if self.op in LAYERS and not method.foreign:
             self.push = self.layer
         needs = entry.needs.get("tangent", ()) if callable(entry.tangent) else sum(entry.needs.values(), ())
         self.needs_result = "result" in needs or "results" in needs
@@ -62,18 +65,10 @@ class ByTable(DerivativeRule):
         out = lower(jet, self.op, values, given)
         if constant or not terms:
             return map_tensors(jet.constant, out)
-        several = isinstance(out, tuple | list)
-        pushed = self.push(jet, values, given, terms, out)
-        pairs = [
-            jet.with_terms(o, t) if isinstance(o, Tensor) else o
-            for o, t in zip(out if several else [out], pushed if several else [pushed], strict=True)
-        ]
-        return (pairs if type(out) is list else tuple(pairs)) if several else pairs[0]
-
-    def at(self, terms: dict[int, Any], k: int) -> dict[int, Any]:
-        """The k-th coefficients, counted from 0, of the arguments for which they are not zero."""
-        found = {i: [None if t is None else t[k] for t in ts] if type(ts) is list else ts[k] for i, ts in terms.items()}
-        return {i: t for i, t in found.items() if (any(p is not None for p in t) if type(t) is list else t is not None)}
+        known = remainder(self.op, values, given, out, jet.order)
+        if known is not None:
+            return by_remainder(jet, self.method.tangent, values, given, terms, out, *known)
+        return with_terms(jet, out, self.push(jet, values, given, terms, out))
 
     def linear(self, jet: JetInterpreter, values: Any, kwargs: Any, terms: dict[int, Any], out: Any) -> Any:
         found: list[Any] = []
@@ -82,7 +77,7 @@ class ByTable(DerivativeRule):
             found = [None if t is None else lower(jet, self.alone, [t, *rest], kwargs) for t in terms[0]]
         else:
             for k in range(jet.order):
-                moving = self.at(terms, k)
+                moving = at(terms, k)
                 term: Any = self.method.linear(jet, values, kwargs, moving) if moving else None  # type: ignore[arg-type]
                 found.append(term)
         if isinstance(out, tuple | list):
@@ -140,6 +135,50 @@ class ByTable(DerivativeRule):
         for i, terms_out in zip(smooth, pushed, strict=True):
             found[i] = terms_out
         return found if several else found[0]
+
+
+def with_terms(jet: JetInterpreter, out: Any, terms: Any) -> Any:
+    """What an operator returned, with the coefficients of it, of several outputs a list for each."""
+    if not isinstance(out, tuple | list):
+        return jet.with_terms(out, terms)
+    pairs = [jet.with_terms(o, t) if isinstance(o, Tensor) else o for o, t in zip(out, terms, strict=True)]
+    return pairs if type(out) is list else tuple(pairs)
+
+
+def at(terms: dict[int, Any], k: int) -> dict[int, Any]:
+    """The k-th coefficients, counted from 0, of the arguments for which they are not zero."""
+    found = {i: [None if t is None else t[k] for t in ts] if type(ts) is list else ts[k] for i, ts in terms.items()}
+    return {i: t for i, t in found.items() if (any(p is not None for p in t) if type(t) is list else t is not None)}
+
+
+def by_remainder(
+    jet: JetInterpreter, tangent: Callable[..., Any], values: Sequence[Any], kwargs: dict[str, Any],
+    terms: dict[int, Any], out: Any, call: Bound, products: Sequence[Product],
+) -> Any:  # fmt: skip
+    """See NOTE [Remainders] in ``remainders``."""
+    places = {name: i for i, name in enumerate(call.args)}
+    several = isinstance(out, tuple | list)
+    known: dict[str | int, list[Tensor | None]] = {n: [] for n in range(len(call.results))}
+    known.update((name, terms[i]) for name, i in places.items() if i in terms)
+    with lowered(jet):
+        for k in range(1, jet.order + 1):
+            added: dict[str | int, Tensor] = {}
+            for product in products:
+                for j in range(1, k):
+                    a, b = (known.get(n, (None,) * k)[m - 1] for n, m in ((product.one, j), (product.other, k - j)))
+                    if a is not None and b is not None:
+                        part = product.of(call, a, b)
+                        added[product.into] = added[product.into] + part if product.into in added else part
+            moving = at(terms, k - 1)
+            for name, i in places.items():
+                if name in added:
+                    moving[i] = moving[i] + added[name] if i in moving else added[name]
+            pushed = tangent(values, kwargs, moving, out) if moving else None
+            each = list(pushed) if several and pushed is not None else [pushed] * len(call.results)
+            for n, t in enumerate(each):
+                known[n].append(t if n not in added else added[n] if t is None else t + added[n])
+    found = [known[n] for n in range(len(call.results))]
+    return with_terms(jet, out, found if several else found[0])
 
 
 @lru_cache
@@ -211,6 +250,10 @@ def along(
 
 def derived(interpreter: JetInterpreter, op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator that the table does not have: its tangent by ``jvp``, and the coefficients of that."""
+    if has_remainder(op, interpreter.order):
+        found = borrowed(interpreter, op, args, kwargs)
+        if found is not None:
+            return found
     f, carrying, values, rebuild = as_function(interpreter, op, args, kwargs)
     if not values:
         return passed(interpreter, op, args, kwargs)
@@ -222,6 +265,17 @@ def derived(interpreter: JetInterpreter, op: Any, args: Any, kwargs: dict[str, A
         count = len(values)
         found = along(lambda *xs: jvp(f, xs[:count], xs[count:])[1], moving, [], interpreter.order)
     return rebuild([interpreter.with_terms(out, terms) for out, terms in zip(outs, found, strict=True)])
+
+
+def borrowed(jet: JetInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """By the remainder and a tangent that the table does not have; None: the remainder is not known."""
+    terms = {i: t for i, a in enumerate(args) if (t := terms_of(jet, a)) is not None}
+    if not terms or any(terms_of(jet, a) is not None for a in kwargs.values()):
+        return None
+    values, given = [jet.value_of(a) for a in args], {name: jet.value_of(a) for name, a in kwargs.items()}
+    out = lower(jet, op, values, given)
+    known = remainder(op, values, given, out, jet.order)
+    return None if known is None else by_remainder(jet, tangent_of(op), values, given, terms, out, *known)
 
 
 class Straight:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import map_tensors
+from functrans.boundary.calls import call_below
 from functrans.core.tensor import WrapperTensor
-from functrans.decompositions.table import decompose
-from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.shipped import jet_by_table  # noqa: F401 - it says what is done without a rule
+from functrans.shipped.by_derivatives import code_at_level
 from functrans.shipped.jet_level import JetInterpreter
+from functrans.shipped.simpler import exponentials, keeps_dtype
 
 aten = torch.ops.aten
 
@@ -26,24 +25,7 @@ def detach(jet: JetInterpreter, x: WrapperTensor) -> WrapperTensor:
     return jet.constant(x.value.detach())
 
 
-def in_code(*ops: OpOverload) -> Callable[[Callable[..., Any]], None]:
-    """Register operators that are to be run as plain ``torch`` code at the level, which gets the operator and its
-    arguments; NotImplemented: by the derivative table."""
-
-    def register(code: Callable[..., Any]) -> None:
-        for op in ops:
-            JetInterpreter.direct[op] = functools.partial(run_code, code, op)
-
-    return register
-
-
-def run_code(code: Callable[..., Any], op: OpOverload, jet: JetInterpreter, args: Any, kwargs: dict[str, Any]) -> Any:
-    with running_at(jet):
-        out = code(op, *args, **kwargs)
-        if out is not NotImplemented:
-            return map_tensors(jet.own, out)
-    by_table = jet.rule_for(op)
-    return decompose(jet, op, args, kwargs) if by_table is None else by_table(jet, args, kwargs)
+in_code = functools.partial(code_at_level, JetInterpreter)
 
 
 @in_code(
@@ -59,7 +41,7 @@ def written_out(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 @in_code(aten.softmax.int, aten._softmax.default)
 def softmax(op: OpOverload, x: Tensor, dim: int, *rest: Any) -> Any:
-    if rest not in NO_DTYPE:
+    if not keeps_dtype(x, rest):
         return NotImplemented
     z = (x - x.detach().amax(dim, keepdim=True)).exp()
     return z / z.sum(dim, keepdim=True)
@@ -67,7 +49,7 @@ def softmax(op: OpOverload, x: Tensor, dim: int, *rest: Any) -> Any:
 
 @in_code(aten.log_softmax.int, aten._log_softmax.default)
 def log_softmax(op: OpOverload, x: Tensor, dim: int, *rest: Any) -> Any:
-    if rest not in NO_DTYPE:
+    if not keeps_dtype(x, rest):
         return NotImplemented
     z = x - x.detach().amax(dim, keepdim=True)
     return z - z.exp().sum(dim, keepdim=True).log()
@@ -77,10 +59,6 @@ def log_softmax(op: OpOverload, x: Tensor, dim: int, *rest: Any) -> Any:
 def added_product(op: OpOverload, c: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     product = a @ b if alpha == 1 else a @ b * alpha
     return product if beta == 0 else product + (c if beta == 1 else c * beta)
-
-
-#: what follows the dimension of a softmax whose result has the dtype of its argument
-NO_DTYPE = ((), (None,), (False,))
 
 
 @in_code(aten.layer_norm.default)
@@ -105,3 +83,11 @@ def logsumexp(op: OpOverload, x: Tensor, dim: Any, keepdim: bool = False) -> Any
     most = most if keepdim else most.reshape(total.shape)
     none = total == 0
     return torch.where(none, -math.inf, torch.where(none, 1, total).log() + most)
+
+
+def matrix_exp(jet: JetInterpreter, args: Any, kwargs: dict[str, Any]) -> Any:
+    value, *terms = call_below(jet, exponentials, (args[0].value, *args[0].terms), {})
+    return jet.with_terms(value, terms)
+
+
+JetInterpreter.direct[aten.linalg_matrix_exp.default] = matrix_exp

@@ -1,13 +1,15 @@
 """What ``laplacian`` does with operators that are not pointwise, by the derivative table.
 
 A linear operator is applied to value, slopes and bend. Of a multilinear one the bend has a product for each pair of its
-factors. For every other operator first and second derivatives are found by nested ``jvp``.
+factors, and so of what an equation defines (remainders.py). For every other operator first and second derivatives are
+found by nested ``jvp``.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from functrans.pytorch.thread_state import door_closed, lowered
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.by_derivatives import DerivativeRule
 from functrans.shipped.laplacian_level import LaplacianInterpreter
+from functrans.shipped.remainders import Bound, Product, has_remainder, remainder, tangent_of
 from functrans.tensors.pytrees import tree_map
 
 aten = torch.ops.aten
@@ -42,6 +45,11 @@ class ByTable(DerivativeRule):
         values, given = [level.value_of(a) for a in args], {name: level.value_of(a) for name, a in kwargs.items()}
         if constant:
             return map_tensors(level.constant, lower(level, self.op, values, given))
+        if has_remainder(self.op, 2):
+            out = lower(level, self.op, values, given)
+            known = remainder(self.op, values, given, out, 2)
+            if known is not None:
+                return by_remainder(level, self.method.tangent, args, values, given, moving, out, *known)
         if self.entry.tangent == "linear":
             return self.linear(level, args, values, given, moving)
         if self.entry.tangent == "multilinear":
@@ -121,6 +129,53 @@ class ByTable(DerivativeRule):
         return level.moving(out, slopes, bend)
 
 
+def by_remainder(
+    level: LaplacianInterpreter, tangent: Callable[..., Any], args: Sequence[Any], values: Sequence[Any],
+    kwargs: dict[str, Any], moving: Sequence[int], out: Any, call: Bound, products: Sequence[Product],
+) -> Any:  # fmt: skip
+    """See NOTE [Remainders] in ``remainders``: the products of slopes are part of the bend."""
+    names = list(call.args)
+    several = isinstance(out, tuple | list)
+    smooth = [n for n, o in enumerate(call.results) if isinstance(o, Tensor) and o.dtype in DIFFERENTIABLE]
+
+    def push(tangents: dict[int, Any]) -> list[Any]:
+        """The tangents of the results that have one."""
+        found = tangent(values, kwargs, tangents, out)
+        each = found if several and found is not None else [found] * len(call.results)
+        return [torch.zeros_like(call.results[n]) if each[n] is None else each[n] for n in smooth]
+
+    given = {i: part_of(level, args[i], "slopes") for i in moving}
+    bends = {i: part_of(level, args[i], "bend") for i in moving}
+    bends = {i: b for i, b in bends.items() if b is not None}
+    with lowered(level):
+        slopes = vmap(push, in_dims=(tree_map(lambda s: None if s is None else 0, given),))(given)
+        known: dict[str | int, Any] = {names[i]: s for i, s in given.items() if isinstance(s, Tensor)}
+        known.update(zip(smooth, slopes, strict=True))
+        squares = vmap(functools.partial(sums, call, products))(known) if products else {}
+        added = {into: 2 * t.sum(0) for into, t in squares.items()}
+        for i, name in enumerate(names):
+            if name in added:
+                bends[i] = bends[i] + added[name] if i in bends else added[name]
+        bent = push(bends) if bends else [None] * len(smooth)
+        bent = [
+            t if n not in added else added[n] if t is None else t + added[n] for n, t in zip(smooth, bent, strict=True)
+        ]
+    parts = [level.constant(o) if isinstance(o, Tensor) else o for o in call.results]
+    for n, s, t in zip(smooth, slopes, bent, strict=True):
+        parts[n] = level.moving(call.results[n], s, t)
+    return (parts if type(out) is list else tuple(parts)) if several else parts[0]
+
+
+def sums(call: Bound, products: Sequence[Product], slopes: dict[str | int, Tensor]) -> dict[str | int, Tensor]:
+    """The products of one direction's slopes, by what they are added to."""
+    found: dict[str | int, Tensor] = {}
+    for into, one, other, of in products:
+        if one in slopes and other in slopes:
+            part = of(call, slopes[one], slopes[other])
+            found[into] = found[into] + part if into in found else part
+    return found
+
+
 def for_directions(
     level: LaplacianInterpreter, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], dims: Sequence[Any]
 ) -> Any:
@@ -173,6 +228,13 @@ def part_of(level: LaplacianInterpreter, a: Any, name: str) -> Any:
 
 def derived(level: LaplacianInterpreter, op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """An operator of which the table does not say enough: its derivatives by nested ``jvp``."""
+    moving = [i for i, a in enumerate(args) if level.carries(a)]
+    if has_remainder(op, 2) and moving and not any(map(level.carries, kwargs.values())):
+        below, given = [level.value_of(a) for a in args], {name: level.value_of(a) for name, a in kwargs.items()}
+        out = lower(level, op, below, given)
+        known = remainder(op, below, given, out, 2)
+        if known is not None:
+            return by_remainder(level, tangent_of(op), args, below, given, moving, out, *known)
     f, carrying, values, rebuild = as_function(level, op, args, kwargs)
     if not values:
         return passed(level, op, args, kwargs)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from functrans.api.vmap import vmap
 from functrans.boundary.calls import call_below
 from functrans.core.dispatch import lower
 from functrans.core.tensor import WrapperTensor
@@ -20,6 +21,7 @@ from functrans.functionalization.write_back import RESHAPES
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.laplacian_by_table import derived
 from functrans.shipped.laplacian_level import LaplacianInterpreter
+from functrans.shipped.simpler import exponentials, keeps_dtype
 
 aten = torch.ops.aten
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -83,7 +85,7 @@ def reshape(level: LaplacianInterpreter, op: OpOverload, x: Any, *args: Any) -> 
 @direct(aten._softmax.default, aten.softmax.int)
 def softmax(level: LaplacianInterpreter, op: OpOverload, x: Any, dim: int, *rest: Any) -> Any:
     """With u_d = x_d - Σ y·x_d, of the logarithm: y_d = y·u_d, and the bend is y·(g - Σ y·g) of g = b + Σ_d u_d²."""
-    if not level.carries(x) or not x.dim() or rest not in ((), (None,), (False,)):
+    if not level.carries(x) or not x.dim() or not keeps_dtype(x, rest):
         return NotImplemented
     y = lower(level, op, (x.value, dim, *rest), {})
 
@@ -99,7 +101,7 @@ def softmax(level: LaplacianInterpreter, op: OpOverload, x: Any, dim: int, *rest
 @direct(aten._log_softmax.default, aten.log_softmax.int)
 def log_softmax(level: LaplacianInterpreter, op: OpOverload, x: Any, dim: int, *rest: Any) -> Any:
     """With y the softmax and u_d and g as above, u_d and b - Σ y·g."""
-    if not level.carries(x) or not x.dim() or rest not in ((), (None,), (False,)):
+    if not level.carries(x) or not x.dim() or not keeps_dtype(x, rest):
         return NotImplemented
     out = lower(level, op, (x.value, dim, *rest), {})
 
@@ -151,3 +153,15 @@ def layer_norm(
         return (slopes, bend) if weight is None else (slopes * weight, bend * weight)
 
     return level.moving(out, *call_below(level, parts, (x.value, x.slopes, x.bend, weight), {}))
+
+
+@direct(aten.linalg_matrix_exp.default)
+def matrix_exp(level: LaplacianInterpreter, op: OpOverload, x: Any) -> Any:
+    """The second coefficient along x + x_d·t + b/(2D)·t² is half of a share of the bend."""
+
+    def parts(x: Tensor, slopes: Tensor, bend: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        share = None if bend is None else bend / (2 * len(slopes))
+        values, first, second = vmap(lambda slope: exponentials(x, slope, share))(slopes)
+        return values[0], first, second.sum(0) * 2
+
+    return level.moving(*call_below(level, parts, (x.value, x.slopes, x.bend), {}))

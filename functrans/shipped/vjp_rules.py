@@ -83,8 +83,9 @@ class VjpRule:
         raise MissingRuleError(self.custom, owner, "Differentiate inside of it, or give the function no rule.")
 
     def at_grad(self, level: GradInterpreter, tensors: Sequence[Any], values: Sequence[Any]) -> Tensors:
+        recording = torch.is_grad_enabled()  # here, and not around the level
         with lowered(level):
-            if not torch.is_grad_enabled():
+            if not recording:
                 return tuple(level.constant(out) for out in self(*values))
             outs, residuals = self.fwd(*values)
         wrapped = tuple(level.output(out) for out in outs)

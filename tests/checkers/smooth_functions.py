@@ -1,6 +1,6 @@
 """Functions of a vector of three doubles, by the kind of operator that they show."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,15 @@ from torch.nn import functional as F
 
 W = torch.tensor([[1.0, -0.5, 0.3], [0.2, 0.8, -1.1], [0.4, 0.1, 1.3]], dtype=torch.float64)
 B = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64)
+
+
+def flat(found: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in found])
+
+
+def positive(x: Tensor) -> Tensor:
+    m = W + x.outer(x)
+    return m @ m.T + torch.eye(3, dtype=x.dtype)
 
 
 def view_write(x: Tensor) -> Tensor:
@@ -71,6 +80,46 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "eigvalsh": lambda x: torch.linalg.eigvalsh(W + W.T + torch.diag(x)),
     "svdvals": lambda x: torch.linalg.svdvals(W + torch.diag(x)),
     "matrix_exp": lambda x: torch.matrix_exp(W * x),
+    "solve from the right": lambda x: torch.linalg.solve(W + torch.diag(x), W * x, left=False),
+    "solve_triangular": lambda x: torch.linalg.solve_triangular(W + x.outer(x), W * x, upper=True),
+    "unitriangular from the right": lambda x: torch.linalg.solve_triangular(
+        W + x.outer(x), W * x, upper=False, left=False, unitriangular=True
+    ),
+    "cholesky": lambda x: torch.linalg.cholesky(positive(x)),
+    "cholesky, upper": lambda x: torch.linalg.cholesky(positive(x), upper=True),
+    "lu": lambda x: flat(torch.linalg.lu((W + x.outer(x))[:, :2])[1:]),
+    "lu of a wide matrix": lambda x: flat(torch.linalg.lu((W + x.outer(x))[:2])[1:]),
+    "lu_factor": lambda x: torch.linalg.lu_factor(W + x.outer(x)).LU,
+    "lu_solve": lambda x: torch.linalg.lu_solve(*torch.linalg.lu_factor(W + x.outer(x)), W * x),
+    "lu_solve, turned": lambda x: torch.linalg.lu_solve(
+        *torch.linalg.lu_factor(W + x.outer(x)), W * x, left=False, adjoint=True
+    ),
+    "qr": lambda x: flat(torch.linalg.qr(W + x.outer(x))),
+    "qr of a tall matrix": lambda x: flat(torch.linalg.qr((W + x.outer(x))[:, :2])),
+    "svd": lambda x: flat(torch.linalg.svd((W + x.outer(x))[:, :2], full_matrices=False)),
+    "svd of a wide matrix": lambda x: flat(torch.linalg.svd((W + x.outer(x))[:2], full_matrices=False)),
+    "eigh": lambda x: flat(torch.linalg.eigh(W + x.outer(x))),
+    "slogdet": lambda x: torch.linalg.slogdet(W + torch.diag(x)).logabsdet,
+    # spreads, norms, and what is chosen
+    "std": lambda x: x.std() * x,
+    "std_mean": lambda x: flat(torch.std_mean(x.outer(x), 1)),
+    "norm of complex numbers": lambda x: torch.linalg.vector_norm(torch.complex(x, x * x)),
+    "norm 3": lambda x: torch.linalg.vector_norm(x.outer(x), 3, 1, keepdim=True),
+    "norm 4": lambda x: x.norm(4),
+    "norm 1": lambda x: (x * x.sin()).norm(1),
+    "norm of nothing": lambda x: torch.linalg.vector_norm((x - x) * x) + x[0],
+    "dist": lambda x: torch.dist(x * x, W),
+    "polar": lambda x: torch.view_as_real(torch.polar(x * x, x)),
+    "cross": lambda x: torch.linalg.cross(x, x.flip(0) * x),
+    "block_diag": lambda x: torch.block_diag(x.outer(x), x, W),
+    "max_pool2d": lambda x: F.max_pool2d(x.outer(x)[None], 2, 1),
+    "kthvalue": lambda x: (x * x).kthvalue(2).values,
+    "embedding_bag": lambda x: F.embedding_bag(
+        torch.tensor([[0, 2]]), x.outer(x), mode="sum", per_sample_weights=x[None, :2]
+    ),
+    "group_norm": lambda x: F.group_norm((x.outer(x) + W)[None, :2], 2, x[:2], x[1:]),
+    "rms_norm": lambda x: F.rms_norm(x * x, (3,), B),
+    "prod along a dimension": lambda x: (W * x).prod(1, keepdim=True),
     # writes
     "in place": lambda x: x.clone().mul_(x).add_(1).sin_(),
     "through a view": view_write,
