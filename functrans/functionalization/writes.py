@@ -33,6 +33,7 @@ from functrans.errors import (
 )
 from functrans.functionalization.history import with_history_of
 from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_content, set_shape
+from functrans.functionalization.made_pure import made_pure
 from functrans.functionalization.memory import storage_offset_of
 from functrans.functionalization.out_of_place import Functional, pure_form
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
@@ -85,6 +86,8 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         if known.composite:
             with running_at(STATE.top):
                 return taken_apart(op, *args, **kwargs)
+        functional = made_pure(op)
+    if functional is NotImplemented:
         raise NoPureFormError(op)
     if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
         return write_metadata(known, functional.op, targets[0], args, kwargs)
