@@ -25,6 +25,7 @@ from functrans.door import (  # noqa: F401
     backward,
     dtensor,
     entrances,
+    grad_attribute,
     gradient_hooks,
     higher_order,
     leaves,
