@@ -23,6 +23,7 @@ from functrans.door import (  # noqa: F401
     autograd_function,
     autograd_inside,
     backward,
+    data_attribute,
     dtensor,
     entrances,
     grad_attribute,
