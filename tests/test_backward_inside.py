@@ -254,15 +254,18 @@ def test_refused(f: Callable[[Tensor], None]) -> None:
 def test_a_hook_on_what_grad_records_is_not_passed_by() -> None:
     """The gradient by the leaf does not go along the tape, which has the hook."""
 
-    def f(x: Tensor) -> Tensor:
+    def f(x: Tensor, removed: bool) -> Tensor:
         w = leaf()
         y = w * x
-        y.register_hook(lambda g: g * 2)
+        handle = y.register_hook(lambda g: g * 2)
+        if removed:
+            handle.remove()
         (y**2).sum().backward()
         return x.sum() * w.grad.sum()  # type: ignore[union-attr]
 
     with pytest.raises(InsideTransformError, match="past a hook inside grad"):
-        grad(f)(ROWS[0])
+        grad(f)(ROWS[0], False)
+    close(grad(f)(ROWS[0], True), torch.full((3,), 2 * float((ROWS[0] ** 2).sum()), dtype=DOUBLE))
 
 
 def test_a_hook_whose_gradient_depends_on_the_arguments_is_refused() -> None:

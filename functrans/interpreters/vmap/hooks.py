@@ -7,6 +7,7 @@ inside of the vmap runs it there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,7 +36,8 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
         return outer.stand_in(x)
 
     def physical(*grads: tuple[Any, ...]) -> Any:
-        inner = outer if outer.alive else type(outer)(outer.batch_size, outer.randomness, hook)
+        running = outer.alive and outer.thread == get_ident()
+        inner = outer if running else type(outer)(outer.batch_size, outer.randomness, hook)
 
         def entered(given: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:
             return tuple(inner.batched(g, d) if isinstance(g, Tensor) else g for g, d in zip(given, dims, strict=True))
@@ -51,7 +53,7 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
         def body() -> Any:
             return hook(*map(entered, grads, dims))
 
-        if inner is outer:  # it runs still, around a backward() inside, and may use what the hook keeps
+        if running:  # still, around a backward() inside, and may use what the hook keeps
             with running_at(outer):
                 new = body()
         else:
