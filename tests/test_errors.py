@@ -133,6 +133,9 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
 ASKED: dict[str, Callable[[torch.Tensor], Any]] = {
     "backward": lambda x: x.backward(x, retain_graph=True),
     "data_ptr": lambda x: x.data_ptr(),
+    "const_data_ptr": lambda x: x.const_data_ptr(),
+    "storage": lambda x: x.storage(),
+    "share_memory_": lambda x: x.share_memory_(),
     "apply_": lambda x: x.apply_(lambda number: number),
     "map_": lambda x: torch.ones(2).map_(x, lambda a, b: a),
     "map2_": lambda x: torch.ones(2).map2_(x, torch.ones(2), lambda a, b, c: a),

@@ -107,6 +107,10 @@ def run_batched(asked: Asked, batch: Batch) -> Any:
     written: dict[int, tuple[Tensor, int | None]] = {}
     for i, wrapper in enumerate(entered):
         if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:
+            if wrapper.reassigned is not None:
+                wrapper = wrapper.reassigned
+                if not wrapper.version:
+                    continue
             write_back(call, interpreter, wrapper, leaves[i], dims[i], path_of("args", args, i))
             written[id(wrapper)] = leaves[i], dims[i]
     for wrapper, origin, bdim in level.entered if level is not None else ():

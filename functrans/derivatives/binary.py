@@ -128,6 +128,8 @@ def pow_base(grad: Tensor, self: Tensor, exponent: Any) -> Tensor:
     """``p * x ** (p - 1)``, also where ``p`` is 0 and ``x`` too: there 0."""
     if isinstance(exponent, Tensor):
         base = torch.where((exponent == 0) & (self == 0), 1, self)
+        if exponent.dtype is torch.bool:
+            exponent = exponent.to(torch.int8)
         return grad * conj(exponent * base.pow(exponent - 1))
     if exponent == 0:
         return torch.zeros_like(grad)
@@ -176,6 +178,7 @@ def sigmoid_of(x: Tensor) -> Tensor:
 
 def share(a: Tensor, b: Tensor, base: float = 1.0) -> Tensor:
     """``exp(a) / (exp(a) + exp(b))``; NaN where both are the same infinity, as in PyTorch."""
+    a, b = (x.to(torch.uint8) if x.dtype is torch.bool else x for x in (a, b))
     return sigmoid_of(times(a - b, base))
 
 

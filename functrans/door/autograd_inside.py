@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,12 +12,20 @@ from functrans.boundary.factories import ones_for
 from functrans.core.dispatch import lift, scan
 from functrans.core.tensor import WrapperTensor
 from functrans.door.gradients_inside import How, gradients
+from functrans.door.leaves import leaves_of, made_inside
 from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
 from functrans.errors import InsideTransformError
 from functrans.interpreters.grad.again import CURE
 from functrans.pytorch.thread_state import STATE, running_at
 from functrans.pytorch.torch_private import without_torch_function
 from functrans.tensors.answers import concrete, refuse
+
+
+def up_to_date(xs: Iterable[Any]) -> None:
+    """Bring views among ``xs`` up to date with writes, as an operator does with its arguments."""
+    for x in xs:
+        if type(x) is WrapperTensor and x.view_link is not None:
+            x.view_link.refresh(x)
 
 
 def plain_if_constant(x: Any) -> Any:
@@ -51,6 +60,7 @@ def grad(
         # a derivative that is borrowed from PyTorch
         return without_torch_function(torch.autograd.grad, (), (outputs, inputs, grad_outputs), options)
     given = list(grad_outputs) if isinstance(grad_outputs, list | tuple) else [grad_outputs] * len(outs)
+    up_to_date((*outs, *ins, *given))
     plain_outs, plain_ins, plain_given = ([plain_if_constant(x) for x in xs] for xs in (outs, ins, given))
     top = STATE.top
     below = not any(type(x) is WrapperTensor for x in (*plain_outs, *plain_ins))
@@ -61,6 +71,7 @@ def grad(
         if wrapped:
             # of the transforms, into which the formulas that the engine calls go, too
             return without_torch_function(torch.autograd.grad, (), (plain_outs, plain_ins, cotangents), options)
+        refuse_written(outs, ins)
         with running_at(None):
             found = torch.autograd.grad(plain_outs, plain_ins, cotangents, **options)
         return tuple(g if g is None else lift(g, None, top) for g in found)
@@ -68,6 +79,7 @@ def grad(
         ended = next(x for x in (*plain_outs, *plain_ins, *plain_given) if type(x) is WrapperTensor)
         refuse(ended, "torch.autograd.grad", CURE)
     given = checked(outs, given, is_grads_batched)
+    refuse_written(outs, ins)
     results = gradients(outs, ins, given, How(create_graph, is_grads_batched))
     if all(g is None for g in results) and not materialize_grads:
         raise InsideTransformError("torch.autograd.grad of what has not been recorded", top.name, CURE)
@@ -81,6 +93,14 @@ def grad(
             "Set allow_unused=True if this is the desired behavior."
         )
     return tuple(g if g is None else lift(g, scan([g])[0], top) for g in results)
+
+
+def refuse_written(outs: list[Any], ins: list[Any]) -> None:
+    """Refuse a leaf among ``ins`` that was made inside, is one of ``outs``' and was written since."""
+    written = [x for x in ins if type(x) is WrapperTensor and x.leaf is not None and x.version]
+    if written:
+        reached = [leaf for out in outs for leaf in leaves_of(out) if hasattr(leaf, "leaf_inside")]
+        made_inside([[leaf for leaf in reached if any(leaf.leaf_inside() is x for x in written)]])
 
 
 def checked(outs: list[Any], cotangents: list[Any], rows: bool) -> list[Any]:

@@ -1,4 +1,4 @@
-"""``Tensor.backward`` and ``Tensor.grad`` of wrappers.
+"""``torch.autograd.backward``, and ``Tensor.backward`` of wrappers.
 
 ``backward`` adds to ``.grad`` of leaves that were made inside, of each example its own: the gradients that
 ``torch.autograd.grad`` gives inside (door/gradients_inside.py). To captured leaves, which are one for all, it adds as a
@@ -7,48 +7,92 @@ loop over the examples of a vmap does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from functrans.boundary.factories import ones_for
 from functrans.core.dispatch import lift, scan
+from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
+from functrans.door.at_base import at_base
+from functrans.door.autograd_inside import checked, up_to_date
+from functrans.door.grad_attribute import add_to_grad, keeping
 from functrans.door.gradients_inside import How, gradients, of_batch, recording, values_at
-from functrans.door.leaves import base_of, can_be_leaf
-from functrans.interpreters.grad.again import CURE
+from functrans.door.leaves import base_of, leaves_of, made_inside
+from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import STATE, lowered, running_at
-from functrans.tensors.answers import REFUSED, Refusing, refuse
+from functrans.pytorch.torch_private import without_torch_function
+from functrans.tensors.answers import REFUSED, refuse
+
+original = torch.autograd.backward
+by_pytorch = at_base(original)
 
 
-def grad_of(self: WrapperTensor) -> Tensor | None:
-    """``Tensor.grad``: of a leaf made inside, of a captured leaf, or what ``retain_grad`` asked for."""
-    kept = self.__dict__.get("cotangent")
-    if kept is not None or self.leaf is not None:
-        return kept
-    x: Any = self
-    while type(x) is WrapperTensor:
-        if x.interpreter.records(x) and getattr(x.interpreter, "passed_by", False):
-            refuse(self, "Tensor.grad of what a transform records, after backward(),", "torch.autograd.grad(loss, x)")
-        x = x.value
-    if not can_be_leaf(self) or not x.is_leaf:
-        return None
-    with running_at(None):
-        found = x.grad
-    return None if found is None else like(self, found)
-
-
-def like(x: Any, value: Tensor) -> Tensor:
-    """``value`` as examples, as ``x`` is of its base."""
-    return x.interpreter.rewrap(x, like(x.value, value)) if type(x) is WrapperTensor else value
-
-
+@functools.wraps(original)
 def backward(
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+) -> None:
+    """``torch.autograd.backward``, which ``Tensor.backward`` calls."""
+    if grad_variables is not None:
+        grad_tensors = grad_variables
+    outs, given, wanted = (sequence(x) for x in (tensors, grad_tensors, inputs))
+    given = given or [None] * len(outs)
+    wrappers = [x for x in (*outs, *given, *wanted) if type(x) is WrapperTensor]
+    if not wrappers and not any(i.repeats_writes for i in interpreter_stack()):
+        return by_pytorch(tensors, grad_tensors, retain_graph, create_graph, None, inputs)
+    if any(x.interpreter.carries_autograd for x in wrappers):  # a derivative that is borrowed from PyTorch
+        options = (grad_tensors, retain_graph, create_graph, None, inputs)
+        return without_torch_function(original, (), (tensors, *options), {})
+    if inputs is not None and not wanted:
+        raise RuntimeError("`inputs` argument to `backward()` cannot be empty.")
+    if len(given) != len(outs):
+        raise RuntimeError(f"got {len(outs)} tensors and {len(given)} gradients")
+    up_to_date(wrappers)
+    top = STATE.top or wrappers[0].interpreter
+    outs = [x if type(x) is WrapperTensor else top.constant(x) for x in outs]
+    given = checked(outs, given, False)
+    leaves = [[x for x in leaves_of(out) if inputs is None or any(base_of(w) is x for w in wanted)] for out in outs]
+    targets = made_inside(leaves)
+    targets += [x for x in results_wanted(wanted, outs) if not any(x is t for t in targets)]
+    captured = [[leaf for leaf in found if not hasattr(leaf, "leaf_inside")] for found in leaves]
+    if not targets and not any(captured):
+        refuse(outs[0], *REFUSED["backward"])
+    found = gradients(outs, targets, given, How(create_graph)) if targets else []
+    remaining = sum(map(bool, captured))
+    for out, cotangent, places in zip(outs, given, captured, strict=True):
+        if places:
+            remaining -= 1
+            retained = retain_graph or remaining > 0 or None  # the others may need what this one goes through
+            to_captured(out, cotangent, places, retain_graph=retained, create_graph=create_graph)
+    for x, g in zip(targets, found, strict=True):
+        added = not create_graph and any(x is y for y in getattr(x.interpreter, "retaining", ()))  # by the walk
+        if g is not None and not added:
+            add_to_grad(x, lift(g, scan([g])[0], STATE.top), create_graph)
+    for level in (level for out in outs for level in recording(out)):
+        level.passed_by = True
+        level.detached |= not create_graph
+
+
+def sequence(x: Any) -> list[Any]:
+    """One tensor, several, named or not, or none."""
+    if x is None or isinstance(x, Tensor | GradientEdge):
+        return [] if x is None else [x]
+    return list(x.values() if isinstance(x, dict) else x)
+
+
+def backward_method(
     self: WrapperTensor,
     gradient: Any = None,
     retain_graph: bool | None = None,
@@ -56,80 +100,21 @@ def backward(
     inputs: Any = None,
 ) -> None:
     """``Tensor.backward``."""
-    wanted = None if inputs is None else [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    made: list[WrapperTensor] = []
-    captured: list[Tensor] = []
-    for leaf in leaves_of(self):
-        if wanted is not None and not any(base_of(x) is leaf for x in wanted):
-            continue
-        if not hasattr(leaf, "leaf_inside"):
-            captured.append(leaf)
-        elif (wrapper := leaf.leaf_inside()) is not None:
-            if base_of(wrapper) is not leaf:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    "a leaf was written between what is differentiated and backward()"
-                )
-            made.append(wrapper)
-    if not made and not captured:
-        refuse(self, *REFUSED["backward"])
-    if gradient is None:
-        if self.numel() != 1:
-            raise RuntimeError("grad can be implicitly created only for scalar outputs")
-        gradient = ones_for(self, *self.shape)
-    found = gradients([self], made, [gradient], How(create_graph)) if made else []
-    if captured:
-        to_captured(self, gradient, captured, retain_graph=retain_graph, create_graph=create_graph)
-    for x, g in zip(made, found, strict=True):
-        if g is not None:
-            add_to_grad(x, lift(g, scan([g])[0], STATE.top), create_graph)
-    for level in recording(self):
-        level.passed_by = True
-        level.detached |= not create_graph
+    backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
 
-def leaves_of(x: Any) -> list[Tensor]:
-    """The leaves of PyTorch's own graph on which ``x`` depends, or one of its tangents."""
-    found: dict[int, Tensor] = {}
-    nodes: list[Any] = []
-    for value in parts_of(x):
-        if value.requires_grad and value.is_leaf:
-            found[id(value)] = value
-        nodes.append(value.grad_fn)
-    seen = {None}
-    while nodes:
-        node = nodes.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        nodes.extend(before for before, _ in node.next_functions)
-    return list(found.values())
+def results_wanted(wanted: list[Any], outs: list[Any]) -> list[WrapperTensor]:
+    """What is no leaf and gets a gradient all the same: what was asked for, and what keeps its own."""
+    levels = {id(level): level for x in outs for level in levels_of(x)}.values()
+    kept = [x for level in levels for x in keeping(level)]
+    asked = [x for x in wanted if type(x) is WrapperTensor and not base_of(x).is_leaf]
+    return list({id(x): x for x in (*asked, *kept)}.values())
 
 
-def parts_of(x: Any) -> Iterator[Tensor]:
-    """The plain tensors that ``x`` is made of: its value at the base, and those of its tangents."""
-    if type(x) is not WrapperTensor:
-        yield x
-        return
-    yield from parts_of(x.value)
-    if isinstance(x.interpreter, JvpInterpreter) and x.tangent is not None:
-        yield from parts_of(x.tangent)
-
-
-def add_to_grad(x: WrapperTensor, g: Any, create_graph: bool) -> None:
-    """``x.grad += g`` at the level of ``x``, where ``g`` is of the level that runs."""
-    while type(g) is WrapperTensor and g.interpreter.level > x.interpreter.level:
-        if not g.interpreter.is_constant(g):
-            refuse(g, "Tensor.backward() to a leaf that was made outside of it", CURE)
-        g = g.value
-    kept = x.__dict__.get("cotangent")
-    with running_at(x.interpreter), torch.set_grad_enabled(create_graph):
-        if type(kept) is WrapperTensor and not create_graph:
-            kept.add_(g)  # in place, as PyTorch does: the program may hold it
-        else:
-            x.cotangent = g if kept is None else kept + g
+def levels_of(x: Any) -> Iterator[Interpreter]:
+    while type(x) is WrapperTensor:
+        yield x.interpreter
+        x = x.value
 
 
 def to_captured(self: WrapperTensor, gradient: Any, leaves: list[Tensor], **options: Any) -> None:
@@ -159,5 +144,7 @@ def to_captured(self: WrapperTensor, gradient: Any, leaves: list[Tensor], **opti
         x.backward(gradient, inputs=leaves, **options)
 
 
-WrapperTensor.backward = backward  # type: ignore[assignment, method-assign]
-WrapperTensor.grad = property(grad_of, Refusing.grad.fset)  # type: ignore[assignment, attr-defined]
+torch.autograd.backward = backward
+ENTRANCES[original] = backward
+OF_ANY_TYPES.add(original)
+WrapperTensor.backward = backward_method  # type: ignore[assignment, method-assign]

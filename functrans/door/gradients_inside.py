@@ -248,6 +248,8 @@ def detached(
     """Gradients that are constants to ``level``; of what it records also to the levels below."""
     own = [i for i, x in enumerate(ins) if level.index_of(x) is not None]
     further = [i for i, x in enumerate(ins) if level.index_of(x) is None]
+    if further and recorded and any((level.hooks or {}).values()):
+        raise InsideTransformError("a gradient by what is not recorded, past a hook", level.name, CURE)
     results: list[Any] = [None] * len(ins)
     with lowered(level), torch.set_grad_enabled(torch.is_grad_enabled() and not recorded):
         if recorded and own:

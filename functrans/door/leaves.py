@@ -14,6 +14,7 @@ is a wrapper by then. So what is made inside has ``FRESH`` in the place of a vie
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -99,6 +100,52 @@ def base_of(x: Any) -> Any:
     while type(x) is WrapperTensor:
         x = x.value
     return x
+
+
+def leaves_of(x: Any) -> list[Tensor]:
+    """The leaves of PyTorch's own graph on which ``x`` depends, or one of its tangents."""
+    found: dict[int, Tensor] = {}
+    nodes: list[Any] = []
+    for value in parts_of(x):
+        if value.requires_grad and value.is_leaf:
+            found[id(value)] = value
+        nodes.append(value.grad_fn)
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        nodes.extend(before for before, _ in node.next_functions)
+    return list(found.values())
+
+
+def parts_of(x: Any) -> Iterator[Tensor]:
+    """The plain tensors that ``x`` is made of: its value at the base, and those of its tangents."""
+    if type(x) is not WrapperTensor:
+        yield x
+        return
+    yield from parts_of(x.value)
+    if isinstance(x.interpreter, JvpInterpreter) and x.tangent is not None:
+        yield from parts_of(x.tangent)
+
+
+def made_inside(leaves: list[list[Tensor]]) -> list[WrapperTensor]:
+    """Those of ``leaves`` that were made inside, as the program holds them."""
+    found: dict[int, WrapperTensor] = {}
+    for leaf in (leaf for each in leaves for leaf in each):
+        wrapper = leaf.leaf_inside() if hasattr(leaf, "leaf_inside") else None
+        if wrapper is None:
+            continue
+        if base_of(wrapper) is not leaf:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "a leaf was written between what is differentiated and its gradient"
+            )
+        found[id(wrapper)] = wrapper
+    return list(found.values())
 
 
 original_new = nn.Parameter.__new__

@@ -42,6 +42,8 @@ from functrans.pytorch.torch_private import (
 aten = torch.ops.aten
 #: as nn.ReLU says it
 NOT_INPLACE = {"inplace": False}
+#: an operand that was given by name, or not at all
+NOT_HERE: Any = object()
 
 
 def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: int) -> Any:
@@ -84,12 +86,12 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
     found: dict[Any, Program | None] = {}
     above = up + 1  # seen from what the entrance calls
 
-    def entrance(x: Any, *more: Any, **kwargs: Any) -> Any:
+    def entrance(x: Any = NOT_HERE, /, *more: Any, **kwargs: Any) -> Any:
         if kwargs and kwargs == NOT_INPLACE:
             kwargs = {}
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
         if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
-            return otherwise(function, (), (x, *more), kwargs, above)
+            return otherwise(function, (), by_place(x, *more), kwargs, above)
         if x.view_link is not None:
             x.view_link.refresh(x)
         owner = x.interpreter
@@ -109,6 +111,11 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
 
     FORGET.append(forget)
     return entrance
+
+
+def by_place(*operands: Any) -> tuple[Any, ...]:
+    """The operands that were given by their place."""
+    return tuple(a for a in operands if a is not NOT_HERE)
 
 
 def program_here(
@@ -136,7 +143,7 @@ def binary(
     found: dict[bool, Program | None] = {}
     above = up + 1
 
-    def entrance(x: Any, y: Any, *more: Any, **kwargs: Any) -> Any:
+    def entrance(x: Any = NOT_HERE, y: Any = NOT_HERE, /, *more: Any, **kwargs: Any) -> Any:
         kind = type(y)
         number = kind is float or kind is int
         if reflected and not number:
@@ -168,7 +175,7 @@ def binary(
                 return through(program, (x, y), owner, above)
         if reflected and not number:
             x, y = y, x
-        return otherwise(function, (), (x, y, *more), kwargs, above)
+        return otherwise(function, (), by_place(x, y, *more), kwargs, above)
 
     def forget(table: RuleTable[Any], op: OpOverload) -> None:
         nonlocal found
@@ -194,9 +201,9 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
     half."""
     above = up + 1
 
-    def entrance(x: Any, exponent: Any, *more: Any, **kwargs: Any) -> Any:
+    def entrance(x: Any = NOT_HERE, exponent: Any = NOT_HERE, /, *more: Any, **kwargs: Any) -> Any:
         if mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled() or more or kwargs:
-            return otherwise(function, (), (x, exponent, *more), kwargs, above)
+            return otherwise(function, (), by_place(x, exponent, *more), kwargs, above)
         small = (type(exponent) is int or type(exponent) is float) and -8 <= exponent <= 8 and 2 * exponent % 1 == 0
         if small and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
             program = operator_program(aten.pow.Tensor_Scalar, exponent)
@@ -205,6 +212,6 @@ def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:
             owner = x.interpreter
             if program is not None and owner.alive and owner.whole:
                 return through(program, (x,), owner, above)
-        return otherwise(function, (), (x, exponent, *more), kwargs, above)
+        return otherwise(function, (), by_place(x, exponent, *more), kwargs, above)
 
     return entrance

@@ -10,7 +10,7 @@ import torch
 from functrans.core.dispatch import base, lift, scan
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import InsideTransformError
-from functrans.functionalization.layouts import check_places, dense_strides, memory_order, set_content, set_shape
+from functrans.functionalization.layouts import check_places, dense_strides, memory_order, set_content, set_metadata
 from functrans.functionalization.views import hides_layout, run_view
 from functrans.functionalization.writes import write
 from functrans.operators.info import STAND_INS, OpInfo, op_info
@@ -65,6 +65,13 @@ def dropout(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     """Where nothing is dropped PyTorch returns its argument itself, and a write to the one is a write to the other."""
     x, p, train = args
     return x if not train or p == 0 or x.numel() == 0 else as_usual(known, args, kwargs)
+
+
+@stands_in_for(aten.to_dense.default)
+def to_dense(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is dense is returned as it is."""
+    x, dtype = args[0], args[1] if len(args) > 1 else None
+    return x if x.layout is torch.strided and dtype in (None, x.dtype) else as_usual(known, args, kwargs)
 
 
 @stands_in_for(aten.sum_to_size.default)
@@ -206,7 +213,7 @@ def resize(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     flat = enter(aten.reshape.default, in_memory, [-1])
     new = enter(aten.reshape.default, enter(aten.slice.Tensor, flat, 0, 0, count), size)
     target.alias_group = None
-    set_shape(target, new)
+    set_metadata(target, new)
     set_content(target, new)
     return target
 
@@ -219,19 +226,15 @@ def resize_as(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 @stands_in_for(aten._has_compatible_shallow_copy_type.default)
 def refuse_data_assignment(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """PyTorch asks this when ``x.data = y`` is executed, which would put one tensor's insides into another.
-
-    ``x.data -= y`` has written them, and executes ``x.data = x.data``.
-    """
+    """PyTorch asks this when ``x.data = y`` is executed for a captured ``x``, which would put one tensor's insides into
+    another; and modules, before they convert their parameters, of which those made inside may be assigned."""
     owner = scan(args, kwargs)[0]
     if owner is None:
         return base(known.op, args, kwargs)
-    target, link = args[0], getattr(args[1], "view_link", None)
-    if link is not None and link.op is aten.detach.default and (link.parent or link.base_content()) is (
-        getattr(target, "view_link", None) or target
-    ):
+    if type(args[0]) is WrapperTensor:
         return True
-    raise InsideTransformError("assigning Tensor.data", owner.name, "copy_() or the new tensor itself")
+    cure = "functrans.functional_call, or a module that was made or copied inside"
+    raise InsideTransformError("assigning Tensor.data of a captured tensor", owner.name, cure)
 
 
 @stands_in_for(aten._make_dual.default, aten._unpack_dual.default)

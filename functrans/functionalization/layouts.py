@@ -117,14 +117,16 @@ def check_places(x: Tensor) -> None:
         x = x.value
 
 
-def set_shape(wrapper: WrapperTensor, like: Tensor) -> None:
-    """Let ``wrapper``, whose contents are about to change, have the shape and strides of ``like``."""
-    shape, strides = like.shape, like.stride()
+def set_metadata(wrapper: WrapperTensor, like: Tensor) -> None:
+    """Let ``wrapper``, whose contents are about to change, have the shape, strides and dtype of ``like``."""
+    shape, strides, dtype = like.shape, like.stride(), like.dtype
     with no_dispatch():
-        # Metadata only, a wrapper has no data; but PyTorch knows how much there would be, and checks what is larger.
-        room = make_wrapper(type(wrapper), shape, strides, None, None, wrapper.dtype, wrapper.layout, wrapper.device)
-        without_torch_function(Tensor.set_, (), (wrapper, room), {})
-    wrapper.shape, wrapper.strides = shape, strides_of(like)
+        room = make_wrapper(type(wrapper), shape, strides, None, None, dtype, wrapper.layout, wrapper.device)
+        without_torch_function(DATA.__set__, (), (wrapper, room), {})
+    wrapper.shape, wrapper.strides, wrapper.dtype = shape, strides_of(like), dtype
+
+
+DATA: Any = Tensor.data
 
 
 class Shown(NamedTuple):

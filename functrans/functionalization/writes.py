@@ -14,6 +14,8 @@ are the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ from functrans.errors import (
     WriteShapeError,
 )
 from functrans.functionalization.history import with_history_of
-from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_content, set_shape
+from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_content, set_metadata
+from functrans.functionalization.made_pure import made_pure
 from functrans.functionalization.memory import storage_offset_of
 from functrans.functionalization.out_of_place import Functional, pure_form
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
@@ -85,6 +88,8 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         if known.composite:
             with running_at(STATE.top):
                 return taken_apart(op, *args, **kwargs)
+        functional = made_pure(op)
+    if functional is NotImplemented:
         raise NoPureFormError(op)
     if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
         return write_metadata(known, functional.op, targets[0], args, kwargs)
@@ -150,7 +155,7 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
     if new.shape != target.shape:
         if not resize:
             raise WriteShapeError(list(target.shape), list(new.shape))
-        set_shape(target, new)
+        set_metadata(target, new)
     new = unwrap_constants(new, target.interpreter, op, target)
     link = target.view_link
     written = target if link is None else link.owner
@@ -170,11 +175,18 @@ def write(target: Any, new: Tensor, op: OpOverload, *, resize: bool = False, rea
 
 def write_outside_of_operators(target: Any, new: Tensor, what: Any) -> None:
     """``write``, for what enters the door by itself and updates ``target``."""
+    with at_the_door():
+        write(target, new, what)
+
+
+@contextmanager
+def at_the_door() -> Iterator[None]:
+    """The state in which operators that write or make views are run."""
     excluded = is_key_excluded(VIEWS_AND_VERSIONS)
-    set_key_excluded(VIEWS_AND_VERSIONS, False)
     try:
+        set_key_excluded(VIEWS_AND_VERSIONS, False)
         with door_closed():
-            write(target, new, what)
+            yield
     finally:
         set_key_excluded(VIEWS_AND_VERSIONS, excluded)
 
@@ -228,21 +240,22 @@ def write_metadata(known: OpInfo, op: OpOverload, target: Any, args: tuple[Any, 
         target.leaf = None
         target.view_link = target.view_link or FRESH  # the last that torch.tensor calls
         return target
-    before = _hold(target)
+    before = hold(target)
     new = dispatch(op, (before, *args[1:]), kwargs)
     if target.moved:
         new = as_shown(new, before, op, (before, *args[1:]), kwargs, None)
-    set_shape(target, new)
+    set_metadata(target, new)
     set_content(target, new)
     link_view(target, before, op, args, kwargs, None)
     return target
 
 
-def _hold(target: WrapperTensor) -> WrapperTensor:
+def hold(target: WrapperTensor) -> WrapperTensor:
     """A wrapper that takes over ``target``'s place as base or view, so that ``target`` can become a view of it."""
     held = target.interpreter.rewrap(target, target.value)
     held.view_link, held.alias_group, held.synced_version = target.view_link, target.alias_group, target.synced_version
     held.strides, held.moved, held.shown_offset = target.strides, target.moved, target.shown_offset
+    held.version, held.updated, held.recorded = target.version, target.updated, target.recorded
     if held.view_link is None:
         if held.alias_group is None:
             held.alias_group = AliasGroup()
@@ -295,6 +308,9 @@ def write_for_caller(origin: Tensor, wrapper: WrapperTensor, value: Tensor) -> N
     """Let ``origin``, an argument of a transform that has ended, have the ``value`` written to ``wrapper`` there."""
     check_written_once(last_level(origin), aten.copy_.default, wrapper.updated)
     value = value if wrapper.leaf is None else value.detach()
+    if value.shape != origin.shape:
+        what = "Tensor.data of another shape, assigned to an argument"
+        raise InsideTransformError(what, wrapper.interpreter.name, "the new tensor itself")
     allowed = not wrapper.recorded and origin.requires_grad and origin.is_leaf  # of a leaf, under no_grad
     with torch.set_grad_enabled(torch.is_grad_enabled() and not allowed):
         origin.copy_(value)

@@ -32,6 +32,7 @@ from functrans.pytorch.thread_state import STATE, Snapshot, forward_level, runni
 from functrans.pytorch.torch_private import (
     AUTOGRAD,
     OpOverload,
+    is_forward_enabled,
     push_packing,
     set_forward_enabled,
     set_grad_enabled,
@@ -60,8 +61,10 @@ class ShadowInterpreter(Interpreter):
         self.outer_grad_mode = True
         self.outer_forward_mode = True
         self.within = None if self.below is None else self.below.within
-        #: the grad mode of the level below, which the autograd engine overrides while it runs
+        #: the modes of the level below, which the autograd engine, and a Function such as a torch.library operator
+        #: has, override while they run
         self.grad_mode = torch.is_grad_enabled() and borrower.outer_grad_mode
+        self.forward_mode = is_forward_enabled() and borrower.outer_forward_mode
         if STATE.observer is not None:
             STATE.observer.watch(self)
 
@@ -74,12 +77,14 @@ class ShadowInterpreter(Interpreter):
         kwargs = {k: self._value(v) for k, v in kwargs.items()}
         if op is aten.view_as_real.default:  # of ``real``: a shadow does not show that its value is a lazy conjugate
             args[0] = _below(self, aten.resolve_conj.default, args, {})
-        enabled = torch.is_grad_enabled()
-        set_grad_enabled(self.grad_mode)
+        enabled, forward = torch.is_grad_enabled(), is_forward_enabled()
         try:
+            set_grad_enabled(self.grad_mode)
+            set_forward_enabled(self.forward_mode)
             out = _below(self, op, args, kwargs)
         finally:
             set_grad_enabled(enabled)
+            set_forward_enabled(forward)
         return map_tensors(self.constant, out)
 
     def _value(self, a: Any) -> Any:
@@ -242,7 +247,7 @@ def run_recorded(
 
     @recording
     def pullback(cotangents: list[Tensor | None]) -> list[Tensor | None]:
-        shadow.grad_mode = torch.is_grad_enabled()
+        shadow.grad_mode, shadow.forward_mode = torch.is_grad_enabled(), is_forward_enabled()
         pairs = [(o, c) for o, c, on in zip(outputs, cotangents, linked, strict=True) if on and c is not None]
         with _autograd_on(shadow), _refusals(borrower, op):
             # With create_graph PyTorch computes by differentiable formulas also where it has faster ones

@@ -20,6 +20,7 @@ from functrans.errors import InsideTransformError
 from functrans.functionalization.copies import COPIES
 from functrans.functionalization.views import contents_of
 from functrans.interpreters.function_context import unwrapped, without
+from functrans.interpreters.hooks_below import hook_below
 from functrans.operators.info import PURE, VIEW, OpInfo, op_info
 from functrans.operators.schemas import taken_apart
 from functrans.pytorch.thread_state import lowered, running_at
@@ -75,6 +76,9 @@ class FunctionalizeInterpreter(Interpreter):
         if type(args[0]) is not WrapperTensor or args[0].layout is not torch.strided:
             return map_tensors(self.constant, out)
         return self.shown_as_views(out, args[0], op, args, kwargs)
+
+    def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Any]) -> Any:
+        return hook_below(self, wrapper, hook)
 
     def take_apart(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """A composite operator in pieces, which take captured tensors for this level's, or would view them below."""

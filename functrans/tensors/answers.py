@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -21,12 +22,17 @@ REFUSED = {
        for name in ("apply_", "map_", "map2_")},
     "backward": ("Tensor.backward()", "functrans.grad or functrans.vjp"),
     "data_ptr": ("data_ptr()", None),
+    "const_data_ptr": ("const_data_ptr()", None),
+    "share_memory_": ("Tensor.share_memory_()", "a tensor that was shared outside"),
     "is_set_to": ("Tensor.is_set_to()", "`is`, or clone() what is to have memory of its own"),
-    "register_post_accumulate_grad_hook": ("Tensor.register_post_accumulate_grad_hook()", "Tensor.register_hook()"),
+    "register_post_accumulate_grad_hook": (
+        "Tensor.register_post_accumulate_grad_hook() of what is no leaf made inside", "Tensor.register_hook()"
+    ),
 }  # fmt: skip
 #: Those that a wrapper answers as its value does, where that says all of it.
 OF_VALUES = {
     "numpy": ("numpy()", None),
+    "storage": ("storage()", None),
     "__dlpack__": ("DLPack", None),
     "__reduce_ex__": ("pickling", None),
 }
@@ -111,25 +117,13 @@ class Refusing(torch.Tensor):
     def grad_fn(self) -> Any:  # type: ignore[override]
         return self.interpreter.grad_fn(self)
 
-    def retain_grad(self) -> None:
-        if not self.requires_grad:
-            raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
-        if not self.interpreter.records(self):
-            refuse(self, "Tensor.retain_grad()", "functrans.vjp inside, whose pullback returns cotangents")
-        self.interpreter.retain(self)  # type: ignore[attr-defined]
-
-    @property
-    def retains_grad(self) -> bool:  # type: ignore[override]
-        return any(x is self for x in getattr(self.interpreter, "retaining", ()))
-
-    @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
-        """What ``retain_grad`` asked for, a value one level down; None until it is known."""
-        return self.__dict__.get("cotangent")
-
-    @grad.setter
-    def grad(self, value: Tensor | None) -> None:
-        self.cotangent = value
+    def untyped_storage(self) -> Any:
+        value = concrete(self)
+        if value is not None:
+            return value.untyped_storage()
+        storage, asked = super().untyped_storage(), ref(self)
+        storage.data_ptr = lambda: refuse(asked(), "untyped_storage().data_ptr()", None)  # type: ignore[method-assign]
+        return storage
 
     def tolist(self) -> Any:
         if self.dim() == 0:

@@ -25,6 +25,7 @@ from functrans.interpreters.grad.nodes import BackwardNode, ProgramNode, matrix_
 from functrans.interpreters.grad.noted_tape import new_tape
 from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, ByHooks, TableMethod, choose_method
+from functrans.interpreters.hooks_below import hook_below
 from functrans.interpreters.own_methods import method_of, overrides
 from functrans.operators.info import DIFFERENTIABLE, OpInfo, specialized_here
 from functrans.operators.rules import place_in
@@ -131,7 +132,7 @@ class GradInterpreter(Interpreter, whole=True):
     def add_hook(self, wrapper: WrapperTensor, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Run ``hook`` on the cotangent of a tracked ``wrapper``; what it returns, if not None, takes its place."""
         if wrapper.tape_index is None:
-            return super().add_hook(wrapper, hook)
+            return hook_below(self, wrapper, hook)
         if self.hooks is None:
             self.hooks = {}
         hooks = self.hooks.setdefault(wrapper.tape_index, OrderedDict())
@@ -146,7 +147,7 @@ class GradInterpreter(Interpreter, whole=True):
 
     def retain(self, wrapper: WrapperTensor) -> None:
         """Let a tracked ``wrapper`` keep its cotangent as ``wrapper.grad``; of one that is written, the last one's."""
-        if not wrapper.retains_grad:
+        if not any(x is wrapper for x in self.retaining):
             self.hooks = self.hooks or {}
             self.retaining.append(wrapper)
 
@@ -161,7 +162,8 @@ class GradInterpreter(Interpreter, whole=True):
                 cotangent = new
         for wrapper in self.retaining:
             if wrapper.tape_index == index:
-                wrapper.grad = cotangent if wrapper.grad is None else wrapper.grad + cotangent
+                kept = wrapper.__dict__.get("cotangent")
+                wrapper.cotangent = cotangent if kept is None else kept + cotangent
         return cotangent
 
     def record(self, node: Any, outs: Any, ins: Any, saved: Any) -> None:

@@ -1,11 +1,13 @@
 """Hooks on gradients that levels below a vmap compute: a hook sees those of the examples, as the function sees values.
 
-When a hook is run the vmap has ended, mostly, and it is run in one of its own; see NOTE [Leftovers].
+When a hook is run the vmap has ended, mostly, and it is run in one of its own; see NOTE [Leftovers]. A ``backward()``
+inside of the vmap runs it there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +16,7 @@ from functrans.boundary.leftovers import as_here, suspended
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import DeadWrapperError, InsideTransformError
+from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import forward_class
 
 if TYPE_CHECKING:
@@ -33,8 +36,8 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
         return outer.stand_in(x)
 
     def physical(*grads: tuple[Any, ...]) -> Any:
-        inner = type(outer)(outer.batch_size, outer.randomness, hook)
-        inner.stand_in = kept
+        running = outer.alive and outer.thread == get_ident()
+        inner = outer if running else type(outer)(outer.batch_size, outer.randomness, hook)
 
         def entered(given: tuple[Any, ...], dims: Dims) -> tuple[Any, ...]:
             return tuple(inner.batched(g, d) if isinstance(g, Tensor) else g for g, d in zip(given, dims, strict=True))
@@ -48,14 +51,19 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
             return value.unsqueeze(dim).expand(*value.shape[:dim], outer.batch_size, *value.shape[dim:])
 
         def body() -> Any:
-            new = hook(*map(entered, grads, dims))
-            if new is None:
-                return None
-            new = new if isinstance(new, tuple) else (new,)
-            return tuple(left(x, d) for x, d in zip(new, dims[0], strict=True))
+            return hook(*map(entered, grads, dims))
 
-        with suspended(outer, lambda x: inner.rewrap(x, as_here(x.value, expected=True))):
-            return run_transformed(inner, body)
+        if running:  # still, around a backward() inside, and may use what the hook keeps
+            with running_at(outer):
+                new = body()
+        else:
+            inner.stand_in = kept
+            with suspended(outer, lambda x: inner.rewrap(x, as_here(x.value, expected=True))):
+                new = run_transformed(inner, body)
+        if new is None:
+            return None
+        new = new if isinstance(new, tuple) else (new,)
+        return tuple(left(x, d) for x, d in zip(new, dims[0], strict=True))
 
     return physical
 

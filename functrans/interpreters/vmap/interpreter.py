@@ -12,8 +12,8 @@ from torch import Tensor
 from functrans.boundary.calls import call_below
 from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, unwrap
 from functrans.core.interpreter import Interpreter
-from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
-from functrans.decompositions.table import decompose
+from functrans.core.tensor import WrapperTensor, carried_as, check_layout, strides_of, tensor_of, wrap_as
+from functrans.decompositions.table import decompose, decomposition
 from functrans.errors import BatchingRuleError, DataDependentError, InsideTransformError
 from functrans.errors.call_sites import definition, frames_to_user
 from functrans.interpreters.own_methods import overrides
@@ -26,6 +26,7 @@ from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessErr
 from functrans.interpreters.vmap.seen_calls import SeenCall, look_of, remember
 from functrans.interpreters.vmap.specialized import DATA_DEPENDENT, NOT_DECOMPOSED, Specialized, rule_here
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
+from functrans.operators.defaults import completed
 from functrans.operators.info import OpInfo
 from functrans.operators.rules import place_in
 from functrans.operators.scopes import SCOPES
@@ -193,10 +194,11 @@ class VmapInterpreter(Interpreter, whole=True):
                 return CHECKS[op](*args, **kwargs)
         if known.composite:
             return decompose(self, op, args, kwargs)
-        decomposition = DECOMPOSITION_TABLE.get(op)
-        if decomposition is not None and op not in NOT_DECOMPOSED:
+        ours = decomposition(op)
+        definition = completed(ours, op) if ours is not None else DECOMPOSITION_TABLE.get(op)
+        if definition is not None and op not in NOT_DECOMPOSED:
             with running_at(self):
-                out = decomposition(*args, **kwargs)
+                out = definition(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         return self.loop(op, args, kwargs)
@@ -322,6 +324,7 @@ class VmapInterpreter(Interpreter, whole=True):
     def _stack(self, op: OpOverload, outs: list[Any]) -> Any:
         first = outs[0]
         if isinstance(first, Tensor):
+            check_layout(first)
             if any(o.shape != first.shape for o in outs):
                 cure = "let its result have one shape for all examples: torch.where(mask, x, 0) in the place of x[mask]"
                 raise DataDependentError(op, self, cure)

@@ -81,7 +81,7 @@ def coalesce(info: BatchInfo, in_dims: Sequence[Any], x: Tensor) -> tuple[Tensor
 
 @batching_rule(aten.to_dense.default, aten._to_dense.default)
 def to_dense(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *options: Any, **more: Any) -> tuple[Tensor, int]:
-    return aten._to_dense.default(x, *options, **more), in_dims[0]
+    return aten.to_dense.default(x, *options, **more), in_dims[0]
 
 
 @batching_rule(aten.sparse_mask.default)
