@@ -25,9 +25,9 @@ from functrans.interpreters.vmap.table import (
     logical_rank,
     materialize,
     to_front,
-    wrap_dim,
 )
 from functrans.operators.products import PRODUCTS, Product
+from functrans.operators.views import wrap_dim
 
 aten = torch.ops.aten
 Dims = Sequence[Any]
