@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from functrans.derivatives.helpers import conj, times
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
-from functrans.pytorch.torch_private import OpOverload
+from functrans.operators.products import PRODUCTS, Product
 
 aten = torch.ops.aten
 
@@ -45,16 +45,27 @@ def sum_of(terms: list[Tensor | None]) -> Tensor | None:
 Pull = Callable[[Tensor, Tensor], Tensor]
 
 
-def product(op: OpOverload, left: Pull, right: Pull, *, broadcasts: bool = False) -> None:
-    """Add the entry of ``op(x, y)``: ``left(grad, y)`` is the cotangent of ``x``, ``right(grad, x)`` that of ``y``."""
-    x, y = (a.name for a in op._schema.arguments)
+def pulls(product: Product) -> tuple[Pull, Pull]:
+    """How the cotangent is pulled back to each factor: it is multiplied by the other one."""
+    to_x, to_y = product.to_x, product.to_y
+    if product.conjugates:
+        return lambda grad, y: conj(to_x(grad, conj(y))), lambda grad, x: to_y(x, grad)
+    if not product.summed:  # it promotes
+        return lambda g, y: to_x(g, conj(y).to(g.dtype)), lambda g, x: to_y(conj(x).to(g.dtype), g)
+    return lambda grad, y: to_x(grad, conj(y)), lambda grad, x: to_y(conj(x), grad)
+
+
+def product_alone(product: Product) -> None:
+    """Add the entry of ``op(x, y)``."""
+    (x, y), (left, right) = product.names, pulls(product)
     formulas = {x: named(("grad", y), left), y: named(("grad", x), right)}
-    derivative(op, tangent="multilinear", broadcasts=broadcasts, **formulas)
+    # conjugate-linear in a factor that is conjugated, which "one call per argument" takes as it is
+    derivative(product.op, tangent="multilinear", broadcasts=not product.summed, **formulas)
 
 
-def sum_with_product(op: OpOverload, multiply: Callable[[Tensor, Tensor], Tensor], left: Pull, right: Pull) -> None:
-    """Add the entry of ``op(self, x, y)``, which is ``beta * self + alpha * multiply(x, y)``."""
-    x, y = (a.name for a in op._schema.arguments[1:3])
+def sum_with_product(product: Product) -> None:
+    """Add the entry of ``op(self, x, y)``, which is ``beta * self + alpha * product(x, y)``."""
+    (x, y), (left, right), multiply = product.names, pulls(product), product.multiply
 
     def tangent(result: Tensor, alpha: Any, beta: Any, x: Tensor, y: Tensor, self_t: Any, x_t: Any, y_t: Any) -> Any:
         moved = sum_of([None if x_t is None else multiply(x_t, y), None if y_t is None else multiply(x, y_t)])
@@ -66,7 +77,7 @@ def sum_with_product(op: OpOverload, multiply: Callable[[Tensor, Tensor], Tensor
         return self_t.expand(result.shape) if moved is None else moved + self_t
 
     derivative(
-        op,
+        product.op,
         tangent=named(("result", "alpha", "beta", x, y, "self_t", f"{x}_t", f"{y}_t"), tangent),
         broadcasts=True,  # self does
         self=lambda grad, beta: scaled(grad, beta),
@@ -77,34 +88,8 @@ def sum_with_product(op: OpOverload, multiply: Callable[[Tensor, Tensor], Tensor
     )
 
 
-# What follows each operator is how it is pulled back to the left and to the right factor.
-
-_MM = (lambda grad, y: grad.mm(adjoint(y)), lambda grad, x: adjoint(x).mm(grad))
-product(aten.mm.default, *_MM)
-sum_with_product(aten.addmm.default, torch.mm, *_MM)
-
-_BMM = (lambda grad, y: grad.bmm(adjoint(y)), lambda grad, x: adjoint(x).bmm(grad))
-product(aten.bmm.default, *_BMM)
-sum_with_product(aten.baddbmm.default, torch.bmm, *_BMM)
-sum_with_product(
-    aten.addbmm.default,
-    lambda x, y: x.bmm(y).sum(0),
-    lambda grad, y: grad.expand(y.shape[0], *grad.shape).bmm(adjoint(y)),
-    lambda grad, x: adjoint(x).bmm(grad.expand(x.shape[0], *grad.shape)),
-)
-
-_MV = (lambda grad, y: grad.unsqueeze(-1) * conj(y), lambda grad, x: adjoint(x).mv(grad))
-product(aten.mv.default, *_MV)
-sum_with_product(aten.addmv.default, torch.mv, *_MV)
-
-_OUTER = (lambda grad, y: grad.mv(conj(y).to(grad.dtype)), lambda grad, x: grad.t().mv(conj(x).to(grad.dtype)))
-product(aten.outer.default, *_OUTER, broadcasts=True)  # outer promotes
-product(aten.ger.default, *_OUTER, broadcasts=True)
-sum_with_product(aten.addr.default, lambda x, y: x.unsqueeze(-1) * y, *_OUTER)
-
-product(aten.dot.default, lambda grad, y: grad * conj(y), lambda grad, x: grad * conj(x))
-# conjugate-linear in the left factor, which "one call per argument" takes as it is
-product(aten.vdot.default, lambda grad, y: conj(grad) * y, lambda grad, x: grad * x)
+for _product in PRODUCTS.values():
+    (sum_with_product if _product.adds else product_alone)(_product)
 
 
 # ---------------------------------------------------------------------------------------------- matmul, linear

@@ -6,15 +6,19 @@ All are linear, so their tangent is the operator applied to the tangent and thei
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from functrans.derivatives.helpers import cast, conj, sum_to_shape
+from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
-from functrans.functionalization.write_back import RESHAPES
+from functrans.operators.schemas import direct_call
+from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, inverse
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 linear = partial(derivative, tangent="linear")
@@ -32,24 +36,30 @@ for op in (aten.alias.default, aten.clone.default, aten.contiguous.default):
 # ------------------------------------------------------------------------------------------- dimensions reordered
 
 
-def permute_self(grad: Tensor, dims: Sequence[int]) -> Tensor:
-    inverse = [0] * len(dims)
-    for i, d in enumerate(dims):
-        inverse[d] = i
-    return grad.permute(inverse)
+def arguments_of(op: OpOverload) -> list[str]:
+    """What its schema calls the arguments behind the first."""
+    return [a.name for a in op._schema.arguments[1:]]
 
 
-linear(aten.permute.default, self=permute_self)
+def permute_back(op: OpOverload, order: Callable[..., Sequence[int]]) -> Callable[..., Tensor]:
+    find = lru_cache(lambda rank, *args: inverse(order(rank, *args)))
+
+    def self(grad: Tensor, *args: Any) -> Tensor:
+        return torch.permute(grad, find(grad.dim(), *[tuple(a) if type(a) is list else a for a in args]))
+
+    return named(("grad", *arguments_of(op)), self)
+
+
+for op, _order in PERMUTATIONS.items():
+    linear(op, self=permute_back(op, _order))
+
+# swaps undo themselves, each as PyTorch does it in the least time
 linear(aten.transpose.int, self=lambda grad, dim0, dim1: grad.transpose(dim0, dim1))
 linear(aten.swapaxes.default, self=lambda grad, axis0, axis1: grad.transpose(axis0, axis1))
 linear(aten.swapdims.default, self=lambda grad, dim0, dim1: grad.transpose(dim0, dim1))
-for op in (aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist):
-    linear(op, self=lambda grad, source, destination: grad.movedim(destination, source))
-
 linear(aten.t.default, self=lambda grad: grad.t())
-linear(aten.numpy_T.default, self=lambda grad: grad.permute(list(reversed(range(grad.dim())))))
 linear(aten.mT.default, self=lambda grad: grad.mT)
-for op in (aten.mH.default, aten.adjoint.default, aten.matrix_H.default):
+for op in CONJUGATED:
     linear(op, self=lambda grad: conj(grad.transpose(-2, -1)) if grad.dim() else conj(grad))
 
 # ------------------------------------------------------------------------------------------- copies along dimensions
@@ -77,11 +87,41 @@ linear(aten.repeat.default, self=repeat_self)
 
 # ------------------------------------------------------------------------------------------- parts
 
-linear(
-    aten.select.int,
-    self=lambda grad, self, dim, index: aten.select_backward.default(grad, self.shape, dim, index),
-)
-linear(aten.select_backward.default, grad_output=lambda grad, dim, index: grad.select(dim, index))
+
+def into_zeros(view: OpOverload, backward: OpOverload) -> Callable[..., Tensor]:
+    def self(grad: Tensor, self: Tensor, *where: Any) -> Tensor:
+        return backward(grad, self.shape, *where)
+
+    return named(("grad", "self", *arguments_of(view)), self)
+
+
+def put_into(view: OpOverload, backward: OpOverload, scatter: OpOverload) -> None:
+    """Add the entries of the two operators that put something in the place of a view."""
+    where = arguments_of(view)
+    show = direct_call(view) or view
+
+    def grad_output(grad: Tensor, *where: Any) -> Tensor:
+        return show(grad, *where)
+
+    def outside(grad: Tensor, src: Tensor, *where: Any) -> Tensor:
+        if scatter is aten.diagonal_scatter.default:
+            return scatter(grad, torch.zeros_like(src), *where)
+        # by a mask: PyTorch's own autograd does not take the other two of complex tensors
+        zeros, ones = (f(x, dtype=torch.bool) for f, x in ((torch.zeros_like, grad), (torch.ones_like, src)))
+        return grad.masked_fill(scatter(zeros, ones, *where), 0)
+
+    def inside(grad: Tensor, src: Tensor, *where: Any) -> Tensor:
+        return cast(sum_to_shape(show(grad, *where), src.shape), src.dtype)
+
+    linear(backward, grad_output=named(("grad", *where), grad_output))
+    linear(scatter, self=named(("grad", "src", *where), outside), src=named(("grad", "src", *where), inside))
+
+
+for op, _part in PARTS.items():
+    if _part.backward is not None and op is not aten.slice.Tensor:  # may leave out its ends, the backward one does not
+        linear(op, self=into_zeros(op, _part.backward))
+    if _part.backward is not None and _part.scatter is not None:
+        put_into(op, _part.backward, _part.scatter)
 
 
 def slice_self(grad: Tensor, self: Tensor, dim: int, start: int | None, end: int | None, step: int) -> Tensor:
@@ -90,34 +130,14 @@ def slice_self(grad: Tensor, self: Tensor, dim: int, start: int | None, end: int
     return aten.slice_backward.default(grad, self.shape, dim, start, end, step)
 
 
-linear(aten.slice.Tensor, self=slice_self)
-linear(
-    aten.slice_backward.default,
-    grad_output=lambda grad, dim, start, end, step: aten.slice.Tensor(grad, dim, start, end, step),
-)
-
-
 def narrow_self(grad: Tensor, self: Tensor, dim: int, start: int, length: int) -> Tensor:
     start = start + self.shape[dim] if start < 0 else start
     return aten.slice_backward.default(grad, self.shape, dim, start, start + length, 1)
 
 
+linear(aten.slice.Tensor, self=slice_self)
 linear(aten.narrow.default, self=narrow_self)
-linear(
-    aten.diagonal.default,
-    self=lambda grad, self, offset, dim1, dim2: aten.diagonal_backward.default(grad, self.shape, offset, dim1, dim2),
-)
-linear(
-    aten.diagonal_backward.default,
-    grad_output=lambda grad, offset, dim1, dim2: grad.diagonal(offset, dim1, dim2),
-)
 linear(aten.diag_embed.default, self=lambda grad, offset, dim1, dim2: grad.diagonal(offset, dim1, dim2))
-linear(
-    aten.unfold.default,
-    self=lambda grad, self, dimension, size, step: aten.unfold_backward.default(
-        grad, self.shape, dimension, size, step
-    ),
-)
 linear(
     aten.unfold_backward.default,
     grad_in=lambda grad, grad_in, dim, size, step: sum_to_shape(grad.unfold(dim, size, step), grad_in.shape),
@@ -130,37 +150,6 @@ linear(
     aten.constant_pad_nd.default,
     tangent=lambda self_t, pad: aten.constant_pad_nd.default(self_t, pad, 0),
     self=lambda grad, pad: aten.constant_pad_nd.default(grad, [-n for n in pad], 0),
-)
-
-# ------------------------------------------------------------------------------------------- parts overwritten
-
-# PyTorch's own autograd does not take select_scatter and slice_scatter of complex tensors, so they make masks here.
-linear(
-    aten.select_scatter.default,
-    self=lambda grad, src, dim, index: grad.masked_fill(
-        torch.select_scatter(
-            torch.zeros_like(grad, dtype=torch.bool), torch.ones_like(src, dtype=torch.bool), dim, index
-        ),
-        0,
-    ),
-    src=lambda grad, src, dim, index: cast(grad.select(dim, index), src.dtype),
-)
-linear(
-    aten.slice_scatter.default,
-    self=lambda grad, src, dim, start, end, step: grad.masked_fill(
-        torch.slice_scatter(
-            torch.zeros_like(grad, dtype=torch.bool), torch.ones_like(src, dtype=torch.bool), dim, start, end, step
-        ),
-        0,
-    ),
-    src=lambda grad, src, dim, start, end, step: cast(
-        sum_to_shape(aten.slice.Tensor(grad, dim, start, end, step), src.shape), src.dtype
-    ),
-)
-linear(
-    aten.diagonal_scatter.default,
-    self=lambda grad, src, offset, dim1, dim2: torch.diagonal_scatter(grad, torch.zeros_like(src), offset, dim1, dim2),
-    src=lambda grad, src, offset, dim1, dim2: cast(grad.diagonal(offset, dim1, dim2), src.dtype),
 )
 
 # ------------------------------------------------------------------------------------------- elements moved

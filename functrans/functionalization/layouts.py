@@ -22,6 +22,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import Strides, WrapperTensor, strides_of, wrap_as
 from functrans.errors import InsideTransformError
 from functrans.functionalization.memory import storage_offset_of
+from functrans.operators.views import inverse
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload, make_wrapper, no_dispatch, without_torch_function
 
@@ -63,10 +64,9 @@ def copied_like(target: Tensor, source: Tensor) -> Tensor:
     if strides is None:
         return dispatch(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
     order = memory_order(target.shape, strides)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
     moved = dispatch(aten.permute.default, (source, order), {})
     copied = dispatch(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format})
-    return dispatch(aten.permute.default, (copied, inverse), {})
+    return dispatch(aten.permute.default, (copied, inverse(order)), {})
 
 
 def note_moved(target: WrapperTensor, offset: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from functrans.errors import InsideTransformError
 from functrans.functionalization.history import with_history_of
 from functrans.functionalization.memory import places, positions, storage_offset_of
 from functrans.functionalization.views import ViewLink
+from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, SWAPS, inverse, order_of
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload
 
@@ -87,19 +89,8 @@ def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     return put(seen, before, changed, False)
 
 
-#: Views of all elements, in their order, in another shape.
-RESHAPES = (
-    aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default, aten.reshape.default,
-    aten.reshape_as.default, aten.view_as.default, aten.flatten.using_ints, aten.unflatten.int, aten.ravel.default,
-    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-)  # fmt: skip
-
-
-def _back_permute(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    inverse = [0] * before.dim()
-    for i, d in enumerate(step.args[0]):
-        inverse[d % before.dim()] = i
-    return _send(aten.permute.default, changed, inverse)
+def _back_permuted(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    return _send(aten.permute.default, changed, inverse(order_of(step.op, before.dim(), *step.args)))
 
 
 def _back_shape(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
@@ -108,8 +99,8 @@ def _back_shape(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
 
 def _back_conjugated(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     """Computed, since a base is not conjugated lazily, which view_as_real asks."""
-    if step.op in (aten.mH.default, aten.adjoint.default, aten.matrix_H.default):
-        changed = _send(aten.mT.default, changed)
+    if step.op in CONJUGATED:
+        changed = _back_permuted(step, before, changed)
     return _send(aten.conj_physical.default, changed)
 
 
@@ -119,23 +110,16 @@ def _back_dtype(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     return with_history_of(before, new, everywhere=True)
 
 
-def _back_again(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
-    """Steps that are their own inverse."""
-    return _send(step.op, changed, *step.args)
+def _back_part(scatter: OpOverload, step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    return _send(scatter, before, changed, *step.args)
 
 
 #: For a view's operator: (step, before, changed) -> the new contents of what it was taken from.
 WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
     aten.as_strided.default: _back_as_strided,
-    aten.select.int: lambda step, before, changed: _send(aten.select_scatter.default, before, changed, *step.args),
-    aten.slice.Tensor: lambda step, before, changed: _send(aten.slice_scatter.default, before, changed, *step.args),
-    aten.diagonal.default: lambda step, before, changed: _send(
-        aten.diagonal_scatter.default, before, changed, *step.args
-    ),
     aten.unbind.int: lambda step, before, changed: _send(
         aten.select_scatter.default, before, changed, step.args[0] if step.args else 0, step.index
     ),
-    aten.permute.default: _back_permute,
     aten.detach.default: lambda step, before, changed: with_history_of(before, changed, everywhere=True),
     aten.real.default: lambda step, before, changed: (
         torch.complex(changed, before.imag) if before.is_complex() else changed
@@ -143,18 +127,12 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
     aten.imag.default: lambda step, before, changed: torch.complex(before.real, changed),
     aten.view_as_real.default: lambda step, before, changed: torch.view_as_complex(changed.contiguous()),
     aten.view_as_complex.default: lambda step, before, changed: torch.view_as_real(changed),
-    **dict.fromkeys(
-        (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.t.default, aten.numpy_T.default,
-         aten.mT.default),
-        _back_again,
-    ),
-    **dict.fromkeys(
-        (aten._conj.default, aten.conj.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default),
-        _back_conjugated,
-    ),
+    **dict.fromkeys((*SWAPS, *PERMUTATIONS), _back_permuted),
+    **dict.fromkeys((aten._conj.default, aten.conj.default, *CONJUGATED), _back_conjugated),
     aten.view.dtype: _back_dtype,
     aten._neg_view.default: lambda step, before, changed: _send(aten.neg.default, changed),
     **dict.fromkeys(RESHAPES, _back_shape),
+    **{view: partial(_back_part, part.scatter) for view, part in PARTS.items() if part.scatter is not None},
     # conversions that had nothing to convert: where they copied, the link was cut
     **dict.fromkeys(
         (aten.alias.default, aten.contiguous.default, aten.positive.default, aten.resolve_conj.default,
@@ -164,19 +142,17 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 #: Those of them that move elements, and neither look into them nor ask for derivatives.
-MOVES = frozenset(
-    op for op, rule in WRITE_BACK.items()
-    if rule in (_back_permute, _back_shape)
-    or op in (aten.select.int, aten.slice.Tensor, aten.diagonal.default, aten.unbind.int, aten.alias.default)
-    or rule is _back_again
-)  # fmt: skip
+MOVES = frozenset((
+    *SWAPS, *PERMUTATIONS, *RESHAPES, *(view for view in PARTS if view in WRITE_BACK), aten.unbind.int,
+    aten.alias.default,
+)) - CONJUGATED  # fmt: skip
 
 #: Views without a way back of their own that do no more than that, either.
 BY_INDEX = frozenset(
     getattr(getattr(aten, name), overload)
     for name in (
-        "broadcast_to", "chunk", "dsplit", "expand", "expand_as", "hsplit", "linalg_diagonal", "moveaxis", "movedim",
-        "narrow", "split", "split_with_sizes", "tensor_split", "unfold", "vsplit",
+        "broadcast_to", "chunk", "dsplit", "expand", "expand_as", "hsplit", "linalg_diagonal", "narrow",
+        "split", "split_with_sizes", "tensor_split", "unfold", "vsplit",
     )
     for overload in getattr(aten, name).overloads()
 )  # fmt: skip

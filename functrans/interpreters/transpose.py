@@ -30,6 +30,7 @@ from functrans.interpreters.grad.nodes import BackwardNode, tensors_in
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.fallback import is_zero
 from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info
+from functrans.operators.products import PRODUCTS
 from functrans.pytorch.thread_state import lowered
 from functrans.pytorch.torch_private import OpOverload
 
@@ -123,10 +124,7 @@ JOINTLY: dict[OpOverload, tuple[frozenset[str], ...]] = {
         (("real imag",), (aten.complex.default,)),
         (("self tensor1", "self tensor2"), (aten.addcmul.default,)),
         (("self tensor1",), (aten.addcdiv.default,)),
-        (("self mat1", "self mat2"), (aten.addmm.default,)),
-        (("self batch1", "self batch2"), (aten.baddbmm.default, aten.addbmm.default)),
-        (("self mat", "self vec"), (aten.addmv.default,)),
-        (("self vec1", "self vec2"), (aten.addr.default,)),
+        *(((f"self {p.names[0]}", f"self {p.names[1]}"), (p.op,)) for p in PRODUCTS.values() if p.adds),
         (("input bias", "weight bias"), (aten.linear.default, aten.convolution.default)),
         (("B",), (aten.linalg_solve_triangular.default, aten._linalg_solve_ex.default, aten.linalg_lu_solve.default)),
         (("self", "other"), (aten.linalg_cross.default,)),

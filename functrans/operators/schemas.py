@@ -107,7 +107,7 @@ def has_composite_kernel(op: OpOverload) -> bool:
 DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
     "mm addmm matmul linear dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin "
-    "acos addcmul amax amin bmm cumsum cumprod expand flip logsumexp mv reshape",
+    "acos addcmul amax amin bmm cumsum cumprod diagonal expand flip logsumexp mv reshape",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
     "Tensor_Scalar": "pow",

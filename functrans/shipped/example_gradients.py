@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functrans.derivatives.named import named
 from functrans.interpreters.grad.pullback_rules import PullbackInterpreter, PullbackTable, Step
+from functrans.operators.views import CONJUGATED, PERMUTATIONS, SWAPS, order_of
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.gradient_parts import Factors, Geometry, Gradient, Patches
 
@@ -74,17 +75,11 @@ class ExampleInterpreter(PullbackInterpreter, whole=True):
         return Gradient(None, [], []) if index is None else Gradient.of(cotangents.get(index), self.lane.get(index, []))
 
 
-#: Operators that change the order of dimensions, and that order by their rank and arguments.
-ORDERS: dict[OpOverload, Callable[..., Sequence[int]]] = {
-    aten.t.default: lambda n: (1, 0),
-    aten.numpy_T.default: lambda n: range(n)[::-1],
-    aten.mT.default: lambda n: (*range(n - 2), n - 1, n - 2),
-    aten.transpose.int: lambda n, a, b: [{a % n: b % n, b % n: a % n}.get(i, i) for i in range(n)],
-    aten.permute.default: lambda n, dims: dims,
-}
+#: Operators that change the order of dimensions.
+ORDERED = {*SWAPS, *PERMUTATIONS} - CONJUGATED
 #: Operators whose result may be their argument but for dimensions of 1.
 VIEWS = {
-    *ORDERS, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view.default,
+    *ORDERED, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view.default,
     aten.reshape.default, aten._unsafe_view.default,
 }  # fmt: skip
 
@@ -93,9 +88,9 @@ def turns(op: OpOverload, x: Tensor, args: Sequence[Any], out: Tensor) -> bool |
     """Whether ``out = op(x, *args)`` is the matrix ``x`` turned, but for dimensions of 1; None if it is neither."""
     if [n != 1 for n in x.shape].count(True) != 2:
         return None
-    if op in ORDERS:
-        first, second = (d for d in ORDERS[op](x.dim(), *args) if x.shape[d] != 1)
-        return first % x.dim() > second % x.dim()
+    if op in ORDERED:
+        first, second = (d for d in order_of(op, x.dim(), *args) if x.shape[d] != 1)
+        return first > second
     return False if [n for n in x.shape if n != 1] == [n for n in out.shape if n != 1] else None
 
 

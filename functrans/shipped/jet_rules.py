@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functrans.boundary.calls import call_below
 from functrans.core.tensor import WrapperTensor
+from functrans.operators.products import PRODUCTS
 from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload
 from functrans.shipped import jet_by_table  # noqa: F401 - it says what is done without a rule
 from functrans.shipped.by_derivatives import code_at_level
@@ -55,9 +56,10 @@ def log_softmax(op: OpOverload, x: Tensor, dim: int, *rest: Any) -> Any:
     return z - z.exp().sum(dim, keepdim=True).log()
 
 
-@in_code(aten.addmm.default, aten.addmv.default, aten.baddbmm.default)
+@in_code(*(product.op for product in PRODUCTS.values() if product.adds))
 def added_product(op: OpOverload, c: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    product = a @ b if alpha == 1 else a @ b * alpha
+    product = PRODUCTS[op].multiply(a, b)
+    product = product if alpha == 1 else product * alpha
     return product if beta == 0 else product + (c if beta == 1 else c * beta)
 
 

@@ -17,7 +17,7 @@ from functrans.api.vmap import vmap
 from functrans.boundary.calls import call_below
 from functrans.core.dispatch import lower
 from functrans.core.tensor import WrapperTensor
-from functrans.functionalization.write_back import RESHAPES
+from functrans.operators.views import RESHAPES
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.laplacian_by_table import derived
 from functrans.shipped.laplacian_level import LaplacianInterpreter

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize, to_front, wrap_dim
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize, to_front
 from functrans.operators.rules import caller_place
 from functrans.operators.schemas import schema_default
+from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])

@@ -62,11 +62,3 @@ def logical_rank(x: Tensor, bdim: int | None) -> int:
 def materialize(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:
     """The tensor with a batch dimension in front, expanded (a view) where it had none."""
     return x.unsqueeze(0).expand(batch_size, *x.shape) if bdim is None else to_front(x, bdim)
-
-
-def wrap_dim(dim: int, rank: int) -> int:
-    """A logical dimension as a non-negative number; rank 0 counts as rank 1, as in PyTorch."""
-    rank = max(rank, 1)
-    if not -rank <= dim < rank:
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})")
-    return dim % rank

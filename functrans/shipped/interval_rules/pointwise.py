@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functrans.extension.missing_rule import missing_rule_error
-from functrans.functionalization.write_back import RESHAPES
+from functrans.operators.views import RESHAPES
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import IntervalLevel, ends, high_of, is_interval, low_of, rule
 from functrans.shipped.sparsity_rules.moves import MOVES

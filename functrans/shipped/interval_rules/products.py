@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.pytorch.torch_private import OpOverload
+from functrans.operators.products import PRODUCTS, Product
 from functrans.shipped.interval_rules.level import Ends, IntervalLevel, ends, plus, rule, scaled
 
 aten = torch.ops.aten
@@ -31,17 +31,19 @@ def bilinear(product: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> End
     return center - far, center + far
 
 
-for _op in (aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default):
+def product_rule(product: Product) -> Callable[..., Any]:
+    def alone(level: IntervalLevel, x: Any, y: Any) -> Any:
+        return level.between(*bilinear(product.multiply, x, y))
 
-    def _product(level: IntervalLevel, x: Any, y: Any, op: OpOverload = _op) -> Any:
-        return level.between(*bilinear(op, x, y))
+    def added(level: IntervalLevel, more: Any, x: Any, y: Any, beta: Any = 1, alpha: Any = 1) -> Any:
+        return level.between(*plus(scaled(ends(more), beta), scaled(bilinear(product.multiply, x, y), alpha)))
 
-    IntervalLevel.rules.add(_op, _product)
+    return added if product.adds else alone
 
 
-@rule(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
-def addmm(level: IntervalLevel, x: Any, left: Any, right: Any, beta: Any = 1, alpha: Any = 1) -> Any:
-    return level.between(*plus(scaled(ends(x), beta), scaled(bilinear(torch.matmul, left, right), alpha)))
+for _product in PRODUCTS.values():
+    if _product.summed:  # the others are multiplications of single intervals, whose ends are known
+        IntervalLevel.rules.add(_product.op, product_rule(_product))
 
 
 @rule(aten.convolution.default)

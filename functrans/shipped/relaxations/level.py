@@ -27,9 +27,9 @@ from functrans.api.transforms import vjp
 from functrans.api.vmap import vmap
 from functrans.core.tensor import WrapperTensor
 from functrans.derivatives.table import DERIVATIVES
-from functrans.functionalization.write_back import RESHAPES
 from functrans.operators.defaults import completed
 from functrans.operators.rules import RuleTable
+from functrans.operators.views import RESHAPES
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import Ends, IntervalLevel, is_interval

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.operators.products import PRODUCTS
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import Ends, ends
 from functrans.shipped.relaxations.level import AFFINE, RELAXATIONS, Affine, OperatorCall, Relaxation
@@ -28,10 +29,10 @@ SUMS = (
 )  # fmt: skip
 #: the positions of the two factors
 FACTORS: dict[OpOverload, tuple[int, int]] = {
-    aten.mul.Tensor: (0, 1), aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.mv.default: (0, 1),
-    aten.dot.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2), aten.addmv.default: (1, 2),
+    aten.mul.Tensor: (0, 1),
     aten.convolution.default: (0, 1),
-}  # fmt: skip
+    **{product.op: (1, 2) if product.adds else (0, 1) for product in PRODUCTS.values() if product.summed},
+}
 
 
 for _op in SUMS:

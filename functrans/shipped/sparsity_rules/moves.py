@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
-from functrans.functionalization.write_back import RESHAPES
+from functrans.operators.views import PARTS, PERMUTATIONS, RESHAPES, SWAPS
 from functrans.shipped.sparsity_level import OperatorCall, everything, pattern_of
 
 aten = torch.ops.aten
@@ -32,14 +32,10 @@ def reshape(call: OperatorCall) -> Any:
 
 #: operators that move elements, and nothing else
 MOVES = (
-    aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, aten.movedim.int,
-    aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.t.default, aten.numpy_T.default,
-    aten.mT.default, aten.mH.default, aten.adjoint.default, aten.matrix_H.default, aten.expand.default,
-    aten.broadcast_to.default, aten.repeat.default, aten.select.int, aten.slice.Tensor,
-    aten.narrow.default, aten.diagonal.default, aten.unfold.default, aten.select_backward.default,
-    aten.slice_backward.default, aten.diagonal_backward.default, aten.diag_embed.default, aten.tril.default,
-    aten.triu.default, aten.select_scatter.default, aten.slice_scatter.default, aten.diagonal_scatter.default,
-    aten.flip.default, aten.roll.default, aten.rot90.default, aten.cat.default, aten.stack.default,
+    *SWAPS, *PERMUTATIONS, *PARTS, *(part.scatter for part in PARTS.values() if part.scatter is not None),
+    aten.select_backward.default, aten.slice_backward.default, aten.diagonal_backward.default,
+    aten.expand.default, aten.broadcast_to.default, aten.repeat.default, aten.diag_embed.default, aten.tril.default,
+    aten.triu.default, aten.flip.default, aten.roll.default, aten.rot90.default, aten.cat.default, aten.stack.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
     aten.chunk.default, aten.unbind.int, aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default,
     aten.index_select.default, aten.take.default, aten.masked_select.default, aten.pixel_shuffle.default,

@@ -7,27 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.operators.products import PRODUCTS
 from functrans.shipped.sparsity_level import OperatorCall, pattern_of
 
 aten = torch.ops.aten
 
 
-@pattern_of(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default)
+@pattern_of(*(product.op for product in PRODUCTS.values() if product.summed or product.adds))
 def product(call: OperatorCall) -> Any:
-    left, right = call.tensors()[:2]
-    return multiplied(call, left, right).reshape(call.outs[0].shape)
-
-
-@pattern_of(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
-def product_and_sum(call: OperatorCall) -> Any:
-    more, left, right = call.tensors()
-    return call.union(multiplied(call, left, right).reshape(call.outs[0].shape), call.numbers(more))
-
-
-@pattern_of(aten.addr.default)
-def outer_and_sum(call: OperatorCall) -> Any:
-    more, left, right = (call.numbers(x) for x in call.tensors())
-    return call.union(left.unsqueeze(1), right, more)
+    *more, left, right = call.tensors()
+    added = map(call.numbers, more)
+    if not PRODUCTS[call.op].summed:
+        return call.union(call.numbers(left).unsqueeze(1), call.numbers(right), *added)
+    found = multiplied(call, left, right)
+    if len(PRODUCTS[call.op].summed) == 2:
+        found = call.sets.union_last(found.movedim(0, -1))
+    return call.union(found.reshape(call.outs[0].shape), *added)
 
 
 def multiplied(call: OperatorCall, left: Tensor, right: Tensor) -> Tensor:

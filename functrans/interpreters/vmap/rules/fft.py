@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, wrap_dim
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
+from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front, wrap_dim
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
+from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.broadcasting import broadcast_shapes
 

@@ -17,7 +17,7 @@ from torch.nn.functional import bilinear as torch_bilinear
 from torch.nn.functional import linear as torch_linear
 
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
-from functrans.interpreters.vmap.rules.views import product
+from functrans.interpreters.vmap.rules.views import product as total
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
@@ -25,10 +25,9 @@ from functrans.interpreters.vmap.table import (
     logical_rank,
     materialize,
     to_front,
-    wrap_dim,
 )
-from functrans.operators.rules import caller_place
-from functrans.pytorch.torch_private import OpOverload
+from functrans.operators.products import PRODUCTS, Product
+from functrans.operators.views import wrap_dim
 
 aten = torch.ops.aten
 Dims = Sequence[Any]
@@ -141,42 +140,24 @@ def matmul(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
 batching_rule(aten.matmul.default, aten.linalg_matmul.default)(one_operator(pair_as_it_lies, matmul))
 
 
-def of_ranks(op: OpOverload, *ranks: int) -> Callable[..., Output]:
-    """Register, and return, the rule of a product of examples of these ranks."""
-
-    def multiply(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-        expect_ranks(in_dims, x, y, ranks=ranks)
-        return matmul_pair(x, in_dims[0], y, in_dims[1])
-
-    rule = one_operator(pair_as_it_lies, multiply) if ranks == (2, 2) else multiply
-    BATCHING_RULES.add(op, rule, place=caller_place())
-    return multiply
-
-
-of_ranks(aten.mm.default, 2, 2)
-mv = of_ranks(aten.mv.default, 2, 1)
-dot = of_ranks(aten.dot.default, 1, 1)
-
-
-@batching_rule(aten.vdot.default)
-def vdot(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-    """The left vector is conjugated."""
-    return dot(info, in_dims, x.conj() if x.is_complex() else x, y)
-
-
-@batching_rule(aten.bmm.default)
-def bmm(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-    """Unlike ``matmul``, nothing broadcasts."""
-    expect_ranks(in_dims, x, y, ranks=(3, 3))
-    expect_same_length(in_dims, x, y)
-    return matmul_pair(x, in_dims[0], y, in_dims[1])
-
-
-@batching_rule(aten.outer.default, aten.ger.default)
-def outer(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-    """A broadcast multiplication, which promotes."""
-    expect_ranks(in_dims, x, y, ranks=(1, 1))
-    return to_front(x, in_dims[0]).unsqueeze(-1) * to_front(y, in_dims[1]).unsqueeze(-2), 0
+def multiplied(product: Product, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+    """What ``product`` says, of which at least one factor is batched."""
+    expect_ranks(in_dims, x, y, ranks=(len(product.x), len(product.y)))
+    x_dim, y_dim = in_dims
+    if product.conjugates and x.is_complex():
+        x = x.conj()
+    if len(product.x) == 3:
+        expect_same_length(in_dims, x, y)
+    if not product.summed:
+        return to_front(x, x_dim).unsqueeze(-1) * to_front(y, y_dim).unsqueeze(-2), 0
+    if len(product.summed) == 1:
+        return matmul_pair(x, x_dim, y, y_dim)
+    # The sum of the products of pairs of matrices is one product of longer rows and columns. (Their lengths are
+    # multiplied out: flatten cannot infer them where the batch is empty.)
+    x, y = to_front(x, x_dim).transpose(-3, -2), to_front(y, y_dim)
+    x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    y = y.reshape(*y.shape[:-3], y.shape[-3] * y.shape[-2], y.shape[-1])
+    return matmul_pair(x, None if x_dim is None else 0, y, None if y_dim is None else 0)
 
 
 def expect_ranks(in_dims: Dims, *tensors: Tensor, ranks: Sequence[int] | None = None) -> None:
@@ -188,7 +169,7 @@ def expect_ranks(in_dims: Dims, *tensors: Tensor, ranks: Sequence[int] | None = 
 
 
 def expect_same_length(in_dims: Dims, x: Tensor, y: Tensor) -> None:
-    """The first dimension of the examples."""
+    """The first dimension of the examples. (Unlike ``matmul``, batches of matrices do not broadcast.)"""
     x_place, y_place = (0 if d is None or d > 0 else 1 for d in in_dims[:2])
     if x.shape[x_place] != y.shape[y_place]:
         raise RuleDeclined("batch1 and batch2 differ in their first dimension")
@@ -202,14 +183,16 @@ def add_product(
     addend: Tensor, addend_dim: int | None, out: Tensor, out_dim: int | None, beta: Any, alpha: Any
 ) -> Output:
     """``beta * addend + alpha * out``, where an addend with ``beta=0`` is not looked at."""
-    rank = logical_rank(out, out_dim)
-    if addend.dtype is not out.dtype or logical_rank(addend, addend_dim) > rank or out.dtype is torch.bool:
+    rank, given = logical_rank(out, out_dim), logical_rank(addend, addend_dim)
+    if given > rank:
+        raise RuntimeError(f"expected an addend of at most {rank} dimensions, those of the product, but got {given}")
+    if addend.dtype is not out.dtype or out.dtype is torch.bool:
         raise RuleDeclined("PyTorch refuses, or does not multiply")
     if not out.is_floating_point() and not out.is_complex() and (isinstance(alpha, float) or isinstance(beta, float)):
         raise RuleDeclined("a factor that is not integral")
     out = to_front(out, out_dim)
     addend = addend if addend_dim is None else pad_rank(addend, addend_dim, rank)
-    sizes = addend.shape[addend.dim() - min(rank, addend.dim()) :]
+    sizes = addend.shape[addend.dim() - given :]
     if any(a != 1 and a != b for a, b in zip(reversed(sizes), reversed(out.shape))):
         # Refused here: PyTorch's own pieces of addmm would expand the product.
         product_shape = list(out.shape)[-rank:]
@@ -220,48 +203,24 @@ def add_product(
     return torch.add(addend if beta == 1 else addend * beta, out, alpha=alpha), 0
 
 
-def expect_addend(rank: int, expected: int) -> None:
-    """The addend broadcasts to the product, not the other way round."""
-    if rank > expected:
-        raise RuntimeError(f"expected an addend of at most {expected} dimensions, those of the product, but got {rank}")
+def rule_of(product: Product) -> Callable[..., Output]:
+    """The rule of ``op(x, y)``, or of ``op(addend, x, y, *, beta, alpha)``."""
 
-
-def adding(op: OpOverload, plain: Callable[[Tensor, Tensor], Tensor], multiply: Callable[..., Output]) -> None:
-    """``op(addend, x, y, *, beta, alpha)``: ``multiply`` is the rule of the product, ``plain`` itself unbatched."""
+    def multiply(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
+        return multiplied(product, in_dims, x, y)
 
     def add(
         info: BatchInfo, in_dims: Dims, addend: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1
     ) -> Output:
-        if in_dims[1] is None and in_dims[2] is None:
-            out, out_dim = plain(x, y), None
-        else:
-            out, out_dim = multiply(info, in_dims[1:], x, y)
-        expect_addend(logical_rank(addend, in_dims[0]), logical_rank(out, out_dim))
+        batched = in_dims[1] is not None or in_dims[2] is not None
+        out, out_dim = multiplied(product, in_dims[1:], x, y) if batched else (product.multiply(x, y), None)
         return add_product(addend, in_dims[0], out, out_dim, beta, alpha)
 
-    BATCHING_RULES.add(op, add, place=caller_place())
+    return add if product.adds else multiply
 
 
-def sum_bmm(x: Tensor, y: Tensor) -> Tensor:
-    """The sum of the products of pairs of matrices is one product of longer rows and columns."""
-    return torch.matmul(x.transpose(-3, -2).flatten(-2), y.flatten(-3, -2))
-
-
-def sum_bmm_rule(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
-    """As above; the batch stays in front."""
-    expect_ranks(in_dims, x, y, ranks=(3, 3))
-    expect_same_length(in_dims, x, y)
-    x, y = to_front(x, in_dims[0]).transpose(-3, -2), to_front(y, in_dims[1])
-    # Sizes are multiplied out: flatten cannot infer them where the batch is empty.
-    x = x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
-    y = y.reshape(*y.shape[:-3], y.shape[-3] * y.shape[-2], y.shape[-1])
-    return matmul_pair(x, None if in_dims[0] is None else 0, y, None if in_dims[1] is None else 0)
-
-
-adding(aten.addmv.default, torch.mv, mv)
-adding(aten.addr.default, torch.outer, outer)
-adding(aten.baddbmm.default, torch.bmm, bmm)
-adding(aten.addbmm.default, sum_bmm, sum_bmm_rule)
+RULES = {op: rule_of(product) for op, product in PRODUCTS.items()}
+RULES[aten.mm.default] = one_operator(pair_as_it_lies, RULES[aten.mm.default])
 
 
 @batching_rule(aten.addmm.default)
@@ -269,21 +228,24 @@ def addmm(
     info: BatchInfo, in_dims: Dims, addend: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> Output:
     """One fused kernel where the addend is a row of the product, or both factors are batched."""
-    expect_ranks(in_dims[1:], x, y, ranks=(2, 2))
     addend_dim, x_dim, y_dim = in_dims
     rank = logical_rank(addend, addend_dim)
-    expect_addend(rank, 2)
-    if x_dim is not None and y_dim is None and addend_dim is None and rank <= 1:
-        x = to_front(x, x_dim)
-        size, rows, inner = x.shape
-        out = torch.addmm(addend, x.reshape(size * rows, inner), y, beta=beta, alpha=alpha)
-        return out.unflatten(0, (size, rows)), 0
-    if x_dim is not None and y_dim is not None and rank <= 2:
-        addend = addend if addend_dim is None else pad_rank(addend, addend_dim, 2)
-        return torch.baddbmm(addend, to_front(x, x_dim), to_front(y, y_dim), beta=beta, alpha=alpha), 0
-    if x_dim is None and y_dim is None:
-        return add_product(addend, addend_dim, torch.mm(x, y), None, beta, alpha)
-    return add_product(addend, addend_dim, *matmul_pair(x, x_dim, y, y_dim), beta, alpha)
+    if x_dim is not None and rank <= 2:
+        expect_ranks(in_dims[1:], x, y, ranks=(2, 2))
+        if y_dim is None and addend_dim is None and rank <= 1:
+            x = to_front(x, x_dim)
+            size, rows, inner = x.shape
+            out = torch.addmm(addend, x.reshape(size * rows, inner), y, beta=beta, alpha=alpha)
+            return out.unflatten(0, (size, rows)), 0
+        if y_dim is not None:
+            addend = addend if addend_dim is None else pad_rank(addend, addend_dim, 2)
+            return torch.baddbmm(addend, to_front(x, x_dim), to_front(y, y_dim), beta=beta, alpha=alpha), 0
+    return RULES[aten.addmm.default](info, in_dims, addend, x, y, beta=beta, alpha=alpha)
+
+
+for _op, _rule in RULES.items():
+    if _op not in BATCHING_RULES:
+        BATCHING_RULES.add(_op, _rule)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -320,7 +282,7 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
         return out + pad_rank(bias, bias_dim, logical_rank(x, x_dim)), 0  # type: ignore[arg-type]
     weight = to_front(weight, weight_dim)
     size, outputs, inputs = weight.shape
-    rows = product(x.shape[:-1]) if x_dim is None else 0
+    rows = total(x.shape[:-1]) if x_dim is None else 0
     if rows > 1 and inputs * outputs >= LARGE_MATRIX:
         # Not one wide product: its result would have the batch inside, and what follows would have to rearrange it.
         x, x_dim = x.unsqueeze(0).expand(size, *x.shape), 0
@@ -336,7 +298,7 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
         return out, out.dim() - 2
     x = to_front(x, x_dim)
     lead = x.shape[1:-1]
-    rows = x if len(lead) == 1 else x.reshape(size, product(lead), x.shape[-1])
+    rows = x if len(lead) == 1 else x.reshape(size, total(lead), x.shape[-1])
     if bias is None:
         out = torch.bmm(rows, weight.mT)
     else:
@@ -368,7 +330,7 @@ def bilinear(
         lead = x.shape[1:-1]
         if y.shape[1:-1] != lead:
             raise RuleDeclined("bilinear takes inputs of one shape")
-        rows = product(lead)
+        rows = total(lead)
         columns = weight.permute(0, 2, 1, 3).reshape(size, inner, outputs * other)
         partial = torch.bmm(x.reshape(size, rows, inner), columns).reshape(size * rows, outputs, other)
         out = torch.bmm(partial, y.reshape(size * rows, other, 1)).reshape(size, *lead, outputs)

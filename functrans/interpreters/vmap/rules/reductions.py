@@ -17,7 +17,8 @@ from functrans.interpreters.vmap.families import (
     reduction,
     same_dims,
 )
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, to_front, wrap_dim
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, to_front
+from functrans.operators.views import wrap_dim
 
 aten = torch.ops.aten
 

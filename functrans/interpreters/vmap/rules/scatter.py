@@ -23,9 +23,9 @@ from functrans.interpreters.vmap.table import (
     logical_rank,
     materialize,
     to_front,
-    wrap_dim,
 )
 from functrans.operators.rules import caller_place
+from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, with_defaults
-from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
-    BatchInfo,
-    logical_rank,
-    materialize,
-    to_front,
-    wrap_dim,
-)
-from functrans.operators.rules import caller_place
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize, to_front
+from functrans.operators.views import PARTS, wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -25,40 +18,37 @@ Dims = Sequence[Any]
 Output = tuple[Any, Any]
 
 
-def view_scatter(op: OpOverload, run: Callable[..., Tensor], *places: int) -> None:
-    """``op(x, src, ...)``, run by ``run``: both batched, in front. The arguments at ``places`` name a dimension."""
+def scatter_rule(op: OpOverload, dims: Sequence[int]) -> Callable[..., Output]:
+    """``op(x, src, *where)``: both batched, in front. Dimensions are named at the places ``dims`` of ``where``."""
+    run = getattr(torch, op._schema.name[6:])
 
-    def scatter(info: BatchInfo, in_dims: Dims, x: Tensor, src: Tensor, *rest: Any) -> Output:
+    def scatter(info: BatchInfo, in_dims: Dims, x: Tensor, src: Tensor, *where: Any) -> Output:
         rank = logical_rank(x, in_dims[0])
         x, src = materialize(x, in_dims[0], info.batch_size), materialize(src, in_dims[1], info.batch_size)
-        arguments = with_defaults(op, (x, src, *rest))
-        for place in places:
-            arguments[place] = wrap_dim(arguments[place], rank) + 1
+        arguments = with_defaults(op, (x, src, *where))
+        for place in dims:
+            arguments[place + 2] = wrap_dim(arguments[place + 2], rank) + 1
         return run(*arguments), 0
 
-    BATCHING_RULES.add(op, scatter, place=caller_place())
+    return scatter
 
 
-view_scatter(aten.select_scatter.default, torch.select_scatter, 2)
-view_scatter(aten.slice_scatter.default, torch.slice_scatter, 2)
-view_scatter(aten.diagonal_scatter.default, torch.diagonal_scatter, 3, 4)
+def backward_rule(op: OpOverload, dims: Sequence[int]) -> Callable[..., Output]:
+    """``op(grad, sizes, *where)``: zeros of these sizes, with the gradient in the view's place; likewise."""
 
-
-def view_backward(op: OpOverload, *places: int) -> None:
-    """``op(grad, input_sizes, ...)``: zeros of ``input_sizes``, with the gradient in the view's place; likewise."""
-
-    def backward(info: BatchInfo, in_dims: Dims, grad: Tensor, sizes: Any, *rest: Any) -> Output:
+    def backward(info: BatchInfo, in_dims: Dims, grad: Tensor, sizes: Any, *where: Any) -> Output:
         if len(sizes) == 0:
             raise RuleDeclined("an example of rank 0 has no dimensions")
-        arguments = [to_front(grad, in_dims[0]), (info.batch_size, *sizes), *rest]
-        for place in places:
-            arguments[place] = wrap_dim(arguments[place], len(sizes)) + 1
+        arguments = [to_front(grad, in_dims[0]), (info.batch_size, *sizes), *where]
+        for place in dims:
+            arguments[place + 2] = wrap_dim(arguments[place + 2], len(sizes)) + 1
         return op(*arguments), 0
 
-    BATCHING_RULES.add(op, backward, place=caller_place())
+    return backward
 
 
-view_backward(aten.select_backward.default, 2)
-view_backward(aten.slice_backward.default, 2)
-view_backward(aten.unfold_backward.default, 2)
-view_backward(aten.diagonal_backward.default, 3, 4)
+for _part in PARTS.values():
+    if _part.backward is not None:
+        BATCHING_RULES.add(_part.backward, backward_rule(_part.backward, _part.dims))
+    if _part.scatter is not None:
+        BATCHING_RULES.add(_part.scatter, scatter_rule(_part.scatter, _part.dims))

@@ -16,20 +16,15 @@ from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
     any_rank,
-    flat_examples,
     one_operator,
     pad_rank,
     physical_dim,
     reduced_dims,
+    with_defaults,
 )
-from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
-    BatchInfo,
-    batching_rule,
-    to_front,
-    wrap_dim,
-)
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, to_front
 from functrans.operators.rules import caller_place
+from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SWAPS, wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -57,33 +52,31 @@ elementwise(
 # Shapes
 
 
-def reshape(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, stride: Any = None) -> Output:
-    """``reshape`` for all of them: an example that is contiguous may be a strided part of its batch."""
-    x = to_front(x, in_dims[0])
-    if info.batch_size == 0:
-        size = inferred_size(x, size)
-    return x.reshape((x.shape[0], *size)), 0
+def reshaping(*ops: OpOverload, shape: Callable[..., Sequence[Any]]) -> None:
+    """``op(x, ...)``: one reshape to ``shape(the batch's shape, ...)``, of views, too: a contiguous example may
+    be a strided part of its batch."""
+
+    def in_front(in_dims: Dims, x: Tensor, *args: Any) -> Any:
+        return None if in_dims[0] else (aten.reshape.default, (x, shape(x.shape, *args)), 0)
+
+    def reshaped(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
+        x = to_front(x, in_dims[0])
+        return x.reshape(shape(x.shape, *args)), 0
+
+    rule = any_rank(one_operator(in_front, reshaped))
+    for op in ops:
+        BATCHING_RULES.add(op, rule, place=caller_place())
 
 
-def reshape_rest(in_dims: Dims, x: Tensor, size: Any, stride: Any = None) -> Any:
-    shape = x.shape
-    return None if in_dims[0] or not shape[0] else (aten.reshape.default, (x, (shape[0], *size)), 0)
+def resized(shape: Sequence[Any], size: Sequence[Any], stride: Any = None) -> tuple[Any, ...]:
+    return (shape[0], *(size if shape[0] else inferred_size(shape[1:], size)))
 
 
-batching_rule(
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten._reshape_alias.default,
-    aten.view_copy.default,
-)(any_rank(one_operator(reshape_rest, reshape)))
-
-
-def inferred_size(x: Tensor, size: Sequence[Any]) -> Sequence[Any]:
-    """``size`` with its -1 filled in from one example, where the batch has none to tell."""
+def inferred_size(example: Sequence[Any], size: Sequence[Any]) -> Sequence[Any]:
+    """``size`` with its -1 filled in from the shape of one example, where the batch has none to tell."""
     if -1 not in size:
         return size
-    numel, known = product(x.shape[1:]), product(length for length in size if length != -1)
+    numel, known = product(example), product(length for length in size if length != -1)
     if known == 0 or numel % known:
         raise RuntimeError(f"shape '{list(size)}' is invalid for input of size {numel}")
     return [numel // known if length == -1 else length for length in size]
@@ -97,11 +90,32 @@ def product(lengths: Any) -> Any:
     return total
 
 
+def flattened(shape: Sequence[Any], start_dim: int = 0, end_dim: int = -1) -> tuple[Any, ...]:
+    """The product is computed: -1 says nothing for an empty batch."""
+    start, end = 1 + wrap_dim(start_dim, len(shape) - 1), 2 + wrap_dim(end_dim, len(shape) - 1)
+    if start >= end:
+        raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
+    return (*shape[:start], product(shape[start:end]), *shape[end:])
+
+
+reshaping(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten._reshape_alias.default,
+    aten.view_copy.default,
+    shape=resized,
+)
+reshaping(aten.flatten.using_ints, aten.ravel.default, shape=flattened)
+
+
 @batching_rule(aten.view_as.default)
 def view_as(info: BatchInfo, in_dims: Dims, x: Tensor, other: Tensor) -> Output:
     """Only the shape of ``other`` is used."""
     size = example_shape(other, in_dims[1])
-    return (x.reshape(size), None) if in_dims[0] is None else reshape(info, in_dims, x, size)
+    if in_dims[0] is None:
+        return x.reshape(size), None
+    return to_front(x, in_dims[0]).reshape(info.batch_size, *size), 0
 
 
 def example_shape(x: Tensor, bdim: int | None) -> Any:
@@ -131,25 +145,6 @@ def expand_as(info: BatchInfo, in_dims: Dims, x: Tensor, other: Tensor) -> Outpu
     """Only the shape of ``other`` is used."""
     size = example_shape(other, in_dims[1])
     return (x.expand(size), None) if in_dims[0] is None else expand(info, in_dims, x, size)
-
-
-@batching_rule(aten.flatten.using_ints)
-@any_rank
-def flatten(info: BatchInfo, in_dims: Dims, x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Output:
-    """The product is computed: -1 says nothing for an empty batch."""
-    x = to_front(x, in_dims[0])
-    rank = x.dim() - 1
-    start, end = 1 + wrap_dim(start_dim, rank), 2 + wrap_dim(end_dim, rank)
-    if start >= end:
-        raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
-    shape = x.shape
-    return x.reshape((*shape[:start], product(shape[start:end]), *shape[end:])), 0
-
-
-@batching_rule(aten.ravel.default)
-def ravel(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
-    """One flat example per row."""
-    return flat_examples(x, in_dims[0]), 0
 
 
 @batching_rule(aten.unflatten.int)
@@ -215,10 +210,6 @@ def squeezed(in_dims: Dims, x: Tensor, dim: int) -> Any:
     return (aten.squeeze.dim, (x, dim), bdim - (dim < bdim)) if rank and x.shape[dim] == 1 else None
 
 
-def as_it_is(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
-    return x, in_dims[0]
-
-
 def viewed(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
     """A view all the same: what vmap returns of it is a tensor of its own, and not the caller's."""
     return aten.alias.default(x), in_dims[0]
@@ -246,12 +237,91 @@ def unbind(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int = 0) -> Output:
     return outputs, (bdim - (dim < bdim),) * len(outputs)
 
 
-@batching_rule(aten.diagonal.default)
-def diagonal(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Output:
-    """Two dimensions go, one comes at the end."""
-    bdim, rank = in_dims[0], nonzero_rank(x)
-    dim1, dim2 = physical_dim(dim1, rank, bdim), physical_dim(dim2, rank, bdim)
-    return x.diagonal(offset, dim1, dim2), bdim - (dim1 < bdim) - (dim2 < bdim)
+@batching_rule(aten.diag_embed.default)
+def diag_embed(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Output:
+    """Dimensions count in the output."""
+    x, rank = to_front(x, in_dims[0]), nonzero_rank(x) + 1
+    return torch.diag_embed(x, offset, 1 + wrap_dim(dim1, rank), 1 + wrap_dim(dim2, rank)), 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dimensions trade places
+
+
+def swap_rule(dims: Callable[..., tuple[int, int]]) -> Callable[..., Output]:
+    """The batch dimension stays."""
+
+    def swapped(in_dims: Dims, x: Tensor, *args: Any) -> Any:
+        bdim, rank = in_dims[0], x.dim() - 1
+        if not rank and not args:
+            return None
+        dim0, dim1 = dims(*args)
+        dim0, dim1 = physical_dim(dim0, rank, bdim), physical_dim(dim1, rank, bdim)
+        return (aten.transpose.int, (x, dim0, dim1), bdim) if rank else None
+
+    return one_operator(swapped, viewed)
+
+
+def conjugated(rule: Callable[..., Output]) -> Callable[..., Output]:
+    """What is complex is conjugated, too."""
+
+    def conjugate(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
+        x, bdim = rule(info, in_dims, x)
+        return x.conj() if x.is_complex() else x, bdim
+
+    return conjugate
+
+
+def permute_rule(order: Callable[..., Sequence[int]]) -> Callable[..., Output]:
+    """One view, wherever the batch dimension is."""
+
+    def permuted(in_dims: Dims, x: Tensor, *args: Any) -> Any:
+        bdim, rank = in_dims[0], x.dim() - 1
+        dims = order(rank, *args)
+        if len(dims) != rank:
+            raise RuntimeError(f"permute(sparse_coo): number of dimensions in the tensor input does not match the "
+                               f"length of the desired ordering of dimensions i.e. input.dim() = {rank} is not equal "
+                               f"to len(dims) = {len(dims)}")
+        return aten.permute.default, (x, (bdim, *[physical_dim(d, rank, bdim) for d in dims])), 0
+
+    return one_operator(permuted)
+
+
+for _op, _dims in SWAPS.items():
+    _rule = swap_rule(_dims)
+    if len(_op._schema.arguments) > 1:  # the dimensions, which are counted
+        any_rank(_rule)
+    BATCHING_RULES.add(_op, conjugated(_rule) if _op in CONJUGATED else _rule)
+for _op, _order in PERMUTATIONS.items():
+    _rule = permute_rule(_order)
+    BATCHING_RULES.add(_op, any_rank(_rule) if _op is aten.permute.default else _rule)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def part_rule(op: OpOverload, dims: Sequence[int], drops: bool) -> Callable[..., Output]:
+    """``op(x, *where)``: the dimensions in ``where``, at the places ``dims``, are renumbered; they may be gone then."""
+
+    def part(in_dims: Dims, x: Tensor, *where: Any) -> Any:
+        bdim = out_dim = in_dims[0]
+        rank = nonzero_rank(x)
+        physical = [x, *where] if len(where) > dims[-1] else with_defaults(op, (x, *where))
+        for place in dims:
+            physical[place + 1] = dim = physical_dim(physical[place + 1], rank, bdim)
+            if drops and dim < bdim:
+                out_dim -= 1
+        return op, physical, out_dim
+
+    return one_operator(part)
+
+
+diagonal = part_rule(aten.diagonal.default, *PARTS[aten.diagonal.default][:2])
+batching_rule(aten.diagonal.default)(diagonal)
+for _op, _part in PARTS.items():
+    if _op is not aten.diagonal.default:
+        BATCHING_RULES.add(_op, any_rank(part_rule(_op, _part.dims, _part.drops)))
 
 
 @batching_rule(aten.linalg_diagonal.default)
@@ -262,111 +332,12 @@ def linalg_diagonal(
     return diagonal(info, in_dims, x, offset, dim1, dim2)
 
 
-@batching_rule(aten.diag_embed.default)
-def diag_embed(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Output:
-    """Dimensions count in the output."""
-    x, rank = to_front(x, in_dims[0]), nonzero_rank(x) + 1
-    return torch.diag_embed(x, offset, 1 + wrap_dim(dim1, rank), 1 + wrap_dim(dim2, rank)), 0
-
-
 @batching_rule(aten.diag.default)
 def diag(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0) -> Output:
     """From a vector, or to one."""
     if nonzero_rank(x) > 2:
         raise RuleDeclined("diag takes vectors and matrices")
     return diag_embed(info, in_dims, x, offset) if x.dim() == 2 else diagonal(info, in_dims, x, offset)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Dimensions trade places
-
-
-def transposed(in_dims: Dims, x: Tensor, dim0: int, dim1: int) -> Any:
-    """The batch dimension stays."""
-    bdim, rank = in_dims[0], x.dim() - 1
-    dim0, dim1 = physical_dim(dim0, rank, bdim), physical_dim(dim1, rank, bdim)
-    return None if rank == 0 else (aten.transpose.int, (x, dim0, dim1), bdim)
-
-
-transpose = any_rank(one_operator(transposed, as_it_is))
-batching_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)(transpose)
-
-
-def t(in_dims: Dims, x: Tensor) -> Any:
-    """Vectors and scalars are their own."""
-    return None if x.dim() < 3 else transposed(in_dims, x, 0, 1)
-
-
-batching_rule(aten.t.default)(one_operator(t, as_it_is))
-
-
-@batching_rule(aten.mT.default)
-def matrix_transpose(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
-    """The last two dimensions."""
-    if x.dim() < 3:
-        raise RuleDeclined("mT takes matrices")
-    return transpose(info, in_dims, x, -2, -1)
-
-
-@batching_rule(aten.mH.default, aten.adjoint.default, aten.matrix_H.default)
-def adjoint(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
-    """The last two dimensions, conjugated where complex."""
-    x, bdim = matrix_transpose(info, in_dims, x)
-    return x.conj() if x.is_complex() else x, bdim
-
-
-@batching_rule(aten.numpy_T.default)
-def numpy_T(info: BatchInfo, in_dims: Dims, x: Tensor) -> Output:
-    """All dimensions reversed."""
-    return permute(info, in_dims, x, range(x.dim() - 2, -1, -1))
-
-
-@batching_rule(aten.permute.default)
-@any_rank
-@one_operator
-def permute(in_dims: Dims, x: Tensor, dims: Sequence[int]) -> Any:
-    """One view, wherever the batch dimension is."""
-    bdim, rank = in_dims[0], x.dim() - 1
-    if len(dims) != rank:
-        raise RuntimeError(f"permute(sparse_coo): number of dimensions in the tensor input does not match the length "
-                           f"of the desired ordering of dimensions i.e. input.dim() = {rank} is not equal to "
-                           f"len(dims) = {len(dims)}")
-    return aten.permute.default, (x, (bdim, *[physical_dim(d, rank, bdim) for d in dims])), 0
-
-
-@batching_rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
-def movedim(info: BatchInfo, in_dims: Dims, x: Tensor, source: Any, destination: Any) -> Output:
-    """As one permutation."""
-    rank = x.dim() - 1
-    froms, tos = reduced_dims(source, rank, False), reduced_dims(destination, rank, False)
-    if len(froms) != len(tos):
-        raise RuleDeclined("movedim takes as many sources as destinations")
-    if rank == 0:
-        return x, in_dims[0]
-    placed = dict(zip(tos, froms))
-    rest = iter([d for d in range(rank) if d not in froms])
-    return permute(info, in_dims, x, [placed[d] if d in placed else next(rest) for d in range(rank)])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Parts along one dimension
-
-
-def along_one(op: OpOverload, drops: bool = False) -> None:
-    """``op(x, dim, ...)``: one dimension, which it may drop, is renumbered."""
-
-    def part(in_dims: Dims, x: Tensor, dim: int = 0, *rest: Any) -> Any:
-        bdim = in_dims[0]
-        dim = physical_dim(dim, nonzero_rank(x), bdim)
-        return op, (x, dim, *rest), bdim - 1 if drops and dim < bdim else bdim
-
-    BATCHING_RULES.add(op, any_rank(one_operator(part)), place=caller_place())
-
-
-along_one(aten.select.int, drops=True)
-along_one(aten.slice.Tensor)
-along_one(aten.narrow.default)
-along_one(aten.unfold.default)
 
 
 def splitting(*ops: OpOverload) -> None:
