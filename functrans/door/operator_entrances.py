@@ -16,7 +16,7 @@ from functrans.boundary.made_at import SENT_ON, note_site, several
 from functrans.core.dispatch import NO_KWARGS
 from functrans.core.tensor import WrapperTensor
 from functrans.door.torch_dispatch import DOOR, handle
-from functrans.door.torch_function import STRIDED, otherwise, reopen
+from functrans.door.torch_function import ORDINARY, STRIDED, otherwise, reopen
 from functrans.errors import DeadWrapperError
 from functrans.errors.call_sites import USER_FILES
 from functrans.interpreters.failures import explain
@@ -56,6 +56,8 @@ def direct(
         if sizes and len(kinds) > 1 and all(kind is int for kind in kinds[1:]):
             found[kinds] = known[0], REST
             return found[kinds]
+        if not ORDINARY.issuperset(kinds):
+            return None, ()
         forms = ((info, form_of(info.op, kinds, TENSORS)) for info in known)
         found[kinds] = next(((info, form) for info, form in forms if form is not None), (None, ()))
         return found[kinds]
@@ -68,14 +70,9 @@ def direct(
             kinds = (*map(type, given),)
             info, form = found.get(kinds) or meant(kinds)
             if info is not None and given[0].layout is STRIDED:
-                if form is REST:
-                    given = given[0], list(given[1:])
-                elif form:
-                    given = formed(form, given)  # type: ignore[assignment]
-                if given is not None:
-                    out = handled(info, given, above)
-                    if out is not LEFTOVER:
-                        return out
+                out = handled(info, given, above, form)
+                if out is not LEFT_TO_PYTORCH:
+                    return out
         return otherwise(function, (), args, kwargs, above)
 
     return entrance
@@ -104,29 +101,35 @@ def overload(op: OpOverload, types: Any, args: tuple[Any, ...], up: int) -> Any:
         try:
             form = known.forms[kinds]
         except KeyError:
-            form = known.forms[kinds] = form_of(op, kinds, TENSORS) if known.settled else None
+            form = None
+            if known.settled and ORDINARY.issuperset(kinds):
+                form = known.forms[kinds] = form_of(op, kinds, TENSORS)
         if form is not None and args[0].layout is STRIDED:
-            given = formed(form, args) if form else args
-            if given is not None:
-                out = handled(known, given, up + 1)
-                if out is not LEFTOVER:
-                    return out
+            out = handled(known, args, up + 1, form)
+            if out is not LEFT_TO_PYTORCH:
+                return out
     return otherwise(op, types, args, {}, up + 1)
 
 
-#: what ``handled`` returns where a transform that has ended left an argument: PyTorch's way knows what to do with it
-LEFTOVER: Any = object()
+#: what ``handled`` returns where its arguments are not what they seemed: a list holds more than ints, or a transform
+#: that has ended left one of them
+LEFT_TO_PYTORCH: Any = object()
 
 
-def handled(known: OpInfo, args: tuple[Any, ...], above: int) -> Any:
-    """Handle an operator that is called ``above`` frames up, as the door would."""
+def handled(known: OpInfo, args: tuple[Any, ...], above: int, form: Form = ()) -> Any:
+    """Handle an operator that is called ``above`` frames up, on ``args`` brought to ``form``, as the door would."""
+    if form:
+        given = (args[0], list(args[1:])) if form is REST else formed(form, args)
+        if given is None:
+            return LEFT_TO_PYTORCH
+        args = given
     try:
         pop_mode(None)
         out = handle(known.op, known, args, NO_KWARGS)
     except BaseException as error:
         reopen()
         if type(error) is DeadWrapperError:
-            return LEFTOVER
+            return LEFT_TO_PYTORCH
         explain(error)
         raise
     push_mode(DOOR)
@@ -156,7 +159,7 @@ def joining(function: Callable[..., Any], op: OpOverload, up: int) -> Callable[.
             tensors, dim = args[0], args[1] if len(args) == 2 else kwargs.get("dim", 0)
             if type(dim) is int and type(tensors) in LISTS and all(map(is_strided, tensors)):
                 out = handled(known, (tensors, dim), above)
-                if out is not LEFTOVER:
+                if out is not LEFT_TO_PYTORCH:
                     return out
         return otherwise(function, (), args, kwargs, above)
 
