@@ -269,12 +269,11 @@ AUXILIARY = "an output for the operator's own backward, which no function of tor
 DETACHED = "that is what it is for"
 #: operators that the sweep of dependence.py finds to be zero although they move, each with the reason
 ZEROS = {
-    **dict.fromkeys(CONVENTIONS, "the parameters of a draw, as in PyTorch: estimators made of its log_prob count on it"),
+    **dict.fromkeys(CONVENTIONS, "the parameters of a draw, as in PyTorch: estimators by its log_prob count on it"),
     "aten._linalg_det.default": AUXILIARY,
     "aten._linalg_slogdet.default": AUXILIARY,
     "aten._linalg_solve_ex.default": AUXILIARY,
     "aten.log_sigmoid_forward.default": AUXILIARY,
-    "aten.nll_loss_forward.default": AUXILIARY,
     "aten.data.default": DETACHED,
     "aten.detach.default": DETACHED,
     "aten.detach_copy.default": DETACHED,

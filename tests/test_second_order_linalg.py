@@ -252,8 +252,8 @@ def test_a_singular_matrix_does_not_spoil_its_batch(function: Callable[[Tensor],
     regular, other = randn(3, 3, dtype=dtype), torch.eye(3, dtype=dtype)
     batch = torch.stack([regular, torch.ones_like(other), other, torch.zeros_like(other)])
     second = lambda a: jvp(grad(f), (a,), (other,))[1]
-    for derivative in (grad(f), lambda a: jvp(f, (a,), (other,))[1], second, grad(lambda a: grad(f)(a).real.sum())):
-        found = vmap(derivative)(batch)
-        torch.testing.assert_close(found[0], derivative(regular))
-        torch.testing.assert_close(found[2], derivative(other))
+    for slope in (grad(f), lambda a: jvp(f, (a,), (other,))[1], second, grad(lambda a: grad(f)(a).real.sum())):
+        found = vmap(slope)(batch)
+        torch.testing.assert_close(found[0], slope(regular))
+        torch.testing.assert_close(found[2], slope(other))
         assert found[[0, 2]].isfinite().all() and found[[1, 3]].isnan().all()
