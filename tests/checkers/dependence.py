@@ -340,6 +340,18 @@ def calls_by_hand() -> dict[str, list[Call]]:
             lambda op, x, w, b: op(x, w, [2, 2, 2], b),
             (tensor(1, 2, 4, 4, 4), tensor(3, 2, 2, 2, 2), tensor(3)),
         ),
+        (
+            aten._weight_norm_interface_backward.default,
+            lambda op, u, v, g: op(u, v, g, torch.linalg.vector_norm(v, 2, 1, keepdim=True), 0),
+            (tensor(4, 3), tensor(4, 3), tensor(4, 1)),
+        ),
+        (
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            lambda op, u, q, k, v: op(
+                u, q, k, v, *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v), 0.0, False
+            ),
+            tuple(tensor(1, 1, 4, 3) for _ in range(4)),
+        ),
         (prims.as_strided_scatter.default, lambda op, x, y: op(x, y, [2], [3], 1), (tensor(6), tensor(2))),
         (prims.broadcast_in_dim.default, lambda op, x: op(x, [2, 4], [1]), (tensor(4),)),
         (prims.convert_element_type.default, lambda op, x: op(x, torch.float64), (tensor(4),)),
