@@ -184,3 +184,13 @@ def test_transposes_of_matrices_refuse_batches_of_them(op: OpOverload, batch: to
     with pytest.raises(RuntimeError) as batched:
         functrans.vmap(op)(batch)
     assert str(batched.value) == str(eager.value)
+
+
+@pytest.mark.parametrize("op", [torch.median, torch.nanmedian])
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_the_median_of_what_is_expanded(op: object, in_dim: int) -> None:
+    """Along a dimension PyTorch takes other elements of an expanded tensor, so that the loop over all is the oracle."""
+    rows = torch.tensor([[3.0, 1.0, 2.0], [7.0, 9.0, 8.0]], dtype=torch.float64)
+    for f in (lambda x: op(x[:1].expand(3)), lambda x: op(x.expand(4, 3)), lambda x: op(x[1:].expand(2, 2).t())):
+        batch = rows if in_dim == 0 else rows.t()
+        assert functrans.vmap(f, in_dim)(batch).tolist() == [f(row).item() for row in rows]

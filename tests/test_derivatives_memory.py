@@ -83,6 +83,18 @@ def test_as_strided_in_examples():
         functrans.vmap(lambda x: torch.as_strided(x, (2,), (1,)), in_dims=2)(x)
 
 
+@pytest.mark.parametrize("shared", [some(6), some(2, 3), some(3, 2).T], ids=["vector", "matrix", "transposed"])
+def test_as_strided_scatter_of_examples_into_what_they_share(shared):
+    f = lambda y: torch.as_strided_scatter(shared, y, (2, 2), (1, 2), 1)
+    rows, moved = some(4, 2, 2), some(4, 2, 2, seed=3)
+    torch.testing.assert_close(functrans.vmap(f)(rows), torch.stack([f(row) for row in rows]))
+    value, tangent = functrans.jvp(functrans.vmap(f), (rows,), (moved,))
+    torch.testing.assert_close(tangent, torch.stack([functrans.jvp(f, (r,), (t,))[1] for r, t in zip(rows, moved)]))
+    cotangent = functrans.vjp(functrans.vmap(f), rows)[1](value)[0]
+    torch.testing.assert_close((cotangent * moved).sum(), (value * tangent).sum())
+    assert tangent.any()
+
+
 S = torch.tensor([[1.0, 0, 2], [0, 3, 0]], dtype=torch.float64).to_sparse()
 
 

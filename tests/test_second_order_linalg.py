@@ -242,3 +242,18 @@ def test_nuclear_norm_as_pytorch_has_it() -> None:
         for run in (wrong, lambda x, f=wrong: grad(lambda x: f(x).sum())(x)):
             with pytest.raises((RuntimeError, IndexError)):
                 run(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", [torch.logdet, lambda a: linalg.slogdet(a)[1]], ids=["logdet", "slogdet"])
+def test_a_singular_matrix_does_not_spoil_its_batch(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Its logarithm is -inf and has no derivative, at any order; PyTorch in a loop has inf or NaN."""
+    f = lambda a: function(a).real
+    regular, other = randn(3, 3, dtype=dtype), torch.eye(3, dtype=dtype)
+    batch = torch.stack([regular, torch.ones_like(other), other, torch.zeros_like(other)])
+    second = lambda a: jvp(grad(f), (a,), (other,))[1]
+    for slope in (grad(f), lambda a: jvp(f, (a,), (other,))[1], second, grad(lambda a: grad(f)(a).real.sum())):
+        found = vmap(slope)(batch)
+        torch.testing.assert_close(found[0], slope(regular))
+        torch.testing.assert_close(found[2], slope(other))
+        assert found[[0, 2]].isfinite().all() and found[[1, 3]].isnan().all()

@@ -16,12 +16,21 @@ from functrans.pytorch.torch_private import EnableTorchFunction, OpOverload
 DECOMPOSITIONS: RuleTable[Callable[..., Any]] = RuleTable("decompositions", cached=True)
 
 #: The same for operators that PyTorch defines no earlier than a program needs them, by the name in their schema.
-DEFINED_LATE: dict[str, Callable[..., Any]] = {}
+DEFINED_LATE: dict[str, Callable[..., Any]] = {
+    # those that PyTorch makes of an empty tensor that is written, one of them under no_grad
+    "prims::convert_element_type": lambda x, dtype: x.to(dtype),
+    "prims::copy_strided": lambda x, stride: x.new_empty_strided(x.shape, stride).copy_(x),
+    "prims::collapse": lambda x, start, end: x.flatten(start, end),
+}
 
 
 def decomposition(op: OpOverload) -> Callable[..., Any] | None:
-    """Our definition of ``op``, or None."""
-    return DECOMPOSITIONS.get(op) or DEFINED_LATE.get(op._schema.name)
+    """The definition of ``op`` that derivatives are taken of, or None."""
+    ours = DECOMPOSITIONS.get(op) or DEFINED_LATE.get(op._schema.name)
+    if ours is None and op.namespace == "prims":
+        # What PyTorch's decompositions end in has no derivatives there. Each knows the function that it stands for.
+        return getattr(op, "impl_aten", None)
+    return ours
 
 
 def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -223,12 +223,6 @@ def xlog1py_scalar_self(grad: Tensor, self: Tensor, other: float) -> Tensor:
 pointwise(aten.xlogy.Scalar_Other, self=xlogy_scalar_self)
 pointwise(aten.special_xlog1py.other_scalar, self=xlog1py_scalar_self)
 
-# the derivative by the first argument has no closed form, so only the overload without it has an entry
-pointwise(
-    aten.special_zeta.self_scalar,
-    other=lambda grad, self, other: grad * -self * torch.special.zeta(self + 1.0, other),
-)
-
 # ------------------------------------------------------------------------------------------- plane geometry
 
 

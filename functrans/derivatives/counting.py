@@ -1,10 +1,11 @@
-"""Derivatives of ``bincount`` by its weights, and of the values that ``unique`` finds.
+"""Derivatives of ``bincount`` and ``histogram`` by their weights, and of the values that ``unique`` finds.
 
 PyTorch has no formulas for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,45 @@ derivative(
     tangent=bincount_tangent,
     weights=lambda grad, self, weights: cast(grad[self], weights.dtype),
 )
+
+# --------------------------------------------------------------------------- histograms: the counts by the weights, and
+# by the edges' distances where they are densities; the edges by the extremes that they lie between
+
+
+def counts_between(x: Tensor, edges: Tensor, weight: Tensor | None, density: bool) -> Tensor:
+    x, bins = x.detach().flatten(), edges.numel() - 1
+    weights = torch.ones_like(x) if weight is None else weight.flatten()
+    inside = (x >= edges[0]) & (x <= edges[-1])
+    # the last bin has both its edges
+    place = (torch.bucketize(x, edges.detach(), right=True) - 1).clamp(0, bins - 1)
+    counts = x.new_zeros(bins).index_add(0, place, torch.where(inside, weights, 0))
+    return counts / (counts.sum() * edges.diff()) if density else counts
+
+
+@DECOMPOSITIONS.register(aten.histogram.bins_tensor)
+def histogram_between(
+    self: Tensor, bins: Tensor, *, weight: Tensor | None = None, density: bool = False
+) -> tuple[Tensor, Tensor]:
+    return counts_between(self, bins, weight, density), bins.clone()
+
+
+@DECOMPOSITIONS.register(aten.histogram.bin_ct)
+def histogram(
+    self: Tensor,
+    bins: int = 100,
+    *,
+    range: Sequence[float] | None = None,
+    weight: Tensor | None = None,
+    density: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if range is not None or not self.numel():
+        low, high = (self.new_tensor(end) for end in range or (0.0, 0.0))
+    else:
+        low, high = self.aminmax()
+    margin = (low == high).to(self.dtype) / 2
+    edges = torch.linspace(low - margin, high + margin, bins + 1, dtype=self.dtype, device=self.device)
+    return counts_between(self, edges, weight, density), edges
+
 
 # --------------------------------------------------------------------------- unique: the first of equal values is taken
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functrans.decompositions.table import DECOMPOSITIONS
+from functrans.derivatives.helpers import recorded_at_base
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -68,15 +69,21 @@ def cdist_tangent(x1: Tensor, x2: Tensor, p: float, x1_t: Tensor | None, x2_t: T
     return (slope(d, p) * change(x1_t, x2_t, d)).sum(-1)
 
 
+def cdist_x1(grad: Tensor, x1: Tensor, x2: Tensor, p: float, result: Tensor) -> Tensor:
+    if recorded_at_base(grad, x1, x2):
+        return cdist_pulled(grad, x1, x2, p, result)
+    return aten._cdist_backward.default(grad.contiguous(), x1, x2, p, result)
+
+
 def cdist_x2(grad: Tensor, x1: Tensor, x2: Tensor, p: float, result: Tensor) -> Tensor:
-    return aten._cdist_backward.default(grad.mT.contiguous(), x2, x1, p, result.mT.contiguous())
+    return cdist_x1(grad.mT, x2, x1, p, result.mT.contiguous())
 
 
 derivative(
     aten._cdist_forward.default,
     tangent=cdist_tangent,
     broadcasts=True,  # leading dimensions do
-    x1=lambda grad, x1, x2, p, result: aten._cdist_backward.default(grad.contiguous(), x1, x2, p, result),
+    x1=cdist_x1,
     x2=cdist_x2,
 )
 
@@ -153,8 +160,10 @@ def pdist_tangent(self: Tensor, p: float, self_t: Tensor) -> Tensor:
     return (slope(d, p) * d_t).sum(-1)
 
 
-derivative(
-    aten._pdist_forward.default,
-    tangent=pdist_tangent,
-    self=lambda grad, self, p, result: aten._pdist_backward.default(grad.contiguous(), self, p, result),
-)
+def pdist_self(grad: Tensor, self: Tensor, p: float, result: Tensor) -> Tensor:
+    if recorded_at_base(grad, self):
+        return pdist_pulled(grad, self, p, result)
+    return aten._pdist_backward.default(grad.contiguous(), self, p, result)
+
+
+derivative(aten._pdist_forward.default, tangent=pdist_tangent, self=pdist_self)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.core.tensor import WrapperTensor
+
 aten = torch.ops.aten
 
 
@@ -65,6 +67,22 @@ def restore_dims(x: Tensor, dim: int | Sequence[int] | None, keepdim: bool, ndim
     for d in reduced_dims(dim, ndim):
         x = x.unsqueeze(d)
     return x
+
+
+def recorded_at_base(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch's own autograd records what is computed of the tensors.
+
+    It takes what fused backward operators get besides (statistics, distances) for constants when it differentiates them
+    twice, or has no derivative of them; a formula in plain operators is right at every order.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:
+        while type(x) is WrapperTensor:
+            x = x.value
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def where_or_zero(condition: Tensor, x: Tensor) -> Tensor:

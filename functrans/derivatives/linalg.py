@@ -6,6 +6,7 @@ forward and reverse mode algorithmic differentiation; for complex matrices, PyTo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -244,6 +245,14 @@ derivative(
 # d log(det A) = tr(A^-1 dA), whose real part is that of the logarithm and whose imaginary part is that of the angle.
 
 
+def nan_if_singular(x: Tensor, status: Tensor) -> Tensor:
+    """What was solved for, and NaN in every order of derivative where there is none.
+
+    The logarithm is -inf of a singular matrix, which must not spoil the batch that it is in.
+    """
+    return x * torch.where(status != 0, math.nan, 1)[..., None, None].to(x.dtype)
+
+
 def slogdet_self(grads: Any, A: Tensor, results: Any) -> Tensor | None:
     of_sign, scale = grads[0], grads[1]
     if A.dtype.is_complex and of_sign is not None:
@@ -251,11 +260,13 @@ def slogdet_self(grads: Any, A: Tensor, results: Any) -> Tensor | None:
         scale = turned if scale is None else scale + turned
     if scale is None:
         return None
-    return scale[..., None, None] * adjoint(torch.linalg.inv(A))
+    inverse, status = torch.linalg.inv_ex(A)
+    return scale[..., None, None] * adjoint(nan_if_singular(inverse, status))
 
 
 def slogdet_tangent(A: Tensor, A_t: Tensor, results: Any) -> tuple[Tensor | None, Tensor, None, None]:
-    moved = torch.linalg.solve(A, A_t).diagonal(0, -2, -1).sum(-1)
+    solution, status = torch.linalg.solve_ex(A, A_t)
+    moved = nan_if_singular(solution, status).diagonal(0, -2, -1).sum(-1)
     if not A.dtype.is_complex:
         return None, moved, None, None
     turned = torch.complex(torch.zeros_like(results[1]), moved.imag)

@@ -89,9 +89,15 @@ of_difference(aten.smooth_l1_loss.default, smooth_l1_slope)
 of_difference(aten.huber_loss.default, lambda difference, delta: difference.clamp(-delta, delta))
 
 # log(1 + exp(-target self))
+
+
+def soft_margin_self(self: Tensor, target: Tensor) -> Tensor:
+    return -target * torch.sigmoid(-target * self)
+
+
 pointwise_loss(
     aten.soft_margin_loss.default,
-    self=lambda self, target: -target * torch.sigmoid(-target * self),
+    self=soft_margin_self,
     target=lambda self, target: -self * torch.sigmoid(-target * self),
 )
 
@@ -209,10 +215,10 @@ def nll(
     index, weights = class_weights(self, target, weight, ignore_index)
     picked = self.gather(class_dim(self), index).squeeze(class_dim(self))
     losses = -weights * torch.where(target != ignore_index, picked, 0)
-    if reduction == NONE:
+    if reduction == NONE and self.dim() > 1:
         return losses, self.new_zeros(())
     total = weights.sum()
-    return losses.sum() / total if reduction == MEAN else losses.sum(), total
+    return losses if reduction == NONE else losses.sum() / total if reduction == MEAN else losses.sum(), total
 
 
 def nll_backward(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import cast
+from functrans.derivatives.helpers import cast, recorded_at_base
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
@@ -342,7 +342,17 @@ BATCH = Norm(batch_layout, ("eps",), "save_mean", "save_invstd")
 BATCH_EVAL = Norm(batch_layout, ("eps",), "save_mean", "save_invstd", trainable=False)
 
 
+def plain_backward(norm: Norm, v: Values, grad: Tensor, mask: list[bool]) -> Any:
+    """What the fused operator computes, in operators that PyTorch's own autograd differentiates right."""
+    s = State(norm, v)
+    given = s.layout.x(grad)
+    of_input = cast((s.rstd * s.project(s.weighted(given))).reshape(grad.shape), v["input"].dtype) if mask[0] else None
+    return of_input, s.layout.to_affine(given * s.normal, v["weight"]) if mask[1] else None, None
+
+
 def layer_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
+    if recorded_at_base(grad, v["input"], v["weight"]):
+        return plain_backward(LAYER, v, grad, mask)
     mean, rstd = v["results"][1:3]
     given = v["input"], v["normalized_shape"], mean, rstd, v["weight"], None
     return aten.native_layer_norm_backward.default(grad, *given, mask)
@@ -350,13 +360,7 @@ def layer_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
 
 def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad, v["input"], v["weight"])):
-        # plain, because PyTorch's own autograd, which may record at the base, cannot differentiate the fused operator
-        s = State(GROUP, v)
-        given = s.layout.x(grad)
-        of_input = (
-            cast((s.rstd * s.project(s.weighted(given))).reshape(grad.shape), v["input"].dtype) if mask[0] else None
-        )
-        return of_input, s.layout.to_affine(given * s.normal, v["weight"]) if mask[1] else None, None
+        return plain_backward(GROUP, v, grad, mask)
     mean, rstd = v["results"][1:3]
     sizes = (v[n] for n in GROUP.options)
     return aten.native_group_norm_backward.default(
@@ -366,6 +370,8 @@ def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
 
 def batch_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
     if v.get("training"):
+        if recorded_at_base(grad, v["input"], v["weight"]):
+            return plain_backward(BATCH, v, grad, mask)
         mean, rstd = v["results"][1:3]
         return aten.native_batch_norm_backward.default(
             grad, v["input"], v["weight"], None, None, mean, rstd, True, v["eps"], mask

@@ -16,17 +16,20 @@ from functrans.pytorch.torch_private import OpOverload
 LIBRARY = torch.library.Library("functrans", "FRAGMENT")
 
 
-def own_operator(schema: str, slope: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
+def own_operator(schema: str, *slopes: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], OpOverload]:
     """Decorator: a function of plain tensors as a pointwise operator ``functrans::...``.
 
-    ``slope``, called with the operator's arguments, is its derivative by the first of them where no transform is
-    involved.
+    ``slopes``, called with the operator's arguments, are its derivatives by the first of them where no transform is
+    involved; of others it does not depend smoothly.
     """
 
     def backward(ctx: Any, grad: Tensor) -> Any:
-        first, *rest = ctx.saved_tensors
-        of_first = (grad * slope(first, *rest, *ctx.numbers)).sum_to_size(first.shape)
-        return of_first, *[None] * (len(rest) + len(ctx.numbers))
+        tensors = ctx.saved_tensors
+        found = [
+            (grad * slope(*tensors, *ctx.numbers)).sum_to_size(x.shape) if needed else None
+            for slope, x, needed in zip(slopes, tensors, ctx.needs_input_grad)
+        ]
+        return *found, *[None] * (len(tensors) + len(ctx.numbers) - len(found))
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*[a for a in inputs if isinstance(a, Tensor)])  # the tensors come first

@@ -37,6 +37,11 @@ def average(grad: Tensor, self: Tensor, dim: Dim) -> Tensor:
     return grad / (size_of(self, dim) or 1)  # of no elements: nothing receives it, but 1 / 0 would make NaN of it
 
 
+def even_shares(chosen: Tensor, dim: Dim, dtype: torch.dtype) -> Tensor:
+    """1 / how many are chosen along ``dim``, where one is. (Of counts alone the quotient has the default dtype.)"""
+    return chosen.to(dtype) / chosen.sum(reduced_dims(dim, chosen.dim()), keepdim=True)
+
+
 # ------------------------------------------------------------------------------------------- sums and means
 
 derivative(aten.sum.default, tangent="linear", self=lambda grad, self: cast(grad, self.dtype).expand(self.shape))
@@ -167,7 +172,7 @@ def norm_weight(self: Tensor, dim: Dim, keepdim: bool, p: float, result: Tensor)
     modulus = x.abs()
     if math.isinf(p):  # ties share evenly
         extreme = (modulus == norm) | (modulus.isnan() & norm.isnan())
-        return x.sgn() * (extreme / extreme.sum(reduced_dims(dim, self.dim()), keepdim=True))
+        return x.sgn() * even_shares(extreme, dim, norm.dtype)
     empty = norm == 0  # 0 in every order of derivative
     given, x = x, x.masked_fill(empty, 0)
     norm, modulus = norm.masked_fill(empty, 1), modulus.masked_fill(empty, 1)

@@ -148,3 +148,18 @@ def index_reduce(
 
 
 DECOMPOSITIONS.add(aten.index_reduce.default, index_reduce)
+
+
+# ------------------------------------------------------------------------------------------- the older reduce=
+
+REDUCTIONS = {"add": "sum", "multiply": "prod"}
+
+
+@DECOMPOSITIONS.register(aten.scatter.reduce)
+def scatter(self: Tensor, dim: int, index: Tensor, src: Tensor, *, reduce: str) -> Tensor:
+    return torch.scatter_reduce(self, dim, index, src, REDUCTIONS[reduce])
+
+
+@DECOMPOSITIONS.register(aten.scatter.value_reduce)
+def scatter_value(self: Tensor, dim: int, index: Tensor, value: Any, *, reduce: str) -> Tensor:
+    return torch.scatter_reduce(self, dim, index, self.new_full(index.shape, value), REDUCTIONS[reduce])

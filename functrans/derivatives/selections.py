@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import add, reduced_dims, restore_dims
-from functrans.derivatives.reductions import Dim, pulled, pushed, weighted
+from functrans.derivatives.helpers import add, restore_dims
+from functrans.derivatives.reductions import Dim, even_shares, pulled, pushed, weighted
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ def shares(self: Tensor, dim: Dim, keepdim: bool, result: Tensor) -> Tensor:
     chosen = self == value
     if dim is None:
         chosen = chosen | (self.isnan() & value.isnan())
-    return chosen / chosen.sum(reduced_dims(dim, self.dim()), keepdim=True)
+    return even_shares(chosen, dim, self.dtype)
 
 
 for op in (aten.max.default, aten.min.default, aten.median.default, aten.nanmedian.default):

@@ -171,19 +171,19 @@ def of_mode(
 # ---------------------------------------------------------------------------------------------- calls
 
 
-def pure_operators(prefixes: tuple[str, ...] = ()) -> list[OpOverload]:
-    """Every aten overload that takes a tensor, returns one, and writes to nothing."""
+def pure_operators(prefixes: tuple[str, ...] = (), namespace: str = "aten") -> list[OpOverload]:
+    """Every overload of a namespace of PyTorch's that takes a tensor, returns one, and writes to nothing."""
     found = []
     for name in sorted(
         {
-            n.removeprefix("aten::").split(".")[0]
+            n.removeprefix(f"{namespace}::").split(".")[0]
             for n in torch._C._dispatch_get_all_op_names()
-            if n.startswith("aten::")
+            if n.startswith(f"{namespace}::")
         }
     ):
         if name in INTERNAL or (prefixes and not name.startswith(prefixes)):
             continue
-        packet = getattr(torch.ops.aten, name, None)
+        packet = getattr(getattr(torch.ops, namespace), name, None)
         for overload in packet.overloads() if packet is not None else ():
             op = getattr(packet, overload)
             schema = op._schema
@@ -293,7 +293,7 @@ def calls_by_hand() -> dict[str, list[Call]]:
     def grouped(x: Tensor) -> Iterator[Tensor]:
         return (t.view(2, 2) for t in saved(x.view(4, 6).T))
 
-    aten, eps, mask = torch.ops.aten, 1e-3, [True, True, True]
+    aten, prims, eps, mask = torch.ops.aten, torch.ops.prims, 1e-3, [True, True, True]
     columns, groups = (tensor(5, 3), tensor(5, 3), tensor(3)), (tensor(2, 4, 3), tensor(2, 4, 3), tensor(4))
     places, pixels, reserve = torch.tensor([0, 2, 2, 1]), tensor(2, 4), torch.empty(0, dtype=torch.uint8)
     #: operator, function of the operator and of tensors, these tensors
@@ -340,6 +340,25 @@ def calls_by_hand() -> dict[str, list[Call]]:
             lambda op, x, w, b: op(x, w, [2, 2, 2], b),
             (tensor(1, 2, 4, 4, 4), tensor(3, 2, 2, 2, 2), tensor(3)),
         ),
+        (
+            aten._weight_norm_interface_backward.default,
+            lambda op, u, v, g: op(u, v, g, torch.linalg.vector_norm(v, 2, 1, keepdim=True), 0),
+            (tensor(4, 3), tensor(4, 3), tensor(4, 1)),
+        ),
+        (
+            aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+            lambda op, u, q, k, v: op(
+                u, q, k, v, *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v), 0.0, False
+            ),
+            tuple(tensor(1, 1, 4, 3) for _ in range(4)),
+        ),
+        (prims.as_strided_scatter.default, lambda op, x, y: op(x, y, [2], [3], 1), (tensor(6), tensor(2))),
+        (prims.broadcast_in_dim.default, lambda op, x: op(x, [2, 4], [1]), (tensor(4),)),
+        (prims.convert_element_type.default, lambda op, x: op(x, torch.float64), (tensor(4),)),
+        (prims.fft_r2c.default, lambda op, x: op(x, dim=[0], onesided=True).abs(), (tensor(4),)),
+        (prims.squeeze.default, lambda op, x: op(x, [0]), (tensor(1, 4),)),
+        (prims.var.default, lambda op, x: op(x, [0], 1.0), (tensor(4),)),
+        (prims.where.default, lambda op, x, y: op(x > 0.4, x, y), (tensor(4), tensor(4))),
     ]
     for reduction, shape in enumerate(((4,), (), ())):
         arguments = (tensor(*shape), tensor(4), tensor(4))

@@ -43,6 +43,9 @@ def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
             raise NotImplementedError("forward mode: a custom operator does not support it")
         expect_followed(self, op, values, kwargs, tangents, flat)
         out, found = run_forward_mode(self, op, values, kwargs, flat)
+        if found and all(t is None for t in found):
+            # a kernel that does not know forward mode: reverse mode says whether that is a zero
+            raise NotImplementedError("forward mode: no output has a tangent, it does not support it")
     except (NotImplementedError, RuntimeError) as error:
         if not _lacks_forward(error):
             raise

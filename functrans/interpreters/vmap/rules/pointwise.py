@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from functrans.derivatives.airy import airy_ai_slope
+from functrans.derivatives.incomplete_gamma import gamma_density, igamma_by_shape, igamma_quotient
 from functrans.derivatives.orthogonal import gegenbauer, laguerre
+from functrans.derivatives.zeta import zeta_by_s
 from functrans.interpreters.vmap.elementwise import align, elementwise
 from functrans.interpreters.vmap.families import RuleDeclined, same_dims, tensor_positions
 from functrans.interpreters.vmap.rules.factories import in_memory_format
@@ -59,7 +61,7 @@ def is_function_of_tensors(op: OpOverload) -> bool:
 # Their own reasons
 
 # What derivatives of ours are made of.
-elementwise(airy_ai_slope, gegenbauer, laguerre)
+elementwise(airy_ai_slope, gegenbauer, laguerre, gamma_density, igamma_by_shape, igamma_quotient, zeta_by_s)
 
 # The condition or mask takes no part in type promotion.
 elementwise(aten.where.self, promoting=(1, 2))

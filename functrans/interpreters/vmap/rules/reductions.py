@@ -84,7 +84,7 @@ def median_of_all(op: Any, dim_op: Any) -> None:
         flat = flat_examples(x, in_dims[0])
         if flat.shape[1] == 0:
             raise RuleDeclined(f"{op}: no elements")
-        return dim_op(flat, 1)[0], 0
+        return dim_op(flat.contiguous(), 1)[0], 0  # of an expanded tensor it is of other elements (torch 2.13)
 
 
 median_of_all(aten.median.default, aten.median.dim)

@@ -86,6 +86,8 @@ def as_strided_scatter(
 ) -> tuple[Any, Any]:
     """The result lies in memory as ``x`` does."""
     bdim = in_dims[0]
+    if bdim is None and x.is_contiguous():
+        x, bdim = materialize(x, None, info.batch_size).contiguous(), 0
     if bdim is None or x.stride(bdim) == 0:
         raise RuleDeclined("as_strided_scatter: only the source is batched")
     where = region(x, bdim, size, stride, storage_offset)
