@@ -108,6 +108,8 @@ CALLS: dict[str, Any] = {
     "an overload that is composite": lambda x: aten.conv2d.default(x.view(1, 1, 4, 4), KERNEL),
     "an overload that writes": lambda x: aten.add_.Tensor(x.clone(), W),
     "an overload that views": lambda x: aten.select.int(x, 0, 1),
+    "an overload of TorchScript's": lambda x: aten.mT.a(x),
+    "another": lambda x: aten.numpy_T.a(x),
     "a packet": lambda x: aten.softmax(x, -1, None),
 }  # fmt: skip
 
@@ -165,7 +167,8 @@ def test_the_same_comes_in(name, monkeypatch):
     "view, a dtype", "addmm, scaled", "conv2d, same", "gelu, tanh", "clone, a format", "mean, NumPy's names",
     "sum, a dtype", "cumsum, a dtype", "softmax, by name", "gather, by name", "an overload by name", "a packet",
     "reshape, by name", "view, by name", "log_softmax", "an overload that is composite", "conv2d, by name",
-    "avg_pool2d, by name", "masked_fill, a tensor", "an overload that writes",
+    "avg_pool2d, by name", "an overload of TorchScript's", "another", "masked_fill, a tensor",
+    "an overload that writes",
 )])  # fmt: skip
 def test_they_are_short(name, monkeypatch):
     """All but the calls in the list come in without the dispatcher: those give by name what does not follow the

@@ -89,10 +89,10 @@ linear(aten.repeat.default, self=repeat_self)
 
 
 def into_zeros(view: OpOverload, backward: OpOverload) -> Callable[..., Tensor]:
-    def self(grad: Tensor, self: Tensor, *where: Any) -> Tensor:
+    def of_viewed(grad: Tensor, self: Tensor, *where: Any) -> Tensor:
         return backward(grad, self.shape, *where)
 
-    return named(("grad", "self", *arguments_of(view)), self)
+    return named(("grad", "self", *arguments_of(view)), of_viewed)
 
 
 def put_into(view: OpOverload, backward: OpOverload, scatter: OpOverload) -> None:

@@ -28,6 +28,7 @@ from functrans.pytorch.torch_private import (
     OpOverload,
     autocast_enabled,
     function_mode_enabled,
+    has_kernel,
     is_torch_func_active,
     mode_stack_size,
     pop_mode,
@@ -96,7 +97,12 @@ def overload(op: OpOverload, types: Any, args: tuple[Any, ...], up: int) -> Any:
     closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
     closed = closed or sys._getframe(up).f_code is not CALL  # ``op.decompose(...)`` is to run its pieces
     if not closed and top is not None and not top.carries_autograd and not is_torch_func_active():
-        known = op_info(op)
+        try:
+            known = op._functrans  # type: ignore[attr-defined]
+        except AttributeError:
+            if not has_kernel(op.name()):  # a form that TorchScript alone knows, which calls an operator
+                return otherwise(op, types, args, {}, up + 1)
+            known = op_info(op)
         kinds = (*map(type, args),)
         try:
             form = known.forms[kinds]

@@ -72,6 +72,7 @@ __all__ = [
     "functorch_core",
     "functorch_vmap",
     "graph_task",
+    "has_kernel",
     "is_forward_enabled",
     "is_key_excluded",
     "is_key_included",
@@ -233,6 +234,7 @@ DisableTorchFunction = private(
 )
 base_of = private("torch.Tensor._base.__get__", "to show what a write to a view has written")
 function_state = private("torch._C._get_torch_function_state", "to know how far __torch_function__ is switched off")
+has_kernel = private("torch._C._dispatch_has_kernel", "to tell operators from forms that TorchScript alone knows")
 function_enabled = private("torch._C._is_torch_function_enabled", "to know whether it is on, in less time")
 FUNCTION_ENABLED = private("torch._C._TorchFunctionState.ENABLED", "to switch it on")
 set_function_state = private(
