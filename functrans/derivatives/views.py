@@ -17,7 +17,7 @@ from functrans.derivatives.helpers import cast, conj, sum_to_shape
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
 from functrans.operators.schemas import direct_call
-from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, inverse
+from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, SWAPS, inverse
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -59,7 +59,7 @@ linear(aten.swapaxes.default, self=lambda grad, axis0, axis1: grad.transpose(axi
 linear(aten.swapdims.default, self=lambda grad, dim0, dim1: grad.transpose(dim0, dim1))
 linear(aten.t.default, self=lambda grad: grad.t())
 linear(aten.mT.default, self=lambda grad: grad.mT)
-for op in CONJUGATED:
+for op in filter(CONJUGATED.__contains__, SWAPS):
     linear(op, self=lambda grad: conj(grad.transpose(-2, -1)) if grad.dim() else conj(grad))
 
 # ------------------------------------------------------------------------------------------- copies along dimensions

@@ -50,7 +50,7 @@ OPERATORS: dict[str, dict[str, OpOverload]] = {
 }
 
 #: Functions whose sizes or dimensions may be given one by one.
-BY_SIZES = frozenset(("view", "reshape", "expand", "permute"))
+BY_SIZES = ("view", "reshape", "expand", "permute")
 
 #: Functions of other kinds, by their names in PyTorch's namespaces, and the overloads that they are.
 DIRECT: dict[str, tuple[OpOverload, ...]] = {
