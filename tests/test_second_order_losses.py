@@ -124,11 +124,19 @@ def test_chunked_linear_cross_entropy(reduction: str, ignore_index: int | None) 
 
 def test_tangents_that_pytorch_would_drop() -> None:
     """An argument without a formula: reverse mode says so, and forward mode too."""
+    x = positive(2, 3)
+    inverse = lambda tolerances: torch.linalg.pinv(x, atol=tolerances[0], rtol=tolerances[1]).sum()
+    with pytest.raises(NotImplementedError, match="'atol'"):
+        jvp(inverse, (x[:, 0],), (x[:, 1],))
+    with pytest.raises(RuntimeError, match="'atol'"):
+        grad(inverse)(x[:, 0])
+
+
+def test_the_weight_of_a_backward_operator() -> None:
+    """PyTorch's own formulas know nothing of it; ours are traced."""
     x = positive(3) / 10
-    with pytest.raises(NotImplementedError, match="'weight'"):
-        jvp(lambda w: torch.ops.aten.binary_cross_entropy_backward(x, x, x, w), (x,), (x,))
-    with pytest.raises(RuntimeError, match="'weight'"):
-        grad(lambda w: torch.ops.aten.binary_cross_entropy_backward(x, x, x, w).sum())(x)
+    slope = lambda w: torch.ops.aten.binary_cross_entropy_backward(x, x, x, w)
+    check_each(slope, (positive(3, seed=4),))
 
 
 # ---- weight norms

@@ -22,7 +22,7 @@ def polar(abs: Tensor, angle: Tensor) -> Tensor:
 
 def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
     """The norm is taken of those slices only that are too long: at 0 it has no second derivative, and is not needed."""
-    if self.dim() < 2 or p <= 0 or maxnorm < 0:
+    if self.dim() < 2 or p <= 0 or maxnorm < 0 or not -self.dim() <= dim < self.dim():
         return aten.renorm.default(self.detach(), p, dim, maxnorm)  # it says what is wrong
     dims = [d for d in range(self.dim()) if d != dim % self.dim()]
     dtype = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else None

@@ -73,7 +73,7 @@ def direct(
             if info is not None and given[0].layout is STRIDED:
                 out = handled(info, given, above, form)
                 if out is not LEFT_TO_PYTORCH:
-                    return out
+                    return out if type(out) is not list else tuple(out)  # as functions return several
         return otherwise(function, (), args, kwargs, above)
 
     return entrance

@@ -194,8 +194,9 @@ class VmapInterpreter(Interpreter, whole=True):
                 return CHECKS[op](*args, **kwargs)
         if known.composite:
             return decompose(self, op, args, kwargs)
-        ours = decomposition(op)
-        definition = completed(ours, op) if ours is not None else DECOMPOSITION_TABLE.get(op)
+        definition = DECOMPOSITION_TABLE.get(op)
+        if definition is None and op.namespace == "aten" and (ours := decomposition(op)) is not None:
+            definition = completed(ours, op)  # a prim's leads back to what PyTorch makes of prims
         if definition is not None and op not in NOT_DECOMPOSED:
             with running_at(self):
                 out = definition(*args, **kwargs)
