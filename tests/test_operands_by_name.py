@@ -46,7 +46,8 @@ def calls() -> Iterator[Any]:
 def test_operands_by_name(function: Callable[..., Any], names: list[str], count: int) -> None:
     def f(a: Tensor, b: Tensor) -> Tensor:
         values = [GIVEN[name](a, b) for name in names]
-        return function(*values[:count], **dict(zip(names[count:], values[count:], strict=True)))  # type: ignore[no-any-return]
+        named = dict(zip(names[count:], values[count:], strict=True))
+        return function(*values[:count], **named)  # type: ignore[no-any-return]
 
     try:
         expected = [f(a, b) for a, b in zip(A, B, strict=True)]
@@ -77,7 +78,8 @@ def test_derivatives_of_operands_by_name() -> None:
 
 
 def test_what_is_left_out_is_pytorchs_error() -> None:
-    for call in (torch.add, lambda x: x.pow(), lambda x: torch.sub(other=x), lambda x: torch.sigmoid()):  # type: ignore[call-arg]
+    wrong: list[Any] = [torch.add, lambda x: x.pow(), lambda x: torch.sub(other=x), lambda x: torch.sigmoid()]
+    for call in wrong:
         with pytest.raises(TypeError):
             vmap(call)(A)
         assert interpreter_stack() == []

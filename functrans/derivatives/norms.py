@@ -359,7 +359,7 @@ def layer_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
 
 
 def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad, v["input"], v["weight"])):
+    if recorded_at_base(grad, v["input"], v["weight"]):
         return plain_backward(GROUP, v, grad, mask)
     mean, rstd = v["results"][1:3]
     sizes = (v[n] for n in GROUP.options)

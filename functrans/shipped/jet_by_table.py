@@ -77,8 +77,9 @@ class ByTable(DerivativeRule):
             found = [None if t is None else lower(jet, self.alone, [t, *rest], kwargs) for t in terms[0]]
         else:
             for k in range(jet.order):
-                moving = at(terms, k)
-                term: Any = self.method.linear(jet, values, kwargs, moving) if moving else None  # type: ignore[arg-type]
+                term: Any = None
+                if moving := at(terms, k):
+                    term = self.method.linear(jet, values, kwargs, moving)  # type: ignore[arg-type]
                 found.append(term)
         if isinstance(out, tuple | list):
             return [[None if t is None else t[i] for t in found] for i in range(len(out))]
