@@ -12,11 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from functrans.boundary.calls import start, through_door
 from functrans.boundary.leftovers import suspended
-from functrans.core.dispatch import lower, map_tensors, unwrap
+from functrans.core.dispatch import lower, unwrap
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WRAPPERS, WrapperTensor, carried_as, tensor_of, wrap
 from functrans.derivatives.table import DERIVATIVES
 from functrans.errors import HookError, ModifiedError
+from functrans.interpreters.constants import constants
 from functrans.interpreters.failures import explain_pull
 from functrans.interpreters.fitting import described, spec
 from functrans.interpreters.grad.anomaly import check_numbers, checks_numbers
@@ -105,7 +106,7 @@ class GradInterpreter(Interpreter, whole=True):
             return record_program(self, op, args)  # type: ignore[arg-type]
         values, below_kwargs, indices = unwrap(self, op, args, kwargs)
         if not indices or not torch.is_grad_enabled():
-            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
+            return constants(self, lower(self, op, values, below_kwargs))
         specialized = known.specialized if not SCOPES else specialized_here(known)
         try:
             method = specialized[self.by_table]

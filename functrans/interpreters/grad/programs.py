@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, sending
+from functrans.core.dispatch import NO_KWARGS, lower, sending
 from functrans.core.tensor import wrap, wrap_like
+from functrans.interpreters.constants import constants
 from functrans.interpreters.grad.nodes import ProgramNode
 from functrans.interpreters.program_arguments import are_alike, pend, unwrap_program
 from functrans.programs.program import Program
@@ -63,7 +64,7 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             return wrapper
     values, places, indices, first, alike, same = unwrap_program(self, args)
     if not places or not torch.is_grad_enabled():
-        return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
+        return constants(self, lower(self, program.inner, values, NO_KWARGS))
     node = program.records.get(places)
     if node is None:
         try:

@@ -13,6 +13,7 @@ from functrans.core.tensor import WrapperTensor, wrap
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.interpreters.autograd_fallback import run_recorded
+from functrans.interpreters.constants import constants
 from functrans.interpreters.fitting import spec
 from functrans.interpreters.grad.nodes import (
     BORROWED,
@@ -52,7 +53,7 @@ def run_constant(
     self: GradInterpreter, op: OpOverload, given: Any, values: Any, kwargs: Any, places: Any, indices: Any
 ) -> Any:
     """Run an operator whose outputs do not depend differentiably on its arguments."""
-    return map_tensors(self.constant, lower(self, op, values, kwargs))
+    return constants(self, lower(self, op, values, kwargs))
 
 
 def take_apart(

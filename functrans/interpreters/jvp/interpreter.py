@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from functrans.boundary.calls import call_below
-from functrans.core.dispatch import lower, map_tensors, unwrap
+from functrans.core.dispatch import lower, unwrap
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
 from functrans.decompositions.table import decompose, decomposition
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import DerivativeEntryError
+from functrans.interpreters.constants import constants
 from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.jvp.fallback import borrow
 from functrans.interpreters.jvp.programs import run_program
@@ -81,7 +82,7 @@ class JvpInterpreter(Interpreter, whole=True):
             return run_program(self, op, args)  # type: ignore[arg-type]
         values, below_kwargs, tangents = unwrap(self, op, args, kwargs)
         if not tangents or not is_forward_enabled():
-            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
+            return constants(self, lower(self, op, values, below_kwargs))
         specialized = known.specialized if not SCOPES else specialized_here(known)
         try:
             method = specialized[JvpInterpreter]
@@ -117,7 +118,7 @@ def choose_method(op: OpOverload, known: OpInfo) -> Callable[..., Any]:
 
 def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tangents: Any) -> Any:
     """Run an operator whose outputs do not depend differentiably on its arguments."""
-    return map_tensors(self.constant, lower(self, op, values, kwargs))
+    return constants(self, lower(self, op, values, kwargs))
 
 
 #: Views whose strides have to fit, and what does the same to a tangent, whose strides may be others than its primal's.

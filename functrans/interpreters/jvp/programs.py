@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, sending
+from functrans.core.dispatch import NO_KWARGS, lower, sending
 from functrans.core.tensor import WrapperTensor, tensor_of, wrap, wrap_like
+from functrans.interpreters.constants import constants
 from functrans.interpreters.program_arguments import are_alike, pend, unwrap_program
 from functrans.programs.deriving import tangent as tangent_of
 from functrans.programs.program import Program
@@ -52,7 +53,7 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
             return wrapper
     values, moving, tangents, first, alike, _ = unwrap_program(self, args)
     if not moving or not is_forward_enabled():
-        return map_tensors(self.constant, lower(self, program.inner, values, NO_KWARGS))
+        return constants(self, lower(self, program.inner, values, NO_KWARGS))
     try:
         derived = tangent_of(program, moving)
     except Untraceable:

@@ -16,6 +16,7 @@ from functrans.core.tensor import WrapperTensor, carried_as, check_layout, strid
 from functrans.decompositions.table import decompose, decomposition
 from functrans.errors import BatchingRuleError, DataDependentError, InsideTransformError
 from functrans.errors.call_sites import definition, frames_to_user
+from functrans.interpreters.constants import constants
 from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
@@ -164,7 +165,7 @@ class VmapInterpreter(Interpreter, whole=True):
             if out is not NotImplemented:
                 return out
         elif not bdims:
-            return map_tensors(self.constant, lower(self, op, values, below_kwargs))
+            return constants(self, lower(self, op, values, below_kwargs))
         if accepted is not None and (key := kinds_of(args)) not in accepted:
             self.check_example(op, args, kwargs)
             accepted.add(key)
