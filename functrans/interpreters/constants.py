@@ -1,0 +1,23 @@
+"""What does not depend on what is transformed.
+
+NOTE [Constants below the top]
+Code at a level sees a result that the level has nothing to do with as a wrapper of that level all the same: its writes,
+views and errors are those of any other. An operator that a higher level sent down is not seen by such code, and no
+wrapper is made: a value of a lower level is a constant to every level above it as it is, and what is computed of it
+passes by this level from then on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from functrans.core.dispatch import map_tensors
+from functrans.core.interpreter import Interpreter
+from functrans.pytorch.thread_state import STATE
+
+
+def constants(interpreter: Interpreter, out: Any) -> Any:
+    """An operator's output, of lower levels, as what ``process`` returns; see NOTE [Constants below the top]."""
+    if STATE.top is not interpreter and type(interpreter).constant is Interpreter.constant:
+        return out
+    return map_tensors(interpreter.constant, out)
