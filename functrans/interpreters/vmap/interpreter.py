@@ -24,7 +24,7 @@ from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
 from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.programs import run_program
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
-from functrans.interpreters.vmap.seen_calls import SeenCall, look_of, remember
+from functrans.interpreters.vmap.seen_calls import SeenCall, as_operator, look_of, remember
 from functrans.interpreters.vmap.specialized import DATA_DEPENDENT, NOT_DECOMPOSED, Specialized, rule_here
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.operators.defaults import completed
@@ -150,14 +150,21 @@ class VmapInterpreter(Interpreter, whole=True):
         except KeyError:
             rule, rewrite, accepted, seen = rule_here(op, known)
         look = None
-        if seen is not None and not kwargs and (look := look_of(args, self.batch_size)) is not None:
+        if seen is not None and not kwargs and (found := look_of(self, args)) is not None:
+            look, values = found
             try:
                 call = seen.get(look)
             except TypeError:  # a symbolic size
                 look = None
             else:
+                if call is not None and call.op is not None:
+                    return self.again(call, values)
                 if call is not None:
-                    return self.again(call, args[0].value)
+                    try:
+                        dims = list(call.dims)
+                        return self.leave(op, call_below(self, rule, (self.info, dims, *values), NO_KWARGS, values))
+                    except RuleDeclined:
+                        look = None
         values, below_kwargs, bdims = unwrap(self, op, args, kwargs)
         by_keyword = bool(kwargs) and any(place >= len(args) for place in bdims)
         if known.random:
@@ -179,10 +186,13 @@ class VmapInterpreter(Interpreter, whole=True):
                         return self._leave(op, out, bdim)
                     shown = self.batched(out, bdim)
                     if look is not None and type(self).left is VmapInterpreter.left:
-                        remember(seen, look, values[0], op_below, physical, out, shown)  # type: ignore[arg-type]
+                        remember(seen, look, as_operator(dims, values, op_below, physical, shown))
                     return shown
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
-                return self.leave(op, call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs))
+                shown = self.leave(op, call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs))
+                if look is not None:
+                    remember(seen, look, SeenCall(in_dims(values, bdims)))
+                return shown
             except RuleDeclined:
                 pass
         cure = DATA_DEPENDENT.get(op)
@@ -205,9 +215,9 @@ class VmapInterpreter(Interpreter, whole=True):
                 return out
         return self.loop(op, args, kwargs)
 
-    def again(self, call: SeenCall, value: Tensor) -> WrapperTensor:
-        """What ``call`` is for this tensor."""
-        out = lower(self, call.op, (value, *call.rest), NO_KWARGS)
+    def again(self, call: SeenCall, values: Sequence[Any]) -> WrapperTensor:
+        """What ``call`` is for these values."""
+        out = lower(self, call.op, call.arguments(values), NO_KWARGS)
         if type(out) is not Tensor:
             return self.batched(out, call.bdim)
         wrapper = wrap_as(self, out, call.shape, call.strides)
@@ -351,9 +361,9 @@ def left_by_batched(self: VmapInterpreter, value: Tensor, bdim: int | None, of: 
     return self.batched(value, bdim)
 
 
-def again_by_batched(self: VmapInterpreter, call: SeenCall, value: Tensor) -> WrapperTensor:
+def again_by_batched(self: VmapInterpreter, call: SeenCall, values: Sequence[Any]) -> WrapperTensor:
     """``again`` of such a class."""
-    return self.batched(lower(self, call.op, (value, *call.rest), NO_KWARGS), call.bdim)
+    return self.batched(lower(self, call.op, call.arguments(values), NO_KWARGS), call.bdim)
 
 
 def in_dims(values: Sequence[Any], bdims: dict[int, Any]) -> list[Any]:

@@ -1,19 +1,25 @@
-"""Calls that were seen before: what a rule that is one operator made of one like it.
+"""Calls that were seen before: what vmap made of one like it.
 
-A rule's rewriting (``families.one_operator``), the check of one example and the shape that the result shows follow from
-the look of a call: the example's shape and dtype, and the arguments that are no tensors. So they are found once, for
-calls of one tensor that is contiguous with the batch in front; all others go the rule's way each time.
+What becomes of a call by a batching rule follows from the *look* of the call: of each tensor the shape, the dtype, how
+it lies in memory and where its batch dimension is, and of every other argument its value. So it is found once: that
+the operator takes such examples (one_example.py), where the batch dimensions are, and, for a rule that is one operator
+(``families.one_operator``), that operator, its arguments and what its result shows. All later calls of that look are a
+look-up, and the operator one level down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from functrans.core.tensor import Strides, WrapperTensor
+from functrans.core.tensor import WRAPPERS, Strides, WrapperTensor, strides_of, tensor_of
+
+if TYPE_CHECKING:
+    from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
 #: Types of arguments that say all by their value.
 PLAIN = frozenset(
@@ -21,48 +27,95 @@ PLAIN = frozenset(
 )
 #: Those of lists of numbers.
 LISTS = frozenset((list, tuple, torch.Size))
+TENSORS = frozenset((Tensor, Parameter))
 
 #: How many calls of one operator are kept.
 MOST = 512
 
 
 class SeenCall(NamedTuple):
-    """What takes the place of a call, and what its result shows where it is plain PyTorch's."""
+    """What becomes of a call.
 
-    op: Any
-    rest: tuple[Any, ...]
-    bdim: int
-    shape: torch.Size
-    strides: Strides
+    Without ``op`` the rule is called each time, and ``dims`` are its batch dimensions.
+    """
+
+    dims: Sequence[Any]
+    #: the operator one level down, and its arguments where they are no tensors
+    op: Any = None
+    physical: tuple[Any, ...] = ()
+    #: by their places: which values of the call the tensors are
+    places: tuple[tuple[int, int], ...] = ()
+    bdim: int | None = None
+    #: what the result shows where it is plain PyTorch's
+    shape: Any = None
+    strides: Strides = None
+
+    def arguments(self, values: Sequence[Any]) -> list[Any]:
+        """Those of ``op``, for a call with these values."""
+        physical = list(self.physical)
+        for place, i in self.places:
+            physical[place] = values[i]
+        return physical
 
 
-def look_of(args: Sequence[Any], batch_size: int) -> tuple[Any, ...] | None:
-    """All that what becomes of a call depends on; None: of more than that, or of what cannot be a key."""
-    x = args[0]
-    if type(x) is not WrapperTensor or x.bdim != 0 or x.strides is not None or x.moved:
-        return None
-    if x.layout is not torch.strided:
-        return None
-    look: list[Any] = [batch_size, x.shape, x.dtype]
-    for a in args[1:]:
+def look_of(interpreter: VmapInterpreter, args: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]] | None:
+    """All that what becomes of a call depends on, and the call's values one level down.
+
+    None: it depends on more than that, or on what cannot be a key.
+    """
+    look: list[Any] = [interpreter.batch_size]
+    values: list[Any] = []
+    for a in args:
         kind = type(a)
-        if kind in LISTS:
-            a = tuple(a)
+        if kind is WrapperTensor:
+            if a.layout is not torch.strided or a.moved:
+                return None
+            strides = a.strides
+            if a.interpreter is interpreter:
+                bdim, value = a._carried, a._value
+                if type(value) in WRAPPERS:
+                    value = a._value = tensor_of(value)
+                if strides is not None:
+                    strides = strides_of(value)  # which say where the batch lies
+                look += a.shape, a.dtype, strides, bdim
+                a = value
+            else:
+                look += a.shape, a.dtype, strides, None
+        elif kind in PLAIN:
+            look += kind, a if a != 0 or kind is int else str(a)  # 0.0 and -0.0 are equal
+        elif kind in LISTS:
             if a and type(a[0]) is not int:
                 return None
-        elif kind not in PLAIN:
+            look += kind, tuple(a)
+        elif kind in TENSORS:
+            if a.layout is not torch.strided:
+                return None
+            look += a.shape, a.dtype, None if a.is_contiguous() else a.stride(), None
+        else:
             return None
-        look += kind, a
-    return tuple(look)
+        values.append(a)
+    return tuple(look), values
 
 
-def remember(
-    seen: dict[Any, SeenCall], look: Any, x: Tensor, op: Any, physical: Sequence[Any], out: Any, shown: WrapperTensor
-) -> None:
-    """Keep that a call became ``op`` of ``physical``, of which the first is the call's tensor ``x``."""
-    rest = tuple(physical[1:])
-    if physical[0] is not x or type(out) is not Tensor or any(isinstance(a, Tensor) for a in rest):
+def remember(seen: dict[Any, SeenCall], look: Any, call: SeenCall | None) -> None:
+    """Keep what became of a call."""
+    if call is None:
         return
     if len(seen) >= MOST:
         seen.clear()
-    seen[look] = SeenCall(op, rest, shown.bdim, shown.shape, shown.strides)
+    seen[look] = call
+
+
+def as_operator(
+    dims: Sequence[Any], values: Sequence[Any], op: Any, physical: Sequence[Any], shown: WrapperTensor
+) -> SeenCall | None:
+    """A call of ``values`` that became ``op`` of ``physical``; None if these are not the values themselves."""
+    places = []
+    for place, a in enumerate(physical):
+        if isinstance(a, Tensor):
+            i = next((i for i, v in enumerate(values) if v is a), None)
+            if i is None:
+                return None
+            places.append((place, i))
+    others = tuple(None if isinstance(a, Tensor) else a for a in physical)
+    return SeenCall(dims, op, others, tuple(places), shown._carried, shown.shape, shown.strides)

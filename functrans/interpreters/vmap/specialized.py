@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.interpreters.vmap.families import tensor_positions
 from functrans.interpreters.vmap.seen_calls import SeenCall
 from functrans.interpreters.vmap.table import BATCHING_RULES
 from functrans.operators.defaults import completed
@@ -57,7 +56,7 @@ def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
         rule = ours or vmap_rule_of_library(op)
         accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
         rewrite = getattr(rule, "rewrite", None)
-        kept = rewrite is not None and not known.random and len(tensor_positions(op)) == 1
+        kept = rule is not None and not known.random and not known.tensor_lists
         found = Specialized(rule and completed(rule, op, 2, listed=True), rewrite, accepted, {} if kept else None)
         if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
             specialized[Specialized] = found
