@@ -167,3 +167,45 @@ def test_an_index_is_refused_as_without_vmap() -> None:
             vmap(lambda one: one[index])(torch.zeros(4, 2))  # noqa: B023
     with pytest.raises(IndexError):
         vmap(lambda one: one[0])(torch.zeros(4))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_one_tensor_twice_and_two_tensors(swapped: bool) -> None:
+    """Both calls look alike; what became of the one must not be taken for the other."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 3)
+    pairs = [(a, a), (a, b), (b, b), (b, a)]
+    for name, f in {
+        "matmul": torch.matmul, "mm": torch.mm, "linear": F.linear, "sub": aten.sub.Tensor, "add": aten.add.Tensor,
+        "of one and the same": lambda x, y: aten.sub.Tensor(x, x) + aten.sub.Tensor(x, y),
+    }.items():  # fmt: skip
+        for x, y in pairs if not swapped else pairs[::-1]:
+            if name != "mm":
+                out = vmap(lambda v, y=y: f(y, v))(x)  # noqa: B023
+                torch.testing.assert_close(out, torch.stack([f(y, v) for v in x]), msg=f"{name}, {x is y}".__add__)
+                out = vmap(lambda v, y=y: f(v, y))(x)  # noqa: B023
+                torch.testing.assert_close(out, torch.stack([f(v, y) for v in x]), msg=f"{name}, {x is y}".__add__)
+            x, y = torch.stack([x, x + 1]), y if x is not y else x
+            out = vmap(f, in_dims=(0, None))(x, y)
+            torch.testing.assert_close(out, torch.stack([f(v, y) for v in x]), msg=f"{name}, matrices".__add__)
+
+
+def test_zeros_of_different_sign() -> None:
+    """0.0 and -0.0 are one key of a dictionary, too."""
+    x = torch.zeros(4, 2)
+    for zero in (0.0, -0.0, 0.0):
+        out = vmap(lambda one: aten.constant_pad_nd.default(one, [1, 1], zero))(x)  # noqa: B023
+        assert torch.equal(out[:, 0].signbit(), torch.full((4,), zero).signbit())
+
+
+def test_layouts_that_look_alike_to_an_example() -> None:
+    """The batch dimension lies elsewhere, or is none: what code at the level sees is one shape and one stride."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, 3)
+    base = torch.randn(2, 4, 3)
+    for _ in range(2):
+        for x in (base.movedim(1, 0), base.movedim(1, 0).contiguous(), base[:, :1].movedim(1, 0).expand(4, 2, 3)):
+            for f in (lambda v: F.linear(v, weight), lambda v: v @ weight, lambda v: v.mT @ v, lambda v: v.sum(0)):
+                torch.testing.assert_close(vmap(f)(x), torch.stack([f(v) for v in x]))
+                flat = vmap(lambda v, f=f: f(v * 2).contiguous().view(-1))(x)
+                torch.testing.assert_close(flat, torch.stack([f(v * 2).reshape(-1) for v in x]))

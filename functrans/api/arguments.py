@@ -17,6 +17,7 @@ from functrans.errors import Call, CallError, CallValueError, InsideTransformErr
 from functrans.errors.wording import what
 from functrans.functionalization.views import contents_of
 from functrans.functionalization.writes import invalidate_saved, write_for_caller
+from functrans.interpreters.constants import made_at
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.tensors.pytrees import TENSORS, tree_flatten, tree_unflatten
@@ -103,7 +104,10 @@ class Inputs:
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if index is None else cotangents.get(index) for index in self.leaf_indices[i]]
-            filled = [torch.zeros_like(bare(p)) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+            filled = [
+                torch.zeros_like(bare(p)) if g is None else made_at(self.interpreter.below, g)
+                for p, g in zip(leaves, grads, strict=True)
+            ]
             found.append(tree_unflatten(spec, gradients_by(leaves, filled)))
         return found[0] if self.single else tuple(found)
 
@@ -113,7 +117,11 @@ class Inputs:
             origin = next((origin for wrapper, origin in self.wrapped if wrapper is x), None)
             if origin is not None:
                 return origin
-        return unwrap(self.interpreter, x)
+        found = unwrap(self.interpreter, x)
+        level = self.interpreter.below
+        if level is None or found is x or any(found is origin for _, origin in self.wrapped):
+            return found
+        return made_at(level, found) if type(found) in TENSORS else found
 
     def write_back(self) -> None:
         """Write the arguments that were written inside for the caller, as a call without the transform would have."""

@@ -14,6 +14,7 @@ from functrans.boundary.leftovers import as_here
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.errors import Call, CallIndexError, CallValueError
 from functrans.errors.wording import callable_name, what
+from functrans.interpreters.constants import made_at
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.tensors.pytrees import broadcast_prefix
 
@@ -40,7 +41,7 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
     within = False
     if type(x) is WrapperTensor:
         if x.interpreter is interpreter:
-            x, bdim = x.value, x.bdim
+            x, bdim = made_at(interpreter.below, x.value), x.bdim
             if bdim == place:
                 return x
         else:

@@ -37,6 +37,7 @@ from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
+from functrans.interpreters.constants import made_at
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.operators.info import DIFFERENTIABLE
@@ -447,7 +448,10 @@ def run_forward(
         check_outputs(call, out, out_leaves)
         values = [inputs.leave(o) for o in out_leaves]
         below = map(bare, out_leaves)
-        found = [o.tangent if type(o) is WrapperTensor and o.interpreter is interpreter else None for o in below]
+        found = [
+            made_at(interpreter.below, o.tangent) if type(o) is WrapperTensor and o.interpreter is interpreter else None
+            for o in below
+        ]
         if strict and any(t is None for t in found):
             independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
             raise CallError(

@@ -4,15 +4,19 @@ NOTE [Constants below the top]
 Code at a level sees a result that the level has nothing to do with as a wrapper of that level all the same: its writes,
 views and errors are those of any other. An operator that a higher level sent down is not seen by such code, and no
 wrapper is made: a value of a lower level is a constant to every level above it as it is, and what is computed of it
-passes by this level from then on.
+passes by this level from then on. Where a transform hands such a value over as a result, it becomes what code at that
+level made: a write to it is no write to a captured tensor.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from functrans.core.dispatch import map_tensors
+from torch import Tensor
+
+from functrans.core.dispatch import lift, map_tensors
 from functrans.core.interpreter import Interpreter
+from functrans.core.tensor import WrapperTensor
 from functrans.pytorch.thread_state import STATE
 
 
@@ -21,3 +25,11 @@ def constants(interpreter: Interpreter, out: Any) -> Any:
     if STATE.top is not interpreter and type(interpreter).constant is Interpreter.constant:
         return out
     return map_tensors(interpreter.constant, out)
+
+
+def made_at(level: Interpreter | None, value: Any) -> Any:
+    """``value``, of ``level`` or one below, as code at ``level`` (None: the base) has it of what it made itself."""
+    if level is None or not isinstance(value, Tensor):
+        return value
+    owner = value.interpreter if type(value) is WrapperTensor else None
+    return value if owner is level else lift(value, owner, level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from functrans.core.interpreter import Interpreter
@@ -58,14 +59,16 @@ def unwrap_program(interpreter: Interpreter, args: Sequence[Any]) -> tuple[Any, 
     return values, places, carried, first, alike, same
 
 
-def pend(interpreter: Interpreter, value: Any, like: Any) -> PendingWrapper:
-    """What ``wrap_like`` makes, pending."""
+def pend(interpreter: Interpreter, value: Any, like: Any, shape: torch.Size | None = None) -> PendingWrapper:
+    """What ``wrap_like`` makes, pending; ``shape``: a contiguous one in the place of ``like``'s."""
     wrapper = PendingWrapper()
     wrapper.interpreter = interpreter
     wrapper._value = value
     wrapper.made = None
-    wrapper.shape = like.shape
-    wrapper.strides = like.strides
+    if shape is None:
+        wrapper.shape, wrapper.strides = like.shape, like.strides
+    else:
+        wrapper.shape, wrapper.strides = shape, None
     wrapper.dtype = like.dtype
     wrapper.layout = like.layout
     wrapper.device = like.device

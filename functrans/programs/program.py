@@ -44,8 +44,8 @@ class Program:
     """
 
     __slots__ = (
-        "_functrans", "_sources", "inner", "inputs", "instructions", "outputs", "pending", "pullbacks", "records",
-        "scope", "single", "source", "tangents",
+        "_functrans", "_sources", "inner", "inputs", "instructions", "outputs", "pending", "placements", "pullbacks",
+        "records", "scope", "single", "source", "tangents",
     )  # fmt: skip
 
     def __init__(self, inputs: int, instructions: Sequence[Instruction], outputs: Sequence[Value]) -> None:
@@ -60,6 +60,8 @@ class Program:
         self.tangents: dict[tuple[int, ...], Any] = {}
         self.pullbacks: dict[tuple[int, ...], Any] = {}
         self.records: dict[tuple[int, ...], Any] = {}
+        #: how batches are brought to one rank, by how they lie (interpreters/vmap/programs.py)
+        self.placements: dict[Any, Any] = {}
         self._sources: tuple[tuple[int, ...], ...] | None = None
         self.source, direct = write_python(self)
         self._functrans = ProgramInfo(self, direct)

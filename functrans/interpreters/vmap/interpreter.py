@@ -186,12 +186,12 @@ class VmapInterpreter(Interpreter, whole=True):
                         return self._leave(op, out, bdim)
                     shown = self.batched(out, bdim)
                     if look is not None and type(self).left is VmapInterpreter.left:
-                        remember(seen, look, as_operator(dims, values, op_below, physical, shown))
+                        remember(seen, look, as_operator(dims, values, op_below, physical, shown))  # type: ignore[arg-type]
                     return shown
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
                 shown = self.leave(op, call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs))
                 if look is not None:
-                    remember(seen, look, SeenCall(in_dims(values, bdims)))
+                    remember(seen, look, SeenCall(in_dims(values, bdims)))  # type: ignore[arg-type]
                 return shown
             except RuleDeclined:
                 pass

@@ -109,13 +109,16 @@ def remember(seen: dict[Any, SeenCall], look: Any, call: SeenCall | None) -> Non
 def as_operator(
     dims: Sequence[Any], values: Sequence[Any], op: Any, physical: Sequence[Any], shown: WrapperTensor
 ) -> SeenCall | None:
-    """A call of ``values`` that became ``op`` of ``physical``; None if these are not the values themselves."""
+    """A call of ``values`` that became ``op`` of ``physical``.
+
+    None: these are not the values themselves, or one tensor came twice, and it does not show which is which.
+    """
     places = []
     for place, a in enumerate(physical):
         if isinstance(a, Tensor):
-            i = next((i for i, v in enumerate(values) if v is a), None)
-            if i is None:
+            found = [i for i, v in enumerate(values) if v is a]
+            if len(found) != 1:
                 return None
-            places.append((place, i))
+            places.append((place, found[0]))
     others = tuple(None if isinstance(a, Tensor) else a for a in physical)
     return SeenCall(dims, op, others, tuple(places), shown._carried, shown.shape, shown.strides)
