@@ -118,10 +118,8 @@ class Inputs:
             if origin is not None:
                 return origin
         found = unwrap(self.interpreter, x)
-        level = self.interpreter.below
-        if level is None or found is x or any(found is origin for _, origin in self.wrapped):
-            return found
-        return made_at(level, found) if type(found) in TENSORS else found
+        made = made_at(self.interpreter.below, found) if found is not x and type(found) in TENSORS else found
+        return found if made is found or any(found is origin for _, origin in self.wrapped) else made
 
     def write_back(self) -> None:
         """Write the arguments that were written inside for the caller, as a call without the transform would have."""

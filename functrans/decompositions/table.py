@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from functrans.core.dispatch import NO_KWARGS, sending
 from functrans.core.interpreter import Interpreter
+from functrans.decompositions.sent_down import SENT_DOWN
 from functrans.operators.defaults import completed
 from functrans.operators.rules import RuleTable
 from functrans.operators.schemas import taken_apart
@@ -36,6 +38,12 @@ def decomposition(op: OpOverload) -> Callable[..., Any] | None:
 def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run the pieces of a composite ``op`` through ``interpreter``'s level again."""
     ours = decomposition(op)
+    define = SENT_DOWN.get(op)
+    if define is not None and ours is None and not kwargs:
+        send = sending(interpreter.watcher)
+        out = define(lambda op, *args: send(op, args, NO_KWARGS), *args)
+        if out is not NotImplemented:
+            return out
     with running_at(interpreter):
         if ours is not None:
             with EnableTorchFunction():  # where PyTorch's own way led here, its short ones are switched off

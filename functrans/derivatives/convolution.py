@@ -6,18 +6,14 @@ of those is bilinear again, so that two entries give every order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
-from functrans.operators.schemas import taken_apart
-from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -118,31 +114,3 @@ derivative(
     input=with_names(_SAVED, backward_input),
     weight=with_names(_SAVED, backward_weight),
 )
-
-
-# ---------------------------------------------------------------------------------------------- composites
-
-
-def plain_convolution(op: OpOverload) -> Callable[..., Tensor]:
-    """``conv1d`` and its kin on a batch of images, which is what they are made of; the rest is left to PyTorch."""
-
-    def convolve(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = (1,),
-        padding: Any = (0,),
-        dilation: Any = (1,),
-        groups: int = 1,
-    ) -> Tensor:
-        dims = weight.dim() - 2
-        if input.dim() != weight.dim() or input.is_complex():  # complex kernels are made of real ones
-            return taken_apart(op, input, weight, bias, stride, padding, dilation, groups)
-        sizes = [list(s) * dims if len(s) == 1 else list(s) for s in (stride, padding, dilation)]
-        return aten.convolution.default(input, weight, bias, *sizes, False, [0] * dims, groups)
-
-    return convolve
-
-
-for op in (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default):
-    DECOMPOSITIONS.add(op, plain_convolution(op))

@@ -18,7 +18,6 @@ from functrans.decompositions.table import DECOMPOSITIONS, DEFINED_LATE
 from functrans.derivatives.helpers import cast, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
-from functrans.operators.schemas import taken_apart
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.broadcasting import broadcast_shapes
 
@@ -265,26 +264,6 @@ DECOMPOSITIONS.add(aten.multi_margin_loss.default, multi_margin_loss)
 
 
 # ---------------------------------------------------------------------------------------------- cross entropy
-
-
-def cross_entropy(
-    self: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = MEAN,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """For labels of one or a row of examples the two kernels at once; PyTorch's definition is four composites deep."""
-    op = aten.cross_entropy_loss.default
-    if label_smoothing or target.dtype.is_floating_point or self.dim() > 2 or self.dim() == 0:
-        return taken_apart(op, self, target, weight, reduction, ignore_index, label_smoothing)
-    logs = torch.log_softmax(self, self.dim() - 1, dtype=self.dtype)
-    return aten.nll_loss_forward.default(logs, target, weight, reduction, ignore_index)[0]
-
-
-DECOMPOSITIONS.add(aten.cross_entropy_loss.default, cross_entropy)
-
 
 # The chunked forms of F.linear_cross_entropy compute gradients ahead, in their forward, as numbers without a derivative
 # of their own.

@@ -29,7 +29,5 @@ def constants(interpreter: Interpreter, out: Any) -> Any:
 
 def made_at(level: Interpreter | None, value: Any) -> Any:
     """``value``, of ``level`` or one below, as code at ``level`` (None: the base) has it of what it made itself."""
-    if level is None or not isinstance(value, Tensor):
-        return value
     owner = value.interpreter if type(value) is WrapperTensor else None
-    return value if owner is level else lift(value, owner, level)
+    return value if owner is level or not isinstance(value, Tensor) else lift(value, owner, level)

@@ -119,14 +119,15 @@ def matmul_columns(x: Tensor, y: Tensor, y_dim: int) -> Output:
 
 
 def pair_as_it_lies(in_dims: Dims, x: Tensor, y: Tensor) -> Any:
-    """Batches in front whose product is one operator; what is frequent of ``matmul_pair``."""
-    if in_dims[0] is None and x.dim() == 2 and in_dims[1] == 0 and y.dim() == 2:
-        return aten.linear.default, (y, x), 0
-    if in_dims[0] != 0 or x.dim() != 3 or x.shape[2] == 1:
-        return None
-    if in_dims[1] is None:
-        return (aten.matmul.default, (x, y), 0) if y.dim() == 2 and x.is_contiguous() else None
-    if in_dims[1] != 0 or y.dim() != 3 or y.layout is not torch.strided:
+    """Batches whose product is one operator on tensors as they lie; what is frequent of ``matmul_pair``."""
+    x_dim, y_dim = in_dims
+    if x_dim is None:
+        return (aten.linear.default, (y, x), 0) if x.dim() == 2 and y_dim == 0 and y.dim() == 2 else None
+    rank = x.dim() - 1
+    if y_dim is None:
+        fits = x_dim < rank <= 2 and 1 <= y.dim() <= 2 and x.layout is torch.strided
+        return (aten.matmul.default, (x, y), x_dim) if fits and (rank == 1 or x.is_contiguous()) else None
+    if x_dim != 0 or rank != 2 or x.shape[2] == 1 or y_dim != 0 or y.dim() != 3 or y.layout is not torch.strided:
         return None
     return aten.bmm.default, (x, y), 0
 

@@ -1,0 +1,113 @@
+"""Frequent composites as the operators that they are, sent on by Python calls.
+
+PyTorch's own definition of a composite says the same; but it is run through the dispatcher, and what it calls comes in
+by the door again, which takes as long as a small operator. A definition here is for the frequent arguments, as they
+come by position; it returns NotImplemented for all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functrans.pytorch.torch_private import OpOverload
+
+aten = torch.ops.aten
+#: ``send(op, *args)`` runs an operator at the level that takes the composite apart.
+Send = Callable[..., Any]
+
+SENT_DOWN: dict[OpOverload, Callable[..., Any]] = {}
+
+
+def sent_down(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let ``define(send, *args)`` be what ``op`` comes to."""
+
+    def register(define: Callable[..., Any]) -> Callable[..., Any]:
+        SENT_DOWN[op] = define
+        return define
+
+    return register
+
+
+def sizes(given: Any, rank: int) -> list[int]:
+    """A number for each dimension."""
+    return [given] * rank if isinstance(given, int) else list(given) * (rank if len(given) == 1 else 1)
+
+
+def convolve(
+    send: Send, transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any, groups: int
+) -> Any:
+    """A layer as ``convolution``; ``options``: stride, padding, dilation and output padding."""
+    rank = weight.dim() - 2
+    if x.dim() != rank + 2 or x.is_complex() or (bias is not None and bias.dtype is not x.dtype):
+        return NotImplemented
+    stride, padding, dilation, output_padding = (sizes(given, rank) for given in options)
+    return send(
+        aten.convolution.default, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+    )
+
+
+@sent_down(aten.conv1d.default)
+@sent_down(aten.conv2d.default)
+@sent_down(aten.conv3d.default)
+def convolution(
+    send: Send,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    return convolve(send, False, x, weight, bias, stride, padding, dilation, 0, groups=groups)
+
+
+@sent_down(aten.conv_transpose1d.default)
+@sent_down(aten.conv_transpose2d.input)
+@sent_down(aten.conv_transpose3d.input)
+def transposed_convolution(
+    send: Send,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    return convolve(send, True, x, weight, bias, stride, padding, dilation, output_padding, groups=groups)
+
+
+@sent_down(aten.layer_norm.default)
+def layer_norm(
+    send: Send,
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:
+    return send(aten.native_layer_norm.default, x, normalized_shape, weight, bias, eps)[0]
+
+
+@sent_down(aten.cross_entropy_loss.default)
+def cross_entropy(
+    send: Send,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """For labels of one or a row of examples; PyTorch's definition is four composites deep."""
+    if label_smoothing or target.dtype.is_floating_point or x.dim() > 2 or x.dim() == 0:
+        return NotImplemented
+    logs = send(aten.log_softmax.int, x, x.dim() - 1, x.dtype)
+    return send(aten.nll_loss_forward.default, logs, target, weight, reduction, ignore_index)[0]
