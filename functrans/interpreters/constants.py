@@ -22,7 +22,9 @@ from functrans.pytorch.thread_state import STATE
 
 def constants(interpreter: Interpreter, out: Any) -> Any:
     """An operator's output, of lower levels, as what ``process`` returns; see NOTE [Constants below the top]."""
-    if STATE.top is not interpreter and type(interpreter).constant is Interpreter.constant:
+    top = STATE.top
+    sent_down = top is not None and top.level > interpreter.level
+    if sent_down and type(interpreter).constant is Interpreter.constant:
         return out
     return map_tensors(interpreter.constant, out)
 

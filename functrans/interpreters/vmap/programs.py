@@ -14,6 +14,7 @@ from functrans.interpreters.constants import constants
 from functrans.interpreters.program_arguments import are_alike, pend
 from functrans.interpreters.vmap.seen_calls import MOST
 from functrans.programs.program import Program
+from functrans.tensors.broadcasting import broadcast_shapes
 
 if TYPE_CHECKING:
     from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -119,7 +120,7 @@ def place(program: Program, layout: tuple[Any, ...]) -> Placement | None:
             results.append(None)
             continue
         try:
-            shape = torch.broadcast_shapes(*[shapes[i] for i in sources if shapes[i] is not None])
+            shape = broadcast_shapes(*[shapes[i] for i in sources if shapes[i] is not None])
         except RuntimeError:
             return None
         # What does not depend on the argument of the highest rank was aligned with it all the same.
