@@ -128,8 +128,8 @@ COPYING: dict[OpOverload, OpOverload] = {
     aten.view_as.default: aten.reshape_as.default,
 }
 
-#: Where an elementwise formula's parameter comes from, beside the arguments' positions.
-GIVEN, RESULT = -1, -2
+#: Where a formula's parameter comes from, beside the arguments' positions.
+GIVEN, RESULT, MOVED = -1, -2, -3
 
 
 def with_tangents(self: JvpInterpreter, out: Any, tangents: Any) -> Any:
@@ -185,6 +185,8 @@ class TableMethod:
             known.arguments.index(name): (formula, [self.where(need) for need in entry.needs[name]])
             for name, formula in entry.formulas.items()
         }
+        #: where the parameters of a tangent formula are found
+        self.picked = [self.where(need) for need in entry.needs["tangent"]] if callable(entry.tangent) else []
         #: whether the formulas are a user's: what they return is checked
         self.foreign = not by_our_rules(known.op)
         #: argument positions whose tangents the entry speaks of
@@ -233,10 +235,14 @@ class TableMethod:
                 expect_tangent(t, spec(o), refusal)
 
     def where(self, need: str) -> int:
-        """The position of an argument, GIVEN for the tangent, or RESULT."""
+        """The position of an argument, GIVEN for the tangent, RESULT, or MOVED less the position of an argument whose
+        tangent it is."""
+        names = self.known.arguments
         if need == "grad":
             return GIVEN
-        return self.known.arguments.index(need) if need in self.known.arguments else RESULT
+        if need in names:
+            return names.index(need)
+        return MOVED - names.index(need[:-2]) if need.endswith("_t") and need[:-2] in names else RESULT
 
     def named(self, name: str, values: Any, kwargs: Any) -> Any:
         return self.at(self.known.arguments.index(name), values, kwargs)
@@ -307,12 +313,8 @@ class TableMethod:
         return total
 
     def formula(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
-        picked = []
-        for name in self.entry.needs["tangent"]:
-            if name in ("result", "results"):
-                picked.append(out)
-            elif name.endswith("_t") and name[:-2] in self.known.arguments:
-                picked.append(tangents.get(self.known.arguments.index(name[:-2])))
-            else:
-                picked.append(self.named(name, values, kwargs))
+        picked = [
+            out if i == RESULT else self.at(i, values, kwargs) if i >= 0 else tangents.get(MOVED - i)
+            for i in self.picked
+        ]
         return self.entry.tangent(*picked)  # type: ignore[operator, misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -12,15 +11,16 @@ from torch import Tensor
 from functrans.boundary.calls import call_below
 from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, unwrap
 from functrans.core.interpreter import Interpreter
-from functrans.core.tensor import WrapperTensor, carried_as, check_layout, strides_of, tensor_of, wrap_as
+from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
 from functrans.decompositions.table import decompose, decomposition
 from functrans.errors import BatchingRuleError, DataDependentError, InsideTransformError
-from functrans.errors.call_sites import definition, frames_to_user
+from functrans.errors.call_sites import definition
 from functrans.interpreters.constants import constants
 from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
+from functrans.interpreters.vmap.one_by_one import example, run_one_by_one
 from functrans.interpreters.vmap.one_example import check, kinds_of
 from functrans.interpreters.vmap.programs import run_program
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
@@ -146,25 +146,30 @@ class VmapInterpreter(Interpreter, whole=True):
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
         try:
-            rule, rewrite, accepted, seen = known.specialized[Specialized] if not SCOPES else rule_here(op, known)
+            rule, _, _, seen = known.specialized[Specialized] if not SCOPES else rule_here(op, known)
         except KeyError:
-            rule, rewrite, accepted, seen = rule_here(op, known)
+            rule, _, _, seen = rule_here(op, known)
+        found = None if seen is None or kwargs else look_of(self, args)
+        call: SeenCall | None = None
         look = None
-        if seen is not None and not kwargs and (found := look_of(self, args)) is not None:
+        if found is not None:
             look, values = found
             try:
-                call = seen.get(look)
+                call = seen.get(look)  # type: ignore[union-attr]
             except TypeError:  # a symbolic size
                 look = None
-            else:
-                if call is not None and call.op is not None:
-                    return self.again(call, values)
-                if call is not None:
-                    try:
-                        dims = list(call.dims)
-                        return self.leave(op, call_below(self, rule, (self.info, dims, *values), NO_KWARGS, values))
-                    except RuleDeclined:
-                        look = None
+        if call is None:
+            return self._process_anew(op, known, args, kwargs, look)
+        if call.op is not None:
+            return self.again(call, values)
+        try:
+            return self.leave(op, call_below(self, rule, (self.info, list(call.dims), *values), NO_KWARGS, values))
+        except RuleDeclined:
+            return self._process_anew(op, known, args, kwargs, None)
+
+    def _process_anew(self, op: OpOverload, known: OpInfo, args: Any, kwargs: dict[str, Any], look: Any) -> Any:
+        """``process`` of a call that is not known; ``look``: what to remember it by."""
+        rule, rewrite, accepted, seen = rule_here(op, known)
         values, below_kwargs, bdims = unwrap(self, op, args, kwargs)
         by_keyword = bool(kwargs) and any(place >= len(args) for place in bdims)
         if known.random:
@@ -269,7 +274,7 @@ class VmapInterpreter(Interpreter, whole=True):
 
         def run() -> None:
             with lowered(self):
-                op(*self._example(args, 0), **{k: self._example(v, 0) for k, v in kwargs.items()})
+                op(*example(self, args, 0), **{k: example(self, v, 0) for k, v in kwargs.items()})
 
         check(op, args, kwargs, self.batch_size, run)
 
@@ -309,45 +314,7 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def loop(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run ``op`` once per example; warns once per operator."""
-        warn_slow(op)
-        with lowered(self):
-            outs = [
-                op(*self._example(args, i), **{k: self._example(v, i) for k, v in kwargs.items()})
-                for i in range(self.batch_size)
-            ]
-            if not outs:
-                raise DataDependentError(
-                    op, self, "it has no batching rule, and a batch of size 0 has no example to take its shape from"
-                )
-            return self._stack(op, outs)
-
-    def _example(self, a: Any, i: int) -> Any:
-        if type(a) is WrapperTensor and a.interpreter is self:
-            if a.bdim is None:
-                return a.value
-            # A copy: some operators look at the storage, which is the example's own.
-            example = a.value.select(a.bdim, i).clone()
-            # of a sparse matrix PyTorch has forgotten that it is coalesced
-            return example.coalesce() if a.layout is torch.sparse_coo and a.value.is_coalesced() else example
-        if type(a) in (list, tuple):
-            return type(a)(self._example(v, i) for v in a)
-        return a
-
-    def _stack(self, op: OpOverload, outs: list[Any]) -> Any:
-        first = outs[0]
-        if isinstance(first, Tensor):
-            check_layout(first)
-            if any(o.shape != first.shape for o in outs):
-                cure = "let its result have one shape for all examples: torch.where(mask, x, 0) in the place of x[mask]"
-                raise DataDependentError(op, self, cure)
-            strides_of(first)  # refuses layouts that cannot be batched
-            return self.batched(torch.stack(outs), 0)
-        if isinstance(first, tuple | list):
-            stacked = [self._stack(op, list(group)) for group in zip(*outs, strict=True)]
-            return stacked if type(first) is list else tuple(stacked)
-        if any(o != first for o in outs):
-            raise DataDependentError(op, self, "its result is a Python number that differs between examples")
-        return first
+        return run_one_by_one(self, op, args, kwargs)
 
 
 carried_as("bdim")
@@ -406,16 +373,3 @@ def rule_of(of: Any) -> str:
 def described(x: Any) -> str:
     """A value, for a message: its type, and a tensor's shape."""
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-
-
-_warned: set[OpOverload] = set()
-
-
-def warn_slow(op: OpOverload) -> None:
-    if op not in _warned:
-        _warned.add(op)
-        warnings.warn(
-            f"vmap has no batching rule for {op} and runs it once per example, which is slow. "
-            "Register a rule with functrans.batching_rule to speed it up.",
-            stacklevel=frames_to_user(),
-        )
