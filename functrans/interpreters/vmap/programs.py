@@ -38,6 +38,34 @@ def run_program(self: VmapInterpreter, program: Program, args: Sequence[Any]) ->
             wrapper = make(self, lower(self, program.inner, (x._value, y._value), NO_KWARGS), x)
             wrapper._carried = 0
             return wrapper
+    values: list[Any] = []
+    first: Any = None
+    for a in args:
+        kind = type(a)
+        if kind is WrapperTensor or kind is PendingWrapper:
+            if a.interpreter is not self or a._carried != 0 or a.strides is not None:
+                break
+            if first is None:
+                first = a
+            elif a.shape != first.shape:
+                break
+            a = a._value
+        elif isinstance(a, Tensor):
+            break
+        values.append(a)
+    else:  # all of one shape, in front, and numbers
+        outs = lower(self, program.inner, values, NO_KWARGS)
+        found = []
+        for out in (outs,) if program.single else outs:
+            wrapper = make(self, out, first)
+            wrapper._carried = 0
+            found.append(wrapper)
+        return found[0] if program.single else found
+    return run_placed(self, program, args)
+
+
+def run_placed(self: VmapInterpreter, program: Program, args: Sequence[Any]) -> Any:
+    """Run the program on tensors that are contiguous with the batch in front, brought to one rank where they differ."""
     layout = layout_of(self, args)
     placement = None if layout is None else placement_of(program, layout)
     if placement is None:
@@ -46,7 +74,7 @@ def run_program(self: VmapInterpreter, program: Program, args: Sequence[Any]) ->
     for i, physical in placement.views:
         values[i] = lower(self, aten.view.default, (tensor_of(values[i]), physical), NO_KWARGS)
     outs = lower(self, program.inner, values, NO_KWARGS)
-    found = []
+    found: list[Any] = []
     for out, shown in zip((outs,) if program.single else outs, placement.results, strict=True):
         if shown is None:
             found.append(constants(self, out))
