@@ -343,6 +343,8 @@ def total(a: Any, b: Any) -> Any:
         program = operator_program(torch.ops.aten.add.Tensor)
         if program is not None:
             return start(program.inner, (a, b), {})
+    if STATE.top is None and type(a) is type(b) is Tensor:  # what is frequent, in one step
+        return torch.add(a, b)
     return through_door(torch.add, tensor_of(a), tensor_of(b))
 
 
