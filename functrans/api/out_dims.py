@@ -41,7 +41,8 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
     within = False
     if type(x) is WrapperTensor:
         if x.interpreter is interpreter:
-            x, bdim = made_at(interpreter.below, x.value), x.bdim
+            bdim = x.bdim
+            x = x.value if interpreter.below is None else made_at(interpreter.below, x.value)
             if bdim == place:
                 return x
         else:
