@@ -16,18 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from functrans.core.dispatch import WITHOUT_TENSORS
 from functrans.core.tensor import WRAPPERS, Strides, WrapperTensor, strides_of, tensor_of
 
 if TYPE_CHECKING:
     from functrans.interpreters.vmap.interpreter import VmapInterpreter
 
-#: Types of arguments that say all by their value.
-PLAIN = frozenset(
-    (int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-)
-#: Those of lists of numbers.
+#: Types of lists of numbers, and of tensors of the base.
 LISTS = frozenset((list, tuple, torch.Size))
-TENSORS = frozenset((Tensor, Parameter))
+OF_THE_BASE = frozenset((Tensor, Parameter))
 
 #: How many calls of one operator are kept.
 MOST = 512
@@ -81,13 +78,13 @@ def look_of(interpreter: VmapInterpreter, args: Sequence[Any]) -> tuple[tuple[An
                 a = value
             else:
                 look += a.shape, a.dtype, strides, None
-        elif kind in PLAIN:
+        elif kind in WITHOUT_TENSORS:
             look += kind, a if a != 0 or kind is int else str(a)  # 0.0 and -0.0 are equal
         elif kind in LISTS:
             if a and type(a[0]) is not int:
                 return None
             look += kind, tuple(a)
-        elif kind in TENSORS:
+        elif kind in OF_THE_BASE:
             if a.layout is not torch.strided:
                 return None
             look += a.shape, a.dtype, None if a.is_contiguous() else a.stride(), None
