@@ -38,9 +38,8 @@ def range_for(x: Tensor, n: int) -> Tensor:
 
 
 def identity_for(x: Tensor, rows: int, columns: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The identity matrix, at the base, of ``x``'s dtype unless another is given."""
+    """The identity matrix, of ``x``'s dtype unless another is given."""
     dtype, columns = dtype or x.dtype, rows if columns is None else columns
     if model_of(x) is None:
-        with door_closed():
-            return torch.eye(rows, columns, dtype=dtype, device=x.device)
+        return torch.eye(rows, columns, dtype=dtype, device=x.device)
     return (range_for(x, rows).unsqueeze(1) == range_for(x, columns)).to(dtype)

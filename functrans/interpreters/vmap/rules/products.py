@@ -132,6 +132,12 @@ def pair_as_it_lies(in_dims: Dims, x: Tensor, y: Tensor) -> Any:
     return aten.bmm.default, (x, y), 0
 
 
+def matrices_as_they_lie(in_dims: Dims, x: Tensor, y: Tensor) -> Any:
+    """The same for ``mm``, which takes matrices alone."""
+    fit = logical_rank(x, in_dims[0]) == 2 == logical_rank(y, in_dims[1])
+    return pair_as_it_lies(in_dims, x, y) if fit else None
+
+
 def matmul(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor) -> Output:
     """Any ranks from 1 on."""
     expect_ranks(in_dims, x, y)
@@ -221,7 +227,7 @@ def rule_of(product: Product) -> Callable[..., Output]:
 
 
 RULES = {op: rule_of(product) for op, product in PRODUCTS.items()}
-RULES[aten.mm.default] = one_operator(pair_as_it_lies, RULES[aten.mm.default])
+RULES[aten.mm.default] = one_operator(matrices_as_they_lie, RULES[aten.mm.default])
 
 
 @batching_rule(aten.addmm.default)
