@@ -58,6 +58,8 @@ class TableInterpreter(Interpreter):
     rules: ClassVar[RuleTable[Callable[..., Any]]]
     #: What is done with an operator without a rule: ``rules.default`` as a function.
     without_rule: ClassVar[Callable[..., Any]] = staticmethod(refused)
+    #: Whether that is made of the operator's derivative.
+    derives: ClassVar[bool] = False
     #: Whether ``shows`` says something of its own.
     shows_own: ClassVar[bool] = False
 
@@ -66,6 +68,7 @@ class TableInterpreter(Interpreter):
         cls.shows_own = cls.shows is not TableInterpreter.shows
         if hasattr(cls, "rules"):
             cls.without_rule = staticmethod(policy_of(cls.rules.title, cls.rules.default))
+            cls.derives = cls.rules.default == "jvp"
             if cls.rules.default == "loop":
                 check_has_cases(cls, TableInterpreter)
 

@@ -383,7 +383,9 @@ def refusal_of(of: Any, shape: Sequence[int], bdim: int, batch_size: int) -> Bat
 
 
 def rule_of(of: Any) -> str:
-    """An operator's or autograd.Function's batching rule, and where it stands, for a message."""
+    """An operator's or autograd.Function's batching rule, and where it stands, for a message; text stays as it is."""
+    if isinstance(of, str):
+        return of
     if isinstance(of, type):
         code = getattr(of.vmap, "__code__", None)  # type: ignore[attr-defined]
         return f"{of.__name__}.vmap" + (f", at {code.co_filename}:{code.co_firstlineno}," if code else "")
