@@ -335,4 +335,4 @@ class Call:
         rest = self.arguments
         if not isinstance(rest, str):
             rest = ", ".join(f"{name}={shown(value)}" for name, value in rest.items())
-        return f"{self.transform}({callable_name(self.func)}, {rest})"
+        return f"{self.transform}({callable_name(self.func)}{', ' if rest else ''}{rest})"

@@ -72,6 +72,11 @@ class TableInterpreter(Interpreter):
             if cls.rules.default == "loop":
                 check_has_cases(cls, TableInterpreter)
 
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        #: operators that the policy "decompose" is taking apart
+        self.taking_apart: set[OpOverload] = set()
+
     def enter(self, leaf: Any) -> Any:
         """What the transformed function gets for a leaf of its arguments; runs one level down.
 

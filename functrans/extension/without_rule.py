@@ -165,11 +165,18 @@ def passed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dic
 
 
 def decomposed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    """PyTorch's decomposition of an operator that is not composite (``torch._decomp``), if it has one."""
+    """PyTorch's decomposition of an operator that is not composite (``torch._decomp``), if it has one.
+
+    What leads back to the operator itself (by a write into a part of a complex tensor, say) is none.
+    """
     definition = DECOMPOSITION_TABLE.get(op)
-    if definition is not None:
-        with running_at(interpreter):
-            out = definition(*args, **kwargs)
+    if definition is not None and op not in interpreter.taking_apart:
+        interpreter.taking_apart.add(op)
+        try:
+            with running_at(interpreter):
+                out = definition(*args, **kwargs)
+        finally:
+            interpreter.taking_apart.discard(op)
         if out is not NotImplemented:
             return out
     return refused(interpreter, op, args, kwargs)

@@ -52,7 +52,7 @@ def laplacian(
 
     Returns:
         A function of the same arguments. For each tensor of shape S that ``f`` returns, the Laplacian has shape S, and
-        the gradient ``[*S, *x.shape]`` (``[*S, D]`` with directions or samples).
+        the gradient ``[*S, *x.shape]`` (``[*S, D]`` with directions or samples). Python values have None.
 
     Raises:
         CallTypeError: the first argument is no real floating-point tensor.
@@ -105,7 +105,7 @@ def laplacian(
             return bend
         leaves, spec = tree_flatten(slopes)
         axes = x.shape if directions is None and samples is None else along.shape[:1]
-        placed = [s.movedim(0, -1).reshape(*s.shape[1:], *axes) if isinstance(s, Tensor) else s for s in leaves]
+        placed = [s.movedim(0, -1).reshape([*s.shape[1:], *axes]) if isinstance(s, Tensor) else s for s in leaves]
         return value, tree_unflatten(spec, placed), bend
 
     return function
