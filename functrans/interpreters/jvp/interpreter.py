@@ -25,6 +25,7 @@ from functrans.operators.rules import RuleTable, place_in
 from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
+from functrans.tensors.sparse import densified, has_sparse, in_layout_of
 
 aten = torch.ops.aten
 
@@ -204,9 +205,13 @@ class TableMethod:
         if self.direct is not None:
             found = self.direct(interpreter, values, kwargs, tangents)
         else:
-            found = call_below(
-                interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values())
-            )
+            given = values, kwargs, tangents, out
+            try:
+                found = call_below(interpreter, self.tangent, given, {}, (out, *tangents.values()))
+            except RuntimeError:
+                if not has_sparse(given):
+                    raise
+                found = call_below(interpreter, self.tangent_of_dense, given, {})  # see NOTE [Sparse operands]
         if not torch.is_grad_enabled():
             found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
         if self.foreign:
@@ -258,13 +263,20 @@ class TableMethod:
             total = part if total is None else total + part
         if total is None:
             return None
-        if len(values) > 1 and total.shape != out.shape:
-            total = total.expand(out.shape)
+        if len(values) > 1:
+            if total.shape != out.shape:
+                total = total.expand(out.shape)
+            if total.layout is not out.layout:
+                total = in_layout_of(total, out)
         if total.dtype is not dtype:
             if total.is_complex() and not dtype.is_complex:
                 total = torch.real(total)
             total = total.to(dtype)
         return total
+
+    def tangent_of_dense(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+        found = self.tangent(*densified((values, kwargs, tangents, out)))
+        return in_layout_of(found, out) if isinstance(found, Tensor) else found
 
     def linear(self, interpreter: JvpInterpreter, values: Any, kwargs: Any, tangents: Any) -> Any:
         """The operator of the tangents, zeros where there is none."""

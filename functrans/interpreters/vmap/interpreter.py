@@ -14,7 +14,13 @@ from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, unwrap
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, check_layout, strides_of, tensor_of, wrap_as
 from functrans.decompositions.table import decompose, decomposition
-from functrans.errors import BatchingRuleError, DataDependentError, InsideTransformError
+from functrans.errors import (
+    BatchingRuleError,
+    DataDependentError,
+    FunctransError,
+    InsideTransformError,
+    SparseOperatorError,
+)
 from functrans.errors.call_sites import definition, frames_to_user
 from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
@@ -32,6 +38,7 @@ from functrans.operators.rules import place_in
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import lowered, running_at
 from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
+from functrans.tensors.sparse import has_sparse
 
 aten = torch.ops.aten
 
@@ -184,6 +191,10 @@ class VmapInterpreter(Interpreter, whole=True):
                 return self.leave(op, call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs))
             except RuleDeclined:
                 pass
+            except RuntimeError as error:
+                refused = isinstance(error, FunctransError) and not isinstance(error, SparseOperatorError)
+                if refused or not has_sparse(values):
+                    raise  # else one by one, or in pieces: see NOTE [Sparse operands]
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
             if op in TRUTH and asked_for_all(args[0]):
@@ -197,7 +208,7 @@ class VmapInterpreter(Interpreter, whole=True):
         definition = DECOMPOSITION_TABLE.get(op)
         if definition is None and op.namespace == "aten" and (ours := decomposition(op)) is not None:
             definition = completed(ours, op)  # a prim's leads back to what PyTorch makes of prims
-        if definition is not None and op not in NOT_DECOMPOSED:
+        if definition is not None and op not in NOT_DECOMPOSED and not has_sparse(values):
             with running_at(self):
                 out = definition(*args, **kwargs)
             if out is not NotImplemented:
