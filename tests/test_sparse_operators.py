@@ -87,3 +87,20 @@ def test_what_is_wrong_for_another_reason_keeps_its_text() -> None:
     with pytest.raises(RuntimeError, match=r"expected self\.size\(-1\) == vec\.size\(-1\)") as caught:
         ft.grad(lambda x: torch.mv(ft.sparse_jacobian(f)(x), ROWS[0, :3]).sum())(ROWS[0])
     assert not isinstance(caught.value, SparseOperatorError)
+
+
+def test_conversions_in_the_middle() -> None:
+    sparse = lambda x: (torch.outer(x, x.sin()).to_sparse().coalesce() @ x).sum()
+    dense = lambda x: (torch.outer(x, x.sin()) @ x).sum()
+    for nesting in ("vmap of jvp of grad", "hessian", "grad of vmap"):
+        torch.testing.assert_close(NESTINGS[nesting](sparse), NESTINGS[nesting](dense))
+
+
+def test_sparse_examples_of_clipped_gradients() -> None:
+    examples, weights = torch.randn(4, N, dtype=ROWS.dtype) * (torch.rand(4, N) > 0.5), ROWS[0]
+    loss = lambda w, x: (x * w).sum() ** 2
+    gradients = ft.vmap(ft.grad(loss), in_dims=(None, 0))(weights, examples)
+    norms = gradients.norm(dim=1)
+    torch.testing.assert_close(ft.per_example_norms(loss)(weights, examples.to_sparse()), norms)
+    clipped = ((0.5 / norms).clamp(max=1).nan_to_num(1.0).unsqueeze(1) * gradients).sum(0)
+    torch.testing.assert_close(ft.clipped_grad(loss, 0.5)(weights, examples.to_sparse()), clipped)

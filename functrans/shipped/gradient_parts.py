@@ -166,6 +166,8 @@ class Gradient(NamedTuple):
     @classmethod
     def of(cls, whole: Tensor | None, parts: list[Factors | Patches]) -> Gradient:
         factors = [p for p in parts if isinstance(p, Factors)]
+        if whole is not None and whole.layout is not torch.strided:  # of a sparse example; the parameter is dense
+            whole = whole.to_dense()
         return cls(whole, joined(factors), [p for p in parts if isinstance(p, Patches)])
 
     def squared_norms(self) -> Tensor | None:

@@ -121,11 +121,13 @@ def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any,
     return map_tensors(self.constant, lower(self, op, values, kwargs))
 
 
-#: Views whose strides have to fit, and what does the same to a tangent, whose strides may be others than its primal's.
+#: Views whose strides have to fit, and what does the same to a tangent, whose strides may be others than its primal's
+#: (and which may be coalesced where that is not).
 COPYING: dict[OpOverload, OpOverload] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten.view_as.default: aten.reshape_as.default,
+    aten._coalesce.default: aten.coalesce.default,
 }
 
 #: Where an elementwise formula's parameter comes from, beside the arguments' positions.
