@@ -39,7 +39,6 @@ from functrans.pytorch.torch_private import (
     set_key_excluded,
     top_packing,
 )
-from functrans.tensors.sparse import has_sparse
 from functrans.tensors.subclasses import KeptClassMet, keeps_class
 
 
@@ -169,12 +168,7 @@ def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         direct = op._functrans.direct
     except AttributeError:
         direct = op_info(op).direct
-    try:
-        return op._op(*args) if direct is None else direct(*args)
-    except RuntimeError:
-        if not has_sparse(args):
-            raise
-        return base_recorded(op, args, kwargs)  # see NOTE [Sparse operands]
+    return op._op(*args) if direct is None else direct(*args)
 
 
 def base_recorded(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:

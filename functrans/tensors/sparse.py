@@ -2,10 +2,9 @@
 
 NOTE [Sparse operands]
 PyTorch's sparse kernels are few, and those of derivatives and batches fewer. Nothing looks for sparse tensors before it
-runs an operator; what fails with one among its arguments is run again in another way that is right: with all of
-autograd's keys as PyTorch's own code has them (``base``), for one example after the other (vmap), or, where a formula
-fails that the user did not write, with dense tensors in their place (grad, jvp). What then still fails is an error that
-says what to write.
+runs an operator; what fails with one among its arguments is run again in another way that is right: for one example
+after the other (vmap), or, where a formula fails that the user did not write, with dense tensors in their place
+(grad, jvp). What then still fails is an error that says what to write.
 """
 
 from __future__ import annotations
