@@ -14,6 +14,7 @@ door is told the same where it is called: primitives, Functions, operators that 
 
 from __future__ import annotations
 
+import inspect
 import opcode
 import sys
 from types import FrameType, TracebackType
@@ -62,7 +63,7 @@ class FailedCall:
 
 def place_of_rule(interpreter: Interpreter, op: Any) -> str | None:
     """``file:line`` of what ``interpreter`` does with ``op``: a ``process`` of the user's, or what it says itself."""
-    own = definition(type(interpreter).process)
+    own = definition(inspect.unwrap(type(interpreter).process))
     return own if of_user(own) else interpreter.rule_place(op)
 
 

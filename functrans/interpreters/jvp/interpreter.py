@@ -20,6 +20,7 @@ from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.jvp.fallback import borrow
 from functrans.interpreters.jvp.programs import run_program
 from functrans.interpreters.own_methods import overrides
+from functrans.interpreters.own_results import fitting_tangents, looked_at
 from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info, specialized_here
 from functrans.operators.rules import RuleTable, place_in
 from functrans.operators.scopes import SCOPES
@@ -44,6 +45,7 @@ class JvpInterpreter(Interpreter, whole=True):
 
     def __init_subclass__(cls, *, whole: bool = False) -> None:
         super().__init_subclass__(whole=whole)
+        looked_at(cls, fitting_tangents)
         overrides(cls, JvpInterpreter, "dual", "constant")
 
     #: the tangents that it started from, where a transform has given them

@@ -23,6 +23,7 @@ from functrans.errors import (
 )
 from functrans.errors.call_sites import definition, frames_to_user
 from functrans.interpreters.own_methods import overrides
+from functrans.interpreters.own_results import fitting_batches, looked_at
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
@@ -60,6 +61,7 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def __init_subclass__(cls, *, whole: bool = False) -> None:
         super().__init_subclass__(whole=whole)
+        looked_at(cls, fitting_batches)
         if overrides(cls, VmapInterpreter, "batched", "constant"):
             cls.left, cls.again = left_by_batched, again_by_batched  # type: ignore[method-assign]
 
