@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import functrans as ft
-from functrans.errors import BatchingRuleError, CallTypeError, MissingRuleError, RuleResultError
+from functrans.errors import BatchingRuleError, CallTypeError, MissingRuleError, NonLinearError, RuleResultError
 from functrans.extend import (
     Carried,
     GradInterpreter,
@@ -288,3 +288,15 @@ def test_a_table_made_of_derivatives_goes_by_the_tangent() -> None:
     torch.testing.assert_close((first, second), (X.sin() * X, X * X / 2))
     with pytest.raises(MissingRuleError, match="has no rule for p"):
         ft.bounds(half)(X, X + 1)
+
+
+def test_the_transpose_of_a_primitive_is_that_of_one_declared_linear() -> None:
+    functions = {"pullback": lambda grad, out, x, by: (grad * by, None), "tangent": lambda t, out, x, by: t[0] * by}
+    p = primitive(lambda x, by: x * by, linear=True, **functions)
+    transposed = ft.linear_transpose(lambda x: p(x, 3.0).cumsum(0), X)
+    torch.testing.assert_close(transposed(ROWS[0]), (3 * ROWS[0].flip(0).cumsum(0).flip(0),))
+    with pytest.raises(NonLinearError, match=r"derivative\(\.\.\., linear=True\)"):
+        ft.linear_transpose(primitive(torch.sin, pullback=lambda grad, out, x: grad * x.cos()), X)(X)
+    with pytest.raises(CallTypeError):
+        Primitive("p", torch.sin).derivative(pullback=lambda grad, out, x: grad, linear="yes")  # type: ignore[arg-type]
+    assert ft.linear_transpose(ft.sanitize(lambda x: 2 * x), X)(X)[0].tolist() == (2 * X).tolist()

@@ -16,6 +16,7 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter, Step, as_variables
+from functrans.interpreters.transpose import TransposeInterpreter
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
@@ -46,9 +47,11 @@ class PrimitiveDerivative:
         primitive: Primitive,
         pullback: Callable[..., Any] | None,
         tangent: Callable[..., Any] | None,
+        linear: bool,
         place: str,
     ) -> None:
         self.primitive = primitive
+        self.linear = linear
         self.pullback = pullback
         self.tangent = tangent
         self.place = place
@@ -84,6 +87,10 @@ class PrimitiveDerivative:
         leaves, spec = tree_flatten(self.value(level, values, kwargs))
         if not modes.grad:
             return tree_unflatten(spec, [level.constant(x) if isinstance(x, Tensor) else x for x in leaves])
+        if isinstance(level, TransposeInterpreter) and not self.linear:
+            why = "nothing says of a primitive that it is linear, unless derivative(..., linear=True) does"
+            tracked = {i: index for i, index in enumerate(indices) if index is not None}
+            return level.refuse_later(self.primitive, why, tracked, tree_unflatten(spec, leaves))
         if self.pullback is None:
             raise self.refusal(level, "pullback")
         wrapped = [level.output(x) if isinstance(x, Tensor) else x for x in leaves]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.api.checks import call_function, check_callable, check_kind
+from functrans.api.checks import call_function, check_callable, check_flag, check_kind
 from functrans.core.dispatch import lift, scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
@@ -153,7 +153,11 @@ class Primitive:
         return rule
 
     def derivative(
-        self, *, pullback: Callable[..., Any] | None = None, tangent: Callable[..., Any] | None = None
+        self,
+        *,
+        pullback: Callable[..., Any] | None = None,
+        tangent: Callable[..., Any] | None = None,
+        linear: bool = False,
     ) -> None:
         """Say how levels of grad and jvp differentiate the primitive by its positional arguments that are tensors.
 
@@ -170,6 +174,8 @@ class Primitive:
             tangent: called as ``tangent(tangents, result, *args, **kwargs)``, with a tangent for each positional
                 argument (None where there is none); returns that of the result, in its structure (None where it is
                 zero).
+            linear: the primitive is linear in these arguments, so that ``linear_transpose`` goes through it by its
+                pullback. It refuses others.
 
         Raises:
             CallTypeError: one of them is no function, or both are missing.
@@ -196,8 +202,9 @@ class Primitive:
         for function in (pullback, tangent):
             if function is not None and not callable(function):
                 raise CallTypeError(call, what(function), "functions")
+        check_flag(call, "linear", linear)
         place = caller_place()
-        rules = PrimitiveDerivative(self, pullback, tangent, place)
+        rules = PrimitiveDerivative(self, pullback, tangent, linear, place)
         by_class: dict[type[Interpreter], Callable[..., Any]] = {
             GradInterpreter: rules.at_grad, JvpInterpreter: rules.at_jvp, LinearizeInterpreter: rules.at_linearize,
         }  # fmt: skip
