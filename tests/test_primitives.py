@@ -300,3 +300,24 @@ def test_the_transpose_of_a_primitive_is_that_of_one_declared_linear() -> None:
     with pytest.raises(CallTypeError):
         Primitive("p", torch.sin).derivative(pullback=lambda grad, out, x: grad, linear="yes")  # type: ignore[arg-type]
     assert ft.linear_transpose(ft.sanitize(lambda x: 2 * x), X)(X)[0].tolist() == (2 * X).tolist()
+
+
+class Samples(TableInterpreter):
+    kind, payload, rules = "samples", ("samples",), RuleTable("samples", default="loop")
+
+    def cases(self, wrapper: Any) -> Any:
+        return wrapper.value, *wrapper.samples.unbind(0)
+
+    def of_cases(self, values: Any) -> Any:
+        return self.carry(values[0], samples=torch.stack(values[1:]))
+
+
+def test_a_table_that_runs_case_by_case_needs_no_rule() -> None:
+    p = Primitive("p", lambda x, options: {"scaled": x * options["by"], "sum": x.sum()})
+    p.rule(GradInterpreter)(p.by_base)
+    run = lambda x, samples: transform(Samples, lambda x: p(x, {"by": x[0]}))(Carried(x, samples=samples))
+    found = run(X, ROWS)
+    torch.testing.assert_close(found["scaled"].samples, ROWS * ROWS[:, :1])
+    torch.testing.assert_close((found["sum"].value, found["sum"].samples), (X.sum(), ROWS.sum(1)))
+    slope = ft.grad(lambda rows: run(X, rows)["sum"].samples.square().sum())(ROWS)
+    torch.testing.assert_close(slope, 2 * ROWS.sum(1, keepdim=True).expand(4, 3))

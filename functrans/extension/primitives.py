@@ -164,7 +164,7 @@ class Primitive:
         Both functions run one level down, with the values of that level, and are differentiated by the levels below.
         What an argument holds that is no tensor (a closure's variables, say) is a constant; a result that depends on
         such a variable of the level is an error. Transforms that follow from derivatives (``jet``, ``laplacian``,
-        tables with ``default="jvp"``) go by ``tangent`` too.
+        tables with ``default="jvp"``) go by ``tangent`` too. (One with ``default="loop"`` needs no rule.)
 
         Args:
             pullback: called as ``pullback(grad, result, *args, **kwargs)``; returns a cotangent for each positional
@@ -263,16 +263,16 @@ class Primitive:
         for cls in type(level).__mro__:
             if cls in self.rules:
                 return self.rules[cls][0]
-        if isinstance(level, TableInterpreter) and level.derives and JvpInterpreter in self.rules:
+        if isinstance(level, TableInterpreter) and (level.loops or (level.derives and JvpInterpreter in self.rules)):
             return self.by_policy
         return None
 
     def by_policy(self, level: TableInterpreter, *args: Any, **kwargs: Any) -> Any:
-        """The rule of a transform by a table whose policy is made of derivatives, where the primitive has one."""
-        given = [level.own(a) if isinstance(a, Tensor) else a for a in args]
-        if not any(level.owns(a) and not level.is_constant(a) and a.dtype in DIFFERENTIABLE for a in given):
+        """The rule of a transform by a table whose policy has a meaning for any function, or any with a derivative."""
+        moving = [x for x in tree_flatten((args, kwargs))[0] if level.owns(x) and not level.is_constant(x)]
+        if not moving or (level.derives and not any(x.dtype in DIFFERENTIABLE for x in moving)):
             return NotImplemented
-        return level.without_rule(level, self, given, kwargs)
+        return level.without_rule(level, self, [level.own(a) if isinstance(a, Tensor) else a for a in args], kwargs)
 
     def values_below(self, level: Interpreter, args: Any) -> Any:
         """The arguments one level below ``level``, where they must be constants."""
