@@ -178,3 +178,29 @@ def test_bad_input() -> None:
     with pytest.raises(ZeroDivisionError):
         jet(lambda x: x / (1 // 0), (x,), ([x],))
     assert interpreter_stack() == []
+
+
+NUMBERS = torch.tensor([0.0, 0.5, 2.0, -1.5, 0.0, 1.0], dtype=torch.float64)
+#: functions of one number whose derivatives are all written down: at zeros, at whole powers, of an exponent
+KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole powers": lambda x: x.pow(torch.tensor([2, 0, 3, 2, 1, 5])),
+    "powers": lambda x: x.pow(torch.tensor([2.0, 0.0, 0.5, -2.0, 3.0, 1.5], dtype=x.dtype)),
+    "powers of another shape": lambda x: x.pow(torch.tensor([[2.0], [3.0]], dtype=x.dtype)),
+    "exponent": lambda x: torch.tensor([0.0, 0.3, 2.0, -1.5, 0.0, 1.0], dtype=x.dtype).pow(x),
+    "both": lambda x: (x * x + 1).pow(x),
+    "lgamma": lambda x: (x * x + 0.5).lgamma(),
+    "digamma": lambda x: (x * x + 0.5).digamma(),
+    "polygamma": lambda x: torch.polygamma(2, x * x + 0.5),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_functions_of_which_every_derivative_is_known(name: str) -> None:
+    f, (a, b, c) = KNOWN[name], some(3, 6)
+    along = curve(NUMBERS, [a, b, c])
+    value, terms = jet(f, (NUMBERS,), ([a, b, c],))
+    expected = by_nesting(lambda t: f(along(t)), 3)
+    torch.testing.assert_close(value, f(NUMBERS), equal_nan=True)
+    torch.testing.assert_close(terms, expected, equal_nan=True, rtol=1e-8, atol=1e-8)
+    straight = jet(f, (NUMBERS,), ([a, None, None],))[1]
+    torch.testing.assert_close(straight, by_nesting(lambda t: f(NUMBERS + t * a), 3), equal_nan=True)
