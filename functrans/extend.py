@@ -36,6 +36,7 @@ from functrans.extension.calls import (
 from functrans.extension.carried import Carried
 from functrans.extension.checkers import CheckFailedError, check_batching_rule, check_derivative, check_transform
 from functrans.extension.levels import Handler, PassThrough
+from functrans.extension.linearity import is_affine
 from functrans.extension.missing_rules import missing_rules
 from functrans.extension.primitives import Primitive
 from functrans.extension.provenance import Caller, Origin, caller, origin, user_line
@@ -92,6 +93,7 @@ __all__ = [
     "decompose",
     "derivative",
     "interpreter_stack",
+    "is_affine",
     "lower",
     "lowered",
     "map_tensors",

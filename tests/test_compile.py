@@ -27,9 +27,13 @@ from functrans import (
     jacfwd_and_value,
     jacrev,
     jacrev_and_value,
+    jet,
     jvp,
+    laplacian,
     linear_transpose,
     linearize,
+    lowp,
+    sparse_jacobian,
     value_and_grad,
     vjp,
     vmap,
@@ -242,6 +246,21 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         lambda x: vmap(linear_transpose(lambda y: y * x, x))(rows)[0], lambda x: rows * x,
     ),
     "functionalize": (functionalized, lambda x: (4 * x + 2, 4 * x + 2, 8 * x, 3 * x)),
+    "jet": (
+        lambda x: jet(lambda a, b: a * b, (x, x), ([x, None], [eye[0], x])),
+        lambda x: (x * x, [x * x + x * eye[0], x * x + 2 * x * eye[0]]),
+    ),
+    "laplacian": (
+        lambda x: vmap(laplacian(lambda y: (y**3).sum(), with_value=True))(torch.stack([x, parameter])),
+        lambda x: tuple(
+            map(torch.stack, zip(*[((y**3).sum(), 3 * y * y, (6 * y).sum()) for y in (x, parameter)], strict=True))
+        ),
+    ),
+    "grad of laplacian": (
+        lambda x: grad(lambda p: laplacian(lambda y: (p * y**3).sum())(x))(parameter),
+        lambda x: 6 * x,
+    ),
+    "lowp": (lambda x: lowp(grad(f), torch.bfloat16)(x).round(decimals=1), lambda x: slope(x).round(decimals=1)),
 }
 
 
@@ -396,6 +415,7 @@ OUTSIDE: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Tensor], Any]]]
     "mask": (lambda x: grad(lambda y: y[y > 0.5].sum())(x), "functrans.grad", lambda x: (x > 0.5).float()),
     "pullback kept": (broken_between, "graph_break", lambda x: x.cos() * x.sin()),
     "tangents kept": (tangents_between, "graph_break", lambda x: (x.cos() * x, x * x)),
+    "sparse": (lambda x: sparse_jacobian(lambda y: y**2)(x).to_dense(), "functrans|trace", lambda x: (2 * x).diag()),
     "somebody else's": (lambda x: doubled(torch.sin, x) + grad(f)(x), "trace", lambda x: 2 * x.sin() + slope(x)),
 }
 

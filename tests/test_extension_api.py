@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from functrans import grad, hessian, jacfwd, jvp, vmap
+from functrans import bounds, grad, hessian, jacfwd, jvp, vmap
 from functrans.errors import (
     CallError,
     CallTypeError,
@@ -15,6 +15,7 @@ from functrans.errors import (
     FunctransError,
     MissingRuleError,
     RegistrationError,
+    RuleResultError,
 )
 from functrans.extend import (
     Carried,
@@ -517,3 +518,29 @@ def test_results_belong_to_who_asked() -> None:
     x = torch.randn(2, 3)
     torch.testing.assert_close(vmap(f)(x), x)
     torch.testing.assert_close(vmap(grad(lambda x: f(x).sum()))(x), torch.ones(2, 3))
+
+
+def test_a_decomposition_that_leads_back_is_none() -> None:
+    """``complex`` is written into its parts, and such a write makes it of its parts."""
+    x = torch.zeros(2)
+    for f in (lambda x: torch.complex(x, x), lambda x: float(x[0])):
+        with pytest.raises(MissingRuleError, match=r"at level 1 has no rule for .* Levels: 1 bounds\("):
+            bounds(f)(x, x + 1)
+    assert interpreter_stack() == []
+
+
+def test_what_given_may_return() -> None:
+    class Given(PassThrough):
+        kind = "given"
+        returned: Any = None
+
+        def given(self, op: Any, value: Tensor, own: bool) -> Any:
+            return self.returned
+
+    for wrong, got in ((3, "a int"), (None, "None")):
+        Given.returned = wrong
+        place = r"registered at .*test_extension_api.py:\d+"
+        with pytest.raises(RuleResultError, match=rf"{place}: got {got}; expected a tensor"):
+            transform(Given, torch.sin)(torch.zeros(3))
+    with pytest.raises(CallTypeError, match=r"given\(<lambda>\): got 2 positional arguments"):
+        transform(Given, lambda x: x)(torch.zeros(3), torch.zeros(3))

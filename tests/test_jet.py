@@ -10,7 +10,7 @@ import torch
 from smooth_functions import FUNCTIONS, B
 from torch import Tensor
 
-from functrans import grad, hessian, jacfwd, jet, jvp, vmap
+from functrans import grad, hessian, jacfwd, jet, jvp, laplacian, vmap
 from functrans.core.stack import interpreter_stack
 from functrans.errors import CallTypeError, CallValueError
 from functrans.extend import derivative
@@ -178,3 +178,77 @@ def test_bad_input() -> None:
     with pytest.raises(ZeroDivisionError):
         jet(lambda x: x / (1 // 0), (x,), ([x],))
     assert interpreter_stack() == []
+
+
+NUMBERS = torch.tensor([0.0, 0.5, 2.0, -1.5, 0.0, 1.0], dtype=torch.float64)
+#: functions of one number whose derivatives are all written down: at zeros, at whole powers, of an exponent
+KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole powers": lambda x: x.pow(torch.tensor([2, 0, 3, 2, 1, 5])),
+    "powers": lambda x: x.pow(torch.tensor([2.0, 0.0, 0.5, -2.0, 3.0, 1.5], dtype=x.dtype)),
+    "powers of another shape": lambda x: x.pow(torch.tensor([[2.0], [3.0]], dtype=x.dtype)),
+    "exponent": lambda x: torch.tensor([0.0, 0.3, 2.0, -1.5, 0.0, 1.0], dtype=x.dtype).pow(x),
+    "both": lambda x: (x * x + 1).pow(x),
+    "lgamma": lambda x: (x * x + 0.5).lgamma(),
+    "digamma": lambda x: (x * x + 0.5).digamma(),
+    "polygamma": lambda x: torch.polygamma(2, x * x + 0.5),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_functions_of_which_every_derivative_is_known(name: str) -> None:
+    f, (a, b, c) = KNOWN[name], some(3, 6)
+    along = curve(NUMBERS, [a, b, c])
+    value, terms = jet(f, (NUMBERS,), ([a, b, c],))
+    expected = by_nesting(lambda t: f(along(t)), 3)
+    torch.testing.assert_close(value, f(NUMBERS), equal_nan=True)
+    torch.testing.assert_close(terms, expected, equal_nan=True, rtol=1e-8, atol=1e-8)
+    straight = jet(f, (NUMBERS,), ([a, None, None],))[1]
+    torch.testing.assert_close(straight, by_nesting(lambda t: f(NUMBERS + t * a), 3), equal_nan=True)
+
+
+MATRIX = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def reflected(*extra: Any) -> Callable[[Tensor], Tensor]:
+    """Products with reflectors that move with x, one of which is none."""
+
+    def f(x: Tensor) -> Tensor:
+        matrix, tau = MATRIX[:, :2].to(x.dtype) * x[0] + x[1], torch.stack([x[0] * 0.3, 0 * x[1]])
+        if not extra:
+            return torch.linalg.householder_product(matrix, tau)
+        left, transpose = extra
+        other = torch.outer(x, x.flip(0)) + MATRIX.to(x.dtype)
+        return torch.ormqr(matrix, tau, other, left=left, transpose=transpose)
+
+    return f
+
+
+#: operators that are run as simpler ones
+SIMPLER: dict[str, Callable[[Tensor], Any]] = {
+    "householder_product": reflected(),
+    **{f"ormqr, {left}, {turned}": reflected(left, turned) for left in (False, True) for turned in (False, True)},
+    "wide qr": lambda x: torch.linalg.qr(torch.stack([MATRIX[:2] * x + x.flip(0), MATRIX[1:] * x])),
+    "wide qr, complete": lambda x: torch.linalg.qr(MATRIX[:2] * x + x.flip(0), mode="complete"),
+}
+
+
+@pytest.mark.parametrize("name", SIMPLER)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_operators_as_simpler_ones(name: str, dtype: torch.dtype) -> None:
+    f = SIMPLER[name]
+    x, v = (torch.tensor(t, dtype=dtype) for t in ([0.7, -0.4, 1.1], [0.5, 1.0, -0.3]))
+    if dtype.is_complex:
+        x, v = x + 0.3j * v, v - 0.2j * x
+    value, terms = jet(f, (x,), ([v, None, None],))
+    torch.testing.assert_close(tuple(value) if isinstance(value, tuple) else value, f(x))
+    expected: list[Any] = []
+    g = f
+    for _ in range(3):
+        g = functools.partial(lambda g, x: jvp(g, (x,), (v,))[1], g)
+        expected.append(g(x))
+    if isinstance(value, tuple):
+        expected = [list(parts) for parts in zip(*expected, strict=True)]
+    torch.testing.assert_close(list(terms), expected, rtol=1e-8, atol=1e-8)
+    if not dtype.is_complex:
+        total = lambda x: sum(part.sin().sum() for part in (f(x) if isinstance(value, tuple) else (f(x),)))
+        torch.testing.assert_close(laplacian(total)(x), hessian(total)(x).trace(), rtol=1e-8, atol=1e-8)

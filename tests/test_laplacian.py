@@ -111,7 +111,11 @@ def test_shapes_trees_and_other_arguments() -> None:
     close(found["matrix"], 6 * scale * x)
     close(gradient["matrix"], jacrev(lambda x: scale * x**3)(x))
     assert not found["fixed"].any() and not gradient["fixed"].any() and gradient["fixed"].shape == (2, 1, 2, 3)
-    assert value["n"] == found["n"] == 3
+    assert value["n"] == 3 and found["n"] is None and gradient["n"] is None
+    single = torch.tensor(3.0, dtype=torch.float64)
+    close(laplacian(torch.sin, with_value=True)(single), (single.sin(), single.cos(), -single.sin()))
+    cube = laplacian(lambda x: x**3, with_value=True)(single[None])
+    close(cube, (single[None] ** 3, 3 * single[None, None] ** 2, 6 * single[None]))
     assert laplacian(lambda x: scale)(x).shape == (2, 1)
     close(laplacian(lambda x: x.detach() * x)(x), torch.zeros(2, 3, dtype=torch.float64))
     close(laplacian(torch.square)(torch.tensor(3.0)), torch.tensor(2.0))

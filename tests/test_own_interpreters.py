@@ -15,7 +15,16 @@ from wrong_calls import thread_state
 import functrans as ft
 from functrans import extend
 from functrans.errors import CallTypeError
-from functrans.extend import BackwardNode, GradInterpreter, JvpInterpreter, VmapInterpreter, lower, transform
+from functrans.extend import (
+    BackwardNode,
+    GradInterpreter,
+    JvpInterpreter,
+    RuleResultError,
+    VmapInterpreter,
+    interpreter_stack,
+    lower,
+    transform,
+)
 
 aten = torch.ops.aten
 
@@ -356,3 +365,76 @@ def test_compiled() -> None:
     torch.testing.assert_close(f(X), slope(X))
     transform(extend.Handler, lambda: None)()  # nothing is left on the stack
     assert extend.interpreter_stack() == []
+
+
+ROW = torch.tensor([0.3, 1.7, -2.2], dtype=torch.float64)
+
+
+class WrongNode(BackwardNode):
+    op = "wrong"
+
+    def __init__(self, returned: Callable[[Tensor], Any]) -> None:
+        self.returned = returned
+
+    def pull(self, saved: Any, grad: Any) -> Any:
+        return self.returned(grad)
+
+
+def wrong_grad(returned: Callable[[Tensor], Any]) -> type[GradInterpreter]:
+    class Wrong(GradInterpreter):
+        def process(self, op: Any, args: Any, kwargs: Any) -> Any:
+            index = self.index_of(args[0]) if op is aten.round.default else None
+            if index is None:
+                return super().process(op, args, kwargs)
+            out = self.track(lower(self, op, (args[0].value,), kwargs))
+            self.record(WrongNode(returned), out.tape_index, [index], [])
+            return out
+
+    return Wrong
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda g: [g.sum()], r"tensor of shape \(\) as what pull returned; expected a tensor of the argument's shape"),
+        (lambda g: [1.0], "a float as what pull returned"),
+        (lambda g: g, "a Tensor as what pull returned; expected a list of 1"),
+        (lambda g: None, "a NoneType as what pull returned"),
+        (lambda g: [g, g], "2 cotangents as what pull returned"),
+    ],
+)
+def test_a_node_returns_what_fits(returned: Callable[[Tensor], Any], message: str) -> None:
+    program = lambda x: (x.sin().round() * x).sum()  # further on, a number would be broadcast
+    with pytest.raises(RuleResultError, match=message) as caught:
+        ft.grad(program, interpreter=wrong_grad(returned))(ROW)
+    assert "test_own_interpreters.py:" in str(caught.value) and interpreter_stack() == []
+
+
+def test_a_node_may_return_what_broadcasting_made_of_it() -> None:
+    found = ft.grad(lambda x: x.round().sum(), interpreter=wrong_grad(lambda g: [g.expand(5, *g.shape)]))(ROW)
+    assert torch.equal(found, torch.full_like(ROW, 5.0))
+
+
+@pytest.mark.parametrize("tangent", [lambda t: t.sum(), lambda t: 1.0, lambda t: t.float()])
+def test_a_tangent_fits(tangent: Callable[[Tensor], Any]) -> None:
+    class Wrong(JvpInterpreter):
+        def process(self, op: Any, args: Any, kwargs: Any) -> Any:
+            if op is not aten.round.default:
+                return super().process(op, args, kwargs)
+            return self.dual(lower(self, op, (args[0].value,), kwargs), tangent(args[0].tangent))
+
+    with pytest.raises(RuleResultError, match=r"as tangent; expected a torch.float64 tensor of shape"):
+        ft.jvp(lambda x: x.round().sin(), (ROW,), (ROW,), interpreter=Wrong)
+
+
+@pytest.mark.parametrize(("size", "bdim"), [(None, 1), (2, 0)])
+def test_a_batch_fits(size: int | None, bdim: int) -> None:
+    class Wrong(VmapInterpreter):
+        def process(self, op: Any, args: Any, kwargs: Any) -> Any:
+            if op is not aten.round.default:
+                return super().process(op, args, kwargs)
+            return self.batched(args[0].value.round()[:size], bdim)
+
+    rows = torch.stack([ROW] * (len(ROW) + 1))
+    with pytest.raises(RuleResultError, match=r"as a physical value; expected the size of the batch"):
+        ft.vmap(lambda x: x.round() * 2, interpreter=Wrong)(rows)

@@ -1,8 +1,10 @@
 """Transforms that are not shipped, by the public API alone: errors with a common source, complex steps, leaks between
-examples; each against an oracle, and with grad, vmap, jvp, jet and laplacian around and inside."""
+examples, zonotopes, enumeration of random choices; each against an oracle, and with grad, vmap, jvp, jet and laplacian
+around and inside."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import functrans as ft
-from functrans.extend import Carried, RuleTable, TableInterpreter, as_function, lower, lowered, map_tensors, transform
+from functrans.extend import (
+    Carried,
+    Primitive,
+    RuleTable,
+    TableInterpreter,
+    as_function,
+    interpreter_stack,
+    is_affine,
+    lower,
+    lowered,
+    map_tensors,
+    missing_rule,
+    transform,
+)
 
 aten = torch.ops.aten
 X = torch.tensor([0.3, -0.7, 1.2], dtype=torch.float64)
@@ -161,3 +176,163 @@ def test_leaks_between_examples() -> None:
     assert torch.equal(shifted(ROWS), none.roll(1, 1))
     batches = torch.stack([ROWS, 2 * ROWS])
     assert torch.equal(ft.vmap(shifted, randomness="different")(batches), none.roll(1, 1).expand(2, 4, 4))
+
+
+# --- zonotopes: x is its center and a sum of sources, each times a number between -1 and 1 ----------------------------
+
+
+def exact_where_affine(level: Any, op: Any, args: Any, kwargs: Any) -> Any:
+    if not is_affine(level, op, args, kwargs):
+        raise missing_rule(level, op)
+    f, carrying, values, rebuild = as_function(level, op, args, kwargs)
+    with lowered(level):
+        outs = f(*values)
+        count = max(len(x.sources) for x in carrying)
+        pushed = ft.vmap(lambda *along: ft.jvp(f, values, along)[1])(*[padded(x.sources, count) for x in carrying])
+    return rebuild([level.carry(o, sources=p) for o, p in zip(outs, pushed, strict=True)])
+
+
+def padded(sources: Tensor, count: int) -> Tensor:
+    return torch.cat([sources, sources.new_zeros(count - len(sources), *sources.shape[1:])])
+
+
+class Zonotopes(TableInterpreter):
+    kind, payload, rules = "zonotopes", ("sources",), RuleTable("zonotopes", default=exact_where_affine)
+
+    def widened(self, center: Tensor, sources: Tensor, error: Tensor) -> Any:
+        """With a source of its own for the error of each element."""
+        fresh = torch.diag_embed(error.flatten()).unflatten(-1, error.shape)
+        return self.carry(center, sources=torch.cat([sources, fresh]))
+
+
+@Zonotopes.rules.register(aten.relu.default)
+def relu_of_zonotope(level: Any, x: Any) -> Any:
+    radius = x.sources.abs().sum(0)
+    low, high = x.value - radius, x.value + radius
+    slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low)))
+    middle = torch.where((low < 0) & (high > 0), -slope * low / 2, 0.0)
+    return level.widened(slope * x.value + middle, slope * x.sources, middle)
+
+
+@Zonotopes.rules.register(aten.mul.Tensor)
+def product_of_zonotopes(level: Any, x: Any, y: Any) -> Any:
+    if not all(isinstance(a, Tensor) and a.sources is not None for a in (x, y)):
+        return NotImplemented
+    count = max(len(x.sources), len(y.sources))
+    a, b = padded(x.sources, count), padded(y.sources, count)
+    return level.widened(x.value * y.value, x.value * b + y.value * a, a.abs().sum(0) * b.abs().sum(0))
+
+
+def enclosed(f: Callable[..., Tensor], x: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    out = transform(Zonotopes, f)(Carried(x, sources=torch.diag(radius.expand(x.shape))))
+    radius = out.sources.abs().sum(0)
+    return out.value - radius, out.value + radius
+
+
+def test_zonotopes() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    net.requires_grad_(False)
+    product = lambda x: net(x) * (x.flip(0)[:2] - x[0])
+    radius = torch.tensor(0.1, dtype=X.dtype)
+    slope = ft.grad(lambda x: (x * x * x.flip(0)).sum())
+    for f in (net, product, slope):
+        low, high = enclosed(f, X, radius)
+        for _ in range(100):
+            y = f(X + radius * (2 * torch.rand_like(X) - 1))
+            assert bool((low <= y).all() and (y <= high).all())
+    by_intervals = ft.bounds(net)(X - radius, X + radius)
+    low, high = enclosed(net, X, radius)
+    assert bool(((high - low) < 0.9 * (by_intervals[1] - by_intervals[0])).all())
+    exact = lambda x: x - WEIGHT @ x + x.cumsum(0)
+    low, high = enclosed(exact, X, radius)
+    torch.testing.assert_close((high - low) / 2, ft.jacrev(exact)(X).abs().sum(1) * radius)
+
+    def width(x: Tensor, radius: Tensor) -> Tensor:
+        low, high = enclosed(product, x, radius)
+        return (high - low).sum()
+
+    torch.testing.assert_close(
+        ft.vmap(width, in_dims=(0, None))(ROWS, radius), torch.stack([width(x, radius) for x in ROWS])
+    )
+    batch = enclosed(lambda x: ft.vmap(product)(torch.stack([x, x.flip(0)])), X, radius)
+    torch.testing.assert_close(batch[0][0], enclosed(product, X, radius)[0])
+    by_radius = ft.grad(width, argnums=1)(X, radius)
+    difference = (width(X, radius + 1e-6) - width(X, radius - 1e-6)) / 2e-6
+    torch.testing.assert_close(by_radius, difference, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ft.jvp(lambda r: width(X, r), (radius,), (radius,))[1], by_radius * radius)
+
+
+# --- random choices, one after the other taken for all that they may be -----------------------------------------------
+
+choose = Primitive("choose", lambda name, chances: torch.multinomial(chances, 1)[0].to(chances.dtype))
+choose.derivative(
+    pullback=lambda grad, result, name, chances: None,
+    tangent=lambda tangents, result, name, chances: None,
+)
+
+
+class Enumeration(TableInterpreter):
+    """All runs at once: ``runs`` has the value of each."""
+
+    kind, payload, rules = "enumeration", ("runs",), RuleTable("enumeration", default="loop")
+
+    def __init__(self, func: Any, sizes: dict[str, int]) -> None:
+        super().__init__(func)
+        self.picks = list(itertools.product(*map(range, sizes.values())))
+        self.names = list(sizes)
+        self.weights = torch.ones(len(self.picks), dtype=X.dtype)
+
+    def cases(self, wrapper: Any) -> Any:
+        return wrapper.runs.unbind(0)
+
+    def of_cases(self, values: Any) -> Any:
+        return self.carry(values[0], runs=torch.stack(values))
+
+
+@choose.rule(Enumeration)
+def every_choice(level: Any, name: str, chances: Any) -> Any:
+    taken = [pick[level.names.index(name)] for pick in level.picks]
+    wrapper = level.own(chances)
+    each = [wrapper.value] * len(taken) if level.is_constant(wrapper) else level.cases(wrapper)
+    level.weights = level.weights * torch.stack([c[k] for c, k in zip(each, taken, strict=True)])
+    return level.of_cases([torch.tensor(float(k), dtype=X.dtype) for k in taken])
+
+
+def expectation(f: Callable[..., Tensor], **sizes: int) -> Callable[..., Tensor]:
+    def expected(*args: Any) -> Tensor:
+        level = Enumeration(f, sizes)
+        out = transform(level, f)(*args)
+        return level.weights @ out.runs
+
+    return expected
+
+
+def test_enumeration() -> None:
+    def program(t: Tensor) -> Tensor:
+        a = choose("a", torch.stack([t, 1 - t]))
+        chance = torch.where(a > 0, t * t, t / 2)
+        b = choose("b", torch.stack([chance, 1 - chance]))
+        return (3 * a + b * t * (1 + a)).sin()
+
+    def by_hand(t: Tensor) -> Tensor:
+        total = 0 * t
+        for a, b in itertools.product(range(2), range(2)):
+            chance = t * t if a else t / 2
+            total = total + (t, 1 - t)[a] * (chance, 1 - chance)[b] * (3 * a + b * t * (1 + a)).sin()
+        return total
+
+    found, t = expectation(program, a=2, b=2), torch.tensor(0.3, dtype=X.dtype)
+    ts = torch.tensor([0.1, 0.5, 0.7], dtype=X.dtype)
+    for around in (
+        lambda f: f(t), lambda f: ft.grad(f)(t), lambda f: ft.hessian(f)(t), lambda f: ft.vmap(ft.grad(f))(ts),
+        lambda f: ft.jvp(f, (t,), (t,)), lambda f: ft.grad(lambda ts: ft.vmap(f)(ts).prod())(ts),
+        lambda f: ft.jet(f, (t,), ([t, None, None],)),
+    ):  # fmt: skip
+        torch.testing.assert_close(around(found), around(by_hand))
+    # inside: the slope of a program, along each of its runs
+    slope = expectation(lambda t: ft.grad(lambda s: choose("a", torch.stack([t, 1 - t])) * s**3)(t), a=2)
+    torch.testing.assert_close(slope(t), (1 - t) * 3 * t**2)
+    batch = expectation(lambda t: ft.vmap(lambda s: s * choose("a", torch.stack([t, 1 - t])))(ts)[0], a=2)
+    torch.testing.assert_close(batch(t), (1 - t) * ts[0])
+    assert interpreter_stack() == []

@@ -47,7 +47,7 @@ from functrans.pytorch.torch_private import (
 from functrans.tensors.pytrees import tree_unflatten
 
 #: Transforms that are called with the function and its arguments at once.
-AT_ONCE = ("jvp", "linear_transpose", "linearize", "vjp")
+AT_ONCE = ("jet", "jvp", "linear_transpose", "linearize", "vjp")
 #: Those that return a function, which stays in the graph.
 RETURNING = ("linear_transpose", "linearize", "vjp")
 #: Those that switch grad mode on for the function.

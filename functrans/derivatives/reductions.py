@@ -18,6 +18,7 @@ from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.sparse import in_layout_of
 
 aten = torch.ops.aten
 Dim = int | Sequence[int] | None
@@ -109,7 +110,8 @@ def pulled(grad: Tensor, self: Tensor, weight: Tensor, dim: Dim = None, keepdim:
 
 
 def pushed(self_t: Tensor, result: Tensor, weight: Tensor, dim: Dim = None, keepdim: bool = False) -> Tensor:
-    return cast((self_t * conj(weight)).sum(reduced_dims(dim, self_t.dim()), keepdim=keepdim), result.dtype)
+    parts = in_layout_of(self_t * conj(weight), result)
+    return cast(parts.sum(reduced_dims(dim, self_t.dim()), keepdim=keepdim), result.dtype)
 
 
 # ------------------------------------------------------------------------------------------- variance

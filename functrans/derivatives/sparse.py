@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from functrans.derivatives.matmul import adjoint
+from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import derivative
+from functrans.tensors.sparse import in_layout_of
 
 aten = torch.ops.aten
 
@@ -25,9 +27,7 @@ def sparse_values(grad: Tensor, indices: Tensor) -> Tensor:
 
 def sparse_entries(grad: Tensor, self: Tensor) -> Tensor:
     """What is known of a sparse matrix: its entries, which are no others for having been zeros."""
-    indices = (self if self.is_coalesced() else self.coalesce()).indices()
-    values = sparse_values(grad.to(self.dtype), indices)
-    return torch.sparse_coo_tensor(indices, values, self.shape, is_coalesced=True, check_invariants=False)
+    return in_layout_of(dense(grad.to(self.dtype)), self)
 
 
 def of_dense(grad: Tensor, self: Tensor, masked_grad: bool | None) -> Tensor:
@@ -40,3 +40,25 @@ for _op in (aten._to_sparse.default, aten._to_sparse.sparse_dim):
     derivative(_op, tangent="linear", self=dense)
 derivative(aten._sparse_coo_tensor_with_dims_and_tensors.default, tangent="linear", values=sparse_values)
 derivative(aten._sparse_mm.default, tangent="multilinear", dense=lambda grad, sparse: adjoint(sparse).mm(grad))
+derivative(
+    aten._sparse_sparse_matmul.default,
+    tangent="multilinear",
+    self=lambda grad, other: dense(grad) @ adjoint(other),
+    other=lambda grad, self: adjoint(self) @ dense(grad),
+)
+derivative(
+    aten.sparse_mask.default,
+    tangent=lambda self_t, mask: self_t.sparse_mask(mask),
+    self=lambda grad, mask: in_layout_of(dense(grad), mask).to_dense(),
+    mask=no_cotangent,  # type: ignore[arg-type]
+)
+
+
+def sum_over(grad: Tensor, self: Tensor, dim: list[int]) -> Tensor:
+    grad = dense(grad)
+    for d in sorted(d % self.dim() for d in dim):
+        grad = grad.unsqueeze(d)
+    return grad.expand(self.shape)
+
+
+derivative(aten._sparse_sum.dim, tangent="linear", self=sum_over)

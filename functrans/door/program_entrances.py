@@ -131,6 +131,12 @@ def program_here(
     return program
 
 
+#: What Python's reflected operators are with the operands in their order.
+IN_ORDER: dict[str, Callable[..., Any]] = {
+    "__radd__": torch.add, "__rsub__": torch.sub, "__rmul__": torch.mul, "__rtruediv__": torch.div,
+}  # fmt: skip
+
+
 def binary(
     function: Callable[..., Any], find: Callable[[bool], Program | None], up: int, *, reflected: bool = False
 ) -> Callable[..., Any]:
@@ -142,6 +148,7 @@ def binary(
     """
     found: dict[bool, Program | None] = {}
     above = up + 1
+    in_order = IN_ORDER.get(getattr(function, "__name__", ""))
 
     def entrance(x: Any = NOT_HERE, y: Any = NOT_HERE, /, *more: Any, **kwargs: Any) -> Any:
         kind = type(y)
@@ -175,6 +182,8 @@ def binary(
                 return through(program, (x, y), owner, above)
         if reflected and not number:
             x, y = y, x
+        if in_order is not None and isinstance(y, Tensor) and not (x.layout is STRIDED and y.layout is STRIDED):
+            return otherwise(in_order, (), (y, x, *more), kwargs, above)  # PyTorch has dense + sparse, not the other
         return otherwise(function, (), by_place(x, y, *more), kwargs, above)
 
     def forget(table: RuleTable[Any], op: OpOverload) -> None:

@@ -282,6 +282,13 @@ class BatchingRuleError(FunctransError, takes="rule got expected"):
     sentence = "{rule} returned {got}; expected {expected}. Correct the rule's out_dims, or its output."
 
 
+class SparseOperatorError(FunctransError, NotImplementedError, takes="what said"):
+    """PyTorch has no form of an operator, its derivative or its batch for sparse tensors."""
+
+    sentence = """{what} was called with a sparse tensor, for which PyTorch has no form of it ({said}). Use to_dense()
+        of the tensor before it."""
+
+
 class LayoutError(FunctransError):
     sentence = """{came} came up inside a transform; expected torch.strided or torch.sparse_coo. {cure}: before the
         transform if it comes from outside, in place of the conversion if it is made inside."""
@@ -335,4 +342,4 @@ class Call:
         rest = self.arguments
         if not isinstance(rest, str):
             rest = ", ".join(f"{name}={shown(value)}" for name, value in rest.items())
-        return f"{self.transform}({callable_name(self.func)}, {rest})"
+        return f"{self.transform}({callable_name(self.func)}{', ' if rest else ''}{rest})"

@@ -48,7 +48,8 @@ def _tensor(x: Tensor) -> str:
     if x.is_nested:
         return "a nested tensor"
     dtype = "" if x.dtype is torch.float32 else f" and dtype {x.dtype}"
-    return f"a tensor of shape {tuple(x.shape)}{dtype}"
+    layout = "" if x.layout is torch.strided else f"{x.layout} "
+    return f"a {layout}tensor of shape {tuple(x.shape)}{dtype}"
 
 
 class _Short(reprlib.Repr):

@@ -39,12 +39,16 @@ def check_operator(call: str, op: Any) -> None:
     )
 
 
+def check_arguments(call: str, args: Any, kwargs: Any) -> None:
+    check_kind(call, "args", args, list | tuple, "a list or tuple with the operator's positional arguments")
+    check_kind(call, "kwargs", kwargs, dict, "a dict with the operator's keyword-only arguments")
+
+
 def run(call: str, function: Callable[..., Any], interpreter: Any, op: Any, args: Any, kwargs: Any) -> Any:
     """``function`` with these arguments, checked; those of the operator are compared with its schema if it failed."""
     check_running(call, interpreter)
     check_operator(call, op)
-    check_kind(call, "args", args, list | tuple, "a list or tuple with the operator's positional arguments")
-    check_kind(call, "kwargs", kwargs, dict, "a dict with the operator's keyword-only arguments")
+    check_arguments(call, args, kwargs)
     try:
         return function(interpreter, op, args, kwargs)
     except (IndexError, RuntimeError, TypeError):

@@ -88,6 +88,8 @@ def joined(interpreter: TableInterpreter, op: OpOverload, outs: list[Any]) -> An
             raise CallError(name_of(interpreter, op), got, "one length in all cases", "Give the operator a rule.")
         parts = [joined(interpreter, op, list(part)) for part in zip(*outs, strict=True)]
         return parts if type(first) is list else tuple(parts)
+    if isinstance(first, dict):  # of a primitive
+        return {name: joined(interpreter, op, [out[name] for out in outs]) for name in first}
     if any(out != first for out in outs):
         got = "the results " + ", ".join(map(str, outs))
         raise CallError(name_of(interpreter, op), got, "one number in all cases", "Keep it in a tensor.")

@@ -12,9 +12,10 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, wrap
 from functrans.decompositions.table import decompose
 from functrans.door.autograd_function import FUNCTION_RULES
+from functrans.errors import RuleResultError
 from functrans.errors.call_sites import definition
 from functrans.extension.functions_seen import seen_function
-from functrans.extension.rule_results import check_carried, check_replacement, checked_result
+from functrans.extension.rule_results import check_carried, check_replacement, checked_result, kind_of
 from functrans.operators.info import op_info
 from functrans.pytorch.thread_state import lowered
 from functrans.pytorch.torch_private import OpOverload
@@ -112,8 +113,12 @@ class PassThrough(Interpreter):
         def value(a: Any) -> Any:
             if not isinstance(a, Tensor):
                 return a
-            mine: Any = a if self.owns(a) else None
-            return self.given(op, a, False) if mine is None else self.given(op, mine.value, True)
+            own = self.owns(a)
+            below = a.value if own else a  # type: ignore[attr-defined]
+            found = self.given(op, below, own)
+            if found is not below:
+                self.check_given(op, found)
+            return found
 
         with lowered(self):
             values, below_kwargs = tuple(tree_map(value, list(args))), tree_map(value, kwargs)
@@ -129,6 +134,13 @@ class PassThrough(Interpreter):
             check_replacement(self, op, definition(type(self).after) or "an unknown place", out, other)
             out = other
         return map_tensors(self.constant, out)
+
+    def check_given(self, op: OpOverload, found: Any) -> None:
+        if not isinstance(found, Tensor):
+            place = definition(type(self).given) or "an unknown place"
+            cure = "Return the value itself where it is to stay as it is."
+            raise RuleResultError(op, self, place, kind_of(found), "a tensor to run it with", cure)
+        check_carried(self, "what given returned", found)
 
 
 FUNCTION_RULES[PassThrough] = seen_function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from functrans.core.stack import interpreter_stack
 from functrans.errors import MissingRuleError
@@ -13,11 +13,12 @@ from functrans.operators.schemas import schema_default
 from functrans.pytorch.torch_private import OpOverload
 
 if TYPE_CHECKING:
+    from functrans.core.interpreter import Interpreter
     from functrans.extension.table_interpreter import TableInterpreter
 
 
 def missing_rule_error(interpreter: TableInterpreter, op: OpOverload) -> MissingRuleError:
-    levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
+    levels = ", ".join(f"{i.level} {i.name}" for i in reversed(levels_with(interpreter)))
     error = MissingRuleError(
         op,
         interpreter,
@@ -28,6 +29,19 @@ def missing_rule_error(interpreter: TableInterpreter, op: OpOverload) -> Missing
     if interpreter.rule_for(op) is not None:
         add_note(error, f"Its rule, registered at {interpreter.rule_place(op)}, returned NotImplemented for this call.")
     return error
+
+
+def levels_with(interpreter: Interpreter) -> list[Interpreter]:
+    """The interpreter stack, from ``interpreter`` on if code of a level below it runs."""
+    levels = interpreter_stack()
+    if interpreter in levels:
+        return levels
+    below: Any = interpreter
+    levels = []
+    while below is not None:
+        levels.append(below)
+        below = below.below
+    return levels
 
 
 def owner_of_rules(cls: type[TableInterpreter]) -> type[TableInterpreter]:

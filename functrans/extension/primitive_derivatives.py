@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from functrans.core.dispatch import map_tensors
-from functrans.errors import MissingRuleError
+from functrans.core.tensor import WrapperTensor
+from functrans.errors import MissingRuleError, RuleResultError
 from functrans.errors.call_sites import definition
+from functrans.interpreters.fitting import described, expect_tangent, fitted
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
-from functrans.interpreters.linearize import LinearizeInterpreter, Step, as_variables, tensors_in
+from functrans.interpreters.linearize import LinearizeInterpreter, Step, as_variables
+from functrans.interpreters.transpose import TransposeInterpreter
+from functrans.operators.info import DIFFERENTIABLE
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter
@@ -37,67 +42,124 @@ class PrimitiveDerivative:
     These are called as others are, with the modes in front.
     """
 
-    def __init__(self, primitive: Primitive, pullback: Callable[..., Any] | None, tangent: Callable[..., Any] | None):
+    def __init__(
+        self,
+        primitive: Primitive,
+        pullback: Callable[..., Any] | None,
+        tangent: Callable[..., Any] | None,
+        linear: bool,
+        place: str,
+    ) -> None:
         self.primitive = primitive
+        self.linear = linear
         self.pullback = pullback
         self.tangent = tangent
+        self.place = place
 
     def refusal(self, level: Interpreter, mode: str) -> MissingRuleError:
         cure = f"Give {self.primitive.name}.derivative(...) a {mode} as well."
         return MissingRuleError(f"{self.primitive.name}, which has no {mode}", level, cure)
+
+    def unfit(self, level: Interpreter, of: str, cure: str) -> Callable[[str, str], RuleResultError]:
+        """The error where ``of``, which a function of the author's returned, is something else than expected."""
+        op = f"{of} of {self.primitive.name}"
+        return lambda got, expected: RuleResultError(op, level, self.place, got, expected, cure)
+
+    def value(self, level: Interpreter, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The result, as the levels below have it."""
+        out = self.primitive.below(level, *args, **kwargs)
+        for x in tree_flatten(out)[0]:
+            if type(x) is WrapperTensor and x.interpreter.level >= level.level:
+                got = f"one that depends on a tensor of {x.interpreter.name} at level {x.interpreter.level}"
+                cure = (
+                    "A function or an object among the arguments holds that tensor, and no derivative is taken by what "
+                    "is held. Give the tensor as an argument of its own."
+                )
+                raise self.unfit(level, "the result", cure)(got, f"values of the levels below {level.level}")
+        return out
 
     def at_grad(self, modes: Modes, level: GradInterpreter, *args: Any, **kwargs: Any) -> Any:
         """Recorded on the tape."""
         indices = [level.index_of(a) for a in args]
         if all(index is None for index in indices):
             return NotImplemented
-        values = values_of(level, args)
-        out = self.primitive.below(level, *values, **kwargs)
+        values, kwargs = values_of(level, args), constants_below(level, kwargs)
+        leaves, spec = tree_flatten(self.value(level, values, kwargs))
         if not modes.grad:
-            return map_tensors(level.constant, out)
+            return tree_unflatten(spec, [level.constant(x) if isinstance(x, Tensor) else x for x in leaves])
+        if isinstance(level, TransposeInterpreter) and not self.linear:
+            why = "nothing says of a primitive that it is linear, unless derivative(..., linear=True) does"
+            tracked = {i: index for i, index in enumerate(indices) if index is not None}
+            return level.refuse_later(self.primitive, why, tracked, tree_unflatten(spec, leaves))
         if self.pullback is None:
             raise self.refusal(level, "pullback")
-        wrapped = map_tensors(level.output, out)
-        outs = [level.index_of(w) for w in (wrapped if isinstance(wrapped, tuple | list) else [wrapped])]
-        node = PrimitiveNode(self, kwargs, [i for i, index in enumerate(indices) if index is not None])
-        level.record(node, outs, [index for index in indices if index is not None], [out, *values])
-        return wrapped
+        wrapped = [level.output(x) if isinstance(x, Tensor) else x for x in leaves]
+        outs = [level.index_of(w) for w in wrapped]
+        node = PrimitiveNode(self, level, spec, kwargs, [i for i, index in enumerate(indices) if index is not None])
+        level.record(node, outs, [index for index in indices if index is not None], [leaves, *values])
+        return tree_unflatten(spec, wrapped)
 
     def at_jvp(self, modes: Modes, level: JvpInterpreter, *args: Any, **kwargs: Any) -> Any:
         """Pushed forward."""
         tangents = tuple(a.tangent if level.owns(a) else None for a in args)
         if all(t is None for t in tangents):
             return NotImplemented
-        values = values_of(level, args)
-        out = self.primitive.below(level, *values, **kwargs)
-        if not modes.forward:
-            return map_tensors(level.constant, out)
-        if self.tangent is None:
-            raise self.refusal(level, "tangent")
-        found = self.tangent(tangents, out, *values, **kwargs)
-        if isinstance(out, Tensor):
-            return level.dual(out, found)
-        return tuple(level.dual(o, t) if isinstance(o, Tensor) else o for o, t in zip(out, found, strict=True))
+        values, kwargs = values_of(level, args), constants_below(level, kwargs)
+        out = self.value(level, values, kwargs)
+        leaves, spec = tree_flatten(out)
+        found: list[Any] = [None] * len(leaves)
+        if modes.forward:
+            if self.tangent is None:
+                raise self.refusal(level, "tangent")
+            found = self.tangents_of(level, leaves, spec, self.tangent(tangents, out, *values, **kwargs))
+        duals = zip(leaves, found, strict=True)
+        return tree_unflatten(spec, [level.dual(x, t) if isinstance(x, Tensor) else x for x, t in duals])
+
+    def tangents_of(self, level: Interpreter, leaves: Sequence[Any], spec: TreeSpec, found: Any) -> list[Any]:
+        """What the tangent's function returned, for each leaf of the result."""
+        refuse = self.unfit(level, "the tangent", "Return a tangent for the result, in its structure; None is zeros.")
+        tangents = [None] * len(leaves) if found is None else matched(spec, found)
+        if tangents is None:
+            raise refuse(described(found), f"the structure of the result, {tree_unflatten(spec, leaves)!r}")
+        for x, t in zip(leaves, tangents, strict=True):
+            if isinstance(x, Tensor) and x.dtype in DIFFERENTIABLE:
+                expect_tangent(t, (x.shape, x.dtype), refuse)
+        return tangents
 
     def at_linearize(self, modes: Modes, level: LinearizeInterpreter, *args: Any, **kwargs: Any) -> Any:
         """A step of the linear function, where it was applied to a tangent."""
         variables = [a.variable if level.owns(a) else None for a in args]
         if all(variable is None for variable in variables):
             return NotImplemented
-        values = values_of(level, args)
-        wrapped: Any = map_tensors(level.track, self.primitive.below(level, *values, **kwargs))
+        values, kwargs = values_of(level, args), constants_below(level, kwargs)
+        leaves, spec = tree_flatten(self.value(level, values, kwargs))
+        wrapped: list[Any] = [level.track(x) if isinstance(x, Tensor) else x for x in leaves]
         given = [as_variables(v, n) for v, n in zip(values, variables, strict=True)]
-        outs = [w.variable for w in tensors_in([wrapped])]  # type: ignore[attr-defined]
-        level.steps.append(Step(self.primitive, given, kwargs, outs, not modes.grad))
-        return wrapped
+        outs = [w.variable for w in wrapped if isinstance(w, Tensor)]  # type: ignore[attr-defined]
+        level.steps.append(Step(self.leaves_of, given, kwargs, outs, not modes.grad))
+        return tree_unflatten(spec, wrapped)
+
+    def leaves_of(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The primitive's result, without its structure."""
+        return tree_flatten(self.primitive(*args, **kwargs))[0]
 
 
 class PrimitiveNode(BackwardNode):
-    """One call on the tape; saved are its output and its arguments."""
+    """One call on the tape; saved are the leaves of its result, and its arguments."""
 
-    def __init__(self, derivative: PrimitiveDerivative, kwargs: dict[str, Any], places: list[int]) -> None:
+    def __init__(
+        self,
+        derivative: PrimitiveDerivative,
+        level: Interpreter,
+        spec: TreeSpec,
+        kwargs: dict[str, Any],
+        places: list[int],
+    ) -> None:
         self.op = derivative.primitive
         self.derivative = derivative
+        #: weakly, since its tape holds this
+        self.level: Any = weakref.ref(level)
+        self.spec = spec
         self.kwargs = kwargs
         self.places = places
 
@@ -105,14 +167,37 @@ class PrimitiveNode(BackwardNode):
         return definition(self.derivative.pullback)
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
-        out, *values = saved
-        if isinstance(out, Tensor):
-            (grad,) = grad
-        found = self.derivative.pullback(grad, out, *values, **self.kwargs)  # type: ignore[misc]
-        if not isinstance(found, tuple | list):
-            found = (found,)
-        return [found[i] if i < len(found) else None for i in self.places]
+        leaves, *values = saved
+        out = tree_unflatten(self.spec, list(leaves))
+        found = self.derivative.pullback(  # type: ignore[misc]
+            tree_unflatten(self.spec, list(grad)), out, *values, **self.kwargs
+        )
+        cure = "Return a cotangent for each positional argument, or one for the first; None where there is none."
+        refuse = self.derivative.unfit(self.level(), "the pullback", cure)
+        cotangents = found if isinstance(found, tuple | list) else [found]
+        if len(cotangents) > len(values):
+            raise refuse(f"{len(cotangents)} cotangents", f"at most {len(values)}")
+        given = [cotangents[i] if i < len(cotangents) else None for i in self.places]
+        return [
+            None if c is None else fitted(c, (values[i].shape, values[i].dtype), refuse)
+            for i, c in zip(self.places, given, strict=True)
+        ]
+
+
+def matched(spec: TreeSpec, tree: Any) -> list[Any] | None:
+    """The leaves of ``tree``, if it has the structure ``spec``; a list does for a tuple."""
+    for given in (tree, tuple(tree)) if isinstance(tree, list) else (tree,):
+        leaves, own = leaves_like(given, spec)
+        if own == spec:
+            return leaves
+    return None
 
 
 def values_of(level: Interpreter, args: Sequence[Any]) -> list[Any]:
-    return [a.value if level.owns(a) else a for a in args]
+    """Arguments one level down; what moves at ``level`` stays as it is inside of a pytree, where no rule looks."""
+    return [a.value if level.owns(a) else a if isinstance(a, Tensor) else constants_below(level, a) for a in args]
+
+
+def constants_below(level: Interpreter, tree: Any) -> Any:
+    """``tree`` with the values of the constants of ``level`` in their places."""
+    return tree_map(lambda x: x.value if level.owns(x) and level.is_constant(x) else x, tree)

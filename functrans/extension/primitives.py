@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functrans.api.checks import call_function, check_callable, check_kind
+from functrans.api.checks import call_function, check_callable, check_flag, check_kind
 from functrans.core.dispatch import lift, scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
@@ -17,14 +17,18 @@ from functrans.core.tensor import WrapperTensor
 from functrans.errors import CallTypeError, DeadWrapperError, DuplicateRuleError, MissingRuleError
 from functrans.errors.wording import what
 from functrans.extension.calls import check_running
+from functrans.extension.primitive_batching import PrimitiveBatching
 from functrans.extension.primitive_derivatives import Modes, PrimitiveDerivative
+from functrans.extension.table_interpreter import TableInterpreter
 from functrans.interpreters.failures import note_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
+from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.operators.info import DIFFERENTIABLE
 from functrans.operators.rules import caller_place
 from functrans.pytorch.thread_state import STATE, lowered, running_at
-from functrans.pytorch.torch_private import is_forward_enabled
+from functrans.pytorch.torch_private import is_forward_enabled, set_forward_enabled, set_grad_enabled
 from functrans.tensors.pytrees import tree_flatten, tree_map
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -43,7 +47,9 @@ class Primitive:
     its own level or of levels below.
 
     At a level without a rule the arguments must not depend on it: a tensor that is tracked, batched or otherwise
-    carries something there is an error. Where no level answers, ``base`` is called.
+    carries something there is an error. (A rule is made of a derivative by ``derivative``, of a batching rule by
+    ``batching``; ``by_base`` is the rule that says: as the operators that it is made of.) Where no level answers,
+    ``base`` is called where the primitive was, as any function.
 
     Args:
         name: what messages call it.
@@ -84,7 +90,7 @@ class Primitive:
         """Decorator: what the function below it says is the answer at levels of these classes.
 
         Raises:
-            CallTypeError: one of them is no class of interpreters.
+            CallTypeError: one of them is no class of interpreters, or what it decorates no function.
             DuplicateRuleError: one of them has a rule already, from another place.
         """
         place = caller_place()
@@ -96,26 +102,84 @@ class Primitive:
             raise CallTypeError(f"{self.name}.rule(*classes)", "no class", "at least one class of interpreters")
 
         def decorate(rule: Rule) -> Rule:
+            check_callable(f"{self.name}.rule", rule)
             for cls in classes:
                 self.rules[cls] = rule, place
             return rule
 
         return decorate
 
+    def by_base(self, level: Interpreter, *args: Any, **kwargs: Any) -> Any:
+        """A rule for levels that have operators of their own: ``base`` is run there, and its operators are seen.
+
+        Levels below see these operators then, and not the primitive.
+
+        Example:
+            >>> import torch
+            >>> from functrans import vmap
+            >>> from functrans.extend import Primitive, VmapInterpreter
+            >>> centered = Primitive("centered", lambda x: x - x.mean())
+            >>> _ = centered.rule(VmapInterpreter)(centered.by_base)
+            >>> vmap(centered)(torch.tensor([[1.0, 3.0], [5.0, 6.0]]))
+            tensor([[-1.0000,  1.0000],
+                    [-0.5000,  0.5000]])
+        """
+        with running_at(level):
+            return call_function(f"{self.name}(...)", self.base, args, kwargs)
+
+    def batching(self, rule: Rule) -> Rule:
+        """Decorator: the rule for vmap, in the form that ``batching_rule`` has.
+
+        It is called as ``rule(info, in_dims, *args, **kwargs)``, where ``in_dims`` has for each positional argument the
+        batch dimension of its physical value, or None, and returns ``(out, out_dims)``. It is for calls with a batched
+        tensor among the positional arguments. The primitive, called in it, goes on to the levels below.
+
+        Example:
+            >>> import torch
+            >>> from functrans import grad, vmap
+            >>> from functrans.extend import Primitive
+            >>> twice = Primitive("twice", lambda x: 2 * x)
+            >>> twice.derivative(pullback=lambda grad, result, x: twice(grad))
+            >>> @twice.batching
+            ... def of_batch(info, in_dims, x):
+            ...     return twice(x), in_dims[0]
+            >>> vmap(grad(twice))(torch.ones(3))
+            tensor([2., 2., 2.])
+        """
+        check_callable(f"{self.name}.batching", rule)
+        place = caller_place()
+        self.check_new(VmapInterpreter, place)
+        self.rules[VmapInterpreter] = PrimitiveBatching(self, rule, place), place
+        return rule
+
     def derivative(
-        self, *, pullback: Callable[..., Any] | None = None, tangent: Callable[..., Any] | None = None
+        self,
+        *,
+        pullback: Callable[..., Any] | None = None,
+        tangent: Callable[..., Any] | None = None,
+        linear: bool = False,
     ) -> None:
         """Say how levels of grad and jvp differentiate the primitive by its positional arguments that are tensors.
 
         Both functions run one level down, with the values of that level, and are differentiated by the levels below.
-        What they return is not checked further than by what it meets.
+        What an argument holds that is no tensor (a closure's variables, say) is a constant; a result that depends on
+        such a variable of the level is an error. Transforms that follow from derivatives (``jet``, ``laplacian``,
+        tables with ``default="jvp"``) go by ``tangent`` too. (One with ``default="loop"`` needs no rule.)
 
         Args:
             pullback: called as ``pullback(grad, result, *args, **kwargs)``; returns a cotangent for each positional
-                argument (None where there is none), or one for the first. ``grad`` is the cotangent of the result, or a
-                list of them if that is a tuple.
+                argument (None where there is none), or one for the first: of the argument's shape, or of one that it
+                broadcasts to, over which it is summed. ``grad`` is the cotangent of the result, in its structure (None
+                where none arrived).
             tangent: called as ``tangent(tangents, result, *args, **kwargs)``, with a tangent for each positional
-                argument (None where there is none); returns the tangent of the result, or one for each.
+                argument (None where there is none); returns that of the result, in its structure (None where it is
+                zero).
+            linear: the primitive is linear in these arguments, so that ``linear_transpose`` goes through it by its
+                pullback. It refuses others.
+
+        Raises:
+            CallTypeError: one of them is no function, or both are missing.
+            RuleResultError: (where it is used) one of them returned something else.
 
         Example:
             >>> import torch
@@ -132,8 +196,15 @@ class Primitive:
             >>> jvp(f, (torch.tensor(1.0),), (torch.tensor(1.0),))
             (tensor(9.), tensor(18.))
         """
-        rules = PrimitiveDerivative(self, pullback, tangent)
+        call = f"{self.name}.derivative(pullback=..., tangent=...)"
+        if pullback is None and tangent is None:
+            raise CallTypeError(call, "neither", "one of them at least")
+        for function in (pullback, tangent):
+            if function is not None and not callable(function):
+                raise CallTypeError(call, what(function), "functions")
+        check_flag(call, "linear", linear)
         place = caller_place()
+        rules = PrimitiveDerivative(self, pullback, tangent, linear, place)
         by_class: dict[type[Interpreter], Callable[..., Any]] = {
             GradInterpreter: rules.at_grad, JvpInterpreter: rules.at_jvp, LinearizeInterpreter: rules.at_linearize,
         }  # fmt: skip
@@ -156,34 +227,52 @@ class Primitive:
         check_running(f"{self.name}.below(level, ...)", level)
         return self.ask(level.below, args, kwargs)
 
-    def ask(self, level: Interpreter | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def ask(self, top: Interpreter | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, level = (args, kwargs), top
         modes = Modes(torch.is_grad_enabled(), is_forward_enabled())
         while level is not None:
             rule = self.rule_of(level)
             if rule is not None:
-                if isinstance(getattr(rule, "__self__", None), PrimitiveDerivative):
-                    rule = functools.partial(rule, modes)
-                if STATE.observer is not None:
-                    rule = STATE.observer.asked(self.name, rule)
-                try:
-                    with lowered(level):
-                        out = rule(level, *args, **kwargs)
-                except Exception as error:
-                    note_rule(error, f"the rule for {self.name}", level)
-                    raise
+                out = self.answer(level, rule, modes, args, kwargs)
                 if out is not NotImplemented:
                     return out
             args, kwargs = self.values_below(level, (args, kwargs))
             modes = modes.below(level)
             level = level.below
-        with running_at(None):
-            return call_function(f"{self.name}(...)", self.base, args, kwargs)
+        with running_at(top):
+            return call_function(f"{self.name}(...)", self.base, *given)
+
+    def answer(self, level: Interpreter, rule: Callable[..., Any], modes: Modes, args: Any, kwargs: Any) -> Any:
+        """What ``rule`` says at ``level``, where these modes were on."""
+        at_level = rule == self.by_base
+        if isinstance(getattr(rule, "__self__", None), PrimitiveDerivative):
+            rule = functools.partial(rule, modes)
+        if STATE.observer is not None:
+            rule = STATE.observer.asked(self.name, rule)
+        try:
+            with running_at(level) if at_level else lowered(level):
+                if at_level:
+                    set_grad_enabled(modes.grad)
+                    set_forward_enabled(modes.forward)
+                return rule(level, *args, **kwargs)
+        except Exception as error:
+            note_rule(error, f"the rule for {self.name}", level)
+            raise
 
     def rule_of(self, level: Interpreter) -> Callable[..., Any] | None:
         for cls in type(level).__mro__:
             if cls in self.rules:
                 return self.rules[cls][0]
+        if isinstance(level, TableInterpreter) and (level.loops or (level.derives and JvpInterpreter in self.rules)):
+            return self.by_policy
         return None
+
+    def by_policy(self, level: TableInterpreter, *args: Any, **kwargs: Any) -> Any:
+        """The rule of a transform by a table whose policy has a meaning for any function, or any with a derivative."""
+        moving = [x for x in tree_flatten((args, kwargs))[0] if level.owns(x) and not level.is_constant(x)]
+        if not moving or (level.derives and not any(x.dtype in DIFFERENTIABLE for x in moving)):
+            return NotImplemented
+        return level.without_rule(level, self, [level.own(a) if isinstance(a, Tensor) else a for a in args], kwargs)
 
     def values_below(self, level: Interpreter, args: Any) -> Any:
         """The arguments one level below ``level``, where they must be constants."""
@@ -192,9 +281,13 @@ class Primitive:
                 raise DeadWrapperError(leaf)
             if level.owns(leaf) and not level.is_constant(leaf):
                 levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
-                cure = f"Levels: {levels}. Register one: @{self.name}.rule({type(level).__name__})."
+                cls = type(level).__name__
+                cure = f"Levels: {levels}. Register one: @{self.name}.rule({cls})."
                 if level.differentiates:
                     cure += f" That of grad and jvp is made by {self.name}.derivative(...)."
+                if isinstance(level, VmapInterpreter):
+                    cure += f" That of vmap is made by @{self.name}.batching."
+                cure += f" {self.name}.rule({cls})({self.name}.by_base) runs the operators that it is made of there."
                 raise MissingRuleError(self.name, level, cure)
         return tree_map(lambda x: x.value if level.owns(x) else x, args)
 

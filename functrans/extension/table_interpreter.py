@@ -58,6 +58,9 @@ class TableInterpreter(Interpreter):
     rules: ClassVar[RuleTable[Callable[..., Any]]]
     #: What is done with an operator without a rule: ``rules.default`` as a function.
     without_rule: ClassVar[Callable[..., Any]] = staticmethod(refused)
+    #: Whether that is made of the operator's derivative; or of its results case by case. Any function has these.
+    derives: ClassVar[bool] = False
+    loops: ClassVar[bool] = False
     #: Whether ``shows`` says something of its own.
     shows_own: ClassVar[bool] = False
 
@@ -66,8 +69,14 @@ class TableInterpreter(Interpreter):
         cls.shows_own = cls.shows is not TableInterpreter.shows
         if hasattr(cls, "rules"):
             cls.without_rule = staticmethod(policy_of(cls.rules.title, cls.rules.default))
-            if cls.rules.default == "loop":
+            cls.derives, cls.loops = cls.rules.default == "jvp", cls.rules.default == "loop"
+            if cls.loops:
                 check_has_cases(cls, TableInterpreter)
+
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        #: operators that the policy "decompose" is taking apart
+        self.taking_apart: set[OpOverload] = set()
 
     def enter(self, leaf: Any) -> Any:
         """What the transformed function gets for a leaf of its arguments; runs one level down.

@@ -85,7 +85,7 @@ def transform(
                 whole = is_carried if isinstance(running, TableInterpreter) else None
                 leaves, spec = tree_flatten((args, kwargs), whole)
                 given = tree_unflatten(spec, [enter(leaf) for leaf in leaves])
-            out = call_function(call, func, *given)
+            out = call_function(running.name, func, *given)
             with lowered(running):
                 return tree_map(running.leave, out)
 

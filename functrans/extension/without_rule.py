@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functrans.api.checks import check_kind
 from functrans.api.transforms import jvp
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.tensor import WrapperTensor
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.errors import RegistrationError
 from functrans.errors.wording import shown
-from functrans.extension.calls import check_running
+from functrans.extension.calls import check_arguments, check_running
 from functrans.extension.case_by_case import looped
 from functrans.extension.missing_rule import missing_rule_error
 from functrans.extension.own_metadata import check_values
@@ -81,8 +80,7 @@ def as_function(
     """
     call = "as_function(interpreter, op, args, kwargs)"
     check_running(call, interpreter)
-    check_kind(call, "args", args, list | tuple, "a list or tuple with the operator's positional arguments")
-    check_kind(call, "kwargs", kwargs, dict, "a dict with the operator's keyword-only arguments")
+    check_arguments(call, args, kwargs)
     leaves, spec = tree_flatten((list(args), kwargs))
     check_values(interpreter, op, leaves, "as_function")
     fixed = [a.value if interpreter.owns(a) else a for a in leaves]
@@ -165,11 +163,18 @@ def passed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dic
 
 
 def decomposed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-    """PyTorch's decomposition of an operator that is not composite (``torch._decomp``), if it has one."""
+    """PyTorch's decomposition of an operator that is not composite (``torch._decomp``), if it has one.
+
+    What leads back to the operator itself (by a write into a part of a complex tensor, say) is none.
+    """
     definition = DECOMPOSITION_TABLE.get(op)
-    if definition is not None:
-        with running_at(interpreter):
-            out = definition(*args, **kwargs)
+    if definition is not None and op not in interpreter.taking_apart:
+        interpreter.taking_apart.add(op)
+        try:
+            with running_at(interpreter):
+                out = definition(*args, **kwargs)
+        finally:
+            interpreter.taking_apart.discard(op)
         if out is not NotImplemented:
             return out
     return refused(interpreter, op, args, kwargs)

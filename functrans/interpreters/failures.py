@@ -14,6 +14,7 @@ door is told the same where it is called: primitives, Functions, operators that 
 
 from __future__ import annotations
 
+import inspect
 import opcode
 import sys
 from types import FrameType, TracebackType
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from functrans.core import dispatch
 from functrans.core.interpreter import Interpreter
-from functrans.errors import FunctransError, LayoutError, RuleError
+from functrans.errors import FunctransError, LayoutError, RuleError, SparseOperatorError
 from functrans.errors.call_sites import TORCH, definition, is_users, place, user_site
 from functrans.tensors.described import given
+from functrans.tensors.sparse import has_sparse
 
 #: Code under which a kernel runs.
 KERNELS = (dispatch.base.__code__, dispatch.base_recorded.__code__)
@@ -49,6 +51,8 @@ class FailedCall:
         self.given = given(args, kwargs)
         #: a nested tensor among the arguments, which rules do not know
         self.nested = next((a for a in args if isinstance(a, Tensor) and a.is_nested), None)
+        #: whether there is a sparse one
+        self.sparse = has_sparse(args)
         self.registered = place_of_rule(interpreter, op)
         self.traceback = traceback
 
@@ -59,7 +63,7 @@ class FailedCall:
 
 def place_of_rule(interpreter: Interpreter, op: Any) -> str | None:
     """``file:line`` of what ``interpreter`` does with ``op``: a ``process`` of the user's, or what it says itself."""
-    own = definition(type(interpreter).process)
+    own = definition(inspect.unwrap(type(interpreter).process))
     return own if of_user(own) else interpreter.rule_place(op)
 
 
@@ -157,7 +161,20 @@ def explain(error: BaseException) -> None:
         new = RuleError(calls[-1], error, last_place(error), None if site is None else place(site))
         add_notes(new, calls[:-1], outside)
         raise new from error
+    if any(call.sparse for call in calls) and is_about_sparse(error):
+        refusal = SparseOperatorError(name_of(calls[0].op), first_sentence(error))
+        add_notes(refusal, calls, outside)
+        raise refusal from error
     add_notes(error, calls, outside)
+
+
+def is_about_sparse(error: Exception) -> bool:
+    """Whether PyTorch refused the layout, and not something else about the tensors."""
+    return isinstance(error, NotImplementedError) or "sparse" in str(error).lower()
+
+
+def first_sentence(error: Exception) -> str:
+    return str(error).partition(". ")[0].rstrip(".")
 
 
 def runs_users(traceback: TracebackType | None) -> bool:
@@ -196,6 +213,8 @@ def explain_pull(
     calls = calls_in(error.__traceback__)
     for each in calls:
         add_note(error, f"in {each}")
+    if is_about_sparse(error) and (call.sparse or any(each.sparse for each in calls)):
+        raise SparseOperatorError(f"The derivative of {name_of(op)}", first_sentence(error)) from error
     about = f"in the derivative of {name_of(op)} of {interpreter.name} at level {interpreter.level}, on {call.given}"
     add_note(error, about + by_rule(call.registered))
 

@@ -53,6 +53,8 @@ class RuleTable(Generic[Rule]):
         kind: type | None = None,
         default: str | Callable[..., Any] = "error",
     ) -> None:
+        if not isinstance(title, str):
+            raise RegistrationError(f"RuleTable(title): got {shown(title)}; expected what messages call it, a string.")
         self.title = title
         self.default = default
         self.cached = cached

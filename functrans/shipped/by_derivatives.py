@@ -64,6 +64,7 @@ class DerivativeInterpreter(TableInterpreter):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.made, cls.direct = {}, {}
+        cls.derives = True
         FUNCTION_RULES[cls] = function_rule
 
     def run_program(self, program: Program, args: Sequence[Any], whole: bool = True) -> Any:

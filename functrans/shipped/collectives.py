@@ -223,10 +223,12 @@ def pull_gathered(grad: Tensor, result: Tensor, x: Tensor, name: Hashable) -> Te
 summed.derivative(
     pullback=lambda grad, result, x, name: summed(grad, name),
     tangent=lambda tangents, result, x, name: summed(tangents[0], name),
+    linear=True,
 )
 gathered.derivative(
     pullback=pull_gathered,
     tangent=lambda tangents, result, x, name: gathered(tangents[0], name),
+    linear=True,
 )
 
 

@@ -6,6 +6,7 @@ Colours that are taken are bits of Python integers: a step looks at all of them 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,9 @@ class Pattern(NamedTuple):
 
     def lines(self) -> list[list[int]]:
         """The columns of the entries of each row."""
-        ends = np.searchsorted(self.rows, np.arange(1, self.shape[0]))
-        return [part.tolist() for part in np.split(self.columns, ends)]
+        ends = np.searchsorted(self.rows, np.arange(self.shape[0] + 1)).tolist()
+        columns = self.columns.tolist()
+        return [columns[begin:end] for begin, end in itertools.pairwise(ends)]
 
     def symmetric(self) -> Pattern:
         """Without the entries whose mirror image is zero, for a matrix known to be symmetric."""
@@ -46,27 +48,27 @@ def colors_of_columns(pattern: Pattern) -> tuple[np.ndarray, int]:
     fullest = int(np.bincount(pattern.rows, minlength=1).max(initial=0))
     if fullest == used.sum():  # one row has them all
         return np.where(used, np.cumsum(used) - 1, 0), fullest
-    best = None
-    for order in (range(len(by_column)), sorted(range(len(by_column)), key=lambda j: -len(by_column[j]))):
-        taken, colors, count = [0] * pattern.shape[0], np.zeros(pattern.shape[1], dtype=np.int64), 0
-        for j in order:
-            forbidden = 0
-            for row in by_column[j]:
-                forbidden |= taken[row]
-            color = lowest_free(forbidden)
-            colors[j] = color
-            if by_column[j]:
-                count = max(count, color + 1)
-                for row in by_column[j]:
-                    taken[row] |= 1 << color
-        if best is None or count < best[1]:
-            best = colors, count
-        if count == fullest:
-            break
-    assert best is not None
+    best = greedy_colors(by_column, range(len(by_column)), pattern.shape[0])
+    by_size = sorted(range(len(by_column)), key=lambda j: -len(by_column[j]))
+    if best[1] > fullest and by_size != list(range(len(by_column))):
+        best = min(best, greedy_colors(by_column, by_size, pattern.shape[0]), key=lambda found: found[1])
     if best[1] > fullest and (regular := lattice_colors(pattern, fullest)) is not None:
         return regular, fullest
     return best
+
+
+def greedy_colors(by_column: list[list[int]], order: Iterable[int], rows: int) -> tuple[np.ndarray, int]:
+    """Each column in turn gets the lowest colour that no other one has in its rows."""
+    taken, colors = [0] * rows, [0] * len(by_column)
+    for j in order:
+        forbidden = 0
+        for row in by_column[j]:
+            forbidden |= taken[row]
+        free = ~forbidden & (forbidden + 1)  # a bit: the lowest that is not set
+        colors[j] = free.bit_length() - 1
+        for row in by_column[j]:
+            taken[row] |= free
+    return np.array(colors, dtype=np.int64), max(colors, default=-1) + 1
 
 
 def lattice_colors(pattern: Pattern, count: int) -> np.ndarray | None:

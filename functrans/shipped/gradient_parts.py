@@ -25,7 +25,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 #: how many numbers are computed with at a time where examples can be taken a few at a time
-MOST = 1 << 20
+MOST = 1 << 19
 
 
 class Factors(NamedTuple):
@@ -145,7 +145,9 @@ class Patches(NamedTuple):
 
     def whole(self) -> Tensor:
         """Each example's gradient."""
-        found = self.columns(self.grad) @ self.patches(self.windows()).mT
+        grad, patches = self.columns(self.grad), self.patches(self.windows())
+        # PyTorch is faster at a product with more columns than rows
+        found = (patches @ grad.mT).mT if patches.shape[2] < grad.shape[2] else grad @ patches.mT
         return found.flatten(1, 2).unflatten(-1, (-1, *self.geometry.kernel))
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
@@ -166,6 +168,8 @@ class Gradient(NamedTuple):
     @classmethod
     def of(cls, whole: Tensor | None, parts: list[Factors | Patches]) -> Gradient:
         factors = [p for p in parts if isinstance(p, Factors)]
+        if whole is not None and whole.layout is not torch.strided:  # of a sparse example; the parameter is dense
+            whole = whole.to_dense()
         return cls(whole, joined(factors), [p for p in parts if isinstance(p, Patches)])
 
     def squared_norms(self) -> Tensor | None:
@@ -177,7 +181,7 @@ class Gradient(NamedTuple):
         if wholes:
             whole = precise(sum(wholes[1:], wholes[0]))
             flat = whole.unsqueeze(-1).flatten(1)
-            terms += [dot(part, part) for part in ((flat.real, flat.imag) if flat.is_complex() else (flat,))]
+            terms += [squares(part) for part in ((flat.real, flat.imag) if flat.is_complex() else (flat,))]
             terms += [2 * inner_with(whole, f) for f in self.factors]
         for i, f in enumerate(self.factors):
             terms += [inner(f, f), *(2 * inner(f, g) for g in self.factors[:i])]
@@ -213,9 +217,10 @@ def precise(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
-def dot(x: Tensor, y: Tensor) -> Tensor:
-    """The inner products of the rows of two matrices."""
-    return (x.unsqueeze(1) @ y.unsqueeze(2)).flatten()
+def squares(x: Tensor) -> Tensor:
+    """The sums of the squares of the rows of a matrix, a few rows at a time, to save memory."""
+    rows = max(1, MOST // 4 // max(1, x.shape[1]))
+    return torch.cat([few.square().sum(1) for few in x.split(rows)])
 
 
 def inner(f: Factors, g: Factors) -> Tensor:

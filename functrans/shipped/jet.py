@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import check_callable, check_dense
+from functrans.api.compiled import TRACED
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
 from functrans.shipped.jet_level import JetInterpreter, run_jet
@@ -54,6 +56,8 @@ def jet(f: Callable[..., Any], primals: Sequence[Tensor], series: Sequence[Seque
         >>> jet(torch.exp, (x,), ([one, None, None],))
         (tensor(1.), [tensor(1.), tensor(1.), tensor(1.)])
     """
+    if is_dynamo_compiling():
+        return TRACED(jet, f, {}, primals, {}, series)
     check_callable("jet", f)
     call = Call("jet", f, {})
     order = check_series(call, primals, series)

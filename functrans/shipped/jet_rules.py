@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,3 +94,74 @@ def matrix_exp(jet: JetInterpreter, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 JetInterpreter.direct[aten.linalg_matrix_exp.default] = matrix_exp
+
+
+# --- functions of one number, of which every derivative is known ------------------------------------------------------
+
+
+def along_curve(taylor: Sequence[Tensor], terms: Sequence[Tensor | None]) -> list[Any]:
+    """The coefficients of f(x(t)), by those of f around x(0) and those of x(t): Horner's rule in power series."""
+    order = len(terms)
+    found: list[Any] = [taylor[order]]
+    for k in range(order - 1, -1, -1):
+        products: list[Any] = []
+        for m in range(1, order - k + 1):
+            pairs = [(terms[j - 1], found[m - j]) for j in range(1, m + 1) if m - j < len(found)]
+            parts = [u * r for u, r in pairs if u is not None and r is not None]
+            products.append(sum(parts[1:], parts[0]) if parts else None)
+        found = [taylor[k], *products]
+    return found
+
+
+def power_around(order: int, x: Tensor, exponent: Tensor) -> list[Tensor]:
+    """C(p, k) xᵖ⁻ᵏ; where a binomial coefficient is 0, so is the term."""
+    value = x.pow(exponent)
+    exponent = exponent.to(value.dtype)
+    found, factor = [value], torch.ones_like(exponent)
+    for k in range(1, order + 1):
+        factor = factor * (exponent - (k - 1)) / k
+        found.append(torch.where(factor == 0, 0, factor * x.pow(exponent - k)))
+    return found
+
+
+def exponential_around(order: int, base: Tensor, x: Tensor) -> list[Tensor]:
+    """bˣ log(b)ᵏ / k!, and 0 where b is 0, unless x is negative."""
+    value, log = base.pow(x), base.log()
+    flat = (base == 0) if x.is_complex() else (base == 0) & (x >= 0)
+    return [value, *(torch.where(flat, 0, value * log**k / math.factorial(k)) for k in range(1, order + 1))]
+
+
+def polygamma_around(order: int, n: int, x: Tensor) -> list[Tensor]:
+    return [torch.special.polygamma(n + k, x) / math.factorial(k) for k in range(order + 1)]
+
+
+def lgamma_around(order: int, x: Tensor) -> list[Tensor]:
+    return [x.lgamma(), *(slope / k for k, slope in enumerate(polygamma_around(order - 1, 0, x), 1))]
+
+
+#: By operator, and the position of the argument that moves: what returns f and its derivatives there, the k-th divided
+#: by k!, from the operator's arguments.
+AROUND: dict[OpOverload, dict[int, Callable[..., list[Tensor]]]] = {
+    aten.pow.Tensor_Tensor: {0: power_around, 1: exponential_around},
+    aten.polygamma.default: {1: polygamma_around},
+    aten.digamma.default: {0: lambda order, x: polygamma_around(order, 0, x)},
+    aten.lgamma.default: {0: lgamma_around},
+}
+
+
+def composed(op: OpOverload, jet: JetInterpreter, args: Any, kwargs: dict[str, Any]) -> Any:
+    moving = [i for i, a in enumerate(args) if jet.carries(a)]
+    around = AROUND[op].get(moving[0]) if len(moving) == 1 and not kwargs else None
+    if around is None:
+        rule: Any = jet.rule_for(op)
+        return rule(jet, args, kwargs)
+
+    def code(terms: Any, *values: Any) -> list[Any]:
+        return along_curve(around(jet.order, *values), terms)
+
+    value, *terms = call_below(jet, code, (args[moving[0]].terms, *map(jet.value_of, args)), {})
+    return jet.with_terms(value, terms)
+
+
+for _op in AROUND:
+    JetInterpreter.direct[_op] = functools.partial(composed, _op)

@@ -14,14 +14,15 @@ laplacian_by_table.py, and laplacian_rules.py has rules by hand.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_dense, check_flag
+from functrans.api.compiled import TRACED, named_after
 from functrans.core.stack import run_transformed
 from functrans.errors import Call, CallValueError
 from functrans.errors.wording import shown, what
@@ -52,7 +53,7 @@ def laplacian(
 
     Returns:
         A function of the same arguments. For each tensor of shape S that ``f`` returns, the Laplacian has shape S, and
-        the gradient ``[*S, *x.shape]`` (``[*S, D]`` with directions or samples).
+        the gradient ``[*S, *x.shape]`` (``[*S, D]`` with directions or samples). Python values have None.
 
     Raises:
         CallTypeError: the first argument is no real floating-point tensor.
@@ -76,8 +77,10 @@ def laplacian(
         got = f"samples={shown(samples)}" + (" with directions" if directions is not None else "")
         raise CallValueError(call, got, "a positive number of samples, or directions")
 
-    @functools.wraps(f, updated=())
+    @named_after(f)
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling() and directions is None:
+            return TRACED(laplacian, f, {"with_value": with_value, "samples": samples}, (x, *args), kwargs, None)
         check_dense(call, "first argument", x, "a real floating-point tensor", kinds="f")
         along = directions
         if along is None and samples is not None:
@@ -105,7 +108,7 @@ def laplacian(
             return bend
         leaves, spec = tree_flatten(slopes)
         axes = x.shape if directions is None and samples is None else along.shape[:1]
-        placed = [s.movedim(0, -1).reshape(*s.shape[1:], *axes) if isinstance(s, Tensor) else s for s in leaves]
+        placed = [s.movedim(0, -1).reshape([*s.shape[1:], *axes]) if isinstance(s, Tensor) else s for s in leaves]
         return value, tree_unflatten(spec, placed), bend
 
     return function

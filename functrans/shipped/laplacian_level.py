@@ -48,9 +48,9 @@ class LaplacianInterpreter(DerivativeInterpreter, whole=True):
         return wrapper
 
     def parts_of(self, leaf: Any) -> tuple[Any, Any, Any]:
-        """Value, slopes and bend of a leaf of the result."""
+        """Value, slopes and bend of a leaf of the result; a Python value has no derivatives."""
         if not isinstance(leaf, Tensor):
-            return leaf, leaf, leaf
+            return leaf, None, None
         wrapper: Any = self.own(leaf)
         value, slopes, bend = wrapper.value, wrapper.slopes, wrapper.bend
         if slopes is None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import check_callable
+from functrans.api.compiled import TRACED, named_after
 from functrans.core.dispatch import map_tensors
 from functrans.errors import CallTypeError, CallValueError
 from functrans.errors.wording import what
@@ -62,8 +63,10 @@ def lowp(func: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
     if dtype not in DTYPES:
         raise CallValueError(call, f"{dtype} as dtype", expected)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def rounded(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(lowp, func, {"dtype": dtype}, args, kwargs, None)
         level = Rounding(func)
         level.dtype = dtype
         return transform(level, func)(*args, **kwargs)

@@ -304,7 +304,7 @@ def checked(grad: Tensor, result: Tensor, x: Tensor, level: Sanitizing, *about: 
     return watched(grad, level, *about)  # which may be differentiated in its turn
 
 
-watched.derivative(pullback=checked, tangent=lambda tangents, result, x, *about: tangents[0])
+watched.derivative(pullback=checked, tangent=lambda tangents, result, x, *about: tangents[0], linear=True)
 
 
 @watched.rule(VmapInterpreter)

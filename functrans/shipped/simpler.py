@@ -120,6 +120,46 @@ def lu_solve(op: OpOverload, lu: Tensor, pivots: Tensor, b: Tensor, *, left: boo
     return solve(lu, half, upper=True)
 
 
+def reflectors(x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """V and T of (I - τ₁v₁v₁ᴴ)(I - τ₂v₂v₂ᴴ)... = I - V·T·Vᴴ, where v₁, v₂, ... stand in ``x`` below the diagonal, and
+    are 1 on it.
+
+    (Schreiber and Van Loan, A storage-efficient WY representation, SIAM J. Sci. Stat. Comput. 10, 1989.)
+    """
+    count = tau.shape[-1]
+    x = x[..., :count]
+    v = x.tril(-1) + torch.eye(x.shape[-2], count, dtype=x.dtype, device=x.device)
+    one = torch.eye(count, dtype=x.dtype, device=x.device)
+    scale = tau.unsqueeze(-1)
+    system = one + scale * (turned(v) @ v).triu(1)
+    return v, torch.linalg.solve_triangular(system, scale * one, upper=True, unitriangular=True)
+
+
+@in_code(aten.linalg_householder_product.default)
+def householder_product(op: OpOverload, x: Tensor, tau: Tensor) -> Any:
+    v, t = reflectors(x, tau)
+    rows, columns = x.shape[-2:]
+    first = torch.eye(rows, columns, dtype=x.dtype, device=x.device)
+    return first - v @ (t @ turned(v)[..., :columns])
+
+
+@in_code(aten.ormqr.default)
+def ormqr(op: OpOverload, x: Tensor, tau: Tensor, other: Tensor, left: bool = True, transpose: bool = False) -> Any:
+    v, t = reflectors(x, tau)
+    t = turned(t) if transpose else t
+    return other - v @ (t @ (turned(v) @ other)) if left else other - ((other @ v) @ t) @ turned(v)
+
+
+@in_code(aten.linalg_qr.default)
+def wide_qr(op: OpOverload, x: Tensor, mode: str = "reduced") -> Any:
+    """That of the square part in front has all of Q."""
+    rows, columns = x.shape[-2:]
+    if rows >= columns or not x.numel() or mode == "r":
+        return NotImplemented
+    q, r = torch.linalg.qr(x[..., :rows], mode)
+    return q, torch.cat([r, turned(q) @ x[..., rows:]], -1)
+
+
 def exponentials(x: Tensor, *terms: Tensor | None) -> tuple[Tensor, ...]:
     """The matrix exponential of x + terms[0]·t + terms[1]·t² + ..., as its coefficients.
 

@@ -315,7 +315,10 @@ def plan_of_jacobian(found: Dependence) -> Plan:
     colors, count = colors_of_columns(pattern)
     fullest_column = np.bincount(pattern.columns, minlength=1).max(initial=0)
     if fullest_column < count:
-        of_rows, fewer = colors_of_columns(pattern.transposed())
+        transposed = pattern.transposed()
+        if np.array_equal(transposed.rows, pattern.rows) and np.array_equal(transposed.columns, pattern.columns):
+            return Plan(pattern, colors, count)  # rows are coloured as columns are
+        of_rows, fewer = colors_of_columns(transposed)
         if fewer < count:
             return Plan(pattern, of_rows, fewer, by_rows=True)
     return Plan(pattern, colors, count)

@@ -330,6 +330,11 @@ CASES = [
         {"interpreter": lambda: Counting, "func": lambda: square, "x": V.clone}, ("interpreter", "func"),
         plain=lambda interpreter, func, x: (interpreter(func), func(x))),
     Case("Carried", lambda value, count: extend.Carried(value, count=count), {"value": V.clone, "count": V.clone}, ()),
+    Case("is_affine",
+        body_of(lambda i, interpreter, op, args, kwargs:
+            extend.is_affine(i if interpreter is IT else interpreter, op, args, kwargs)),
+        {"interpreter": lambda: IT, "op": lambda: aten.sin.default, "args": lambda: (V,), "kwargs": dict}, (),
+        extends=True),
     Case("as_function",
         body_of(lambda i, interpreter, op, args, kwargs:
             extend.as_function(i if interpreter is IT else interpreter, op, args, kwargs)),

@@ -28,6 +28,7 @@ from functrans.interpreters.grad.programs import record_program
 from functrans.interpreters.grad.recording import GRAD_RULES, WITHOUT_RULE, ByHooks, TableMethod, choose_method
 from functrans.interpreters.hooks_below import hook_below
 from functrans.interpreters.own_methods import method_of, overrides
+from functrans.interpreters.own_results import fitting_cotangents, looked_at
 from functrans.operators.info import DIFFERENTIABLE, OpInfo, specialized_here
 from functrans.operators.rules import place_in
 from functrans.operators.scopes import SCOPES
@@ -62,6 +63,7 @@ class GradInterpreter(Interpreter, whole=True):
 
     def __init_subclass__(cls, *, whole: bool = False) -> None:
         super().__init_subclass__(whole=whole)
+        looked_at(cls, fitting_cotangents)
         if overrides(cls, GradInterpreter, "track", "record", "constant"):
             cls.method_by_table = ByHooks
 

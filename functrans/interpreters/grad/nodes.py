@@ -23,6 +23,7 @@ from functrans.programs.fusible import by_our_rules
 from functrans.programs.program import Program
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.described import shown
+from functrans.tensors.sparse import densified, has_sparse
 
 aten = torch.ops.aten
 
@@ -104,7 +105,12 @@ class TableNode(BackwardNode):
         return pull
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
-        found = [step(grad, saved) for step in self.steps] if self.together is None else self.together(saved, grad)
+        try:
+            found = [step(grad, saved) for step in self.steps] if self.together is None else self.together(saved, grad)
+        except RuntimeError:
+            if not has_sparse((saved, grad)):
+                raise
+            return self.pull(densified(saved), densified(grad))  # see NOTE [Sparse operands]
         if self.first_fix is not None:
             for i, fix in enumerate(saved[self.first_fix :]):
                 if fix is not None and found[i] is not None:

@@ -21,11 +21,13 @@ from functrans.interpreters.fitting import described, expect_tangent, spec
 from functrans.interpreters.jvp.fallback import borrow
 from functrans.interpreters.jvp.programs import run_program
 from functrans.interpreters.own_methods import overrides
+from functrans.interpreters.own_results import fitting_tangents, looked_at
 from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info, specialized_here
 from functrans.operators.rules import RuleTable, place_in
 from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
+from functrans.tensors.sparse import densified, has_sparse, in_layout_of
 
 aten = torch.ops.aten
 
@@ -44,6 +46,7 @@ class JvpInterpreter(Interpreter, whole=True):
 
     def __init_subclass__(cls, *, whole: bool = False) -> None:
         super().__init_subclass__(whole=whole)
+        looked_at(cls, fitting_tangents)
         overrides(cls, JvpInterpreter, "dual", "constant")
 
     #: the tangents that it started from, where a transform has given them
@@ -121,11 +124,13 @@ def run_constant(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any,
     return constants(self, lower(self, op, values, kwargs))
 
 
-#: Views whose strides have to fit, and what does the same to a tangent, whose strides may be others than its primal's.
+#: Views whose strides have to fit, and what does the same to a tangent, whose strides may be others than its primal's
+#: (and which may be coalesced where that is not).
 COPYING: dict[OpOverload, OpOverload] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten.view_as.default: aten.reshape_as.default,
+    aten._coalesce.default: aten.coalesce.default,
 }
 
 #: Where a formula's parameter comes from, beside the arguments' positions.
@@ -207,9 +212,13 @@ class TableMethod:
         if self.direct is not None:
             found = self.direct(interpreter, values, kwargs, tangents)
         else:
-            found = call_below(
-                interpreter, self.tangent, (values, kwargs, tangents, out), {}, (out, *tangents.values())
-            )
+            given = values, kwargs, tangents, out
+            try:
+                found = call_below(interpreter, self.tangent, given, {}, (out, *tangents.values()))
+            except RuntimeError:
+                if not has_sparse(given):
+                    raise
+                found = call_below(interpreter, self.tangent_of_dense, given, {})  # see NOTE [Sparse operands]
         if not torch.is_grad_enabled():
             found = call_below(interpreter, unrecorded, (found, list(tangents.values())), {})
         if self.foreign:
@@ -265,13 +274,20 @@ class TableMethod:
             total = part if total is None else total + part
         if total is None:
             return None
-        if len(values) > 1 and total.shape != out.shape:
-            total = total.expand(out.shape)
+        if len(values) > 1:
+            if total.shape != out.shape:
+                total = total.expand(out.shape)
+            if total.layout is not out.layout:
+                total = in_layout_of(total, out)
         if total.dtype is not dtype:
             if total.is_complex() and not dtype.is_complex:
                 total = torch.real(total)
             total = total.to(dtype)
         return total
+
+    def tangent_of_dense(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
+        found = self.tangent(*densified((values, kwargs, tangents, out)))
+        return in_layout_of(found, out) if isinstance(found, Tensor) else found
 
     def linear(self, interpreter: JvpInterpreter, values: Any, kwargs: Any, tangents: Any) -> Any:
         """The operator of the tangents, zeros where there is none."""

@@ -204,10 +204,17 @@ def full_reduction_over(op: OpOverload, dims_op: Callable[..., Any]) -> None:
 
     def all_dims(in_dims: Sequence[Any], x: Tensor, *args: Any) -> Any:
         rank, bdim = x.dim(), in_dims[0]
-        return None if rank == 1 else (dims_op, (x, [dim for dim in range(rank) if dim != bdim], *args), 0)
+        if rank == 1 or x.layout is not torch.strided:
+            return None
+        return dims_op, (x, [dim for dim in range(rank) if dim != bdim], *args), 0
 
     def scalars(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        output = dims_op(x.unsqueeze(-1), [1], *args, **kwargs)
+        if x.layout is torch.strided:
+            output = dims_op(x.unsqueeze(-1), [1], *args, **kwargs)
+        elif op is torch.ops.aten.sum.default:  # of all dimensions a dense tensor
+            output = dims_op(x, [dim for dim in range(x.dim()) if dim != in_dims[0]], *args, **kwargs).to_dense()
+        else:
+            raise RuleDeclined(f"{op}: a sparse tensor")
         return output, same_dims(output, 0)
 
     rule = one_operator(all_dims, scalars)

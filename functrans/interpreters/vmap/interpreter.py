@@ -13,10 +13,17 @@ from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, unwrap
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
 from functrans.decompositions.table import decompose, decomposition
-from functrans.errors import BatchingRuleError, DataDependentError, InsideTransformError
+from functrans.errors import (
+    BatchingRuleError,
+    DataDependentError,
+    FunctransError,
+    InsideTransformError,
+    SparseOperatorError,
+)
 from functrans.errors.call_sites import definition
 from functrans.interpreters.constants import constants
 from functrans.interpreters.own_methods import overrides
+from functrans.interpreters.own_results import fitting_batches, looked_at
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
@@ -33,6 +40,7 @@ from functrans.operators.rules import place_in
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import lowered, running_at
 from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
+from functrans.tensors.sparse import has_sparse
 
 aten = torch.ops.aten
 
@@ -54,6 +62,7 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def __init_subclass__(cls, *, whole: bool = False) -> None:
         super().__init_subclass__(whole=whole)
+        looked_at(cls, fitting_batches)
         if overrides(cls, VmapInterpreter, "batched", "constant"):
             cls.left, cls.again = left_by_batched, again_by_batched  # type: ignore[method-assign]
 
@@ -200,6 +209,10 @@ class VmapInterpreter(Interpreter, whole=True):
                 return shown
             except RuleDeclined:
                 pass
+            except RuntimeError as error:
+                refused = isinstance(error, FunctransError) and not isinstance(error, SparseOperatorError)
+                if refused or not has_sparse(values):
+                    raise  # else one by one, or in pieces: see NOTE [Sparse operands]
         cure = DATA_DEPENDENT.get(op)
         if cure is not None:
             if op in TRUTH and asked_for_all(args[0]):
@@ -213,7 +226,7 @@ class VmapInterpreter(Interpreter, whole=True):
         definition = DECOMPOSITION_TABLE.get(op)
         if definition is None and op.namespace == "aten" and (ours := decomposition(op)) is not None:
             definition = completed(ours, op)  # a prim's leads back to what PyTorch makes of prims
-        if definition is not None and op not in NOT_DECOMPOSED:
+        if definition is not None and op not in NOT_DECOMPOSED and not has_sparse(values):
             with running_at(self):
                 out = definition(*args, **kwargs)
             if out is not NotImplemented:
@@ -361,7 +374,9 @@ def refusal_of(of: Any, shape: Sequence[int], bdim: int, batch_size: int) -> Bat
 
 
 def rule_of(of: Any) -> str:
-    """An operator's or autograd.Function's batching rule, and where it stands, for a message."""
+    """An operator's or autograd.Function's batching rule, and where it stands, for a message; text stays as it is."""
+    if isinstance(of, str):
+        return of
     if isinstance(of, type):
         code = getattr(of.vmap, "__code__", None)  # type: ignore[attr-defined]
         return f"{of.__name__}.vmap" + (f", at {code.co_filename}:{code.co_firstlineno}," if code else "")

@@ -26,7 +26,7 @@ from torch import Tensor
 from functrans.api.transforms import vjp
 from functrans.api.vmap import vmap
 from functrans.core.tensor import WrapperTensor
-from functrans.derivatives.table import DERIVATIVES
+from functrans.extension.linearity import is_affine
 from functrans.operators.defaults import completed
 from functrans.operators.rules import RuleTable
 from functrans.operators.views import RESHAPES
@@ -195,19 +195,17 @@ class OperatorCall:
         return tree_flatten(self.op(*args, **kwargs))[0][output]
 
 
-#: By operator: whether a call is affine in its intervals, for those that the derivative table does not call linear.
-AFFINE: RuleTable[Callable[[OperatorCall], bool]] = RuleTable("affine operators")
 #: By operator: the relaxation of its first output, of which the interval is known; None where it has none.
 RELAXATIONS: RuleTable[Callable[[OperatorCall, Ends], Relaxation | None]] = RuleTable("linear relaxations")
 #: By operator: the same in other operators, ``(level, *args, **kwargs)``, which have relaxations.
 PARTS: RuleTable[Callable[..., Any]] = RuleTable("operators in parts")
 
 
-def is_affine(call: OperatorCall) -> bool:
+def goes_back(call: OperatorCall) -> bool:
+    """Whether a call is affine in its intervals, by the library's own derivative, by which Affine goes back."""
     if not by_our_rules(call.op) or any(x.layout is not torch.strided for x in call.intervals):
-        return False  # the user has replaced its derivative, by which Affine goes back
-    entry, known = DERIVATIVES.get(call.op), AFFINE.get(call.op)
-    return known(call) if known is not None else entry is not None and entry.tangent == "linear"
+        return False
+    return is_affine(call.level, call.op, call.args, call.kwargs)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -220,7 +218,7 @@ def relaxing(op: OpOverload, rule: Callable[..., Any]) -> Callable[..., Any]:
     def relaxed(level: RelaxationLevel, *args: Any, **kwargs: Any) -> Any:
         call = OperatorCall(level, op, args, kwargs)
         of_numbers = all(x.dtype.is_floating_point for x in call.intervals)
-        affine = of_numbers and is_affine(call)
+        affine = of_numbers and goes_back(call)
         if not affine:
             call.tighten()
         out = on_intervals(level, *call.args, **call.kwargs)

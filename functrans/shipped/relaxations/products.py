@@ -1,4 +1,4 @@
-"""Affine operators, and products of two intervals.
+"""Products of two intervals.
 
     x y = x c + b y - b c + (x - b)(y - c),   where |(x - b)(y - c)| is at most the product of the two radii
 
@@ -16,31 +16,17 @@ from torch import Tensor
 from functrans.operators.products import PRODUCTS
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.interval_rules.level import Ends, ends
-from functrans.shipped.relaxations.level import AFFINE, RELAXATIONS, Affine, OperatorCall, Relaxation
+from functrans.shipped.relaxations.level import RELAXATIONS, Affine, OperatorCall, Relaxation
 from functrans.shipped.relaxations.lines import convex
 
 aten = torch.ops.aten
 
-#: what is affine in all its tensors, beside the operators that the derivative table calls linear
-SUMS = (
-    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar,
-    aten.neg.default, aten.positive.default, aten.mul.Scalar, aten.div.Scalar, aten.copy.default, aten.fill.Tensor,
-    aten.masked_fill.Scalar, aten.constant_pad_nd.default, aten.scatter.value, aten.index_fill.int_Scalar,
-)  # fmt: skip
 #: the positions of the two factors
 FACTORS: dict[OpOverload, tuple[int, int]] = {
     aten.mul.Tensor: (0, 1),
     aten.convolution.default: (0, 1),
     **{product.op: (1, 2) if product.adds else (0, 1) for product in PRODUCTS.values() if product.summed},
 }
-
-
-for _op in SUMS:
-    AFFINE.add(_op, lambda call: True)
-for _op in FACTORS:
-    AFFINE.add(_op, lambda call: not call.positions.issuperset(FACTORS[call.op]))
-AFFINE.add(aten.div.Tensor, lambda call: call.positions == {0})
-AFFINE.add(aten.where.self, lambda call: 0 not in call.positions)
 
 
 @RELAXATIONS.register(aten.detach.default)

@@ -115,7 +115,10 @@ def entries(op: Any, read: Any, checked: bool) -> None:
 
 def of_each(info: BatchInfo, op: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The indices, ``[dimensions, examples, entries]``, and the values, ``[examples, entries, ...]``."""
-    indices, values = aten._indices.default(x), aten._values.default(x)
+    if x.is_coalesced():  # these have derivatives
+        indices, values = x.indices(), x.values()
+    else:
+        indices, values = aten._indices.default(x), aten._values.default(x)
     count, rest = divmod(indices.shape[1], max(info.batch_size, 1))
     if not x.is_coalesced():
         order = indices[0].argsort(stable=True)

@@ -1,0 +1,46 @@
+"""Sparse COO tensors where PyTorch has no kernel for them.
+
+NOTE [Sparse operands]
+PyTorch's sparse kernels are few, and those of derivatives and batches fewer. Nothing looks for sparse tensors before it
+runs an operator; what fails with one among its arguments is run again in another way that is right: for one example
+after the other (vmap), or, where a formula fails that the user did not write, with dense tensors in their place
+(grad, jvp). What then still fails is an error that says what to write.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def has_sparse(values: Any) -> bool:
+    """Whether one of the tensors in a nest of lists, tuples and dicts is sparse."""
+    if isinstance(values, Tensor):
+        return values.layout is torch.sparse_coo
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return False
+    return any(map(has_sparse, values))
+
+
+def densified(values: Any) -> Any:
+    """The same with dense tensors in the place of sparse ones."""
+    if isinstance(values, Tensor):
+        return values.to_dense() if values.layout is torch.sparse_coo else values
+    if isinstance(values, dict):
+        return {name: densified(v) for name, v in values.items()}
+    return type(values)(map(densified, values)) if type(values) in (list, tuple) else values
+
+
+def in_layout_of(x: Tensor, like: Tensor) -> Tensor:
+    """``x``, of which the numbers at the places of ``like`` count if that is sparse."""
+    if x.layout is like.layout:
+        return x
+    if like.layout is torch.strided:
+        return x.to_dense()
+    indices = (like if like.is_coalesced() else like.coalesce()).indices()
+    values = x[tuple(indices.unbind(0))]
+    return torch.sparse_coo_tensor(indices, values, like.shape, is_coalesced=True, check_invariants=False)
