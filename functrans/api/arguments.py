@@ -100,14 +100,13 @@ class Inputs:
 
     def collect(self, cotangents: dict[int, Tensor]) -> Any:
         """The cotangents of the tracked arguments, zeros where none arrived, in the arguments' structure."""
-        found = []
+        found, below = [], self.interpreter.below
+        if below is not None:
+            cotangents = {index: made_at(below, cotangent) for index, cotangent in cotangents.items()}
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if index is None else cotangents.get(index) for index in self.leaf_indices[i]]
-            filled = [
-                torch.zeros_like(bare(p)) if g is None else made_at(self.interpreter.below, g)
-                for p, g in zip(leaves, grads, strict=True)
-            ]
+            filled = [torch.zeros_like(bare(p)) if g is None else g for p, g in zip(leaves, grads, strict=True)]
             found.append(tree_unflatten(spec, gradients_by(leaves, filled)))
         return found[0] if self.single else tuple(found)
 
@@ -117,8 +116,10 @@ class Inputs:
             origin = next((origin for wrapper, origin in self.wrapped if wrapper is x), None)
             if origin is not None:
                 return origin
-        found = unwrap(self.interpreter, x)
-        made = made_at(self.interpreter.below, found) if found is not x and type(found) in TENSORS else found
+        found, below = unwrap(self.interpreter, x), self.interpreter.below
+        if below is None or found is x or type(found) not in TENSORS:
+            return found
+        made = made_at(below, found)
         return found if made is found or any(found is origin for _, origin in self.wrapped) else made
 
     def write_back(self) -> None:
