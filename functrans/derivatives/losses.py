@@ -165,6 +165,8 @@ def nll_entries(forward: OpOverload, backward: OpOverload) -> None:
     """
 
     def self_cotangent(grads, self, target, weight, reduction, ignore_index, results):
+        if grads[0] is None:
+            return None
         return backward(grads[0], self, target, weight, reduction, ignore_index, results[1])
 
     def tangent(target, weight, reduction, ignore_index, self_t):

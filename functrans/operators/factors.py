@@ -1,0 +1,32 @@
+"""Whether the LU factors that ``det``, ``slogdet`` and ``solve`` return beside their result are seen by anybody.
+
+``aten._linalg_det`` and its like return them for the backward pass. The functions of ``torch`` drop them, and forward
+mode, which computes a tangent before it is known who asks for it, need not follow what is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: composites that drop the factors, by the names in their schemas
+DROPPING = frozenset(("aten::linalg_det", "aten::linalg_slogdet", "aten::linalg_solve_ex"))
+
+
+class _Seen(threading.local):
+    #: whether who called the operator that is running gets its factors
+    factors: bool = True
+
+
+SEEN = _Seen()
+
+
+@contextmanager
+def factors_dropped() -> Iterator[None]:
+    """Until the end of the block, at every level, nobody sees factors."""
+    before, SEEN.factors = SEEN.factors, False
+    try:
+        yield
+    finally:
+        SEEN.factors = before
