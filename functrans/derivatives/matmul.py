@@ -111,7 +111,7 @@ def matmul_other(grad: Tensor, self: Tensor, other: Tensor) -> Tensor:
     if other.dim() == 1 and self.dim() == 2:  # it may be sparse
         return adjoint(self).mv(grad)
     if other.dim() == 1:
-        return adjoint(self.reshape(-1, self.shape[-1])).mv(grad.reshape(-1))
+        return adjoint(self.flatten(0, -2)).mv(grad.flatten())
     if other.dim() == 2 and self.dim() > 2:
         return adjoint(self.flatten(0, -2)).mm(grad.flatten(0, -2))
     return torch.matmul(adjoint(self), grad)

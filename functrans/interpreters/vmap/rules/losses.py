@@ -34,7 +34,10 @@ def reduce_examples(values: Tensor, reduction: int) -> Tensor:
 
 
 def elementwise_loss(*ops: OpOverload, promotes: bool = True) -> None:
-    """Losses of tensors that broadcast with each other; ``promotes``: the result has not just the dtype of the first."""
+    """Losses of tensors that broadcast with each other.
+
+    ``promotes``: the result has not just the dtype of the first one.
+    """
     place = caller_place()
     for op in ops:
         BATCHING_RULES.add(op, elementwise_loss_rule(op, promotes), place=place)
