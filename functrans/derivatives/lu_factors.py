@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from functrans.derivatives.matmul import adjoint
-from functrans.operators.factors import SEEN, factors_dropped
+from functrans.operators.factors import SEEN, FactorsDropped
 
 aten = torch.ops.aten
 
 
 def solved(A: Tensor, B: Tensor, left: bool = True) -> Tensor:
     """``torch.linalg.solve``, by the operator itself."""
-    with factors_dropped():
-        return aten._linalg_solve_ex.default(A, B, left=left)[0]
+    with FactorsDropped():
+        return aten._linalg_solve_ex(A, B, left=left)[0]
 
 
 def factors(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +61,9 @@ def turned(A: Tensor) -> bool:
 
 
 def determinant_factors_tangent(A: Tensor, A_t: Tensor) -> Tensor | None:
-    return factors_tangent(A.mT, A_t.mT) if turned(A) else factors_tangent(A, A_t)
+    if not SEEN.factors or not turned(A):
+        return factors_tangent(A, A_t)
+    return factors_tangent(A.mT, A_t.mT)
 
 
 def determinant_factors_pull(grad: Tensor | None, A: Tensor) -> Tensor | None:

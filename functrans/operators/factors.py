@@ -7,8 +7,6 @@ mode, which computes a tangent before it is known who asks for it, need not foll
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 #: composites that drop the factors, by the names in their schemas
 DROPPING = frozenset(("aten::linalg_det", "aten::linalg_slogdet", "aten::linalg_solve_ex"))
@@ -22,11 +20,15 @@ class _Seen(threading.local):
 SEEN = _Seen()
 
 
-@contextmanager
-def factors_dropped() -> Iterator[None]:
-    """Until the end of the block, at every level, nobody sees factors."""
-    before, SEEN.factors = SEEN.factors, False
-    try:
-        yield
-    finally:
-        SEEN.factors = before
+class FactorsDropped:
+    """In its block, at every level, nobody sees factors."""
+
+    __slots__ = ("before",)
+
+    before: bool
+
+    def __enter__(self) -> None:
+        self.before, SEEN.factors = SEEN.factors, False
+
+    def __exit__(self, *error: object) -> None:
+        SEEN.factors = self.before

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from functrans.operators.factors import DROPPING, factors_dropped
+from functrans.operators.factors import DROPPING, FactorsDropped
 from functrans.pytorch.torch_private import COMPOSITE, DisableTorchFunction, OpOverload
 
 
@@ -97,7 +97,7 @@ def taken_apart(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     with DisableTorchFunction():  # or wrappers among the arguments would take it for a call of ``op``
         if op._schema.name not in DROPPING:
             return op.decompose(*args, **kwargs)
-        with factors_dropped():
+        with FactorsDropped():
             return op.decompose(*args, **kwargs)
 
 
