@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from functrans import grad, jet, jvp, vmap
+from functrans.derivatives import lu_factors
 from functrans.derivatives.nuclear import lyapunov, nuclear, polar
 from functrans.derivatives.table import DERIVATIVES
-from functrans.extend import derivative, overriding
+from functrans.extend import RuleTable, TableInterpreter, derivative, overriding, run_transformed
 from functrans.operators.factors import SEEN
 
 aten = torch.ops.aten
@@ -171,27 +172,50 @@ def test_taylor_mode_follows_factors() -> None:
             torch.testing.assert_close(found, wanted(zero))
 
 
-def test_functions_do_not_pay_for_factors() -> None:
+def test_functions_do_not_pay_for_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward mode computes no tangent of factors that the function drops, at any level, and asks again afterwards."""
     seen = []
+    factors = lu_factors.factors
+    monkeypatch.setattr(lu_factors, "factors", lambda M: seen.append(M) or factors(M))
 
     def run(a: Tensor) -> Tensor:
         return torch.linalg.det(a) + torch.logdet(a) + torch.linalg.solve(a, W).sum() + torch.linalg.inv(a).sum()
 
-    entry = DERIVATIVES.get(aten.linalg_lu_factor_ex.default)
-    with overriding(DERIVATIVES, aten.linalg_lu_factor_ex.default):
-        note = lambda results, A_t: (seen.append(1), None, None)
-        derivative(aten.linalg_lu_factor_ex.default, tangent=note, A=lambda grads: seen.append(1))
-        definite = SQUARE @ SQUARE.T + torch.eye(3, dtype=torch.float64)
-        zero = torch.zeros((), dtype=torch.float64)
-        twice = along(along(lambda t: run(definite + t * SQUARE)))
-        assert vmap(twice)(torch.stack([zero, zero + 0.1])).isfinite().all()
-        assert seen == []
-    assert DERIVATIVES.get(aten.linalg_lu_factor_ex.default) is entry
+    definite, zero = SQUARE @ SQUARE.T + torch.eye(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    twice = along(along(lambda t: run(definite + t * SQUARE)))
+    assert vmap(twice)(torch.stack([zero, zero + 0.1])).isfinite().all()
+    assert seen == []
+    jvp(aten._linalg_det.default, (SQUARE,), (SQUARE,))
+    assert len(seen) == 1
     assert SEEN.factors
     with pytest.raises(RuntimeError, match="must be batches of square matrices"):
         jvp(torch.linalg.det, (SIDES,), (SIDES,))
     assert SEEN.factors
+
+
+def test_a_transform_of_the_users_may_look_at_factors() -> None:
+    """``det`` drops them; a rule for what it is made of need not."""
+
+    class Pivots(TableInterpreter):
+        kind, payload = "pivots", ("mark",)
+        rules = RuleTable("pivots")
+
+    @Pivots.rules.register(aten._linalg_det.default)
+    def product_of_pivots(pivots: Any, A: Tensor) -> Any:
+        value, LU, places = aten._linalg_det.default(A.value)
+        signed = LU.diagonal().prod() * value.sign().detach() * LU.diagonal().prod().sign().detach()
+        return tuple(pivots.carry(x, mark=1) for x in (signed, LU, places))
+
+    def through(A: Tensor) -> Tensor:
+        pivots = Pivots(through)
+        return run_transformed(pivots, lambda: pivots.own(torch.linalg.det(pivots.carry(A, mark=1))).value)
+
+    for f in (lambda t: through(SQUARE + t * SQUARE.T), lambda t: torch.linalg.det(SQUARE + t * SQUARE.T)):
+        check(f)
+    zero = torch.zeros((), dtype=torch.float64)
+    torch.testing.assert_close(
+        along(lambda t: through(SQUARE + t * W))(zero), along(lambda t: torch.linalg.det(SQUARE + t * W))(zero)
+    )
 
 
 def hermitian(i: int, x: Tensor) -> Tensor:
