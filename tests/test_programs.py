@@ -171,9 +171,19 @@ def transforms(api: Any) -> dict[str, Callable[[Callable[..., Tensor]], Callable
     def columns(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x: api.vmap(lambda c: f(x * c) + c, in_dims=1, out_dims=-1)(SLICES).mean(-1)
 
-    return {"jvp": tangent, "vjp": cotangent, "vmap": rows, "vmap with another batch dimension": columns}
+    def fixed_tangent(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x: api.jvp(f, (x,), (FIXED[tuple(x.shape)],))[1]
+
+    return {
+        "jvp": tangent,
+        "jvp along what is captured": fixed_tangent,
+        "vjp": cotangent,
+        "vmap": rows,
+        "vmap with another batch dimension": columns,
+    }
 
 
+FIXED = {shape: torch.full(shape, 0.6, dtype=DOUBLE) for shape in ((), (3,), (2, 3), (1,), (4,), (1, 4))}
 SLICES = double(2, 4, seed=5).sum(0, keepdim=True)
 
 
@@ -229,6 +239,19 @@ def test_broadcasting_is_undone(shapes: tuple[tuple[int, ...], ...]) -> None:
             continue
         got = vmap(lambda a, b: vjp(f, a, b)[1](f(a, b)), (in_a, in_b))(a, b)
         agree(got, torch.func.vmap(lambda a, b: torch.func.vjp(f, a, b)[1](f(a, b)), (in_a, in_b))(a, b))
+
+
+@pytest.mark.parametrize(
+    "f", [lambda s: (0.3 * s).sin(), lambda s: 0.3 * s, lambda s: s * s + 1], ids=["sine", "multiple", "square"]
+)
+def test_a_captured_tangent_without_dimensions(f: Callable[[Tensor], Tensor]) -> None:
+    """Of a program's results, the tangent depends on it alone, and has its shape and not that of the batch."""
+    x, slope = double(3), lambda s: jvp(f, (s,), (SCALE,))[1]
+    for around in (vmap(slope), lambda x: vmap(vmap(slope))(x[:, None])[:, 0], lambda x: vmap(slope)(x) * 2):
+        loop = lambda x, around=around: torch.stack([around(s[None])[0] for s in x])
+        agree(jvp(around, (x,), (x,)), jvp(loop, (x,), (x,)))
+        agree(vmap(lambda x, around=around: jvp(around, (x,), (x,)))(x[None])[1], jvp(loop, (x,), (x,))[1][None])
+        agree(vjp(around, x)[1](x)[0], vjp(loop, x)[1](x)[0])
 
 
 def test_results_that_are_the_same_for_every_example_are_not_batched() -> None:

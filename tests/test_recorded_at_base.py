@@ -66,3 +66,19 @@ def test_once_and_twice(name: str, composition: str) -> None:
         return
     (twice,) = torch.autograd.grad(once @ A.cos(), leaf)
     torch.testing.assert_close(twice, jvp(grad(g), (A,), (A.cos(),))[1], rtol=1e-8, atol=1e-8)
+
+
+def test_bounds_of_which_one_is_shared() -> None:
+    """PyTorch's derivative of ``clamp`` refuses one of two bounds that is broadcast."""
+    x, high = A.clone().requires_grad_(), X[0].clone().requires_grad_()
+    for low in (lambda x: x - 0.2, lambda x: A - 0.2):
+        clamped = vmap(lambda x, h, low=low: x.clamp(low(x), h), in_dims=(None, 0))(x, high)
+        by_loop = torch.stack([torch.maximum(torch.minimum(x, h), torch.minimum(low(x), h)) for h in high])
+        torch.testing.assert_close(clamped, by_loop)
+        for found, wanted in zip(*(torch.autograd.grad((y * MIX).sum(), (x, high)) for y in (clamped, by_loop))):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_products_of_nothing() -> None:
+    x = torch.zeros(2, 3, 0, dtype=D)
+    assert grad(lambda v: vmap(torch.mv, in_dims=(0, None))(x, v).sum())(torch.zeros(0, dtype=D)).shape == (0,)

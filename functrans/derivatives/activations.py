@@ -116,13 +116,27 @@ derivative(
 pointwise(aten.log_sigmoid.default, self=lambda grad, self: grad * torch.sigmoid(-self))
 
 
-def log_sigmoid_forward_self(grads: Any, self: Tensor) -> Tensor | None:
-    return None if grads[0] is None else grads[0] * torch.sigmoid(-self)
+# The second output is exp(-|x|) for the backward pass; where that does not use it, it is empty.
+
+
+def slope_of_buffer(self: Tensor, buffer: Tensor) -> Tensor | None:
+    return -self.sign() * buffer if buffer.numel() else None
+
+
+def log_sigmoid_forward_self(grads: Any, self: Tensor, results: Any) -> Tensor | None:
+    found = None if grads[0] is None else grads[0] * torch.sigmoid(-self)
+    slope = None if grads[1] is None else slope_of_buffer(self, results[1])
+    return found if slope is None else add(found, grads[1] * slope)
+
+
+def log_sigmoid_forward_tangent(self: Tensor, self_t: Tensor, results: Any) -> tuple[Tensor, Tensor | None]:
+    slope = slope_of_buffer(self, results[1])
+    return self_t * torch.sigmoid(-self), None if slope is None else self_t * slope
 
 
 derivative(
     aten.log_sigmoid_forward.default,
-    tangent=lambda self, self_t: (self_t * torch.sigmoid(-self), None),
+    tangent=log_sigmoid_forward_tangent,
     self=log_sigmoid_forward_self,
 )
 

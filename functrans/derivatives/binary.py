@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import conj, times, where_or_zero
+from functrans.derivatives.helpers import cast, conj, times, where_or_zero
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -195,11 +195,11 @@ pointwise(
 
 
 def xlogy_self(grad: Tensor, self: Tensor, other: Any) -> Tensor:
-    return torch.xlogy(grad, torch.where((self == 0) & (other <= 0), 1, other))
+    return torch.xlogy(grad, torch.where((self == 0) & (other <= 0), 1, cast(other, grad.dtype)))
 
 
 def xlog1py_self(grad: Tensor, self: Tensor, other: Any) -> Tensor:
-    return torch.special.xlog1py(grad, torch.where((self == 0) & (other <= -1), 0, other))
+    return torch.special.xlog1py(grad, torch.where((self == 0) & (other <= -1), 0, cast(other, grad.dtype)))
 
 
 pointwise(aten.xlogy.Tensor, self=xlogy_self, other=lambda grad, self, other: grad * self / other)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.derivatives.helpers import cast
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
@@ -47,18 +48,22 @@ def tangent(v: dict[str, Any]) -> Tensor | None:
     return None if bias_t is None else per_channel(bias_t, v["result"])
 
 
+def of_bias(grad: Tensor, bias: Tensor) -> Tensor:
+    return cast(over_channels(grad), bias.dtype)  # some kernels take a bias of another dtype
+
+
 def cotangents(v: dict[str, Any]) -> dict[str, Tensor]:
     """Of input and weight by one operator."""
     wanted = v["wanted"]
     of_input, of_weight, _ = backward(
         v, v["grad"], v["input"], v["weight"], ["input" in wanted, "weight" in wanted, False]
     )
-    return {"input": of_input, "weight": of_weight, "bias": over_channels(v["grad"]) if "bias" in wanted else None}
+    return {"input": of_input, "weight": of_weight, "bias": of_bias(v["grad"], v["bias"]) if "bias" in wanted else None}
 
 
 derivative(
     aten.convolution.default,
-    joint=with_names(("grad", "input", "weight", "wanted", *OPTIONS), cotangents),
+    joint=with_names(("grad", "input", "weight", "bias", "wanted", *OPTIONS), cotangents),
     tangent=with_names(("input", "weight", "result", "input_t", "weight_t", "bias_t", *OPTIONS), tangent),
     input=with_names(
         ("grad", "input", "weight", *OPTIONS), lambda v: backward(v, v["grad"], v["input"], v["weight"], INPUT)[0]
@@ -66,7 +71,7 @@ derivative(
     weight=with_names(
         ("grad", "input", "weight", *OPTIONS), lambda v: backward(v, v["grad"], v["input"], v["weight"], WEIGHT)[1]
     ),
-    bias=over_channels,
+    bias=of_bias,
 )
 
 

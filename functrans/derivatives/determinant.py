@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 
 from functrans.boundary.factories import identity_for, range_for
 from functrans.core.tensor import WrapperTensor
+from functrans.derivatives.helpers import add
+from functrans.derivatives.lu_factors import determinant_factors_pull, determinant_factors_tangent
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.scans import product_of_others
 from functrans.derivatives.table import derivative
@@ -115,11 +117,12 @@ def symmetric_function(S: Tensor, k: Tensor, most: int) -> tuple[Tensor, Tensor]
 
 
 def det_self(grads: Any, A: Tensor, results: Any) -> Tensor | None:
-    return None if grads[0] is None else grads[0][..., None, None] * adjoint(adjugate(A, results))
+    found = None if grads[0] is None else grads[0][..., None, None] * adjoint(adjugate(A, results))
+    return add(found, determinant_factors_pull(grads[1], A))
 
 
-def det_tangent(A: Tensor, A_t: Tensor, results: Any) -> tuple[Tensor, None, None]:
-    return (adjugate(A, results).mT * A_t).sum((-2, -1)), None, None
+def det_tangent(A: Tensor, A_t: Tensor, results: Any) -> tuple[Tensor, Tensor | None, None]:
+    return (adjugate(A, results).mT * A_t).sum((-2, -1)), determinant_factors_tangent(A, A_t), None
 
 
 derivative(aten._linalg_det.default, tangent=det_tangent, A=det_self)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functrans.boundary.factories import range_for
-from functrans.derivatives.helpers import conj, sum_to_shape, times
+from functrans.derivatives.helpers import cast, conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
 from functrans.tensors.broadcasting import broadcast_shapes
 
@@ -50,7 +50,7 @@ def index_put_values(grad: Tensor, indices: Indices, values: Tensor, accumulate:
     if not accumulate and any(i is not None and may_repeat(i) for i in indices):
         here = won(grad, read.shape, lambda x, n: aten.index_put(x, indices, n), lambda x: aten.index(x, indices))
         read = torch.where(here, read, 0)
-    return sum_to_shape(read, values.shape)
+    return cast(sum_to_shape(read, values.shape), values.dtype)  # a number may be of another
 
 
 # The unsafe forms skip the check of the indices' range; they come from decompositions.
@@ -153,10 +153,10 @@ derivative(
 )
 
 
-def index_fill_value(grad: Tensor, dim: int, index: Tensor) -> Tensor:
+def index_fill_value(grad: Tensor, dim: int, index: Tensor, value: Tensor) -> Tensor:
     # An index that occurs twice fills its slice once.
     filled = torch.zeros_like(grad, dtype=torch.bool).index_fill(dim, index, True)
-    return torch.where(filled, grad, 0).sum()
+    return cast(torch.where(filled, grad, 0).sum(), value.dtype)
 
 
 derivative(

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from functrans.decompositions.table import DECOMPOSITIONS
-from functrans.derivatives.helpers import conj, sum_to_shape
+from functrans.derivatives.helpers import add, conj, sum_to_shape
+from functrans.derivatives.lu_factors import (
+    determinant_factors_pull,
+    determinant_factors_tangent,
+    factors_pull,
+    factors_tangent,
+    solved,
+)
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.table import derivative
 from functrans.tensors.broadcasting import broadcast_shapes
@@ -49,7 +56,7 @@ def is_vectors(a: Tensor, b: Tensor) -> bool:
 def solve_right(grads: Any, A: Tensor, B: Tensor, left: bool) -> Tensor | None:
     if grads[0] is None:
         return None
-    return sum_to_shape(aten._linalg_solve_ex(adjoint(A), grads[0], left=left)[0], B.shape)
+    return sum_to_shape(solved(adjoint(A), grads[0], left), B.shape)
 
 
 def solve_matrix(of_b: Tensor, x: Tensor, left: bool, vectors: bool) -> Tensor:
@@ -61,17 +68,18 @@ def solve_matrix(of_b: Tensor, x: Tensor, left: bool, vectors: bool) -> Tensor:
 
 def solve_both(grads: Any, A: Tensor, B: Tensor, left: bool, results: Any) -> dict[str, Tensor | None]:
     # Multiple outputs: what leading dimensions broadcast is summed here.
+    of_factors = factors_pull(grads[1], A)
     if grads[0] is None:
-        return {"A": None, "B": None}
-    of_b = aten._linalg_solve_ex(adjoint(A), grads[0], left=left)[0]
+        return {"A": of_factors, "B": None}
+    of_b = solved(adjoint(A), grads[0], left)
     of_a = solve_matrix(of_b, results[0], left, is_vectors(A, B))
-    return {"A": sum_to_shape(of_a, A.shape), "B": sum_to_shape(of_b, B.shape)}
+    return {"A": add(sum_to_shape(of_a, A.shape), of_factors), "B": sum_to_shape(of_b, B.shape)}
 
 
 def solve_tangent(
     A: Tensor, B: Tensor, left: bool, results: Any, A_t: Tensor | None, B_t: Tensor | None
-) -> tuple[Tensor, None, None, None]:
-    x = results[0]
+) -> tuple[Tensor, Tensor | None, None, None]:
+    x, of_factors = results[0], factors_tangent(A, A_t)
     vectors = is_vectors(A, B)
     moved = None if B_t is None else B_t
     if A_t is not None:
@@ -79,8 +87,8 @@ def solve_tangent(
         moved = -changed if moved is None else moved - changed
     assert moved is not None
     if vectors:  # A and the tangent may have come to another shape than makes vectors of it
-        return aten._linalg_solve_ex(A, moved.unsqueeze(-1), left=left)[0].squeeze(-1), None, None, None
-    return aten._linalg_solve_ex(A, moved, left=left)[0], None, None, None
+        return solved(A, moved.unsqueeze(-1), left).squeeze(-1), of_factors, None, None
+    return solved(A, moved, left), of_factors, None, None
 
 
 derivative(
@@ -259,18 +267,19 @@ def slogdet_self(grads: Any, A: Tensor, results: Any) -> Tensor | None:
         turned = torch.complex(torch.zeros_like(results[1]), -(of_sign.conj() * results[0]).imag)
         scale = turned if scale is None else scale + turned
     if scale is None:
-        return None
+        return determinant_factors_pull(grads[2], A)
     inverse, status = torch.linalg.inv_ex(A)
-    return scale[..., None, None] * adjoint(nan_if_singular(inverse, status))
+    found = scale[..., None, None] * adjoint(nan_if_singular(inverse, status))
+    return add(found, determinant_factors_pull(grads[2], A))
 
 
-def slogdet_tangent(A: Tensor, A_t: Tensor, results: Any) -> tuple[Tensor | None, Tensor, None, None]:
+def slogdet_tangent(A: Tensor, A_t: Tensor, results: Any) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
     solution, status = torch.linalg.solve_ex(A, A_t)
     moved = nan_if_singular(solution, status).diagonal(0, -2, -1).sum(-1)
     if not A.dtype.is_complex:
-        return None, moved, None, None
+        return None, moved, determinant_factors_tangent(A, A_t), None
     turned = torch.complex(torch.zeros_like(results[1]), moved.imag)
-    return results[0] * turned, moved.real, None, None
+    return results[0] * turned, moved.real, determinant_factors_tangent(A, A_t), None
 
 
 derivative(aten._linalg_slogdet.default, tangent=slogdet_tangent, A=slogdet_self)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
 from functrans.decompositions.table import DECOMPOSITIONS, DEFINED_LATE
-from functrans.derivatives.helpers import cast, sum_to_shape
+from functrans.derivatives.helpers import cast, conj, sum_to_shape
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
 from functrans.pytorch.torch_private import OpOverload
@@ -39,7 +39,7 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
 
     def reverse(name: str, partial: Partial) -> Callable[..., Any]:
         def cotangent(v: dict[str, Any]) -> Tensor:
-            grad, slope = v["grad"], partial(*(v[n] for n in names))
+            grad, slope = v["grad"], conj(partial(*(v[n] for n in names)))
             if v["reduction"] != NONE:
                 shape = shape_of(v)
                 if v["reduction"] == MEAN:
@@ -70,12 +70,17 @@ def pointwise_loss(op: OpOverload, **partials: Partial) -> None:
     )
 
 
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """``a - b``, where one may be truth values, which PyTorch does not subtract."""
+    return (a.to(b.dtype) if a.dtype is torch.bool else a) - (b.to(a.dtype) if b.dtype is torch.bool else b)
+
+
 def of_difference(op: OpOverload, slope: Callable[..., Tensor]) -> None:
     """A loss of ``self - target``."""
     pointwise_loss(
         op,
-        self=lambda self, target, *options: slope(self - target, *options),
-        target=lambda self, target, *options: slope(target - self, *options),
+        self=lambda self, target, *options: slope(difference(self, target), *options),
+        target=lambda self, target, *options: slope(difference(target, self), *options),
     )
 
 
@@ -165,6 +170,8 @@ def nll_entries(forward: OpOverload, backward: OpOverload) -> None:
     """
 
     def self_cotangent(grads, self, target, weight, reduction, ignore_index, results):
+        if grads[0] is None:
+            return None
         return backward(grads[0], self, target, weight, reduction, ignore_index, results[1])
 
     def tangent(target, weight, reduction, ignore_index, self_t):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from functrans.derivatives.helpers import conj, times
+from functrans.derivatives.helpers import cast, conj, times
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
 from functrans.operators.products import PRODUCTS, Product
@@ -70,10 +70,10 @@ def sum_with_product(product: Product) -> None:
     def tangent(result: Tensor, alpha: Any, beta: Any, x: Tensor, y: Tensor, self_t: Any, x_t: Any, y_t: Any) -> Any:
         moved = sum_of([None if x_t is None else multiply(x_t, y), None if y_t is None else multiply(x, y_t)])
         if moved is not None:
-            moved = times(moved, alpha)
+            moved = cast(times(moved, alpha), result.dtype)  # that of vectors promotes
         if self_t is None:
             return moved
-        self_t = times(self_t, beta)
+        self_t = cast(times(self_t, beta), result.dtype)
         return self_t.expand(result.shape) if moved is None else moved + self_t
 
     derivative(
@@ -111,7 +111,7 @@ def matmul_other(grad: Tensor, self: Tensor, other: Tensor) -> Tensor:
     if other.dim() == 1 and self.dim() == 2:  # it may be sparse
         return adjoint(self).mv(grad)
     if other.dim() == 1:
-        return adjoint(self.reshape(-1, self.shape[-1])).mv(grad.reshape(-1))
+        return adjoint(self.flatten(0, -2)).mv(grad.flatten())
     if other.dim() == 2 and self.dim() > 2:
         return adjoint(self.flatten(0, -2)).mm(grad.flatten(0, -2))
     return torch.matmul(adjoint(self), grad)

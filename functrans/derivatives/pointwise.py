@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,14 +144,14 @@ derivative(
 )
 
 
-def frexp_self(grads: Any, results: Any) -> Tensor | None:
-    return None if grads[0] is None else grads[0] / results[1].exp2()
+def frexp_slope(moved: Tensor, exponent: Tensor) -> Tensor:
+    return moved * (-exponent).to(moved.dtype).exp2()  # a large power of 2 would not be finite
 
 
 derivative(
     aten.frexp.Tensor,
-    tangent=lambda self_t, results: (self_t / results[1].exp2(), None),
-    self=frexp_self,
+    tangent=lambda self_t, results: (frexp_slope(self_t, results[1]), None),
+    self=lambda grads, results: None if grads[0] is None else frexp_slope(grads[0], results[1]),
 )
 
 pointwise(aten.nan_to_num.default, self=lambda grad, self: where_or_zero(self.isfinite(), grad))

@@ -153,6 +153,16 @@ def batch_norm_with_update(known: OpInfo, args: tuple[Any, ...], kwargs: dict[st
     return (*out[:3], enter(aten.new_empty.default, x, [0], dtype=torch.uint8))
 
 
+@stands_in_for(aten._batch_norm_with_update_functional.default)
+def batch_norm_updated(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The pure form of it, of which PyTorch's derivative knows the first output alone."""
+    x, *rest, momentum, eps = args
+    if scan(args, kwargs)[0] is None:
+        return base(known.op, args, kwargs)
+    out = enter(aten._native_batch_norm_legit_functional.default, x, *rest, True, momentum, eps)
+    return (*out[:3], enter(aten.new_empty.default, x, [0], dtype=torch.uint8), *out[3:])
+
+
 def updating_norm(
     op: OpOverload, x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
 ) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from functrans.operators.factors import DROPPING, FactorsDropped
 from functrans.pytorch.torch_private import COMPOSITE, DisableTorchFunction, OpOverload
 
 
@@ -94,7 +95,10 @@ def formed(form: Form, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def taken_apart(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run the operators that PyTorch makes of a composite ``op``; what they come to is as it was for ``op``."""
     with DisableTorchFunction():  # or wrappers among the arguments would take it for a call of ``op``
-        return op.decompose(*args, **kwargs)
+        if op._schema.name not in DROPPING:
+            return op.decompose(*args, **kwargs)
+        with FactorsDropped():
+            return op.decompose(*args, **kwargs)
 
 
 def has_composite_kernel(op: OpOverload) -> bool:

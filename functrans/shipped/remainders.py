@@ -28,6 +28,7 @@ from functrans.api.transforms import jvp
 from functrans.derivatives.helpers import reduced_dims
 from functrans.derivatives.linalg import adjoint, is_vectors, triangle
 from functrans.extension.without_rule import is_smooth
+from functrans.operators.factors import SEEN
 from functrans.operators.info import op_info
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.torch_private import OpOverload
@@ -157,7 +158,7 @@ def applied_triangle(call: Bound, a: Tensor, y: Tensor) -> Tensor:
     return -(a @ y) if call.args["left"] else -(y @ a)
 
 
-REMAINDERS[aten._linalg_solve_ex.default] = [Product("B", "A", 0, applied)]
+REMAINDERS[aten._linalg_solve_ex.default] = lambda call: None if SEEN.factors else [Product("B", "A", 0, applied)]
 REMAINDERS[aten.linalg_solve_triangular.default] = [Product("B", "self", 0, applied_triangle)]
 REMAINDERS[aten.linalg_inv_ex.default] = [Product(0, "A", 0, lambda call, a, y: -(call.results[0] @ (a @ y)))]
 
@@ -253,7 +254,7 @@ REMAINDERS[aten._linalg_svd.default] = of_singular_vectors
 
 def of_determinant(call: Bound) -> list[Product] | None:
     """tr(A⁻¹·A₂) - tr(A⁻¹·A₁·A⁻¹·A₁) / 2."""
-    if call.args["A"].is_complex():
+    if call.args["A"].is_complex() or SEEN.factors:
         return None
     solved = lambda a: torch.linalg.solve(call.args["A"], a)
     return [Product(1, "A", "A", lambda call, a, b: (solved(a) * solved(b).mT).sum((-2, -1)) / -2)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from functrans.core.dispatch import map_tensors
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
+from functrans.derivatives.helpers import cast
 from functrans.errors import MissingRuleError, NoFormulaError
 from functrans.interpreters.autograd_fallback import run_forward_mode, run_recorded
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -51,7 +52,15 @@ def borrow(self: JvpInterpreter, op: OpOverload, values: Any, kwargs: Any, tange
             raise
         out, found = double_reverse(self, op, values, kwargs, flat)
     it = iter(found)
-    return map_tensors(lambda o: self.dual(o, next(it)), out)
+
+    def dual(o: Tensor) -> WrapperTensor:
+        tangent = next(it)
+        if tangent is not None and tangent.dtype is not o.dtype:  # PyTorch's formulas do not always promote
+            with lowered(self):
+                tangent = cast(tangent, o.dtype)
+        return self.dual(o, tangent)
+
+    return map_tensors(dual, out)
 
 
 #: Operators and positions of arguments whose tangents PyTorch is known to follow.

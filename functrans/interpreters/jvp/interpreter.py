@@ -13,6 +13,7 @@ from functrans.core.dispatch import lower, unwrap
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, wrap
 from functrans.decompositions.table import decompose, decomposition
+from functrans.derivatives.helpers import cast
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT, Derivative
 from functrans.errors import DerivativeEntryError
@@ -279,11 +280,7 @@ class TableMethod:
                 total = total.expand(out.shape)
             if total.layout is not out.layout:
                 total = in_layout_of(total, out)
-        if total.dtype is not dtype:
-            if total.is_complex() and not dtype.is_complex:
-                total = torch.real(total)
-            total = total.to(dtype)
-        return total
+        return total if total.dtype is dtype else cast(total, dtype)
 
     def tangent_of_dense(self, values: Any, kwargs: Any, tangents: Any, out: Any) -> Any:
         found = self.tangent(*densified((values, kwargs, tangents, out)))
@@ -333,4 +330,9 @@ class TableMethod:
             out if i == RESULT else self.at(i, values, kwargs) if i >= 0 else tangents.get(MOVED - i)
             for i in self.picked
         ]
-        return self.entry.tangent(*picked)  # type: ignore[operator, misc]
+        found = self.entry.tangent(*picked)  # type: ignore[operator, misc]
+        if self.foreign or found is None:
+            return found
+        if isinstance(out, Tensor):
+            return found if found.dtype is out.dtype else cast(found, out.dtype)
+        return [t if t is None or t.dtype is o.dtype else cast(t, o.dtype) for t, o in zip(found, out, strict=True)]

@@ -51,7 +51,7 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
             wrapper = make(self, out, x)
             wrapper._carried = tangent
             return wrapper
-    values, moving, tangents, first, alike, _ = unwrap_program(self, args)
+    values, moving, tangents, first, alike, same = unwrap_program(self, args)
     if not moving or not is_forward_enabled():
         return constants(self, lower(self, program.inner, values, NO_KWARGS))
     try:
@@ -64,6 +64,7 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
     outs = derived.of(values + tangents, partial(lower, self))
     found: list[Any] = []
     count = len(program.outputs)
+    alike = alike and (same or count == 1)  # one of several may depend on an argument without dimensions alone
     for i in range(count):
         if alike:
             wrapper = make(self, outs[i], first)

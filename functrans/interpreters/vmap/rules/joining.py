@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.interpreters.vmap.elementwise import logical_result_type
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
 from functrans.operators.views import wrap_dim
@@ -180,9 +181,10 @@ def block_diag(info: BatchInfo, in_dims: Dims, tensors: Sequence[Tensor]) -> Out
     parts = at_least(materialized(info, tensors, in_dims[0]), 2)
     if any(x.dim() != 3 for x in parts):
         raise RuleDeclined("block_diag takes matrices")
+    dtype = logical_result_type(list(zip(tensors, in_dims[0], strict=True)))
     total, before, rows = sum(x.shape[2] for x in parts), 0, []
     for x in parts:
         width = x.shape[2]
-        rows.append(aten.constant_pad_nd.default(x, [before, total - before - width]))
+        rows.append(aten.constant_pad_nd.default(x.to(dtype), [before, total - before - width]))
         before = before + width
     return torch.cat(rows, 1), 0

@@ -33,14 +33,17 @@ def reduce_examples(values: Tensor, reduction: int) -> Tensor:
 # Elementwise losses
 
 
-def elementwise_loss(*ops: OpOverload) -> None:
-    """Losses of tensors that broadcast with each other."""
+def elementwise_loss(*ops: OpOverload, promotes: bool = True) -> None:
+    """Losses of tensors that broadcast with each other.
+
+    ``promotes``: the result has not just the dtype of the first one.
+    """
     place = caller_place()
     for op in ops:
-        BATCHING_RULES.add(op, elementwise_loss_rule(op), place=place)
+        BATCHING_RULES.add(op, elementwise_loss_rule(op, promotes), place=place)
 
 
-def elementwise_loss_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
+def elementwise_loss_rule(op: OpOverload, promotes: bool) -> Callable[..., tuple[Any, Any]]:
     """The rule of one loss."""
     positions = tensor_positions(op)
     reduction_place = argument_place(op, "reduction")
@@ -49,19 +52,20 @@ def elementwise_loss_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
     def loss(info: BatchInfo, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         arguments = with_defaults(op, args)
         dims = [*in_dims, *[None] * len(arguments)]
-        align_examples(arguments, dims, positions, info.batch_size)
+        align_examples(arguments, dims, positions, info.batch_size, promotes)
         reduction, arguments[reduction_place] = arguments[reduction_place], NONE
         return reduce_examples(op(*arguments), reduction), 0
 
     return loss
 
 
-def align_examples(arguments: list[Any], in_dims: Sequence[Any], positions: Sequence[int], size: int) -> None:
+def align_examples(
+    arguments: list[Any], in_dims: Sequence[Any], positions: Sequence[int], size: int, promotes: bool
+) -> None:
     """Give the tensors at ``positions`` batch dimensions in front and one rank; the first two get one batch size."""
     places = [k for k in positions if arguments[k] is not None]
-    if len({arguments[k].dtype for k in places}) > 1 and any(
-        logical_rank(arguments[k], in_dims[k]) == 0 for k in places
-    ):
+    mixed = promotes and len({arguments[k].dtype for k in places}) > 1
+    if mixed and any(logical_rank(arguments[k], in_dims[k]) == 0 for k in places):
         raise RuleDeclined("a 0-d example takes another part in type promotion than its batch")
     rank = max(logical_rank(arguments[k], in_dims[k]) for k in places)
     for k in places:
@@ -76,10 +80,10 @@ elementwise_loss(
     aten.mse_loss.default,
     aten.smooth_l1_loss.default,
     aten.huber_loss.default,
-    aten.soft_margin_loss.default,
     aten.binary_cross_entropy.default,
     aten.binary_cross_entropy_with_logits.default,
 )
+elementwise_loss(aten.soft_margin_loss.default, promotes=False)
 
 
 def elementwise_loss_backward(*ops: OpOverload) -> None:

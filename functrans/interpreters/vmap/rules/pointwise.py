@@ -12,7 +12,7 @@ from functrans.derivatives.airy import airy_ai_slope
 from functrans.derivatives.incomplete_gamma import gamma_density, igamma_by_shape, igamma_quotient
 from functrans.derivatives.orthogonal import gegenbauer, laguerre
 from functrans.derivatives.zeta import zeta_by_s
-from functrans.interpreters.vmap.elementwise import align, elementwise
+from functrans.interpreters.vmap.elementwise import align, elementwise, elementwise_nary
 from functrans.interpreters.vmap.families import RuleDeclined, same_dims, tensor_positions
 from functrans.interpreters.vmap.rules.factories import in_memory_format
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, logical_rank, materialize
@@ -71,6 +71,9 @@ elementwise(aten.where.ScalarSelf, promoting=(2,))
 elementwise(aten.masked_fill.Scalar, promoting=())
 
 
+clamp_of_three = elementwise_nary(aten.clamp.Tensor, (0, 1, 2), (0, 1, 2))
+
+
 @batching_rule(aten.isclose.default)
 def isclose(
     info: BatchInfo, in_dims: Sequence[Any], self: Tensor, other: Tensor, *options: Any
@@ -78,6 +81,15 @@ def isclose(
     """With ``equal_nan`` it writes into what is of the first one's shape (until PyTorch 2.11)."""
     self, other = align((self, other), in_dims, (0, 1))
     return aten.isclose.default(self.expand(broadcast_shapes(self.shape, other.shape)), other, *options), 0
+
+
+@batching_rule(aten.clamp.Tensor)
+def clamp(info: BatchInfo, in_dims: Sequence[Any], *args: Tensor | None) -> tuple[Any, Any]:
+    """PyTorch's own derivative raises where one of two bounds is broadcast (2.14), as an unbatched one would be."""
+    if len(args) == 3 and all(isinstance(x, Tensor) for x in args):
+        args = tuple(materialize(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True))  # type: ignore[arg-type]
+        in_dims = (0, 0, 0)
+    return clamp_of_three(info, in_dims, *args)
 
 
 @batching_rule(aten.masked_fill.Tensor)

@@ -219,6 +219,9 @@ def rule_of(product: Product) -> Callable[..., Output]:
     def add(
         info: BatchInfo, in_dims: Dims, addend: Tensor, x: Tensor, y: Tensor, *, beta: Any = 1, alpha: Any = 1
     ) -> Output:
+        if not product.summed:  # it promotes, and takes an addend without dimensions for one that has them
+            dtype = torch.promote_types(addend.dtype, torch.promote_types(x.dtype, y.dtype))
+            addend, x, y = addend.to(dtype), x.to(dtype), y.to(dtype)
         batched = in_dims[1] is not None or in_dims[2] is not None
         out, out_dim = multiplied(product, in_dims[1:], x, y) if batched else (product.multiply(x, y), None)
         return add_product(addend, in_dims[0], out, out_dim, beta, alpha)
