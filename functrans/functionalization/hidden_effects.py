@@ -281,5 +281,3 @@ def refuse_mkldnn(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def leave_autograd_alone(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Autograd's own switches concern the base only."""
     return base(known.op, args, kwargs)
-
-
