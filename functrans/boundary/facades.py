@@ -70,7 +70,12 @@ class Facade(Tensor):
 def of_wrapper(name: str) -> Any:
     """The attribute ``name`` of facades: the wrapper's."""
     if isinstance(vars(Refusing)[name], property):
-        return property(lambda self: getattr(self.wrapper, name), lambda self, x: setattr(self.wrapper, name, x))
+
+        def get(self: Facade) -> Any:
+            found = getattr(self.wrapper, name)
+            return shown_like(found, self) if isinstance(found, Tensor) else found
+
+        return property(get, lambda self, x: setattr(self.wrapper, name, x))
     return lambda self, *args, **kwargs: getattr(self.wrapper, name)(*args, **kwargs)
 
 

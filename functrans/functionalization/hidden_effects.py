@@ -74,13 +74,19 @@ def to_dense(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return x if x.layout is torch.strided and dtype in (None, x.dtype) else as_usual(known, args, kwargs)
 
 
+@stands_in_for(aten.conj_physical.default)
+def conj_physical(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is real is returned as it is."""
+    return as_usual(known, args, kwargs) if args[0].is_complex() else args[0]
+
+
 @stands_in_for(aten.sum_to_size.default)
 def sum_to_size(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where there is nothing to sum the result is a view."""
+    """Where there is nothing to sum it returns its argument itself."""
     x, size = args
     if not size:
         return enter(aten.sum.default, x)  # which counts booleans
-    return enter(aten.alias.default, x) if list(x.shape) == list(size) else as_usual(known, args, kwargs)
+    return x if list(x.shape) == list(size) else as_usual(known, args, kwargs)
 
 
 @stands_in_for(
@@ -102,7 +108,7 @@ def broadcast_tensors(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, An
     """As above; the definition is in Python, and imports sympy."""
     (tensors,) = args
     shape = broadcast_shapes(*(x.shape for x in tensors))
-    return [enter(aten.expand.default, x, shape) for x in tensors]
+    return [x if x.shape == shape else enter(aten.expand.default, x, shape) for x in tensors]
 
 
 @stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)

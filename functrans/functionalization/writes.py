@@ -245,6 +245,8 @@ def write_metadata(known: OpInfo, op: OpOverload, target: Any, args: tuple[Any, 
     set_metadata(target, new)
     set_content(target, new)
     link_view(target, before, op, args, kwargs, None)
+    if target.view_link.base is before:
+        target.view_link.base = None
     return target
 
 
