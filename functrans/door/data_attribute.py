@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils import swap_tensors
 
-from functrans.boundary.facades import Facade, bare
 from functrans.boundary.fresh import FRESH
 from functrans.core.dispatch import dispatch
 from functrans.core.interpreter import Interpreter
@@ -111,10 +110,5 @@ torch.utils.swap_tensors = functools.wraps(swap_tensors)(swap)
 #: of a tensor whose data was assigned: what holds the contents of before
 WrapperTensor.reassigned = None  # type: ignore[attr-defined]
 RESERVED.update(("reassigned", "lost_derivative"))
-for _class, _name, _property in (
-    (WrapperTensor, "data", property(data, set_data)),
-    (WrapperTensor, "_version", property(version)),
-    (Facade, "data", property(original.__get__, lambda x, new: set_data(x.wrapper, bare(new)))),
-    (Facade, "_version", property(lambda x: version(x.wrapper))),
-):
-    setattr(_class, _name, _property)
+for _name, _property in (("data", property(data, set_data)), ("_version", property(version))):
+    setattr(WrapperTensor, _name, _property)
