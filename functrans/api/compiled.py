@@ -64,9 +64,9 @@ OPAQUE: Any = type("Opaque", (), {"__repr__": lambda self: "an object"})()
 def transformed(
     transform: Callable[..., Any], func: Any, options: dict[str, Any], args: Any, kwargs: Any, tangents: Any = None
 ) -> Any:
-    """The call that ``TRACED`` stands for."""
+    """The call that ``TRACED`` stands for. ``tangents``: those, or other tensors that the transform takes, by name."""
     if transform.__name__ not in AT_ONCE:
-        return transform(func, **options)(*args, **kwargs)
+        return transform(func, **options, **(tangents or {}))(*args, **kwargs)
     return transform(func, args, tangents, **options) if tangents is not None else transform(func, *args, **options)
 
 

@@ -76,7 +76,7 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
     axes = [name for group in left for name in group]
     order = [axes.index(name) for group in right for name in group]
     split = x.reshape([sizes[name] for name in axes])
-    return split.permute(order).reshape([math.prod(sizes[name] for name in group) for group in right])
+    return split.permute(order).reshape([math.prod([sizes[name] for name in group]) for group in right])
 
 
 def sides(call: str, pattern: str, axes_lengths: dict[str, int]) -> tuple[list[Group | None], list[Group | None]]:
@@ -151,7 +151,7 @@ def named(call: str, left: list[Group | None], right: list[Group | None], tensor
 def find_sizes(call: str, group: Group, size: int, sizes: dict[str, int]) -> None:
     """Add the sizes of the axes that a dimension of ``size`` is made of."""
     missing = [name for name in group if name not in sizes]
-    known = math.prod(sizes[name] for name in group if name in sizes)
+    known = math.prod([sizes[name] for name in group if name in sizes])
     dimension = group[0] if len(group) == 1 else f"({' '.join(group)})"
     if len(missing) > 1:
         names = " and ".join(map(repr, missing))

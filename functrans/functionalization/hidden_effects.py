@@ -46,8 +46,12 @@ def real_zeros(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @stands_in_for(aten.lift_fresh.default, aten.lift.default)
 def made_inside(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
-    return lift(args[0], scan(args, kwargs)[0], STATE.top)
+    """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform.
+
+    The base is asked, where fake tensors or a tracer take its place.
+    """
+    owner = scan(args, kwargs)[0]
+    return lift(base(known.op, args, kwargs) if owner is None else args[0], owner, STATE.top)
 
 
 def as_usual(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
