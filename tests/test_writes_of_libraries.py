@@ -39,11 +39,10 @@ def swap(a: Tensor, b: Tensor) -> None:
 
 
 @torch.library.custom_op("writing::running_sums", mutates_args={"sums", "count"})
-def running_sums(xs: Sequence[Tensor], sums: Sequence[Tensor], count: Tensor | None = None) -> list[Tensor]:
+def running_sums(xs: Sequence[Tensor], sums: Sequence[Tensor], count: Tensor) -> list[Tensor]:
     for i, (x, into) in enumerate(zip(xs, sums, strict=True)):
         into.add_((i + 1) * x)
-    if count is not None:
-        count.add_(len(xs))
+    count.add_(len(xs))
     return [2 * x for x in xs]
 
 
@@ -53,12 +52,20 @@ LIBRARY.impl("clip_", lambda x, most: x.clamp_(max=most), "CPU")
 LIBRARY.define("cubes(Tensor[] xs, str how='a, =b', int[2] n=[1, 3], *, Tensor(a!)[] out) -> ()")
 
 
+@torch.library.impl(LIBRARY, "doubled", "CPU")
+def doubled(x: Tensor, total: Tensor | None = None) -> Tensor:
+    if total is not None:
+        total.add_(x.sum())
+    return 2 * x
+
+
 @torch.library.impl(LIBRARY, "cubes", "CPU")
 def cubes(xs: list[Tensor], how: str = "a, =b", n: Sequence[int] = (1, 3), *, out: list[Tensor]) -> None:
     for x, into in zip(xs, out, strict=True):
         into.copy_(x ** n[1])
 
 
+LIBRARY.define("doubled(Tensor x, Tensor(a!)? total=None) -> Tensor")
 LIBRARY.define("numbers(Tensor(a!) x) -> int")
 
 
@@ -96,7 +103,7 @@ def returned(x: Tensor) -> Tensor:
 def lists(x: Tensor) -> Tensor:
     sums, count = [torch.ones(3, dtype=DOUBLE), torch.zeros(5, dtype=DOUBLE)[1:4]], torch.zeros((), dtype=DOUBLE)
     twice = running_sums([x.detach(), torch.ones(3, dtype=DOUBLE)], sums, count)
-    running_sums((x.detach(),), sums[:1])
+    running_sums((x.detach(),), sums[:1], count)
     return (sums[0] + sums[1] + twice[0] * twice[1] + count) * x
 
 
@@ -109,8 +116,14 @@ def a_list_by_name(x: Tensor) -> Tensor:
 def parts_of_one(x: Tensor) -> Tensor:
     parts = torch.zeros(2, 3, dtype=DOUBLE).unbind()
     for i, part in enumerate(parts):
-        running_sums([x.detach() + i], [part])
+        running_sums([x.detach() + i], [part], torch.zeros(()))
     return (parts[0] * parts[1]) * x
+
+
+def if_given(x: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=DOUBLE)
+    torch.ops.writing.doubled(x.detach(), total)
+    return torch.ops.writing.doubled(x.detach()) * x * total
 
 
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
@@ -122,6 +135,7 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     lists,
     a_list_by_name,
     parts_of_one,
+    if_given,
 ]
 
 
@@ -150,8 +164,10 @@ def test_the_callers_tensor() -> None:
     grad(lambda x: (add_to(torch.ones(3, dtype=DOUBLE), captured), x.sum())[1])(ROWS[0])
     close(captured, torch.ones(3, dtype=DOUBLE))
     first, second = torch.zeros(3, dtype=DOUBLE), ROWS.clone()
-    vmap(lambda x, into: running_sums([x, x], [into, torch.zeros(3, dtype=DOUBLE)]))(ROWS, second)
-    grad(lambda x: running_sums([ROWS[0], ROWS[1]], [first, x.detach() * 1])[0].sum() + x.sum())(ROWS[2])
+    vmap(lambda x, into: running_sums([x, x], [into, torch.zeros(3, dtype=DOUBLE)], torch.zeros(())))(ROWS, second)
+    grad(lambda x: running_sums([ROWS[0], ROWS[1]], [first, x.detach() * 1], torch.zeros(()))[0].sum() + x.sum())(
+        ROWS[2]
+    )
     close(second, 2 * ROWS)
     close(first, ROWS[0])
     with pytest.raises(CapturedOnceError):
@@ -176,7 +192,7 @@ def test_what_shares_memory_is_refused() -> None:
     """A write to one is seen through the other, which copies would not show."""
 
     def twice(x: Tensor) -> Tensor:
-        running_sums([ROWS[0], ROWS[1]], [x, x])
+        running_sums([ROWS[0], ROWS[1]], [x, x], torch.zeros(()))
         return x
 
     def seen_meanwhile(x: Tensor) -> Tensor:
