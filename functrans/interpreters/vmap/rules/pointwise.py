@@ -74,6 +74,12 @@ elementwise(aten.masked_fill.Scalar, promoting=())
 clamp_of_three = elementwise_nary(aten.clamp.Tensor, (0, 1, 2), (0, 1, 2))
 
 
+@batching_rule(aten._dirichlet_grad.default)
+def dirichlet_grad(info: BatchInfo, in_dims: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, int]:
+    """It does not broadcast."""
+    return aten._dirichlet_grad.default(*[materialize(x, d, info.batch_size) for x, d in zip(tensors, in_dims)]), 0
+
+
 @batching_rule(aten.isclose.default)
 def isclose(
     info: BatchInfo, in_dims: Sequence[Any], self: Tensor, other: Tensor, *options: Any
