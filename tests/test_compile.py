@@ -581,10 +581,12 @@ class BentForward(torch.autograd.Function):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_custom_tangent_is_used(backend: str) -> None:
-    program = torch.compile(
-        lambda x: (jvp(BentForward.apply, (x,), (x,))[1], jacfwd(BentForward.apply)(x)), backend=backend
-    )
-    torch.testing.assert_close(program(x), (5 * x, 5 * eye))
+    def program(x: Tensor) -> Any:
+        slopes = vmap(grad(lambda y: BentForward.apply(y) * y))(x)
+        return jvp(BentForward.apply, (x,), (x,))[1], jacfwd(BentForward.apply)(x), slopes
+
+    compiled = torch.compile(program, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), (5 * x, 5 * eye, 7 * x + 2 * x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

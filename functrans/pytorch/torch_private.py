@@ -374,9 +374,9 @@ else:
 _OF_DYNAMO = {
     "": "disable",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
-    "utils": "get_fake_value",
-    "variables": "ConstantVariable ConstDictVariable LazyVariableTracker ListVariable SymNodeVariable TupleVariable "
-    "VariableTracker",
+    "utils": "get_fake_value proxy_args_kwargs",
+    "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
+    "SymNodeVariable TupleVariable VariableTracker",
     "variables.builder": "wrap_fx_proxy",
     "variables.higher_order_ops": "discard_graph_changes speculate_subgraph TorchHigherOrderOperatorVariable",
 }
