@@ -35,6 +35,7 @@ from functrans.pytorch.torch_private import OpOverload, no_dispatch, set_grad_en
 from functrans.tensors.described import given
 
 aten = torch.ops.aten
+DETACH = aten.detach.default
 
 
 class MadeInside:
@@ -217,18 +218,16 @@ def link_view(
     view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None
 ) -> None:
     parent = viewed.view_link
-    base = viewed
+    root = viewed
     if parent is not None:
         owner, group = parent.owner, parent.group
         if parent.base is not None:
-            base = parent.base
+            root = parent.base
     else:
         owner, group = viewed, viewed.alias_group
         if group is None:
             group = viewed.alias_group = AliasGroup()
-    view.view_link = ViewLink(
-        owner, parent, group, None if op is aten.detach.default else base, op, args[1:], kwargs, index
-    )
+    view.view_link = ViewLink(owner, parent, group, None if op is DETACH else root, op, args[1:], kwargs, index)
     if op is aten.as_strided.default:
         view.view_link.start = storage_offset_of(viewed)
     view.synced_version = group.version
@@ -282,6 +281,9 @@ def part(view: WrapperTensor) -> None:
     view.view_link = view.alias_group = None
 
 
+#: Those that copy where a conjugation or a negation is lazy, and what says that it is.
+RESOLVING = {aten.resolve_conj.default: "is_conj", aten.resolve_neg.default: "is_neg"}
+
 #: What an operator of ``MAYBE_VIEWS`` returns: its argument itself, a view of it, a copy.
 ITSELF, VIEWED, COPIED = "itself", "viewed", "copied"
 
@@ -290,8 +292,7 @@ def what_returns(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[
     """What ``op``, of ``MAYBE_VIEWS``, returns of ``viewed``, or of a tensor of other ``strides``."""
     if viewed.layout is not torch.strided:
         return VIEWED
-    resolved = {aten.resolve_conj.default: viewed.is_conj, aten.resolve_neg.default: viewed.is_neg}.get(op)
-    if resolved is not None and resolved():
+    if op in RESOLVING and getattr(viewed, RESOLVING[op])():
         return COPIED
     if strides is None:
         strides = viewed.strides or tuple(viewed.stride())
