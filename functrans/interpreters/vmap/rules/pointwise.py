@@ -63,6 +63,9 @@ def is_function_of_tensors(op: OpOverload) -> bool:
 # What derivatives of ours are made of.
 elementwise(airy_ai_slope, gegenbauer, laguerre, gamma_density, igamma_by_shape, igamma_quotient, zeta_by_s)
 
+# Of the draws from a simplex.
+elementwise(aten._dirichlet_grad.default)
+
 # The condition or mask takes no part in type promotion.
 elementwise(aten.where.self, promoting=(1, 2))
 elementwise(aten.where.Scalar)
@@ -72,12 +75,6 @@ elementwise(aten.masked_fill.Scalar, promoting=())
 
 
 clamp_of_three = elementwise_nary(aten.clamp.Tensor, (0, 1, 2), (0, 1, 2))
-
-
-@batching_rule(aten._dirichlet_grad.default)
-def dirichlet_grad(info: BatchInfo, in_dims: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, int]:
-    """It does not broadcast."""
-    return aten._dirichlet_grad.default(*[materialize(x, d, info.batch_size) for x, d in zip(tensors, in_dims)]), 0
 
 
 @batching_rule(aten.isclose.default)
