@@ -15,7 +15,7 @@ from functrans.api.transforms import grad, grad_and_value, jvp, value_and_grad, 
 from functrans.api.vmap import chunk_vmap, vmap
 
 # importing these connects them
-from functrans.decompositions import foreach, least_squares, recurrent, transformer  # noqa: F401
+from functrans.decompositions import foreach, fused, least_squares, recurrent, transformer  # noqa: F401
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.door import (  # noqa: F401

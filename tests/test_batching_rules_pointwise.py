@@ -348,3 +348,16 @@ def test_checker_moves_the_batch_dimension() -> None:
 def test_every_rule_has_a_named_place() -> None:
     assert len(MINE) > 400
     assert all(positional_arguments(op) for op in MINE)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_quantization_imitated_by_channels(axis: int) -> None:
+    op, shape = aten.fake_quantize_per_channel_affine_cachemask.default, (4, 3, 5)
+    scale, zero = torch.rand(shape[axis]) * 0.2 + 0.05, torch.arange(shape[axis], dtype=torch.int32) - 1
+    assert check_rule(op, (torch.randn(shape), scale, zero, axis, -8, 7), max_subsets=7, batch_sizes=(3, 1)) >= 14
+
+
+def test_the_gradient_of_a_draw_from_a_simplex() -> None:
+    alpha = torch.rand(2, 4, dtype=F64) + 0.5
+    given = torch.rand(2, 4, dtype=F64).softmax(-1), alpha, alpha.sum(-1, keepdim=True).expand(2, 4)
+    assert check_rule(aten._dirichlet_grad.default, given, max_subsets=7) >= 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 import sys
 import threading
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._higher_order_ops import while_loop
 from torch.autograd.function import once_differentiable
+from torch.distributions import Normal
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from functrans import (
@@ -33,6 +36,7 @@ from functrans import (
     linear_transpose,
     linearize,
     lowp,
+    rearrange,
     sparse_jacobian,
     value_and_grad,
     vjp,
@@ -151,6 +155,7 @@ layer = nn.Linear(3, 1)
 outside = grad(f)
 square = Square(torch.full((3,), 5.0))
 
+
 #: Programs of x that go into one graph, each with what it is by hand.
 def linearized(x: Tensor) -> Any:
     out, jvp_fn, aux = linearize(lambda y: (f(y), y + 1), x, has_aux=True)
@@ -190,7 +195,8 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         lambda x: ((torch.diag(x.cos()), x.sin()), (torch.diag(x.cos()), x.sin())),
     ),
     "holomorphic": (
-        lambda x: grad(lambda z: (z**2).sum(), holomorphic=True)(x + 1j), lambda x: 2 * (x + 1j),
+        lambda x: grad(lambda z: (z**2).sum(), holomorphic=True)(x + 1j),
+        lambda x: 2 * (x + 1j),
     ),
     "hvp": (lambda x: hvp(f, (x,), (x + 1,)), lambda x: (f(x), (curve(x) * (x + 1),))),
     "jacfwd": (
@@ -243,7 +249,8 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
     "module": (scaled, lambda x: scaled.weight * x.cos() * scaled.scale),
     "linearize": (linearized, lambda x: (f(x), x + 1, slope(x), curve(x) * x)),
     "linear_transpose": (
-        lambda x: vmap(linear_transpose(lambda y: y * x, x))(rows)[0], lambda x: rows * x,
+        lambda x: vmap(linear_transpose(lambda y: y * x, x))(rows)[0],
+        lambda x: rows * x,
     ),
     "functionalize": (functionalized, lambda x: (4 * x + 2, 4 * x + 2, 8 * x, 3 * x)),
     "jet": (
@@ -261,6 +268,27 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         lambda x: 6 * x,
     ),
     "lowp": (lambda x: lowp(grad(f), torch.bfloat16)(x).round(decimals=1), lambda x: slope(x).round(decimals=1)),
+    "constants": (
+        lambda x: grad(lambda y: (y * torch.tensor([1.0, 2.0, 3.0]) + torch.as_tensor(2) * torch.tensor(3.0)).sum())(x),
+        lambda x: torch.tensor([1.0, 2.0, 3.0]),
+    ),
+    "a constant that is written": (
+        lambda x: vmap(lambda y: torch.tensor([1.0, 2.0]).add_(y))(x),
+        lambda x: x[:, None] + torch.tensor([1.0, 2.0]),
+    ),
+    "distribution": (
+        lambda x: vmap(lambda m: Normal(m, 1.0, validate_args=False).log_prob(m + 1))(x),
+        lambda x: 0 * x - (1 + math.log(2 * math.pi)) / 2,
+    ),
+    "rearrange": (
+        lambda x: vmap(lambda y: rearrange(y, "(a b) -> b a", a=1))(rows * x),
+        lambda x: (rows * x)[..., None],
+    ),
+    "jet of several": (
+        lambda x: jet(lambda a, b: {"product": a * b}, (x, x + 1), ((x, x), (None, x))),
+        lambda x: ({"product": x * (x + 1)}, {"product": [x * (x + 1), x * (x + 1) + x * x]}),
+    ),
+    "laplacian along": (lambda x: laplacian(f, directions=eye[:2] * x)(x), lambda x: (curve(x) * x**2)[:2].sum()),
 }
 
 
@@ -416,6 +444,11 @@ OUTSIDE: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Tensor], Any]]]
     "pullback kept": (broken_between, "graph_break", lambda x: x.cos() * x.sin()),
     "tangents kept": (tangents_between, "graph_break", lambda x: (x.cos() * x, x * x)),
     "sparse": (lambda x: sparse_jacobian(lambda y: y**2)(x).to_dense(), "functrans|trace", lambda x: (2 * x).diag()),
+    "loop": (
+        lambda x: vmap(lambda y: while_loop(lambda z: z < 5, lambda z: (z + 1,), (y,))[0])(x),
+        "while_loop",
+        lambda x: x + (5 - x).ceil(),
+    ),
     "somebody else's": (lambda x: doubled(torch.sin, x) + grad(f)(x), "trace", lambda x: 2 * x.sin() + slope(x)),
 }
 
@@ -548,10 +581,12 @@ class BentForward(torch.autograd.Function):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_custom_tangent_is_used(backend: str) -> None:
-    program = torch.compile(
-        lambda x: (jvp(BentForward.apply, (x,), (x,))[1], jacfwd(BentForward.apply)(x)), backend=backend
-    )
-    torch.testing.assert_close(program(x), (5 * x, 5 * eye))
+    def program(x: Tensor) -> Any:
+        slopes = vmap(grad(lambda y: BentForward.apply(y) * y))(x)
+        return jvp(BentForward.apply, (x,), (x,))[1], jacfwd(BentForward.apply)(x), slopes
+
+    compiled = torch.compile(program, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), (5 * x, 5 * eye, 7 * x + 2 * x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1025,6 +1025,17 @@ def test_in_a_graph() -> None:
             assert f(given).isfinite().all()
 
 
+def test_a_loop_in_a_graph_ends_by_no_tensor() -> None:
+    counted = vmap(lambda x: while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x * 2), (0, x))[1])
+    xs = torch.tensor([1.0, 2.0])
+    assert torch.equal(torch.fx.experimental.proxy_tensor.make_fx(counted)(xs)(xs), 8 * xs)
+    doubled = lambda x: while_loop(lambda x: x < 5, lambda x: (x * 2,), (x,))[0]
+    for f, given in ((vmap(doubled), xs), (grad(doubled), xs[0]), (functionalize(doubled), xs[0])):
+        with pytest.raises(CallError, match="from cond_fn while a graph is traced, whose value is not known"):
+            torch.fx.experimental.proxy_tensor.make_fx(f)(given)
+        assert interpreter_stack() == []
+
+
 def test_a_write_in_a_branch_of_a_graph() -> None:
     f = functionalize(lambda x: torch.cond(x.sum() > 0, lambda x: x.add_(1) * 2, lambda x: x.sin(), (x,)))
     x = torch.ones(3)

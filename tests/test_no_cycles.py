@@ -59,20 +59,14 @@ PROGRAMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def collect_all() -> None:
-    """Collect what other tests left, of which a finalizer may set free what takes another time."""
-    for _ in range(10):
-        if not gc.collect():
-            return
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_nothing_is_left_to_the_collector(name: str) -> None:
     """Cycles would hold inputs and closures until the collector comes, which knows nothing of the size of tensors."""
     program = PROGRAMS[name]
     program(X)  # what is kept for good is made the first time
     program(X)
-    collect_all()
+    while gc.collect():  # what others have left, some of which is freed in turns
+        pass
     gc.disable()
     try:
         for _ in range(5):

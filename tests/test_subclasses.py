@@ -179,7 +179,7 @@ class Quantity(Tensor):
             raise ValueError(f"{units[0]} and {units[1]} do not add up")
         if isinstance(out, Quantity) and units:
             out.unit = dict(units[0])
-            for unit, power in (units[1].items() if name == "mul" and len(units) > 1 else ()):
+            for unit, power in units[1].items() if name == "mul" and len(units) > 1 else ():
                 out.unit[unit] = out.unit.get(unit, 0) + power
         return out
 
@@ -279,6 +279,74 @@ def test_a_class_without_rules_is_kept_everywhere() -> None:
     ):
         assert type(got) is Plain
         torch.testing.assert_close(got, expected)
+
+
+def a_leaf(x: Any) -> Any:
+    w = (x.detach() * 1).requires_grad_()
+    (w**2).sum().backward()
+    yield from (w, w.grad, w.is_leaf, w.requires_grad)
+    w.grad.zero_()
+    torch.autograd.backward((w**3).sum())
+    yield w.grad
+    w.grad = torch.ones(3, dtype=torch.float64)
+    yield w.grad
+
+
+def an_optimizer(x: Any) -> Any:
+    w = x.detach() * 1
+    w.requires_grad = True
+    optimizer = torch.optim.SGD([w], 0.1)
+    (w * w).sum().backward()
+    optimizer.step()
+    yield w.detach()
+
+
+def hooks_on_leaves(x: Any) -> Any:
+    w, seen = (x.detach() * 1).requires_grad_(), []
+    w.register_post_accumulate_grad_hook(lambda w: seen.append(w.grad * 1))
+    y = w * 2
+    y.retain_grad()
+    (y * y).sum().backward()
+    yield from (seen[0], y.grad, y.retains_grad, w.retains_grad)
+
+
+def a_parameter(x: Any) -> Any:
+    w = nn.Parameter(x.detach())
+    (w**2).sum().backward()
+    yield from (isinstance(w, nn.Parameter), w.requires_grad, w.grad)
+
+
+def data_assigned(x: Any) -> Any:
+    y = x.detach() * 2
+    y.data = torch.ones(5, dtype=torch.float64)
+    yield from (y, y.data, y._version)
+    y.add_(1)
+    yield from (y, y._version)
+
+
+@pytest.mark.parametrize("f", [a_leaf, an_optimizer, hooks_on_leaves, a_parameter, data_assigned])
+def test_what_autograd_asks_of_one(f: Callable[[Any], Any]) -> None:
+    """Leaves, gradients, hooks and data, and what class each is of: as in eager PyTorch."""
+
+    def found(x: Any) -> tuple[list[Tensor], list[Any]]:
+        facts = list(f(x))
+        tensors = [y.as_subclass(Tensor).detach() for y in facts if isinstance(y, Tensor)]
+        return tensors, [isinstance(y, Plain) if isinstance(y, Tensor) else y for y in facts]
+
+    rows, seen = some(2, 3), []
+
+    def noting(x: Any) -> list[Tensor]:
+        tensors, facts = found(x)
+        seen.append(facts)
+        return tensors
+
+    expected = [found(row.as_subclass(Plain)) for row in rows]
+    vmapped = vmap(noting)(rows.as_subclass(Plain))
+    of_grad = grad(lambda x: (x.sum().as_subclass(Tensor), noting(x)), has_aux=True)(rows[1].as_subclass(Plain))[1]
+    assert seen == [expected[0][1], expected[1][1]]
+    for i, (batch, one) in enumerate(zip(vmapped, of_grad, strict=True)):
+        torch.testing.assert_close(batch, torch.stack([expected[0][0][i], expected[1][0][i]]))
+        torch.testing.assert_close(one, expected[1][0][i])
 
 
 class Doubling(torch.autograd.Function):

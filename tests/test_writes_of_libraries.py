@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from functrans import functionalize, grad, jvp, vmap
 from functrans.core.stack import interpreter_stack
-from functrans.errors import CapturedOnceError, NoPureFormError
+from functrans.errors import CapturedOnceError, InsideTransformError, NoPureFormError
 
 DOUBLE = torch.float64
 ROWS = torch.randn(4, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
@@ -38,11 +38,35 @@ def swap(a: Tensor, b: Tensor) -> None:
     b.copy_(held)
 
 
+@torch.library.custom_op("writing::running_sums", mutates_args={"sums", "count"})
+def running_sums(xs: Sequence[Tensor], sums: Sequence[Tensor], count: Tensor) -> list[Tensor]:
+    for i, (x, into) in enumerate(zip(xs, sums, strict=True)):
+        into.add_((i + 1) * x)
+    count.add_(len(xs))
+    return [2 * x for x in xs]
+
+
 LIBRARY = torch.library.Library("writing", "FRAGMENT")
 LIBRARY.define("clip_(Tensor(a!) x, float most) -> Tensor(a!)")
 LIBRARY.impl("clip_", lambda x, most: x.clamp_(max=most), "CPU")
-LIBRARY.define("fill(Tensor(a!)[] xs) -> ()")
-LIBRARY.impl("fill", lambda xs: [x.zero_() for x in xs] and None, "CPU")
+LIBRARY.define("cubes(Tensor[] xs, str how='a, =b', int[2] n=[1, 3], *, Tensor(a!)[] out) -> ()")
+
+
+@torch.library.impl(LIBRARY, "doubled", "CPU")
+def doubled(x: Tensor, total: Tensor | None = None) -> Tensor:
+    if total is not None:
+        total.add_(x.sum())
+    return 2 * x
+
+
+@torch.library.impl(LIBRARY, "cubes", "CPU")
+def cubes(xs: list[Tensor], how: str = "a, =b", n: Sequence[int] = (1, 3), *, out: list[Tensor]) -> None:
+    for x, into in zip(xs, out, strict=True):
+        into.copy_(x ** n[1])
+
+
+LIBRARY.define("doubled(Tensor x, Tensor(a!)? total=None) -> Tensor")
+LIBRARY.define("numbers(Tensor(a!) x) -> int")
 
 
 def by_name(x: Tensor) -> Tensor:
@@ -76,7 +100,43 @@ def returned(x: Tensor) -> Tensor:
     return y * x
 
 
-FUNCTIONS: list[Callable[[Tensor], Tensor]] = [by_name, into_a_view, with_an_output, two, returned]
+def lists(x: Tensor) -> Tensor:
+    sums, count = [torch.ones(3, dtype=DOUBLE), torch.zeros(5, dtype=DOUBLE)[1:4]], torch.zeros((), dtype=DOUBLE)
+    twice = running_sums([x.detach(), torch.ones(3, dtype=DOUBLE)], sums, count)
+    running_sums((x.detach(),), sums[:1], count)
+    return (sums[0] + sums[1] + twice[0] * twice[1] + count) * x
+
+
+def a_list_by_name(x: Tensor) -> Tensor:
+    out = [torch.empty(3, dtype=DOUBLE) for _ in range(2)]
+    torch.ops.writing.cubes([x.detach(), 2 * x.detach()], out=out)
+    return (out[0] + out[1]) * x
+
+
+def parts_of_one(x: Tensor) -> Tensor:
+    parts = torch.zeros(2, 3, dtype=DOUBLE).unbind()
+    for i, part in enumerate(parts):
+        running_sums([x.detach() + i], [part], torch.zeros(()))
+    return (parts[0] * parts[1]) * x
+
+
+def if_given(x: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=DOUBLE)
+    torch.ops.writing.doubled(x.detach(), total)
+    return torch.ops.writing.doubled(x.detach()) * x * total
+
+
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    by_name,
+    into_a_view,
+    with_an_output,
+    two,
+    returned,
+    lists,
+    a_list_by_name,
+    parts_of_one,
+    if_given,
+]
 
 
 @pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
@@ -103,6 +163,13 @@ def test_the_callers_tensor() -> None:
     captured = torch.zeros(3, dtype=DOUBLE)
     grad(lambda x: (add_to(torch.ones(3, dtype=DOUBLE), captured), x.sum())[1])(ROWS[0])
     close(captured, torch.ones(3, dtype=DOUBLE))
+    first, second = torch.zeros(3, dtype=DOUBLE), ROWS.clone()
+    vmap(lambda x, into: running_sums([x, x], [into, torch.zeros(3, dtype=DOUBLE)], torch.zeros(())))(ROWS, second)
+    grad(lambda x: running_sums([ROWS[0], ROWS[1]], [first, x.detach() * 1], torch.zeros(()))[0].sum() + x.sum())(
+        ROWS[2]
+    )
+    close(second, 2 * ROWS)
+    close(first, ROWS[0])
     with pytest.raises(CapturedOnceError):
         vmap(lambda x: (add_to(torch.ones(3, dtype=DOUBLE), captured), x)[1])(ROWS)
 
@@ -121,7 +188,29 @@ def test_no_derivative_is_no_zero() -> None:
         assert interpreter_stack() == []
 
 
-def test_a_list_that_is_written_is_refused() -> None:
-    with pytest.raises(NoPureFormError, match="writing.fill"):
-        vmap(lambda x: (torch.ops.writing.fill([x * 1]), x)[1])(ROWS)
+def test_what_shares_memory_is_refused() -> None:
+    """A write to one is seen through the other, which copies would not show."""
+
+    def twice(x: Tensor) -> Tensor:
+        running_sums([ROWS[0], ROWS[1]], [x, x], torch.zeros(()))
+        return x
+
+    def seen_meanwhile(x: Tensor) -> Tensor:
+        add_to(x[:2], x[1:])
+        return x
+
+    def in_two_arguments(x: Tensor) -> Tensor:
+        swap(x.view_as(x), x)
+        return x
+
+    for f in (twice, seen_meanwhile, in_two_arguments):
+        for transform in (vmap, functionalize):
+            with pytest.raises(InsideTransformError, match="of tensors that share memory inside"):
+                transform(f)(ROWS.clone())
+            assert interpreter_stack() == []
+
+
+def test_what_is_written_beside_a_number_is_refused() -> None:
+    with pytest.raises(NoPureFormError, match="writing.numbers"):
+        vmap(lambda x: (torch.ops.writing.numbers(x * 1), x)[1])(ROWS)
     assert interpreter_stack() == []

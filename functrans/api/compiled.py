@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.containers import is_container
@@ -64,9 +65,9 @@ OPAQUE: Any = type("Opaque", (), {"__repr__": lambda self: "an object"})()
 def transformed(
     transform: Callable[..., Any], func: Any, options: dict[str, Any], args: Any, kwargs: Any, tangents: Any = None
 ) -> Any:
-    """The call that ``TRACED`` stands for."""
+    """The call that ``TRACED`` stands for. ``tangents``: those, or other tensors that the transform takes, by name."""
     if transform.__name__ not in AT_ONCE:
-        return transform(func, **options)(*args, **kwargs)
+        return transform(func, **options, **(tangents or {}))(*args, **kwargs)
     return transform(func, args, tangents, **options) if tangents is not None else transform(func, *args, **options)
 
 
@@ -146,6 +147,17 @@ HELD = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, LinearFunction)
 def is_linear(x: Any) -> bool:
     """Whether ``x`` is a pullback: a tree to others, one object in a graph."""
     return isinstance(x, LinearFunction)
+
+
+@contextmanager
+def inside_of_a_transform(tx: Any) -> Iterator[None]:
+    """While Dynamo traces the function of a transform."""
+    before = getattr(tx.output, "inside_of_a_transform", False)
+    tx.output.inside_of_a_transform = True
+    try:
+        yield
+    finally:
+        tx.output.inside_of_a_transform = before
 
 
 class Node:
@@ -280,17 +292,18 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
                 examples = [example(tx, x, *how) for x, how in zip(given, holes(arguments, seen), strict=True)]
             own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
             body = Body(func, own, spec)
-            (_, found), graph, captured = names.speculate_subgraph(
-                tx,
-                body,
-                examples,
-                {},
-                self._HOP_NAME,
-                source_target=self.value,
-                enable_grad=True if transform.__name__ in RECORDING else None,
-                set_subgraph_inputs="manual",
-                should_flatten_outputs=True,
-            )
+            with inside_of_a_transform(tx):
+                (_, found), graph, captured = names.speculate_subgraph(
+                    tx,
+                    body,
+                    examples,
+                    {},
+                    self._HOP_NAME,
+                    source_target=self.value,
+                    enable_grad=True if transform.__name__ in RECORDING else None,
+                    set_subgraph_inputs="manual",
+                    should_flatten_outputs=True,
+                )
             constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
             outputs = Tree([x if masked else HOLE for x, masked in constants], body.results)
             target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
@@ -323,6 +336,17 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
                 arguments, leaves, _ = flat(tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
                 node = PullbackNode(arguments)
                 return put(tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves))))
+
+    call_apply = names.AutogradFunctionVariable.call_apply
+
+    def apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        """Dynamo does not write down a Function with a forward mode: inside of a transform its call is a node."""
+        if not getattr(tx.output, "inside_of_a_transform", False) or self.fn_cls.jvp is Function.jvp:
+            return call_apply(self, tx, args, kwargs)
+        call = tx.output.create_proxy("call_function", self.fn_cls.apply, *names.proxy_args_kwargs(args, kwargs))
+        return names.wrap_fx_proxy(tx, call)
+
+    names.AutogradFunctionVariable.call_apply = apply
 
     def put(tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
         """Write a call into the graph; what it returns, as Dynamo's variable."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.errors import CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
@@ -46,7 +47,10 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
         >>> rearrange(images, "b (h1 h) (w1 w) c -> (b h1 w1) h w c", h1=2, w1=2).shape
         torch.Size([128, 15, 20, 3])
     """
-    call = f"rearrange(tensor, {', '.join([shown(pattern), *(f'{n}={shown(v)}' for n, v in axes_lengths.items())])})"
+    call = "rearrange(...)"
+    if not is_dynamo_compiling():  # which does not trace all of this
+        lengths = [f"{name}={shown(length)}" for name, length in axes_lengths.items()]
+        call = f"rearrange(tensor, {', '.join([shown(pattern), *lengths])})"
     if not isinstance(pattern, str):
         raise CallTypeError(call, f"{what(pattern)} as pattern", "a string such as 'b h w c -> b c h w'")
     for name, length in axes_lengths.items():
@@ -76,7 +80,7 @@ def rearrange(tensor: Tensor | Sequence[Tensor], pattern: str, **axes_lengths: i
     axes = [name for group in left for name in group]
     order = [axes.index(name) for group in right for name in group]
     split = x.reshape([sizes[name] for name in axes])
-    return split.permute(order).reshape([math.prod(sizes[name] for name in group) for group in right])
+    return split.permute(order).reshape([math.prod([sizes[name] for name in group]) for group in right])
 
 
 def sides(call: str, pattern: str, axes_lengths: dict[str, int]) -> tuple[list[Group | None], list[Group | None]]:
@@ -151,7 +155,7 @@ def named(call: str, left: list[Group | None], right: list[Group | None], tensor
 def find_sizes(call: str, group: Group, size: int, sizes: dict[str, int]) -> None:
     """Add the sizes of the axes that a dimension of ``size`` is made of."""
     missing = [name for name in group if name not in sizes]
-    known = math.prod(sizes[name] for name in group if name in sizes)
+    known = math.prod([sizes[name] for name in group if name in sizes])
     dimension = group[0] if len(group) == 1 else f"({' '.join(group)})"
     if len(missing) > 1:
         names = " and ".join(map(repr, missing))

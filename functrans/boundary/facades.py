@@ -16,6 +16,8 @@ is not in metres).
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +42,7 @@ class Facade(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        out = func(*bare(args), **bare(kwargs or {}))
+        out = answered_by_wrappers().get(func, func)(*bare(args), **bare(kwargs or {}))
         if func in nowrap_functions():
             return out
         known = {id(a.wrapper): a for a in args if isinstance(a, Facade)}
@@ -70,13 +72,33 @@ class Facade(Tensor):
 def of_wrapper(name: str) -> Any:
     """The attribute ``name`` of facades: the wrapper's."""
     if isinstance(vars(Refusing)[name], property):
-        return property(lambda self: getattr(self.wrapper, name), lambda self, x: setattr(self.wrapper, name, x))
+
+        def get(self: Facade) -> Any:
+            found = getattr(self.wrapper, name)
+            return shown_like(found, self) if isinstance(found, Tensor) else found
+
+        return property(get, lambda self, x: setattr(self.wrapper, name, x))
     return lambda self, *args, **kwargs: getattr(self.wrapper, name)(*args, **kwargs)
 
 
 for _name, _found in vars(Refusing).items():
     if (callable(_found) or isinstance(_found, property)) and _name not in vars(Facade):
         setattr(Facade, _name, of_wrapper(_name))
+
+
+@functools.cache
+def answered_by_wrappers() -> dict[Any, Any]:
+    """Wrappers' own methods and attributes, by those of tensors that they take the place of."""
+    found: dict[Any, Any] = {}
+    for name in {name for cls in WrapperTensor.__mro__ if cls not in Tensor.__mro__ for name in vars(cls)}:
+        own, theirs = getattr(WrapperTensor, name), getattr(Tensor, name, None)
+        if name.startswith("__") or theirs is None:
+            continue
+        if isinstance(own, property):
+            found[theirs.__get__], found[theirs.__set__] = own.fget, own.fset or theirs.__set__
+        elif inspect.isfunction(own):
+            found[theirs] = own
+    return found
 
 
 def class_to_keep(x: Any) -> Any:

@@ -17,6 +17,8 @@ class Fresh:
     NOTE [Leaves made inside]."""
 
     version = 0
+    base = None
+    doubtful = False
 
     @property
     def group(self) -> Fresh:

@@ -34,10 +34,12 @@ class Split:
 
     Args:
         mask: the truth value, at the level where it chooses.
+        known: whether it can be read.
     """
 
-    def __init__(self, mask: Tensor, base: Tensor, owners: Sequence[Interpreter]) -> None:
+    def __init__(self, mask: Tensor, base: Tensor, owners: Sequence[Interpreter], known: bool) -> None:
         self.mask = mask
+        self.known = known
         #: it at the base, and for each of its dimensions there the vmap whose batch that is
         self.base = base
         self.owners = owners
@@ -123,7 +125,7 @@ def decide(op: Any, truth: Any) -> bool | Split:
                 return True
             if not bool(base.any()):
                 return False
-    return Split(mask, base, owners)
+    return Split(mask, base, owners, readable)
 
 
 def at_base(mask: Tensor) -> tuple[Tensor, list[Interpreter], Interpreter | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from functrans.control_flow.choices import Sides, Split, check_alike, decide
 from functrans.control_flow.mapped import mapped
 from functrans.control_flow.table import DEFINITIONS
-from functrans.errors import CallTypeError
+from functrans.errors import CallError, CallTypeError
 from functrans.pytorch.torch_private import kept_by, torch_pytree
 from functrans.tensors.described import shown
 
@@ -62,6 +62,10 @@ def while_loop(
         if choice is False:
             break
         if isinstance(choice, Split):
+            if not choice.known:
+                got = f"{shown(go)} from cond_fn while a graph is traced, whose value is not known"
+                cure = "Carry an int that counts the steps, or use scan."
+                raise CallError("while_loop", got, "a number of steps that does not depend on tensors", cure)
             running = go
             carried = without_numbers(carried)  # they will be others for each example
             out = without_numbers(torch_pytree.tree_leaves(choice.run(body_fn, (*carried, *additional_inputs))))

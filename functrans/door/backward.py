@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from functrans.boundary.facades import Facade
 from functrans.core.dispatch import lift, scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
@@ -86,10 +87,10 @@ def backward(
 
 
 def sequence(x: Any) -> list[Any]:
-    """One tensor, several, named or not, or none."""
+    """One tensor, several, named or not, or none; wrappers without a class of the user's."""
     if x is None or isinstance(x, Tensor | GradientEdge):
-        return [] if x is None else [x]
-    return list(x.values() if isinstance(x, dict) else x)
+        x = [] if x is None else [x]
+    return [t.wrapper if isinstance(t, Facade) else t for t in (x.values() if isinstance(x, dict) else x)]
 
 
 def backward_method(

@@ -17,7 +17,7 @@ from functrans.operators.info import STAND_INS, OpInfo, op_info
 from functrans.operators.schemas import taken_apart
 from functrans.pytorch import thread_state
 from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import OpOverload
+from functrans.pytorch.torch_private import FAKE_MODE, OpOverload, mode_of_kind
 from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
@@ -47,7 +47,10 @@ def real_zeros(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @stands_in_for(aten.lift_fresh.default, aten.lift.default)
 def made_inside(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
-    return lift(args[0], scan(args, kwargs)[0], STATE.top)
+    made, owner = args[0], scan(args, kwargs)[0]
+    if owner is None and mode_of_kind(FAKE_MODE) is not None:  # which takes no others than its own
+        made = base(aten.lift_fresh_copy.default, (made,), {})
+    return lift(made, owner, STATE.top)
 
 
 def as_usual(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,13 +77,19 @@ def to_dense(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return x if x.layout is torch.strided and dtype in (None, x.dtype) else as_usual(known, args, kwargs)
 
 
+@stands_in_for(aten.conj_physical.default)
+def conj_physical(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is real is returned as it is."""
+    return as_usual(known, args, kwargs) if args[0].is_complex() else args[0]
+
+
 @stands_in_for(aten.sum_to_size.default)
 def sum_to_size(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where there is nothing to sum the result is a view."""
+    """Where there is nothing to sum it returns its argument itself."""
     x, size = args
     if not size:
         return enter(aten.sum.default, x)  # which counts booleans
-    return enter(aten.alias.default, x) if list(x.shape) == list(size) else as_usual(known, args, kwargs)
+    return x if list(x.shape) == list(size) else as_usual(known, args, kwargs)
 
 
 @stands_in_for(
@@ -102,7 +111,7 @@ def broadcast_tensors(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, An
     """As above; the definition is in Python, and imports sympy."""
     (tensors,) = args
     shape = broadcast_shapes(*(x.shape for x in tensors))
-    return [enter(aten.expand.default, x, shape) for x in tensors]
+    return [x if x.shape == shape else enter(aten.expand.default, x, shape) for x in tensors]
 
 
 @stands_in_for(aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
@@ -281,5 +290,3 @@ def refuse_mkldnn(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def leave_autograd_alone(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Autograd's own switches concern the base only."""
     return base(known.op, args, kwargs)
-
-

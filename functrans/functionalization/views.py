@@ -35,6 +35,7 @@ from functrans.pytorch.torch_private import OpOverload, no_dispatch, set_grad_en
 from functrans.tensors.described import given
 
 aten = torch.ops.aten
+DETACH = aten.detach.default
 
 
 class MadeInside:
@@ -67,19 +68,22 @@ class AliasGroup:
 class ViewLink:
     """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
 
-    __slots__ = ("args", "doubtful", "grad_mode", "group", "index", "kwargs", "op", "owner", "parent", "start")
+    __slots__ = ("args", "base", "doubtful", "grad_mode", "group", "index", "kwargs", "op", "owner", "parent", "start")
 
     def __init__(
         self,
         owner: WrapperTensor,
         parent: ViewLink | None,
         group: AliasGroup,
+        base: WrapperTensor | None,
         op: OpOverload,
         args: Any,
         kwargs: Any,
         index: Any,
     ) -> None:
         self.owner = owner
+        #: what PyTorch calls the view's ``_base``; None: it would not call it a view
+        self.base = base
         self.parent = parent
         self.group = group
         self.op = op
@@ -173,11 +177,18 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if out is viewed:
         return out
     doubtful = False
-    if op in MAYBE_VIEWS:
-        viewing = is_view(viewed, op, args, kwargs)
+    if viewed.strides is None and op in VIEWS_OF_CONTIGUOUS:
+        if op is aten.flatten.using_ints and out.dim() == viewed.dim():
+            return viewed
+    elif op in MAYBE_VIEWS:
+        returned = what_returns(viewed, op, args, kwargs)
         if viewed.strides is not None and viewed.layout is torch.strided and hides_layout(viewed):
-            doubtful = viewing is not is_view(viewed, op, args, kwargs, dense_strides(viewed.shape, viewed.strides))
-        if not viewing and not doubtful:
+            in_a_loop = what_returns(viewed, op, args, kwargs, dense_strides(viewed.shape, viewed.strides))
+            doubtful = (returned is COPIED) is not (in_a_loop is COPIED)
+            returned = returned if in_a_loop is returned else VIEWED
+        if returned is ITSELF:
+            return viewed
+        if returned is COPIED and not doubtful:
             return out
     if type(out) is WrapperTensor:
         if viewed.moved:
@@ -207,13 +218,16 @@ def link_view(
     view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None
 ) -> None:
     parent = viewed.view_link
+    root = viewed
     if parent is not None:
         owner, group = parent.owner, parent.group
+        if parent.base is not None:
+            root = parent.base
     else:
         owner, group = viewed, viewed.alias_group
         if group is None:
             group = viewed.alias_group = AliasGroup()
-    view.view_link = ViewLink(owner, parent, group, op, args[1:], kwargs, index)
+    view.view_link = ViewLink(owner, parent, group, None if op is DETACH else root, op, args[1:], kwargs, index)
     if op is aten.as_strided.default:
         view.view_link.start = storage_offset_of(viewed)
     view.synced_version = group.version
@@ -231,7 +245,7 @@ MAYBE_VIEWS = {
 }  # fmt: skip
 
 
-#: Those of them that view whatever is contiguous.
+#: Those of them that view whatever is contiguous (``flatten`` of one dimension returns it).
 VIEWS_OF_CONTIGUOUS = frozenset((
     aten.reshape.default, aten.flatten.using_ints, aten.ravel.default, aten.reshape_as.default, aten.unflatten.int,
     aten.expand_as.default,
@@ -262,15 +276,24 @@ def part(view: WrapperTensor) -> None:
     link.group.version += 1
     owner = link.owner
     if owner.view_link is None:
-        owner.view_link = ViewLink(owner, None, link.group, link.doubtful_step().op, (), {}, None)
+        owner.view_link = ViewLink(owner, None, link.group, None, link.doubtful_step().op, (), {}, None)
         owner.synced_version = -1
     view.view_link = view.alias_group = None
 
 
-def is_view(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any], strides: Any = None) -> bool:
-    """Whether ``op``, of ``MAYBE_VIEWS``, views ``viewed``, or a tensor of other ``strides``, and does not copy it."""
-    if viewed.layout is not torch.strided or (viewed.strides is None and op in VIEWS_OF_CONTIGUOUS):
-        return True
+#: Those that copy where a conjugation or a negation is lazy, and what says that it is.
+RESOLVING = {aten.resolve_conj.default: "is_conj", aten.resolve_neg.default: "is_neg"}
+
+#: What an operator of ``MAYBE_VIEWS`` returns: its argument itself, a view of it, a copy.
+ITSELF, VIEWED, COPIED = "itself", "viewed", "copied"
+
+
+def what_returns(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any], strides: Any = None) -> str:
+    """What ``op``, of ``MAYBE_VIEWS``, returns of ``viewed``, or of a tensor of other ``strides``."""
+    if viewed.layout is not torch.strided:
+        return VIEWED
+    if op in RESOLVING and getattr(viewed, RESOLVING[op])():
+        return COPIED
     if strides is None:
         strides = viewed.strides or tuple(viewed.stride())
     rest = (_described(args[1:]), _described(sorted(kwargs.items())))
@@ -298,12 +321,12 @@ def _described(a: Any) -> Any:
 @functools.lru_cache(maxsize=4096)
 def _decided(
     op: OpOverload, shape: Any, strides: Any, dtype: torch.dtype, device: torch.device, args: Any, kwargs: Any
-) -> bool:
+) -> str:
     """Run ``op`` on data of the same layout that takes no memory, and look."""
     given = [*args, *(value for _, value in kwargs)]
     devices = [a.device if isinstance(a, _Like) else a for a in given if isinstance(a, _Like | torch.device)]
     if any(other != device for other in devices):
-        return False
+        return COPIED
 
     def on_meta(a: Any) -> Any:
         if isinstance(a, _Like):
@@ -315,5 +338,5 @@ def _decided(
         try:
             out = op(probe, *map(on_meta, args), **{name: on_meta(value) for name, value in kwargs})
         except RuntimeError:
-            return True
-        return out is probe or out._is_view()
+            return VIEWED
+        return ITSELF if out is probe else VIEWED if out._is_view() else COPIED

@@ -14,7 +14,7 @@ are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,14 +35,14 @@ from functrans.errors import (
 )
 from functrans.functionalization.history import with_history_of
 from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_content, set_metadata
-from functrans.functionalization.made_pure import made_pure
+from functrans.functionalization.made_pure import made_pure, tensors_in
 from functrans.functionalization.memory import storage_offset_of
 from functrans.functionalization.out_of_place import Functional, pure_form
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
 from functrans.functionalization.without_data import run_without_data
 from functrans.functionalization.write_back import write_back
 from functrans.operators.info import STAND_INS, VIEW, WRITE, OpInfo, kind_here
-from functrans.operators.schemas import taken_apart
+from functrans.operators.schemas import arguments_by_position, taken_apart
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import STATE, door_closed, running_at
 from functrans.pytorch.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, set_key_excluded
@@ -89,19 +89,23 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
             with running_at(STATE.top):
                 return taken_apart(op, *args, **kwargs)
         functional = made_pure(op)
-    if functional is NotImplemented:
-        raise NoPureFormError(op)
+        if functional is NotImplemented:
+            raise NoPureFormError(op)
+        given = [x for i, x in enumerate(arguments_by_position(op, args, kwargs)) if i not in known.written]
+        check_apart(op, targets, given)
+        targets = tensors_in(targets)
     if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
         return write_metadata(known, functional.op, targets[0], args, kwargs)
     if any(isinstance(target, list | tuple) for target in targets):
-        targets = written_lists(known, targets)
+        check_apart(op, targets)
+        targets = tensors_in(targets)
     new = functional(args, kwargs)
     news = list(new) if isinstance(new, tuple | list) else [new]
     if len(news) > len(targets):  # pure form returns the operator's own outputs first, then what is written
         outputs, news = news[: len(news) - len(targets)], news[len(news) - len(targets) :]
     else:
         outputs = None
-    news = [x for n in news for x in (n if isinstance(n, list | tuple) else [n])]
+    news = tensors_in(news)
     if len(news) != len(targets):  # it writes more than its pure form returns
         raise NoPureFormError(op)
     out_form = known.returns_written and bool(known.written) and known.op._schema.arguments[known.written[0]].kwarg_only
@@ -116,23 +120,17 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return targets[0] if len(targets) == 1 else tuple(targets)
 
 
-def written_lists(known: OpInfo, targets: list[Any]) -> list[Any]:
-    """The tensors to write where an operator writes lists of them, as ``torch._foreach_add_`` does.
+def check_apart(op: OpOverload, targets: Iterable[Any], others: Iterable[Any] = ()) -> None:
+    """Refuse to write several tensors at once that share memory, or one that shares it with what is read meanwhile.
 
-    What it writes is computed for all of them first, so none may be written through another.
+    What is written is computed for all of them first, of copies maybe, so none may be written through another.
     """
-    flat = [x for target in targets for x in (target if isinstance(target, list | tuple) else [target])]
-    places = {family_of(x) if type(x) is WrapperTensor else x.untyped_storage().data_ptr() for x in flat}
-    if len(places) < len(flat):
-        top = scan(flat, {})[0] or STATE.top
-        what = f"{known.op} of a list in which tensors share memory"
-        raise InsideTransformError(what, "a transform" if top is None else top.name, "a call for each of them")
-    return flat
-
-
-def family_of(x: WrapperTensor) -> int:
-    """What is the same for tensors that share memory."""
-    return id(x.view_link.group if x.view_link is not None else x.alias_group or x)
+    written = tensors_in(targets)
+    places = [memory_of(x) for x in written]
+    if len({*places}) < len(places) or not {*places}.isdisjoint(map(memory_of, tensors_in(others))):
+        top = scan(written, {})[0] or STATE.top
+        what = f"{op} of tensors that share memory"
+        raise InsideTransformError(what, "a transform" if top is None else top.name, "a call for each, or clones")
 
 
 def _argument(known: OpInfo, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,6 +245,8 @@ def write_metadata(known: OpInfo, op: OpOverload, target: Any, args: tuple[Any, 
     set_metadata(target, new)
     set_content(target, new)
     link_view(target, before, op, args, kwargs, None)
+    if target.view_link.base is before:
+        target.view_link.base = None
     return target
 
 
@@ -288,15 +288,14 @@ def reads(known: OpInfo, target: Any, args: tuple[Any, ...]) -> bool:
     """Whether the operator makes what it writes to ``target`` of what that held: also where ``out`` is an operand."""
     if known.reads_target or not known.op._schema.arguments[known.written[0]].kwarg_only:
         return known.reads_target
-    operands = [v for a in args for v in (a if type(a) in (list, tuple) else [a]) if isinstance(v, Tensor)]
-    return any(memory_of(v) == memory_of(target) for v in operands)
+    return any(memory_of(x) == memory_of(target) for x in tensors_in(args))
 
 
 def memory_of(x: Tensor) -> int:
     """A number that tensors of one memory have in common."""
     if type(x) is not WrapperTensor:
         return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
-    return id(x if x.view_link is None else x.view_link.owner)
+    return id(x.alias_group or x if x.view_link is None or x.view_link is FRESH else x.view_link.group)
 
 
 def last_level(target: Tensor) -> int:

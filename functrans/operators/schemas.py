@@ -47,6 +47,12 @@ def normalized(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return tuple(full), rest
 
 
+def arguments_by_position(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments of ``op``, those that were left out too, in the order of its schema."""
+    rest = op._schema.arguments[len(args) :]
+    return (*args, *[kwargs[a.name] if a.name in kwargs else schema_default(a) for a in rest])
+
+
 #: By what a schema declares: the types that PyTorch's parser takes for it and leaves as they are.
 AS_IT_IS: dict[str, tuple[type, ...]] = {
     "int": (int,), "bool": (bool,), "float": (float,), "number": (int, float, bool), "str": (str,),

@@ -26,6 +26,7 @@ __all__ = [
     "CONJUGATE",
     "DECOMPOSITION_TABLE",
     "ENGINE_CALLBACK",
+    "FAKE_MODE",
     "FLEX_ATTENTION",
     "FSDP_BEFORE",
     "FSDP_STATES",
@@ -186,7 +187,8 @@ KEY_OF_MODE = "_dispatch_key"  # of the tracer while it is in front of autograd
 # Operators that take functions; NOTE [Control flow] says what they come to.
 mode_of_kind = private("torch._C._get_dispatch_mode", "to know whether what happens at the base is traced")
 _modes = private("torch._C._TorchDispatchModeKey", "to know the modes that trace")
-TRACING_MODES = (_modes.PROXY, _modes.FAKE, _modes.FUNCTIONAL)
+FAKE_MODE = _modes.FAKE
+TRACING_MODES = (_modes.PROXY, FAKE_MODE, _modes.FUNCTIONAL)
 FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor", "to know whether a truth value can be read")
 associative_module: Any = private("torch._higher_order_ops.associative_scan", "to scan by a function of one pair")
 private("torch._higher_order_ops.associative_scan.generic_associative_scan", "to scan by a function of one pair")
@@ -374,9 +376,9 @@ else:
 _OF_DYNAMO = {
     "": "disable",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
-    "utils": "get_fake_value",
-    "variables": "ConstantVariable ConstDictVariable LazyVariableTracker ListVariable SymNodeVariable TupleVariable "
-    "VariableTracker",
+    "utils": "get_fake_value proxy_args_kwargs",
+    "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
+    "SymNodeVariable TupleVariable VariableTracker",
     "variables.builder": "wrap_fx_proxy",
     "variables.higher_order_ops": "discard_graph_changes speculate_subgraph TorchHigherOrderOperatorVariable",
 }

@@ -57,7 +57,7 @@ def jet(f: Callable[..., Any], primals: Sequence[Tensor], series: Sequence[Seque
         (tensor(1.), [tensor(1.), tensor(1.), tensor(1.)])
     """
     if is_dynamo_compiling():
-        return TRACED(jet, f, {}, primals, {}, series)
+        return TRACED(jet, f, {}, tuple(primals), {}, series)
     check_callable("jet", f)
     call = Call("jet", f, {})
     order = check_series(call, primals, series)

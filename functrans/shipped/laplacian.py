@@ -79,8 +79,9 @@ def laplacian(
 
     @named_after(f)
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() and directions is None:
-            return TRACED(laplacian, f, {"with_value": with_value, "samples": samples}, (x, *args), kwargs, None)
+        if is_dynamo_compiling():
+            options = {"with_value": with_value, "samples": samples}
+            return TRACED(laplacian, f, options, (x, *args), kwargs, {"directions": directions})
         check_dense(call, "first argument", x, "a real floating-point tensor", kinds="f")
         along = directions
         if along is None and samples is not None:

@@ -203,6 +203,17 @@ class Answering(Refusing):
         return memo[id(self)]
 
 
+def base_of_view(x: Refusing) -> Tensor | None:
+    """What ``x`` is a view of, or None."""
+    link = x.view_link
+    if link is None:
+        return None
+    if link.doubtful:
+        cure = "that operator on a .clone(memory_format=torch.contiguous_format), which it views"
+        refuse(x, f"asking whether {link.doubtful_step().op} has viewed or copied, which the batch hides,", cure)
+    return link.base  # type: ignore[no-any-return]
+
+
 def of_value(name: str, what: str, cure: str | None) -> Callable[..., Any]:
     def method(self: Refusing, *args: Any, **kwargs: Any) -> Any:
         value = concrete(self)
@@ -219,6 +230,8 @@ for method, refusal in REFUSED.items():
     setattr(Refusing, method, refused(*refusal))
 for method, refusal in OF_VALUES.items():
     setattr(Refusing, method, of_value(method, *refusal))
+for name, answer in {"_base": property(base_of_view), "_is_view": lambda x: base_of_view(x) is not None}.items():
+    setattr(Refusing, name, answer)
 for to in (bool, int, float, complex, operator.index):
     setattr(Refusing, f"__{to.__name__}__", conversion(to))
 

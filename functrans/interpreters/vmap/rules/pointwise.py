@@ -63,6 +63,9 @@ def is_function_of_tensors(op: OpOverload) -> bool:
 # What derivatives of ours are made of.
 elementwise(airy_ai_slope, gegenbauer, laguerre, gamma_density, igamma_by_shape, igamma_quotient, zeta_by_s)
 
+# Of the draws from a simplex.
+elementwise(aten._dirichlet_grad.default)
+
 # The condition or mask takes no part in type promotion.
 elementwise(aten.where.self, promoting=(1, 2))
 elementwise(aten.where.Scalar)
