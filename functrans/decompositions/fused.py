@@ -31,8 +31,8 @@ def step_of(update: Callable[..., tuple[Any, ...]], outputs: int, **fixed: bool)
         grads: Tensors,
         *state: Tensors,
         maximize: bool,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
         **options: Any,
     ) -> list[list[Tensor]]:
         lists: list[list[Tensor]] = [[] for _ in range(outputs)]
