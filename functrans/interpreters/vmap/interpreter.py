@@ -198,6 +198,7 @@ class VmapInterpreter(Interpreter, whole=True):
                     out = lower(self, op_below, physical, below_kwargs)
                     if not isinstance(out, Tensor):
                         return self._leave(op, out, bdim)
+                    self.check_below(op, out)
                     shown = self.batched(out, bdim)
                     if look is not None and type(self).left is VmapInterpreter.left:
                         remember(seen, look, as_operator(dims, values, op_below, physical, shown))  # type: ignore[arg-type]
@@ -237,6 +238,7 @@ class VmapInterpreter(Interpreter, whole=True):
         """What ``call`` is for these values."""
         out = lower(self, call.op, call.arguments(values), NO_KWARGS)
         if type(out) is not Tensor:
+            self.check_below(call.op, out)
             return self.batched(out, call.bdim)
         wrapper = wrap_as(self, out, call.shape, call.strides)
         wrapper.bdim = call.bdim
@@ -303,16 +305,20 @@ class VmapInterpreter(Interpreter, whole=True):
         out, bdim = result
         return self.left(out, bdim, of) if type(out) is Tensor and type(bdim) is int else self._leave(of, out, bdim)
 
+    def check_below(self, of: Any, out: Tensor) -> None:
+        """A rule's result is of a level below: not of this one, which its code may have had at hand."""
+        if type(out) is WrapperTensor and out.interpreter.level >= self.level:
+            raise BatchingRuleError(
+                rule_of(of),
+                f"a value of level {out.interpreter.level}",
+                f"one below level {self.level}, computed from its arguments",
+            )
+
     def _leave(self, of: Any, out: Any, out_dims: Any) -> Any:
         if isinstance(out, Tensor):
             if out_dims is not None and type(out_dims) is not int:
                 raise BatchingRuleError(rule_of(of), f"out_dims {out_dims!r} for one tensor", "an int or None")
-            if type(out) is WrapperTensor and out.interpreter.level >= self.level:
-                raise BatchingRuleError(
-                    rule_of(of),
-                    f"a value of level {out.interpreter.level}",
-                    f"one below level {self.level}, computed from its arguments",
-                )
+            self.check_below(of, out)
             return self.left(out, out_dims, of)
         if isinstance(out, tuple | list):
             if not isinstance(out_dims, tuple | list):
