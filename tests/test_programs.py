@@ -608,3 +608,56 @@ def test_hooks_see_the_cotangents_of_jacobians() -> None:
 
     x = double(3)
     agree(jacrev(f)(x), 3 * (MATRIX @ x).cos()[:, None] * MATRIX)
+
+
+# --- batches of different ranks ---------------------------------------------------------------------------------------
+
+#: Of the examples: shapes that broadcast, and where the batch of each is (None: it has none).
+RANKS = [
+    (shapes, dims)
+    for shapes in (((), (3,)), ((3,), (2, 3)), ((2, 3), (3,)), ((1, 3), (2, 1)), ((3,), (4, 2, 3)), ((2, 3), (2, 3)))
+    for dims in ((0, 0), (0, None), (None, 0), (-1, 0), (0, -1), (1, None), (-1, -1))
+    if all(d is None or d != 1 or len(s) for s, d in zip(shapes, dims, strict=True))
+]
+
+
+@pytest.mark.parametrize(("shapes", "dims"), RANKS, ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_batches_of_different_ranks(shapes: Any, dims: Any, contiguous: bool) -> None:
+    """What is found of a placement once holds for every call that looks alike, and for no other."""
+
+    def batch(shape: tuple[int, ...], dim: int | None, seed: int) -> Tensor:
+        if dim is None:
+            return double(*shape, seed=seed)
+        x = double(5, *shape, seed=seed)
+        return x.movedim(0, dim).contiguous() if contiguous else x.movedim(0, dim)
+
+    def f(x: Tensor, y: Tensor) -> Tensor:
+        return (x.sin() * y + y.exp()).tanh() * x - y
+
+    def examples(x: Tensor, dim: int | None) -> list[Tensor]:
+        return [x] * 5 if dim is None else list(x.unbind(dim))
+
+    def forward(x: Tensor, y: Tensor) -> Any:
+        return jvp(f, (x, y), (x.cos(), y * y))
+
+    def backward(x: Tensor, y: Tensor) -> Any:
+        return grad(lambda x, y: f(x, y).sin().sum(), argnums=(0, 1))(x, y)
+
+    for seed in (0, 7):  # the second time by what was found
+        x, y = batch(shapes[0], dims[0], seed), batch(shapes[1], dims[1], seed + 1)
+        pairs = list(zip(examples(x, dims[0]), examples(y, dims[1]), strict=True))
+        for g in (f, forward, backward, lambda x, y: jvp(lambda x: backward(x, y), (x,), (x + 1,))[1]):
+            by_loop = [g(*pair) for pair in pairs]
+            expected = (
+                torch.stack(by_loop)
+                if isinstance(by_loop[0], Tensor)
+                else tuple(torch.stack(parts) for parts in zip(*by_loop, strict=True))
+            )
+            agree(vmap(g, in_dims=dims)(x, y), expected)
+            rows = [vmap(g, in_dims=dims)(x * c, y) for c in SCALES]
+            stacked = torch.stack(rows) if isinstance(rows[0], Tensor) else tuple(map(torch.stack, zip(*rows)))
+            agree(vmap(lambda c, g=g: vmap(g, in_dims=dims)(x * c, y))(SCALES), stacked)  # noqa: B023
+
+
+SCALES = torch.tensor([0.5, -1.0, 2.0], dtype=DOUBLE)
