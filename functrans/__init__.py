@@ -5,6 +5,9 @@ stack, wrapper tensors carry their level, and every operator walks down the stac
 """
 
 from functrans import derivatives
+
+# importing these connects them
+from functrans.api import dynamo  # noqa: F401
 from functrans.api.debug import debug_unwrap
 from functrans.api.functionalize import functionalize
 from functrans.api.jacobians import hessian, hvp, jacfwd, jacfwd_and_value, jacrev, jacrev_and_value
@@ -13,8 +16,6 @@ from functrans.api.modules import functional_call, replace_all_batch_norm_module
 from functrans.api.rearrange import rearrange
 from functrans.api.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 from functrans.api.vmap import chunk_vmap, vmap
-
-# importing these connects them
 from functrans.decompositions import foreach, fused, least_squares, recurrent, transformer  # noqa: F401
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative

@@ -17,7 +17,7 @@ from functrans.errors import Call, CallError, CallValueError, InsideTransformErr
 from functrans.errors.wording import what
 from functrans.functionalization.views import contents_of
 from functrans.functionalization.writes import invalidate_saved, write_for_caller
-from functrans.interpreters.constants import made_at
+from functrans.interpreters.constants import as_own
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.tensors.pytrees import TENSORS, tree_flatten, tree_unflatten
@@ -102,7 +102,7 @@ class Inputs:
         """The cotangents of the tracked arguments, zeros where none arrived, in the arguments' structure."""
         found, below = [], self.interpreter.below
         if below is not None:
-            cotangents = {index: made_at(below, cotangent) for index, cotangent in cotangents.items()}
+            cotangents = {index: as_own(below, cotangent) for index, cotangent in cotangents.items()}
         for i in self.order:
             leaves, _, spec = self.tracked[i]
             grads = [None if index is None else cotangents.get(index) for index in self.leaf_indices[i]]
@@ -119,7 +119,7 @@ class Inputs:
         found, below = unwrap(self.interpreter, x), self.interpreter.below
         if below is None or found is x or type(found) not in TENSORS:
             return found
-        made = made_at(below, found)
+        made = as_own(below, found)
         return found if made is found or any(found is origin for _, origin in self.wrapped) else made
 
     def write_back(self) -> None:

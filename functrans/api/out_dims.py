@@ -14,7 +14,7 @@ from functrans.boundary.leftovers import as_here
 from functrans.core.tensor import WrapperTensor, check_layout, strides_of
 from functrans.errors import Call, CallIndexError, CallValueError
 from functrans.errors.wording import callable_name, what
-from functrans.interpreters.constants import made_at
+from functrans.interpreters.constants import as_own
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.tensors.pytrees import broadcast_prefix
 
@@ -42,7 +42,7 @@ def leave(call: Call, interpreter: VmapInterpreter, x: Any, place: int | None, o
     if type(x) is WrapperTensor:
         if x.interpreter is interpreter:
             bdim = x.bdim
-            x = x.value if interpreter.below is None else made_at(interpreter.below, x.value)
+            x = x.value if interpreter.below is None else as_own(interpreter.below, x.value)
             if bdim == place:
                 return x
         else:

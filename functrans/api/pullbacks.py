@@ -18,7 +18,7 @@ from functrans.boundary.facades import bare, class_of_gradients, of_class
 from functrans.boundary.made_at import note_results
 from functrans.core.tensor import check_layout
 from functrans.errors import CallError, MixedTransformsError
-from functrans.interpreters.constants import made_at
+from functrans.interpreters.constants import as_own
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import is_torch_func_active
@@ -134,7 +134,7 @@ class Pullback(LinearFunction):
         found = []
         for indices, likes, spec, kinds in self.arguments:
             grads = [None if index is None else cotangents.get(index) for index in indices]
-            filled = [x.zeros() if g is None else made_at(STATE.top, g) for g, x in zip(grads, likes, strict=True)]
+            filled = [x.zeros() if g is None else as_own(STATE.top, g) for g, x in zip(grads, likes, strict=True)]
             shown = [g if kind is None else of_class(g, kind) for g, kind in zip(filled, kinds, strict=True)]
             found.append(tree_unflatten(spec, shown))
         return found[0] if self.single else tuple(found)

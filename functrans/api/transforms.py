@@ -37,7 +37,7 @@ from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
-from functrans.interpreters.constants import made_at
+from functrans.interpreters.constants import as_own
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.operators.info import DIFFERENTIABLE
@@ -449,7 +449,7 @@ def run_forward(
         values = [inputs.leave(o) for o in out_leaves]
         below = map(bare, out_leaves)
         found = [
-            made_at(interpreter.below, o.tangent) if type(o) is WrapperTensor and o.interpreter is interpreter else None
+            as_own(interpreter.below, o.tangent) if type(o) is WrapperTensor and o.interpreter is interpreter else None
             for o in below
         ]
         if strict and any(t is None for t in found):

@@ -37,50 +37,30 @@ def sizes(given: Any, rank: int) -> list[int]:
     return [given] * rank if isinstance(given, int) else list(given) * (rank if len(given) == 1 else 1)
 
 
-def convolve(
-    send: Send, transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any, groups: int
-) -> Any:
-    """A layer as ``convolution``; ``options``: stride, padding, dilation and output padding."""
-    rank = weight.dim() - 2
-    if x.dim() != rank + 2 or x.is_complex() or (bias is not None and bias.dtype is not x.dtype):
-        return NotImplemented
-    stride, padding, dilation, output_padding = (sizes(given, rank) for given in options)
-    return send(
-        aten.convolution.default, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
+def convolution(op: OpOverload) -> None:
+    """Define a layer that is ``convolution`` with other options, which stand in its schema behind the bias."""
+    names = [argument.name for argument in op._schema.arguments[3:]]
+    transposed = "output_padding" in names
+
+    @sent_down(op)
+    def define(send: Send, x: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any) -> Any:
+        rank = weight.dim() - 2
+        if x.dim() != rank + 2 or x.is_complex() or (bias is not None and bias.dtype is not x.dtype):
+            return NotImplemented
+        options = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0, "groups": 1}
+        options.update(zip(names, given, strict=False))
+        groups = options.pop("groups")
+        stride, padding, dilation, output_padding = (sizes(option, rank) for option in options.values())
+        return send(
+            aten.convolution.default, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
 
 
-@sent_down(aten.conv1d.default)
-@sent_down(aten.conv2d.default)
-@sent_down(aten.conv3d.default)
-def convolution(
-    send: Send,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Any:
-    return convolve(send, False, x, weight, bias, stride, padding, dilation, 0, groups=groups)
-
-
-@sent_down(aten.conv_transpose1d.default)
-@sent_down(aten.conv_transpose2d.input)
-@sent_down(aten.conv_transpose3d.input)
-def transposed_convolution(
-    send: Send,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Any:
-    return convolve(send, True, x, weight, bias, stride, padding, dilation, output_padding, groups=groups)
+for _op in (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+):  # fmt: skip
+    convolution(_op)
 
 
 @sent_down(aten.layer_norm.default)

@@ -29,7 +29,7 @@ def constants(interpreter: Interpreter, out: Any) -> Any:
     return map_tensors(interpreter.constant, out)
 
 
-def made_at(level: Interpreter | None, value: Any) -> Any:
+def as_own(level: Interpreter | None, value: Any) -> Any:
     """``value``, of ``level`` or one below, as code at ``level`` (None: the base) has it of what it made itself."""
     owner = value.interpreter if type(value) is WrapperTensor else None
     return value if owner is level or not isinstance(value, Tensor) else lift(value, owner, level)

@@ -51,9 +51,10 @@ def fitting_batches(process: Process) -> Process:
     def with_fitting_batches(self: Any, op: Any, args: Any, kwargs: Any) -> Any:
         out = process(self, op, args, kwargs)
         for x in tensors_in([out]):
-            if self.owns(x) and x.bdim is not None and x.value.shape[x.bdim] != self.batch_size:  # type: ignore[attr-defined]
+            batched: Any = x if self.owns(x) and x.bdim is not None else None  # type: ignore[attr-defined]
+            if batched is not None and batched.value.shape[batched.bdim] != self.batch_size:
                 refuse = refusal(self, op, definition(process), "a physical value")
-                got = f"shape {tuple(x.value.shape)} with bdim {x.bdim}"  # type: ignore[attr-defined]
+                got = f"shape {tuple(batched.value.shape)} with bdim {batched.bdim}"
                 raise refuse(got, f"the size of the batch, {self.batch_size}, there")
         return out
 

@@ -372,7 +372,7 @@ if TYPE_CHECKING:
 else:
     HigherOrderOperator = private("torch._ops.HigherOrderOperator", _FOR_DYNAMO)
 
-#: What functrans/api/compiled.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
+#: What functrans/api/dynamo.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
 _OF_DYNAMO = {
     "": "disable",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",

@@ -200,13 +200,13 @@ class VmapInterpreter(Interpreter, whole=True):
                         return self._leave(op, out, bdim)
                     self.check_below(op, out)
                     shown = self.batched(out, bdim)
-                    if look is not None and type(self).left is VmapInterpreter.left:
-                        remember(seen, look, as_operator(dims, values, op_below, physical, shown))  # type: ignore[arg-type]
+                    if look is not None and seen is not None and type(self).left is VmapInterpreter.left:
+                        remember(seen, look, as_operator(dims, values, op_below, physical, shown))
                     return shown
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
                 shown = self.leave(op, call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs))
-                if look is not None:
-                    remember(seen, look, SeenCall(in_dims(values, bdims)))  # type: ignore[arg-type]
+                if look is not None and seen is not None:
+                    remember(seen, look, SeenCall(in_dims(values, bdims)))
                 return shown
             except RuleDeclined:
                 pass

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import call_below
 from functrans.core.dispatch import NO_KWARGS, lower
 from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor, tensor_of, wrap_as, wrap_like
 from functrans.interpreters.constants import constants
 from functrans.interpreters.program_arguments import are_alike, pend
+from functrans.interpreters.vmap.elementwise import align
 from functrans.interpreters.vmap.seen_calls import MOST
 from functrans.programs.program import Program
 from functrans.tensors.broadcasting import broadcast_shapes
@@ -193,41 +195,20 @@ def run_as_it_lies(self: VmapInterpreter, program: Program, args: Sequence[Any])
 
 def run_aligned(self: VmapInterpreter, program: Program, args: Sequence[Any]) -> Any:
     """Run the program on physical tensors brought to one rank with the batch in front."""
-    ranks = [len(a.shape) if type(a) in WRAPPERS or isinstance(a, Tensor) else 0 for a in args]
-    rank = max(ranks)
-    values: list[Any] = []
-    batched: set[int] = set()
-    for a in args:
-        if type(a) in WRAPPERS and a.interpreter is self:
-            bdim = a.bdim
-            a = a._value
-            if bdim is not None:
-                batched.add(len(values))
-                a = in_front(self, a, bdim, rank)
-        values.append(a)
-    outs = lower(self, program.inner, values, NO_KWARGS)
+    args = [tensor_of(a) for a in args]
+    values = [a.value if type(a) is WrapperTensor and a.interpreter is self else a for a in args]
+    dims = [a.bdim if type(a) is WrapperTensor and a.interpreter is self else None for a in args]
+    tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+    outs = lower(self, program.inner, call_below(self, align, (values, dims, tensors), {}, values), NO_KWARGS)
     found = []
     for out, sources in zip((outs,) if program.single else outs, program.sources, strict=True):
-        if batched.isdisjoint(sources):
+        if all(dims[i] is None for i in sources):
             found.append(constants(self, out))
             continue
         # What does not depend on the argument of the highest rank was aligned with it all the same.
         shape = out.shape
-        extra = len(shape) - 1 - max([ranks[i] for i in sources])
+        extra = len(shape) - 1 - max(len(args[i].shape) for i in sources if isinstance(args[i], Tensor))
         if extra:
             out = lower(self, aten.view.default, (tensor_of(out), shape[:1] + shape[1 + extra :]), NO_KWARGS)
         found.append(self.batched(out, 0))
     return found[0] if program.single else found
-
-
-def in_front(self: VmapInterpreter, value: Any, bdim: int, rank: int) -> Any:
-    """The physical ``value`` with the batch in front, and behind it so many dimensions of size 1 that an example has
-    ``rank``."""
-    if bdim:
-        others = [d for d in range(len(value.shape)) if d != bdim]
-        value = lower(self, aten.permute.default, (tensor_of(value), [bdim, *others]), NO_KWARGS)
-    shape = value.shape
-    if len(shape) <= rank:
-        padded = [shape[0], *[1] * (rank + 1 - len(shape)), *shape[1:]]
-        value = lower(self, aten.view.default, (tensor_of(value), padded), NO_KWARGS)
-    return value

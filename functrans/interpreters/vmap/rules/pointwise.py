@@ -89,8 +89,9 @@ def isclose(
 @batching_rule(aten.clamp.Tensor)
 def clamp(info: BatchInfo, in_dims: Sequence[Any], *args: Tensor | None) -> tuple[Any, Any]:
     """PyTorch's own derivative raises where one of two bounds is broadcast (2.14), as an unbatched one would be."""
-    if len(args) == 3 and all(isinstance(x, Tensor) for x in args):
-        args = tuple(materialize(x, d, info.batch_size) for x, d in zip(args, in_dims, strict=True))  # type: ignore[arg-type]
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if len(tensors) == 3:
+        args = tuple([materialize(x, d, info.batch_size) for x, d in zip(tensors, in_dims, strict=True)])
         in_dims = (0, 0, 0)
     return clamp_of_three(info, in_dims, *args)
 
