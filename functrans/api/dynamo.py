@@ -221,7 +221,7 @@ def connect() -> None:
         names.operators[name] = variable
         operator.__call__ = names.disable(operator.__call__)  # type: ignore[method-assign]
     follow_functions(names)
-    for function in (Interpreter.__init__, Snapshot.__init__, run_transformed):
+    for function in (Interpreter.__init__, Snapshot.__init__, Snapshot.restore, run_transformed):
         run_untraced(function)  # where a transform of somebody else's comes to it
     for _, answer in PAIRS:
         run_untraced(answer)  # a function that is traced gets examples, which are no wrappers
