@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.autograd import forward_ad
 
-from functrans.core.dispatch import base, dispatch, entered, scan
+from functrans.core.dispatch import base, dispatch, entered, map_tensors, scan
 from functrans.core.interpreter import Interpreter
 from functrans.operators.info import Operator
 from functrans.pytorch import thread_state
@@ -94,3 +94,10 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
         return function(*args, **kwargs)
     finally:
         STATE.top = top
+
+
+def lift(out: Any, owner: Interpreter | None, top: Interpreter | None) -> Any:
+    """Values made at ``owner``'s level (None: the base), as constants of every level up to ``top``."""
+    if top is None or (owner is not None and owner.level >= top.level):
+        return out
+    return map_tensors(top.constant, lift(out, owner, top.below))

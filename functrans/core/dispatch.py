@@ -280,10 +280,3 @@ def map_tensors(function: Any, out: Any) -> Any:
         mapped = [map_tensors(function, o) for o in out]
         return mapped if type(out) is list else tuple(mapped)
     return out
-
-
-def lift(out: Any, owner: Interpreter | None, top: Interpreter | None) -> Any:
-    """Values made at ``owner``'s level (None: the base), as constants of every level up to ``top``."""
-    if top is None or (owner is not None and owner.level >= top.level):
-        return out
-    return map_tensors(top.constant, lift(out, owner, top.below))

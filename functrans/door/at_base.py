@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import parameter
 
+from functrans.boundary.calls import lift
 from functrans.boundary.facades import as_subclass
-from functrans.core.dispatch import lift
 from functrans.core.stack import interpreter_stack
 from functrans.errors import InsideTransformError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter

@@ -22,10 +22,11 @@ from typing import Any
 from torch.autograd.function import Function
 from torch.utils.checkpoint import CheckpointFunction
 
+from functrans.boundary.calls import lift
 from functrans.boundary.facades import bare
 from functrans.boundary.leftovers import all_as_here
 from functrans.boundary.made_at import note_site
-from functrans.core.dispatch import entered, lift, scan
+from functrans.core.dispatch import entered, scan
 from functrans.core.interpreter import Interpreter
 from functrans.errors import CustomFunctionError, DeadWrapperError
 from functrans.functionalization.writes import write_outside_of_operators

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import lift
 from functrans.boundary.factories import ones_for
-from functrans.core.dispatch import lift, scan
+from functrans.core.dispatch import scan
 from functrans.core.tensor import WrapperTensor
 from functrans.door.gradients_inside import How, gradients
 from functrans.door.leaves import leaves_of, made_inside

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from functrans.boundary.calls import lift
 from functrans.boundary.facades import Facade
-from functrans.core.dispatch import lift, scan
+from functrans.core.dispatch import scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import lift
 from functrans.boundary.leftovers import check_thread
 from functrans.boundary.made_at import SENT_ON, note_site
-from functrans.core.dispatch import NO_KWARGS, dispatch, lift
+from functrans.core.dispatch import NO_KWARGS, dispatch
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.door.torch_dispatch import DOOR

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import lift
 from functrans.boundary.facades import bare
 from functrans.boundary.fresh import FRESH
 from functrans.boundary.leftovers import arguments_as_here, check_thread
 from functrans.boundary.made_at import note_site, several
 from functrans.control_flow import definitions  # noqa: F401
 from functrans.control_flow.table import run_higher_order
-from functrans.core.dispatch import base, entered, lift, scan
+from functrans.core.dispatch import base, entered, scan
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import DeadWrapperError
 from functrans.errors.call_sites import USER_FILES

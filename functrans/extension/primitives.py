@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from functrans.api.checks import call_function, check_callable, check_flag, check_kind
-from functrans.core.dispatch import lift, scan
+from functrans.boundary.calls import lift
+from functrans.core.dispatch import scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor

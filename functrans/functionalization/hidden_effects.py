@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from functrans.core.dispatch import base, lift, scan
+from functrans.boundary.calls import lift
+from functrans.core.dispatch import base, scan
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import InsideTransformError
 from functrans.functionalization.layouts import check_places, dense_strides, memory_order, set_content, set_metadata

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.dispatch import dispatch, lift, scan
+from functrans.boundary.calls import lift
+from functrans.core.dispatch import dispatch, scan
 from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.errors import CapturedWriteError
 from functrans.functionalization.hidden_effects import as_usual, enter, stands_in_for

@@ -20,9 +20,10 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import lift
 from functrans.boundary.fresh import FRESH
 from functrans.boundary.leftovers import check_thread
-from functrans.core.dispatch import base, dispatch, lift, scan
+from functrans.core.dispatch import base, dispatch, scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import InsideTransformError

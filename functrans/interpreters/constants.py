@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.core.dispatch import lift, map_tensors
+from functrans.boundary.calls import lift
+from functrans.core.dispatch import map_tensors
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.pytorch.thread_state import STATE

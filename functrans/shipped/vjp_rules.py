@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from functrans.api.vmap import vmap
-from functrans.core.dispatch import lift, scan
+from functrans.boundary.calls import lift
+from functrans.core.dispatch import scan
 from functrans.core.interpreter import Interpreter
 from functrans.errors import MissingRuleError
 from functrans.errors.call_sites import definition
