@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of
 from functrans.errors import DeadWrapperError
+from functrans.errors.misuse import refuse_same_level
 from functrans.operators.info import Operator, OpInfo, op_info
 from functrans.operators.scopes import SCOPES, scope_here
 from functrans.pytorch.thread_state import pack_as_outside, same_hooks
@@ -68,8 +69,7 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any], watcher: Interpret
             if i is not owner:
                 if not i.alive:
                     raise DeadWrapperError(a)
-                if owner is None or i.level > owner.level:
-                    owner = i
+                owner = i if owner is None else upper(owner, i)
         elif (
             kind is not Tensor
             and kind not in WITHOUT_TENSORS
@@ -124,8 +124,7 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
             if i is not owner:
                 if not i.alive:
                     raise DeadWrapperError(a)
-                if owner is None or i.level > owner.level:
-                    owner = i
+                owner = i if owner is None else upper(owner, i)
         elif kind in WITHOUT_TENSORS:
             pass
         elif kind is Parameter:
@@ -136,14 +135,21 @@ def scan(args: Iterable[Any], kwargs: dict[str, Any] = NO_KWARGS) -> tuple[Inter
                 continue  # a size or the like
             i, inside = scan(a.values() if kind is dict else a)
             recorded = recorded or inside
-            if i is not None and (owner is None or i.level > owner.level):
-                owner = i
+            if i is not None:
+                owner = i if owner is None else upper(owner, i)
         elif isinstance(a, Tensor):
             if keeps_class(kind):
                 raise KeptClassMet
             if a.requires_grad:
                 recorded = True
     return owner, recorded
+
+
+def upper(one: Interpreter, other: Interpreter) -> Interpreter:
+    """The one of the higher level."""
+    if one.level == other.level and one is not other:
+        refuse_same_level(one, other)
+    return one if one.level > other.level else other
 
 
 def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:

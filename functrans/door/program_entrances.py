@@ -168,8 +168,8 @@ def binary(
             if x.dtype in REAL and x.layout is STRIDED and (fit or similar(x, y, kind)):
                 owner = x.interpreter
                 other = y.interpreter if kind is WrapperTensor else owner
-                if other is not owner and owner.alive and (not other.alive or other.level > owner.level):
-                    owner = other
+                if other is not owner and owner.alive and (not other.alive or other.level >= owner.level):
+                    owner = other if other.level != owner.level or not other.alive else None
         elif kind is WrapperTensor and y.dtype in REAL and y.layout is STRIDED and similar(y, x, type(x)):
             if y.view_link is not None:
                 y.view_link.refresh(y)

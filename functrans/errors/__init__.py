@@ -66,6 +66,12 @@ class DeadWrapperError(FunctransError):
         super().__init__(i=wrapper.interpreter, where=made_where(wrapper))
 
 
+class SameLevelError(FunctransError, takes="one other"):
+    sentence = """Tensors that belong to {one.name} and to {other.name}, both at level {one.level}, met in one operator.
+        A rule of one of them runs the other one in its own place, on a function that closes over a tensor of the rule's
+        level: hand it over as an argument, as the value one level down."""
+
+
 class OtherThreadError(FunctransError, takes="interpreter"):
     sentence = """A tensor that belongs to {interpreter.name} at level {interpreter.level} was used in another thread
         than the one in which that transform runs. Each thread has a stack of transforms of its own: run the whole

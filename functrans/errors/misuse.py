@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from threading import get_ident
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from functrans.errors import InterpreterError, PayloadError
+from functrans.errors import InterpreterError, OtherThreadError, PayloadError, SameLevelError
 
 #: names that a payload cannot have: those of a tensor, and of a wrapper (added by ``functrans.core.tensor``)
 RESERVED = {"self", *dir(Tensor)}
@@ -50,3 +51,11 @@ def place_of(interpreter: Any) -> str:
         if interpreter is None
         else f"inside {interpreter.name} at level {interpreter.level}"
     )
+
+
+def refuse_same_level(one: Any, other: Any) -> NoReturn:
+    """Two running transforms of one level whose wrappers met: of two threads, or one in the other's place."""
+    for interpreter in (one, other):
+        if interpreter.thread is not None and interpreter.thread != get_ident():
+            raise OtherThreadError(interpreter)
+    raise SameLevelError(one, other)
