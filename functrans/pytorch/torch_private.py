@@ -463,6 +463,9 @@ def overload_of_library(op: Any) -> Any:
 class Mode(TorchDispatchMode):
     """A dispatch mode that Dynamo's protection does not wrap, which would cost more than the rest of the door."""
 
+    # Whenever a mode is pushed PyTorch asks for this, and ours has none: that an empty slot says so takes a third less.
+    __slots__ = ("_mode_key",)
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
