@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.autograd import forward_ad
 
-from functrans.core.dispatch import base, dispatch, entered, map_tensors, scan
+from functrans.core.dispatch import NO_KWARGS, base, dispatch, entered, map_tensors, scan
 from functrans.core.interpreter import Interpreter
 from functrans.operators.info import Operator
 from functrans.pytorch import thread_state
@@ -15,6 +15,7 @@ from functrans.pytorch.thread_state import STATE, door_closed, lowered
 from functrans.pytorch.torch_private import (
     VIEWS_AND_VERSIONS,
     DisableTorchFunction,
+    OpOverload,
     function_mode_enabled,
     is_key_excluded,
     mode_stack_size,
@@ -47,6 +48,14 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     finally:
         if door is not None:
             push_mode(door)
+
+
+def run(op: OpOverload, *args: Any) -> Any:
+    """``op(*args)`` of a pure operator, as formulas write it, with the arguments in the schema's order: a Python call,
+    where PyTorch's trip from an operator to the door takes longer than all else."""
+    if mode_stack_size() > STATE.door_depth or function_mode_enabled():
+        return op(*args)  # a mode of the user's is to see it
+    return start(op, args, NO_KWARGS)  # type: ignore[arg-type]
 
 
 def through_door(function: Callable[..., Any], *args: Any) -> Any:

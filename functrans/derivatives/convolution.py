@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import with_names
@@ -23,11 +24,11 @@ INPUT, WEIGHT, BIAS = [True, False, False], [False, True, False], [False, False,
 
 
 def forward(v: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return aten.convolution.default(input, weight, bias, *(v[n] for n in OPTIONS))
+    return run(aten.convolution.default, input, weight, bias, *(v[n] for n in OPTIONS))
 
 
 def backward(v: dict[str, Any], grad: Tensor, input: Tensor, weight: Tensor, mask: list[bool]) -> Any:
-    return aten.convolution_backward.default(grad, input, weight, None, *(v[n] for n in OPTIONS), mask)
+    return run(aten.convolution_backward.default, grad, input, weight, None, *(v[n] for n in OPTIONS), mask)
 
 
 def over_channels(grad: Tensor) -> Tensor:

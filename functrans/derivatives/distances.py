@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.helpers import recorded_at_base
 from functrans.derivatives.table import derivative
@@ -72,7 +73,7 @@ def cdist_tangent(x1: Tensor, x2: Tensor, p: float, x1_t: Tensor | None, x2_t: T
 def cdist_x1(grad: Tensor, x1: Tensor, x2: Tensor, p: float, result: Tensor) -> Tensor:
     if recorded_at_base(grad, x1, x2):
         return cdist_pulled(grad, x1, x2, p, result)
-    return aten._cdist_backward.default(grad.contiguous(), x1, x2, p, result)
+    return run(aten._cdist_backward.default, grad.contiguous(), x1, x2, p, result)
 
 
 def cdist_x2(grad: Tensor, x1: Tensor, x2: Tensor, p: float, result: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ def pdist_tangent(self: Tensor, p: float, self_t: Tensor) -> Tensor:
 def pdist_self(grad: Tensor, self: Tensor, p: float, result: Tensor) -> Tensor:
     if recorded_at_base(grad, self):
         return pdist_pulled(grad, self, p, result)
-    return aten._pdist_backward.default(grad.contiguous(), self, p, result)
+    return run(aten._pdist_backward.default, grad.contiguous(), self, p, result)
 
 
 derivative(aten._pdist_forward.default, tangent=pdist_tangent, self=pdist_self)

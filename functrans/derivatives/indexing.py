@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.boundary.factories import range_for
 from functrans.derivatives.helpers import cast, conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
@@ -87,7 +88,7 @@ def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor, added: bool 
     rest = [
         n for have, want in zip(reversed(read.shape), reversed(source.shape), strict=True) for n in (0, want - have)
     ]
-    return aten.constant_pad_nd.default(read, rest)
+    return run(aten.constant_pad_nd.default, read, rest)
 
 
 def selected(grad: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
@@ -225,11 +226,11 @@ derivative(
 def embedding_backward_grad_output(
     grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
-    read = aten.embedding.default(grad, indices)
+    read = run(aten.embedding.default, grad, indices)
     if scale_grad_by_freq:
         flat = indices.flatten()
         count = grad.new_zeros(num_weights).index_add(0, flat, grad.new_ones(flat.shape))
-        read = read / aten.embedding.default(count.unsqueeze(-1), indices)
+        read = read / run(aten.embedding.default, count.unsqueeze(-1), indices)
     if padding_idx >= 0:
         read = read.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     return read
@@ -239,7 +240,7 @@ def embedding_weight(
     grad: Tensor, weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
     # sparse=True asks for a sparse gradient; ours is dense, which is the same value.
-    return aten.embedding_dense_backward.default(grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
+    return run(aten.embedding_dense_backward.default, grad, indices, weight.shape[0], padding_idx, scale_grad_by_freq)
 
 
 def embedding_tangent(

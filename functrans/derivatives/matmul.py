@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from functrans.boundary.calls import run
 from functrans.derivatives.helpers import cast, conj, times
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
@@ -170,13 +171,13 @@ derivative(
 derivative(
     aten._trilinear.default,
     tangent="multilinear",
-    i1=lambda grad, i2, i3, expand1, expand2, expand3, sumdim: aten._trilinear.default(
-        grad, conj(i2), conj(i3), sumdim, expand2, expand3, expand1
+    i1=lambda grad, i2, i3, expand1, expand2, expand3, sumdim: run(
+        aten._trilinear.default, grad, conj(i2), conj(i3), sumdim, expand2, expand3, expand1
     ),
-    i2=lambda grad, i1, i3, expand1, expand2, expand3, sumdim: aten._trilinear.default(
-        conj(i1), grad, conj(i3), expand1, sumdim, expand3, expand2
+    i2=lambda grad, i1, i3, expand1, expand2, expand3, sumdim: run(
+        aten._trilinear.default, conj(i1), grad, conj(i3), expand1, sumdim, expand3, expand2
     ),
-    i3=lambda grad, i1, i2, expand1, expand2, expand3, sumdim: aten._trilinear.default(
-        conj(i1), conj(i2), grad, expand1, expand2, sumdim, expand3
+    i3=lambda grad, i1, i2, expand1, expand2, expand3, sumdim: run(
+        aten._trilinear.default, conj(i1), conj(i2), grad, expand1, expand2, sumdim, expand3
     ),
 )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.derivatives.helpers import cast, recorded_at_base
 from functrans.derivatives.matmul import sum_of
 from functrans.derivatives.named import no_cotangent, with_names
@@ -355,17 +356,15 @@ def layer_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
         return plain_backward(LAYER, v, grad, mask)
     mean, rstd = v["results"][1:3]
     given = v["input"], v["normalized_shape"], mean, rstd, v["weight"], None
-    return aten.native_layer_norm_backward.default(grad, *given, mask)
+    return run(aten.native_layer_norm_backward.default, grad, *given, mask)
 
 
 def group_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
     if recorded_at_base(grad, v["input"], v["weight"]):
         return plain_backward(GROUP, v, grad, mask)
     mean, rstd = v["results"][1:3]
-    sizes = (v[n] for n in GROUP.options)
-    return aten.native_group_norm_backward.default(
-        grad.contiguous(), v["input"].contiguous(), mean, rstd, v["weight"], *sizes, mask
-    )
+    given = grad.contiguous(), v["input"].contiguous(), mean, rstd, v["weight"]
+    return run(aten.native_group_norm_backward.default, *given, *(v[n] for n in GROUP.options), mask)
 
 
 def batch_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
@@ -373,9 +372,8 @@ def batch_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
         if recorded_at_base(grad, v["input"], v["weight"]):
             return plain_backward(BATCH, v, grad, mask)
         mean, rstd = v["results"][1:3]
-        return aten.native_batch_norm_backward.default(
-            grad, v["input"], v["weight"], None, None, mean, rstd, True, v["eps"], mask
-        )
+        given = grad, v["input"], v["weight"], None, None, mean, rstd, True, v["eps"]
+        return run(aten.native_batch_norm_backward.default, *given, mask)
     # plain, because the fused operator has no derivative by the running statistics
     s = State(BATCH_EVAL, v)
     of_input = cast(s.weighted(grad) * s.rstd, grad.dtype) if mask[0] else None

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.derivatives.indexing import gathered
-from functrans.derivatives.named import no_cotangent, with_names
+from functrans.derivatives.named import named, no_cotangent, with_names
 from functrans.derivatives.table import derivative
 from functrans.pytorch.torch_private import OpOverload
 
@@ -33,22 +34,23 @@ def linear_pair(forward: OpOverload, backward: OpOverload) -> None:
     """Entries for ``forward(self, ...)`` and its transpose ``backward(grad_output, ...)``."""
     forward_names, backward_names = names_of(forward), names_of(backward)
     adaptive = "output_size" in forward_names and "output_size" not in backward_names
-
-    def pull(v: dict[str, Any]) -> Tensor:
-        v["grad_output"], v["input_size"] = v["grad"], v["self"].shape
-        return backward(*(v[n] for n in backward_names))
-
-    def push(v: dict[str, Any]) -> Tensor:
-        v["self"] = v["grad"]
-        if adaptive:
-            v["output_size"] = v["grad_output"].shape[-dimensions:]
-        return forward(*(v[n] for n in forward_names))
-
     dimensions = 3 if "3d" in forward.__name__ else 2
-    options = [n for n in forward_names if n in backward_names and n != "self"]
-    derivative(forward, tangent="linear", self=with_names(("grad", "self", *options), pull))
-    wanted = ("grad", "grad_output", *options) if adaptive else ("grad", *options)
-    derivative(backward, tangent="linear", grad_output=with_names(wanted, push), **shape_only(backward))
+    pulls = [{"grad_output": "grad", "input_size": "self"}.get(n, n) for n in backward_names]
+    pushes = [{"self": "grad", "output_size": "grad_output" if adaptive else n}.get(n, n) for n in forward_names]
+
+    def pull(*args: Any) -> Tensor:
+        if "input_size" not in backward_names:
+            return run(backward, *args)
+        return run(backward, *(list(a.shape) if n == "self" else a for n, a in zip(pulls, args, strict=True)))
+
+    def push(*args: Any) -> Tensor:
+        if not adaptive:
+            return run(forward, *args)
+        size = (list(a.shape[-dimensions:]) if n == "grad_output" else a for n, a in zip(pushes, args, strict=True))
+        return run(forward, *size)
+
+    derivative(forward, tangent="linear", self=named(pulls, pull))
+    derivative(backward, tangent="linear", grad_output=named(pushes, push), **shape_only(backward))
 
 
 for _name in ("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"):
@@ -74,7 +76,7 @@ def unwrapped(grad: Tensor, dim: int, n: int, left: int, right: int) -> Tensor:
     if right:
         end = grad.narrow(dim, grad.shape[dim] - right, right)
         inner = torch.cat([inner.narrow(dim, 0, right) + end, inner.narrow(dim, right, n - right)], dim)
-    return aten.constant_pad_nd.default(inner, [0, 0] * (grad.dim() - 1 - dim) + crop) if any(crop) else inner
+    return run(aten.constant_pad_nd.default, inner, [0, 0] * (grad.dim() - 1 - dim) + crop) if any(crop) else inner
 
 
 def pad_circular_self(grad: Tensor, self: Tensor, pad: list[int]) -> Tensor:
@@ -114,7 +116,7 @@ def vec_form(vec: OpOverload, backward: OpOverload) -> None:
         shape, factors = v["input"].shape, v["scale_factors"]
         factors = [None] * (len(shape) - 2) if factors is None else factors
         options = [v["align_corners"]] if "align_corners" in names else []
-        return backward(v["grad"], v["grad"].shape[2:], shape, *options, *factors)
+        return run(backward, v["grad"], list(v["grad"].shape[2:]), list(shape), *options, *factors)
 
     options = ["align_corners"] if "align_corners" in names else []
     derivative(vec, tangent="linear", input=with_names(("grad", "input", "scale_factors", *options), pull))
@@ -131,25 +133,25 @@ for _name in RESAMPLING:
 derivative(
     aten.pixel_shuffle.default,
     tangent="linear",
-    self=lambda grad, upscale_factor: aten.pixel_unshuffle.default(grad, upscale_factor),
+    self=lambda grad, upscale_factor: run(aten.pixel_unshuffle.default, grad, upscale_factor),
 )
 derivative(
     aten.pixel_unshuffle.default,
     tangent="linear",
-    self=lambda grad, downscale_factor: aten.pixel_shuffle.default(grad, downscale_factor),
+    self=lambda grad, downscale_factor: run(aten.pixel_shuffle.default, grad, downscale_factor),
 )
 derivative(
     aten.im2col.default,
     tangent="linear",
-    self=lambda grad, self, kernel_size, dilation, padding, stride: aten.col2im.default(
-        grad, self.shape[-2:], kernel_size, dilation, padding, stride
+    self=lambda grad, self, kernel_size, dilation, padding, stride: run(
+        aten.col2im.default, grad, list(self.shape[-2:]), kernel_size, dilation, padding, stride
     ),
 )
 derivative(
     aten.col2im.default,
     tangent="linear",
-    self=lambda grad, kernel_size, dilation, padding, stride: aten.im2col.default(
-        grad, kernel_size, dilation, padding, stride
+    self=lambda grad, kernel_size, dilation, padding, stride: run(
+        aten.im2col.default, grad, kernel_size, dilation, padding, stride
     ),
 )
 
@@ -177,7 +179,7 @@ def max_pool(forward: OpOverload, backward: OpOverload, dimensions: int) -> None
 
     def pull(v: dict[str, Any]) -> Tensor:
         v["grad_output"], v["indices"] = v["grads"][0], v["results"][1]
-        return backward(*(v[n] for n in names))
+        return run(backward, *(v[n] for n in names))
 
     derivative(
         forward,

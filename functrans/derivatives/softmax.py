@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.derivatives.helpers import cast
 from functrans.derivatives.table import derivative
 
@@ -22,15 +23,15 @@ def _sum(x: Tensor, dim: int) -> Tensor:
 
 
 def softmax_self(grad: Tensor, self: Tensor, result: Tensor, dim: int) -> Tensor:
-    return cast(aten._softmax_backward_data.default(grad, result, dim, grad.dtype), self.dtype)
+    return cast(run(aten._softmax_backward_data.default, grad, result, dim, grad.dtype), self.dtype)
 
 
 def softmax_tangent(result: Tensor, dim: int, self_t: Tensor) -> Tensor:
-    return aten._softmax_backward_data.default(cast(self_t, result.dtype), result, dim, result.dtype)
+    return run(aten._softmax_backward_data.default, cast(self_t, result.dtype), result, dim, result.dtype)
 
 
 def log_softmax_self(grad: Tensor, self: Tensor, result: Tensor, dim: int) -> Tensor:
-    return cast(aten._log_softmax_backward_data.default(grad, result, dim, grad.dtype), self.dtype)
+    return cast(run(aten._log_softmax_backward_data.default, grad, result, dim, grad.dtype), self.dtype)
 
 
 def log_softmax_tangent(result: Tensor, dim: int, self_t: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def softmax_backward_tangent(
 ) -> Tensor | None:
     moved = None
     if grad_output_t is not None:
-        moved = aten._softmax_backward_data.default(grad_output_t, output, dim, input_dtype)
+        moved = run(aten._softmax_backward_data.default, grad_output_t, output, dim, input_dtype)
     if output_t is not None:
         product = output_t * grad_output
         term = product - output_t * _sum(output * grad_output, dim) - output * _sum(product, dim)
@@ -93,8 +94,8 @@ derivative(
     aten._softmax_backward_data.default,
     tangent=softmax_backward_tangent,
     broadcasts=True,
-    grad_output=lambda grad, output, dim: aten._softmax_backward_data.default(
-        cast(grad, output.dtype), output, dim, output.dtype
+    grad_output=lambda grad, output, dim: run(
+        aten._softmax_backward_data.default, cast(grad, output.dtype), output, dim, output.dtype
     ),
     output=softmax_backward_output,
 )

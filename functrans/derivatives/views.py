@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.derivatives.helpers import cast, conj, sum_to_shape
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
@@ -127,12 +128,12 @@ for op, _part in PARTS.items():
 def slice_self(grad: Tensor, self: Tensor, dim: int, start: int | None, end: int | None, step: int) -> Tensor:
     start = 0 if start is None else start
     end = sys.maxsize if end is None else end
-    return aten.slice_backward.default(grad, self.shape, dim, start, end, step)
+    return run(aten.slice_backward.default, grad, list(self.shape), dim, start, end, step)
 
 
 def narrow_self(grad: Tensor, self: Tensor, dim: int, start: int, length: int) -> Tensor:
     start = start + self.shape[dim] if start < 0 else start
-    return aten.slice_backward.default(grad, self.shape, dim, start, start + length, 1)
+    return run(aten.slice_backward.default, grad, list(self.shape), dim, start, start + length, 1)
 
 
 linear(aten.slice.Tensor, self=slice_self)
@@ -148,8 +149,8 @@ for op in (aten.tril.default, aten.triu.default):
 
 linear(
     aten.constant_pad_nd.default,
-    tangent=lambda self_t, pad: aten.constant_pad_nd.default(self_t, pad, 0),
-    self=lambda grad, pad: aten.constant_pad_nd.default(grad, [-n for n in pad], 0),
+    tangent=lambda self_t, pad: run(aten.constant_pad_nd.default, self_t, pad, 0),
+    self=lambda grad, pad: run(aten.constant_pad_nd.default, grad, [-n for n in pad], 0),
 )
 
 # ------------------------------------------------------------------------------------------- elements moved

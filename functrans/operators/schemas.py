@@ -88,12 +88,15 @@ def form_of(op: OpOverload, kinds: tuple[type, ...], tensors: Collection[type]) 
     return tuple(lists)
 
 
+INTS = {int}
+
+
 def formed(form: Form, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The arguments with lists of ints where ``form`` has them; None if one holds anything else."""
     made = list(args)
     for place, repeated in form:
-        made[place] = [args[place]] * repeated if repeated else list(args[place])
-        if not all(type(n) is int for n in made[place]):
+        made[place] = listed = [args[place]] * repeated if repeated else list(args[place])
+        if listed and set(map(type, listed)) != INTS:
             return None
     return tuple(made)
 
@@ -117,7 +120,9 @@ def has_composite_kernel(op: OpOverload) -> bool:
 DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
     "mm addmm matmul linear dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin "
-    "acos addcmul amax amin bmm cumsum cumprod diagonal expand flip logsumexp mv reshape",
+    "acos addcmul amax amin bmm cumsum cumprod diagonal expand flip logsumexp mv reshape baddbmm convolution avg_pool2d "
+    "cat stack embedding gather index_select native_layer_norm native_group_norm view _log_softmax_backward_data "
+    "_softmax_backward_data scatter_add narrow",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
     "Tensor_Scalar": "pow",

@@ -108,7 +108,11 @@ class TableMethod:
         if node.last_save < len(values):
             saved = [values[i] for i in node.saves]
         else:
-            saved = [values[i] if i < len(values) else self.default(i, kwargs) for i in node.saves]
+            if kwargs:
+                values = [*values, *(self.default(i, kwargs) for i in range(len(values), len(self.known.defaults)))]
+            else:
+                values = [*values, *self.known.defaults[len(values) :]]
+            saved = [values[i] for i in node.saves]
         if node.saves_result:
             saved.append(out)
         if self.foreign:

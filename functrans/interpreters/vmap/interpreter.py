@@ -34,6 +34,7 @@ from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessErr
 from functrans.interpreters.vmap.seen_calls import SeenCall, as_operator, look_of, remember
 from functrans.interpreters.vmap.specialized import DATA_DEPENDENT, NOT_DECOMPOSED, Specialized, rule_here
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
+from functrans.interpreters.vmap.written_down import run_and_write
 from functrans.operators.defaults import completed
 from functrans.operators.info import OpInfo
 from functrans.operators.rules import place_in
@@ -172,7 +173,12 @@ class VmapInterpreter(Interpreter, whole=True):
         if call.op is not None:
             return self.again(call, values)
         try:
-            return self.leave(op, call_below(self, rule, (self.info, list(call.dims), *values), NO_KWARGS, values))
+            if call.script and self.on_base:
+                return self.leave(op, call_below(self, call.script, values, NO_KWARGS))
+            given = self.info, list(call.dims), *values
+            if call.script is None and self.on_base:
+                return self.leave(op, call_below(self, run_and_write, (seen, look, rule, given), NO_KWARGS, values))
+            return self.leave(op, call_below(self, rule, given, NO_KWARGS, values))
         except RuleDeclined:
             return self._process_anew(op, known, args, kwargs, None)
 

@@ -4,7 +4,7 @@ What becomes of a call by a batching rule follows from the *look* of the call: o
 it lies in memory and where its batch dimension is, and of every other argument its value. So it is found once: that
 the operator takes such examples (one_example.py), where the batch dimensions are, and, for a rule that is one operator
 (``families.one_operator``), that operator, its arguments and what its result shows. All later calls of that look are a
-look-up, and the operator one level down.
+look-up, and the operator one level down, or what the rule was seen to do (written_down.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 #: Types of lists of numbers, and of tensors of the base.
 LISTS = frozenset((list, tuple, torch.Size))
+WHOLE = (int, bool)
 OF_THE_BASE = frozenset((Tensor, Parameter))
 
 #: How many calls of one operator are kept.
@@ -33,7 +34,7 @@ MOST = 512
 class SeenCall(NamedTuple):
     """What becomes of a call.
 
-    Without ``op`` the rule is called each time, and ``dims`` are its batch dimensions.
+    Without ``op`` the rule is called each time, and ``dims`` are its batch dimensions; or ``script``, what it does.
     """
 
     dims: Sequence[Any]
@@ -46,6 +47,8 @@ class SeenCall(NamedTuple):
     #: what the result shows where it is plain PyTorch's
     shape: Any = None
     strides: Strides = None
+    #: the rule written down for such calls (written_down.py); None: not yet, False: it cannot be
+    script: Any = None
 
     def arguments(self, values: Sequence[Any]) -> list[Any]:
         """Those of ``op``, for a call with these values."""
@@ -81,7 +84,7 @@ def look_of(interpreter: VmapInterpreter, args: Sequence[Any]) -> tuple[tuple[An
         elif kind in WITHOUT_TENSORS:
             look += kind, a if a != 0 or kind is int else str(a)  # 0.0 and -0.0 are equal
         elif kind in LISTS:
-            if a and type(a[0]) is not int:
+            if a and type(a[0]) not in WHOLE:
                 return None
             look += kind, tuple(a)
         elif kind in OF_THE_BASE:
