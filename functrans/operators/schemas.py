@@ -121,8 +121,8 @@ DIRECT = {
     "default": "sin cos tan tanh sinh cosh exp expm1 log log1p sqrt rsqrt neg abs relu sigmoid reciprocal square sign "
     "mm addmm matmul linear dot t sum mean clone zeros_like ones_like permute unsqueeze maximum minimum erf atan asin "
     "acos addcmul amax amin bmm cumsum cumprod diagonal expand flip logsumexp mv reshape baddbmm convolution "
-    "avg_pool2d cat stack embedding gather index_select native_layer_norm native_group_norm view _log_softmax_backward_data "
-    "_softmax_backward_data scatter_add narrow",
+    "avg_pool2d cat stack embedding gather index_select native_layer_norm native_group_norm view "
+    "_log_softmax_backward_data _softmax_backward_data scatter_add narrow",
     "Tensor": "add sub mul div eq ne lt le gt ge",
     "Scalar": "eq ne lt le gt ge",
     "Tensor_Scalar": "pow",
