@@ -33,9 +33,10 @@ from functrans.api.linear_functions import LinearFunction
 from functrans.api.private_names import PAIRS
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
+from functrans.pytorch.dynamo import dynamo_names, run_as_written_while, run_untraced
 from functrans.pytorch.imports import when_imported
 from functrans.pytorch.thread_state import STATE, Snapshot
-from functrans.pytorch.torch_private import dynamo_names, run_as_written_while, run_untraced, torch_pytree
+from functrans.pytorch.torch_private import torch_pytree
 
 
 @contextmanager

@@ -42,8 +42,9 @@ from functrans.interpreters.transpose import TransposeInterpreter, transpose_rul
 from functrans.interpreters.vmap.function import vmap_rule
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.written_inputs import on_copies, writes_inputs
+from functrans.pytorch.modules import ModuleHook
 from functrans.pytorch.thread_state import STATE, lowered, running_at
-from functrans.pytorch.torch_private import ModuleHook, mode_stack_size
+from functrans.pytorch.torch_private import mode_stack_size
 
 _original: Any = Function.__dict__["apply"]
 

@@ -20,8 +20,9 @@ from functrans.explanation.watching import Watch, Watched, WatchedInterpreters, 
 from functrans.interpreters.failures import name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.operators.info import PURE, SPECIAL, OpInfo, op_info
+from functrans.pytorch.dynamo import leave_alone
 from functrans.pytorch.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
-from functrans.pytorch.torch_private import Mode, OpOverload, leave_alone
+from functrans.pytorch.torch_private import Mode, OpOverload
 
 #: What operators and programs are called, which takes a while to write down, by what is known of them.
 NAMES: dict[OpInfo | str, str] = {}

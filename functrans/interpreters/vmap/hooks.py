@@ -16,8 +16,8 @@ from functrans.boundary.leftovers import as_here, suspended
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import DeadWrapperError, InsideTransformError
+from functrans.pytorch.modules import forward_class
 from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import forward_class
 
 if TYPE_CHECKING:
     from functrans.interpreters.vmap.interpreter import VmapInterpreter
