@@ -21,9 +21,11 @@ from functrans.api.arguments import (
 )
 from functrans.api.checks import call_function, check_chunk_size, check_flag
 from functrans.api.compiled import named_after
+from functrans.api.forward import jvp_with_argnums
+from functrans.api.reverse import differentiating, vjp_with_argnums
 from functrans.api.rows_and_columns import check_output_numbers
 from functrans.api.structures import path_of
-from functrans.api.transforms import differentiating, grad, jvp_with_argnums, vjp_with_argnums
+from functrans.api.transforms import grad
 from functrans.api.vmap import vmap
 from functrans.core.stack import run_transformed
 from functrans.errors import Call, CallError
