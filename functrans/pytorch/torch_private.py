@@ -34,8 +34,7 @@ def private(name: str, purpose: str) -> Any:
 
 # Types, and the modules that are imported for what they do.
 if TYPE_CHECKING:
-    from torch._ops import HigherOrderOperator as HigherOrderOperator
-    from torch._ops import OpOverload
+    from torch._ops import HigherOrderOperator, OpOverload
     from torch.utils._python_dispatch import TorchDispatchMode
 else:
     HigherOrderOperator = private("torch._ops.HigherOrderOperator", "to know operators that take functions")
