@@ -114,7 +114,7 @@ def variable_of(recorder: LinearizeInterpreter, tangent: Tensor | None) -> Varia
     if tangent is None:
         return None
     below = unwrap(recorder, tangent)
-    if type(tangent) is WrapperTensor and tangent.interpreter is recorder and tangent.variable is not None:
+    if recorder.owns(tangent) and tangent.variable is not None:
         return Variable(tangent.variable)
     return below
 

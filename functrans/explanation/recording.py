@@ -228,7 +228,7 @@ class Observer(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = facts(func)
+        known = info_of(func)
         name = named(func) if known is not None else name_of(func) if isinstance(func, OpOverload) else func.name()
         if name.startswith("prim."):  # PyTorch asks a tensor of another subclass for its device: no operator
             return func(*args, **kwargs)
@@ -247,7 +247,7 @@ class Observer(Mode):
 leave_alone(Observer.__torch_dispatch__)
 
 
-def facts(op: Any) -> OpInfo | None:
+def info_of(op: Any) -> OpInfo | None:
     """What is known of an operator; None: it takes functions, or is one that PyTorch has but a name for."""
     try:
         return op_info(op) if isinstance(op, OpOverload) else None

@@ -31,7 +31,7 @@ from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
 
     def bdim(x: Any) -> int | None:
-        return x.bdim if type(x) is WrapperTensor and x.interpreter is interpreter else None
+        return x.bdim if interpreter.owns(x) else None
 
     _, values = unwrapped(interpreter, args)
     in_dims = tuple(None if type(a) in WITHOUT_TENSORS else tree_map(bdim, a) for a in args)
@@ -75,7 +75,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
             return run_transformed(interpreter, lambda: body(interpreter))
 
     def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:
-        if type(x) is WrapperTensor and x.interpreter is interpreter:
+        if interpreter.owns(x):
             return x.value, x.bdim
         return x, None
 
