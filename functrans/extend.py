@@ -2,8 +2,8 @@
 
 A derivative is an entry in a table (``derivative``), a batching rule a function (``batching_rule``). A new transform is
 a subclass of ``TableInterpreter`` with a table of rules, or of ``Interpreter`` where its meaning for an operator is no
-table. See docs/extending.md. An operator that takes functions is defined by plain torch code for all transforms
-(``DEFINITIONS``); see docs/control_flow.md.
+table. See docs/extending.md, docs/new_transforms.md and docs/interpreters.md. An operator that takes functions is
+defined by plain torch code for all transforms (``DEFINITIONS``); see docs/control_flow.md.
 """
 
 from __future__ import annotations
