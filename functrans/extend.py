@@ -13,6 +13,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
+from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.errors import (
     CarriedValueError,
     CustomFunctionError,
@@ -57,6 +58,7 @@ __all__ = [
     "BATCHING_RULES",
     "DEFINITIONS",
     "DERIVATIVES",
+    "FUNCTION_RULES",
     "BackwardNode",
     "BatchInfo",
     "Caller",

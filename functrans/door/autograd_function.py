@@ -138,7 +138,7 @@ def send(level: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
     raise CustomFunctionError(
         cls,
         f"was applied inside {level.name}, which has no rule for it",
-        "Add one to functrans.door.autograd_function.FUNCTION_RULES.",
+        "Add one to functrans.extend.FUNCTION_RULES.",
     )
 
 
@@ -154,5 +154,5 @@ FUNCTION_RULES: dict[type[Interpreter], Callable[..., Any]] = {
     VmapInterpreter: vmap_rule,
 }
 
-# The only place where PyTorch can be told of the stack: apply has no dispatch of its own.
+# apply has no dispatch of its own, so PyTorch is told of the stack here.
 Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
