@@ -50,7 +50,10 @@ class Step:
     def run(self, values: dict[int, Tensor]) -> None:
         """Run it again, on ``values`` by variable, and add its outputs to them."""
         args, kwargs = in_place_of_variables(self.args, values), in_place_of_variables(self.kwargs, values)
-        with in_modes(torch.is_grad_enabled() and not self.cut, is_forward_enabled()):
+        if self.cut:
+            with in_modes(False, is_forward_enabled()):
+                out = self.op(*args, **kwargs)
+        else:
             out = self.op(*args, **kwargs)
         values.update(zip(self.outs, tensors_in([out]), strict=True))
 
