@@ -34,9 +34,9 @@ class Interpreter:
     carries_autograd: ClassVar[bool] = False
     #: Whether it is asked about every operator that code above it runs, on captured tensors too.
     sees_everything: ClassVar[bool] = False
-    #: Whether lowering an operator is running it at the base, in the grad mode that is on.
+    #: Whether lowering an operator is running it at the base, in the grad mode that is on. (Found once: asked often.)
     on_base: bool = False
-    #: Whether lowering is otherwise a mere call: no mode to switch, no branch below.
+    #: Whether lowering is otherwise a mere call: no mode to switch, no branch below. (Found once, too.)
     lowers_plainly: bool = True
     #: The branch that code at this level is in, or None; see NOTE [Branches] in interpreters/branch.py.
     within: Any = None
