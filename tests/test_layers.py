@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import functrans
+from functrans.errors.call_sites import CALLED
 
 HOME = Path(functrans.__file__).parent
 #: The rooms, the lowest first; those of one line do not use each other.
@@ -117,6 +118,11 @@ def test_no_modules_import_each_other() -> None:
 def test_every_room_is_a_package() -> None:
     folders = {path.parent for path in HOME.rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_modules_whose_code_users_call_are_there() -> None:
+    """Those that errors/call_sites.py names."""
+    assert [name for name in CALLED if name.replace("/", ".") not in MODULES] == []
 
 
 def test_the_core_is_read_in_one_sitting() -> None:
