@@ -2,8 +2,8 @@
 
 A derivative is an entry in a table (``derivative``), a batching rule a function (``batching_rule``). A new transform is
 a subclass of ``TableInterpreter`` with a table of rules, or of ``Interpreter`` where its meaning for an operator is no
-table. See docs/extending.md. An operator that takes functions is defined by plain torch code for all transforms
-(``DEFINITIONS``); see docs/control_flow.md.
+table. See docs/extending.md, docs/new_transforms.md and docs/interpreters.md. An operator that takes functions is
+defined by plain torch code for all transforms (``DEFINITIONS``); see docs/control_flow.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
 from functrans.core.tensor import WrapperTensor
 from functrans.derivatives.table import DERIVATIVES, derivative, no_derivative
+from functrans.door.autograd_function import FUNCTION_RULES
 from functrans.errors import (
     CarriedValueError,
     CustomFunctionError,
@@ -57,6 +58,7 @@ __all__ = [
     "BATCHING_RULES",
     "DEFINITIONS",
     "DERIVATIVES",
+    "FUNCTION_RULES",
     "BackwardNode",
     "BatchInfo",
     "Caller",

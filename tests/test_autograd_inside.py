@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_ways import some
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,10 +19,6 @@ from functrans.extend import PullbackInterpreter, PullbackTable
 DOUBLE = torch.float64
 close = torch.testing.assert_close
 gradient = torch.autograd.grad
-
-
-def some(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
 
 
 ROWS, M, ONE = some(4, 6), some(6, 6, seed=1), torch.ones((), dtype=DOUBLE)

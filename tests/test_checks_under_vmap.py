@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from loop import for_each
 from torch import Tensor
 
 from functrans import grad, jacrev, jvp, vmap
@@ -53,10 +54,6 @@ def checking(ask: Callable[[Tensor], Any], failing: bool) -> Callable[[Tensor], 
     return f
 
 
-def looped(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda batch: torch.stack([f(x) for x in batch])
-
-
 #: Ways to run a function of an example on a batch, beside the loop's.
 RUNS: dict[str, Callable[[Any], Any]] = {
     "vmap": lambda f: vmap(f),
@@ -88,10 +85,10 @@ def test_questions(run: str, question: str) -> None:
     ask, failing = QUESTIONS[question]
     transformed, f, g = RUNS[run], both_ways(ask), checking(ask, failing)
     for batch in (POSITIVE, NEGATIVE, MIXED[1:2]):
-        torch.testing.assert_close(transformed(f)(batch), looped(f)(batch))
-    torch.testing.assert_close(transformed(g)(POSITIVE), looped(g)(POSITIVE))
+        torch.testing.assert_close(transformed(f)(batch), for_each(f)(batch))
+    torch.testing.assert_close(transformed(g)(POSITIVE), for_each(g)(POSITIVE))
     for batch in (NEGATIVE, MIXED):
-        for way in (looped, transformed):
+        for way in (for_each, transformed):
             with pytest.raises(ZeroDivisionError):
                 way(g)(batch)
     assert interpreter_stack() == []
@@ -113,7 +110,7 @@ def test_a_failed_check_that_is_passed_over_is_an_error(question: str) -> None:
         except ZeroDivisionError:
             return x * 3
 
-    torch.testing.assert_close(vmap(caught)(NEGATIVE), looped(caught)(NEGATIVE))
+    torch.testing.assert_close(vmap(caught)(NEGATIVE), for_each(caught)(NEGATIVE))
     with pytest.raises(DataDependentError):
         vmap(caught)(MIXED)
 
@@ -123,7 +120,7 @@ def test_a_failed_check_that_is_passed_over_is_an_error(question: str) -> None:
         except ZeroDivisionError:
             return row * 3
 
-    torch.testing.assert_close(vmap(caught_outside)(NEGATIVE), looped(caught_outside)(NEGATIVE))
+    torch.testing.assert_close(vmap(caught_outside)(NEGATIVE), for_each(caught_outside)(NEGATIVE))
     with pytest.raises(DataDependentError, match="inside vmap.caught_outside. at level 1"):
         vmap(caught_outside)(MIXED)
 
@@ -135,7 +132,7 @@ def test_loops_that_all_examples_leave_at_once() -> None:
         return x
 
     together = torch.tensor([[4.0, 5.0], [7.0, 1.0]])
-    torch.testing.assert_close(vmap(halve)(together), looped(halve)(together))
+    torch.testing.assert_close(vmap(halve)(together), for_each(halve)(together))
     with pytest.raises(DataDependentError):
         vmap(halve)(torch.tensor([[4.0], [1.0]]))
 
@@ -194,7 +191,7 @@ def test_equal_and_allclose_of_other_shapes_and_dtypes() -> None:
     ):
         assert {vmap(f)(POSITIVE)} == {f(x) for x in POSITIVE}
     for wrong in (lambda x: torch.allclose(x, x.double()), lambda x: torch.allclose(x, torch.ones(3))):
-        for way in (vmap, looped):
+        for way in (vmap, for_each):
             with pytest.raises(RuntimeError) as info:
                 way(wrong)(POSITIVE)
             assert not isinstance(info.value, DataDependentError)
@@ -208,8 +205,8 @@ def test_assert_async(run: str) -> None:
         torch._assert_async(x.relu().min().reshape(1))
         return x * 2
 
-    torch.testing.assert_close(RUNS[run](f)(POSITIVE), looped(f)(POSITIVE))
-    for way in (looped, RUNS[run]):
+    torch.testing.assert_close(RUNS[run](f)(POSITIVE), for_each(f)(POSITIVE))
+    for way in (for_each, RUNS[run]):
         with pytest.raises(RuntimeError, match="Expected Tensor"):
             way(f)(MIXED)
         with pytest.raises(RuntimeError, match="not positive"):
@@ -229,7 +226,7 @@ def test_functional_assert_async() -> None:
 def test_the_answers_are_those_of_each_example() -> None:
     for ask in (torch._is_all_true, torch._is_any_true, torch.all, torch.any):
         batch = torch.tensor([[True, True], [True, False], [False, False]])
-        assert torch.equal(vmap(ask)(batch), looped(ask)(batch))
+        assert torch.equal(vmap(ask)(batch), for_each(ask)(batch))
 
 
 def test_jacobians_of_functions_that_check() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from loop import for_each
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,10 +24,6 @@ def random(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
 def gradient(f: Callable[..., Tensor], *xs: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in xs]
     return torch.autograd.grad(f(*leaves), leaves)
-
-
-def loop(f: Callable[..., Tensor], *batches: Tensor) -> Tensor:
-    return torch.stack([f(*rows) for rows in zip(*batches, strict=True)])
 
 
 W = random(2, dtype=C128, seed=1)
@@ -134,8 +131,8 @@ def test_all_orders(name: str) -> None:
     for second in (hessian(f), jacfwd(grad(f)), jacrev(jacrev(f)), jacrev(jacfwd(f)), jacfwd(jacfwd(f))):
         torch.testing.assert_close(second(x).reshape(4, 4), curvature, **close)
     torch.testing.assert_close(jvp(grad(f), (x,), (v,))[1].flatten(), curvature @ v.flatten(), **close)
-    torch.testing.assert_close(vmap(FUNCTIONS[name])(xs), loop(FUNCTIONS[name], xs))
-    torch.testing.assert_close(vmap(grad(f))(xs), loop(lambda x: gradient(f, x)[0], xs))
+    torch.testing.assert_close(vmap(FUNCTIONS[name])(xs), for_each(FUNCTIONS[name])(xs))
+    torch.testing.assert_close(vmap(grad(f))(xs), for_each(lambda x: gradient(f, x)[0])(xs))
     torch.testing.assert_close(vmap(hessian(f))(x[None])[0].reshape(4, 4), curvature, **close)
 
 
@@ -163,10 +160,10 @@ def test_convolutions(name: str, options: dict[str, Any]) -> None:
         return (y * y.conj() * (0.3 + 0.1j)).real.sum()
 
     shared = (0, None, None)
-    torch.testing.assert_close(vmap(f, shared)(x, weight, bias), loop(lambda x: f(x, weight, bias), x))
+    torch.testing.assert_close(vmap(f, shared)(x, weight, bias), for_each(lambda x: f(x, weight, bias))(x))
     torch.testing.assert_close(grad(loss, (0, 1, 2))(x[0], weight, bias), gradient(loss, x[0], weight, bias))
     for i in range(3):
-        expected = loop(lambda x, i=i: gradient(loss, x, weight, bias)[i], x)
+        expected = for_each(lambda x, i=i: gradient(loss, x, weight, bias)[i])(x)
         torch.testing.assert_close(vmap(grad(loss, i), shared)(x, weight, bias), expected)
     v = random(*weight.shape, dtype=C128, seed=3)
     tangent = jvp(lambda w: f(x[0], w, bias), (weight,), (v,))[1]

@@ -13,6 +13,7 @@ import torch
 import torch.func
 import torch.nn.functional as F
 from derivative_checker import Call, check_entry, recorded_calls
+from slow_ways import some
 
 import functrans
 from functrans.derivatives import activations, binary, pointwise, reductions, scans, selections, splits, ties, views
@@ -50,10 +51,6 @@ def options(op: torch._ops.OpOverload) -> dict[str, bool]:
 
 def numbers(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def some(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def grid(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from plain_norms import EPS, PLAIN, batch_norm, group_norm, layer_norm, rms_norm
 from torch import Tensor
 
 import functrans
-from functrans.derivatives import norms
+from functrans.derivatives import norm_backwards, norms
 from functrans.derivatives import rms_norm as rms_norms
 from functrans.derivatives.table import DERIVATIVES
 
@@ -95,7 +95,7 @@ def test_norm_entry_agrees_with_plain_operators(op):
 
 
 def test_every_norm_entry_is_checked():
-    files = {norms.__file__, rms_norms.__file__}
+    files = {norms.__file__, norm_backwards.__file__, rms_norms.__file__}
     here = {op for op in DERIVATIVES if DERIVATIVES.place(op).rsplit(":", 1)[0] in files}
     assert here == set(PLAIN)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from loop import for_each
 from torch import Tensor
 from torch import distributions as D
 from torch.distributions import constraints
@@ -168,10 +169,6 @@ REFUSED = {
     ("kl", "Binomial counts", "Binomial"): "it writes x[mask] with what it computed of x[mask], of different sizes",
 }
 
-def loop(f: Callable[..., Any], *batches: Tensor) -> Tensor:
-    return torch.stack([f(*rows) for rows in zip(*batches, strict=True)])
-
-
 def first(batches: Sequence[Tensor]) -> list[Tensor]:
     return [x[0] for x in batches]
 
@@ -197,7 +194,7 @@ def test_quantities(name: str) -> None:
                 vmap(f)(*parameters, values)
             continue
         try:
-            expected = loop(f, *parameters, values)
+            expected = for_each(f)(*parameters, values)
         except LACKING as error:
             with pytest.raises(type(error)):
                 vmap(f)(*parameters, values)
@@ -256,7 +253,7 @@ def test_an_invalid_parameter_of_one_example(name: str) -> None:
 
     pattern = "to satisfy the constraint|is not defined when low>= high|probs has invalid values"
     for run in (
-        lambda: loop(f, *bad, values),
+        lambda: for_each(f)(*bad, values),
         lambda: vmap(f)(*bad, values),
         lambda: vmap(grad(lambda *rows: f(*rows).sum()))(*bad, values),
         lambda: grad(lambda *batches: vmap(f)(*batches).sum())(*bad, values),
@@ -277,7 +274,7 @@ def test_an_invalid_value_of_one_example(name: str) -> None:
     def f(*rows: Tensor) -> Tensor:
         return make(*rows[:-1]).log_prob(rows[-1])
 
-    for run in (lambda: loop(f, *parameters, values), lambda: vmap(f)(*parameters, values)):
+    for run in (lambda: for_each(f)(*parameters, values), lambda: vmap(f)(*parameters, values)):
         with pytest.raises(ValueError, match="Expected value argument"):
             run()
 
@@ -331,7 +328,7 @@ def test_samples_have_the_mean_of_their_own_parameters(name: str) -> None:
     make, parameters, _, _ = CASES[name]
     count = 4000
     try:
-        expected = [loop(lambda *r, a=a: getattr(make(*r), a), *parameters) for a in ("mean", "variance")]
+        expected = [for_each(lambda *r, a=a: getattr(make(*r), a))(*parameters) for a in ("mean", "variance")]
     except LACKING:
         pytest.skip("no mean or variance")
     if not all(x.isfinite().all() for x in expected) or name == "Wishart":
@@ -373,7 +370,7 @@ def test_divergences(p: str) -> None:
                 vmap(f)(*batches)
             continue
         try:
-            expected = loop(f, *batches)
+            expected = for_each(f)(*batches)
         except LACKING as error:
             with pytest.raises(type(error)):
                 vmap(f)(*batches)
@@ -424,7 +421,7 @@ def test_transforms(name: str) -> None:
             return ask(make(loc, scale), x)
 
         try:
-            expected = loop(f, X, S, x)
+            expected = for_each(f)(X, S, x)
         except LACKING:
             continue
         torch.testing.assert_close(vmap(f)(X, S, x), expected)
@@ -494,13 +491,13 @@ def test_constraints(name: str, registry: Any) -> None:
         def f(low: Tensor, high: Tensor, x: Tensor, ask: Any = ask) -> Tensor:
             return ask(CONSTRAINTS[name](low, high), x)
 
-        torch.testing.assert_close(vmap(f)(low, high, x), loop(f, low, high, x))
+        torch.testing.assert_close(vmap(f)(low, high, x), for_each(f)(low, high, x))
 
 
 def test_a_mode_that_is_chosen_by_a_mask() -> None:
     """Where the mask has another number of elements for each example, no shape is right."""
     concentrations = torch.tensor([[0.5, 0.2], [0.1, 0.9]])
     mode = vmap(lambda c: D.Dirichlet(c).mode)
-    torch.testing.assert_close(mode(concentrations), loop(lambda c: D.Dirichlet(c).mode, concentrations))
+    torch.testing.assert_close(mode(concentrations), for_each(lambda c: D.Dirichlet(c).mode)(concentrations))
     with pytest.raises(DataDependentError):
         mode(torch.tensor([[0.5, 0.2], [3.0, 0.9]]))

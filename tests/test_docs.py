@@ -12,6 +12,8 @@ import lessons
 import pytest
 import torch
 
+from functrans.extend import Interpreter
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("**/*.md")])
 SOURCES = sorted(path for folder in ("functrans", "tests", "benchmarks") for path in (ROOT / folder).glob("**/*.py"))
@@ -125,6 +127,19 @@ def test_the_check_of_notes_notices():
 def test_the_runner_of_blocks_notices(code):
     with pytest.raises(AssertionError):
         run_block(Block(Path("page.md"), 1, "python", code), {})
+
+
+#: What the stack notes on an interpreter for itself.
+OF_THE_STACK = {"carries_autograd", "lowers_plainly", "on_base", "stands_for", "thread", "watcher", "within"}
+
+
+def test_the_members_of_an_interpreter_are_told():
+    page = (ROOT / "docs" / "interpreters.md").read_text()
+    _, _, table = page.partition("## What an interpreter may say of itself\n")
+    members = "".join(line.split(" | ")[0] for line in table.splitlines() if line.startswith("| "))
+    told = set(re.findall(r"`(\w+)", members)) | {"name"}
+    there = {name for name in vars(Interpreter) if not name.startswith("_")}
+    assert there - OF_THE_STACK - told == set() and told - there == set()
 
 
 def test_ci_runs_the_command_of_the_readme():

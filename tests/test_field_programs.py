@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from loop import for_each_alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,10 +25,6 @@ CUBES = torch.randn(5, 2, 3, 4, dtype=F64)
 
 def agree(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
-
-
-def looped(f: Callable[..., Tensor], *batches: Tensor) -> Tensor:
-    return torch.stack([f(*(x.clone() for x in examples)) for examples in zip(*batches, strict=True)])
 
 
 # --- composite functions of one example
@@ -64,9 +61,9 @@ COMPOSITES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_composite_functions(name: str) -> None:
     f, batches = COMPOSITES[name]
-    agree(vmap(f)(*batches), looped(f, *batches))
+    agree(vmap(f)(*batches), for_each_alone(f)(*map(torch.clone, batches)))
     last = [x.movedim(0, -1) for x in batches]
-    agree(vmap(f, in_dims=-1)(*last), looped(f, *batches))
+    agree(vmap(f, in_dims=-1)(*last), for_each_alone(f)(*map(torch.clone, batches)))
     if name in ("vander", "norms"):  # of which PyTorch has no derivative
         return
     total = lambda *xs: (f(*xs) ** 2).sum()
@@ -100,7 +97,8 @@ def test_metadata_is_changed_in_place(name: str) -> None:
         agree(vmap(f)(mine), torch.stack([f(row) for row in rows]))
         agree(mine.view(-1), torch.stack([r.reshape(-1) for r in rows]).view(-1))  # what the caller has is written
         agree(vmap(f, in_dims=1)(x.movedim(0, 1).clone()), torch.stack([f(row.clone()) for row in x]))
-        agree(vmap(grad(lambda row, f=f: f(row).pow(2).sum()))(x.clone()), looped(lambda r, f=f: slopes(f, r), x))
+        expected = for_each_alone(lambda row, f=f: slopes(f, row))(x.clone())
+        agree(vmap(grad(lambda row, f=f: f(row).pow(2).sum()))(x.clone()), expected)
 
 
 def slopes(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ def test_views_that_are_returned_share_the_callers_memory() -> None:
             view(example).mul_(3)
         agree(mine, loop)
         written = lambda x, view=view: (view(x).mul_(2), x * 1)[1]
-        agree(vmap(written)(pairs.clone()), looped(written, pairs))
+        agree(vmap(written)(pairs.clone()), for_each_alone(written)(pairs.clone()))
 
 
 # --- dimensions out of range
@@ -281,7 +279,7 @@ def test_utilities_of_modules() -> None:
         assert p.grad is not None
         return p.grad
 
-    agree(vmap(clipped)(ROWS), looped(lambda x: x * (1 / (x.norm() + 1e-6)).clamp(max=1.0), ROWS))
+    agree(vmap(clipped)(ROWS), for_each_alone(lambda x: x * (1 / (x.norm() + 1e-6)).clamp(max=1.0))(ROWS))
     with pytest.raises(InsideTransformError, match=r"assigning to Tensor.data what lost its derivative"):
         grad(lambda v: nn.utils.vector_to_parameters(v, copy.deepcopy(net).parameters()))(flat)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import functrans
+from functrans.errors.call_sites import CALLED
 
 HOME = Path(functrans.__file__).parent
 #: The rooms, the lowest first; those of one line do not use each other.
@@ -118,9 +120,48 @@ def test_every_room_is_a_package() -> None:
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
+def test_modules_whose_code_users_call_are_there() -> None:
+    """Those that errors/call_sites.py names."""
+    assert [name for name in CALLED if name.replace("/", ".") not in MODULES] == []
+
+
 def test_the_core_is_read_in_one_sitting() -> None:
     files = list(HOME.joinpath("core").rglob("*.py"))
     assert len(files) == 5 and sum(len(path.read_text().splitlines()) for path in files) < 800
+
+
+def described_rooms() -> dict[str, set[str]]:
+    """By room, the names that docs/architecture.md has in its part of the list."""
+    _, _, section = (HOME.parent / "docs" / "architecture.md").read_text().partition("## The rooms")
+    found: dict[str, set[str]] = {}
+    for item in section.partition("\n## ")[0].split("\n- ")[1:]:
+        rooms = re.findall(r"\*\*`([\w./]+)`\*\*", item)
+        words = set(re.findall(r"(?<!\*)`(\w+)/?`", item))
+        found.update({name.removesuffix(".py").rstrip("/"): words for name in rooms})
+    return found
+
+
+def undescribed(words: set[str], paths: list[list[str]]) -> list[str]:
+    """The modules of which neither the name nor a folder that is listed as one is among ``words``."""
+    return [".".join(p) for p in paths if p[-1] not in words and not words & set(p[:-1]) - {"grad", "jvp", "vmap"}]
+
+
+def test_the_page_has_every_module_in_its_room() -> None:
+    described = described_rooms()
+    assert set(described) == set(FLOOR) - {"__init__"}
+    for name, words in described.items():
+        paths = [module.split(".")[1:] for module in MODULES if module.startswith(f"{name}.")]
+        if name == "extend":  # which shares its line with what is made of it
+            continue
+        if name not in ("derivatives", "tour"):  # of which a module is one family of operators, or one station
+            assert undescribed(words, paths) == [], name
+        assert words - {part for path in paths for part in path} == set(), name
+
+
+def test_a_module_that_the_page_forgot_is_found() -> None:
+    words = {"table", "rules", "vmap"}
+    paths = [["vmap", "table"], ["vmap", "rules", "products"], ["vmap", "hooks"]]
+    assert undescribed(words, paths) == ["vmap.hooks"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from loop import for_each
+from slow_ways import some
 from torch import Tensor, nn, optim
 
 from functrans import functionalize, grad, jvp, vjp, vmap
@@ -19,15 +21,7 @@ close = torch.testing.assert_close
 gradient = torch.autograd.grad
 
 
-def some(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
-
-
 ROWS, TARGETS, M = some(4, 6), some(4, 6, seed=1), some(6, 6, seed=2)
-
-
-def loop(f: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    return torch.stack([f(*each).detach() for each in zip(*rows, strict=True)])
 
 
 def differences(f: Callable[[Tensor], Tensor], x: Tensor, t: Tensor, step: float = 1e-6) -> Tensor:
@@ -76,7 +70,7 @@ def test_a_leaf_is_one_of_each_example(name: str) -> None:
         (place * x.cos() * x[0]).sum().backward()
         return torch.stack([slope, place.grad])  # type: ignore[list-item]
 
-    expected = loop(f, ROWS)
+    expected = for_each(f)(ROWS).detach()
     close(vmap(f)(ROWS).detach(), expected)
     close(vmap(f, 1, 1)(ROWS.T.contiguous()).detach().movedim(1, 0), expected)
     close(vmap(vmap(f))(ROWS.view(2, 2, 6)).detach().view(4, 2, 6), expected)
@@ -115,7 +109,7 @@ def test_training_inside(name: str) -> None:
         assert w.is_leaf and b.requires_grad
         return torch.cat([w, b])
 
-    expected = loop(trained, ROWS, TARGETS)
+    expected = for_each(trained)(ROWS, TARGETS).detach()
     close(vmap(trained)(ROWS, TARGETS).detach(), expected)
     close(vmap(vmap(trained))(ROWS.view(2, 2, 6), TARGETS.view(2, 2, 6)).detach().view(4, 12), expected)
     after = lambda x, y: (trained(x, y)[:6] * x).sum()  # what came of training is a constant to a gradient
@@ -143,7 +137,7 @@ def test_adapting_a_copied_module() -> None:
             again[0].weight.zero_()
         return fast(x)
 
-    close(vmap(adapted)(ROWS, TARGETS).detach(), loop(adapted, ROWS, TARGETS))
+    close(vmap(adapted)(ROWS, TARGETS).detach(), for_each(adapted)(ROWS, TARGETS).detach())
     assert all(p.grad is None for p in model.parameters())
     f = lambda x: adapted(x, TARGETS[0])
     leaf = ROWS[0].clone().requires_grad_()
@@ -163,7 +157,7 @@ def test_a_module_that_is_made_inside() -> None:
         return layer(x)
 
     rows = ROWS.float()
-    close(vmap(trained, randomness="same")(rows).detach(), loop(trained, rows))
+    close(vmap(trained, randomness="same")(rows).detach(), for_each(trained)(rows).detach())
     with torch.no_grad():
         assert not vmap(nn.Linear(6, 2))(rows).requires_grad
 
@@ -191,13 +185,13 @@ def by_hand(x: Tensor) -> Tensor:
 
 
 def test_descent_by_hand() -> None:
-    close(vmap(by_hand)(ROWS).detach(), loop(by_hand, ROWS))
+    close(vmap(by_hand)(ROWS).detach(), for_each(by_hand)(ROWS).detach())
 
 
 @pytest.mark.parametrize("remove", ["mutations", "mutations_and_views"])
 def test_under_functionalize(remove: str) -> None:
     close(functionalize(by_hand, remove=remove)(ROWS[0]).detach(), by_hand(ROWS[0]).detach())
-    close(vmap(functionalize(by_hand, remove=remove))(ROWS).detach(), loop(by_hand, ROWS))
+    close(vmap(functionalize(by_hand, remove=remove))(ROWS).detach(), for_each(by_hand)(ROWS).detach())
 
 
 def test_gradients_of_gradients_in_grad() -> None:

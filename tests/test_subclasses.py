@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_ways import some
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -17,10 +18,6 @@ from functrans import grad, hessian, hvp, jacfwd, jacrev, jvp, linearize, vjp, v
 from functrans.errors import DataDependentError, LayoutError, NoFormulaError
 
 Program = Callable[..., Any]
-
-
-def some(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def squares(f: Program) -> Program:

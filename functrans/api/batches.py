@@ -116,21 +116,26 @@ def run_batched(asked: Asked, batch: Batch) -> Any:
     for wrapper, origin, bdim in level.entered if level is not None else ():
         if wrapper.version:
             write_back(call, interpreter, wrapper, origin, bdim, "a container's tensor")
-    if not written:
-        return tree_unflatten(out_spec, results)
-    # What an in-place function returns is the caller's tensor, as without vmap, or a view of it.
-    for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
-        x = bare(x)
-        link = getattr(x, "view_link", None)
-        found = written.get(id(x if link is None else link.owner))
-        if found is None or found[1] is None or place is None:
-            continue
-        origin, dim = found[0], found[1]
-        if link is None:
-            results[i] = origin if place % origin.dim() == dim else origin.movedim(dim, place)
-        elif not link.doubtful and link.group.content is None and type(origin) is not WrapperTensor:
-            results[i] = view_of_origin(interpreter, link, origin, dim, place)
+    if written:
+        for i, (x, place) in enumerate(zip(out_leaves, places, strict=True)):
+            if place is not None:
+                results[i] = callers_own(interpreter, bare(x), written, place, results[i])
     return tree_unflatten(out_spec, results)
+
+
+def callers_own(
+    interpreter: VmapInterpreter, x: Any, written: dict[int, tuple[Tensor, int | None]], place: int, result: Any
+) -> Any:
+    """What an in-place function returns is the caller's tensor, as without vmap, or a view of it; else ``result``."""
+    link = getattr(x, "view_link", None)
+    origin, dim = written.get(id(x if link is None else link.owner), (None, None))
+    if origin is None or dim is None:
+        return result
+    if link is None:
+        return origin if place % origin.dim() == dim else origin.movedim(dim, place)
+    if not link.doubtful and link.group.content is None and type(origin) is not WrapperTensor:
+        return view_of_origin(interpreter, link, origin, dim, place)
+    return result
 
 
 def view_of_origin(interpreter: VmapInterpreter, link: ViewLink, origin: Tensor, dim: int, place: int) -> Tensor:
@@ -160,7 +165,7 @@ def write_back(
 
 
 def run_chunks(asked: Asked, batch: Batch, chunk_size: int) -> Any:
-    """Run the batch in chunks."""
+    """Run so many examples at a time, and join what they return."""
     outs: list[Any] = []
     for_chunks(outs.append, asked, batch, chunk_size)
     return joined(asked.call, outs, asked.out_dims)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
-from functrans.pytorch.torch_private import ADD_BATCH_DIM, REMOVE_BATCH_DIM, TREE_NODES
+from functrans.pytorch.torch_func import ADD_BATCH_DIM, REMOVE_BATCH_DIM
+from functrans.pytorch.torch_private import TREE_NODES
 
 
 class Level(int):

@@ -33,9 +33,10 @@ from functrans.api.linear_functions import LinearFunction
 from functrans.api.private_names import PAIRS
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
+from functrans.pytorch.dynamo import dynamo_names, run_as_written_while, run_untraced
 from functrans.pytorch.imports import when_imported
 from functrans.pytorch.thread_state import STATE, Snapshot
-from functrans.pytorch.torch_private import dynamo_names, run_as_written_while, run_untraced, torch_pytree
+from functrans.pytorch.torch_private import torch_pytree
 
 
 @contextmanager
@@ -51,6 +52,7 @@ def inside_of_a_transform(tx: Any) -> Iterator[None]:
 
 def dynamo_variables(names: Any) -> tuple[type, type]:
     """What Dynamo makes of ``TRACED`` and ``UNTRACED``; the classes are made here since their base is Dynamo's."""
+    names.pullback = pullback_variable(names)
 
     class Body(names.VariableTracker):
         """The function, by leaves: those that are in the graph are given, the others are in place; it returns leaves.
@@ -74,14 +76,14 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             transform = args[0].as_python_constant()
-            with breaking(f"functrans.{transform.__name__}"):
+            with breaking(names, f"functrans.{transform.__name__}"):
                 if transform.__name__ in RETURNING and tx.output.root_tx.f_code is transform.__code__:
                     raise NotImplementedError("The function that it returns would leave the graph.")
                 return self.write(tx, transform, *names.LazyVariableTracker.realize_all(list(args[1:])))
 
         def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:
-            arguments, leaves, spec = flat(tx, names.TupleVariable([args, kwargs]))
-            tangents, tangent_leaves, _ = flat(tx, extra)
+            arguments, leaves, spec = flat(names, tx, names.TupleVariable([args, kwargs]))
+            tangents, tangent_leaves, _ = flat(names, tx, extra)
             chosen = options.as_python_constant()
             given = holes(arguments, leaves)
             values = arguments.filled(x.as_proxy().node.meta["example_value"] for x in given)
@@ -90,7 +92,7 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
             if seen_spec != arguments.spec:
                 spec = names.VariableTracker.build(tx, seen_spec)
             with names.discard_graph_changes(tx):
-                examples = [example(tx, x, *how) for x, how in zip(given, holes(arguments, seen), strict=True)]
+                examples = [example(names, tx, x, *how) for x, how in zip(given, holes(arguments, seen), strict=True)]
             own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
             body = Body(func, own, spec)
             with inside_of_a_transform(tx):
@@ -109,14 +111,20 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
             outputs = Tree([x if masked else HOLE for x, masked in constants], body.results)
             target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
             proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]
-            return put(tx, node, target, (*proxies, *captured))
+            return put(names, tx, node, target, (*proxies, *captured))
 
     class UntracedVariable(names.TorchHigherOrderOperatorVariable):
         _HOP_NAME = "functrans_untraced"
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            with breaking("a pullback"):
+            with breaking(names, "a pullback"):
                 raise NotImplementedError("It was made outside of the graph.")
+
+    return TracedVariable, UntracedVariable
+
+
+def pullback_variable(names: Any) -> type:
+    """What Dynamo makes of a pullback."""
 
     class PullbackVariable(names.VariableTracker):
         """What vjp returns beside the value: an object that stays inside of the graph."""
@@ -132,71 +140,76 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
             return LinearFunction
 
         def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            with breaking("a pullback"):
+            with breaking(names, "a pullback"):
                 keywords = names.ConstDictVariable({names.ConstantVariable.create(k): v for k, v in kwargs.items()})
-                arguments, leaves, _ = flat(tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
+                arguments, leaves, _ = flat(names, tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
                 node = PullbackNode(arguments)
-                return put(tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves))))
+                return put(
+                    names, tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves)))
+                )
 
-    def put(tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
-        """Write a call into the graph; what it returns, as Dynamo's variable."""
-        call = tx.output.create_proxy("call_function", target, args, {})
-        try:
-            found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
-        except names.TorchDynamoException:
-            if node.failure is None:
-                raise
-            raise node.failure from None
-        variables = []
-        for i, x in enumerate(found):
-            proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
-            if is_linear(x):
-                proxy.node.meta["example_value"] = x
-                variables.append(PullbackVariable(proxy))
-            else:
-                variables.append(names.wrap_fx_proxy(tx, proxy, example_value=x))
-        rest = iter(variables)
-        leaves = [next(rest) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results.leaves]
-        spec = names.VariableTracker.build(tx, node.results.spec)
-        return names.make_inlined(tx, torch_pytree.tree_unflatten)(names.ListVariable(leaves), spec)
+    return PullbackVariable
 
-    def example(tx: Any, x: Any, dim: int | None, moves: bool) -> Any:
-        if not x.is_tensor():
-            return x
-        call = tx.output.create_proxy("call_function", example_of, (x.as_proxy(), dim, moves), {})
-        return names.wrap_fx_proxy(tx, call)
 
-    def flat(tx: Any, variable: Any) -> tuple[Tree, list[Any], Any]:
-        """A variable's tree and its leaves, and Dynamo's variable for the structure."""
-        leaves, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(variable))
-        leaves = names.LazyVariableTracker.realize_all(names.items(tx, leaves))
-        return Tree([kept(x) for x in leaves], spec.as_python_constant()), leaves, spec
+def put(names: Any, tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
+    """Write a call into the graph; what it returns, as Dynamo's variable."""
+    call = tx.output.create_proxy("call_function", target, args, {})
+    try:
+        found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
+    except names.TorchDynamoException:
+        if node.failure is None:
+            raise
+        raise node.failure from None
+    variables = []
+    for i, x in enumerate(found):
+        proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
+        if is_linear(x):
+            proxy.node.meta["example_value"] = x
+            variables.append(names.pullback(proxy))
+        else:
+            variables.append(names.wrap_fx_proxy(tx, proxy, example_value=x))
+    rest = iter(variables)
+    leaves = [next(rest) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results.leaves]
+    spec = names.VariableTracker.build(tx, node.results.spec)
+    return names.make_inlined(tx, torch_pytree.tree_unflatten)(names.ListVariable(leaves), spec)
 
-    def kept(x: Any) -> Any:
-        """What the tree keeps of a leaf: a hole if it is in the graph, a constant as it is, nothing of an object."""
-        if x.is_tensor() or isinstance(x, names.SymNodeVariable):
-            return HOLE
-        return x.as_python_constant() if x.is_python_constant() else OPAQUE
 
-    @contextmanager
-    def breaking(what: str) -> Iterator[None]:
-        """What cannot be written into the graph breaks it."""
-        try:
-            yield
-        except Exception as error:
-            if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.fake_errors):
-                raise
-            names.unimplemented(
-                gb_type="functrans call that does not go into a graph",
-                context=f"{what}: {type(error).__name__}",
-                explanation=f"This call of {what} cannot be written into a graph. {type(error).__name__}: {error}",
-                hints=[
-                    "Compile without fullgraph=True: the call then runs outside of the graph, with the same results."
-                ],
-                from_exc=error,
-            )
+def example(names: Any, tx: Any, x: Any, dim: int | None, moves: bool) -> Any:
+    if not x.is_tensor():
+        return x
+    call = tx.output.create_proxy("call_function", example_of, (x.as_proxy(), dim, moves), {})
+    return names.wrap_fx_proxy(tx, call)
 
-    return TracedVariable, UntracedVariable
+
+def flat(names: Any, tx: Any, variable: Any) -> tuple[Tree, list[Any], Any]:
+    """A variable's tree and its leaves, and Dynamo's variable for the structure."""
+    leaves, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(variable))
+    leaves = names.LazyVariableTracker.realize_all(names.items(tx, leaves))
+    return Tree([kept(names, x) for x in leaves], spec.as_python_constant()), leaves, spec
+
+
+def kept(names: Any, x: Any) -> Any:
+    """What the tree keeps of a leaf: a hole if it is in the graph, a constant as it is, nothing of an object."""
+    if x.is_tensor() or isinstance(x, names.SymNodeVariable):
+        return HOLE
+    return x.as_python_constant() if x.is_python_constant() else OPAQUE
+
+
+@contextmanager
+def breaking(names: Any, what: str) -> Iterator[None]:
+    """What cannot be written into the graph breaks it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.fake_errors):
+            raise
+        names.unimplemented(
+            gb_type="functrans call that does not go into a graph",
+            context=f"{what}: {type(error).__name__}",
+            explanation=f"This call of {what} cannot be written into a graph. {type(error).__name__}: {error}",
+            hints=["Compile without fullgraph=True: the call then runs outside of the graph, with the same results."],
+            from_exc=error,
+        )
 
 
 def follow_functions(names: Any) -> None:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from functrans.pytorch.torch_private import PLACES_OF_TORCH_FUNC, forget_rules_of_dynamo
+from functrans.pytorch.dynamo import forget_rules_of_dynamo
+from functrans.pytorch.torch_func import PLACES_OF_TORCH_FUNC
 
 Pairs = Iterable[tuple[Any, Any]]
 

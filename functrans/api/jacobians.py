@@ -9,13 +9,10 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, Argnums
 from functrans.api.checks import check_callable, check_flag
+from functrans.api.forward import jvp_with_argnums
+from functrans.api.reverse import grad_and_value_of
 from functrans.api.rows_and_columns import by_columns, by_rows
-from functrans.api.transforms import (
-    grad_and_value,
-    grad_and_value_of,
-    jvp,
-    jvp_with_argnums,
-)
+from functrans.api.transforms import grad_and_value, jvp
 from functrans.errors import Call
 from functrans.errors.wording import callable_name, shown
 from functrans.interpreters.grad.interpreter import GradInterpreter

@@ -14,11 +14,12 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.arguments import ALL, refuse_argument, unwrap
 from functrans.api.checks import check_callable, check_flag, check_interpreter
 from functrans.api.compiled import TRACED, UNTRACED
+from functrans.api.forward import run_forward
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
 from functrans.api.mismatches import refuse_tangent
 from functrans.api.pullbacks import Pullback
+from functrans.api.reverse import run_recorded
 from functrans.api.structures import difference, path_of
-from functrans.api.transforms import run_forward, run_recorded
 from functrans.boundary.facades import bare
 from functrans.boundary.made_at import note_results
 from functrans.core.stack import run_transformed
@@ -113,7 +114,7 @@ def variable_of(recorder: LinearizeInterpreter, tangent: Tensor | None) -> Varia
     if tangent is None:
         return None
     below = unwrap(recorder, tangent)
-    if type(tangent) is WrapperTensor and tangent.interpreter is recorder and tangent.variable is not None:
+    if recorder.owns(tangent) and tangent.variable is not None:
         return Variable(tangent.variable)
     return below
 

@@ -12,7 +12,7 @@ from torch.func import functional_call as call_with
 from functrans.api.checks import check_flag, check_kind
 from functrans.errors import CallError, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
-from functrans.pytorch.torch_private import BatchNormModule, keep_parametrizations, kept_parametrizations
+from functrans.pytorch.modules import BatchNormModule, keep_parametrizations, kept_parametrizations
 
 __all__ = ["functional_call", "replace_all_batch_norm_modules_", "stack_module_state"]
 

@@ -21,7 +21,8 @@ from functrans.core.tensor import WrapperTensor
 from functrans.errors import Call, CallTypeError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import functorch_core, functorch_vmap, is_torch_func_active
+from functrans.pytorch.torch_func import functorch_core, functorch_vmap
+from functrans.pytorch.torch_private import is_torch_func_active
 
 Answer = Callable[..., Any]
 

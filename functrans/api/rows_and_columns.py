@@ -12,15 +12,11 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.arguments import Argnums, check_argnums, check_arguments, check_complex, pick, refuse_complex
 from functrans.api.checks import check_chunk_size, check_interpreter, check_randomness
 from functrans.api.compiled import TRACED, named_after
+from functrans.api.forward import jvp_with_argnums
 from functrans.api.pullbacks import Pullback, conjugated
-from functrans.api.transforms import (
-    differentiating,
-    jvp_with_argnums,
-    unit,
-    vjp_with_argnums,
-)
+from functrans.api.reverse import differentiating, vjp_with_argnums
 from functrans.api.vmap import vmap
-from functrans.boundary.factories import identity_for, model_of
+from functrans.boundary.factories import identity_for, model_of, ones_for
 from functrans.errors import Call, CallError
 from functrans.errors.wording import callable_name, what
 from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -153,7 +149,7 @@ def rows_of(out: Any, pullback: Pullback, chunk_size: int | None) -> Any:
         return pullback(tree_unflatten(spec, [shaped(b, o.shape) for b, o in zip(basis, leaves, strict=True)]))
 
     if len(leaves) == 1 and leaves[0].dim() == 0:  # one row: no batch, and no basis
-        return tree_unflatten(spec, [pullback(tree_unflatten(spec, [unit(leaves[0])]))])
+        return tree_unflatten(spec, [pullback(tree_unflatten(spec, [ones_for(leaves[0])]))])
     behind = pullback.rows() if chunk_size != 1 else None
     if behind is not None:
         pulled = vmap(behind[1], chunk_size=chunk_size)(behind[0])

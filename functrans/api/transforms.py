@@ -5,45 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from functrans.api.arguments import (
-    ALL,
-    Argnums,
-    Inputs,
-    argument_cure,
-    check_argnums_kind,
-    check_complex,
-    check_graph,
-    check_outputs,
-    check_scalar,
-    gradients_by,
-    pick,
-    split_aux,
-)
-from functrans.api.checks import call_function, check_callable, check_flag, check_interpreter
+from functrans.api.arguments import ALL, Argnums
+from functrans.api.checks import check_callable, check_flag, check_interpreter
 from functrans.api.compiled import TRACED, named_after
-from functrans.api.linear_functions import like
-from functrans.api.mismatches import refuse_tangent
-from functrans.api.pullbacks import Pullback, conjugated
-from functrans.api.structures import difference, path_of
-from functrans.boundary.facades import bare
-from functrans.boundary.factories import ones_for
-from functrans.boundary.leftovers import as_here
-from functrans.boundary.made_at import note_results
-from functrans.core.stack import run_transformed
-from functrans.core.tensor import WrapperTensor
-from functrans.errors import Call, CallError, CallTypeError, CallValueError
-from functrans.errors.wording import shown, what
-from functrans.interpreters.constants import as_own
+from functrans.api.forward import jvp_with_argnums
+from functrans.api.reverse import differentiating, grad_and_value_of, vjp_with_argnums
+from functrans.errors import Call
+from functrans.errors.wording import shown
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
-from functrans.operators.info import DIFFERENTIABLE
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import set_forward_enabled
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
 
 def grad(
@@ -160,79 +132,6 @@ def value_and_grad(
     return value_and_gradient
 
 
-def differentiating(transform: str, func: Any, argnums: Any, has_aux: Any, holomorphic: Any = False) -> Call:
-    """The call ``transform(func, argnums)``, checked as far as it can be without the arguments."""
-    if not (is_dynamo_compiling() or callable(func)):  # Dynamo does not know what is callable
-        check_callable(transform, func)
-    call = Call(transform, func, {"argnums": argnums} if has_aux is False else {"argnums": argnums, "has_aux": has_aux})
-    if holomorphic is not False:
-        call.arguments["holomorphic"] = holomorphic
-        check_flag(call, "holomorphic", holomorphic)
-    if type(argnums) is not int:
-        check_argnums_kind(call, argnums)
-    if has_aux is not False:
-        check_flag(call, "has_aux", has_aux)
-    return call
-
-
-def grad_and_value_of(
-    call: Call,
-    func: Callable[..., Any],
-    argnums: Argnums,
-    has_aux: bool,
-    holomorphic: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    cls: type[GradInterpreter] = GradInterpreter,
-) -> tuple[Any, Any]:
-    interpreter = cls(func)
-    inputs, value, index, aux = run_scalar(interpreter, call, func, argnums, has_aux, args, kwargs, holomorphic)
-    cotangents = {} if index is None else interpreter.pull({index: unit(bare(value))}, consume=True)
-    grads = inputs.collect(cotangents)
-    if holomorphic:
-        grads = tree_map(conjugated, grads)
-    inputs.write_back()
-    if STATE.top is not None:
-        note_results(2, grads, value, aux)
-    return grads, (value, aux) if has_aux else value
-
-
-def run_scalar(
-    interpreter: GradInterpreter,
-    call: Call,
-    func: Callable[..., Any],
-    argnums: Argnums,
-    has_aux: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    holomorphic: bool = False,
-) -> tuple[Inputs, Any, int | None, Any]:
-    """Run ``func``, which returns a scalar, at the level of ``interpreter``: the arguments, which are not written back
-    yet, the value, its index, aux."""
-    inputs = Inputs(interpreter, call, argnums, args, kwargs)
-    if holomorphic:
-        check_complex(call, "args", args, inputs.order)
-
-    def body() -> tuple[Any, Any, Any]:
-        out = call_function(call, func, inputs.args, inputs.kwargs)
-        aux = None
-        if has_aux:
-            out, aux = split_aux(call, out)
-            aux = tree_map(inputs.leave, aux)
-        check_scalar(call, out, bool(holomorphic))
-        value, index = inputs.leave(out), interpreter.index_of(bare(out))  # in this order: it may be a view to refresh
-        if index is None:
-            check_graph(interpreter)
-        return value, index, aux
-
-    return (inputs, *run_transformed(interpreter, body, enable_grad=True))
-
-
-def unit(value: Tensor) -> Tensor:
-    """The cotangent that a scalar's gradient starts from: a plain 1, whatever levels and batches ``value`` is of."""
-    return ones_for(value)
-
-
 def vjp(
     func: Callable[..., Any],
     *primals: Any,
@@ -273,60 +172,6 @@ def vjp(
         check_interpreter(call, interpreter, GradInterpreter)
     out, pullback, aux = vjp_with_argnums(call, func, primals, ALL, has_aux, None, interpreter)
     return (out, pullback, aux) if has_aux else (out, pullback)
-
-
-def vjp_with_argnums(
-    call: Call,
-    func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    argnums: Argnums,
-    has_aux: bool,
-    kwargs: Any = None,
-    cls: type[GradInterpreter] = GradInterpreter,
-) -> tuple[Any, Pullback, Any]:
-    """vjp with respect to some of the primals (for ALL the pullback returns a tuple)."""
-    interpreter = cls(func)
-    values, spec, pullback, aux = run_recorded(interpreter, call, func, primals, argnums, has_aux, kwargs)
-    if STATE.top is not None:
-        note_results(2, values, aux)
-    return tree_unflatten(spec, values), pullback, aux
-
-
-def run_recorded(
-    interpreter: GradInterpreter,
-    call: Call,
-    func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    argnums: Argnums,
-    has_aux: bool,
-    kwargs: Any = None,
-    *,
-    conjugate: bool = False,
-) -> tuple[list[Tensor], TreeSpec, Pullback, Any]:
-    """Run ``func`` at the level of ``interpreter``: the outputs, their structure, the pullback, aux."""
-    if not primals and argnums is ALL:
-        cure = f"The primals follow the function: {call.transform}(f, x, y)."
-        raise CallTypeError(call, "no primals", "at least one", cure)
-    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {})
-
-    def body() -> tuple[Any, Any, Any, Any]:
-        out = call_function(call, func, inputs.args, inputs.kwargs)
-        aux = None
-        if has_aux:
-            out, aux = split_aux(call, out)
-            aux = tree_map(inputs.leave, aux)
-        leaves, spec = tree_flatten(out)
-        check_outputs(call, out, leaves, differentiable=True)
-        values = [inputs.leave(o) for o in leaves]
-        indices = [interpreter.index_of(bare(o)) for o in leaves]
-        if not any(indices):
-            check_graph(interpreter)
-        return values, indices, spec, aux
-
-    values, indices, spec, aux = run_transformed(interpreter, body, enable_grad=True)
-    inputs.write_back()
-    pullback = Pullback(call, interpreter, inputs, [like(bare(v)) for v in values], indices, spec, conjugate=conjugate)
-    return values, spec, pullback, aux
 
 
 def jvp(
@@ -374,92 +219,3 @@ def jvp(
         check_interpreter(call, interpreter, JvpInterpreter)
     out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux, None, interpreter)
     return (out, tangent, aux) if has_aux else (out, tangent)
-
-
-def jvp_with_argnums(
-    call: Call,
-    func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: Any,
-    argnums: Argnums,
-    strict: bool,
-    has_aux: bool,
-    kwargs: Any = None,
-    cls: type[JvpInterpreter] = JvpInterpreter,
-) -> tuple[Any, Any, Any]:
-    """jvp with respect to some of the primals; ``tangents`` belongs to these."""
-    if not isinstance(primals, tuple):
-        cure = "Write tuple(primals)." if isinstance(primals, list) else "Write (x,) for one primal."
-        raise CallError(call, f"{what(primals)} as primals", "a tuple, so that f(*primals) is a valid call", cure)
-    moving = primals if argnums is ALL else pick(call, primals, argnums)
-    leaves, spec = tree_flatten(moving)
-    tangent_leaves, tangent_spec = leaves_like(tangents, spec)
-    if spec != tangent_spec:
-        raise CallError(call, *difference("tangents", tangents, "primals", moving))
-    if not leaves:
-        raise CallError(call, f"{what(primals)} as primals", "at least one tensor")
-    for place, (p, t) in enumerate(zip(leaves, tangent_leaves, strict=True)):
-        if not isinstance(p, Tensor):
-            cure = argument_cure(p)
-            raise CallError(call, f"{what(p)} as {path_of('primals', moving, place)}", "a tensor", cure)
-        if p.dtype not in DIFFERENTIABLE:
-            got = f"a tensor of dtype {p.dtype} as {path_of('primals', moving, place)}"
-            raise CallValueError(call, got, "a floating-point or complex dtype", "Convert it, e.g. with .float().")
-        if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype or p.device != t.device:
-            refuse_tangent(call, p, t, place, moving)
-    values, found, out_spec, aux, inputs = run_forward(
-        call, func, primals, tangent_leaves, argnums, strict, has_aux, kwargs, cls
-    )
-    inputs.write_back()
-    out_tangents = [torch.zeros_like(bare(v)) if t is None else t for v, t in zip(values, found, strict=True)]
-    out_tangents = gradients_by(values, out_tangents)
-    if STATE.top is not None:
-        note_results(2, values, out_tangents, aux)
-    return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
-
-
-def run_forward(
-    call: Call,
-    func: Callable[..., Any],
-    primals: tuple[Any, ...],
-    tangents: list[Tensor],
-    argnums: Argnums,
-    strict: bool,
-    has_aux: bool,
-    kwargs: Any = None,
-    cls: type[JvpInterpreter] = JvpInterpreter,
-) -> tuple[list[Tensor], list[Tensor | None], TreeSpec, Any, Inputs]:
-    """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero), their structure, aux, and the
-    arguments, which are not written back yet."""
-    interpreter = cls(func)
-    interpreter.seeds = tangents
-    pairs = map(bare, tangents)
-    dual = lambda v: interpreter.dual(v, as_here(next(pairs)))
-    inputs = Inputs(interpreter, call, argnums, primals, kwargs or {}, dual)
-
-    def body() -> tuple[Any, Any, Any, Any]:
-        set_forward_enabled(True)
-        out = call_function(call, func, inputs.args, inputs.kwargs)
-        aux = None
-        if has_aux:
-            out, aux = split_aux(call, out)
-            aux = tree_map(inputs.leave, aux)
-        out_leaves, out_spec = tree_flatten(out)
-        check_outputs(call, out, out_leaves)
-        values = [inputs.leave(o) for o in out_leaves]
-        below = map(bare, out_leaves)
-        found = [
-            as_own(interpreter.below, o.tangent) if type(o) is WrapperTensor and o.interpreter is interpreter else None
-            for o in below
-        ]
-        if strict and any(t is None for t in found):
-            independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
-            raise CallError(
-                call,
-                f"{independent}, which does not depend on the primals",
-                "outputs that do, since strict=True",
-                "Pass strict=False for zero tangents.",
-            )
-        return values, found, out_spec, aux
-
-    return (*run_transformed(interpreter, body), inputs)

@@ -23,7 +23,7 @@ def model_of(x: Tensor) -> Tensor | None:
 
 
 def ones_for(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Ones, at the base, of ``x``'s dtype unless another is given."""
+    """Ones at the base, whatever levels and batches ``x`` is of; of its dtype unless another is given."""
     dtype = dtype or x.dtype
     with door_closed():
         model = model_of(x)
@@ -31,7 +31,7 @@ def ones_for(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
 
 
 def range_for(x: Tensor, n: int) -> Tensor:
-    """0, 1, ..., n - 1."""
+    """The numbers from 0 to n - 1, at the base."""
     if model_of(x) is None:
         return torch.arange(n, device=x.device)
     return ones_for(x, n, dtype=torch.int64).cumsum(0) - 1

@@ -33,17 +33,17 @@ def as_here(x: Any, expected: bool = False) -> Any:
     given, ended = x, False
     while type(x) is WrapperTensor and not x.interpreter.alive:
         interpreter = x.interpreter
-        stand_in = interpreter.stand_in
+        stands_for = interpreter.stands_for
         if x.view_link is not None:
-            refresh(x, stand_in is not None)
-        expected = expected or stand_in is not None
+            refresh(x, stands_for is not None)
+        expected = expected or stands_for is not None
         ended = ended or not expected
         if interpreter.values_remain or interpreter.is_constant(x):
             x = x.value
-        elif stand_in is None:
+        elif stands_for is None:
             raise DeadWrapperError(given) from None
         else:
-            x = stand_in(x)
+            x = stands_for(x)
     if ended:
         warn_of(given)
     return x
@@ -116,21 +116,21 @@ def check_thread(owner: Interpreter) -> None:
 class suspended:
     """Context: code runs in the place of ``interpreter``; see NOTE [Leftovers].
 
-    ``stand_in``: what a wrapper stands for, where that is not its value.
+    ``stands_for``: what a wrapper stands for, where that is not its value.
     """
 
-    __slots__ = ("before", "interpreter", "stand_in")
+    __slots__ = ("before", "interpreter", "stands_for")
 
     def __init__(
-        self, interpreter: Interpreter, stand_in: Callable[[WrapperTensor], Any] = attrgetter("value")
+        self, interpreter: Interpreter, stands_for: Callable[[WrapperTensor], Any] = attrgetter("value")
     ) -> None:
         self.interpreter = interpreter
-        self.stand_in = stand_in
+        self.stands_for = stands_for
 
     def __enter__(self) -> None:
         interpreter = self.interpreter
-        self.before = interpreter.alive, interpreter.stand_in
-        interpreter.alive, interpreter.stand_in = False, self.stand_in
+        self.before = interpreter.alive, interpreter.stands_for
+        interpreter.alive, interpreter.stands_for = False, self.stands_for
 
     def __exit__(self, *exc: object) -> None:
-        self.interpreter.alive, self.interpreter.stand_in = self.before
+        self.interpreter.alive, self.interpreter.stands_for = self.before

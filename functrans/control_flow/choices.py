@@ -16,8 +16,9 @@ from functrans.core.tensor import WrapperTensor
 from functrans.errors import CallError, CallTypeError, MissingRuleError, UndecidedError
 from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
+from functrans.pytorch.control_flow import TRACING_MODES, FakeTensor
 from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import TRACING_MODES, FakeTensor, mode_of_kind, torch_pytree
+from functrans.pytorch.torch_private import mode_of_kind, torch_pytree
 from functrans.tensors.described import shown
 
 

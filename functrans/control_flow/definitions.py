@@ -17,7 +17,8 @@ from functrans.control_flow.choices import Sides, Split, check_alike, decide
 from functrans.control_flow.mapped import mapped
 from functrans.control_flow.table import DEFINITIONS
 from functrans.errors import CallError, CallTypeError
-from functrans.pytorch.torch_private import kept_by, torch_pytree
+from functrans.pytorch.control_flow import kept_by
+from functrans.pytorch.torch_private import torch_pytree
 from functrans.tensors.described import shown
 
 higher_order: Any = torch.ops.higher_order

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from functrans.core.dispatch import scan
 from functrans.core.stack import run_transformed
-from functrans.core.tensor import WrapperTensor
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
 from functrans.pytorch.torch_private import torch_pytree
@@ -21,7 +20,7 @@ def mapped(function: Callable[..., Any], xs: Sequence[Tensor]) -> Any:
 
     def leave(out: Any) -> Any:
         """One level down: the physical tensor, and where its batch is."""
-        if type(out) is not WrapperTensor or out.interpreter is not interpreter:
+        if not interpreter.owns(out):
             return out, None
         scan((out,))
         return out.value, out.bdim

@@ -1,12 +1,11 @@
 """How an operator gets from the door to an interpreter, and down the stack to plain PyTorch.
 
-    y = torch.sin(x)                   x: a wrapper of level 2 around a wrapper of level 1 around plain data
-      └ door                           make it pure                (door/torch_function.py, functionalization/writes.py)
-        └ dispatch                     top level among the arguments: 2
-          └ level 2 .process           its rule lowers:
-            └ lower, dispatch          a Python call; top level among the arguments: 1
-              └ level 1 .process
-                └ lower, base          plain PyTorch
+    y = torch.sin(x)              x: a wrapper of level 2 around a wrapper of level 1 around plain data
+      └ door                      makes it pure; the top level among the arguments is 2      (door/, functionalization/)
+        └ level 2 .process        its rule lowers:                          (interpreters/, each with an interpreter.py)
+          └ lower, dispatch       a Python call; the top level among the arguments is 1
+            └ level 1 .process
+              └ lower, base       plain PyTorch
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def dispatch(op: Operator, args: Any, kwargs: dict[str, Any], watcher: Interpret
     except AttributeError:
         known = op_info(op)
     owner: Interpreter | None = None
-    for a in args:  # what ``scan`` finds, where there is nothing but tensors and numbers
+    for a in args:  # what ``scan`` finds, without the call where there is nothing but tensors and numbers
         kind = type(a)
         if kind is WrapperTensor or kind is PendingWrapper:
             if a.view_link is not None:

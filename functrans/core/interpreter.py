@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,14 +30,13 @@ class Interpreter:
     differentiates: ClassVar[bool] = False
     #: Whether one run of the function stands for many, so that a write to a captured tensor would be repeated.
     repeats_writes: ClassVar[bool] = False
-    #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed
-    #: (interpreters/autograd_fallback.py).
+    #: Whether its wrappers carry PyTorch's own autograd state, for a derivative that is borrowed.
     carries_autograd: ClassVar[bool] = False
     #: Whether it is asked about every operator that code above it runs, on captured tensors too.
     sees_everything: ClassVar[bool] = False
-    #: Whether lowering an operator is running it at the base, in the grad mode that is on.
+    #: Whether lowering an operator is running it at the base, in the grad mode that is on. (Found once: asked often.)
     on_base: bool = False
-    #: Whether lowering is otherwise a mere call: no mode to switch, no branch below.
+    #: Whether lowering is otherwise a mere call: no mode to switch, no branch below. (Found once, too.)
     lowers_plainly: bool = True
     #: The branch that code at this level is in, or None; see NOTE [Branches] in interpreters/branch.py.
     within: Any = None
@@ -48,13 +47,12 @@ class Interpreter:
     #: Whether the value of a wrapper says all there is to say of it once the transform has ended.
     values_remain: ClassVar[bool] = False
     #: What its wrappers stand for while code runs in its place; see NOTE [Leftovers].
-    stand_in: Any = None
+    stands_for: Any = None
     #: The thread in which it runs; None: it does not run yet, or in any.
     thread: int | None = None
 
     def __init_subclass__(cls, *, whole: bool = False) -> None:
-        """``whole``: ``process`` takes programs as they are. Not inherited: a subclass may mean something else by an
-        operator."""
+        """``whole``: as the attribute. Not inherited: a subclass may mean something else by an operator."""
         check_payload(cls)
         cls.whole = whole
 
@@ -73,12 +71,18 @@ class Interpreter:
         self.on_base = self.below is None and outer_modes_on
 
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``op`` at this level. At least one argument is a wrapper of this interpreter, or ``op`` is random."""
+        """Run ``op`` at this level: one of its arguments is a wrapper of it, or ``op`` is random, or it watches."""
         raise NotImplementedError
 
-    def owns(self, x: Any) -> bool:
+    def owns(self, x: Any) -> TypeGuard[WrapperTensor]:
         """Whether ``x`` is a wrapper of this interpreter."""
         return type(x) is WrapperTensor and x.interpreter is self
+
+    def value_of(self, a: Any) -> Any:
+        """An argument, or a list of them, one level down; what is no wrapper of this interpreter stays as it is."""
+        if type(a) is WrapperTensor:
+            return a.value if a.interpreter is self else a
+        return [self.value_of(v) for v in a] if type(a) in (list, tuple) else a
 
     def process_higher_order(self, op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator that takes functions, such as ``cond``, which was called at this level.
@@ -115,8 +119,7 @@ class Interpreter:
         return all(getattr(wrapper, name) is None for name in self.payload)
 
     def records(self, wrapper: WrapperTensor) -> bool:
-        """Whether what is computed with ``wrapper`` is recorded to be pulled back through: what ``requires_grad`` says
-        of it."""
+        """What ``wrapper.requires_grad`` says: whether what is computed with it is recorded to be pulled back."""
         return False
 
     def grad_fn(self, wrapper: WrapperTensor) -> Any:
@@ -147,11 +150,8 @@ class Interpreter:
         """``old``'s value and ``new``, brought to one layout one level down."""
         return old.value, new
 
-    def merge_payload(
-        self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
-        """Let tensors that the transform keeps on ``merged`` have the history that ``merge`` gives them of
-        ``old``'s."""
+    def merge_payload(self, merged: WrapperTensor, old: WrapperTensor, merge: Callable[..., Tensor]) -> None:
+        """Let tensors that are kept on ``merged`` have the history that ``merge`` gives them of ``old``'s."""
 
     def before_write(self, target: Tensor) -> None:
         """``target``, of a lower level or the base, is about to be written: take care of what was saved of it."""

@@ -59,8 +59,7 @@ def interpreter_stack() -> list[Interpreter]:
 def run_transformed(interpreter: Interpreter, body: Callable[[], Any], *, enable_grad: bool = False) -> Any:
     """Run ``body`` with ``interpreter`` on top of the stack; whatever happens, leave the thread as it was.
 
-    ``interpreter`` was made at this level and has not run, or it is an InterpreterError. ``enable_grad`` switches the
-    new level's grad mode on.
+    ``interpreter`` was made here and has not run, else InterpreterError. ``enable_grad``: with its grad mode on.
     """
     if STATE.top is None and is_key_included(PRE_DISPATCH):
         with traced_behind_autograd():

@@ -35,7 +35,7 @@ MOST = 16
 def may_be_differentiated(x: Tensor) -> bool:
     """Whether a level below, or PyTorch's own autograd, follows ``x``."""
     while type(x) is WrapperTensor:
-        if not x.interpreter.is_constant(x) and x.interpreter.kind != "vmap":
+        if not x.interpreter.is_constant(x) and not x.interpreter.repeats_writes:
             return True
         x = x.value
     return x.requires_grad or forward_ad._current_level >= 0 or is_torch_func_active()

@@ -43,8 +43,9 @@ from functrans.interpreters.transpose import TransposeInterpreter, transpose_rul
 from functrans.interpreters.vmap.function import vmap_rule
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.written_inputs import on_copies, writes_inputs
+from functrans.pytorch.modules import ModuleHook
 from functrans.pytorch.thread_state import STATE, lowered, running_at
-from functrans.pytorch.torch_private import ModuleHook, mode_stack_size
+from functrans.pytorch.torch_private import mode_stack_size
 
 _original: Any = Function.__dict__["apply"]
 
@@ -138,7 +139,7 @@ def send(level: Interpreter | None, cls: type[Function], args: Sequence[Any]) ->
     raise CustomFunctionError(
         cls,
         f"was applied inside {level.name}, which has no rule for it",
-        "Add one to functrans.door.autograd_function.FUNCTION_RULES.",
+        "Add one to functrans.extend.FUNCTION_RULES.",
     )
 
 
@@ -154,5 +155,5 @@ FUNCTION_RULES: dict[type[Interpreter], Callable[..., Any]] = {
     VmapInterpreter: vmap_rule,
 }
 
-# The only place where PyTorch can be told of the stack: apply has no dispatch of its own.
+# apply has no dispatch of its own, so PyTorch is told of the stack here.
 Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]

@@ -18,7 +18,7 @@ from torch.autograd import graph
 
 from functrans.core.tensor import WrapperTensor
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.pytorch.torch_private import ENGINE_CALLBACK, MultiHandle, graph_task, trackers
+from functrans.pytorch.modules import ENGINE_CALLBACK, MultiHandle, graph_task, trackers
 
 _original = graph.register_multi_grad_hook
 

@@ -110,7 +110,7 @@ def over_rows(function: Callable[[list[Any]], list[Any]], cotangents: list[Any])
 
 def values_at(level: Interpreter, xs: Iterable[Any]) -> list[Any]:
     """What ``xs`` are one level down."""
-    return [x.value if type(x) is WrapperTensor and x.interpreter is level else x for x in xs]
+    return [level.value_of(x) for x in xs]
 
 
 def added(a: Any, b: Any) -> Any:
@@ -168,12 +168,12 @@ def of_cotangents_alone(
 
 
 def bdim_at(level: VmapInterpreter, x: Any) -> int | None:
-    return x.bdim if type(x) is WrapperTensor and x.interpreter is level else None
+    return x.bdim if level.owns(x) else None
 
 
 def of_batch(level: VmapInterpreter, c: Any, like: WrapperTensor, rows: bool = False) -> Tensor:
     """The cotangent ``c`` of ``like``, for the whole batch."""
-    if type(c) is WrapperTensor and c.interpreter is level:
+    if level.owns(c):
         if c.bdim is not None:
             return c.value.movedim(c.bdim, like.bdim + rows)
         c = c.value
@@ -190,7 +190,7 @@ def of_one(level: VmapInterpreter, out: Any, c: Any, k: int, rows: bool) -> Tens
 
 def jvp_rule(level: JvpInterpreter, outs: list[Any], ins: list[Any], cotangents: list[Any], how: How) -> list[Any]:
     """The tangent of a gradient by ``z`` is the gradient of the tangent, less its part by the tangent of ``z``."""
-    tangent_of = lambda x: x.tangent if type(x) is WrapperTensor and x.interpreter is level else None
+    tangent_of = lambda x: x.tangent if level.owns(x) else None
     values, below, given = (values_at(level, xs) for xs in (outs, ins, cotangents))
     moving = [(tangent_of(o), c) for o, c in zip(outs, given, strict=True) if tangent_of(o) is not None]
     of_cotangents = [(o, tangent_of(c)) for o, c in zip(values, cotangents, strict=True) if tangent_of(c) is not None]

@@ -11,15 +11,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.control_flow.definitions import generic_associative_scan
+from functrans.pytorch.control_flow import FLEX_ATTENTION, associative_module, kept_by, replace_in_flex_attention
 from functrans.pytorch.imports import when_imported
 from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import (
-    FLEX_ATTENTION,
-    associative_module,
-    kept_by,
-    replace_in_flex_attention,
-    torch_pytree,
-)
+from functrans.pytorch.torch_private import torch_pytree
 
 _cond = type(torch.ops.higher_order.cond)
 _original_cond = _cond.__call__

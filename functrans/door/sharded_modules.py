@@ -29,18 +29,18 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.door.dtensor import FromLocal, in_batch, module
 from functrans.errors import InsideTransformError
-from functrans.pytorch.imports import when_imported
-from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import (
+from functrans.pytorch.distributed import (
     FSDP_BEFORE,
     FSDP_STATES,
     forget_call,
     parameter_at,
     places_of,
     replace_in_fsdp,
-    special,
     swap_tensor,
+    why_not_gathered,
 )
+from functrans.pytorch.imports import when_imported
+from functrans.pytorch.thread_state import STATE
 
 WHOLE = "functional_call of the module as it was, with full_tensor() of each parameter"
 
@@ -136,7 +136,7 @@ def is_sharded(x: Tensor) -> bool:
 
 def gathered(top: Interpreter, group: Any, parameter: Any, x: Tensor) -> Tensor:
     """The whole of ``x``, which is in the place of ``parameter``."""
-    why = special(parameter)
+    why = why_not_gathered(parameter)
     if why is not None:
         raise InsideTransformError(f"calling a module of fully_shard {why}", top.name, WHOLE)
     own = parameter.sharded_param

@@ -28,13 +28,13 @@ PACKAGES = tuple(STANDARD + name + os.sep for name in ("site-packages", "dist-pa
 OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
 CALLED = (
-    "api/arguments", "api/batches", "api/functionalize", "api/jacobians", "api/linear", "api/modules", "api/pullbacks",
-    "api/rearrange", "api/rows_and_columns", "api/transforms", "api/vmap", "boundary/made_at", "core/interpreter",
-    "core/stack", "core/tensor", "door/autograd_function", "door/backward", "door/entrances", "door/leaves",
-    "door/operator_entrances", "door/program_entrances", "door/torch_dispatch", "door/torch_function",
-    "explanation/comparing", "explanation/explaining", "explanation/recording", "explanation/trace",
-    "explanation/watching", "extend", "interpreters/function_context", "interpreters/grad/function",
-    "interpreters/jvp/function", "interpreters/vmap/function", "tensors/answers",
+    "api/arguments", "api/batches", "api/forward", "api/functionalize", "api/jacobians", "api/linear", "api/modules",
+    "api/pullbacks", "api/rearrange", "api/reverse", "api/rows_and_columns", "api/transforms", "api/vmap",
+    "boundary/made_at", "core/interpreter", "core/stack", "core/tensor", "door/autograd_function", "door/backward",
+    "door/entrances", "door/leaves", "door/operator_entrances", "door/program_entrances", "door/torch_dispatch",
+    "door/torch_function", "explanation/comparing", "explanation/explaining", "explanation/recording",
+    "explanation/trace", "explanation/watching", "extend", "interpreters/function_context",
+    "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function", "tensors/answers",
 )  # fmt: skip
 
 

@@ -20,8 +20,9 @@ from functrans.explanation.watching import Watch, Watched, WatchedInterpreters, 
 from functrans.interpreters.failures import name_of
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.operators.info import PURE, SPECIAL, OpInfo, op_info
+from functrans.pytorch.dynamo import leave_alone
 from functrans.pytorch.thread_state import DOOR, OBSERVERS, STATE, modes_on, set_modes
-from functrans.pytorch.torch_private import Mode, OpOverload, leave_alone
+from functrans.pytorch.torch_private import Mode, OpOverload
 
 #: What operators and programs are called, which takes a while to write down, by what is known of them.
 NAMES: dict[OpInfo | str, str] = {}
@@ -227,7 +228,7 @@ class Observer(Mode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = facts(func)
+        known = info_of(func)
         name = named(func) if known is not None else name_of(func) if isinstance(func, OpOverload) else func.name()
         if name.startswith("prim."):  # PyTorch asks a tensor of another subclass for its device: no operator
             return func(*args, **kwargs)
@@ -246,7 +247,7 @@ class Observer(Mode):
 leave_alone(Observer.__torch_dispatch__)
 
 
-def facts(op: Any) -> OpInfo | None:
+def info_of(op: Any) -> OpInfo | None:
     """What is known of an operator; None: it takes functions, or is one that PyTorch has but a name for."""
     try:
         return op_info(op) if isinstance(op, OpOverload) else None

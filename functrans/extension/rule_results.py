@@ -149,7 +149,7 @@ def checked_output(
     cure = f"Return interpreter.carry(value{payload}); interpreter.constant(value) where nothing is carried."
     if not hasattr(interpreter, "carry"):
         expected, cure = "a tensor", "Return a value of the level below, as the arguments are."
-    if type(out) is not WrapperTensor or out.interpreter is not interpreter:
+    if not interpreter.owns(out):
         raise wrong(interpreter, op, kind_of(out) + which, expected, cure)
     missing = [name for name in interpreter.payload if not hasattr(out, name)]
     if missing:

@@ -15,8 +15,8 @@ from functrans.errors import InsideTransformError
 from functrans.functionalization.hidden_effects import stands_in_for
 from functrans.functionalization.writes import write
 from functrans.operators.info import OpInfo
+from functrans.pytorch.distributed import FUNCTIONAL_COLLECTIVES, IN_PLACE_COLLECTIVES, finished_work
 from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import FUNCTIONAL_COLLECTIVES, IN_PLACE_COLLECTIVES, finished_work
 
 
 def all_reduce(collectives: Any, tensors: Any, group: Any, reduce_op: Any, *rest: Any) -> list[Any]:

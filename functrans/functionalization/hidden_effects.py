@@ -18,7 +18,7 @@ from functrans.operators.info import STAND_INS, OpInfo, op_info
 from functrans.operators.schemas import taken_apart
 from functrans.pytorch import thread_state
 from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import FAKE_MODE, OpOverload, mode_of_kind
+from functrans.pytorch.torch_private import OpOverload, mode_kinds, mode_of_kind
 from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ def real_zeros(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def made_inside(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
     made, owner = args[0], scan(args, kwargs)[0]
-    if owner is None and mode_of_kind(FAKE_MODE) is not None:  # which takes no others than its own
+    if owner is None and mode_of_kind(mode_kinds.FAKE) is not None:  # which takes no others than its own
         made = base(aten.lift_fresh_copy.default, (made,), {})
     return lift(made, owner, STATE.top)
 

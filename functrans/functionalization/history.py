@@ -46,9 +46,7 @@ def _merge(old: Tensor, new: Tensor, recording: bool, everywhere: bool) -> Tenso
             with torch.no_grad():
                 return merged.copy_(new)
     interpreter = max((x.interpreter for x in (old, new) if type(x) is WrapperTensor), key=lambda i: i.level)
-    old, new = (
-        x if type(x) is WrapperTensor and x.interpreter is interpreter else interpreter.constant(x) for x in (old, new)
-    )
+    old, new = (x if interpreter.owns(x) else interpreter.constant(x) for x in (old, new))
     old_value, new = interpreter.aligned(old, new)
     value = _merge(old_value, new.value, recording and interpreter.outer_grad_mode, everywhere)
     if interpreter.keeps_history(recording, everywhere):

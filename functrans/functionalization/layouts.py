@@ -149,7 +149,7 @@ def wrap_showing(
 def set_content(wrapper: WrapperTensor, new: Tensor) -> None:
     """Let ``wrapper`` hold what ``new``, of the same level or below, holds."""
     interpreter = wrapper.interpreter
-    if type(new) is not WrapperTensor or new.interpreter is not interpreter:
+    if not interpreter.owns(new):
         new = interpreter.constant(new)
     wrapper.value = new.value
     for name in interpreter.payload:

@@ -219,16 +219,16 @@ def link_view(
     view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: Any, index: int | None
 ) -> None:
     parent = viewed.view_link
-    root = viewed
+    source = viewed
     if parent is not None:
         owner, group = parent.owner, parent.group
         if parent.base is not None:
-            root = parent.base
+            source = parent.base
     else:
         owner, group = viewed, viewed.alias_group
         if group is None:
             group = viewed.alias_group = AliasGroup()
-    view.view_link = ViewLink(owner, parent, group, None if op is DETACH else root, op, args[1:], kwargs, index)
+    view.view_link = ViewLink(owner, parent, group, None if op is DETACH else source, op, args[1:], kwargs, index)
     if op is aten.as_strided.default:
         view.view_link.start = storage_offset_of(viewed)
     view.synced_version = group.version

@@ -45,20 +45,20 @@ def write_back_by_index(steps: list[ViewLink], before: Tensor, new: Tensor, fill
     for step in steps:
         if step.op not in MOVES and step.op not in BY_INDEX:
             raise InsideTransformError(f"a write through a view that {step.op} made", "a transform", "a copy of it")
-    seen = torch.arange(math.prod(before.shape), device=before.device).reshape(before.shape)
+    at = torch.arange(math.prod(before.shape), device=before.device).reshape(before.shape)
     with running_at(None):
         for step in steps:
-            seen = step.op(seen, *step.args, **step.kwargs)
-            seen = seen if step.index is None else seen[step.index]
-    return put(seen, before, new, filled)
+            at = step.op(at, *step.args, **step.kwargs)
+            at = at if step.index is None else at[step.index]
+    return put(at, before, new, filled)
 
 
-def put(seen: Tensor, before: Tensor, new: Tensor, filled: bool) -> Tensor:
-    """``before`` with the elements of ``new`` where ``synced_version`` has their positions."""
-    flat_positions = dispatch(aten.reshape.default, (seen, [-1]), {})
+def put(at: Tensor, before: Tensor, new: Tensor, filled: bool) -> Tensor:
+    """``before`` with the elements of ``new`` at the positions ``at``."""
+    flat_positions = dispatch(aten.reshape.default, (at, [-1]), {})
     flat = dispatch(aten.reshape.default, (before, [-1]), {})
     values = dispatch(aten.reshape.default, (new, [-1]), {})
-    if not filled and len(torch.unique(seen)) != math.prod(seen.shape):
+    if not filled and len(torch.unique(at)) != math.prod(at.shape):
         raise RuntimeError(
             "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
             "Please clone() the tensor before performing the operation."
@@ -81,12 +81,12 @@ def _back_as_strided(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     own_last = start + sum((n - 1) * s for n, s in zip(before.shape, before.stride(), strict=True))
     if start <= offset <= last <= own_last and own_last - start + 1 == math.prod(before.shape):
         return _send(aten.as_strided_scatter.default, before, changed, *step.args)
-    seen = positions(places(size, stride, offset), places(before.shape, before.stride(), start))
-    if seen is None:
+    at = positions(places(size, stride, offset), places(before.shape, before.stride(), start))
+    if at is None:
         raise InsideTransformError(
             "a write through as_strided beyond the tensor that it was called on", "a transform", "indices"
         )
-    return put(seen, before, changed, False)
+    return put(at, before, changed, False)
 
 
 def _back_permuted(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:

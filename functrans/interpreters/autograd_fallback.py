@@ -28,7 +28,7 @@ from functrans.core.tensor import WrapperTensor, check_layout, strides_of, wrap_
 from functrans.derivatives.constants import PLACES
 from functrans.errors import MissingRuleError, NoFormulaError
 from functrans.operators.info import op_info
-from functrans.pytorch.thread_state import STATE, Snapshot, forward_level, running_at, unchanged
+from functrans.pytorch.thread_state import STATE, Snapshot, forward_level, in_modes, running_at, unchanged
 from functrans.pytorch.torch_private import (
     AUTOGRAD,
     OpOverload,
@@ -73,26 +73,13 @@ class ShadowInterpreter(Interpreter):
             return shadow_of(self, args[0].value)
         if op is aten._has_same_storage_numel.default:
             return True
-        args = [self._value(a) for a in args]
-        kwargs = {k: self._value(v) for k, v in kwargs.items()}
+        args = [self.value_of(a) for a in args]
+        kwargs = {k: self.value_of(v) for k, v in kwargs.items()}
         if op is aten.view_as_real.default:  # of ``real``: a shadow does not show that its value is a lazy conjugate
             args[0] = _below(self, aten.resolve_conj.default, args, {})
-        enabled, forward = torch.is_grad_enabled(), is_forward_enabled()
-        try:
-            set_grad_enabled(self.grad_mode)
-            set_forward_enabled(self.forward_mode)
+        with in_modes(self.grad_mode, self.forward_mode):
             out = _below(self, op, args, kwargs)
-        finally:
-            set_grad_enabled(enabled)
-            set_forward_enabled(forward)
         return map_tensors(self.constant, out)
-
-    def _value(self, a: Any) -> Any:
-        if type(a) is WrapperTensor and a.interpreter is self:
-            return a.value
-        if type(a) in (list, tuple):
-            return [self._value(v) for v in a]
-        return a
 
     def constant(self, value: Tensor) -> WrapperTensor:
         return shadow_of(self, value)

@@ -51,15 +51,16 @@ class BranchInterpreter(Interpreter, whole=True):
         self.outside: dict[int, tuple[Tensor, WrapperTensor]] = {}
 
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
-        values, below_kwargs = [self.value_of(a) for a in args], {k: self.value_of(a) for k, a in kwargs.items()}
+        values = [self.value_inside(a) for a in args]
+        below_kwargs = {name: self.value_inside(a) for name, a in kwargs.items()}
         return map_tensors(self.constant, lower(self, op, values, below_kwargs))
 
-    def value_of(self, a: Any) -> Any:
+    def value_inside(self, a: Any) -> Any:
         """An argument one level down."""
         a = self.enter(a)
         if isinstance(a, WrapperTensor):
             return a.value
-        return [self.value_of(v) for v in a] if type(a) in (list, tuple) else a
+        return [self.value_inside(v) for v in a] if type(a) in (list, tuple) else a
 
     def enter(self, a: Any) -> Any:
         """An argument as code in the branch sees it; see NOTE [Branches]."""
@@ -78,7 +79,7 @@ class BranchInterpreter(Interpreter, whole=True):
 
     def leave(self, out: Any) -> Any:
         """What the branch returns, one level down."""
-        if type(out) is WrapperTensor and out.interpreter is self:
+        if self.owns(out):
             scan((out,))
             return out.value
         return out

@@ -30,12 +30,8 @@ def unwrapped(interpreter: Interpreter, args: Sequence[Any]) -> tuple[list[bool]
 
     As without transforms, what containers hold is a constant for backward and jvp; vmap batches it.
     """
-
-    def below(x: Any) -> Any:
-        return x.value if type(x) is WrapperTensor and x.interpreter is interpreter else x
-
-    mine = [type(a) is WrapperTensor and a.interpreter is interpreter for a in args]
-    return mine, [a if type(a) in WITHOUT_TENSORS else tree_map(below, a) for a in args]
+    mine = [interpreter.owns(a) for a in args]
+    return mine, [a if type(a) in WITHOUT_TENSORS else tree_map(interpreter.value_of, a) for a in args]
 
 
 def is_setup_style(cls: type[Function]) -> bool:

@@ -23,13 +23,10 @@ from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.hooks_below import hook_below
 from functrans.operators.info import PURE, VIEW, OpInfo, op_info
 from functrans.operators.schemas import taken_apart
-from functrans.pytorch.thread_state import lowered, running_at
+from functrans.pytorch.thread_state import in_modes, lowered, running_at
 from functrans.pytorch.torch_private import (
     OpOverload,
-    is_forward_enabled,
     no_dispatch,
-    set_forward_enabled,
-    set_grad_enabled,
 )
 
 aten = torch.ops.aten
@@ -44,12 +41,6 @@ class FunctionalizeInterpreter(Interpreter):
         super().__init__(func)
         self.copies = copies
 
-    def value_of(self, a: Any) -> Any:
-        """An argument one level down."""
-        if type(a) is WrapperTensor and a.interpreter is self:
-            return a.value
-        return [self.value_of(v) for v in a] if type(a) in (list, tuple) else a
-
     def process(self, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         known: OpInfo = op_info(op)
         if known.composite:
@@ -63,14 +54,8 @@ class FunctionalizeInterpreter(Interpreter):
         if op not in COPIES:
             raise InsideTransformError(str(op), f"{self.name} with remove='mutations_and_views'", "remove='mutations'")
         if op is aten.detach.default:  # PyTorch differentiates detach_copy
-            grad, forward = torch.is_grad_enabled(), is_forward_enabled()
-            try:
-                set_grad_enabled(False)
-                set_forward_enabled(False)
+            with in_modes(False, False):
                 out = lower(self, COPIES[op], values, below_kwargs)
-            finally:
-                set_grad_enabled(grad)
-                set_forward_enabled(forward)
         else:
             out = lower(self, COPIES[op], values, below_kwargs)
         if type(args[0]) is not WrapperTensor or args[0].layout is not torch.strided:

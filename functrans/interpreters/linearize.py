@@ -25,8 +25,8 @@ from functrans.functionalization.history import with_history_of
 from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.grad.nodes import snapshot, tensors_in
 from functrans.operators.info import OpInfo, op_info
-from functrans.pytorch.thread_state import lowered
-from functrans.pytorch.torch_private import OpOverload, set_grad_enabled
+from functrans.pytorch.thread_state import in_modes, lowered
+from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
 
 
 class Variable(NamedTuple):
@@ -50,13 +50,11 @@ class Step:
     def run(self, values: dict[int, Tensor]) -> None:
         """Run it again, on ``values`` by variable, and add its outputs to them."""
         args, kwargs = in_place_of_variables(self.args, values), in_place_of_variables(self.kwargs, values)
-        enabled = torch.is_grad_enabled()
-        try:
-            if self.cut:
-                set_grad_enabled(False)
+        if self.cut:
+            with in_modes(False, is_forward_enabled()):
+                out = self.op(*args, **kwargs)
+        else:
             out = self.op(*args, **kwargs)
-        finally:
-            set_grad_enabled(enabled)
         values.update(zip(self.outs, tensors_in([out]), strict=True))
 
 

@@ -1,1 +1,1 @@
-"""What is known of an operator: its facts, and the tables of rules."""
+"""What is known of an operator (``info``), and the tables of rules."""

@@ -26,7 +26,7 @@ PURE = 0
 VIEW = 1
 #: Writes to an argument.
 WRITE = 2
-#: Handled by a function of the mutation layer (operators whose schema hides what they write).
+#: Handled by a function of functionalization/hidden_effects.py (operators whose schema hides what they write).
 SPECIAL = 3
 
 
@@ -46,7 +46,7 @@ PYTORCH_NAMESPACES = frozenset(("aten", "prims", "prim"))
 
 
 class OpInfo:
-    """Facts about one operator overload."""
+    """What is known of one operator overload."""
 
     #: whether it is an operator that the library wrote itself: see functrans.programs
     program: ClassVar[bool] = False

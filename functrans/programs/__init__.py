@@ -18,7 +18,7 @@ def program(a, b):
     return sin(a), mul(b, cos(a))
 
 The modules, in the order to read them: ``program`` (what a program is), ``tracing`` (formulas written down),
-``deriving`` (tangents and pullbacks), ``operators`` (the programs of operators), ``admission`` (what may be in them).
+``deriving`` (tangents and pullbacks), ``operators`` (the programs of operators), ``fusible`` (what may be in them).
 The transforms' rules are in interpreters/grad/programs.py and beside.
 
 NOTE [What programs cover]

@@ -40,7 +40,7 @@ def call(op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
 class Program:
     """Straight-line code of pointwise operators on ``inputs`` values: an operator that the library wrote itself.
 
-    It has what the stack asks of an operator: facts, and a way to be taken apart.
+    It has what the stack asks of an operator: an op info, and a way to be taken apart.
     """
 
     __slots__ = (

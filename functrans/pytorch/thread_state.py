@@ -1,4 +1,7 @@
-"""What is switched in a thread while a transform runs, and the one way to switch it and to put it back.
+"""What is switched in a thread while a transform runs, and the ways to switch it and to put it back.
+
+What is switched for every operator is written out where that is (core, boundary/calls.py, functionalization, the door,
+the walk back along a tape), since a context costs time. All else goes by the contexts below.
 
 NOTE [Three states of a thread]
 At the base nothing is switched: no mode of ours, autograd's key in place. While code runs at a level, the door is on
@@ -196,6 +199,25 @@ class lowered(running_at):
             set_grad_enabled(False)
         if not self.interpreter.outer_forward_mode:
             set_forward_enabled(False)
+
+
+class in_modes:
+    """Context: grad mode and forward mode are as given."""
+
+    __slots__ = ("before", "forward", "grad")
+
+    def __init__(self, grad: bool, forward: bool) -> None:
+        self.grad, self.forward = grad, forward
+
+    def __enter__(self) -> None:
+        self.before = torch.is_grad_enabled(), is_forward_enabled()
+        set_grad_enabled(self.grad)
+        set_forward_enabled(self.forward)
+
+    def __exit__(self, *exc: object) -> None:
+        grad, forward = self.before
+        set_grad_enabled(grad)
+        set_forward_enabled(forward)
 
 
 class door_closed:

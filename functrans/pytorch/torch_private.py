@@ -1,127 +1,19 @@
-"""Every private name of PyTorch that functrans uses, each with what it is for.
+"""The private names of PyTorch that all of functrans uses, each with what it is for.
 
-Another PyTorch may have moved one: ``private`` then says which, at import. Nothing else in the package names one
-(tests/test_torch_private.py), except for the attributes below that are read off objects where they are used.
+Those of one part of PyTorch stand beside this module: ``control_flow``, ``distributed``, ``dynamo``, ``export``,
+``modules``, ``torch_func``. Another PyTorch may have moved one: ``private`` then says which, at import. Nothing outside
+of this room names one (tests/test_torch_private.py), except for the attributes below that are read off objects where
+they are used.
 """
 
 from __future__ import annotations
 
-import functools
 import pkgutil
-import sys
-from collections.abc import Callable
-from operator import attrgetter
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from functrans.pytorch.versions import TorchMovedError
-
-__all__ = [
-    "ADD_BATCH_DIM",
-    "ATTRIBUTES",
-    "AUTOGRAD",
-    "COMPOSITE",
-    "CONJUGATE",
-    "DECOMPOSITION_TABLE",
-    "ENGINE_CALLBACK",
-    "FAKE_MODE",
-    "FLEX_ATTENTION",
-    "FSDP_BEFORE",
-    "FSDP_STATES",
-    "FUNCTIONAL_COLLECTIVES",
-    "FUNCTION_ENABLED",
-    "INDEX_BATCHED",
-    "INDEX_BATCHED_KEYS",
-    "IN_PLACE_COLLECTIVES",
-    "KEY_OF_MODE",
-    "NEGATIVE",
-    "PLACES_OF_TORCH_FUNC",
-    "PRE_DISPATCH",
-    "PYTHON",
-    "REMOVE_BATCH_DIM",
-    "TENSOR_MODULE",
-    "TRACER_MODE",
-    "TRACING_MODES",
-    "TREE_NODES",
-    "VIEWS_AND_VERSIONS",
-    "ZERO_TENSOR",
-    "BatchNormModule",
-    "DisableTorchDispatch",
-    "DisableTorchFunction",
-    "EnableTorchFunction",
-    "FakeTensor",
-    "HigherOrderOperator",
-    "Mode",
-    "ModuleHook",
-    "MultiHandle",
-    "OpOverload",
-    "associative_module",
-    "autocast_enabled",
-    "base_of",
-    "debug_mode",
-    "dynamo_names",
-    "finished_work",
-    "forget_call",
-    "forget_rules_of_dynamo",
-    "forward_class",
-    "function_enabled",
-    "function_mode_enabled",
-    "function_mode_stack_size",
-    "function_state",
-    "functorch_core",
-    "functorch_vmap",
-    "graph_task",
-    "has_kernel",
-    "is_forward_enabled",
-    "is_key_excluded",
-    "is_key_included",
-    "is_torch_func_active",
-    "keep_parametrizations",
-    "kept_by",
-    "kept_parametrizations",
-    "leave_alone",
-    "make_wrapper",
-    "mode_at",
-    "mode_of_kind",
-    "mode_stack_size",
-    "no_dispatch",
-    "no_setup_context",
-    "nowrap_functions",
-    "overload_of_library",
-    "parameter_at",
-    "places_of",
-    "pop_function_mode",
-    "pop_mode",
-    "pop_packing",
-    "push_function_mode",
-    "push_mode",
-    "push_packing",
-    "register_tree_node",
-    "replace_in_flex_attention",
-    "replace_in_fsdp",
-    "run_as_written_while",
-    "run_untraced",
-    "set_eval_frame",
-    "set_forward_enabled",
-    "set_function_state",
-    "set_grad_enabled",
-    "set_key_excluded",
-    "set_key_included",
-    "special",
-    "swap_tensor",
-    "tensor_as_subclass",
-    "tensor_torch_function",
-    "top_packing",
-    "torch_pytree",
-    "torch_utils",
-    "tracers_before_autograd",
-    "trackers",
-    "unset_mode",
-    "vmap_rule_of_library",
-    "without_torch_function",
-]
 
 
 def private(name: str, purpose: str) -> Any:
@@ -142,9 +34,10 @@ def private(name: str, purpose: str) -> Any:
 
 # Types, and the modules that are imported for what they do.
 if TYPE_CHECKING:
-    from torch._ops import OpOverload
+    from torch._ops import HigherOrderOperator, OpOverload
     from torch.utils._python_dispatch import TorchDispatchMode
 else:
+    HigherOrderOperator = private("torch._ops.HigherOrderOperator", "to know operators that take functions")
     OpOverload = private("torch._ops.OpOverload", "to know operators, which are the keys of all rules")
     TorchDispatchMode = private(
         "torch.utils._python_dispatch.TorchDispatchMode", "to see operators that have no wrapper among their arguments"
@@ -173,48 +66,19 @@ INDEX_BATCHED = private("torch._C._dispatch_key_parse", "to make a dispatch key 
 INDEX_BATCHED_KEYS = private("torch._C.DispatchKeySet", "to tell PyTorch's indexing not to read a number")(
     INDEX_BATCHED
 )
-
-# torch.export traces in front of autograd, where wrappers are; the tracer is moved to where the base is.
-_FOR_EXPORT = "to have torch.export trace behind autograd"
-PRE_DISPATCH = private(_KEY + "PreDispatch", _FOR_EXPORT)
-is_key_included = private("torch._C._dispatch_tls_is_dispatch_key_included", _FOR_EXPORT)
-set_key_included = private("torch._C._dispatch_tls_set_dispatch_key_included", _FOR_EXPORT)
-tracers_before_autograd = private("torch._ops.mode_stack_state_for_pre_dispatch", _FOR_EXPORT)
-unset_mode = private("torch._C._unset_dispatch_mode", _FOR_EXPORT)
-TRACER_MODE = private("torch._C._TorchDispatchModeKey.PROXY", _FOR_EXPORT)
-KEY_OF_MODE = "_dispatch_key"  # of the tracer while it is in front of autograd
-
-# Operators that take functions; NOTE [Control flow] says what they come to.
-mode_of_kind = private("torch._C._get_dispatch_mode", "to know whether what happens at the base is traced")
-_modes = private("torch._C._TorchDispatchModeKey", "to know the modes that trace")
-FAKE_MODE = _modes.FAKE
-TRACING_MODES = (_modes.PROXY, FAKE_MODE, _modes.FUNCTIONAL)
-FakeTensor: Any = private("torch._subclasses.fake_tensor.FakeTensor", "to know whether a truth value can be read")
-associative_module: Any = private("torch._higher_order_ops.associative_scan", "to scan by a function of one pair")
-private("torch._higher_order_ops.associative_scan.generic_associative_scan", "to scan by a function of one pair")
-FLEX_ATTENTION = "torch.nn.attention.flex_attention"
-
-
-def replace_in_flex_attention(make: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
-    """Let ``make`` of it stand for the check of devices in front of flex_attention, which has been imported."""
-    check = private(FLEX_ATTENTION + "._validate_device", "to have derivatives of flex_attention on the CPU")
-    private(FLEX_ATTENTION, "to have derivatives of flex_attention on the CPU")._validate_device = make(check)
-
-
-def kept_by(function: Callable[..., Any], name: str) -> Any:
-    """What ``while_loop`` or ``associative_scan`` keeps in the function that it calls its operator with, by the name
-    that it has there: a tree structure, the user's function. None: the function is somebody else's."""
-    if isinstance(function, functools.partial):
-        return function.keywords.get(name)
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    return function.__closure__[names.index(name)].cell_contents if name in names else None  # type: ignore[index]
-
+PRE_DISPATCH = private(_KEY + "PreDispatch", "to know whether torch.export is tracing in front of autograd")
+is_key_included = private(
+    "torch._C._dispatch_tls_is_dispatch_key_included", "to know whether torch.export is tracing in front of autograd"
+)
 
 # Entering a TorchDispatchMode through its context manager costs several microseconds.
 mode_stack_size = private("torch._C._len_torch_dispatch_stack", "to know whether a mode was entered after its own")
 mode_at = private("torch._C._get_dispatch_stack_at", "to put the modes back as they were")
 push_mode = private("torch._C._push_on_torch_dispatch_stack", "to enter its mode")
 pop_mode = private("torch._C._pop_torch_dispatch_stack", "to leave its mode")
+mode_of_kind = private("torch._C._get_dispatch_mode", "to know whether what happens at the base is traced")
+mode_kinds = private("torch._C._TorchDispatchModeKey", "to know the modes that trace")
+set_eval_frame: Any = private("torch._C._dynamo.eval_frame.set_eval_frame", "to run transforms untraced")
 
 set_grad_enabled = private("torch._C._set_grad_enabled", "to set the grad mode without the cost of a context manager")
 is_forward_enabled = private("torch._C._is_fwd_grad_enabled", "to let forward mode follow forward AD's own switch")
@@ -274,48 +138,26 @@ pop_packing = private(
 is_torch_func_active = private(
     "torch._C._are_functorch_transforms_active", "to refuse to run inside a transform of torch.func"
 )
-_FOR_CLIENTS = "to answer for its own wrappers where others ask PyTorch's private names"
-functorch_core: Any = private("torch._C._functorch", _FOR_CLIENTS)
-functorch_vmap: Any = private("torch._functorch.vmap", _FOR_CLIENTS)
-for _name in ("apis", "batch_norm_replacement", "eager_transforms", "functional_call"):
-    private(f"torch._functorch.{_name}", "to put its functions in the place of torch.func's")
-#: The methods that a container which batches itself has (api/containers.py); they are named as PyTorch's functions.
-ADD_BATCH_DIM, REMOVE_BATCH_DIM = "_add_batch_dim", "_maybe_remove_batch_dim"
-#: The modules of PyTorch that others import the names of torch.func from; for each, the attributes that it has for its
-#: own use.
-PLACES_OF_TORCH_FUNC: dict[str, tuple[str, ...]] = {
-    "torch": (),
-    "torch.func": (),
-    "torch._C._functorch": (),
-    "torch._functorch.apis": (),
-    "torch._functorch.batch_norm_replacement": (),
-    "torch._functorch.eager_transforms": ("vmap", "get_unwrapped", "is_functorch_wrapped_tensor"),
-    "torch._functorch.einops": (),
-    "torch._functorch.functional_call": (),
-    "torch._functorch.vmap": (),
-}
 make_wrapper = private("torch.Tensor._make_wrapper_subclass", "to make tensors that have metadata and no data")
+torch_utils: Any = private("torch._utils", "to have tensors loaded inside of transforms")
+private("torch._utils._rebuild_tensor", "to have tensors loaded inside of transforms")
 TENSOR_MODULE: Any = private("torch._tensor", "to tell the code of Tensor's methods, which hands calls on")
 no_dispatch = private("torch.utils._mode_utils.no_dispatch", "to make tensors past all modes")
-DisableTorchDispatch = private("torch._C._DisableTorchDispatch", "to print tensors past all modes")
 DECOMPOSITION_TABLE: dict[Any, Any] = private(
     "torch._decomp.decomposition_table", "to batch an operator that has no rule by its pieces"
 )
 TREE_NODES: dict[type, Any] = private(
     "torch.utils._pytree.SUPPORTED_NODES", "to know containers registered with PyTorch's pytrees"
 )
+torch_pytree: Any = private("torch.utils._pytree", "to take arguments apart as Dynamo does")
 register_tree_node: Any = private(
     "torch.utils._pytree.register_pytree_node", "to let the pullbacks that it returns be pytrees"
 )
-_parametrize: Any = private("torch.nn.utils.parametrize", "to know parametrize.cached()")
-ModuleHook = private("torch.nn.modules._functions.BackwardHookFunction", "to have backward hooks of modules run")
-torch_utils: Any = private("torch._utils", "to have tensors loaded inside of transforms")
-private("torch._utils._rebuild_tensor", "to have tensors loaded inside of transforms")
-_FOR_HOOKS = "to have hooks on several gradients, and what follows modules by them, run inside of transforms"
-MultiHandle: Any = private("torch.autograd.graph._MultiHandle", _FOR_HOOKS)
-graph_task: Any = private("torch._C._current_graph_task_id", _FOR_HOOKS)
-private("torch.utils.module_tracker.ModuleTracker._maybe_set_engine_callback", _FOR_HOOKS)
-ENGINE_CALLBACK = "_maybe_set_engine_callback"
+no_setup_context = private(
+    "torch.autograd.function._SingleLevelFunction.setup_context", "to tell the two styles of autograd.Function"
+)
+_FOR_RULES = "to find the vmap rules of torch.library.custom_op"
+_custom_operators: dict[str, Any] = private("torch._library.custom_ops.OPDEFS", _FOR_RULES)
 
 
 def debug_mode() -> Any:
@@ -324,126 +166,6 @@ def debug_mode() -> Any:
         return pkgutil.resolve_name("torch.utils._debug_mode.DebugMode")
     except (ImportError, AttributeError):
         return None
-
-
-def trackers() -> list[type[Any]]:
-    """The classes of trackers of modules that are imported by now."""
-    names = ("torch.utils.module_tracker", "ModuleTracker"), ("torch.distributed._tools.mod_tracker", "ModTracker")
-    return [getattr(sys.modules[module], name) for module, name in names if module in sys.modules]
-
-
-def forward_class(node: Any) -> Any:
-    """The autograd.Function that ``node``, a ``grad_fn``, is of; None for another."""
-    return getattr(node, "_forward_cls", None)
-
-
-_FOR_CACHED = "to keep parametrize.cached() to parameters that are still those it saw"
-private("torch.nn.utils.parametrize._cache", _FOR_CACHED)
-private("torch.nn.utils.parametrize._cache_enabled", _FOR_CACHED)
-
-
-def kept_parametrizations() -> dict[Any, Any] | None:
-    """Where ``parametrize.cached()`` keeps what it computes; None outside of it."""
-    return _parametrize._cache if _parametrize._cache_enabled else None
-
-
-def keep_parametrizations(kept: dict[Any, Any]) -> None:
-    """Let ``parametrize.cached()`` keep what it computes in ``kept``."""
-    _parametrize._cache = kept
-
-
-BatchNormModule: Any = private("torch.nn.modules.batchnorm._BatchNorm", "to find batch norms among modules")
-no_setup_context = private(
-    "torch.autograd.function._SingleLevelFunction.setup_context", "to tell the two styles of autograd.Function"
-)
-_FOR_RULES = "to find the vmap rules of torch.library.custom_op"
-_custom_operators: dict[str, Any] = private("torch._library.custom_ops.OPDEFS", _FOR_RULES)
-
-_FOR_DYNAMO = "to have torch.compile see a transform as one operator"
-_FOR_FRAMES = "to run transforms untraced, and what is compiled as it was written inside of them"
-torch_pytree: Any = private("torch.utils._pytree", "to take arguments apart as Dynamo does")
-set_eval_frame: Any = private("torch._C._dynamo.eval_frame.set_eval_frame", _FOR_FRAMES)
-_frames = private("torch._C._dynamo.eval_frame", _FOR_FRAMES)
-_set_strategy = private("torch._C._dynamo.eval_frame.set_code_exec_strategy", _FOR_FRAMES)
-_Strategy = private("torch._C._dynamo.eval_frame._FrameExecStrategy", _FOR_FRAMES)
-_Action = private("torch._C._dynamo.eval_frame._FrameAction", _FOR_FRAMES)
-if TYPE_CHECKING:
-    from torch._ops import HigherOrderOperator
-else:
-    HigherOrderOperator = private("torch._ops.HigherOrderOperator", _FOR_DYNAMO)
-
-#: What functrans/api/dynamo.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
-_OF_DYNAMO = {
-    "": "disable",
-    "exc": "TorchDynamoException TorchRuntimeError unimplemented",
-    "utils": "get_fake_value proxy_args_kwargs",
-    "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
-    "SymNodeVariable TupleVariable VariableTracker",
-    "variables.builder": "wrap_fx_proxy",
-    "variables.higher_order_ops": "discard_graph_changes speculate_subgraph TorchHigherOrderOperatorVariable",
-}
-
-
-def dynamo_names() -> SimpleNamespace:
-    """The names of Dynamo, which has been imported."""
-
-    def of_dynamo(module: str, name: str) -> Any:
-        return private(".".join(part for part in ("torch._dynamo", module, name) if part), _FOR_DYNAMO)
-
-    found = {name: of_dynamo(module, name) for module, names in _OF_DYNAMO.items() for name in names.split()}
-    try:
-        found["make_inlined"] = of_dynamo("utils", "_make_inlined")
-    except TorchMovedError:  # PyTorch 2.11
-        found["make_inlined"] = of_dynamo("variables.higher_order_ops", "_make_inlined")
-    try:
-        found["items"] = of_dynamo("utils", "unpack_iterable")
-    except TorchMovedError:  # PyTorch 2.11 and 2.12
-        found["items"] = lambda tx, variable: variable.unpack_var_sequence(tx)
-    try:
-        found["fake_errors"] = (found["TorchRuntimeError"], of_dynamo("exc", "FakeTensorObservedException"))
-    except TorchMovedError:  # before PyTorch 2.14
-        found["fake_errors"] = (found["TorchRuntimeError"],)
-    found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
-    return SimpleNamespace(**found)
-
-
-def run_untraced(function: Callable[..., Any]) -> None:
-    """Let Dynamo break the graph where ``function`` is called, and never trace its code.
-
-    (torch.compiler.disable would put another function in its place.)
-    """
-    private("torch._dynamo.trace_rules._disallowed_callable_ids", _FOR_FRAMES).add(id(function))
-    private("torch._dynamo.eval_frame.skip_code", _FOR_FRAMES)(function.__code__)
-
-
-def leave_alone(function: Callable[..., Any]) -> None:
-    """Let Dynamo compile neither the code of ``function`` nor what is called from there.
-
-    It costs a call nothing, other than the context that PyTorch puts around the same methods of modes.
-    """
-    _set_strategy(function.__code__, _Strategy(_Action.SKIP, _Action.SKIP))
-
-
-def forget_rules_of_dynamo() -> None:
-    """Let Dynamo look up anew what the names of PyTorch's functions stand for, which it does once."""
-    if "torch._dynamo.trace_rules" in sys.modules:
-        private("torch._dynamo.trace_rules.clear_lru_cache", _FOR_FRAMES)()
-
-
-def run_as_written_while(inside: Callable[[], bool]) -> None:
-    """Let compiled functions run what they were compiled from while ``inside()`` holds for a thread."""
-    module, name = private("torch._dynamo.eval_frame", _FOR_FRAMES), "_callback_from_stance"
-    original = private(f"torch._dynamo.eval_frame.{name}", _FOR_FRAMES)
-    set_count = getattr(_frames, "set_fullgraph_compiled_frame_count", None)  # from PyTorch 2.12 on
-
-    def callback(compiling: Any) -> Any:
-        if not inside():
-            return original(compiling)
-        if set_count is not None:
-            set_count(-1)  # fullgraph=True does not ask for a frame that was compiled
-        return None
-
-    setattr(module, name, callback)
 
 
 def vmap_rule_of_library(op: OpOverload) -> Any:
@@ -469,87 +191,6 @@ class Mode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
-
-
-#: The functional collectives, and those with a derivative by PyTorch; none where PyTorch was built without them.
-FUNCTIONAL_COLLECTIVES: list[Any] = []
-#: The collectives that write in place what other processes send.
-IN_PLACE_COLLECTIVES: list[OpOverload] = []
-if torch.distributed.is_available():
-    _FOR_COLLECTIVES = "to know collectives"
-    private("torch.distributed._functional_collectives", _FOR_COLLECTIVES)  # which defines some, and their derivatives
-    FUNCTIONAL_COLLECTIVES += [
-        private(f"torch.ops.{name}", _FOR_COLLECTIVES) for name in ("_c10d_functional", "_c10d_functional_autograd")
-    ]
-    IN_PLACE_COLLECTIVES += [
-        private(f"torch.ops.c10d.{name}.default", _FOR_COLLECTIVES)
-        for name in (
-            "_allgather_base_", "_reduce_scatter_base_", "allgather_", "allgather_coalesced_",
-            "allgather_into_tensor_coalesced_", "allreduce_", "allreduce_coalesced_", "alltoall_", "alltoall_base_",
-            "broadcast_", "gather_", "recv_", "recv_any_source_", "reduce_", "reduce_scatter_",
-            "reduce_scatter_tensor_coalesced_", "scatter_", "send",
-        )
-    ]  # fmt: skip
-
-
-def finished_work() -> Any:
-    """What an in-place collective returns to be waited for, of one that is over."""
-    return torch.distributed.Work.boxed(private("torch._C._distributed_c10d.FakeWork", _FOR_COLLECTIVES)())
-
-
-# FSDP2, which is looked up when it has been imported; NOTE [Sharded modules] says what for.
-_FOR_FSDP = "to call modules of fully_shard inside of transforms"
-_FSDP = "torch.distributed.fsdp._fully_shard."
-FSDP_STATES, FSDP_BEFORE = _FSDP + "_fsdp_state", "torch.distributed.fsdp.fully_sharded_data_parallel"
-_IN_FSDP = {
-    "before_forward": "_fsdp_param_group.FSDPParamGroup.pre_forward",
-    "behind_forward": "_fsdp_param_group.FSDPParamGroup.post_forward",
-    "ahead_of_time": "_fsdp_param_group.FSDPParamGroup._prefetch_unshard",
-    "before_root": "_fsdp_state.FSDPState._root_pre_forward",
-    "before_backward": "_fsdp_state.FSDPState._register_pre_backward_hook",
-}
-swap_tensor: Any = private("torch.nn.utils._named_member_accessor.swap_tensor", _FOR_FSDP)
-_module_info = attrgetter("_module_info")
-
-
-def replace_in_fsdp(**replacements: Callable[[Any], Any]) -> None:
-    """Let what each function makes of it stand for the method of FSDP2."""
-    for what, make in replacements.items():
-        holder, _, method = (_FSDP + _IN_FSDP[what]).rpartition(".")
-        cls, original = private(holder, _FOR_FSDP), private(_FSDP + _IN_FSDP[what], _FOR_FSDP)
-        static = isinstance(vars(cls)[method], staticmethod)
-        setattr(cls, method, staticmethod(make(original)) if static else make(original))
-
-
-def forget_call(module: Any) -> None:
-    """Let the state of a module of fully_shard be as it is between calls, whatever became of one."""
-    state = private("torch.distributed._composable_state._get_module_state", _FOR_FSDP)(module)
-    vars(state).update(_training_state=private(_FSDP + "_fsdp_common.TrainingState.IDLE", _FOR_FSDP))
-    vars(state)["_modules_to_run_forward"].clear()
-
-
-def places_of(parameter: Any) -> list[tuple[Any, str]]:
-    """The modules that have a parameter of FSDP2, each with the name that it has there."""
-    info = _module_info(parameter)
-    return [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
-
-
-def parameter_at(parameter: Any, owner: Any, name: str) -> Any:
-    """What ``owner`` has under ``name``: what was put there, or the parameter of FSDP2, the part that is kept."""
-    found = getattr(owner, name)
-    temporary = (vars(parameter).get(kept) for kept in ("_unsharded_param", "_sharded_post_forward_param"))
-    return parameter.sharded_param if any(found is x for x in temporary) else found
-
-
-def special(parameter: Any) -> str | None:
-    """What keeps a parameter of FSDP2 from being gathered as it is."""
-    if parameter.is_dtensor:
-        return "with parameters that were DTensors before"
-    if parameter.offload_to_cpu:
-        return "whose parameters are offloaded to the CPU"
-    if hasattr(parameter.sharded_param.to_local(), "fsdp_pre_all_gather"):
-        return "whose parameters say how they are gathered"
-    return None
 
 
 #: Attributes that are read off objects where they are used, many for every operator: where each is found, and its use.

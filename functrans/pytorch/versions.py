@@ -1,4 +1,4 @@
-"""Where the PyTorch versions that are supported differ, beyond the private names of pytorch/torch_private.py."""
+"""Where the PyTorch versions that are supported differ, beyond the private names in the modules beside this one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def present(*names: str) -> list[Any]:
 
 class TorchMovedError(FunctransError, ImportError):
     sentence = """PyTorch {torch} has no {name}, which functrans needs {purpose}. functrans supports PyTorch {first} to
-        {last}: install one of these, or a functrans that supports {torch}. (functrans/pytorch/torch_private.py is the
-        place to mend.)"""
+        {last}: install one of these, or a functrans that supports {torch}. (functrans/pytorch/ is the place to
+        mend.)"""
 
     def __init__(self, name: str, purpose: str) -> None:
         first, last = (".".join(map(str, version)) for version in SUPPORTED)

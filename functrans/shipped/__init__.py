@@ -1,1 +1,1 @@
-"""Functions and transforms that torch.func does not have, made of what ``functrans.extend`` offers to everybody."""
+"""Functions and transforms that torch.func does not have, of the kinds that ``functrans.extend`` is for."""

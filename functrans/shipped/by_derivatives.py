@@ -134,12 +134,6 @@ class DerivativeInterpreter(TableInterpreter):
             return a.interpreter is self and not self.is_constant(a)
         return type(a) in (list, tuple) and any(map(self.carries, a))
 
-    def value_of(self, a: Any) -> Any:
-        """An argument one level down."""
-        if type(a) is WrapperTensor:
-            return a.value if a.interpreter is self else a
-        return [self.value_of(v) for v in a] if type(a) in (list, tuple) else a
-
     def by_hand(self, op: Any) -> Callable[..., Any] | None:
         """The rule by hand that is called as those of ``rule_kind`` are.
 

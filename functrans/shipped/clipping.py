@@ -20,9 +20,10 @@ from functrans.api.batches import Asked, Batch, for_chunks, joined
 from functrans.api.checks import check_chunk_size, check_dense, check_randomness
 from functrans.api.compiled import TRACED, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
+from functrans.api.reverse import differentiating, run_scalar
 from functrans.api.structures import path_of
-from functrans.api.transforms import differentiating, run_scalar, unit
 from functrans.boundary.facades import bare
+from functrans.boundary.factories import ones_for
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
 from functrans.pytorch.torch_private import autocast_enabled
@@ -187,7 +188,7 @@ def by_chunk(
         indices = [i for position in inputs.order for i in inputs.leaf_indices[position]]
         leaves = (wrapper for position in inputs.order for wrapper in inputs.tracked[position][1])
         level.leaves = {w.tape_index: w.dim() for w in leaves if w.tape_index is not None}
-        cotangents = {} if index is None else level.pull({index: unit(bare(value))}, consume=True)
+        cotangents = {} if index is None else level.pull({index: ones_for(bare(value))}, consume=True)
         inputs.write_back()
         return [level.gradient(cotangents, i) for i in indices], bare(value), aux
 

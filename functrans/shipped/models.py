@@ -28,7 +28,7 @@ from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import running_at
 from functrans.shipped.by_derivatives import DerivativeInterpreter
 from functrans.shipped.interval_rules.level import IntervalLevel
-from functrans.shipped.sow import is_of, of_basis, of_each, sow
+from functrans.shipped.sow import of_basis, of_each, sow
 from functrans.shipped.sparsity_level import SparsityLevel
 
 SAMPLE, OBSERVE, CONDITION = "sample(distribution, name)", "observe(distribution, value)", "condition(model, values)"
@@ -327,7 +327,7 @@ def add_up(level: Scoring, amount: Tensor) -> None:
 
 @scoring.rule(GradInterpreter, JvpInterpreter, LinearizeInterpreter, DerivativeInterpreter)
 def primal(level: Interpreter, amount: Any) -> Any:
-    return scoring.below(level, amount.value if is_of(level, amount) else amount)
+    return scoring.below(level, level.value_of(amount))
 
 
 @scoring.rule(TransposeInterpreter)
@@ -351,8 +351,8 @@ def between_bounds(level: IntervalLevel, amount: Any) -> Any:
 @scoring.rule(VmapInterpreter)
 def of_all(level: VmapInterpreter, amount: Any) -> Any:
     """The sum over the examples."""
-    batched = is_of(level, amount) and amount.bdim is not None
+    batched = level.owns(amount) and amount.bdim is not None
     if of_basis(level):
         return NotImplemented
-    value = amount.value if is_of(level, amount) else amount
+    value = level.value_of(amount)
     return scoring.below(level, value.sum() if batched else value * level.batch_size)

@@ -309,7 +309,7 @@ watched.derivative(pullback=checked, tangent=lambda tangents, result, x, *about:
 
 @watched.rule(VmapInterpreter)
 def of_examples(level: VmapInterpreter, x: Any, sanitizing: Sanitizing, op: str, line: str, dims: Dims = ()) -> Any:
-    if type(x) is not WrapperTensor or x.interpreter is not level or x.bdim is None:
+    if not level.owns(x) or x.bdim is None:
         return NotImplemented
     out = watched.below(level, x.value, sanitizing, op, line, (*dims, (level, x.bdim)))
     return level.batched(out, x.bdim)

@@ -15,7 +15,7 @@ from torch import Tensor
 from functrans.api.checks import call_function, check_callable, check_kind
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack, run_transformed
-from functrans.core.tensor import WrapperTensor, check_layout
+from functrans.core.tensor import check_layout
 from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
 from functrans.extension.levels import Handler
@@ -238,7 +238,7 @@ def copied(x: Any) -> Any:
 
 @sowing.rule(GradInterpreter, JvpInterpreter, LinearizeInterpreter, DerivativeInterpreter)
 def primal(level: Interpreter, *leaves: Any, **rest: Any) -> Any:
-    return sowing.below(level, *[x.value if is_of(level, x) else x for x in leaves], **rest)
+    return sowing.below(level, *map(level.value_of, leaves), **rest)
 
 
 @sowing.rule(SparsityLevel)
@@ -249,7 +249,7 @@ def unless_rehearsed(level: SparsityLevel, *leaves: Any, **rest: Any) -> Any:
 @sowing.rule(IntervalLevel)
 def bounded(level: IntervalLevel, *leaves: Any, spec: TreeSpec, **rest: Any) -> Any:
     """The bounds of the value: two values like it."""
-    ends = [level.ends(x) if is_of(level, x) else (x, x) for x in leaves]
+    ends = [level.ends(x) if level.owns(x) else (x, x) for x in leaves]
     pair = tuple(tree_unflatten(spec, [end[i] for end in ends]) for i in (0, 1))
     leaves_of_pair, spec_of_pair = tree_flatten(pair)
     return sowing.below(level, *leaves_of_pair, spec=spec_of_pair, **rest)
@@ -263,7 +263,7 @@ def of_linear_function(level: TransposeInterpreter, *leaves: Tensor, **rest: Any
 @sowing.rule(VmapInterpreter)
 def stacked(level: VmapInterpreter, *leaves: Any, **rest: Any) -> Any:
     def of_all(x: Any) -> Tensor:
-        value, bdim = (x.value, x.bdim) if is_of(level, x) else (x, None)
+        value, bdim = (x.value, x.bdim) if level.owns(x) else (x, None)
         return value if bdim is None and of_basis(level) else materialize(value, bdim, level.batch_size)
 
     return sowing.below(level, *map(of_all, leaves), **rest)
@@ -287,10 +287,6 @@ def of_each(level: VmapInterpreter, given: Any, call: str, name: str) -> Any:
         return level.batched(x, 0)
 
     return tree_map(example, given)
-
-
-def is_of(level: Interpreter, x: Any) -> bool:
-    return type(x) is WrapperTensor and x.interpreter is level
 
 
 def of_basis(level: VmapInterpreter) -> bool:

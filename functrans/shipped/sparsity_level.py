@@ -57,7 +57,7 @@ class OperatorCall:
 
     def carried(self, x: Tensor) -> Tensor | None:
         """The numbers of ``x``; None for a constant."""
-        return x.numbers if type(x) is WrapperTensor and x.interpreter is self.level else None
+        return x.numbers if self.level.owns(x) else None
 
     def numbers(self, x: Tensor) -> Tensor:
         found = self.carried(x)
@@ -133,7 +133,7 @@ class SparsityLevel(TableInterpreter):
     def opaque(self, out: Any, args: Sequence[Any]) -> Any:
         """``out``, values one level down, of a function of ``args`` with a derivative of its own: it may be anything.
         """
-        mine = [a for a in tree_flatten(list(args))[0] if type(a) is WrapperTensor and a.interpreter is self]
+        mine = [a for a in tree_flatten(list(args))[0] if self.owns(a)]
         whole = self.sets.everything(a.numbers for a in mine if a.numbers is not None)
 
         def carry(x: Tensor) -> WrapperTensor:
@@ -145,11 +145,7 @@ class SparsityLevel(TableInterpreter):
 
     def apply(self, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], pattern: Pattern) -> Any:
         """Run ``op`` one level down; its outputs depend on what ``pattern`` says."""
-
-        def value(a: Any) -> Any:
-            return a.value if type(a) is WrapperTensor and a.interpreter is self else a
-
-        values, by_keyword = map_tensors(value, args), {name: map_tensors(value, a) for name, a in kwargs.items()}
+        values, by_keyword = self.value_of(args), {name: self.value_of(a) for name, a in kwargs.items()}
         out = lower(self, op, values, by_keyword)
         return self.depending(OperatorCall(self, op, args, kwargs, out), out, pattern)
 
@@ -234,12 +230,8 @@ def pattern_of(*ops: OpOverload) -> Callable[[Pattern], Pattern]:
 
 def function_rule(level: SparsityLevel, cls: Any, args: Sequence[Any]) -> Any:
     """An ``autograd.Function`` runs one level down."""
-
-    def value(a: Any) -> Any:
-        return a.value if type(a) is WrapperTensor and a.interpreter is level else a
-
     with running_at(level.below):
-        out = send(level.below, cls, tree_map(value, list(args)))
+        out = send(level.below, cls, tree_map(level.value_of, list(args)))
     return level.opaque(out, args)
 
 

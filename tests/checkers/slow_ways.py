@@ -1,4 +1,4 @@
-"""Oracles of the user programs, beside the loop: ``torch.autograd`` on copies of the arguments."""
+"""What programs are run on, and oracles beside the loop: ``torch.autograd`` on copies of the arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import torch
 from plain import difference
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+
+def some(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Numbers that are the same in every run, whatever was drawn before."""
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def agree(got: Any, expected: Any, **tolerance: float) -> None:

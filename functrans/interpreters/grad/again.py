@@ -22,7 +22,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from functrans.core.tensor import WrapperTensor, tensor_of, wrap
+from functrans.core.tensor import tensor_of, wrap
 from functrans.errors import InsideTransformError
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
 from functrans.interpreters.grad.nodes import BackwardNode, CheckedNode, ProgramNode, TableNode, tensors_in
@@ -173,7 +173,7 @@ def record_gradients(
     level: GradInterpreter, gradients: Gradients, outs: list[Any], inputs: list[Tensor], cotangents: list[Any]
 ) -> list[Tensor | None]:
     """The gradients of ``outs`` for ``inputs``, which are not tracked: a record of the tape."""
-    values, below = [below_of(level, x) for x in outs], [below_of(level, c) for c in cotangents]
+    values, below = [level.value_of(x) for x in outs], [level.value_of(c) for c in cotangents]
     node = GradientNode(level, gradients, inputs, [level.index_of(x) for x in outs])
     made = {o for _, indices, _, _ in level.tape for o in (indices if isinstance(indices, list) else [indices])}
     roots = [i for i in range(1, level.last_index + 1) if i not in made]
@@ -184,7 +184,3 @@ def record_gradients(
     indices = [None if g is None else g.tape_index for g in results]
     level.record(node, indices, [*roots, *(i for _, i in moving)], [below, roots, [v for v, _ in moving]])
     return results  # type: ignore[return-value]
-
-
-def below_of(level: GradInterpreter, x: Any) -> Any:
-    return x.value if type(x) is WrapperTensor and x.interpreter is level else x

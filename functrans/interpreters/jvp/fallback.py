@@ -110,7 +110,7 @@ def double_reverse(
         tracked_kwargs = {k: map_tensors(enter, v) for k, v in kwargs.items()}
         inputs = [w for w in _wrappers([*tracked, *tracked_kwargs.values()]) if w.interpreter is inner]
         out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
-        plain = map_tensors(lambda o: o.value if type(o) is WrapperTensor and o.interpreter is inner else o, out)
+        plain = map_tensors(inner.value_of, out)
         outputs: list[Any] = tensors_in([out])
         if any(o.layout is not torch.strided for o in outputs):
             # PyTorch's formulas for sparse tensors go through _values, where the second derivative is lost

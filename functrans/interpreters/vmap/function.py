@@ -31,7 +31,7 @@ from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:
 
     def bdim(x: Any) -> int | None:
-        return x.bdim if type(x) is WrapperTensor and x.interpreter is interpreter else None
+        return x.bdim if interpreter.owns(x) else None
 
     _, values = unwrapped(interpreter, args)
     in_dims = tuple(None if type(a) in WITHOUT_TENSORS else tree_map(bdim, a) for a in args)
@@ -67,34 +67,13 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
 
 def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple[int | None, ...]) -> type[Function]:
     """The Function on physical values: each of its methods, run once under vmap."""
+    size = outer.batch_size
 
     def inside(body: Callable[[VmapInterpreter], Any]) -> Any:
         interpreter = type(outer)(outer.batch_size, outer.randomness, cls)
         interpreter.axis_name = outer.axis_name
         with suspended(outer, lambda x: interpreter.rewrap(x, as_here(x.value, expected=True))):
             return run_transformed(interpreter, lambda: body(interpreter))
-
-    def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:
-        if type(x) is WrapperTensor and x.interpreter is interpreter:
-            return x.value, x.bdim
-        return x, None
-
-    def entered(interpreter: VmapInterpreter, value: Any, dim: Any) -> Any:
-        if isinstance(value, Tensor):
-            return interpreter.batched(value, dim)
-        if type(value) in WITHOUT_TENSORS:
-            return value
-        leaves, spec = tree_flatten(value)
-        dims = tree_flatten(dim)[0]
-        pairs = zip(leaves, dims, strict=True)
-        return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in pairs])
-
-    def to_dim(x: Any, bdim: int | None, dim: int) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        if bdim is None:
-            return x.unsqueeze(dim).expand(*x.shape[:dim], outer.batch_size, *x.shape[dim:])
-        return x.movedim(bdim, dim)
 
     class Batched(Function):
         @staticmethod
@@ -118,7 +97,7 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                 ]
 
             outs, differentiable, many, saved, saved_forward = inside(body)
-            results = [to_dim(o, d, 0) for o, d in outs]
+            results = [to_dim(size, o, d, 0) for o, d in outs]
             by_value = {id(o): r for (o, _), r in zip(outs, results, strict=True)}
             ctx.dims = [d if id(s) not in by_value else 0 for s, d in saved]
             ctx.forward_dims = [d if id(s) not in by_value else 0 for s, d in saved_forward]
@@ -139,11 +118,11 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                 given = [interpreter.batched(g, 0) if isinstance(g, Tensor) else g for g in grads]
                 return [physical(interpreter, f) for f in gradients(cls, ctx.inner, given, ctx.inputs)]
 
-            found = inside(body)
-            return tuple(
-                f if not isinstance(f, Tensor) else (to_dim(f, d, 0).sum(0) if in_dim is None else to_dim(f, d, in_dim))
-                for (f, d), in_dim in zip(found, in_dims, strict=True)
-            )
+            def of_argument(x: Any, bdim: int | None, in_dim: int | None) -> Any:
+                found = to_dim(size, x, bdim, in_dim or 0)
+                return found.sum(0) if in_dim is None and isinstance(x, Tensor) else found
+
+            return tuple(of_argument(x, bdim, d) for (x, bdim), d in zip(inside(body), in_dims, strict=True))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -160,13 +139,38 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                 ]
                 return [physical(interpreter, f) for f in tangents_of(cls, ctx.inner, given, ctx.outputs)]
 
-            return tuple(to_dim(f, d, 0) for f, d in inside(body))
+            return tuple(to_dim(size, f, d, 0) for f, d in inside(body))
 
     if not overrides(cls, "jvp"):
         Batched.jvp = Function.jvp  # type: ignore[method-assign]
     Batched.__name__ = f"Batched{cls.__name__}"
     Batched.function, Batched.in_dims = cls, in_dims  # type: ignore[attr-defined]
     return Batched
+
+
+def entered(interpreter: VmapInterpreter, value: Any, dim: Any) -> Any:
+    """An argument of a method as code at the level sees it."""
+    if isinstance(value, Tensor):
+        return interpreter.batched(value, dim)
+    if type(value) in WITHOUT_TENSORS:
+        return value
+    leaves, spec = tree_flatten(value)
+    pairs = zip(leaves, tree_flatten(dim)[0], strict=True)
+    return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in pairs])
+
+
+def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:
+    """What a method returned, one level down, and where it has its batch."""
+    return (x.value, x.bdim) if interpreter.owns(x) else (x, None)
+
+
+def to_dim(size: int, x: Any, bdim: int | None, dim: int) -> Any:
+    """``x`` with its batch, of ``size``, at ``dim``."""
+    if not isinstance(x, Tensor):
+        return x
+    if bdim is None:
+        return x.unsqueeze(dim).expand(*x.shape[:dim], size, *x.shape[dim:])
+    return x.movedim(bdim, dim)
 
 
 def rewrapped(interpreter: VmapInterpreter, saved: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, ...]:

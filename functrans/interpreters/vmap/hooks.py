@@ -16,8 +16,8 @@ from functrans.boundary.leftovers import as_here, suspended
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import DeadWrapperError, InsideTransformError
+from functrans.pytorch.modules import forward_class
 from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import forward_class
 
 if TYPE_CHECKING:
     from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -31,9 +31,9 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
 
     def kept(x: WrapperTensor) -> Any:
         """A gradient that a hook kept for another one, as modules' hooks do."""
-        if outer.stand_in is None:
+        if outer.stands_for is None:
             raise DeadWrapperError(x)
-        return outer.stand_in(x)
+        return outer.stands_for(x)
 
     def physical(*grads: tuple[Any, ...]) -> Any:
         running = outer.alive and outer.thread == get_ident()
@@ -43,7 +43,7 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
             return tuple(inner.batched(g, d) if isinstance(g, Tensor) else g for g, d in zip(given, dims, strict=True))
 
         def left(x: Any, dim: Any) -> Any:
-            value, bdim = (x.value, x.bdim) if type(x) is WrapperTensor and x.interpreter is inner else (x, None)
+            value, bdim = (x.value, x.bdim) if inner.owns(x) else (x, None)
             if not isinstance(value, Tensor) or bdim == dim:
                 return value
             if bdim is not None:
@@ -57,7 +57,7 @@ def on_batches(outer: VmapInterpreter, hook: Callable[..., Any], *dims: Dims) ->
             with running_at(outer):
                 new = body()
         else:
-            inner.stand_in = kept
+            inner.stands_for = kept
             with suspended(outer, lambda x: inner.rewrap(x, as_here(x.value, expected=True))):
                 new = run_transformed(inner, body)
         if new is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functrans.core.tensor import WrapperTensor, check_layout, strides_of
+from functrans.core.tensor import check_layout, strides_of
 from functrans.errors import DataDependentError
 from functrans.errors.call_sites import frames_to_user
 from functrans.pytorch.thread_state import lowered
@@ -35,7 +35,7 @@ def run_one_by_one(interpreter: VmapInterpreter, op: OpOverload, args: Any, kwar
 
 def example(interpreter: VmapInterpreter, a: Any, i: int) -> Any:
     """An argument as example ``i`` has it, one level down."""
-    if type(a) is WrapperTensor and a.interpreter is interpreter:
+    if interpreter.owns(a):
         if a.bdim is None:
             return a.value
         # A copy: some operators look at the storage, which is the example's own.

@@ -13,7 +13,7 @@ Rules are pure and may be written in plain ``torch`` or with aten overloads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,11 @@ from torch import Tensor
 
 from functrans.operators.rules import RuleTable
 
-BatchingRule = Callable[..., tuple[Any, Any]]
+#: Where each argument has its batch.
+Dims = Sequence[Any]
+#: The physical output, and where it has its batch.
+Output = tuple[Any, Any]
+BatchingRule = Callable[..., Output]
 
 
 class BatchInfo(NamedTuple):
@@ -36,12 +40,12 @@ class BatchInfo(NamedTuple):
 
     @property
     def level(self) -> int | None:
-        """Its level."""
+        """The level of the vmap."""
         return None if self.interpreter is None else self.interpreter.level
 
     @property
     def axis_name(self) -> Any:
-        """Its name, None if it has none."""
+        """The name of the batch, None if it has none."""
         return None if self.interpreter is None else self.interpreter.axis_name
 
 

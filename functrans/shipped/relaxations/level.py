@@ -188,7 +188,7 @@ class OperatorCall:
 
     def f(self, output: int, *values: Tensor) -> Any:
         """An output of the operator for these values of the intervals."""
-        given = [a.value if type(a) is WrapperTensor and a.interpreter is self.level else a for a in self.leaves]
+        given = [self.level.value_of(a) for a in self.leaves]
         for i, value in zip(self.places, values, strict=True):
             given[i] = value
         args, kwargs = tree_unflatten(self.spec, given)

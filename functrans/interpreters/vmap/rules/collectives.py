@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
-from functrans.pytorch.torch_private import FUNCTIONAL_COLLECTIVES, OpOverload
+from functrans.pytorch.distributed import FUNCTIONAL_COLLECTIVES
+from functrans.pytorch.torch_private import OpOverload
 
 #: What works on every element, whatever the shape.
 ELEMENTWISE = ("all_reduce", "broadcast", "wait_tensor", "_wrap_tensor_autograd", "all_reduce_coalesced")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +9,9 @@ from torch import Tensor
 
 from functrans.boundary.factories import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize
+from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, logical_rank, materialize
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 # The arithmetic of histc in operators of their own goes through memory ten times, its kernel once.
 LONG = 2048

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize
+from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, logical_rank, materialize
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 
 def sequences(info: BatchInfo, in_dims: Dims, args: Sequence[Any]) -> tuple[Any, Any, Any, Any]:

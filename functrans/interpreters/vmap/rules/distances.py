@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
+    Dims,
+    Output,
     batching_rule,
     logical_rank,
     materialize,
@@ -21,8 +23,6 @@ from functrans.operators.rules import caller_place
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 
 def distances(*ops: OpOverload) -> None:

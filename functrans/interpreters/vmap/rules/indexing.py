@@ -10,7 +10,6 @@ not there already, and they are moved back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +24,17 @@ from functrans.interpreters.vmap.rules.scatter import (
     writing_positions_rule,
 )
 from functrans.interpreters.vmap.rules.views import example_shape
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
+from functrans.interpreters.vmap.table import (
+    BatchInfo,
+    Dims,
+    Output,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+)
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 MASKS = (torch.bool, torch.uint8)
 add_slices = writing_positions_rule(aten.index_add.default, scatter_scaled)
 

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from functrans.interpreters.vmap.elementwise import logical_result_type
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
+from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, materialize, to_front
 from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 
 def materialized(info: BatchInfo, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +10,17 @@ from torch import Tensor
 from functrans.boundary.factories import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
 from functrans.interpreters.vmap.rules.scatter import end_to_end, index_select, own_rows
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
+from functrans.interpreters.vmap.table import (
+    BatchInfo,
+    Dims,
+    Output,
+    batching_rule,
+    logical_rank,
+    materialize,
+    to_front,
+)
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 BAG_SUM, BAG_MAX = 0, 2
 
 

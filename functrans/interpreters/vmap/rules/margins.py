@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize
+from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, logical_rank, materialize
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 NONE, MEAN = 0, 1
 
 

@@ -6,18 +6,15 @@ of each example's own are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize
+from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, materialize
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 NONE, MEAN = 0, 1
 
 

@@ -10,13 +10,19 @@ from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.rules.views import product
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, materialize, to_front
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    Dims,
+    Output,
+    batching_rule,
+    materialize,
+    to_front,
+)
 from functrans.operators.rules import caller_place
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from functrans.interpreters.vmap.rules.views import product as total
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
+    Dims,
+    Output,
     batching_rule,
     logical_rank,
     materialize,
@@ -30,8 +32,6 @@ from functrans.operators.products import PRODUCTS, Product
 from functrans.operators.views import wrap_dim
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 # A bmm of matrices with fewer rows or columns than this loses more than the copy costs.
 FEW = 16

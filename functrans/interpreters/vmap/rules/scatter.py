@@ -7,7 +7,7 @@ operators they stand for, these check that a position is inside its own example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
+    Dims,
+    Output,
     batching_rule,
     logical_rank,
     materialize,
@@ -29,8 +31,6 @@ from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 
 def along_positions(*ops: OpOverload) -> None:

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, with_defaults
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize, to_front
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    Dims,
+    Output,
+    logical_rank,
+    materialize,
+    to_front,
+)
 from functrans.operators.views import PARTS, wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 
 def scatter_rule(op: OpOverload, dims: Sequence[int]) -> Callable[..., Output]:

@@ -22,14 +22,12 @@ from functrans.interpreters.vmap.families import (
     reduced_dims,
     with_defaults,
 )
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, to_front
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, Dims, Output, batching_rule, to_front
 from functrans.operators.rules import caller_place
 from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SWAPS, wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
-Dims = Sequence[Any]
-Output = tuple[Any, Any]
 
 # These neither name a dimension nor change one; ``view_as_real`` adds its dimension at the end.
 elementwise(
