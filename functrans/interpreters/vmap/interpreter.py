@@ -177,7 +177,7 @@ class VmapInterpreter(Interpreter, whole=True):
                 return self.leave(op, call_below(self, call.script, values, NO_KWARGS))
             given = self.info, list(call.dims), *values
             if call.script is None and self.on_base:
-                return self.leave(op, call_below(self, run_and_write, (seen, look, rule, given), NO_KWARGS, values))
+                return self.leave(op, call_below(self, run_and_write, (seen, look, rule, *given), NO_KWARGS, values))
             return self.leave(op, call_below(self, rule, given, NO_KWARGS, values))
         except RuleDeclined:
             return self._process_anew(op, known, args, kwargs, None)

@@ -13,18 +13,16 @@ hand over, or if two arguments of the call are one tensor, since it does not sho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from functrans.errors.call_sites import PROGRAM_FILE
+from functrans.interpreters.vmap.seen_calls import SeenCall
 from functrans.operators.schemas import direct_call
 from functrans.pytorch.torch_private import OpOverload, function_mode_enabled
-
-if TYPE_CHECKING:
-    from functrans.interpreters.vmap.seen_calls import SeenCall
 
 #: What a rule may ask of every tensor, and what of the call's own alone.
 METADATA = frozenset(
@@ -136,17 +134,19 @@ class Writer(TorchFunctionMode):
         return function
 
 
-def run_and_write(seen: dict[Any, SeenCall], look: Any, rule: Callable[..., Any], given: Sequence[Any]) -> Any:
-    """What ``rule(*given)`` returns for a seen call; the later ones of that look run what is written down."""
+def run_and_write(
+    seen: dict[Any, SeenCall], look: Any, rule: Callable[..., Any], info: Any, dims: list[Any], *values: Any
+) -> Any:
+    """What ``rule`` returns for a seen call; the later ones of that look run what is written down."""
     if function_mode_enabled():
-        return rule(*given)
+        return rule(info, dims, *values)
+    given = tuple(dims)  # the rule may write to the list
     script: Any = False
     if not getattr(rule, "__module__", "").startswith("functrans."):
-        result = rule(*given)
+        result = rule(info, dims, *values)
     else:
-        with Writer(given[2:]) as writer:
-            result = rule(*given)
+        with Writer(values) as writer:
+            result = rule(info, dims, *values)
         script = writer.compiled(result)
-    if look in seen:
-        seen[look] = seen[look]._replace(script=script)
+    seen[look] = SeenCall(given, script=script)
     return result
