@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.autograd import forward_ad
 
-from functrans.core.dispatch import NO_KWARGS, base, dispatch, entered, map_tensors, scan
+from functrans.core.dispatch import base, dispatch, entered, map_tensors, scan
 from functrans.core.interpreter import Interpreter
 from functrans.operators.info import Operator
 from functrans.pytorch import thread_state
@@ -50,12 +50,12 @@ def start(op: Operator, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             push_mode(door)
 
 
-def run(op: OpOverload, *args: Any) -> Any:
-    """``op(*args)`` of a pure operator, as formulas write it, with the arguments in the schema's order: a Python call,
-    where PyTorch's trip from an operator to the door takes longer than all else."""
+def run(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """``op(*args, **kwargs)`` of a pure operator, as formulas write it, with the arguments in the schema's order: a
+    Python call, where PyTorch's trip from an operator to the door takes longer than all else."""
     if mode_stack_size() > STATE.door_depth or function_mode_enabled():
-        return op(*args)  # a mode of the user's is to see it
-    return start(op, args, NO_KWARGS)  # type: ignore[arg-type]
+        return op(*args, **kwargs)  # a mode of the user's is to see it
+    return start(op, args, kwargs)  # type: ignore[arg-type]
 
 
 def through_door(function: Callable[..., Any], *args: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.boundary.calls import run
 from functrans.derivatives.helpers import add, conj, where_or_zero
 from functrans.derivatives.table import derivative
 
@@ -204,7 +205,7 @@ pointwise(
 
 pointwise(
     aten.gelu.default,
-    self=lambda grad, self, approximate: aten.gelu_backward.default(grad, self, approximate=approximate),
+    self=lambda grad, self, approximate: run(aten.gelu_backward.default, grad, self, approximate=approximate),
 )
 
 KAPPA = 0.044715
@@ -225,7 +226,7 @@ def gelu_backward_self(grad: Tensor, grad_output: Tensor, self: Tensor, approxim
 
 pointwise(
     aten.gelu_backward.default,
-    grad_output=lambda grad, self, approximate: aten.gelu_backward.default(grad, self, approximate=approximate),
+    grad_output=lambda grad, self, approximate: run(aten.gelu_backward.default, grad, self, approximate=approximate),
     self=gelu_backward_self,
 )
 

@@ -24,6 +24,9 @@ POINTWISE = frozenset(
      aten.tanh_backward.default, aten.sigmoid_backward.default)
 )  # fmt: skip
 
+#: oneDNN's kernel takes operands of one shape alone, and programs those that broadcast.
+NOT_BROADCAST = frozenset((aten.gelu_backward.default,))
+
 #: the tables whose rules programs stand for, with the rules that the library itself registered
 _tables: list[tuple[RuleTable[Any], dict[OpOverload, Any]]] = []
 
@@ -61,6 +64,6 @@ def fusible(op: OpOverload) -> bool:
 def decide(op: OpOverload) -> bool:
     known = op_info(op)
     entry = DERIVATIVES.get(op)
-    if entry is None or not by_our_rules(op) or entry.outputs != 1 or known.random:
+    if entry is None or not by_our_rules(op) or entry.outputs != 1 or known.random or op in NOT_BROADCAST:
         return False
     return entry.tangent in ("elementwise", NO_TANGENT) or op in POINTWISE

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 UNARY = (
     "abs", "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p",
     "log2", "neg",
-    "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+    "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "silu", "sin", "sinh", "sqrt", "square", "tan", "tanh",
 )  # fmt: skip
 
 #: Functions of two, by which of them are tensors (T) and which numbers (n).
