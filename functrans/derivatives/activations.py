@@ -56,7 +56,14 @@ pointwise(
 )
 
 # not by its kernel, which PyTorch cannot differentiate
-pointwise(aten.hardsigmoid.default, self=lambda grad, self: where_or_zero((self > -3) & (self < 3), grad / 6))
+
+
+def within_three(self: Tensor, x: Tensor) -> Tensor:
+    """``x`` where ``self`` lies between -3 and 3, and 0 elsewhere."""
+    return where_or_zero(self > -3, where_or_zero(self < 3, x))
+
+
+pointwise(aten.hardsigmoid.default, self=lambda grad, self: within_three(self, grad / 6))
 
 # With lambd 0 both are the identity, at 0 too, where their kernels have the slope 0.
 pointwise(
@@ -89,7 +96,7 @@ pointwise(aten.hardswish.default, self=lambda grad, self: aten.hardswish_backwar
 pointwise(
     aten.hardswish_backward.default,
     grad_output=lambda grad, self: aten.hardswish_backward.default(grad, self),
-    self=lambda grad, grad_output, self: where_or_zero((self > -3) & (self < 3), grad * grad_output / 3),
+    self=lambda grad, grad_output, self: within_three(self, grad * grad_output / 3),
 )
 
 # ------------------------------------------------------------------------------------------- smooth
@@ -148,7 +155,7 @@ def silu_self(grad: Tensor, self: Tensor) -> Tensor:
 
 
 def mish_self(grad: Tensor, self: Tensor) -> Tensor:
-    t = torch.nn.functional.softplus(self).tanh()
+    t = aten.softplus.default(self).tanh()
     return grad * (t + self * torch.sigmoid(self) * (1 - t * t))
 
 

@@ -23,7 +23,7 @@ pointwise = partial(derivative, tangent="elementwise")
 
 def shared(grad: Tensor, tie: Tensor, none: Tensor) -> Tensor:
     """Half of ``grad`` where ``tie`` holds, nothing where ``none`` does, all of it elsewhere."""
-    return torch.where(tie, grad / 2, grad).masked_fill(none, 0)
+    return aten.where.ScalarSelf(none, 0, aten.where.self(tie, grad / 2, grad))
 
 
 def share_of_larger(grad: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -47,18 +47,18 @@ pointwise(
 )
 
 
-def inside(self: Tensor, min: Any, max: Any) -> Tensor:
-    """Where ``self`` lies strictly between the bounds, of which one may be None."""
-    if min is None or max is None:
-        return self < max if min is None else self > min
-    return (self > min) & (self < max)
+def inside(grad: Tensor, self: Tensor, min: Any, max: Any) -> Tensor:
+    """``grad`` where ``self`` lies strictly between the bounds, of which one may be None, and 0 elsewhere."""
+    if max is not None:
+        grad = where_or_zero(self < max, grad)
+    return grad if min is None else where_or_zero(self > min, grad)
 
 
-def inside_or_at(self: Tensor, min: Any, max: Any) -> Tensor:
-    """Where ``self`` lies between the bounds or at one, of which one may be None."""
-    if min is None or max is None:
-        return self <= max if min is None else self >= min
-    return (self >= min) & (self <= max)
+def inside_or_at(grad: Tensor, self: Tensor, min: Any, max: Any) -> Tensor:
+    """The same where ``self`` lies between the bounds or at one."""
+    if max is not None:
+        grad = where_or_zero(self <= max, grad)
+    return grad if min is None else where_or_zero(self >= min, grad)
 
 
 # ------------------------------------------------------------------------------------------- since 2.14
@@ -96,7 +96,7 @@ def entries_that_share() -> None:
         self=lambda grad, self, other: share_of_smaller(grad, self, other),
         other=lambda grad, self, other: share_of_smaller(grad, other, self),
     )
-    pointwise(aten.clamp.default, self=lambda grad, self, min, max: where_or_zero(inside(self, min, max), grad))
+    pointwise(aten.clamp.default, self=inside)
     pointwise(aten.clamp_min.default, self=lambda grad, self, min: where_or_zero(self > min, grad))
     pointwise(aten.clamp_max.default, self=lambda grad, self, max: where_or_zero(self < max, grad))
     pointwise(aten.clamp.Tensor, self=shared_clamp_self, min=shared_clamp_min, max=shared_clamp_max)
@@ -113,10 +113,6 @@ def entries_that_share() -> None:
 
 
 # ------------------------------------------------------------------------------------------- up to 2.13
-
-
-def whole_clamp_self(grad: Tensor, self: Tensor, min: Any, max: Any) -> Tensor:
-    return where_or_zero(inside_or_at(self, min, max), grad)
 
 
 def whole_clamp_min(grad: Tensor, self: Tensor, min: Tensor, max: Tensor | None) -> Tensor:
@@ -140,10 +136,10 @@ def entries_that_give_all_to_one() -> None:
         self=lambda grad, self, other: where_or_zero((self <= other) | other.isnan(), grad),
         other=lambda grad, self, other: grad.masked_fill((self <= other) | other.isnan(), 0),
     )
-    pointwise(aten.clamp.default, self=whole_clamp_self)
+    pointwise(aten.clamp.default, self=inside_or_at)
     pointwise(aten.clamp_min.default, self=lambda grad, self, min: where_or_zero(self >= min, grad))
     pointwise(aten.clamp_max.default, self=lambda grad, self, max: where_or_zero(self <= max, grad))
-    pointwise(aten.clamp.Tensor, self=whole_clamp_self, min=whole_clamp_min, max=whole_clamp_max)
+    pointwise(aten.clamp.Tensor, self=inside_or_at, min=whole_clamp_min, max=whole_clamp_max)
     pointwise(
         aten.clamp_min.Tensor,
         self=lambda grad, self, min: where_or_zero(self >= min, grad),

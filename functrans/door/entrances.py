@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
 from functrans.door.operator_entrances import direct, indexed, joining, overload
-from functrans.door.program_entrances import binary, power, unary
+from functrans.door.program_entrances import binary, numeric, power, unary
 from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
@@ -21,6 +21,7 @@ from functrans.programs.torch_functions import (
     DIRECT,
     DUNDERS,
     JOINING,
+    NUMERIC,
     OPERATORS,
     OTHER_NAMES,
     UNARY,
@@ -52,15 +53,22 @@ REFLECTED: dict[str, Callable[[bool], Program | None]] = {
 }
 
 
+def of_kinds(operators: dict[str, OpOverload], kinds: str) -> Program | None:
+    return operator_program(operators[kinds]) if kinds in operators else None
+
+
 def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..., Any] | None:
     """What takes the place of the torch function or method that ``name`` stands for in programs/torch_functions.py."""
     if name == "pow":
         return power(function, up)
     if name in BINARY:
         operators = BINARY[name]
-        return binary(function, lambda tensor: operator_program(operators["TT" if tensor else "Tn"]), up)
+        return binary(function, lambda tensor: of_kinds(operators, "TT" if tensor else "Tn"), up)
     if name in UNARY:
         return unary(function, lambda: operator_program(getattr(aten, name).default), up)
+    if name in NUMERIC:
+        op, names = NUMERIC[name]
+        return numeric(function, op, names, up)
     if name in REFLECTED:
         return binary(function, REFLECTED[name], up, reflected=True)
     if name in JOINING:
@@ -79,7 +87,7 @@ def set_up() -> None:
             ENTRANCES[function] = entrance
             if name in DIRECT:  # whose entrance looks at every argument's type
                 OF_ANY_TYPES.add(function)
-    for name in (*DUNDERS, *OPERATORS, *DIRECT, *OTHER_NAMES, *REFLECTED):
+    for name in (*DUNDERS, *OPERATORS, *NUMERIC, *DIRECT, *OTHER_NAMES, *REFLECTED):
         method: Any = getattr(Tensor, name, None)
         if method in ENTRANCES:
             setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))

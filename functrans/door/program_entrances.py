@@ -24,6 +24,7 @@ from functrans.door.torch_dispatch import DOOR
 from functrans.door.torch_function import STRIDED, otherwise, reopen
 from functrans.errors.call_sites import USER_FILES
 from functrans.interpreters.failures import explain
+from functrans.operators.info import op_info
 from functrans.operators.rules import FORGET, RuleTable
 from functrans.operators.scopes import SCOPES, scope_here
 from functrans.programs.fusible import REAL
@@ -41,6 +42,9 @@ from functrans.pytorch.torch_private import (
 )
 
 aten = torch.ops.aten
+NUMBERS = frozenset((int, float, type(None)))
+#: for how many choices of numbers a function has programs: those in a network, and not what changes with every call
+MOST = 32
 #: as nn.ReLU says it
 NOT_INPLACE = {"inplace": False}
 #: an operand that was given by name, or not at all
@@ -204,6 +208,45 @@ def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
         return False
     # A result shows the device of one of its operands: two numbers on different devices are left to PyTorch.
     return y.dtype is x.dtype and y.layout is STRIDED and (bool(x.shape) or y.device == x.device)
+
+
+def numeric(function: Callable[..., Any], op: OpOverload, names: tuple[str, ...], up: int) -> Callable[..., Any]:
+    """What takes the place of ``function``, of one tensor and the numbers ``names``, which its program has in it; numbers
+    that ``op`` takes beside those have their defaults."""
+    found: dict[Any, Program | None] = {}
+    above = up + 1
+    count = len(names)
+    defaults = op_info(op).defaults[1:]
+
+    def entrance(x: Any = NOT_HERE, /, *more: Any, **kwargs: Any) -> Any:
+        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+        if not closed and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
+            numbers = more
+            if len(more) != count or kwargs:
+                if more[count:] == (False,) or kwargs.get("inplace") is False:  # which is Python's own
+                    kwargs, more = {n: v for n, v in kwargs.items() if n != "inplace"}, more[:count]
+                left = dict(kwargs)
+                numbers = (*more, *[left.pop(n, d) for n, d in zip(names[len(more) :], defaults[len(more) :])])
+                closed = bool(left) or len(numbers) != count
+            owner = x.interpreter
+            if not closed and NUMBERS.issuperset(map(type, numbers)) and owner.alive and owner.whole:
+                if x.view_link is not None:
+                    x.view_link.refresh(x)
+                key = numbers if 0 not in numbers else (*map(repr, numbers),)  # 0.0 and -0.0 are equal
+                try:
+                    program = found[key] if not SCOPES else program_here(found, key, operator_program, op, *numbers)
+                except KeyError:
+                    program = None if len(found) >= MOST else program_here(found, key, operator_program, op, *numbers)
+                if program is not None:
+                    return through(program, (x,), owner, above)
+        return otherwise(function, (), by_place(x, *more), kwargs, above)
+
+    def forget(table: RuleTable[Any], op: OpOverload) -> None:
+        nonlocal found
+        found = {}
+
+    FORGET.append(forget)
+    return entrance
 
 
 def power(function: Callable[..., Any], up: int) -> Callable[..., Any]:

@@ -51,9 +51,10 @@ def traced(function: Callable[..., Any], inputs: int) -> Program:
 
 def probe(op: OpOverload, numbers: tuple[Any, ...]) -> Program:
     """The program of ``op``, after its first and second derivatives have been derived for a test."""
-    arguments = [
-        a for a in op._schema.arguments if not a.kwarg_only and (not a.has_default_value() or "Tensor" in str(a.type))
-    ]
+    positional = [a for a in op._schema.arguments if not a.kwarg_only]
+    arguments = [a for a in positional if not a.has_default_value() or "Tensor" in str(a.type)]
+    if numbers:  # which stand behind the tensors
+        arguments = positional[: sum("Tensor" in str(a.type) for a in positional) + len(numbers)]
     inputs = len(arguments) - len(numbers)
     builder = Builder(inputs)
     value = builder.emit(op, (*(Value(i) for i in range(inputs)), *numbers))

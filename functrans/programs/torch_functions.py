@@ -18,10 +18,23 @@ aten = torch.ops.aten
 
 #: Functions of one tensor, whose operator is ``aten.<name>.default``.
 UNARY = (
-    "abs", "acos", "asin", "atan", "cos", "cosh", "erf", "erfc", "exp", "exp2", "expm1", "log", "log10", "log1p",
-    "log2", "neg",
-    "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "silu", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf", "erfc", "erfinv", "exp",
+    "exp2", "expm1", "floor", "frac", "hardsigmoid", "hardswish", "log", "log10", "log1p", "log2", "log_sigmoid",
+    "mish", "neg", "reciprocal", "relu", "rsqrt", "sgn", "sigmoid", "sign", "silu", "sin", "sinh", "sqrt", "square",
+    "tan", "tanh", "trunc",
 )  # fmt: skip
+
+#: Functions of one tensor and numbers, by the names of these; Python's functions take ``inplace`` behind them.
+NUMERIC: dict[str, tuple[OpOverload, tuple[str, ...]]] = {
+    "leaky_relu": (aten.leaky_relu.default, ("negative_slope",)),
+    "elu": (aten.elu.default, ("alpha",)),
+    "celu": (aten.celu.default, ("alpha",)),
+    "softplus": (aten.softplus.default, ("beta", "threshold")),
+    "hardtanh": (aten.hardtanh.default, ("min_val", "max_val")),
+    "clamp": (aten.clamp.default, ("min", "max")),
+    "clamp_min": (aten.clamp_min.default, ("min",)),
+    "clamp_max": (aten.clamp_max.default, ("max",)),
+}
 
 #: Functions of two, by which of them are tensors (T) and which numbers (n).
 BINARY: dict[str, dict[str, OpOverload]] = {
@@ -31,6 +44,8 @@ BINARY: dict[str, dict[str, OpOverload]] = {
     "mul": {"TT": aten.mul.Tensor, "Tn": aten.mul.Tensor},
     "div": {"TT": aten.div.Tensor, "Tn": aten.div.Tensor},
     "pow": {"TT": aten.pow.Tensor_Tensor, "Tn": aten.pow.Tensor_Scalar},
+    "maximum": {"TT": aten.maximum.default},
+    "minimum": {"TT": aten.minimum.default},
 }
 
 #: Comparisons and choices: what derivatives' formulas are made of beside the above.
@@ -59,7 +74,9 @@ DIRECT: dict[str, tuple[OpOverload, ...]] = {
         for name in (
             *BY_SIZES, "matmul", "mm", "bmm", "mv", "dot", "outer", "addmm", "linear", "conv1d", "conv2d", "conv3d",
             "layer_norm", "avg_pool2d", "gelu", "t", "clone", "detach", "unsqueeze", "amax", "amin", "cumsum",
-            "index_select", "gather", "tril", "triu",
+            "index_select", "gather", "tril", "triu", "flip", "roll", "logsumexp", "cumprod", "addcmul", "addcdiv",
+            "baddbmm", "addmv", "addr", "pad", "narrow", "diagonal", "scatter_add", "index_add",
+            "take_along_dim", "argsort", "topk", "atan2",
         )
     },
     **{name: (getattr(aten, name).Tensor, getattr(aten, name).Scalar) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
@@ -75,6 +92,11 @@ DIRECT: dict[str, tuple[OpOverload, ...]] = {
     "log_softmax": (aten.log_softmax.int,),
     "where": (aten.where.self,),
     "masked_fill": (aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+    "max": (aten.max.default, aten.max.dim, aten.max.other),
+    "min": (aten.min.default, aten.min.dim, aten.min.other),
+    "prod": (aten.prod.default, aten.prod.dim_int),
+    "lerp": (aten.lerp.Scalar, aten.lerp.Tensor),
+    "scatter": (aten.scatter.src, aten.scatter.value),
 }  # fmt: skip
 
 #: Functions of a list of tensors and a dimension.
@@ -96,6 +118,8 @@ OTHER_NAMES = {
     "true_divide": "div",
     "negative": "neg",
     "absolute": "abs",
+    "clip": "clamp",
+    "logsigmoid": "log_sigmoid",
 }
 
 
@@ -103,7 +127,7 @@ def spellings() -> dict[Callable[..., Any], str]:
     """The function's name in ``OPERATORS``, by every torch function and method that means it."""
     found: dict[Callable[..., Any], str] = {}
     for place in (torch, Tensor, torch.nn.functional):
-        for name in (*OPERATORS, *OTHER_NAMES, *DIRECT, *JOINING):
+        for name in (*OPERATORS, *OTHER_NAMES, *NUMERIC, *DIRECT, *JOINING):
             function = getattr(place, name, None)
             if function is not None and function is not Tensor.where:  # which has its operands in another order
                 found[function] = OTHER_NAMES.get(name, name)
