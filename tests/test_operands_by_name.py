@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from functrans.programs.torch_functions import BINARY, DIRECT, JOINING, UNARY
 
 DOUBLE = torch.float64
 A, B = (torch.rand(4, 2, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(i)) * 0.5 + 0.2 for i in (0, 1))
-close = torch.testing.assert_close
+close = partial(torch.testing.assert_close, equal_nan=True)
 #: By name of a parameter: what is given for it, of two tensors.
 GIVEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "input": lambda a, b: a, "other": lambda a, b: b, "exponent": lambda a, b: 2, "dim": lambda a, b: 0,

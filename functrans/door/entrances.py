@@ -73,7 +73,8 @@ def entrance_of(function: Callable[..., Any], name: str, up: int) -> Callable[..
         return binary(function, REFLECTED[name], up, reflected=True)
     if name in JOINING:
         return joining(function, JOINING[name], up)
-    return direct(function, DIRECT[name], up, sizes=name in BY_SIZES) if name in DIRECT else None
+    sizes = name in BY_SIZES and function is getattr(Tensor, name)
+    return direct(function, DIRECT[name], up, sizes=sizes) if name in DIRECT else None
 
 
 def set_up() -> None:

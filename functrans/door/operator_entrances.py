@@ -52,6 +52,7 @@ def direct(
     found: dict[tuple[type, ...], tuple[OpInfo | None, Form]] = {}
     known = [op_info(op) for op in overloads]
     above = up + 1
+    named = getattr(torch.return_types, function.__name__, None)  # what several results are shown as
 
     def meant(kinds: tuple[type, ...]) -> tuple[OpInfo | None, Form]:
         if sizes and len(kinds) > 1 and all(kind is int for kind in kinds[1:]):
@@ -73,6 +74,8 @@ def direct(
             if info is not None and given[0].layout is STRIDED:
                 out = handled(info, given, above, form)
                 if out is not LEFT_TO_PYTORCH:
+                    if type(out) is tuple and named is not None:
+                        return named(out)
                     return out if type(out) is not list else tuple(out)  # as functions return several
         return otherwise(function, (), args, kwargs, above)
 

@@ -211,8 +211,10 @@ def similar(x: WrapperTensor, y: Any, kind: type) -> bool:
 
 
 def numeric(function: Callable[..., Any], op: OpOverload, names: tuple[str, ...], up: int) -> Callable[..., Any]:
-    """What takes the place of ``function``, of one tensor and the numbers ``names``, which its program has in it; numbers
-    that ``op`` takes beside those have their defaults."""
+    """What takes the place of ``function``, of one tensor and the numbers ``names``, which are in its program.
+
+    Numbers that ``op`` takes beside those have their defaults.
+    """
     found: dict[Any, Program | None] = {}
     above = up + 1
     count = len(names)

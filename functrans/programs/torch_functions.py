@@ -64,8 +64,8 @@ OPERATORS: dict[str, dict[str, OpOverload]] = {
     **CHOICES,
 }
 
-#: Functions whose sizes or dimensions may be given one by one.
-BY_SIZES = ("view", "reshape", "expand", "permute")
+#: Methods whose sizes or dimensions may be given one by one.
+BY_SIZES = ("view", "reshape", "expand", "permute", "flip")
 
 #: Functions of other kinds, by their names in PyTorch's namespaces, and the overloads that they are.
 DIRECT: dict[str, tuple[OpOverload, ...]] = {
@@ -74,9 +74,9 @@ DIRECT: dict[str, tuple[OpOverload, ...]] = {
         for name in (
             *BY_SIZES, "matmul", "mm", "bmm", "mv", "dot", "outer", "addmm", "linear", "conv1d", "conv2d", "conv3d",
             "layer_norm", "avg_pool2d", "gelu", "t", "clone", "detach", "unsqueeze", "amax", "amin", "cumsum",
-            "index_select", "gather", "tril", "triu", "flip", "roll", "logsumexp", "cumprod", "addcmul", "addcdiv",
+            "index_select", "gather", "tril", "triu", "roll", "logsumexp", "cumprod", "addcmul", "addcdiv",
             "baddbmm", "addmv", "addr", "pad", "narrow", "diagonal", "scatter_add", "index_add",
-            "take_along_dim", "argsort", "topk", "atan2",
+            "argsort", "topk", "atan2",
         )
     },
     **{name: (getattr(aten, name).Tensor, getattr(aten, name).Scalar) for name in ("eq", "ne", "lt", "le", "gt", "ge")},

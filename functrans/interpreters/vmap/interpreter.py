@@ -175,7 +175,7 @@ class VmapInterpreter(Interpreter, whole=True):
         try:
             if call.script and self.on_base:
                 return self.leave(op, call_below(self, call.script, values, NO_KWARGS))
-            given = self.info, list(call.dims), *values
+            given = self.info, [list(d) if type(d) is list else d for d in call.dims], *values
             if call.script is None and self.on_base:
                 return self.leave(op, call_below(self, run_and_write, (seen, look, rule, *given), NO_KWARGS, values))
             return self.leave(op, call_below(self, rule, given, NO_KWARGS, values))
@@ -202,12 +202,11 @@ class VmapInterpreter(Interpreter, whole=True):
                 if rewrite is not None and (rewritten := rewrite(dims, *values)) is not None:
                     op_below, physical, bdim = rewritten
                     out = lower(self, op_below, physical, below_kwargs)
-                    if not isinstance(out, Tensor):
-                        return self._leave(op, out, bdim)
-                    self.check_below(op, out)
-                    shown = self.batched(out, bdim)
+                    plain = isinstance(out, Tensor) and not known.tensor_lists
+                    shown = self._leave(op, out, bdim)
                     if look is not None and seen is not None and type(self).left is VmapInterpreter.left:
-                        remember(seen, look, as_operator(dims, values, op_below, physical, shown))
+                        call = as_operator(dims, values, op_below, physical, shown) if plain else SeenCall(dims)
+                        remember(seen, look, call)
                     return shown
                 inputs = (*values, *below_kwargs.values()) if below_kwargs else values
                 shown = self.leave(op, call_below(self, rule, (self.info, dims, *values), below_kwargs, inputs))

@@ -84,9 +84,14 @@ def look_of(interpreter: VmapInterpreter, args: Sequence[Any]) -> tuple[tuple[An
         elif kind in WITHOUT_TENSORS:
             look += kind, a if a != 0 or kind is int else str(a)  # 0.0 and -0.0 are equal
         elif kind in LISTS:
-            if a and type(a[0]) not in WHOLE:
-                return None
-            look += kind, tuple(a)
+            if not a or type(a[0]) in WHOLE:
+                look += kind, tuple(a)
+            else:
+                found = look_of(interpreter, a)
+                if found is None:
+                    return None
+                look.append(found[0])
+                a = found[1]
         elif kind in OF_THE_BASE:
             if a.layout is not torch.strided:
                 return None

@@ -56,7 +56,7 @@ def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
         rule = ours or vmap_rule_of_library(op)
         accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
         rewrite = getattr(rule, "rewrite", None)
-        kept = rule is not None and not known.random and not known.tensor_lists
+        kept = rule is not None and not known.random
         found = Specialized(rule and completed(rule, op, 2, listed=True), rewrite, accepted, {} if kept else None)
         if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
             specialized[Specialized] = found

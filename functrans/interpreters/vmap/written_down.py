@@ -49,15 +49,25 @@ class Writer(TorchFunctionMode):
         super().__init__()
         self.parameters = [f"a{i}" for i in range(len(values))]
         self.names: dict[int, str] = {}
+        self.lines: list[tuple[str, list[str]]] = []
         for name, value in zip(self.parameters, values, strict=True):
-            if isinstance(value, Tensor) and self.names.setdefault(id(value), name) != name:
-                self.refused = True
+            if isinstance(value, Tensor):
+                self.give_name(value, name)
+            elif isinstance(value, list | tuple) and any(isinstance(x, Tensor) for x in value):
+                items = [f"{name}_{i}" for i in range(len(value))]
+                self.lines.append((f"{', '.join(items)}, = {name}", []))
+                for item, x in zip(items, value, strict=True):
+                    if isinstance(x, Tensor):
+                        self.give_name(x, item)
         #: whatever has a name, lest another object get its id
         self.kept: list[Any] = list(values)
-        self.lines: list[tuple[str, list[str]]] = []
         self.scope: dict[str, Any] = {}
 
     refused = False
+
+    def give_name(self, x: Tensor, name: str) -> None:
+        if self.names.setdefault(id(x), name) != name:
+            self.refused = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
