@@ -97,6 +97,29 @@ CALLS: dict[str, Any] = {
     "gather, by name": lambda x: torch.gather(x, 0, INDEX.view(1, 2), sparse_grad=False),
     "tril": lambda x: x.tril(),
     "triu": lambda x: torch.triu(x, 1),
+    "[]": lambda x: x[1],
+    "[], a slice": lambda x: x[1:],
+    "[], up to": lambda x: x[:-1],
+    "[], in steps": lambda x: x[1:10:2],
+    "[], nothing": lambda x: x[3:1],
+    "[], a column": lambda x: x[:, 1],
+    "[], the last": lambda x: x[..., -1],
+    "[], a block": lambda x: x[1:3, -2:],
+    "[], None": lambda x: x[None],
+    "[], Nones": lambda x: x[:, None, 1:, None],
+    "[], an ellipsis in between": lambda x: x[0, ..., 1:],
+    "[], behind an ellipsis": lambda x: x[None, ..., None],
+    "[], all numbers": lambda x: x[1, 2],
+    "[], a tensor": lambda x: x[INDEX],
+    "[], a matrix": lambda x: x[INDEX.view(1, 2)],
+    "[], everything": lambda x: x[:],
+    "[], everything twice": lambda x: x[:, 0:4],
+    "[], an ellipsis alone": lambda x: x[...],
+    "[], a mask": lambda x: torch.where(MASK, x, W)[MASK],
+    "[], a list": lambda x: x[[0, 2]],
+    "[], tensors": lambda x: x[INDEX, INDEX],
+    "[], a tensor and a slice": lambda x: x[1:, INDEX],
+    "[], a truth value": lambda x: x[True],
     "flip": lambda x: x.flip(0),
     "flip, two": lambda x: torch.flip(x, (0, 1)),
     "flip, by name": lambda x: torch.flip(x, dims=[1]),
@@ -198,6 +221,8 @@ def entered(call, x: Tensor, monkeypatch, *, closed: bool = False) -> tuple[list
 
 
 def described(a: Any) -> Any:
+    if isinstance(a, list):
+        return [described(one) for one in a]
     return (type(a), a.dtype, tuple(a.shape)) if isinstance(a, Tensor) else (type(a), a)
 
 
@@ -219,7 +244,8 @@ def test_the_same_comes_in(name, monkeypatch):
     "reshape, by name", "view, by name", "log_softmax", "an overload that is composite", "conv2d, by name",
     "avg_pool2d, by name", "an overload of TorchScript's", "another", "masked_fill, a tensor",
     "an overload that writes", "addcmul, scaled", "pad, reflected", "scatter, reduced", "index_add, scaled",
-    "prod, a dtype",
+    "prod, a dtype", "[], everything", "[], everything twice", "[], an ellipsis alone", "[], a mask", "[], a list",
+    "[], tensors", "[], a tensor and a slice", "[], a truth value",
 )])  # fmt: skip
 def test_they_are_short(name, monkeypatch):
     """All but the calls in the list come in without the dispatcher: those give by name what does not follow the
@@ -239,11 +265,13 @@ def test_every_entrance_is_called():
     lambda x: aten.mm.default(x), lambda x: aten.mm.default(x, 2), lambda x: aten.mm.default(x, W, W),
     lambda x: aten.sum.dim_IntList(x, ["a"]), lambda x: F.layer_norm(x, 4), lambda x: x.softmax("a"),
     lambda x: torch.reshape(x, 2, 8), lambda x: torch.flip(x, 0, 1),
+    lambda x: x[4], lambda x: x[0, 4], lambda x: x[0, 0, 0], lambda x: x[::-1], lambda x: x[::0], lambda x: x[1.5],
+    lambda x: x["a"], lambda x: x[0:1.5],
     lambda x: x.view(2, 2.0), lambda x: x.unsqueeze(dims=0), lambda x: x.masked_fill(MASK, "a"),
 ])  # fmt: skip
 def test_what_pytorch_refuses_is_refused_as_there(call):
     """The kind of error is PyTorch's, with the words of its parser."""
-    with pytest.raises((TypeError, RuntimeError, IndexError)) as plain:
+    with pytest.raises((TypeError, RuntimeError, IndexError, ValueError)) as plain:
         call(torch.rand(4, 4))
     with pytest.raises(type(plain.value)) as inside:
         functrans.vmap(call)(torch.rand(3, 4, 4))

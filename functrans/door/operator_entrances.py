@@ -22,7 +22,6 @@ from functrans.errors.call_sites import USER_FILES
 from functrans.interpreters.failures import explain
 from functrans.operators.info import OpInfo, op_info
 from functrans.operators.schemas import Form, form_of, formed
-from functrans.programs.torch_functions import DIRECT
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import (
     OpOverload,
@@ -35,6 +34,7 @@ from functrans.pytorch.torch_private import (
     push_mode,
 )
 
+aten = torch.ops.aten
 #: The types of tensors that have no say of their own.
 TENSORS = frozenset((WrapperTensor, Tensor, torch.nn.Parameter))
 LISTS = (list, tuple)
@@ -180,15 +180,71 @@ def is_strided(x: Any) -> bool:
     return type(x) in TENSORS and x.layout is STRIDED
 
 
+#: Operators that follow each other, and what each takes beside the tensor.
+Steps = Sequence[tuple[OpInfo, tuple[Any, ...]]]
+SELECT, SLICE, UNSQUEEZE, INDEX = map(
+    op_info, (aten.select.int, aten.slice.Tensor, aten.unsqueeze.default, aten.index.Tensor)
+)
+
+
 def indexed(function: Callable[..., Any], up: int) -> Callable[..., Any]:
-    """What takes the place of ``x[index]``, which selects where the index is a number that is in range."""
-    select = direct(Tensor.select, DIRECT["select"], up + 1)
+    """What takes the place of ``x[index]``: the operators that PyTorch makes of numbers that are in range, slices, None
+    and an ellipsis, or of one tensor of numbers."""
+    above = up + 1
 
     def entrance(x: Any, index: Any) -> Any:
-        if type(index) is int and type(x) is WrapperTensor and x.shape and not function_mode_enabled():
-            size = x.shape[0]
-            if type(size) is int and -size <= index < size:
-                return select(x, 0, index)
-        return otherwise(function, (), (x, index), {}, up + 1)
+        closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
+        top = STATE.top
+        if type(x) is not WrapperTensor or x.layout is not STRIDED or closed or is_torch_func_active():
+            return otherwise(function, (), (x, index), {}, above)
+        if top is not None and not top.carries_autograd:
+            steps: Steps = ()
+            if type(index) in TENSORS:
+                whole = index.dtype is torch.int64 and index.layout is STRIDED and index.shape
+                steps = ((INDEX, ([index],)),) if whole else ()
+            else:
+                steps = steps_of(x.shape, index if type(index) is tuple else (index,))
+            out = x
+            for known, rest in steps:
+                out = handled(known, (out, *rest), above)
+                if out is LEFT_TO_PYTORCH:
+                    break
+            else:
+                if steps:
+                    return out
+        return otherwise(function, (), (x, index), {}, above)
 
     return entrance
+
+
+def steps_of(shape: tuple[int, ...], index: tuple[Any, ...]) -> Steps:
+    """The operators that ``x[index]`` is; none if PyTorch has to say."""
+    steps: list[tuple[OpInfo, tuple[Any, ...]]] = []
+    given = sum(type(i) is int or type(i) is slice for i in index)  # one dimension each
+    sizes, dim, seen = list(shape), 0, False
+    if given > len(sizes):
+        return ()
+    for i in index:
+        size = sizes[dim] if dim < len(sizes) else 0
+        if type(i) is int and type(size) is int and -size <= i < size:
+            steps.append((SELECT, (dim, i)))
+            del sizes[dim]
+        elif type(i) is slice:
+            start = 0 if i.start is None else i.start
+            stop = sys.maxsize if i.stop is None else i.stop
+            step = 1 if i.step is None else i.step
+            if not type(start) is type(stop) is type(step) is type(size) is int or step < 1:
+                return ()
+            if start != 0 or stop < size or step != 1:
+                steps.append((SLICE, (dim, start, stop, step)))
+            dim += 1
+        elif i is None:
+            steps.append((UNSQUEEZE, (dim,)))
+            sizes.insert(dim, 1)
+            dim += 1
+        elif i is Ellipsis and not seen:
+            seen = True
+            dim += len(shape) - given
+        else:
+            return ()
+    return steps
