@@ -22,7 +22,8 @@ from functrans.errors import CallError
 NO_CALLS = {
     "BATCHING_RULES", "DEFINITIONS", "DERIVATIVES", "BackwardNode", "BatchInfo", "Caller",
     "CarriedValueError", "CheckFailedError",
-    "CustomFunctionError", "DerivativeEntryError", "DuplicateRuleError", "FunctransError", "GradInterpreter",
+    "CustomFunctionError", "DerivativeEntryError", "DuplicateRuleError", "FUNCTION_RULES", "FunctransError",
+    "GradInterpreter",
     "Handler", "Interpreter",
     "JvpInterpreter", "MissingRuleError", "Origin", "PassThrough", "PullbackInterpreter", "RuleError", "Step",
     "RuleResultError", "RuleTable", "TableInterpreter", "VmapInterpreter", "WrapperTensor",

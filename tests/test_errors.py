@@ -37,6 +37,7 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "TorchMovedError": ("torch.{name}", "to run"),
     "NotAnOverloadError": ("a table", "aten::sin"),
     "DeadWrapperError": (WRAPPER,),
+    "SameLevelError": (INTERPRETER, INTERPRETER),
     "RuleError": (CALL, ValueError("of {the rule}\n"), "rules.py:2", "user.py:3"),
     "NoDataError": ("numpy()", WRAPPER),
     "CapturedWriteError": (OP, torch.ones(2), INTERPRETER, 0),

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 import functrans as ft
-from functrans.errors import BatchingRuleError, CallTypeError, MissingRuleError, NonLinearError, RuleResultError
+from functrans.errors import (
+    BatchingRuleError,
+    CallTypeError,
+    MissingRuleError,
+    NonLinearError,
+    RuleResultError,
+    SameLevelError,
+)
 from functrans.extend import (
     Carried,
     GradInterpreter,
@@ -123,7 +130,7 @@ def test_what_an_argument_holds_has_no_derivative() -> None:
             run()
     assert interpreter_stack() == []
     batched = lambda w, t: fixed_point(lambda _, t, x: cell(w, t, x), WEIGHT, t, torch.zeros_like(t))
-    with pytest.raises(BatchingRuleError, match="a value of level 1"):
+    with pytest.raises(SameLevelError, match="both at level 1"):
         ft.vmap(batched)(torch.stack([WEIGHT] * 4), ROWS)
 
 
