@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anatomy
 import growth
+import operators
 import per_op
 import shipped
 import workloads
@@ -49,11 +50,12 @@ def main() -> int:
     grown = growth.run(settings)
     progress("growth")
     operations = per_op.run(settings)
+    everyday = operators.run(settings)
     progress("operations")
     whole = workloads.run(settings)
     beyond = shipped.run(settings)
     progress("transforms that ship")
-    parts = [whole, operations, beyond, grown, anatomy.run(settings)]
+    parts = [whole, operations, everyday, beyond, grown, anatomy.run(settings)]
     figures = text_of(parts, settings)
     print(figures)
     if not options.print_only:
