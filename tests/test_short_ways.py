@@ -19,6 +19,13 @@ aten = torch.ops.aten
 W, V, KERNEL = torch.rand(4, 4), torch.rand(4), torch.rand(2, 1, 2, 2)
 INDEX, MASK = torch.tensor([0, 2]), torch.tensor([True, False, True, False])
 
+
+def accumulated(x: Tensor) -> Tensor:
+    x += W
+    x *= 2
+    return x
+
+
 #: How people call what has an entrance, on ``x``, four by four.
 CALLS: dict[str, Any] = {
     "view, sizes": lambda x: x.view(2, 8),
@@ -120,6 +127,15 @@ CALLS: dict[str, Any] = {
     "[], tensors": lambda x: x[INDEX, INDEX],
     "[], a tensor and a slice": lambda x: x[1:, INDEX],
     "[], a truth value": lambda x: x[True],
+    "mT": lambda x: x.mT,
+    "add_": lambda x: x.clone().add_(W),
+    "add_, scaled": lambda x: x.clone().add_(W, alpha=2),
+    "add_, a number": lambda x: x.clone().add_(2.5),
+    "sub_": lambda x: x.clone().sub_(V),
+    "mul_": lambda x: x.clone().mul_(x),
+    "div_": lambda x: x.clone().div_(W + 1),
+    "copy_": lambda x: x.clone().copy_(V),
+    "+=": lambda x: accumulated(x.clone()),
     "flip": lambda x: x.flip(0),
     "flip, two": lambda x: torch.flip(x, (0, 1)),
     "flip, by name": lambda x: torch.flip(x, dims=[1]),
@@ -245,11 +261,12 @@ def test_the_same_comes_in(name, monkeypatch):
     "avg_pool2d, by name", "an overload of TorchScript's", "another", "masked_fill, a tensor",
     "an overload that writes", "addcmul, scaled", "pad, reflected", "scatter, reduced", "index_add, scaled",
     "prod, a dtype", "[], everything", "[], everything twice", "[], an ellipsis alone", "[], a mask", "[], a list",
+    "add_", "add_, scaled", "add_, a number", "sub_", "mul_", "div_", "+=",
     "[], tensors", "[], a tensor and a slice", "[], a truth value",
 )])  # fmt: skip
 def test_they_are_short(name, monkeypatch):
     """All but the calls in the list come in without the dispatcher: those give by name what does not follow the
-    arguments by position, or are made of operators by PyTorch's code."""
+    arguments by position, or are made of operators by PyTorch's code, or write: the pure form comes to the door."""
     _, _, slowly = entered(CALLS[name], torch.rand(3, 4, 4), monkeypatch)
     assert slowly == 0
 

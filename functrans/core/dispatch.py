@@ -99,6 +99,7 @@ WITHOUT_TENSORS = frozenset(
     (int, float, bool, complex, type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 )
 
+SEQUENCES = (list, tuple)
 NO_KWARGS: dict[str, Any] = {}  # where an operator has none
 
 
@@ -163,7 +164,7 @@ def base(op: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
             if a.requires_grad:
                 return base_recorded(op, args, kwargs)
             ordinary = False  # a subclass would be asked by a torch function
-        elif kind not in WITHOUT_TENSORS and (kind is not list or (a and type(a[0]) is not int)) and scan((a,))[1]:
+        elif kind not in WITHOUT_TENSORS and not (kind in SEQUENCES and a and type(a[0]) is int) and scan((a,))[1]:
             return base_recorded(op, args, kwargs)
     if forward_ad._current_level >= 0 or (kwargs and scan(kwargs.values())[1]):
         return base_recorded(op, args, kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from functrans.core.tensor import WrapperTensor
 from functrans.door.operator_entrances import direct, indexed, joining, overload
 from functrans.door.program_entrances import binary, numeric, power, unary
-from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES
+from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES, otherwise
 from functrans.programs.operators import operator_program, traced_program
 from functrans.programs.program import Program
 from functrans.programs.torch_functions import (
@@ -51,6 +51,15 @@ REFLECTED: dict[str, Callable[[bool], Program | None]] = {
     "__rsub__": lambda tensor: operator_program(aten.sub.Tensor if tensor else aten.rsub.Scalar),
     "__rtruediv__": lambda tensor: operator_program(aten.div.Tensor) if tensor else traced_program(reversed_div, 2),
 }
+
+
+MATRIX_TRANSPOSE: Any = Tensor.mT.__get__  # type: ignore[attr-defined]
+by_property = direct(Tensor.transpose, DIRECT["transpose"], 2)
+
+
+def transposed(x: Any, *more: Any) -> Any:
+    """``x.mT``, which PyTorch makes ``transpose`` of."""
+    return by_property(x, -2, -1) if len(x.shape) > 1 else otherwise(MATRIX_TRANSPOSE, (), (x, *more), {}, 2)
 
 
 def of_kinds(operators: dict[str, OpOverload], kinds: str) -> Program | None:
@@ -94,6 +103,7 @@ def set_up() -> None:
             setattr(WrapperTensor, name, entrance_of(method, names[method], BY_METHOD))
     # Not a method as well: what has one in Python is a sequence to torch.tensor([x]), which would ask for its length.
     ENTRANCES[Tensor.__getitem__] = indexed(Tensor.__getitem__, 1 + frames_above(Tensor.__getitem__))
+    ENTRANCES[MATRIX_TRANSPOSE] = transposed
     for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
         ENTRANCES[function] = lambda input: input.is_conj()
     for function in (torch.is_neg, Tensor.is_neg):

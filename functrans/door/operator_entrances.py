@@ -84,10 +84,15 @@ def direct(
 
 def placed(known: Sequence[OpInfo], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments by position, where the next ones of an overload have the names in ``kwargs``; else none."""
-    for info in known:
-        names = info.arguments[len(args) : len(args) + len(kwargs)]
-        if args and len(names) == len(kwargs) and kwargs.keys() == set(names):
-            return (*args, *(kwargs[name] for name in names))
+    for info in known if args else ():
+        values = list(args)
+        for name in info.arguments[len(args) : len(args) + len(kwargs)]:
+            if name not in kwargs:
+                break
+            values.append(kwargs[name])
+        else:
+            if len(values) == len(args) + len(kwargs):
+                return tuple(values)
     return ()
 
 

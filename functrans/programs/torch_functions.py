@@ -95,6 +95,8 @@ DIRECT: dict[str, tuple[OpOverload, ...]] = {
     "max": (aten.max.default, aten.max.dim, aten.max.other),
     "min": (aten.min.default, aten.min.dim, aten.min.other),
     "prod": (aten.prod.default, aten.prod.dim_int),
+    **{name: (getattr(aten, name).Tensor,) for name in ("add_", "sub_", "mul_", "div_")},
+    "copy_": (aten.copy_.default,),
     "lerp": (aten.lerp.Scalar, aten.lerp.Tensor),
     "scatter": (aten.scatter.src, aten.scatter.value),
 }  # fmt: skip
