@@ -172,6 +172,8 @@ class VmapInterpreter(Interpreter, whole=True):
             return self._process_anew(op, known, args, kwargs, look)
         if call.op is not None:
             return self.again(call, values)
+        if not call.dims:
+            return constants(self, lower(self, op, values, NO_KWARGS))
         try:
             if call.script and self.on_base:
                 return self.leave(op, call_below(self, call.script, values, NO_KWARGS))
@@ -192,6 +194,8 @@ class VmapInterpreter(Interpreter, whole=True):
             if out is not NotImplemented:
                 return out
         elif not bdims:
+            if look is not None and seen is not None:
+                remember(seen, look, SeenCall(()))
             return constants(self, lower(self, op, values, below_kwargs))
         if accepted is not None and (key := kinds_of(args)) not in accepted:
             self.check_example(op, args, kwargs)

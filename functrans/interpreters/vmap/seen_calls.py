@@ -35,6 +35,7 @@ class SeenCall(NamedTuple):
     """What becomes of a call.
 
     Without ``op`` the rule is called each time, and ``dims`` are its batch dimensions; or ``script``, what it does.
+    Without ``dims`` nothing is batched, and the operator is sent down as it is.
     """
 
     dims: Sequence[Any]
