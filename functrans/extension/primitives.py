@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_flag, check_kind
+from functrans.api.compiled import CALLED
 from functrans.core.dispatch import lift, scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack
@@ -20,6 +22,7 @@ from functrans.extension.calls import check_running
 from functrans.extension.primitive_batching import PrimitiveBatching
 from functrans.extension.primitive_derivatives import Modes, PrimitiveDerivative
 from functrans.extension.table_interpreter import TableInterpreter
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.failures import note_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -217,6 +220,8 @@ class Primitive:
             raise DuplicateRuleError(f"rules of {self.name}", cls.__name__, self.rules[cls][1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return CALLED(self, args, kwargs)
         top = STATE.top
         scan(tree_flatten((args, kwargs))[0])  # brings views up to date
         out = self.ask(top, args, kwargs)
@@ -276,6 +281,8 @@ class Primitive:
 
     def values_below(self, level: Interpreter, args: Any) -> Any:
         """The arguments one level below ``level``, where they must be constants."""
+        if isinstance(level, BranchInterpreter):
+            args = tree_map(level.enter, args)
         for leaf in tree_flatten(args)[0]:
             if type(leaf) is WrapperTensor and not leaf.interpreter.alive:
                 raise DeadWrapperError(leaf)

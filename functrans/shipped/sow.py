@@ -6,13 +6,14 @@ around sees the one that is used, one level after the other taken off it, as it 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_kind
+from functrans.api.compiled import CALLED, TRACED, UNTRACED, named_after
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack, run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
@@ -20,6 +21,7 @@ from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
@@ -59,6 +61,8 @@ def sow(value: Any, name: str) -> Any:
         >>> reap(grad(f))(torch.tensor([1.0, 2.0]))
         (tensor([2., 4.]), {'square': tensor([1., 4.])})
     """
+    if is_dynamo_compiling():
+        return CALLED(sow, (value, name), {})
     check_kind(SOW, "name", name, str, "a string")
     leaves, spec = tree_flatten(value)
     for leaf in leaves:
@@ -107,8 +111,10 @@ def reap(func: Callable[..., Any]) -> Callable[..., Any]:
     """
     check_callable("reap", func)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def reaped(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        if is_dynamo_compiling():
+            return TRACED(reap, func, {}, args, kwargs, None)
         level = Reaping(func)
         out = run_transformed(level, lambda: call_function(REAP, func, args, kwargs))
         return out, level.found
@@ -150,8 +156,13 @@ def plant(func: Callable[..., Any], values: Mapping[str, Any]) -> Callable[..., 
     for name in values:
         check_kind(PLANT, "a name", name, str, "a string")
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def planted(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            if any(map(callable, values.values())):
+                why = "A function among the values runs where the value is sown, and that graph has been written."
+                return UNTRACED("plant", why, planted, args, kwargs)
+            return TRACED(plant, func, {}, args, kwargs, {"values": values})
         level = Planting(func)
         level.values = values
         out = run_transformed(level, lambda: call_function(PLANT, func, args, kwargs))
@@ -253,6 +264,17 @@ def bounded(level: IntervalLevel, *leaves: Any, spec: TreeSpec, **rest: Any) -> 
     pair = tuple(tree_unflatten(spec, [end[i] for end in ends]) for i in (0, 1))
     leaves_of_pair, spec_of_pair = tree_flatten(pair)
     return sowing.below(level, *leaves_of_pair, spec=spec_of_pair, **rest)
+
+
+@sowing.rule(BranchInterpreter)
+def of_some(level: BranchInterpreter, *leaves: Any, **rest: Any) -> Any:
+    below = level.below
+    while below is not None and not isinstance(below, Reaping):
+        below = below.below
+    if below is None:
+        return NotImplemented
+    cure = "Only some of the examples run it, or it is not known whether one does. Sow the value that is chosen."
+    raise MissingRuleError("sow", level, cure)
 
 
 @sowing.rule(TransposeInterpreter)

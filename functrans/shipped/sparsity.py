@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import (
     Argnums,
@@ -20,7 +21,7 @@ from functrans.api.arguments import (
     refuse_complex,
 )
 from functrans.api.checks import call_function, check_chunk_size, check_flag
-from functrans.api.compiled import named_after
+from functrans.api.compiled import UNTRACED, named_after
 from functrans.api.rows_and_columns import check_output_numbers
 from functrans.api.structures import path_of
 from functrans.api.transforms import differentiating, grad, jvp_with_argnums, vjp_with_argnums
@@ -33,6 +34,9 @@ from functrans.shipped import sparsity_rules  # noqa: F401 - importing it adds t
 from functrans.shipped.coloring import Pattern, alone, colors_of_columns, star_colors
 from functrans.shipped.sparsity_level import SparsityLevel
 from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
+
+#: Why torch.compile runs these outside of its graph.
+BY_NUMBERS = "The pattern is found by numbers; it decides how many products there are, and the shape of the result."
 
 
 def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Any]:
@@ -68,6 +72,8 @@ def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., An
 
     @named_after(func)
     def pattern(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return UNTRACED("sparsity", BY_NUMBERS, pattern, args, kwargs)
         found = Dependence(call, func, argnums, args, kwargs, rehearsal=False)
         with running_at(None):
             rows = found.pattern.rows
@@ -112,6 +118,8 @@ def sparse_jacobian(
 
     @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return UNTRACED("sparse_jacobian", BY_NUMBERS, jacobian, args, kwargs)
         found, plan = plans.find(args, kwargs)
         values = plan.values(products(call, func, argnums, chunk_size, found, plan, args, kwargs))
         return found.blocks(plan.pattern, values)
@@ -162,6 +170,8 @@ def sparse_hessian(
 
     @named_after(func)
     def hessian(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return UNTRACED("sparse_hessian", BY_NUMBERS, hessian, args, kwargs)
         found, plan = plans.find(args, kwargs)
         values = plan.values(products(call, gradient, argnums, chunk_size, found, plan, args, kwargs))
         return found.blocks(plan.pattern, values)
