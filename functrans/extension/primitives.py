@@ -134,8 +134,9 @@ class Primitive:
         """Decorator: the rule for vmap, in the form that ``batching_rule`` has.
 
         It is called as ``rule(info, in_dims, *args, **kwargs)``, where ``in_dims`` has for each positional argument the
-        batch dimension of its physical value, or None, and returns ``(out, out_dims)``. It is for calls with a batched
-        tensor among the positional arguments. The primitive, called in it, goes on to the levels below.
+        batch dimension of its physical value, or None (of a pytree a tree of these), and returns ``(out, out_dims)``.
+        It is for calls with a batched tensor in the positional arguments. The primitive, called in it, goes on to the
+        levels below.
 
         Example:
             >>> import torch
@@ -162,18 +163,20 @@ class Primitive:
         tangent: Callable[..., Any] | None = None,
         linear: bool = False,
     ) -> None:
-        """Say how levels of grad and jvp differentiate the primitive by its positional arguments that are tensors.
+        """Say how levels of grad and jvp differentiate the primitive by the tensors in its positional arguments.
 
-        Both functions run one level down, with the values of that level, and are differentiated by the levels below.
-        What an argument holds that is no tensor (a closure's variables, say) is a constant; a result that depends on
-        such a variable of the level is an error. Transforms that follow from derivatives (``jet``, ``laplacian``,
-        tables with ``default="jvp"``) go by ``tangent`` too. (One with ``default="loop"`` needs no rule.)
+        Arguments may be pytrees, whose tangents and cotangents are trees of the same structure. Both functions run one
+        level down, with the values of that level, and are differentiated by the levels below. What an argument holds
+        that is no pytree (a closure's variables, say) is a constant; a result that depends on such a variable of the
+        level, or on one that is given by keyword, is an error. Transforms that follow from derivatives (``jet``,
+        ``laplacian``, tables with ``default="jvp"``) go by ``tangent`` too. (One with ``default="loop"`` needs no
+        rule.)
 
         Args:
-            pullback: called as ``pullback(grad, result, *args, **kwargs)``; returns a cotangent for each positional
-                argument (None where there is none), or one for the first: of the argument's shape, or of one that it
-                broadcasts to, over which it is summed. ``grad`` is the cotangent of the result, in its structure (None
-                where none arrived).
+            pullback: called as ``pullback(grad, result, *args, **kwargs)``; returns a tuple with a cotangent for each
+                positional argument (None where there is none), or one for the first, which is no tuple or list: of the
+                argument's shape, or of one that it broadcasts to, over which it is summed. ``grad`` is the cotangent of
+                the result, in its structure (None where none arrived).
             tangent: called as ``tangent(tangents, result, *args, **kwargs)``, with a tangent for each positional
                 argument (None where there is none); returns that of the result, in its structure (None where it is
                 zero).
@@ -277,7 +280,8 @@ class Primitive:
         moving = [x for x in tree_flatten((args, kwargs))[0] if level.owns(x) and not level.is_constant(x)]
         if not moving or (level.derives and not any(x.dtype in DIFFERENTIABLE for x in moving)):
             return NotImplemented
-        return level.without_rule(level, self, [level.own(a) if isinstance(a, Tensor) else a for a in args], kwargs)
+        args, kwargs = tree_map(lambda x: level.own(x) if isinstance(x, Tensor) else x, (list(args), kwargs))
+        return level.without_rule(level, self, args, kwargs)
 
     def values_below(self, level: Interpreter, args: Any) -> Any:
         """The arguments one level below ``level``, where they must be constants."""
