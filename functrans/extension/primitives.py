@@ -82,6 +82,8 @@ class Primitive:
         self.name = self.__name__ = name
         self.base = base
         self.rules: dict[type[Interpreter], tuple[Callable[..., Any], str]] = {}
+        #: what to do where a level has no rule; empty: register one
+        self.cure = ""
 
     def __repr__(self) -> str:
         return f"<Primitive {self.name}, rules for {', '.join(cls.__name__ for cls in self.rules) or 'no level'}>"
@@ -291,6 +293,8 @@ class Primitive:
             if type(leaf) is WrapperTensor and not leaf.interpreter.alive:
                 raise DeadWrapperError(leaf)
             if level.owns(leaf) and not level.is_constant(leaf):
+                if self.cure:
+                    raise MissingRuleError(self.name, level, self.cure)
                 levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
                 cls = type(level).__name__
                 cure = f"Levels: {levels}. Register one: @{self.name}.rule({cls})."

@@ -194,6 +194,11 @@ def no_level(*args: Any) -> Any:
 summed = Primitive("psum", no_level)
 gathered = Primitive("all_gather", no_level)
 index = Primitive("axis_index", no_level)
+for looks_across in (summed, gathered):
+    looks_across.cure = (
+        "What the level carries beside a value may not be one example's alone. Call it outside of that transform, or "
+        'give its table a default ("jvp", "loop") that has a meaning for every function.'
+    )
 
 
 def below(primitive: Primitive, level: VmapInterpreter, x: Any, name: Hashable) -> Any:

@@ -21,6 +21,7 @@ from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
+from functrans.extension.table_interpreter import TableInterpreter
 from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -29,7 +30,6 @@ from functrans.interpreters.transpose import TransposeInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import running_at
 from functrans.shipped.by_derivatives import DerivativeInterpreter
-from functrans.shipped.interval_rules.level import IntervalLevel
 from functrans.shipped.sow import is_of, of_basis, of_each, sow
 from functrans.shipped.sparsity_level import SparsityLevel
 
@@ -356,17 +356,17 @@ def unless_rehearsed(level: SparsityLevel, amount: Any) -> Any:
     return None if level.rehearsal else primal(level, amount)
 
 
-@scoring.rule(IntervalLevel)
-def between_bounds(level: IntervalLevel, amount: Any) -> Any:
-    if not level.owns(amount) or level.is_constant(amount):
-        return NotImplemented
-    cure = "Between bounds a density has two ends: take the bounds of the density, bounds(log_density(model))."
-    raise MissingRuleError("log_density", level, cure)
-
-
 @scoring.rule(BranchInterpreter)
 def of_those_that_take_it(level: BranchInterpreter, amount: Any) -> Any:
     return scoring.below(level, torch.where(level.takes, level.leave(level.enter(amount)), 0))
+
+
+@scoring.rule(TableInterpreter)
+def carried_beside(level: TableInterpreter, amount: Any) -> Any:
+    if not level.owns(amount) or level.is_constant(amount):
+        return NotImplemented
+    cure = f"It carries more than a value, which is not added up outside: take the {level.kind} of the density itself."
+    raise MissingRuleError("log_density", level, cure)
 
 
 @scoring.rule(VmapInterpreter)

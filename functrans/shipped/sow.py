@@ -19,8 +19,10 @@ from functrans.core.stack import interpreter_stack, run_transformed
 from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
+from functrans.extension.carried import is_carried
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
+from functrans.extension.table_interpreter import TableInterpreter
 from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -91,13 +93,15 @@ def reap(func: Callable[..., Any]) -> Callable[..., Any]:
         A function of the same arguments that returns ``(output, {name: value})``. The values are those of the code that
         sows, without what the transforms inside of ``func`` make of them: under ``grad`` and ``jvp`` (and ``hessian``)
         the plain value, under ``vmap`` those of all examples, stacked in front; under ``bounds`` a pair, the bounds of
-        the value. They are copies: later writes to what was sown do not show. Transforms around see them as any other
-        result: ``jvp(reap(f), ...)`` has their tangents, ``vmap(reap(f))`` a value for each example. (For cotangents
-        see ``plant``.)
+        the value, and under a transform of one's own by a table what the value would leave it as (a ``Carried``). They
+        are copies: later writes to what was sown do not show. Transforms around see them as any other result:
+        ``jvp(reap(f), ...)`` has their tangents, ``vmap(reap(f))`` a value for each example. (For cotangents see
+        ``plant``.)
 
     Raises:
         CallValueError: a name was sown twice.
-        MissingRuleError: a name was sown inside a transform that carries something else beside values.
+        MissingRuleError: a name was sown inside a transform, by no table, that carries something else beside values, or
+            in a branch that only some of the examples take.
 
     Example:
         >>> import torch
@@ -212,6 +216,7 @@ def fitting(name: str, planted: Any, leaves: list[Tensor], spec: TreeSpec) -> li
 planting = Primitive("plant", lambda name: None)
 #: Shows a value, given by its leaves, to every ``reap`` around.
 sowing = Primitive("sow", lambda *leaves, name, spec: None)
+sowing.cure = "It is not known what the level carries beside a value. Sow outside of it."
 
 
 @planting.rule(Planting)
@@ -275,6 +280,23 @@ def of_some(level: BranchInterpreter, *leaves: Any, **rest: Any) -> Any:
         return NotImplemented
     cure = "Only some of the examples run it, or it is not known whether one does. Sow the value that is chosen."
     raise MissingRuleError("sow", level, cure)
+
+
+@sowing.rule(TableInterpreter)
+def as_it_leaves(level: TableInterpreter, *leaves: Any, spec: TreeSpec, **rest: Any) -> Any:
+    """What the caller of the transform would get for the value: with its payload, where it carries one."""
+    left = tree_unflatten(spec, [level.leave(x) if is_of(level, x) else x for x in leaves])
+    leaves_left, spec_left = tree_flatten(left)
+    return sowing.below(level, *leaves_left, spec=spec_left, **rest)
+
+
+@planting.rule(TableInterpreter)
+def as_it_enters(level: TableInterpreter, name: str) -> Any:
+    planted = planting.below(level, name)
+    if callable(planted):
+        return planted
+    leaves, spec = tree_flatten(planted, is_carried)
+    return tree_unflatten(spec, [level.enter(x) for x in leaves])
 
 
 @sowing.rule(TransposeInterpreter)
