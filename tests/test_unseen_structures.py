@@ -44,13 +44,13 @@ class NamesDiffer(Exception):
 
 
 class Named(TableInterpreter):
-    kind, payload, rules = "named", ("names",), RuleTable("named dimensions", default="decompose")
+    kind, payload, rules = "named", ("axes",), RuleTable("named dimensions", default="decompose")
 
 
 def names_of(x: Any) -> tuple[Any, ...]:
     if not isinstance(x, Tensor):
         return ()
-    return (None,) * x.dim() if x.names is None else x.names  # type: ignore[attr-defined, return-value]
+    return (None,) * x.dim() if x.axes is None else x.axes  # type: ignore[attr-defined, return-value]
 
 
 def value_of(x: Any) -> Any:
@@ -71,21 +71,21 @@ def pointwise(op: Any) -> Callable[..., Any]:
         names: tuple[Any, ...] = ()
         for a in args:
             names = unified(names, names_of(a))
-        return named.carry(op(*map(value_of, args), **kwargs), names=names)
+        return named.carry(op(*map(value_of, args), **kwargs), axes=names)
 
     return rule
 
 
 def view(op: Any, of_names: Callable[..., Any]) -> Callable[..., Any]:
     return lambda named, x, *rest, **more: named.carry(
-        op(x.value, *rest, **more), names=tuple(of_names(list(names_of(x)), *rest))
+        op(x.value, *rest, **more), axes=tuple(of_names(list(names_of(x)), *rest))
     )
 
 
 def product(op: Any, of_names: Callable[..., Any]) -> Callable[..., Any]:
     def rule(named: Named, a: Any, b: Any) -> Any:
         unified(names_of(a)[-1:], names_of(b)[:1])
-        return named.carry(op(a.value, b.value), names=of_names(names_of(a), names_of(b)))
+        return named.carry(op(a.value, b.value), axes=of_names(names_of(a), names_of(b)))
 
     return rule
 
@@ -93,7 +93,7 @@ def product(op: Any, of_names: Callable[..., Any]) -> Callable[..., Any]:
 def summed(named: Named, x: Any, dim: Any, keepdim: bool = False, *, dtype: Any = None) -> Any:
     dims = [d % x.dim() for d in dim or range(x.dim())]
     names = tuple(n for d, n in enumerate(names_of(x)) if keepdim or d not in dims)
-    return named.carry(x.value.sum(dim, keepdim), names=names)
+    return named.carry(x.value.sum(dim, keepdim), axes=names)
 
 
 for op in (
@@ -103,7 +103,7 @@ for op in (
     Named.rules.add(op, pointwise(op))
 Named.rules.add(aten.mm.default, product(aten.mm.default, lambda a, b: (a[0], b[1])))
 Named.rules.add(aten.sum.dim_IntList, summed)
-Named.rules.add(aten.sum.default, lambda named, x: named.carry(x.value.sum(), names=()))
+Named.rules.add(aten.sum.default, lambda named, x: named.carry(x.value.sum(), axes=()))
 Named.rules.add(aten.t.default, view(aten.t.default, lambda names: names[::-1]))
 Named.rules.add(aten.permute.default, view(aten.permute.default, lambda names, dims: [names[d] for d in dims]))
 Named.rules.add(aten.unsqueeze.default, view(aten.unsqueeze.default, lambda names, d: [*names[:d], None, *names[d:]]))
@@ -118,11 +118,11 @@ Named.rules.add(
 def transposed(named: Named, x: Any, a: int, b: int) -> Any:
     names = list(names_of(x))
     names[a], names[b] = names[b], names[a]
-    return named.carry(x.value.transpose(a, b), names=tuple(names))
+    return named.carry(x.value.transpose(a, b), axes=tuple(names))
 
 
 WEIGHT, ROWS = random(4, 3), random(5, 4)
-NAMED_WEIGHT, NAMED_ROWS = Carried(WEIGHT, names=("in", "out")), Carried(ROWS, names=("n", "in"))
+NAMED_WEIGHT, NAMED_ROWS = Carried(WEIGHT, axes=("in", "out")), Carried(ROWS, axes=("n", "in"))
 
 
 def layer(w: Tensor, x: Tensor) -> Tensor:
@@ -154,20 +154,20 @@ def test_named_dimensions(name: str) -> None:
     f, names = NAMED_INSIDE[name]
     found = transform(Named, f)(NAMED_WEIGHT, NAMED_ROWS)
     torch.testing.assert_close(found.value, f(WEIGHT, ROWS))
-    assert found.names == names
+    assert found.axes == names
     with pytest.raises(NamesDiffer, match="in and out|out and in"):
-        transform(Named, f)(Carried(WEIGHT, names=("out", "in")), NAMED_ROWS)
+        transform(Named, f)(Carried(WEIGHT, axes=("out", "in")), NAMED_ROWS)
 
 
 def test_named_dimensions_inside_of_others() -> None:
     named = transform(Named, layer)
-    of_weight = lambda w: named(Carried(w, names=("in", "out")), NAMED_ROWS).value
+    of_weight = lambda w: named(Carried(w, axes=("in", "out")), NAMED_ROWS).value
     slopes = grad(lambda w: named(w, NAMED_ROWS).value.square().sum())(NAMED_WEIGHT)
     torch.testing.assert_close(slopes.value, grad(loss)(WEIGHT, ROWS))
-    assert slopes.names == ("in", "out")
-    batched = vmap(named, (None, 0))(NAMED_WEIGHT, Carried(ROWS, names=("in",)))
+    assert slopes.axes == ("in", "out")
+    batched = vmap(named, (None, 0))(NAMED_WEIGHT, Carried(ROWS, axes=("in",)))
     torch.testing.assert_close(batched.value, layer(WEIGHT, ROWS))
-    assert batched.names == ("out",)
+    assert batched.axes == ("out",)
     tangent = jvp(lambda w: named(w, NAMED_ROWS), (NAMED_WEIGHT,), (NAMED_WEIGHT,))[1]
     torch.testing.assert_close(tangent.value, jvp(lambda w: layer(w, ROWS), (WEIGHT,), (WEIGHT,))[1])
     squared = lambda f: lambda w: f(w).square().sum()
@@ -189,20 +189,20 @@ def test_sown_inside_of_a_transform_of_ones_own() -> None:
     named = transform(Named, f)
     out, found = reap(named)(NAMED_ROWS)
     torch.testing.assert_close((out.value, found["a"]["sines"].value), (ROWS.sin().cos(), ROWS.sin()))
-    assert found["a"]["sines"].names == out.names == ("n", "in")
-    of_rows = reap(vmap(named))(Carried(ROWS, names=("in",)))[1]["a"]["sines"]
+    assert found["a"]["sines"].axes == out.axes == ("n", "in")
+    of_rows = reap(vmap(named))(Carried(ROWS, axes=("in",)))[1]["a"]["sines"]
     torch.testing.assert_close(of_rows.value, ROWS.sin())
-    assert of_rows.names == ("in",)
-    planted = plant(named, {"a": {"sines": Carried(ROWS, names=("n", "in"))}})(NAMED_ROWS)
+    assert of_rows.axes == ("in",)
+    planted = plant(named, {"a": {"sines": Carried(ROWS, axes=("n", "in"))}})(NAMED_ROWS)
     torch.testing.assert_close(planted.value, ROWS.cos())
-    assert planted.names == ("n", "in")
+    assert planted.axes == ("n", "in")
 
 
 def test_across_the_examples() -> None:
     centered = transform(Named, vmap(lambda x: x - psum(x, "i") / 5, axis_name="i"))(NAMED_ROWS)
     torch.testing.assert_close(centered.value, ROWS - ROWS.mean(0))
     with pytest.raises(MissingRuleError, match="Call it outside of that transform"):
-        vmap(transform(Named, lambda x: psum(x, "i")), axis_name="i")(Carried(ROWS, names=("in",)))
+        vmap(transform(Named, lambda x: psum(x, "i")), axis_name="i")(Carried(ROWS, axes=("in",)))
 
 
 # --- packed booleans: another shape and dtype than the value's --------------------------------------------------------
