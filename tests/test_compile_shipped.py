@@ -398,3 +398,23 @@ def test_numbers_made_in_a_branch_are_tensors_of_its_own() -> None:
 
     expected = torch.where(rows.sum(1, keepdim=True) > 2, rows * torch.tensor([2.0, 4.0, 6.0]), rows)
     torch.testing.assert_close(vmap(f)(rows), expected)
+
+
+class Noted(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, x: Tensor) -> Any:
+        shares = vmap(lambda x: self.weight * x * psum(x, "i"), axis_name="i")(x)
+        slopes, named = reap(vmap(grad(lambda x: sow(x * self.weight, "h").sin().sum())))(x)
+        return shares, slopes, named["h"], bounds(torch.sin)(x, x + 1)
+
+
+@pytest.mark.slow
+def test_export_and_inductor() -> None:
+    module = Noted()
+    for strict in (True, False):
+        exported = torch.export.export(module, (rows,), strict=strict).module()
+        torch.testing.assert_close(exported(rows + 1), module(rows + 1))
+    torch.testing.assert_close(torch.compile(module, fullgraph=True)(rows), module(rows))

@@ -58,14 +58,16 @@ class Inputs:
         entered = list(args)
         for i in positions:
             leaves, spec = tree_flatten(args[i])
-            smooth = [is_smooth(leaf) for leaf in leaves]
-            if not all(smooth):
-                place = smooth.index(False)
-                if enter is None or self.named:
-                    refuse_argument(call, leaves[place], self.named, i, args, place)
+            moving = True
+            for place, leaf in enumerate(leaves):
+                if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+                    if enter is None or self.named:
+                        refuse_argument(call, leaf, self.named, i, args, place)
+                    moving = False
+            if not moving:  # not all of it
                 entered[i] = tree_unflatten(spec, [
-                    shown_like(self._enter(leaf, track), leaf) if s else self._constants(leaf)
-                    for leaf, s in zip(leaves, smooth, strict=True)
+                    shown_like(self._enter(leaf, track), leaf) if is_smooth(leaf) else self._constants(leaf)
+                    for leaf in leaves
                 ])  # fmt: skip
                 self.tracked[i] = (leaves, leaves, spec)
                 continue

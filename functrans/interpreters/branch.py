@@ -87,7 +87,7 @@ class BranchInterpreter(Interpreter, whole=True):
         x: Any = self.takes
         while type(x) is WrapperTensor:
             if x.interpreter is level:
-                return level.is_constant(x) is False
+                return not level.is_constant(x)
             x = x.value
         return False
 
