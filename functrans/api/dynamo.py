@@ -73,6 +73,18 @@ def has_named_tuples(spec: Any) -> bool:
     return spec.type is namedtuple or any(map(has_named_tuples, children_of(spec)))
 
 
+def rebuilt(names: Any, tx: Any, spec: Any, leaves: Iterator[Any]) -> Any:
+    """The tree of this structure, as Dynamo's variable."""
+    if not has_named_tuples(spec):
+        given = names.ListVariable(list(islice(leaves, spec.num_leaves)))
+        return names.make_inlined(tx, torch_pytree.tree_unflatten)(given, names.VariableTracker.build(tx, spec))
+    children = [rebuilt(names, tx, child, leaves) for child in children_of(spec)]
+    if spec.type is namedtuple:  # of which Dynamo does not find out how it is rebuilt
+        return names.VariableTracker.build(tx, spec.context).call_function(tx, children, {})
+    alone = torch_pytree.TreeSpec(spec.type, spec.context, [torch_pytree.tree_structure(0) for _ in children])
+    return rebuilt(names, tx, alone, iter(children))
+
+
 def dynamo_variables(names: Any) -> tuple[type, type, type]:
     """What Dynamo makes of ``TRACED``, ``CALLED`` and ``UNTRACED``; the classes are made here, as their base is its."""
 
@@ -88,7 +100,7 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
 
         def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             out = names.make_inlined(tx, call_with)(
-                self.func, rebuilt(tx, self.spec, iter(filled(self.leaves, iter(args))))
+                self.func, rebuilt(names, tx, self.spec, iter(filled(self.leaves, iter(args))))
             )
             found, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(out))
             self.results = spec.as_python_constant()
@@ -201,18 +213,7 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
                 variables.append(names.wrap_fx_proxy(tx, proxy, example_value=x))
         rest = iter(variables)
         leaves = [next(rest) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results.leaves]
-        return rebuilt(tx, node.results.spec, iter(leaves))
-
-    def rebuilt(tx: Any, spec: Any, leaves: Iterator[Any]) -> Any:
-        """The tree of this structure, as Dynamo's variable."""
-        if not has_named_tuples(spec):
-            given = names.ListVariable(list(islice(leaves, spec.num_leaves)))
-            return names.make_inlined(tx, torch_pytree.tree_unflatten)(given, names.VariableTracker.build(tx, spec))
-        children = [rebuilt(tx, child, leaves) for child in children_of(spec)]
-        if spec.type is namedtuple:  # of which Dynamo does not find out how it is rebuilt
-            return names.VariableTracker.build(tx, spec.context).call_function(tx, children, {})
-        alone = torch_pytree.TreeSpec(spec.type, spec.context, [torch_pytree.tree_structure(0) for _ in children])
-        return rebuilt(tx, alone, iter(children))
+        return rebuilt(names, tx, node.results.spec, iter(leaves))
 
     def named(variable: Any) -> Any:
         """The function, or object that is called as one, behind a variable, and behind the same name in other runs."""

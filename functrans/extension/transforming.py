@@ -68,7 +68,7 @@ def transform(
     def transformed(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             why = "A transform of one's own may note, count or print what it sees, which a graph would do but once."
-            return UNTRACED("transform", why, transformed, args, kwargs)
+            return UNTRACED("transform", why, transform(interpreter, func), args, kwargs)
         make: Any = interpreter
         running: Any = make if isinstance(make, Interpreter) else make(func)
         if not is_transforming(running):

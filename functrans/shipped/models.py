@@ -173,7 +173,7 @@ def seed(model: Callable[..., Any], number: int) -> Callable[..., Any]:
     def seeded(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             why = "A graph draws by PyTorch's own generators, and not by one that starts anew at every call."
-            return UNTRACED("seed", why, seeded, args, kwargs)
+            return UNTRACED("seed", why, seed(model, number), args, kwargs)
         level = Seeding(model)
         level.generator = torch.Generator().manual_seed(number)
         return run_transformed(level, lambda: call_function(SEED, model, args, kwargs))

@@ -81,7 +81,7 @@ def sanitize(func: Callable[..., Any], *, nan: bool = True, inf: bool = True) ->
     def sanitized(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             why = "It looks at the numbers of every result, and a graph has none yet."
-            return UNTRACED("sanitize", why, sanitized, args, kwargs)
+            return UNTRACED("sanitize", why, sanitize(func, nan=nan, inf=inf), args, kwargs)
         level = Sanitizing(func)
         level.call, level.nan, level.inf = call, bool(nan), bool(inf)
         with noting_lines():

@@ -165,7 +165,7 @@ def plant(func: Callable[..., Any], values: Mapping[str, Any]) -> Callable[..., 
         if is_dynamo_compiling():
             if any(map(callable, values.values())):
                 why = "A function among the values runs where the value is sown, and that graph has been written."
-                return UNTRACED("plant", why, planted, args, kwargs)
+                return UNTRACED("plant", why, plant(func, values), args, kwargs)
             return TRACED(plant, func, {}, args, kwargs, {"values": values})
         level = Planting(func)
         level.values = values

@@ -73,7 +73,7 @@ def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., An
     @named_after(func)
     def pattern(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return UNTRACED("sparsity", BY_NUMBERS, pattern, args, kwargs)
+            return UNTRACED("sparsity", BY_NUMBERS, sparsity(func, argnums), args, kwargs)
         found = Dependence(call, func, argnums, args, kwargs, rehearsal=False)
         with running_at(None):
             rows = found.pattern.rows
@@ -119,7 +119,7 @@ def sparse_jacobian(
     @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return UNTRACED("sparse_jacobian", BY_NUMBERS, jacobian, args, kwargs)
+            return UNTRACED("sparse_jacobian", BY_NUMBERS, sparse_jacobian(func, argnums), args, kwargs)
         found, plan = plans.find(args, kwargs)
         values = plan.values(products(call, func, argnums, chunk_size, found, plan, args, kwargs))
         return found.blocks(plan.pattern, values)
@@ -171,7 +171,7 @@ def sparse_hessian(
     @named_after(func)
     def hessian(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return UNTRACED("sparse_hessian", BY_NUMBERS, hessian, args, kwargs)
+            return UNTRACED("sparse_hessian", BY_NUMBERS, sparse_hessian(func, argnums), args, kwargs)
         found, plan = plans.find(args, kwargs)
         values = plan.values(products(call, gradient, argnums, chunk_size, found, plan, args, kwargs))
         return found.blocks(plan.pattern, values)
