@@ -544,3 +544,35 @@ def test_what_given_may_return() -> None:
             transform(Given, torch.sin)(torch.zeros(3))
     with pytest.raises(CallTypeError, match=r"given\(<lambda>\): got 2 positional arguments"):
         transform(Given, lambda x: x)(torch.zeros(3), torch.zeros(3))
+
+
+def test_a_handler_below_all_others_is_passed_by() -> None:
+    """What a rule's code asks finds it, PyTorch's autograd records, and one with a ``process`` sees what is random."""
+
+    class Outermost(Handler):
+        kind = "outermost"
+
+    class Draws(Handler):
+        kind = "draws"
+
+        def __init__(self, func: Any = None) -> None:
+            super().__init__(func)
+            self.seen: list[str] = []
+
+        def process(self, op: Any, args: Any, kwargs: Any) -> Any:
+            self.seen.append(str(op))
+            return super().process(op, args, kwargs)
+
+    scale = Primitive("scale", lambda: 1.0)
+    scale.rule(Outermost)(lambda level: 3.0)
+    scaled = Primitive("scaled", lambda x: x)
+    scaled.batching(lambda info, in_dims, x: (x * scale() + torch.zeros(()), in_dims[0]))
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    out = transform(Outermost, transform(Outermost, vmap(scaled)))(x)
+    out.sum().backward()
+    assert out.tolist() == [3.0, 6.0] and x.grad.tolist() == [3.0, 3.0]  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert transform(Outermost, vmap(scaled))(x).requires_grad is False
+    level = Draws()
+    transform(level, vmap(lambda x: torch.rand_like(x), randomness="different"))(x.detach())
+    assert len(level.seen) == 1 and level.seen[0].startswith("aten.rand")

@@ -19,6 +19,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from functrans import grad, jvp, vjp, vmap
+from functrans.errors import CallError
 
 Function = Callable[..., Any]
 
@@ -176,3 +177,24 @@ def test_a_loss_of_complex_numbers_is_conjugate() -> None:
         step = 1e-6
         ahead, behind = (f(*(p + s * t for p, t in zip((x, y), tangents, strict=True))) for s in (step, -step))
         torch.testing.assert_close(moved, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+def test_primals_that_do_not_move() -> None:
+    """Integers, truth values and other objects have None for a tangent."""
+    x, n = torch.tensor([2.0, 3.0], dtype=torch.float64), torch.tensor([1, 2])
+    slope = n * x ** (n - 1)
+    power = lambda x, n: x**n
+    torch.testing.assert_close(jvp(power, (x, n), (x, None)), (x**n, slope * x))
+    primals, tangents = ({"x": x, "n": n}, 2), ({"x": x, "n": None}, None)
+    torch.testing.assert_close(jvp(lambda d, k: d["x"] * d["n"] * k, primals, tangents)[1], 2 * n * x)
+    torch.testing.assert_close(vmap(lambda x, n: jvp(power, (x, n), (x, None))[1])(x, n), slope * x)
+    second = grad(lambda x: jvp(power, (x, n), (torch.ones_like(x), None))[1].sum())(x)
+    torch.testing.assert_close(second, n * (n - 1) * x ** (n - 2))
+    nested = jvp(lambda x, n: jvp(power, (x, n), (x, None))[1], (x, n), (x, None))[1]
+    torch.testing.assert_close(nested, (n - 1) * slope * x + slope * x)
+    _, tangents = jvp(lambda x, n: (x > 2, n + 1, x), (x, n), (x, None))
+    torch.testing.assert_close(tangents, (torch.zeros(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64), x))
+    with pytest.raises(CallError, match="at least one that is a tensor"):
+        jvp(torch.abs, (n,), (None,))
+    with pytest.raises(CallError, match=r"got None as tangents\[1\]"):
+        jvp(torch.mul, (x, x), (x, None))

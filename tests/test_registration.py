@@ -25,6 +25,7 @@ from functrans.extend import (
     RuleTable,
     TableInterpreter,
     no_derivative,
+    overriding,
     run_transformed,
 )
 from functrans.extension.missing_rule import rule_to_paste
@@ -461,3 +462,17 @@ def test_a_rule_may_be_an_object() -> None:
 
     with functrans.extend.rules_in_scope(BATCHING_RULES, {torch.ops.registration.scale.default: Times(10.0)}):
         assert torch.equal(vmap(scale)(X), X * 10.0 * 3.0 + 1)
+
+
+def test_a_formula_may_hold_what_it_is_made_with() -> None:
+    """A parameter with a default, after those that are asked for, is no name of the operator's."""
+    x = torch.tensor([1.0, 2.0])
+    for factor in (2.0, 3.0):
+        with overriding(DERIVATIVES, torch.ops.aten.round.default):
+            derivative(
+                torch.ops.aten.round.default,
+                self=lambda grad, self, factor=factor: factor * self * grad,
+                tangent=lambda self, self_t, factor=factor: factor * self * self_t,
+            )
+            assert torch.equal(grad(lambda x: x.round().sum())(x), factor * x)
+            assert torch.equal(jvp(torch.round, (x,), (x,))[1], factor * x * x)

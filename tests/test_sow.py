@@ -231,10 +231,11 @@ class Bounds(TableInterpreter):
     kind, payload, rules = "bounds", ("upper",), RuleTable("bounds of test_sow", default="pass")
 
 
-def test_a_level_that_carries_something_else_refuses() -> None:
-    with pytest.raises(MissingRuleError, match=r"bounds.*no rule for sow"):
-        reap(transform(Bounds, lambda x: sow(x, "x")))(Carried(X, upper=X))
-    assert reap(transform(Bounds, lambda x: sow(x, "x")))(X)[1]["x"] is not None  # a constant
+def test_what_carries_something_else() -> None:
+    """By a table it is reaped as it leaves the transform."""
+    out, named = reap(transform(Bounds, lambda x: sow(x, "x")))(Carried(X, upper=X + 1))
+    assert torch.equal(named["x"].value, X) and torch.equal(named["x"].upper, X + 1) and torch.equal(out.value, X)
+    assert torch.equal(reap(transform(Bounds, lambda x: sow(x, "x")))(X)[1]["x"], X)  # a constant
     with pytest.raises(MissingRuleError, match="no rule for sow. A linear function is transposed without values"):
         reap(lambda x: linear_transpose(lambda x: sow(2 * x, "x"), x)(x))(X)
 

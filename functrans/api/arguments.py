@@ -31,7 +31,7 @@ class Inputs:
     """A call's arguments as wrappers of ``interpreter``.
 
     Every tensor is wrapped, so that it can be written inside; those that ``argnums`` names are tracked (or given a
-    tangent).
+    tangent by ``enter``, where what has no derivative is a constant unless ``argnums`` names it).
     """
 
     def __init__(
@@ -58,9 +58,19 @@ class Inputs:
         entered = list(args)
         for i in positions:
             leaves, spec = tree_flatten(args[i])
+            moving = True
             for place, leaf in enumerate(leaves):
                 if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
-                    refuse_argument(call, leaf, self.named, i, args, place)
+                    if enter is None or self.named:
+                        refuse_argument(call, leaf, self.named, i, args, place)
+                    moving = False
+            if not moving:  # not all of it
+                entered[i] = tree_unflatten(spec, [
+                    shown_like(self._enter(leaf, track), leaf) if is_smooth(leaf) else self._constants(leaf)
+                    for leaf in leaves
+                ])  # fmt: skip
+                self.tracked[i] = (leaves, leaves, spec)
+                continue
             wrappers = [self._enter(leaf, track) for leaf in leaves]
             self.tracked[i] = (leaves, wrappers, spec)
             shown = wrappers if are_plain(leaves) else list(map(shown_like, wrappers, leaves))
@@ -131,6 +141,11 @@ class Inputs:
                 write_for_caller(origin, wrapper, contents_of(wrapper).value)
 
 
+def is_smooth(x: Any) -> bool:
+    """Whether there are derivatives by ``x``."""
+    return isinstance(x, Tensor) and x.dtype in DIFFERENTIABLE
+
+
 def refuse_argument(call: Call, leaf: Any, named: bool, i: int, args: tuple[Any, ...], place: int) -> None:
     """``leaf``, number ``place`` of argument ``i``, is nothing to differentiate for; ``named``: by argnums."""
     other_way = "as an argument that argnums does not name" if named else "in another way: lambda x: f(x, value)"
@@ -151,7 +166,7 @@ def check_arguments(call: Call, args: tuple[Any, ...], argnums: Argnums) -> None
     """All that ``argnums`` names is something to differentiate for."""
     for i in check_argnums(call, argnums, len(args)):
         for place, leaf in enumerate(tree_flatten(args[i])[0]):
-            if not isinstance(leaf, Tensor) or leaf.dtype not in DIFFERENTIABLE:
+            if not is_smooth(leaf):
                 refuse_argument(call, leaf, True, i, args, place)
             check_layout(leaf)
 

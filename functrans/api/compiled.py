@@ -12,6 +12,10 @@ thereby runs the transform as it is, with whatever stands in the graph inside: a
 Where that does not go (the function has effects, reads numbers, cannot be traced, or what is asked for is an error),
 Dynamo breaks the graph, and the call takes place outside of it; under ``fullgraph=True``, that is Dynamo's error.
 
+What asks the levels around it (a ``Primitive``, ``psum``, ``sow``, a ``custom_vjp``) is one node, ``CALLED``, that runs
+where it stands. While Dynamo traces, no level runs; what such a call returns there is found among the levels of the
+transforms that are being traced, which are entered for it once more (``seen_inside``).
+
 Inside of a running transform, a compiled function is run as it was written: the transform has to see its operators.
 Both are connected when torch._dynamo is imported, which functrans itself never does.
 """
@@ -20,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +34,7 @@ from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
 from functrans.errors import Call
-from functrans.pytorch.thread_state import unchanged
+from functrans.pytorch.thread_state import running_at, unchanged
 from functrans.pytorch.torch_private import HigherOrderOperator, torch_pytree
 from functrans.tensors.pytrees import tree_unflatten
 
@@ -52,10 +56,13 @@ OPAQUE: Any = type("Opaque", (), {"__repr__": lambda self: "an object"})()
 def transformed(
     transform: Callable[..., Any], func: Any, options: dict[str, Any], args: Any, kwargs: Any, tangents: Any = None
 ) -> Any:
-    """The call that ``TRACED`` stands for. ``tangents``: those, or other tensors that the transform takes, by name."""
-    if transform.__name__ not in AT_ONCE:
-        return transform(func, **options, **(tangents or {}))(*args, **kwargs)
-    return transform(func, args, tangents, **options) if tangents is not None else transform(func, *args, **options)
+    """The call that ``TRACED`` stands for. ``tangents``: those, or other tensors that the transform takes: options by
+    name, or a tuple of what comes in front of the arguments, and is not for the function."""
+    if transform.__name__ in AT_ONCE:
+        return transform(func, args, tangents, **options) if tangents is not None else transform(func, *args, **options)
+    if isinstance(tangents, tuple):
+        return transform(func, **options)(*tangents, *args, **kwargs)
+    return transform(func, **options, **(tangents or {}))(*args, **kwargs)
 
 
 class Traced(HigherOrderOperator):
@@ -68,17 +75,28 @@ class Traced(HigherOrderOperator):
         return transformed(*args)
 
 
+class Called(HigherOrderOperator):
+    """The name of a call that means what the levels around it say: ``CALLED(function, args, kwargs)``."""
+
+    def __init__(self) -> None:
+        super().__init__("functrans_called")
+
+    def __call__(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
 class Untraced(HigherOrderOperator):
-    """Calls a function that Dynamo is not to look into: it breaks the graph."""
+    """Calls a function that Dynamo is not to look into: it breaks the graph, and says the reason."""
 
     def __init__(self) -> None:
         super().__init__("functrans_untraced")
 
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
+    def __call__(self, what: str, reason: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
 
 TRACED: Any = Traced()
+CALLED: Any = Called()
 UNTRACED: Any = Untraced()
 
 
@@ -87,9 +105,50 @@ def named_after(func: Callable[..., Any]) -> Callable[[Any], Any]:
     return unchanged if is_dynamo_compiling() else functools.wraps(func, updated=())
 
 
-def call_with(func: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
-    args, kwargs = torch_pytree.tree_unflatten(leaves, spec)
+def call_with(func: Callable[..., Any], given: tuple[Any, Any]) -> Any:
+    args, kwargs = given
     return func(*args, **kwargs)
+
+
+class Around(NamedTuple):
+    """A transform whose function Dynamo is tracing, and what it is called with."""
+
+    transform: Callable[..., Any]
+    options: dict[str, Any]
+    args: Any
+    kwargs: Any
+    tangents: Any
+
+
+class Seen(BaseException):
+    """Leaves a transform, whatever it makes of results, with what was seen inside."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+
+def seen_inside(around: Sequence[Around], call: Callable[[], Any]) -> Any:
+    """What ``call`` returns inside of these transforms, the outermost first, with plain tensors in place of theirs."""
+    if not around:
+        return call()
+
+    def func(*args: Any, **kwargs: Any) -> Any:
+        result = seen_inside(around[1:], call)
+        with running_at(None), torch.enable_grad():
+            raise Seen(torch_pytree.tree_map_only(Tensor, like, result))
+
+    try:
+        outermost = around[0]
+        transformed(outermost.transform, func, *outermost[1:])
+    except Seen as seen:
+        return seen.result
+    raise AssertionError("the function was not called")
+
+
+def like(x: Tensor) -> Tensor:
+    """A plain tensor that looks as ``x`` does, and requires grad as examples do."""
+    found = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return found.requires_grad_().clone() if x.is_floating_point() or x.is_complex() else found
 
 
 def example_of(x: Tensor, dim: int | None, moves: bool) -> Tensor:
@@ -127,6 +186,9 @@ def holes(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
     return [x for x, own in zip(leaves, tree.leaves, strict=True) if own is HOLE]
 
 
+#: Why a pullback breaks the graph.
+MADE_OUTSIDE = "It was made outside of the graph."
+
 #: What a graph holds of what a transform returns.
 HELD = (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, LinearFunction)
 
@@ -141,10 +203,13 @@ class Node:
 
     results: Tree | None = None
     failure: Exception | None = None
+    #: the transforms inside of which it runs for the first time, if it asks the levels around it
+    around: Sequence[Around] = ()
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, ...]:
         try:
-            leaves, spec = torch_pytree.tree_flatten(call(), is_leaf=is_linear)
+            out = seen_inside(self.around, call) if self.results is None else call()
+            leaves, spec = torch_pytree.tree_flatten(out, is_leaf=is_linear)
         except Exception as error:
             self.failure = error
             raise
@@ -180,6 +245,21 @@ class TransformNode(Node):
             return self.run(lambda: transformed(self.transform, func, self.options, args, kwargs, tangents))
 
         call.__name__ = call.__qualname__ = f"functrans_{self.transform.__name__}"
+        return call
+
+
+class CalledNode(Node):
+    """One call in Dynamo's graph of a function that asks the levels around it."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Tree) -> None:
+        self.function, self.arguments = function, arguments
+
+    def target(self) -> Callable[..., Any]:
+        def call(*tensors: Any) -> tuple[Any, ...]:
+            args, kwargs = self.arguments.filled(iter(tensors))
+            return self.run(lambda: self.function(*args, **kwargs))
+
+        call.__name__ = call.__qualname__ = "functrans_call"
         return call
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from operator import getitem
 from typing import Any
 
@@ -11,12 +13,16 @@ import torch
 from torch.autograd import Function
 
 from functrans.api.compiled import (
+    CALLED,
     HOLE,
     OPAQUE,
     RECORDING,
     RETURNING,
     TRACED,
     UNTRACED,
+    Around,
+    Called,
+    CalledNode,
     PullbackNode,
     Traced,
     TransformNode,
@@ -39,20 +45,49 @@ from functrans.pytorch.thread_state import STATE, Snapshot
 from functrans.pytorch.torch_private import torch_pytree
 
 
+def transforms_around(tx: Any) -> list[Around]:
+    """Those whose functions Dynamo is tracing, the outermost first."""
+    return getattr(tx.output, "functrans_around", [])
+
+
+def calls_written(tx: Any) -> int:
+    """How many calls that ask the levels around them are in the graphs by now."""
+    return getattr(tx.output, "functrans_calls", 0)
+
+
 @contextmanager
-def inside_of_a_transform(tx: Any) -> Iterator[None]:
+def inside_of(tx: Any, transform: Around) -> Iterator[None]:
     """While Dynamo traces the function of a transform."""
-    before = getattr(tx.output, "inside_of_a_transform", False)
-    tx.output.inside_of_a_transform = True
+    before = transforms_around(tx)
+    tx.output.functrans_around = [*before, transform]
     try:
         yield
     finally:
-        tx.output.inside_of_a_transform = before
+        tx.output.functrans_around = before
 
 
-def dynamo_variables(names: Any) -> tuple[type, type]:
-    """What Dynamo makes of ``TRACED`` and ``UNTRACED``; the classes are made here since their base is Dynamo's."""
-    names.pullback = pullback_variable(names)
+def children_of(spec: Any) -> list[Any]:
+    return list(spec.children()) if spec.num_children else []
+
+
+def has_named_tuples(spec: Any) -> bool:
+    return spec.type is namedtuple or any(map(has_named_tuples, children_of(spec)))
+
+
+def rebuilt(names: Any, tx: Any, spec: Any, leaves: Iterator[Any]) -> Any:
+    """The tree of this structure, as Dynamo's variable."""
+    if not has_named_tuples(spec):
+        given = names.ListVariable(list(islice(leaves, spec.num_leaves)))
+        return names.make_inlined(tx, torch_pytree.tree_unflatten)(given, names.VariableTracker.build(tx, spec))
+    children = [rebuilt(names, tx, child, leaves) for child in children_of(spec)]
+    if spec.type is namedtuple:  # of which Dynamo does not find out how it is rebuilt
+        return names.VariableTracker.build(tx, spec.context).call_function(tx, children, {})
+    alone = torch_pytree.TreeSpec(spec.type, spec.context, [torch_pytree.tree_structure(0) for _ in children])
+    return rebuilt(names, tx, alone, iter(children))
+
+
+def dynamo_variables(names: Any) -> tuple[type, type, type]:
+    """What Dynamo makes of ``TRACED``, ``CALLED`` and ``UNTRACED``; the classes are made here, as their base is its."""
 
     class Body(names.VariableTracker):
         """The function, by leaves: those that are in the graph are given, the others are in place; it returns leaves.
@@ -65,8 +100,9 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
             self.func, self.leaves, self.spec, self.results = func, leaves, spec, None
 
         def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            leaves = names.ListVariable(filled(self.leaves, iter(args)))
-            out = names.make_inlined(tx, call_with)(self.func, leaves, self.spec)
+            out = names.make_inlined(tx, call_with)(
+                self.func, rebuilt(names, tx, self.spec, iter(filled(self.leaves, iter(args))))
+            )
             found, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(out))
             self.results = spec.as_python_constant()
             return found
@@ -76,26 +112,26 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             transform = args[0].as_python_constant()
-            with breaking(names, f"functrans.{transform.__name__}"):
+            with breaking(f"functrans.{transform.__name__}"):
                 if transform.__name__ in RETURNING and tx.output.root_tx.f_code is transform.__code__:
                     raise NotImplementedError("The function that it returns would leave the graph.")
                 return self.write(tx, transform, *names.LazyVariableTracker.realize_all(list(args[1:])))
 
         def write(self, tx: Any, transform: Any, func: Any, options: Any, args: Any, kwargs: Any, extra: Any) -> Any:
-            arguments, leaves, spec = flat(names, tx, names.TupleVariable([args, kwargs]))
-            tangents, tangent_leaves, _ = flat(names, tx, extra)
-            chosen = options.as_python_constant()
+            arguments, leaves = flat(tx, names.TupleVariable([args, kwargs]))
+            tangents, tangent_leaves = flat(tx, extra)
+            chosen = settled(tx, options)
             given = holes(arguments, leaves)
-            values = arguments.filled(x.as_proxy().node.meta["example_value"] for x in given)
+            values = arguments.filled(example_value(x) for x in given)
             seen, seen_spec = sights(transform, chosen, *values)
             node = TransformNode(transform, chosen, arguments, tangents, Tree(arguments.leaves, seen_spec))
-            if seen_spec != arguments.spec:
-                spec = names.VariableTracker.build(tx, seen_spec)
             with names.discard_graph_changes(tx):
-                examples = [example(names, tx, x, *how) for x, how in zip(given, holes(arguments, seen), strict=True)]
+                examples = [example(tx, x, *how) for x, how in zip(given, holes(arguments, seen), strict=True)]
             own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
-            body = Body(func, own, spec)
-            with inside_of_a_transform(tx):
+            body = Body(func, own, seen_spec)
+            calls = calls_written(tx)
+            moved = tangents.filled(example_value(x) for x in holes(tangents, tangent_leaves))
+            with inside_of(tx, Around(transform, chosen, values[0], values[1], moved)):
                 (_, found), graph, captured = names.speculate_subgraph(
                     tx,
                     body,
@@ -109,22 +145,35 @@ def dynamo_variables(names: Any) -> tuple[type, type]:
                 )
             constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
             outputs = Tree([x if masked else HOLE for x, masked in constants], body.results)
+            node.around = transforms_around(tx) if calls_written(tx) > calls else ()
+            if node.around and transform.__name__ in RETURNING:
+                raise NotImplementedError("The function that it returns asks levels that run with the graph alone.")
             target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
             proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]
-            return put(names, tx, node, target, (*proxies, *captured))
+            return put(tx, node, target, (*proxies, *captured))
+
+    class CalledVariable(names.TorchHigherOrderOperatorVariable):
+        _HOP_NAME = "functrans_called"
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            function = named(args[0])
+            cure = "What it captures is no part of the graph: hand tensors in as arguments."
+            with breaking(str(getattr(function, "__name__", function)), cure):
+                arguments, leaves = flat(tx, names.TupleVariable(list(args[1:])))
+                if any(x is OPAQUE for x in arguments.leaves):
+                    raise NotImplementedError("An argument is an object, and a graph holds tensors and constants.")
+                node = CalledNode(function, arguments)
+                node.around = transforms_around(tx)
+                tx.output.functrans_calls = calls_written(tx) + 1
+                return put(tx, node, node.target(), tuple(x.as_proxy() for x in holes(arguments, leaves)))
 
     class UntracedVariable(names.TorchHigherOrderOperatorVariable):
         _HOP_NAME = "functrans_untraced"
 
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            with breaking(names, "a pullback"):
-                raise NotImplementedError("It was made outside of the graph.")
-
-    return TracedVariable, UntracedVariable
-
-
-def pullback_variable(names: Any) -> type:
-    """What Dynamo makes of a pullback."""
+            what, reason = (x.as_python_constant() for x in args[:2])
+            with breaking(what):
+                raise NotImplementedError(reason)
 
     class PullbackVariable(names.VariableTracker):
         """What vjp returns beside the value: an object that stays inside of the graph."""
@@ -140,76 +189,88 @@ def pullback_variable(names: Any) -> type:
             return LinearFunction
 
         def call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
-            with breaking(names, "a pullback"):
+            with breaking("a pullback"):
                 keywords = names.ConstDictVariable({names.ConstantVariable.create(k): v for k, v in kwargs.items()})
-                arguments, leaves, _ = flat(names, tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
+                arguments, leaves = flat(tx, names.TupleVariable([names.TupleVariable(list(args)), keywords]))
                 node = PullbackNode(arguments)
-                return put(
-                    names, tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves)))
-                )
+                return put(tx, node, node.target(), (self.proxy, *(x.as_proxy() for x in holes(arguments, leaves))))
 
-    return PullbackVariable
+    def put(tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
+        """Write a call into the graph; what it returns, as Dynamo's variable."""
+        call = tx.output.create_proxy("call_function", target, args, {})
+        try:
+            found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
+        except names.TorchDynamoException:
+            if node.failure is None:
+                raise
+            raise node.failure from None
+        variables = []
+        for i, x in enumerate(found):
+            proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
+            if is_linear(x):
+                proxy.node.meta["example_value"] = x
+                variables.append(PullbackVariable(proxy))
+            else:
+                variables.append(names.wrap_fx_proxy(tx, proxy, example_value=x))
+        rest = iter(variables)
+        leaves = [next(rest) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results.leaves]
+        return rebuilt(names, tx, node.results.spec, iter(leaves))
 
+    def named(variable: Any) -> Any:
+        """The function, or object that is called as one, behind a variable, and behind the same name in other runs."""
+        if not isinstance(variable, names.UserDefinedObjectVariable):
+            return variable.as_python_constant()
+        if variable.source is not None:
+            names.install_guard(variable.source.make_guard(names.GuardBuilder.ID_MATCH))
+        return variable.value
 
-def put(names: Any, tx: Any, node: Any, target: Any, args: tuple[Any, ...]) -> Any:
-    """Write a call into the graph; what it returns, as Dynamo's variable."""
-    call = tx.output.create_proxy("call_function", target, args, {})
-    try:
-        found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
-    except names.TorchDynamoException:
-        if node.failure is None:
-            raise
-        raise node.failure from None
-    variables = []
-    for i, x in enumerate(found):
-        proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
-        if is_linear(x):
-            proxy.node.meta["example_value"] = x
-            variables.append(names.pullback(proxy))
-        else:
-            variables.append(names.wrap_fx_proxy(tx, proxy, example_value=x))
-    rest = iter(variables)
-    leaves = [next(rest) if x is HOLE else names.VariableTracker.build(tx, x) for x in node.results.leaves]
-    spec = names.VariableTracker.build(tx, node.results.spec)
-    return names.make_inlined(tx, torch_pytree.tree_unflatten)(names.ListVariable(leaves), spec)
+    def example_value(x: Any) -> Any:
+        return x.as_proxy().node.meta["example_value"]
 
+    def example(tx: Any, x: Any, dim: int | None, moves: bool) -> Any:
+        if not x.is_tensor():
+            return x
+        call = tx.output.create_proxy("call_function", example_of, (x.as_proxy(), dim, moves), {})
+        return names.wrap_fx_proxy(tx, call)
 
-def example(names: Any, tx: Any, x: Any, dim: int | None, moves: bool) -> Any:
-    if not x.is_tensor():
-        return x
-    call = tx.output.create_proxy("call_function", example_of, (x.as_proxy(), dim, moves), {})
-    return names.wrap_fx_proxy(tx, call)
+    def flat(tx: Any, variable: Any) -> tuple[Tree, list[Any]]:
+        """A variable's tree and its leaves."""
+        leaves, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(variable))
+        leaves = names.LazyVariableTracker.realize_all(names.items(tx, leaves))
+        return Tree([kept(x) for x in leaves], spec.as_python_constant()), leaves
 
+    def settled(tx: Any, variable: Any) -> Any:
+        """A tree without tensors, for good: an int that Dynamo takes for one that changes is what it is now."""
+        tree, leaves = flat(tx, variable)
+        changing = (x.evaluate_expr(tx.output) for x in holes(tree, leaves))
+        return tree.filled(changing)
 
-def flat(names: Any, tx: Any, variable: Any) -> tuple[Tree, list[Any], Any]:
-    """A variable's tree and its leaves, and Dynamo's variable for the structure."""
-    leaves, spec = names.items(tx, names.make_inlined(tx, torch_pytree.tree_flatten)(variable))
-    leaves = names.LazyVariableTracker.realize_all(names.items(tx, leaves))
-    return Tree([kept(names, x) for x in leaves], spec.as_python_constant()), leaves, spec
+    def kept(x: Any) -> Any:
+        """What the tree keeps of a leaf: a hole if it is in the graph, a constant as it is, nothing of an object."""
+        if x.is_tensor() or isinstance(x, names.SymNodeVariable):
+            return HOLE
+        return x.as_python_constant() if x.is_python_constant() else OPAQUE
 
+    @contextmanager
+    def breaking(what: str, *hints: str) -> Iterator[None]:
+        """What cannot be written into the graph breaks it."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.fake_errors):
+                raise
+            names.unimplemented(
+                gb_type="functrans call that does not go into a graph",
+                context=f"{what}: {type(error).__name__}",
+                explanation=f"This call of {what} cannot be written into a graph. {type(error).__name__}: {error}",
+                hints=[
+                    *hints,
+                    "Compile without fullgraph=True: the call then runs outside of the graph, with the same results.",
+                ],
+                from_exc=error,
+            )
 
-def kept(names: Any, x: Any) -> Any:
-    """What the tree keeps of a leaf: a hole if it is in the graph, a constant as it is, nothing of an object."""
-    if x.is_tensor() or isinstance(x, names.SymNodeVariable):
-        return HOLE
-    return x.as_python_constant() if x.is_python_constant() else OPAQUE
-
-
-@contextmanager
-def breaking(names: Any, what: str) -> Iterator[None]:
-    """What cannot be written into the graph breaks it."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, names.TorchDynamoException) and not isinstance(error, names.fake_errors):
-            raise
-        names.unimplemented(
-            gb_type="functrans call that does not go into a graph",
-            context=f"{what}: {type(error).__name__}",
-            explanation=f"This call of {what} cannot be written into a graph. {type(error).__name__}: {error}",
-            hints=["Compile without fullgraph=True: the call then runs outside of the graph, with the same results."],
-            from_exc=error,
-        )
+    return TracedVariable, CalledVariable, UntracedVariable
 
 
 def follow_functions(names: Any) -> None:
@@ -218,7 +279,7 @@ def follow_functions(names: Any) -> None:
     call_apply = names.AutogradFunctionVariable.call_apply
 
     def apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if not getattr(tx.output, "inside_of_a_transform", False) or self.fn_cls.jvp is Function.jvp:
+        if not transforms_around(tx) or self.fn_cls.jvp is Function.jvp:
             return call_apply(self, tx, args, kwargs)
         call = tx.output.create_proxy("call_function", self.fn_cls.apply, *names.proxy_args_kwargs(args, kwargs))
         return names.wrap_fx_proxy(tx, call)
@@ -229,9 +290,9 @@ def follow_functions(names: Any) -> None:
 def connect() -> None:
     """Tell Dynamo, which has been imported, of transforms."""
     names = dynamo_names()
-    operators: list[type] = [Traced, Untraced]
-    for operator, name, variable in zip(operators, (TRACED.__name__, UNTRACED.__name__), dynamo_variables(names)):
-        names.operators[name] = variable
+    operators: list[type] = [Traced, Called, Untraced]
+    for operator, one, variable in zip(operators, (TRACED, CALLED, UNTRACED), dynamo_variables(names), strict=True):
+        names.operators[one.__name__] = variable
         operator.__call__ = names.disable(operator.__call__)  # type: ignore[method-assign]
     follow_functions(names)
     for function in (Interpreter.__init__, Snapshot.__init__, Snapshot.restore, run_transformed):

@@ -15,6 +15,7 @@ from functrans.api.arguments import (
     argument_cure,
     check_outputs,
     gradients_by,
+    is_smooth,
     pick,
     split_aux,
 )
@@ -59,16 +60,22 @@ def jvp_with_argnums(
     if not leaves:
         raise CallError(call, f"{what(primals)} as primals", "at least one tensor")
     for place, (p, t) in enumerate(zip(leaves, tangent_leaves, strict=True)):
+        if t is None and argnums is ALL and not is_smooth(p):
+            continue
         if not isinstance(p, Tensor):
             cure = argument_cure(p)
             raise CallError(call, f"{what(p)} as {path_of('primals', moving, place)}", "a tensor", cure)
         if p.dtype not in DIFFERENTIABLE:
             got = f"a tensor of dtype {p.dtype} as {path_of('primals', moving, place)}"
-            raise CallValueError(call, got, "a floating-point or complex dtype", "Convert it, e.g. with .float().")
+            cure = "Convert it, e.g. with .float(); where it is not to move, its tangent is None."
+            raise CallValueError(call, got, "a floating-point or complex dtype", cure)
         if not isinstance(t, Tensor) or p.shape != t.shape or p.dtype != t.dtype or p.device != t.device:
             refuse_tangent(call, p, t, place, moving)
+    along = [t for t in tangent_leaves if t is not None]
+    if not along:
+        raise CallError(call, f"{what(tangents)} as tangents", "at least one that is a tensor")
     values, found, out_spec, aux, inputs = run_forward(
-        call, func, primals, tangent_leaves, argnums, strict, has_aux, kwargs, cls
+        call, func, primals, along, argnums, strict, has_aux, kwargs, cls
     )
     inputs.write_back()
     out_tangents = [torch.zeros_like(bare(v)) if t is None else t for v, t in zip(values, found, strict=True)]

@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, refuse_argument, unwrap
 from functrans.api.checks import check_callable, check_flag, check_interpreter
-from functrans.api.compiled import TRACED, UNTRACED
+from functrans.api.compiled import MADE_OUTSIDE, TRACED, UNTRACED
 from functrans.api.forward import run_forward
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
 from functrans.api.mismatches import refuse_tangent
@@ -203,7 +203,7 @@ class JvpFunction(LinearFunction):
     def __call__(self, *tangents: Any) -> Any:
         """The tangent of the output, given tangents of the primals."""
         if is_dynamo_compiling():
-            return UNTRACED(self, *tangents)
+            return UNTRACED("a jvp function", MADE_OUTSIDE, self, tangents, {})
         if is_torch_func_active():
             raise MixedTransformsError(self.name)
         leaves, given = leaves_like(tangents, self.spec)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Inputs
-from functrans.api.compiled import UNTRACED
+from functrans.api.compiled import MADE_OUTSIDE, UNTRACED
 from functrans.api.linear_functions import Like, LinearFunction, as_here_leaves, is_tree_node, like, stand_ins
 from functrans.api.mismatches import convertible, refuse_cotangent
 from functrans.api.structures import difference, path_of
@@ -88,7 +88,7 @@ class Pullback(LinearFunction):
         (The other arguments are torch.func's and have no effect.)
         """
         if is_dynamo_compiling():
-            return UNTRACED(self, cotangents)
+            return UNTRACED("a pullback", MADE_OUTSIDE, self, (cotangents,), {})
         seeds = self.seeds(cotangents)
         self.check_leaves()
         check_versions(self.versions)

@@ -187,7 +187,8 @@ def jvp(
 
     Args:
         func: takes ``*primals``, returns a pytree of tensors (with ``has_aux``, a pair of that and anything).
-        primals: a tuple of pytrees of tensors.
+        primals: a tuple of pytrees of tensors. What has no derivative (integers, truth values, other objects) may be
+            among them, with None for a tangent, and does not move.
         tangents: of the structure, shapes and dtypes of ``primals``.
         strict: refuse outputs that do not depend on the primals, instead of giving them a zero tangent.
         has_aux: ``func`` returns ``(output, aux)``.

@@ -83,7 +83,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
         with lowered(interpreter):
             return function(*args, **kwargs)
     top = STATE.top
-    if interpreter.below is not None:
+    if not interpreter.on_base:
         views_excluded = is_key_excluded(VIEWS_AND_VERSIONS)
         try:
             STATE.top = interpreter.below
@@ -99,7 +99,7 @@ def call_below(interpreter: Interpreter, function: Any, args: Any, kwargs: dict[
         with lowered(interpreter):
             return function(*args, **kwargs)
     try:
-        STATE.top = None
+        STATE.top = interpreter.below
         return function(*args, **kwargs)
     finally:
         STATE.top = top

@@ -68,7 +68,7 @@ class Interpreter:
         self.within = None if self.below is None else self.below.within
         outer_modes_on = self.outer_grad_mode and self.outer_forward_mode
         self.lowers_plainly = outer_modes_on and self.within is None
-        self.on_base = self.below is None and outer_modes_on
+        self.on_base = outer_modes_on and getattr(self.below, "passed_by", self.below is None)
 
     def process(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``op`` at this level: one of its arguments is a wrapper of it, or ``op`` is random, or it watches."""

@@ -151,7 +151,7 @@ def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str,
     if not callable(formula):
         raise DerivativeEntryError(op, f"has {shown(formula)} as a formula; expected a function")
     try:
-        parameters = inspect.signature(formula).parameters.values()
+        parameters = list(inspect.signature(formula).parameters.values())
     except ValueError:
         raise DerivativeEntryError(
             op, f"has {shown(formula)} as a formula, which does not say what it asks for; write a lambda around it"
@@ -161,6 +161,8 @@ def _parameters(op: OpOverload, formula: Formula, known: set[str]) -> tuple[str,
         raise DerivativeEntryError(
             op, f"has a formula that takes {', '.join(odd)}; its parameters are given by position, each by a name"
         )
+    while parameters and parameters[-1].name not in known and parameters[-1].default is not inspect.Parameter.empty:
+        parameters.pop()  # what the formula holds: lambda grad, factor=factor: ...
     names = tuple(p.name for p in parameters)
     unknown = [n for n in names if n not in known]
     if unknown:

@@ -57,7 +57,8 @@ def explain(func: Callable[..., Any], *args: Any, example: int = 0, catch: bool 
         ['aten.logsumexp.default']
     """
     if is_dynamo_compiling():
-        return UNTRACED(lambda: explain(func, *args, example=example, catch=catch, **kwargs))
+        options = {"example": example, "catch": catch, **kwargs}
+        return UNTRACED("explain", "It returns what ran, as an object.", explain, (func, *args), options)
     check_callable("explain", func)
     call = f"explain({callable_name(func)}, ...)"
     if not isinstance(example, int) or isinstance(example, bool) or example < 0:

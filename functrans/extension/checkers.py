@@ -16,6 +16,7 @@ from functrans.api.vmap import vmap
 from functrans.core.stack import interpreter_stack
 from functrans.errors import CallTypeError, FunctransError
 from functrans.errors.wording import callable_name
+from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.described import given as described_call
 from functrans.tensors.described import shown
 from functrans.tensors.pytrees import tree_flatten
@@ -28,6 +29,11 @@ class CheckFailedError(FunctransError, AssertionError, takes="name what got expe
     """A check of something that an author added failed."""
 
     sentence = "{name}: {what}: got {got}; expected {expected}."
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """What messages call it: of an operator the name that it is registered by."""
+    return str(func) if isinstance(func, OpOverload) else callable_name(func)
 
 
 @contextmanager
@@ -74,7 +80,7 @@ def check_derivative(func: Callable[..., Any], *args: Any, order: int = 2, **kwa
     if not places:
         raise CallTypeError(call, "no floating-point tensor", "at least one")
     call_function(call, func, args, kwargs)
-    with checking(callable_name(func)):
+    with checking(name_of(func)):
         for count in range(1, len(places) + 1):
             for chosen in itertools.combinations(places, count):
 
@@ -84,7 +90,7 @@ def check_derivative(func: Callable[..., Any], *args: Any, order: int = 2, **kwa
                         full[i] = x
                     return smooth(func(*full, **kwargs))
 
-                name = f"{callable_name(func)}({described_call(args, kwargs)}), argument{'s' * (count > 1)} "
+                name = f"{name_of(func)}({described_call(args, kwargs)}), argument{'s' * (count > 1)} "
                 check_orders(name + ", ".join(map(str, chosen)), f, [args[i] for i in chosen], order)
 
 
@@ -189,7 +195,7 @@ def check_batching_rule(
         check_dense(call, "result of the function", out, "tensors")
         if out.device.type == "meta":
             raise CallTypeError(call, f"{shown(out)} as result of the function", "a tensor with data")
-    name = callable_name(func)
+    name = name_of(func)
     with checking(name):
         rows = [args, *(varied(args) for _ in range(3))] if examples is None else list(examples)
         for count in range(1, len(places) + 1):

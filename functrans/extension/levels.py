@@ -169,6 +169,11 @@ class Handler(Interpreter):
 
     kind = "handler"
 
+    def __init__(self, func: Callable[..., Any] | None = None) -> None:
+        super().__init__(func)
+        #: whether what the level above lowers may run at the base at once; a ``process`` wants to see what is random
+        self.passed_by = self.on_base and type(self).process is Handler.process
+
     def enter(self, leaf: Any) -> Any:
         """What the function gets for a leaf of its arguments: the same."""
         return leaf

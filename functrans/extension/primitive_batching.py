@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from functrans.errors import BatchingRuleError
-from functrans.extension.primitive_derivatives import constants_below, values_of
+from functrans.extension.primitive_derivatives import constants_below, for_argument, values_of
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.tensors.pytrees import broadcast_prefix, tree_flatten, tree_unflatten
 
@@ -25,7 +25,7 @@ class PrimitiveBatching:
         self.name = f"The batching rule of {primitive.name}, registered at {place},"
 
     def __call__(self, level: VmapInterpreter, *args: Any, **kwargs: Any) -> Any:
-        dims = [a.bdim if level.owns(a) else None for a in args]
+        dims = [for_argument(a, lambda x: x.bdim if level.owns(x) else None) for a in args]
         if all(d is None for d in dims):
             return NotImplemented
         result = self.rule(level.info, dims, *values_of(level, args), **constants_below(level, kwargs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -80,11 +81,12 @@ class PrimitiveDerivative:
 
     def at_grad(self, modes: Modes, level: GradInterpreter, *args: Any, **kwargs: Any) -> Any:
         """Recorded on the tape."""
-        indices = [level.index_of(a) for a in args]
+        given, given_spec = tree_flatten(args)
+        indices = [level.index_of(a) for a in given]
         if all(index is None for index in indices):
             return NotImplemented
-        values, kwargs = values_of(level, args), constants_below(level, kwargs)
-        leaves, spec = tree_flatten(self.value(level, values, kwargs))
+        values, kwargs = values_of(level, given), constants_below(level, kwargs)
+        leaves, spec = tree_flatten(self.value(level, tree_unflatten(given_spec, values), kwargs))
         if not modes.grad:
             return tree_unflatten(spec, [level.constant(x) if isinstance(x, Tensor) else x for x in leaves])
         if isinstance(level, TransposeInterpreter) and not self.linear:
@@ -95,13 +97,14 @@ class PrimitiveDerivative:
             raise self.refusal(level, "pullback")
         wrapped = [level.output(x) if isinstance(x, Tensor) else x for x in leaves]
         outs = [level.index_of(w) for w in wrapped]
-        node = PrimitiveNode(self, level, spec, kwargs, [i for i, index in enumerate(indices) if index is not None])
+        places = [i for i, index in enumerate(indices) if index is not None]
+        node = PrimitiveNode(self, level, given_spec, spec, kwargs, places)
         level.record(node, outs, [index for index in indices if index is not None], [leaves, *values])
         return tree_unflatten(spec, wrapped)
 
     def at_jvp(self, modes: Modes, level: JvpInterpreter, *args: Any, **kwargs: Any) -> Any:
         """Pushed forward."""
-        tangents = tuple(a.tangent if level.owns(a) else None for a in args)
+        tangents = tuple(for_argument(a, lambda x: x.tangent if level.owns(x) else None) for a in args)
         if all(t is None for t in tangents):
             return NotImplemented
         values, kwargs = values_of(level, args), constants_below(level, kwargs)
@@ -128,29 +131,38 @@ class PrimitiveDerivative:
 
     def at_linearize(self, modes: Modes, level: LinearizeInterpreter, *args: Any, **kwargs: Any) -> Any:
         """A step of the linear function, where it was applied to a tangent."""
-        variables = [a.variable if level.owns(a) else None for a in args]
+        given, given_spec = tree_flatten(args)
+        variables = [a.variable if level.owns(a) else None for a in given]
         if all(variable is None for variable in variables):
             return NotImplemented
-        values, kwargs = values_of(level, args), constants_below(level, kwargs)
-        leaves, spec = tree_flatten(self.value(level, values, kwargs))
+        values, kwargs = values_of(level, given), constants_below(level, kwargs)
+        leaves, spec = tree_flatten(self.value(level, tree_unflatten(given_spec, values), kwargs))
         wrapped: list[Any] = [level.track(x) if isinstance(x, Tensor) else x for x in leaves]
-        given = [as_variables(v, n) for v, n in zip(values, variables, strict=True)]
+        along = [as_variables(v, n) for v, n in zip(values, variables, strict=True)]
         outs = [w.variable for w in wrapped if isinstance(w, Tensor)]  # type: ignore[attr-defined]
-        level.steps.append(Step(self.leaves_of, given, kwargs, outs, not modes.grad))
+        level.steps.append(Step(OfLeaves(self.primitive, given_spec), along, kwargs, outs, not modes.grad))
         return tree_unflatten(spec, wrapped)
 
-    def leaves_of(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The primitive's result, without its structure."""
-        return tree_flatten(self.primitive(*args, **kwargs))[0]
+
+@dataclass(frozen=True)
+class OfLeaves:
+    """A primitive as a function from the leaves of its positional arguments to those of its result."""
+
+    primitive: Callable[..., Any]
+    spec: TreeSpec
+
+    def __call__(self, *leaves: Any, **kwargs: Any) -> list[Any]:
+        return tree_flatten(self.primitive(*tree_unflatten(self.spec, list(leaves)), **kwargs))[0]
 
 
 class PrimitiveNode(BackwardNode):
-    """One call on the tape; saved are the leaves of its result, and its arguments."""
+    """One call on the tape; saved are the leaves of its result, and those of its arguments."""
 
     def __init__(
         self,
         derivative: PrimitiveDerivative,
         level: Interpreter,
+        given: TreeSpec,
         spec: TreeSpec,
         kwargs: dict[str, Any],
         places: list[int],
@@ -159,6 +171,7 @@ class PrimitiveNode(BackwardNode):
         self.derivative = derivative
         #: weakly, since its tape holds this
         self.level: Any = weakref.ref(level)
+        self.given = given
         self.spec = spec
         self.kwargs = kwargs
         self.places = places
@@ -168,19 +181,27 @@ class PrimitiveNode(BackwardNode):
 
     def pull(self, saved: list[Any], grad: Any) -> list[Any]:
         leaves, *values = saved
+        args = tree_unflatten(self.given, values)
         out = tree_unflatten(self.spec, list(leaves))
         found = self.derivative.pullback(  # type: ignore[misc]
-            tree_unflatten(self.spec, list(grad)), out, *values, **self.kwargs
+            tree_unflatten(self.spec, list(grad)), out, *args, **self.kwargs
         )
         cure = "Return a cotangent for each positional argument, or one for the first; None where there is none."
         refuse = self.derivative.unfit(self.level(), "the pullback", cure)
-        cotangents = found if isinstance(found, tuple | list) else [found]
-        if len(cotangents) > len(values):
-            raise refuse(f"{len(cotangents)} cotangents", f"at most {len(values)}")
-        given = [cotangents[i] if i < len(cotangents) else None for i in self.places]
+        cotangents = list(found) if type(found) in (tuple, list) else [found]
+        if len(cotangents) > len(args):
+            raise refuse(f"{len(cotangents)} cotangents", f"at most {len(args)}")
+        cotangents += [None] * (len(args) - len(cotangents))
+        by_leaf: list[Any] = []
+        for i, (a, c) in enumerate(zip(args, cotangents, strict=True)):
+            of_argument, spec = tree_flatten(a)
+            of_cotangent = [None] * len(of_argument) if c is None else matched(spec, c)
+            if of_cotangent is None:
+                raise refuse(f"{described(c)} for argument {i}", f"the structure of that argument, {a!r}")
+            by_leaf += of_cotangent
         return [
-            None if c is None else fitted(c, (values[i].shape, values[i].dtype), refuse)
-            for i, c in zip(self.places, given, strict=True)
+            None if by_leaf[i] is None else fitted(by_leaf[i], (values[i].shape, values[i].dtype), refuse)
+            for i in self.places
         ]
 
 
@@ -193,9 +214,16 @@ def matched(spec: TreeSpec, tree: Any) -> list[Any] | None:
     return None
 
 
+def for_argument(argument: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of each leaf of an argument, in its structure; None where it is None of all."""
+    leaves, spec = tree_flatten(argument)
+    found = [function(x) for x in leaves]
+    return None if all(x is None for x in found) else tree_unflatten(spec, found)
+
+
 def values_of(level: Interpreter, args: Sequence[Any]) -> list[Any]:
-    """Arguments one level down; what moves at ``level`` stays as it is inside of a pytree, where no rule looks."""
-    return [a.value if level.owns(a) else a if isinstance(a, Tensor) else constants_below(level, a) for a in args]
+    """Arguments one level down."""
+    return [tree_map(lambda x: x.value if level.owns(x) else x, a) for a in args]
 
 
 def constants_below(level: Interpreter, tree: Any) -> Any:

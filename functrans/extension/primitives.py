@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_flag, check_kind
+from functrans.api.compiled import CALLED
 from functrans.boundary.calls import lift
 from functrans.core.dispatch import scan
 from functrans.core.interpreter import Interpreter
@@ -21,6 +23,7 @@ from functrans.extension.calls import check_running
 from functrans.extension.primitive_batching import PrimitiveBatching
 from functrans.extension.primitive_derivatives import Modes, PrimitiveDerivative
 from functrans.extension.table_interpreter import TableInterpreter
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.failures import note_rule
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -80,6 +83,8 @@ class Primitive:
         self.name = self.__name__ = name
         self.base = base
         self.rules: dict[type[Interpreter], tuple[Callable[..., Any], str]] = {}
+        #: what to do where a level has no rule; empty: register one
+        self.cure = ""
 
     def __repr__(self) -> str:
         return f"<Primitive {self.name}, rules for {', '.join(cls.__name__ for cls in self.rules) or 'no level'}>"
@@ -132,8 +137,9 @@ class Primitive:
         """Decorator: the rule for vmap, in the form that ``batching_rule`` has.
 
         It is called as ``rule(info, in_dims, *args, **kwargs)``, where ``in_dims`` has for each positional argument the
-        batch dimension of its physical value, or None, and returns ``(out, out_dims)``. It is for calls with a batched
-        tensor among the positional arguments. The primitive, called in it, goes on to the levels below.
+        batch dimension of its physical value, or None (of a pytree a tree of these), and returns ``(out, out_dims)``.
+        It is for calls with a batched tensor in the positional arguments. The primitive, called in it, goes on to the
+        levels below.
 
         Example:
             >>> import torch
@@ -160,18 +166,20 @@ class Primitive:
         tangent: Callable[..., Any] | None = None,
         linear: bool = False,
     ) -> None:
-        """Say how levels of grad and jvp differentiate the primitive by its positional arguments that are tensors.
+        """Say how levels of grad and jvp differentiate the primitive by the tensors in its positional arguments.
 
-        Both functions run one level down, with the values of that level, and are differentiated by the levels below.
-        What an argument holds that is no tensor (a closure's variables, say) is a constant; a result that depends on
-        such a variable of the level is an error. Transforms that follow from derivatives (``jet``, ``laplacian``,
-        tables with ``default="jvp"``) go by ``tangent`` too. (One with ``default="loop"`` needs no rule.)
+        Arguments may be pytrees, whose tangents and cotangents are trees of the same structure. Both functions run one
+        level down, with the values of that level, and are differentiated by the levels below. What an argument holds
+        that is no pytree (a closure's variables, say) is a constant; a result that depends on such a variable of the
+        level, or on one that is given by keyword, is an error. Transforms that follow from derivatives (``jet``,
+        ``laplacian``, tables with ``default="jvp"``) go by ``tangent`` too. (One with ``default="loop"`` needs no
+        rule.)
 
         Args:
-            pullback: called as ``pullback(grad, result, *args, **kwargs)``; returns a cotangent for each positional
-                argument (None where there is none), or one for the first: of the argument's shape, or of one that it
-                broadcasts to, over which it is summed. ``grad`` is the cotangent of the result, in its structure (None
-                where none arrived).
+            pullback: called as ``pullback(grad, result, *args, **kwargs)``; returns a tuple with a cotangent for each
+                positional argument (None where there is none), or one for the first, which is no tuple or list: of the
+                argument's shape, or of one that it broadcasts to, over which it is summed. ``grad`` is the cotangent of
+                the result, in its structure (None where none arrived).
             tangent: called as ``tangent(tangents, result, *args, **kwargs)``, with a tangent for each positional
                 argument (None where there is none); returns that of the result, in its structure (None where it is
                 zero).
@@ -218,6 +226,8 @@ class Primitive:
             raise DuplicateRuleError(f"rules of {self.name}", cls.__name__, self.rules[cls][1])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return CALLED(self, args, kwargs)
         top = STATE.top
         scan(tree_flatten((args, kwargs))[0])  # brings views up to date
         out = self.ask(top, args, kwargs)
@@ -273,14 +283,19 @@ class Primitive:
         moving = [x for x in tree_flatten((args, kwargs))[0] if level.owns(x) and not level.is_constant(x)]
         if not moving or (level.derives and not any(x.dtype in DIFFERENTIABLE for x in moving)):
             return NotImplemented
-        return level.without_rule(level, self, [level.own(a) if isinstance(a, Tensor) else a for a in args], kwargs)
+        args, kwargs = tree_map(lambda x: level.own(x) if isinstance(x, Tensor) else x, (list(args), kwargs))
+        return level.without_rule(level, self, args, kwargs)
 
     def values_below(self, level: Interpreter, args: Any) -> Any:
         """The arguments one level below ``level``, where they must be constants."""
+        if isinstance(level, BranchInterpreter):
+            args = tree_map(level.enter, args)
         for leaf in tree_flatten(args)[0]:
             if type(leaf) is WrapperTensor and not leaf.interpreter.alive:
                 raise DeadWrapperError(leaf)
             if level.owns(leaf) and not level.is_constant(leaf):
+                if self.cure:
+                    raise MissingRuleError(self.name, level, self.cure)
                 levels = ", ".join(f"{i.level} {i.name}" for i in reversed(interpreter_stack()))
                 cls = type(level).__name__
                 cure = f"Levels: {levels}. Register one: @{self.name}.rule({cls})."

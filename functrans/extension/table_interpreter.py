@@ -75,8 +75,8 @@ class TableInterpreter(Interpreter):
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
-        #: operators that the policy "decompose" is taking apart
-        self.taking_apart: set[OpOverload] = set()
+        #: operators that the policy "decompose" is taking apart, one inside of the other
+        self.taking_apart: list[OpOverload] = []
 
     def enter(self, leaf: Any) -> Any:
         """What the transformed function gets for a leaf of its arguments; runs one level down.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable
+from functrans.api.compiled import UNTRACED, named_after
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
@@ -63,8 +64,11 @@ def transform(
         expected = "a subclass of TableInterpreter, PassThrough or Handler, or what makes one"
         raise CallTypeError(call, f"{what(interpreter)} as interpreter", expected)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def transformed(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            why = "A transform of one's own may note, count or print what it sees, which a graph would do but once."
+            return UNTRACED("transform", why, transform(interpreter, func), args, kwargs)
         make: Any = interpreter
         running: Any = make if isinstance(make, Interpreter) else make(func)
         if not is_transforming(running):

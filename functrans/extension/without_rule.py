@@ -165,16 +165,19 @@ def passed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dic
 def decomposed(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """PyTorch's decomposition of an operator that is not composite (``torch._decomp``), if it has one.
 
-    What leads back to the operator itself (by a write into a part of a complex tensor, say) is none.
+    What leads back to the operator itself (by a write into a part of a complex tensor, say) is none, and what comes to
+    PyTorch's ``prims`` is an error about the operator that came there.
     """
+    if op.namespace == "prims" and interpreter.taking_apart:
+        return refused(interpreter, interpreter.taking_apart[-1], args, kwargs)
     definition = DECOMPOSITION_TABLE.get(op)
     if definition is not None and op not in interpreter.taking_apart:
-        interpreter.taking_apart.add(op)
+        interpreter.taking_apart.append(op)
         try:
             with running_at(interpreter):
                 out = definition(*args, **kwargs)
         finally:
-            interpreter.taking_apart.discard(op)
+            interpreter.taking_apart.pop()
         if out is not NotImplemented:
             return out
     return refused(interpreter, op, args, kwargs)

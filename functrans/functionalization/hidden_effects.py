@@ -48,7 +48,9 @@ def real_zeros(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 @stands_in_for(aten.lift_fresh.default, aten.lift.default)
 def made_inside(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``torch.tensor(...)`` brings in a tensor that nothing else refers to: it belongs to the innermost transform."""
-    made, owner = args[0], scan(args, kwargs)[0]
+    within: Any = None if STATE.top is None else STATE.top.within
+    made = args[0] if within is None else within.made_inside(args[0])
+    owner = scan((made,), kwargs)[0]
     if owner is None and mode_of_kind(mode_kinds.FAKE) is not None:  # which takes no others than its own
         made = base(aten.lift_fresh_copy.default, (made,), {})
     return lift(made, owner, STATE.top)

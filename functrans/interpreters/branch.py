@@ -77,6 +77,21 @@ class BranchInterpreter(Interpreter, whole=True):
             known = self.outside[id(a)] = a, wrap(self, self.guarded(a))
         return known[1]
 
+    def made_inside(self, x: Any) -> Any:
+        """What came in as ``x``. If it was the last, it was made for this branch, and may be written to."""
+        if not self.outside or next(reversed(self.outside.values()))[1] is not x:
+            return x
+        return self.outside.popitem()[1][0]
+
+    def splits(self, level: Interpreter) -> bool:
+        """Whether examples of the vmap ``level`` may differ in taking the branch."""
+        x: Any = self.takes
+        while type(x) is WrapperTensor:
+            if x.interpreter is level:
+                return not level.is_constant(x)
+            x = x.value
+        return False
+
     def leave(self, out: Any) -> Any:
         """What the branch returns, one level down."""
         if self.owns(out):

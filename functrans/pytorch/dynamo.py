@@ -23,7 +23,8 @@ _OF_DYNAMO = {
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
     "utils": "get_fake_value proxy_args_kwargs",
     "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
-    "SymNodeVariable TupleVariable VariableTracker",
+    "SymNodeVariable TupleVariable UserDefinedObjectVariable VariableTracker",
+    "guards": "GuardBuilder install_guard",
     "variables.builder": "wrap_fx_proxy",
     "variables.higher_order_ops": "discard_graph_changes speculate_subgraph TorchHigherOrderOperatorVariable",
 }

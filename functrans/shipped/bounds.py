@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable
-from functrans.api.compiled import named_after
+from functrans.api.compiled import TRACED, named_after
 from functrans.api.structures import difference, path_of
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
+from functrans.pytorch.control_flow import TRACING_MODES, FakeTensor
 from functrans.pytorch.thread_state import lowered
+from functrans.pytorch.torch_private import mode_of_kind
 from functrans.shipped.interval_rules import IntervalLevel
 from functrans.shipped.relaxations import RelaxationLevel
 from functrans.tensors.pytrees import leaves_like, tree_flatten, tree_unflatten
@@ -64,6 +67,8 @@ def bounds(func: Callable[..., Any], *, method: str = "intervals") -> Callable[.
 
     @named_after(func)
     def bounded(low: Any, high: Any) -> tuple[Any, Any]:
+        if is_dynamo_compiling():
+            return TRACED(bounds, func, {"method": method}, (high,), {}, (low,))
         call = Call("bounds", func, "")
         ends, spec = checked_ends(call, low, high)
         level = LEVELS[method](func)
@@ -100,8 +105,7 @@ def checked_ends(call: Call, low: Any, high: Any) -> tuple[list[tuple[Tensor, Te
         if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
             got = f"{what(b)} on {b.device} as {path_of('high', high, place)}"
             raise CallTypeError(call, got, f"one like {path_of('low', low, place)}, {what(a)} on {a.device}")
-        with_numbers = WrapperTensor not in (type(a), type(b)) and a.device.type != "meta"
-        if with_numbers and bool((a > b).any()):
+        if has_numbers(a) and has_numbers(b) and bool((a > b).any()):
             got = f"{path_of('low', low, place)} greater than {path_of('high', high, place)}"
             raise CallValueError(call, got, "low <= high", "Are they in this order?")
     return list(zip(lows, highs, strict=True)), spec
@@ -110,10 +114,17 @@ def checked_ends(call: Call, low: Any, high: Any) -> tuple[list[tuple[Tensor, Te
 def ordered(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Both ends; NaN where they are the wrong way round. (Between the bounds of an outer level nobody can tell.)"""
     levels = levels_of(low) + levels_of(high)
-    if not levels or any(isinstance(level, IntervalLevel) for level in levels):
+    known = has_numbers(low) and has_numbers(high)  # and have been looked at
+    if known or any(isinstance(level, IntervalLevel) for level in levels):
         return low, high
     wrong = low > high
     return torch.where(wrong, torch.nan, low), torch.where(wrong, torch.nan, high)
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Whether they can be asked for: not of a wrapper, nor of what a program is traced with."""
+    traced = any(map(mode_of_kind, TRACING_MODES)) or isinstance(x, FakeTensor)
+    return not (traced or type(x) is WrapperTensor or x.is_meta)
 
 
 def levels_of(x: Tensor) -> list[Interpreter]:

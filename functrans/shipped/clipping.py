@@ -81,13 +81,13 @@ def clipped_grad(
     call.arguments = {"bound": bound, **call.arguments}
     bound = checked_bound(call, bound)
     check_batching(call, in_dims, randomness, chunk_size)
-    options = {"bound": bound, "argnums": argnums, "in_dims": in_dims, "has_aux": has_aux, "randomness": randomness,
+    options = {"argnums": argnums, "in_dims": in_dims, "has_aux": has_aux, "randomness": randomness,
                "chunk_size": chunk_size}  # fmt: skip
 
     @named_after(loss)
     def clipped(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return TRACED(clipped_grad, loss, options, args, kwargs, None)
+            return TRACED(clipped_grad, loss, options, args, kwargs, {"bound": bound})
         positions = check_argnums(call, argnums, len(args))
         shared = [tree_flatten(args[i]) for i in positions]
         check_shared(call, in_dims, args, positions)
@@ -258,7 +258,8 @@ def checked_bound(call: Call, bound: Any) -> float | Tensor:
         check_dense(call, "bound", bound, expected, kinds="f")
         if bound.dim() != 0:
             raise CallValueError(call, f"{what(bound)} as bound", expected)
-        if type(bound) in (Tensor, torch.nn.Parameter) and not bound.is_meta and not bound > 0:
+        known = type(bound) in (Tensor, torch.nn.Parameter) and not bound.is_meta and not is_dynamo_compiling()
+        if known and not bound > 0:
             raise CallValueError(call, f"bound=tensor({bound.item()})", expected)
         return bound
     if not isinstance(bound, int | float) or isinstance(bound, bool):

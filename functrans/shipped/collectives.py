@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import check_dense
+from functrans.api.compiled import CALLED
 from functrans.core.stack import interpreter_stack
 from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
 from functrans.extension.primitives import Primitive
 from functrans.extension.table_interpreter import TableInterpreter
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.vmap.table import materialize
 from functrans.shipped.interval_rules.level import IntervalLevel, is_interval
@@ -48,7 +51,7 @@ def psum(x: Any, axis_name: AxisName) -> Any:
         >>> vmap(lambda x: x / psum(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
         tensor([0.2500, 0.7500])
     """
-    return over("psum", x, axis_name, summed)
+    return over(psum, x, axis_name, summed)
 
 
 def pmean(x: Any, axis_name: AxisName) -> Any:
@@ -60,7 +63,7 @@ def pmean(x: Any, axis_name: AxisName) -> Any:
         >>> vmap(lambda x: x - pmean(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
         tensor([-1.,  1.])
     """
-    return over("pmean", x, axis_name, lambda t, name: summed(t, name) / axis_level("pmean", name).batch_size)
+    return over(pmean, x, axis_name, lambda t, name: summed(t, name) / axis_level("pmean", name).batch_size)
 
 
 def pmax(x: Any, axis_name: AxisName) -> Any:
@@ -74,7 +77,7 @@ def pmax(x: Any, axis_name: AxisName) -> Any:
         >>> vmap(lambda x: x == pmax(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
         tensor([False,  True])
     """
-    return over("pmax", x, axis_name, lambda t, name: gathered(t, name).amax(0))
+    return over(pmax, x, axis_name, lambda t, name: gathered(t, name).amax(0))
 
 
 def pmin(x: Any, axis_name: AxisName) -> Any:
@@ -86,7 +89,7 @@ def pmin(x: Any, axis_name: AxisName) -> Any:
         >>> vmap(lambda x: x - pmin(x, "batch"), axis_name="batch")(torch.tensor([1.0, 3.0]))
         tensor([0., 2.])
     """
-    return over("pmin", x, axis_name, lambda t, name: gathered(t, name).amin(0))
+    return over(pmin, x, axis_name, lambda t, name: gathered(t, name).amin(0))
 
 
 def all_gather(x: Any, axis_name: Hashable, *, axis: int = 0) -> Any:
@@ -107,6 +110,8 @@ def all_gather(x: Any, axis_name: Hashable, *, axis: int = 0) -> Any:
         tensor([[ 0., -2.],
                 [ 2.,  0.]])
     """
+    if is_dynamo_compiling():
+        return CALLED(all_gather, (x, axis_name), {"axis": axis})
     call = "all_gather(x, axis_name)"
     if type(axis) is not int:
         raise CallTypeError(call, f"{what(axis)} as axis", "an int")
@@ -117,7 +122,7 @@ def all_gather(x: Any, axis_name: Hashable, *, axis: int = 0) -> Any:
             raise CallValueError(call, f"axis={axis} for a result of {rank} dimensions", f"{-rank} <= axis < {rank}")
         return gathered(t, name).movedim(0, axis)
 
-    return over("all_gather", x, axis_name, gather)
+    return over(all_gather, x, axis_name, gather)
 
 
 def axis_index(axis_name: Hashable) -> Tensor:
@@ -129,6 +134,8 @@ def axis_index(axis_name: Hashable) -> Tensor:
         >>> vmap(lambda x: x * axis_index("batch"), axis_name="batch")(torch.ones(3))
         tensor([0., 1., 2.])
     """
+    if is_dynamo_compiling():
+        return CALLED(axis_index, (axis_name,), {})
     axis_level("axis_index", axis_name)
     return index(axis_name)
 
@@ -155,8 +162,11 @@ def axis_level(function: str, axis_name: Hashable) -> VmapInterpreter:
     )
 
 
-def over(function: str, x: Any, axis_name: AxisName, combine: Callable[[Tensor, Hashable], Tensor]) -> Any:
-    """``combine`` of every leaf of ``x``, for one name after the other."""
+def over(public: Any, x: Any, axis_name: AxisName, combine: Callable[[Tensor, Hashable], Tensor]) -> Any:
+    """``combine`` of every leaf of ``x``, for one name after the other: what ``public`` returns."""
+    if is_dynamo_compiling():
+        return CALLED(public, (x, axis_name), {})
+    function = public.__name__
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     levels = [axis_level(function, name) for name in names]
     if len({id(level) for level in levels}) < len(levels):
@@ -184,6 +194,11 @@ def no_level(*args: Any) -> Any:
 summed = Primitive("psum", no_level)
 gathered = Primitive("all_gather", no_level)
 index = Primitive("axis_index", no_level)
+for looks_across in (summed, gathered):
+    looks_across.cure = (
+        "What the level carries beside a value may not be one example's alone. Call it outside of that transform, or "
+        'give its table a default ("jvp", "loop") that has a meaning for every function.'
+    )
 
 
 def below(primitive: Primitive, level: VmapInterpreter, x: Any, name: Hashable) -> Any:
@@ -208,6 +223,19 @@ def _(level: VmapInterpreter, x: Tensor, name: Hashable) -> Any:
 @gathered.rule(VmapInterpreter)
 def _(level: VmapInterpreter, x: Tensor, name: Hashable) -> Any:
     return below(gathered, level, x, name) if level.axis_name != name else examples(level, x)
+
+
+def of_those_that_take_it(primitive: Primitive) -> None:
+    @primitive.rule(BranchInterpreter)
+    def in_branch(level: BranchInterpreter, x: Any, name: Hashable) -> Any:
+        if not level.splits(axis_level(primitive.name, name)):
+            return NotImplemented
+        cure = f"Only some of the examples of {name!r} run it. Call {primitive} before, and choose by torch.where."
+        raise MissingRuleError(primitive.name, level, cure)
+
+
+of_those_that_take_it(summed)
+of_those_that_take_it(gathered)
 
 
 @index.rule(VmapInterpreter)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils.flop_counter import flop_registry
 
 from functrans.api.checks import check_callable
+from functrans.api.compiled import TRACED, named_after
 from functrans.errors import LayoutError
 from functrans.extension.levels import PassThrough
 from functrans.extension.transforming import transform
@@ -69,8 +70,10 @@ def count(func: Callable[..., Any]) -> Callable[..., Any]:
     """
     check_callable("count", func)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def counted(*args: Any, **kwargs: Any) -> tuple[Any, Counts]:
+        if is_dynamo_compiling():
+            return TRACED(count, func, {}, args, kwargs, None)
         level = Counting(func)
         out = transform(level, func)(*args, **kwargs)
         return out, level.counts()

@@ -101,8 +101,12 @@ def own_to_example(level: ExampleInterpreter, x: Any) -> bool:
 
 
 def rows(x: Tensor) -> Tensor:
-    """``x`` as a matrix of its rows; a vector is one."""
-    return x.reshape(-1, x.shape[-1])
+    """``x`` as a matrix of its rows; a vector is one, and stays as it is."""
+    return x if x.dim() < 3 else x.reshape(-1, x.shape[-1])
+
+
+def one_row(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 else x.reshape(-1)
 
 
 def columns(x: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ def linear(step: Step, grad: Tensor, input: Tensor, weight: Tensor) -> Any:
     if not level.takes(step, "weight", weight, lambda: Factors(rows(grad), rows(input))):
         return None
     # of one row the sum is the row itself, which is kept anyway
-    return {"weight": None, **({"bias": grad.reshape(-1)} if grad.shape[:-1].numel() == 1 else {})}
+    return {"weight": None, **({"bias": one_row(grad)} if grad.shape[:-1].numel() == 1 else {})}
 
 
 def product(op: OpOverload, x: str, y: str) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import Function
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_signature
+from functrans.api.compiled import CALLED
 from functrans.errors import Call, CallError, CallTypeError, CallValueError
 from functrans.errors.wording import callable_name, shown, what
 from functrans.operators.info import DIFFERENTIABLE
@@ -83,6 +85,8 @@ class WithRule:
         return rules[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return CALLED(self, args, kwargs)
         if not self.rules:
             raise self.error(CallError, "a call of the function", f"its rule first: {self.definition}")
         args = self.bound(args, kwargs)

@@ -31,7 +31,8 @@ MOST = 1 << 19
 class Factors(NamedTuple):
     """A gradient that is ``left.T @ right``, of one example or with the examples in front.
 
-    Each side is a matrix with a row for each position, or has an integer for each: where in that row the only 1 is.
+    Each side is a matrix with a row for each position, or has an integer for each: where in that row the only 1 is. As
+    long as the walk is not over, the vector of a single position is not made a matrix.
     """
 
     left: Tensor
@@ -51,8 +52,12 @@ class Factors(NamedTuple):
 
     def size(self) -> int:
         """How many numbers they are for one example, with the matrix of positions that the norm takes of indices."""
-        rows = self.left.shape[0]
-        return self.left.numel() + self.right.numel() + (0 if all(self.kind()) else rows * rows)
+        positions = [x.numel() for x in self if not x.is_floating_point()]
+        return self.left.numel() + self.right.numel() + (positions[0] ** 2 if positions else 0)
+
+    def with_rows(self, dim: int) -> Factors:
+        """With matrices for vectors; ``dim``: how many dimensions are in front."""
+        return Factors(*(x.unsqueeze(dim) if x.dim() == dim + 1 and x.is_floating_point() else x for x in self))
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
         """Over the examples, each times its weight."""
@@ -189,19 +194,21 @@ class Gradient(NamedTuple):
 
     def settled(self, like: Tensor) -> Gradient:
         """With those gradients as they are that are no larger than their patches, now that the walk is over."""
+        factors = [f.with_rows(1) for f in self.factors]
         small = [p for p in self.patches if p.size() >= len(p.grad) * like.numel()]
         if not small:
-            return self
+            return Gradient(self.whole, factors, self.patches)
         wholes = [torch.cat([few.whole() for few in p.a_few(p.patch_size())]) for p in small]
         whole = sum(wholes, start=self.whole) if self.whole is not None else sum(wholes[1:], wholes[0])
-        return Gradient(whole, self.factors, [p for p in self.patches if all(p is not s for s in small)])
+        return Gradient(whole, factors, [p for p in self.patches if all(p is not s for s in small)])
 
     def weighted_sum(self, weights: Tensor, like: Tensor) -> Tensor:
         """Over the examples, each times its weight."""
         terms = [f.weighted_sum(weights, like) for f in self.factors]
         terms += [p.weighted_sum(weights, like) for p in self.patches]
         if self.whole is not None:
-            terms.append(torch.tensordot(weights.to(self.whole.dtype), self.whole, 1))
+            rows = self.whole.unsqueeze(-1).flatten(1)
+            terms.append((weights.to(rows.dtype) @ rows).reshape(like.shape))
         return sum(terms[1:], terms[0]) if terms else torch.zeros_like(like)
 
 
@@ -209,7 +216,11 @@ def joined(factors: list[Factors]) -> list[Factors]:
     """As few as can be: the rows of one kind are all rows of one product."""
     kinds = dict.fromkeys(f.kind() for f in factors)
     alike = [[f for f in factors if f.kind() == kind] for kind in kinds]
-    return [fs[0] if len(fs) == 1 else Factors(*map(torch.cat, zip(*fs, strict=True))) for fs in alike]
+    return [fs[0] if len(fs) == 1 else together(fs) for fs in alike]
+
+
+def together(factors: list[Factors]) -> Factors:
+    return Factors(*map(torch.cat, zip(*(f.with_rows(0) for f in factors), strict=True)))
 
 
 def precise(x: Tensor) -> Tensor:
@@ -220,7 +231,7 @@ def precise(x: Tensor) -> Tensor:
 def squares(x: Tensor) -> Tensor:
     """The sums of the squares of the rows of a matrix, a few rows at a time, to save memory."""
     rows = max(1, MOST // 4 // max(1, x.shape[1]))
-    return torch.cat([few.square().sum(1) for few in x.split(rows)])
+    return x.square().sum(1) if len(x) <= rows else torch.cat([few.square().sum(1) for few in x.split(rows)])
 
 
 def inner(f: Factors, g: Factors) -> Tensor:

@@ -6,20 +6,23 @@ What these mean is for the levels around to say: ``condition`` gives values, ``s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_kind
+from functrans.api.compiled import TRACED, UNTRACED, named_after
 from functrans.core.interpreter import Interpreter
-from functrans.core.stack import interpreter_stack, run_transformed
+from functrans.core.stack import run_transformed
 from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
+from functrans.extension.table_interpreter import TableInterpreter
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
@@ -27,7 +30,6 @@ from functrans.interpreters.transpose import TransposeInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import running_at
 from functrans.shipped.by_derivatives import DerivativeInterpreter
-from functrans.shipped.interval_rules.level import IntervalLevel
 from functrans.shipped.sow import of_basis, of_each, sow
 from functrans.shipped.sparsity_level import SparsityLevel
 
@@ -127,8 +129,10 @@ def condition(model: Callable[..., Any], values: Mapping[str, Tensor]) -> Callab
     check_callable("condition", model)
     check_values(CONDITION, values)
 
-    @functools.wraps(model, updated=())
+    @named_after(model)
     def conditioned(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return TRACED(condition, model, {}, args, kwargs, {"values": values})
         level = Conditioning(model)
         level.values = values
         out = run_transformed(level, lambda: call_function(CONDITION, model, args, kwargs))
@@ -165,8 +169,11 @@ def seed(model: Callable[..., Any], number: int) -> Callable[..., Any]:
     if not -(2**63) <= number < 2**64:
         raise CallValueError(SEED, f"{shown(number)} as number", "an int of 64 bits")
 
-    @functools.wraps(model, updated=())
+    @named_after(model)
     def seeded(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            why = "A graph draws by PyTorch's own generators, and not by one that starts anew at every call."
+            return UNTRACED("seed", why, seed(model, number), args, kwargs)
         level = Seeding(model)
         level.generator = torch.Generator().manual_seed(number)
         return run_transformed(level, lambda: call_function(SEED, model, args, kwargs))
@@ -206,8 +213,10 @@ def log_density(model: Callable[..., Any]) -> Callable[..., Tensor]:
     """
     check_callable("log_density", model)
 
-    @functools.wraps(model, updated=())
+    @named_after(model)
     def density(values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if is_dynamo_compiling():
+            return TRACED(log_density, model, {}, args, kwargs, (values,))
         check_values(LOG_DENSITY, values)
         level = Scoring(model)
         level.values = values
@@ -275,7 +284,7 @@ def draw(distribution: Any) -> Tensor:
 
 
 def score(distribution: Any, value: Tensor) -> None:
-    if any(isinstance(level, Scoring) for level in interpreter_stack()):
+    if scored():
         scoring(distribution.log_prob(value).sum())
 
 
@@ -283,6 +292,8 @@ def score(distribution: Any, value: Tensor) -> None:
 choosing = Primitive("sample", lambda name: None)
 #: What the next draw starts from; None: no level around says.
 seeding = Primitive("seed", lambda: None)
+#: Whether there is a ``log_density`` around.
+scored = Primitive("log_density", lambda: False)
 #: Adds to the innermost ``log_density`` around.
 scoring = Primitive("log_density", lambda amount: None)
 
@@ -320,6 +331,11 @@ def next_number(level: Seeding) -> int:
         return int(torch.randint(2**62, (), generator=level.generator))
 
 
+@scored.rule(Scoring)
+def is_scored(level: Scoring) -> bool:
+    return True
+
+
 @scoring.rule(Scoring)
 def add_up(level: Scoring, amount: Tensor) -> None:
     level.total = amount if level.total is None else level.total + amount
@@ -340,11 +356,16 @@ def unless_rehearsed(level: SparsityLevel, amount: Any) -> Any:
     return None if level.rehearsal else primal(level, amount)
 
 
-@scoring.rule(IntervalLevel)
-def between_bounds(level: IntervalLevel, amount: Any) -> Any:
+@scoring.rule(BranchInterpreter)
+def of_those_that_take_it(level: BranchInterpreter, amount: Any) -> Any:
+    return scoring.below(level, torch.where(level.takes, level.leave(level.enter(amount)), 0))
+
+
+@scoring.rule(TableInterpreter)
+def carried_beside(level: TableInterpreter, amount: Any) -> Any:
     if not level.owns(amount) or level.is_constant(amount):
         return NotImplemented
-    cure = "Between bounds a density has two ends: take the bounds of the density, bounds(log_density(model))."
+    cure = f"It carries more than a value, which is not added up outside: take the {level.kind} of the density itself."
     raise MissingRuleError("log_density", level, cure)
 
 

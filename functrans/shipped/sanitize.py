@@ -9,7 +9,6 @@ operator. What is infinite in the middle of a rule alone is nobody's concern.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import check_callable, check_flag
+from functrans.api.compiled import UNTRACED, named_after
 from functrans.boundary.calls import start
 from functrans.core.dispatch import scan
 from functrans.core.interpreter import Interpreter
@@ -76,8 +77,11 @@ def sanitize(func: Callable[..., Any], *, nan: bool = True, inf: bool = True) ->
     check_flag(call, "nan", nan)
     check_flag(call, "inf", inf)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def sanitized(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            why = "It looks at the numbers of every result, and a graph has none yet."
+            return UNTRACED("sanitize", why, sanitize(func, nan=nan, inf=inf), args, kwargs)
         level = Sanitizing(func)
         level.call, level.nan, level.inf = call, bool(nan), bool(inf)
         with noting_lines():

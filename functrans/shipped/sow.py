@@ -6,20 +6,24 @@ around sees the one that is used, one level after the other taken off it, as it 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import call_function, check_callable, check_kind
+from functrans.api.compiled import CALLED, TRACED, UNTRACED, named_after
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import interpreter_stack, run_transformed
 from functrans.core.tensor import check_layout
 from functrans.errors import CallTypeError, CallValueError, MissingRuleError
 from functrans.errors.wording import shown, what
+from functrans.extension.carried import is_carried
 from functrans.extension.levels import Handler
 from functrans.extension.primitives import Primitive
+from functrans.extension.table_interpreter import TableInterpreter
+from functrans.interpreters.branch import BranchInterpreter
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter
@@ -59,6 +63,8 @@ def sow(value: Any, name: str) -> Any:
         >>> reap(grad(f))(torch.tensor([1.0, 2.0]))
         (tensor([2., 4.]), {'square': tensor([1., 4.])})
     """
+    if is_dynamo_compiling():
+        return CALLED(sow, (value, name), {})
     check_kind(SOW, "name", name, str, "a string")
     leaves, spec = tree_flatten(value)
     for leaf in leaves:
@@ -87,13 +93,15 @@ def reap(func: Callable[..., Any]) -> Callable[..., Any]:
         A function of the same arguments that returns ``(output, {name: value})``. The values are those of the code that
         sows, without what the transforms inside of ``func`` make of them: under ``grad`` and ``jvp`` (and ``hessian``)
         the plain value, under ``vmap`` those of all examples, stacked in front; under ``bounds`` a pair, the bounds of
-        the value. They are copies: later writes to what was sown do not show. Transforms around see them as any other
-        result: ``jvp(reap(f), ...)`` has their tangents, ``vmap(reap(f))`` a value for each example. (For cotangents
-        see ``plant``.)
+        the value, and under a transform of one's own by a table what the value would leave it as (a ``Carried``). They
+        are copies: later writes to what was sown do not show. Transforms around see them as any other result:
+        ``jvp(reap(f), ...)`` has their tangents, ``vmap(reap(f))`` a value for each example. (For cotangents see
+        ``plant``.)
 
     Raises:
         CallValueError: a name was sown twice.
-        MissingRuleError: a name was sown inside a transform that carries something else beside values.
+        MissingRuleError: a name was sown inside a transform, by no table, that carries something else beside values, or
+            in a branch that only some of the examples take.
 
     Example:
         >>> import torch
@@ -107,8 +115,10 @@ def reap(func: Callable[..., Any]) -> Callable[..., Any]:
     """
     check_callable("reap", func)
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def reaped(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        if is_dynamo_compiling():
+            return TRACED(reap, func, {}, args, kwargs, None)
         level = Reaping(func)
         out = run_transformed(level, lambda: call_function(REAP, func, args, kwargs))
         return out, level.found
@@ -150,8 +160,13 @@ def plant(func: Callable[..., Any], values: Mapping[str, Any]) -> Callable[..., 
     for name in values:
         check_kind(PLANT, "a name", name, str, "a string")
 
-    @functools.wraps(func, updated=())
+    @named_after(func)
     def planted(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            if any(map(callable, values.values())):
+                why = "A function among the values runs where the value is sown, and that graph has been written."
+                return UNTRACED("plant", why, plant(func, values), args, kwargs)
+            return TRACED(plant, func, {}, args, kwargs, {"values": values})
         level = Planting(func)
         level.values = values
         out = run_transformed(level, lambda: call_function(PLANT, func, args, kwargs))
@@ -201,6 +216,7 @@ def fitting(name: str, planted: Any, leaves: list[Tensor], spec: TreeSpec) -> li
 planting = Primitive("plant", lambda name: None)
 #: Shows a value, given by its leaves, to every ``reap`` around.
 sowing = Primitive("sow", lambda *leaves, name, spec: None)
+sowing.cure = "It is not known what the level carries beside a value. Sow outside of it."
 
 
 @planting.rule(Planting)
@@ -253,6 +269,34 @@ def bounded(level: IntervalLevel, *leaves: Any, spec: TreeSpec, **rest: Any) -> 
     pair = tuple(tree_unflatten(spec, [end[i] for end in ends]) for i in (0, 1))
     leaves_of_pair, spec_of_pair = tree_flatten(pair)
     return sowing.below(level, *leaves_of_pair, spec=spec_of_pair, **rest)
+
+
+@sowing.rule(BranchInterpreter)
+def of_some(level: BranchInterpreter, *leaves: Any, **rest: Any) -> Any:
+    below = level.below
+    while below is not None and not isinstance(below, Reaping):
+        below = below.below
+    if below is None:
+        return NotImplemented
+    cure = "Only some of the examples run it, or it is not known whether one does. Sow the value that is chosen."
+    raise MissingRuleError("sow", level, cure)
+
+
+@sowing.rule(TableInterpreter)
+def as_it_leaves(level: TableInterpreter, *leaves: Any, spec: TreeSpec, **rest: Any) -> Any:
+    """What the caller of the transform would get for the value: with its payload, where it carries one."""
+    left = tree_unflatten(spec, [level.leave(x) if level.owns(x) else x for x in leaves])
+    leaves_left, spec_left = tree_flatten(left)
+    return sowing.below(level, *leaves_left, spec=spec_left, **rest)
+
+
+@planting.rule(TableInterpreter)
+def as_it_enters(level: TableInterpreter, name: str) -> Any:
+    planted = planting.below(level, name)
+    if callable(planted):
+        return planted
+    leaves, spec = tree_flatten(planted, is_carried)
+    return tree_unflatten(spec, [level.enter(x) for x in leaves])
 
 
 @sowing.rule(TransposeInterpreter)

@@ -7,15 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Argnums, check_scalar
 from functrans.api.checks import call_function, check_chunk_size
-from functrans.api.compiled import named_after
+from functrans.api.compiled import UNTRACED, named_after
 from functrans.api.reverse import differentiating
 from functrans.api.transforms import grad
 from functrans.pytorch.thread_state import running_at
 from functrans.shipped.dependence import Dependence
 from functrans.shipped.sparsity_plans import Plans, plan_of_hessian, plan_of_jacobian, products
+
+#: Why torch.compile runs these outside of its graph.
+BY_NUMBERS = "The pattern is found by numbers; it decides how many products there are, and the shape of the result."
 
 
 def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Any]:
@@ -51,6 +55,8 @@ def sparsity(func: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., An
 
     @named_after(func)
     def pattern(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return UNTRACED("sparsity", BY_NUMBERS, sparsity(func, argnums), args, kwargs)
         found = Dependence(call, func, argnums, args, kwargs, rehearsal=False)
         with running_at(None):
             rows = found.pattern.rows
@@ -95,6 +101,8 @@ def sparse_jacobian(
 
     @named_after(func)
     def jacobian(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return UNTRACED("sparse_jacobian", BY_NUMBERS, sparse_jacobian(func, argnums), args, kwargs)
         found, plan = plans.find(args, kwargs)
         values = plan.values(products(call, func, argnums, chunk_size, found, plan, args, kwargs))
         return found.blocks(plan.pattern, values)
@@ -145,6 +153,8 @@ def sparse_hessian(
 
     @named_after(func)
     def hessian(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return UNTRACED("sparse_hessian", BY_NUMBERS, sparse_hessian(func, argnums), args, kwargs)
         found, plan = plans.find(args, kwargs)
         values = plan.values(products(call, gradient, argnums, chunk_size, found, plan, args, kwargs))
         return found.blocks(plan.pattern, values)
