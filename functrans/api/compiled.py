@@ -9,8 +9,8 @@ of closures, parameters, buffers) inputs of that graph; then it writes one call 
 transform proper on the function's graph. Whoever runs the graph around it, Python or AOTAutograd with its tracers,
 thereby runs the transform as it is, with whatever stands in the graph inside: also transforms of the same kind.
 
-Where that does not go (the function has effects, reads numbers, cannot be traced, or what is asked for is an error),
-Dynamo breaks the graph, and the call takes place outside of it; under ``fullgraph=True``, that is Dynamo's error.
+Where that does not go (the function has effects, branches by numbers, cannot be traced, or asks for an error), Dynamo
+breaks the graph, and the call takes place outside of it; under ``fullgraph=True``, that is Dynamo's error.
 
 Inside of a running transform, a compiled function is run as it was written: the transform has to see its operators.
 Both are connected when torch._dynamo is imported, which functrans itself never does.
@@ -29,9 +29,11 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
+from functrans.core.dispatch import lift
+from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.errors import Call
-from functrans.pytorch.thread_state import unchanged
-from functrans.pytorch.torch_private import HigherOrderOperator, torch_pytree
+from functrans.pytorch.thread_state import STATE, unchanged
+from functrans.pytorch.torch_private import FAKE_MODE, HigherOrderOperator, mode_of_kind, torch_pytree
 from functrans.tensors.pytrees import tree_unflatten
 
 #: Transforms that are called with the function and its arguments at once.
@@ -103,6 +105,36 @@ def example_of(x: Tensor, dim: int | None, moves: bool) -> Tensor:
         return x
     with torch.enable_grad():
         return x.detach().requires_grad_().clone()  # a leaf might not be written to
+
+
+def is_scalar(x: Tensor, dtypes: frozenset[torch.dtype]) -> bool:
+    return x.dim() == 0 and x.dtype in dtypes
+
+
+def unread(key: Any) -> tuple[Any, ...]:
+    """The index ``key``, of which no tensor without dimensions is read: NOTE [Scalar indices].
+
+    Inside of the transform it belongs to that. Where Dynamo asks how the result looks, any place is as good.
+    """
+    tracing = STATE.top is None and mode_of_kind(FAKE_MODE) is not None
+
+    def scalar(i: Tensor) -> Any:
+        if tracing:
+            return True if i.dtype is torch.bool else 0
+        return i if type(i) is WrapperTensor else lift(i, None, STATE.top)
+
+    keys = key if isinstance(key, tuple) else (key,)
+    return tuple(scalar(i) if isinstance(i, Tensor) and is_scalar(i, NOT_READ) else i for i in keys)
+
+
+def at(x: Tensor, key: Any) -> Tensor:
+    """``x[key]`` in Dynamo's graph, where ``key`` has numbers that are tensors."""
+    return x[unread(key)]
+
+
+def put_at(x: Tensor, key: Any, value: Any) -> None:
+    """``x[key] = value`` in Dynamo's graph, where ``key`` has numbers or truth values that are tensors."""
+    x[unread(key)] = value
 
 
 class Tree:

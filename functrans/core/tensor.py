@@ -213,7 +213,7 @@ def strides_of(value: Tensor) -> Strides:
         return value.strides  # type: ignore[attr-defined]
     try:
         return None if value.is_contiguous() else value.stride()
-    except RuntimeError:
-        if value.layout is not torch.sparse_coo:
+    except RuntimeError:  # strided: its sizes depend on numbers
+        if value.layout not in (torch.strided, torch.sparse_coo):
             raise LayoutError(value) from None  # making a wrapper of it would end the process
-        return None
+        return value.stride() if value.layout is torch.strided else None

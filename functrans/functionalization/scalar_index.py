@@ -99,7 +99,7 @@ def select_scalars(x: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:
 def select_at(x: Tensor, dim: int, i: WrapperTensor) -> Tensor:
     """``x.select(dim, i)``."""
     number = concrete(i)
-    if number is not None and (type(x) is not WrapperTensor or type(number) is Tensor and not is_recorded()):
+    if type(number) is Tensor and (type(x) is not WrapperTensor or not is_recorded()):
         return enter(aten.select.int, x, dim, int(number.item()))
     places = enter(aten.add.Tensor, i, enter(aten.mul.Tensor, enter(aten.lt.Scalar, i, 0), x.shape[dim]))
     places = enter(aten.reshape.default, enter(aten.to.dtype, places, torch.int64), [1])

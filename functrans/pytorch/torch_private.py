@@ -60,6 +60,7 @@ __all__ = [
     "associative_module",
     "autocast_enabled",
     "base_of",
+    "check_when_run",
     "debug_mode",
     "dynamo_names",
     "finished_work",
@@ -73,6 +74,7 @@ __all__ = [
     "functorch_core",
     "functorch_vmap",
     "graph_task",
+    "guard_or_false",
     "has_kernel",
     "is_forward_enabled",
     "is_key_excluded",
@@ -376,7 +378,7 @@ else:
 _OF_DYNAMO = {
     "": "disable",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
-    "utils": "get_fake_value proxy_args_kwargs",
+    "utils": "get_fake_value proxy_args_kwargs set_example_value",
     "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
     "SymNodeVariable TupleVariable VariableTracker",
     "variables.builder": "wrap_fx_proxy",
@@ -405,6 +407,16 @@ def dynamo_names() -> SimpleNamespace:
         found["fake_errors"] = (found["TorchRuntimeError"],)
     found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
     return SimpleNamespace(**found)
+
+
+def guard_or_false(comparison: Any) -> bool:
+    """Whether a comparison of symbolic sizes is known to hold (PyTorch has imported sympy by then)."""
+    return bool(private("torch.fx.experimental.symbolic_shapes.guard_or_false", _FOR_DYNAMO)(comparison))
+
+
+def check_when_run(comparison: Any) -> None:
+    """Have the graph that is traced check that a comparison of symbolic sizes holds."""
+    private("torch._check", _FOR_DYNAMO)(comparison)
 
 
 def run_untraced(function: Callable[..., Any]) -> None:
