@@ -107,7 +107,8 @@ def of_size(
 ) -> tuple[Tensor, int]:
     sparse_dim = indices.dim() and indices.shape[1 if in_dims[0] == 0 else 0]
     dims = [None, None, None, *in_dims[:2]]
-    options["layout"] = torch.sparse_coo
+    of_values = {"dtype": values.dtype, "device": values.device}
+    options = {**of_values, **{name: x for name, x in options.items() if x is not None}, "layout": torch.sparse_coo}
     return with_dims(info, dims, sparse_dim, len(size) - sparse_dim, size, indices, values, **options)
 
 
