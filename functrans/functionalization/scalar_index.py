@@ -64,7 +64,8 @@ def index_put(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     x, rest = select_scalars(target, indices)
     masks = [i for i in indices if is_scalar_mask(i)]
     adding = bool(accumulate and accumulate[0])
-    if len(masks) == sum(i is not None for i in rest) <= 1 and values.dtype is x.dtype:
+    whole = values.numel() > 0 or x.numel() == 0  # else they were read by the mask, and it is False
+    if len(masks) == sum(i is not None for i in rest) <= 1 and values.dtype is x.dtype and whole:
         for mask in masks:  # all of x is written, or nothing
             values = enter(aten.where.self, mask, values, enter(aten.zeros_like.default, x) if adding else x)
         enter(aten.add_.Tensor if adding else aten.copy_.default, x, values)
