@@ -171,7 +171,7 @@ def wrap_as(
 ) -> WrapperTensor:
     """A wrapper around ``value`` that shows a shape of its own."""
     dtype, layout, device = value.dtype, value.layout, value.device
-    if shape or dtype not in NOT_READ:
+    if shape or dtype not in NOT_READ or thread_state.STATE.foreign:
         wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device, False, requires_grad)
     else:  # an integer or a truth value for each example; see NOTE [Scalar indices]
         options = dtype, layout, device, False, False, None, False, False, INDEX_BATCHED_KEYS

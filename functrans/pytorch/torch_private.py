@@ -37,6 +37,7 @@ __all__ = [
     "IN_PLACE_COLLECTIVES",
     "KEY_OF_MODE",
     "NEGATIVE",
+    "NESTING",
     "PLACES_OF_TORCH_FUNC",
     "PRE_DISPATCH",
     "PYTHON",
@@ -273,6 +274,15 @@ pop_packing = private(
     _HOOKS + "_pop_saved_tensors_default_hooks", "to put back the hooks that pack what autograd saves"
 )
 
+_FOR_TORCH_FUNC = "to know that a transform of torch.func runs inside of its own"
+#: The modules of torch.func that enter its levels, with the names by which they do.
+NESTING = {
+    module: names.split()
+    for module, names in (
+        (private("torch._functorch.vmap", _FOR_TORCH_FUNC), "vmap"),
+        (private("torch._functorch.eager_transforms", _FOR_TORCH_FUNC), "grad jvp func"),
+    )
+}
 is_torch_func_active = private(
     "torch._C._are_functorch_transforms_active", "to refuse to run inside a transform of torch.func"
 )

@@ -55,7 +55,7 @@ def batch_of(info: BatchInfo, x: Tensor, bdim: int | None) -> Tensor:
     """With a batch dimension in front; what all examples share is repeated."""
     if bdim is not None:
         return with_sparse_batch(x, bdim)
-    indices, values = (x.indices(), x.values()) if x.is_coalesced() else (x._indices(), x._values())
+    indices, values = entries_of(x)
     options = {"layout": x.layout, "dtype": x.dtype, "device": x.device, "is_coalesced": x.is_coalesced()}
     return with_dims(info, [None] * 5, x.sparse_dim(), x.dense_dim(), x.shape, indices, values, **options)[0]
 
@@ -163,12 +163,15 @@ def entries(op: Any, read: Any, checked: bool) -> None:
         return read(*of_each(info, op, x))
 
 
+def entries_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.is_coalesced():  # these have derivatives
+        return x.indices(), x.values()
+    return aten._indices.default(x), aten._values.default(x)
+
+
 def of_each(info: BatchInfo, op: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The indices, ``[dimensions, examples, entries]``, and the values, ``[examples, entries, ...]``."""
-    if x.is_coalesced():  # these have derivatives
-        indices, values = x.indices(), x.values()
-    else:
-        indices, values = aten._indices.default(x), aten._values.default(x)
+    indices, values = entries_of(x)
     count, rest = divmod(indices.shape[1], max(info.batch_size, 1))
     if not x.is_coalesced():
         order = indices[0].argsort(stable=True)
