@@ -72,13 +72,56 @@ def test_a_number_of_ours_is_not_written_in_torch_func() -> None:
     assert STATE.foreign == 0
 
 
-def test_flex_attention_makes_its_mask_by_torch_func() -> None:
+def test_flex_attention_makes_its_masks_by_torch_func() -> None:
+    """That of documents, which differ between the examples, by an autograd.Function."""
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     q, k, v = torch.randn(3, 2, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    far = lambda s, b, h, i, j: s - (i - j).abs() * 0.1
+    documents = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     distance = (torch.arange(4.0)[:, None] - torch.arange(4.0)).abs()
-    found = vmap(lambda q, k, v: flex.flex_attention(q, k, v, score_mod=far))(q, k, v)
-    torch.testing.assert_close(found, (q @ k.mT / 8**0.5 - 0.1 * distance).softmax(-1) @ v)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, of: Tensor) -> Tensor:
+        same = lambda b, h, i, j: (of[i] == of[j]) & (i >= j)
+        mask = flex.create_block_mask(same, None, None, 4, 4, device="cpu")
+        return flex.flex_attention(q, k, v, lambda s, b, h, i, j: s - (i - j).abs() * 0.1, mask)
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor, of: Tensor) -> Tensor:
+        scores = q @ k.mT / 8**0.5 - 0.1 * distance
+        return scores.masked_fill((of[:, None] != of).logical_or(distance.triu(1) > 0), -torch.inf).softmax(-1) @ v
+
+    without = vmap(lambda q, k, v: flex.flex_attention(q, k, v))(q, k, v)
+    torch.testing.assert_close(without, (q @ k.mT / 8**0.5).softmax(-1) @ v)
+    for run in (
+        lambda f: vmap(f)(q, k, v, documents),
+        lambda f: grad(lambda q: f(q, k[0], v[0], documents[0]).sin().sum())(q[0]),
+        lambda f: jvp(lambda v: f(q[0], k[0], v, documents[0]), (v[0],), (v[1],)),
+        lambda f: vmap(grad(lambda *args: f(*args).sin().sum()))(q, k, v, documents),
+    ):
+        torch.testing.assert_close(run(attention), run(by_hand), rtol=1e-4, atol=1e-5)
+
+
+class Cube(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+def test_a_function_in_torch_func() -> None:
+    inner = lambda x: torch.func.vmap(lambda r: Cube.apply(r * x))(ROWS).sum()
+    cubes = (ROWS**3).sum(0)
+    torch.testing.assert_close(grad(inner)(ONES), 3 * cubes)
+    torch.testing.assert_close(vmap(grad(inner))(torch.stack([ONES, 2 * ONES])), torch.stack([3 * cubes, 12 * cubes]))
+    slope = lambda x: torch.func.grad(lambda r: Cube.apply(r * x).sum())(ROWS[0]).sum()
+    torch.testing.assert_close(grad(slope)(ONES), 9 * ROWS[0] ** 2)
 
 
 def test_torch_func_is_compiled_as_before() -> None:
