@@ -32,6 +32,7 @@ from functrans.api.linear_functions import LinearFunction
 from functrans.core.dispatch import lift
 from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.errors import Call
+from functrans.functionalization.scalar_index import SCALAR_INDICES
 from functrans.pytorch.thread_state import STATE, unchanged
 from functrans.pytorch.torch_private import FAKE_MODE, HigherOrderOperator, mode_of_kind, torch_pytree
 from functrans.tensors.pytrees import tree_unflatten
@@ -111,8 +112,8 @@ def is_scalar(x: Tensor, dtypes: frozenset[torch.dtype]) -> bool:
     return x.dim() == 0 and x.dtype in dtypes
 
 
-def unread(key: Any) -> tuple[Any, ...]:
-    """The index ``key``, of which no tensor without dimensions is read: NOTE [Scalar indices].
+def unread(key: Any, dtypes: frozenset[torch.dtype]) -> tuple[Any, ...]:
+    """The index ``key``, of which no tensor without dimensions of ``dtypes`` is read: NOTE [Scalar indices].
 
     Inside of the transform it belongs to that. Where Dynamo asks how the result looks, any place is as good.
     """
@@ -124,17 +125,17 @@ def unread(key: Any) -> tuple[Any, ...]:
         return i if type(i) is WrapperTensor else lift(i, None, STATE.top)
 
     keys = key if isinstance(key, tuple) else (key,)
-    return tuple(scalar(i) if isinstance(i, Tensor) and is_scalar(i, NOT_READ) else i for i in keys)
+    return tuple(scalar(i) if isinstance(i, Tensor) and is_scalar(i, dtypes) else i for i in keys)
 
 
 def at(x: Tensor, key: Any) -> Tensor:
     """``x[key]`` in Dynamo's graph, where ``key`` has numbers that are tensors."""
-    return x[unread(key)]
+    return x[unread(key, SCALAR_INDICES)]
 
 
 def put_at(x: Tensor, key: Any, value: Any) -> None:
     """``x[key] = value`` in Dynamo's graph, where ``key`` has numbers or truth values that are tensors."""
-    x[unread(key)] = value
+    x[unread(key, NOT_READ)] = value
 
 
 class Tree:
