@@ -38,7 +38,13 @@ from functrans.explanation.comparing import diff
 from functrans.explanation.explaining import explain
 from functrans.explanation.printing import debug_print
 from functrans.explanation.trace import make_trace
-from functrans.functionalization import collectives, hidden_effects, numbers_read, scalar_index  # noqa: F401
+from functrans.functionalization import (  # noqa: F401
+    collectives,
+    hidden_effects,
+    numbers_read,
+    scalar_index,
+    sparse_products,
+)
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.interpreter import JVP_RULES
 from functrans.interpreters.vmap.rules import load as load_batching_rules

@@ -434,13 +434,11 @@ def doubled(f: Callable[[Tensor], Tensor], x: Tensor) -> Any:
 #: Programs that do not go into one graph: what Dynamo says of each, and what it is by hand.
 OUTSIDE: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Tensor], Any]]] = {
     "effect": (with_effect, "side effect", lambda x: 2 * x),
-    "number": (lambda x: grad(lambda y: (y * y.sum().item()).sum())(x), "item|graph", lambda x: x.sum() + 0 * x),
     "branch": (
         lambda x: grad(lambda y: (y**2).sum() if y.sum() > 0 else (y**3).sum())(x),
         "branching",
         lambda x: 2 * x,
     ),
-    "mask": (lambda x: grad(lambda y: y[y > 0.5].sum())(x), "functrans.grad", lambda x: (x > 0.5).float()),
     "pullback kept": (broken_between, "graph_break", lambda x: x.cos() * x.sin()),
     "tangents kept": (tangents_between, "graph_break", lambda x: (x.cos() * x, x * x)),
     "sparse": (lambda x: sparse_jacobian(lambda y: y**2)(x).to_dense(), "functrans|trace", lambda x: (2 * x).diag()),

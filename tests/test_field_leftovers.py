@@ -214,6 +214,11 @@ def test_pickling_and_loading_inside() -> None:
         nn.init.zeros_(other.weight)
         other.load_state_dict(state)
         again = pickle.loads(pickle.dumps([w.detach(), net]))  # what says all of itself can be pickled
+        inside = io.BytesIO()
+        torch.save({"state": net.state_dict(), "weight": net.weight}, inside)
+        inside.seek(0)
+        kept = torch.load(inside)  # which takes plain tensors alone
+        assert torch.equal(kept["weight"], net.weight) and kept["state"].keys() == state.keys()
         return (other(x) * again[1](x)).sum() + (again[0] * x).sum()
 
     expected = lambda x: (net(x) ** 2).sum() + (X * x).sum()

@@ -97,11 +97,12 @@ def test_what_overflowed_changes_nothing() -> None:
     torch.testing.assert_close(both, torch.stack([stepping("amsgrad", found_inf=f)(v) for f in found]))
 
 
+@pytest.mark.parametrize("parameters", [1, 2])  # in one list, as many as lists or fewer
 @pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "SGD", "Adagrad"])
-def test_optimizers_inside(optimizer: str) -> None:
+def test_optimizers_inside(optimizer: str, parameters: int) -> None:
     def trained(x: Tensor) -> Tensor:
         w, b = torch.zeros(3, dtype=DOUBLE, requires_grad=True), torch.zeros((), dtype=DOUBLE, requires_grad=True)
-        steps = getattr(torch.optim, optimizer)([w, b], lr=0.1, fused=True)
+        steps = getattr(torch.optim, optimizer)([w, b][:parameters], lr=0.1, fused=True)
         for _ in range(3):
             steps.zero_grad()
             ((w * x + b - 1) ** 2).sum().backward()

@@ -139,6 +139,22 @@ def test_a_captured_tensor_is_not_written_through_a_row() -> None:
         vmap(lambda x: vmap(lambda i: x[i].add_(1))(i))(torch.zeros(2, 3, 2))
 
 
+@pytest.mark.parametrize("truth", [True, False])
+def test_a_truth_that_all_examples_share(truth: bool) -> None:
+    """What is read by it may have no elements, and is written back."""
+    mask, x = torch.tensor(truth), torch.tensor([0.5, 1.5], dtype=torch.float64)
+
+    def scaled(x: Tensor) -> Tensor:
+        y = x * 2
+        y[mask] = y[mask] * 10
+        return y
+
+    factor = 20.0 if truth else 2.0
+    agree(vmap(scaled)(x), factor * x)
+    agree(vmap(grad(scaled))(x), factor * torch.ones_like(x))
+    agree(jvp(scaled, (x[0],), (x[1],))[1], factor * x[1])
+
+
 def test_out_of_range_and_escaped() -> None:
     x = torch.randn(3)
     for bad in (torch.tensor([0, 3]), torch.tensor([0, -4])):

@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, Adam, AdamW, RMSprop, lr_scheduler
 
 from functrans import vmap
+from functrans.errors import DataDependentError
 
 DOUBLE = torch.float64
 ROWS = torch.randn(4, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
@@ -187,3 +188,40 @@ def test_a_leaf_is_written_without_its_derivative_as_in_pytorch() -> None:
     for run in (write, vmap(write)):
         with pytest.raises(RuntimeError, match="a leaf .* requires grad is .*used in an in-place operation"):
             run(ROWS)
+
+
+#: Every optimizer of torch.optim in its forms. Those that read numbers are refused under vmap, with the user's line.
+OPTIMIZERS = sorted(
+    name for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+)  # fmt: skip
+READING = {"LBFGS", "Adafactor"}
+FORMS: dict[str, list[dict[str, bool]]] = {"LBFGS": [{}], "Muon": [{}], "SparseAdam": [{}]}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer(name: str) -> None:
+    for form in FORMS.get(name, [{"foreach": False}, {"foreach": True}]):
+
+        def train(x: Tensor, form: dict[str, bool] = form) -> Tensor:
+            weights = torch.stack([x, x.flip(0)]).requires_grad_()
+            stepper = getattr(torch.optim, name)([weights], **form)
+
+            def closure() -> Tensor:
+                stepper.zero_grad()
+                loss = cost(weights, x)
+                loss.backward()
+                if name == "SparseAdam":
+                    assert weights.grad is not None
+                    weights.grad = weights.grad.to_sparse()
+                return loss
+
+            for _ in range(3):
+                stepper.step(closure)
+            return weights.detach()
+
+        if name in READING:
+            with pytest.raises(DataDependentError, match=r"test_training_inside.py:\d+, in train: `stepper.step"):
+                vmap(train)(ROWS)
+        else:
+            torch.testing.assert_close(vmap(train)(ROWS), torch.stack([train(row) for row in ROWS]))

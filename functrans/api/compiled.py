@@ -9,8 +9,8 @@ of closures, parameters, buffers) inputs of that graph; then it writes one call 
 transform proper on the function's graph. Whoever runs the graph around it, Python or AOTAutograd with its tracers,
 thereby runs the transform as it is, with whatever stands in the graph inside: also transforms of the same kind.
 
-Where that does not go (the function has effects, reads numbers, cannot be traced, or what is asked for is an error),
-Dynamo breaks the graph, and the call takes place outside of it; under ``fullgraph=True``, that is Dynamo's error.
+Where that does not go (the function has effects, branches by numbers, cannot be traced, or asks for an error), Dynamo
+breaks the graph, and the call takes place outside of it; under ``fullgraph=True``, that is Dynamo's error.
 
 What asks the levels around it (a ``Primitive``, ``psum``, ``sow``, a ``custom_vjp``) is one node, ``CALLED``, that runs
 where it stands. While Dynamo traces, no level runs; what such a call returns there is found among the levels of the
@@ -33,9 +33,12 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
+from functrans.boundary.calls import lift
+from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.errors import Call
-from functrans.pytorch.thread_state import running_at, unchanged
-from functrans.pytorch.torch_private import HigherOrderOperator, torch_pytree
+from functrans.functionalization.scalar_index import SCALAR_INDICES
+from functrans.pytorch.thread_state import STATE, running_at, unchanged
+from functrans.pytorch.torch_private import HigherOrderOperator, mode_kinds, mode_of_kind, torch_pytree
 from functrans.tensors.pytrees import tree_unflatten
 
 #: Transforms that are called with the function and its arguments at once.
@@ -162,6 +165,36 @@ def example_of(x: Tensor, dim: int | None, moves: bool) -> Tensor:
         return x
     with torch.enable_grad():
         return x.detach().requires_grad_().clone()  # a leaf might not be written to
+
+
+def is_scalar(x: Tensor, dtypes: frozenset[torch.dtype]) -> bool:
+    return x.dim() == 0 and x.dtype in dtypes
+
+
+def unread(key: Any, dtypes: frozenset[torch.dtype]) -> tuple[Any, ...]:
+    """The index ``key``, of which no tensor without dimensions of ``dtypes`` is read: NOTE [Scalar indices].
+
+    Inside of the transform it belongs to that. Where Dynamo asks how the result looks, any place is as good.
+    """
+    tracing = STATE.top is None and mode_of_kind(mode_kinds.FAKE) is not None
+
+    def scalar(i: Tensor) -> Any:
+        if tracing:
+            return True if i.dtype is torch.bool else 0
+        return i if type(i) is WrapperTensor else lift(i, None, STATE.top)
+
+    keys = key if isinstance(key, tuple) else (key,)
+    return tuple(scalar(i) if isinstance(i, Tensor) and is_scalar(i, dtypes) else i for i in keys)
+
+
+def at(x: Tensor, key: Any) -> Tensor:
+    """``x[key]`` in Dynamo's graph, where ``key`` has numbers that are tensors."""
+    return x[unread(key, SCALAR_INDICES)]
+
+
+def put_at(x: Tensor, key: Any, value: Any) -> None:
+    """``x[key] = value`` in Dynamo's graph, where ``key`` has numbers or truth values that are tensors."""
+    x[unread(key, NOT_READ)] = value
 
 
 class Tree:

@@ -6,7 +6,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from operator import getitem
+from operator import getitem, setitem
 from typing import Any
 
 import torch
@@ -28,17 +28,22 @@ from functrans.api.compiled import (
     TransformNode,
     Tree,
     Untraced,
+    at,
     call_with,
     example_of,
     filled,
     holes,
     is_linear,
+    is_scalar,
+    put_at,
     sights,
 )
 from functrans.api.linear_functions import LinearFunction
 from functrans.api.private_names import PAIRS
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
+from functrans.core.tensor import NOT_READ
+from functrans.functionalization.scalar_index import SCALAR_INDICES
 from functrans.pytorch.dynamo import dynamo_names, run_as_written_while, run_untraced
 from functrans.pytorch.imports import when_imported
 from functrans.pytorch.thread_state import STATE, Snapshot
@@ -58,12 +63,35 @@ def calls_written(tx: Any) -> int:
 @contextmanager
 def inside_of(tx: Any, transform: Around) -> Iterator[None]:
     """While Dynamo traces the function of a transform."""
-    before = transforms_around(tx)
-    tx.output.functrans_around = [*before, transform]
+    output = tx.output
+    before, create_proxy = transforms_around(tx), output.create_proxy
+
+    def create(kind: str, target: Any, args: Any, *rest: Any, **more: Any) -> Any:
+        for operator, dtypes, other in INDEXING:
+            if target is operator and has_scalars(args[1], dtypes):
+                target = other
+        return create_proxy(kind, target, args, *rest, **more)
+
+    output.functrans_around = [*before, transform]
+    if not before:
+        output.create_proxy = create
     try:
         yield
     finally:
-        tx.output.functrans_around = before
+        output.functrans_around = before
+        if not before:
+            del output.create_proxy
+
+
+#: What would read tensors without dimensions of these dtypes, which examples have one each of, and what does not.
+INDEXING: Any = ((getitem, SCALAR_INDICES, at), (setitem, NOT_READ, put_at))
+
+
+def has_scalars(key: Any, dtypes: frozenset[torch.dtype]) -> bool:
+    """Whether an index in Dynamo's graph has tensors without dimensions, of such a dtype."""
+    keys = key if isinstance(key, tuple) else (key,)
+    values = [i.node.meta.get("example_value") for i in keys if isinstance(i, torch.fx.Proxy)]
+    return any(isinstance(x, torch.Tensor) and is_scalar(x, dtypes) for x in values)
 
 
 def children_of(spec: Any) -> list[Any]:
@@ -199,11 +227,13 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
         """Write a call into the graph; what it returns, as Dynamo's variable."""
         call = tx.output.create_proxy("call_function", target, args, {})
         try:
-            found = call.node.meta["example_value"] = names.get_fake_value(call.node, tx)
+            found = names.get_fake_value(call.node, tx)
         except names.TorchDynamoException:
             if node.failure is None:
                 raise
             raise node.failure from None
+        forget_sizes_inside(tx)
+        names.set_example_value(call.node, found)
         variables = []
         for i, x in enumerate(found):
             proxy = tx.output.create_proxy("call_function", getitem, (call, i), {})
@@ -226,6 +256,11 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
 
     def example_value(x: Any) -> Any:
         return x.as_proxy().node.meta["example_value"]
+
+    def forget_sizes_inside(tx: Any) -> None:
+        """Sizes that depend on numbers, as of ``x[mask]``, need not be there in what the transform returns."""
+        sizes = tx.output.shape_env
+        sizes.ignorable_fresh_unbacked_symbols.extend(sizes.pending_fresh_unbacked_symbols)
 
     def example(tx: Any, x: Any, dim: int | None, moves: bool) -> Any:
         if not x.is_tensor():

@@ -22,6 +22,7 @@ from functrans.interpreters.constants import as_own
 from functrans.interpreters.grad.interpreter import GradInterpreter, check_versions
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import is_torch_func_active
+from functrans.tensors.broadcasting import may_have_shape
 from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_map, tree_unflatten
 
 
@@ -116,7 +117,7 @@ class Pullback(LinearFunction):
             dtype = output.dtype
             if (
                 not isinstance(c, Tensor)
-                or c.shape != output.shape
+                or not may_have_shape(c, output.shape)
                 or (c.dtype is not dtype and not convertible(c, dtype))
                 or c.device != output.device
             ):

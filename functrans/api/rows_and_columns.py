@@ -21,6 +21,7 @@ from functrans.errors import Call, CallError
 from functrans.errors.wording import callable_name, what
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
+from functrans.tensors.broadcasting import same_shape
 from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
 
 
@@ -215,7 +216,7 @@ def check_output_numbers(call: Call, holomorphic: bool, out: Any) -> None:
 
 
 def shaped(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return x if x.shape == shape else x.reshape(shape)
+    return x if same_shape(x.shape, shape) else x.reshape(shape)
 
 
 def tree_stack(trees: list[Any]) -> Any:

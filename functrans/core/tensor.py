@@ -171,7 +171,7 @@ def wrap_as(
 ) -> WrapperTensor:
     """A wrapper around ``value`` that shows a shape of its own."""
     dtype, layout, device = value.dtype, value.layout, value.device
-    if shape or dtype not in NOT_READ:
+    if shape or dtype not in NOT_READ or thread_state.STATE.foreign:
         wrapper = make_wrapper(WrapperTensor, shape, strides, None, None, dtype, layout, device, False, requires_grad)
     else:  # an integer or a truth value for each example; see NOTE [Scalar indices]
         options = dtype, layout, device, False, False, None, False, False, INDEX_BATCHED_KEYS
@@ -213,7 +213,7 @@ def strides_of(value: Tensor) -> Strides:
         return value.strides  # type: ignore[attr-defined]
     try:
         return None if value.is_contiguous() else value.stride()
-    except RuntimeError:
-        if value.layout is not torch.sparse_coo:
+    except RuntimeError:  # strided: its sizes depend on numbers
+        if value.layout not in (torch.strided, torch.sparse_coo):
             raise LayoutError(value) from None  # making a wrapper of it would end the process
-        return None
+        return value.stride() if value.layout is torch.strided else None

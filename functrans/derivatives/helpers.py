@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
+from functrans.tensors.broadcasting import holds
 
 aten = torch.ops.aten
 
@@ -47,7 +48,7 @@ def sum_to_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
     extra = x.dim() - len(shape)
     if extra:
         x = x.sum(list(range(extra)))
-    stretched = [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1]
+    stretched = [i for i, n in enumerate(shape) if holds(n == 1) and not holds(x.shape[i] == 1)]
     return x.sum(stretched, keepdim=True) if stretched else x
 
 

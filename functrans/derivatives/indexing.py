@@ -16,7 +16,7 @@ from functrans.boundary.calls import run
 from functrans.boundary.factories import range_for
 from functrans.derivatives.helpers import cast, conj, sum_to_shape, times
 from functrans.derivatives.table import derivative
-from functrans.tensors.broadcasting import broadcast_shapes
+from functrans.tensors.broadcasting import broadcast_shapes, holds, same_shape
 
 aten = torch.ops.aten
 
@@ -75,7 +75,7 @@ for _op in (aten.index_put.default, aten._unsafe_index_put.default):
 
 def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor, added: bool = False) -> Tensor:
     """The cotangent of what was scattered: ``source`` may be larger than ``index``, and its rest was not used."""
-    if index.numel() == 0:
+    if holds(index.numel() == 0):
         return grad.new_zeros(source.shape)
     read = grad.gather(dim, index)
     if not added and may_repeat(index):
@@ -83,7 +83,7 @@ def gathered(grad: Tensor, dim: int, index: Tensor, source: Tensor, added: bool 
         read = torch.where(here, read, 0)
     if read.dim() != source.dim():
         return read.reshape(source.shape)
-    if read.shape == source.shape:
+    if same_shape(read.shape, source.shape):
         return read
     rest = [
         n for have, want in zip(reversed(read.shape), reversed(source.shape), strict=True) for n in (0, want - have)

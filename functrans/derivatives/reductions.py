@@ -18,6 +18,7 @@ from functrans.derivatives.helpers import add, cast, conj, reduced_dims, restore
 from functrans.derivatives.named import named
 from functrans.derivatives.table import derivative
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.broadcasting import holds
 from functrans.tensors.sparse import in_layout_of
 
 aten = torch.ops.aten
@@ -35,7 +36,8 @@ def size_of(self: Tensor, dim: Dim) -> int:
 
 
 def average(grad: Tensor, self: Tensor, dim: Dim) -> Tensor:
-    return grad / (size_of(self, dim) or 1)  # of no elements: nothing receives it, but 1 / 0 would make NaN of it
+    n = size_of(self, dim)
+    return grad / (1 if holds(n == 0) else n)  # of no elements: nothing receives it, but 1 / 0 would make NaN of it
 
 
 def even_shares(chosen: Tensor, dim: Dim, dtype: torch.dtype) -> Tensor:
@@ -122,7 +124,7 @@ def deviation(self: Tensor, dim: Dim, keepdim: bool, correction: float | None, r
     dims = reduced_dims(dim, self.dim())
     freedom = math.prod([self.shape[d] for d in dims]) - (1 if correction is None else correction)
     distance = self - self.mean(dims, keepdim=True)
-    if freedom <= 0:  # the variance is nan, or infinite unless it is 0 / 0
+    if holds(freedom <= 0):  # the variance is nan, or infinite unless it is 0 / 0
         return torch.where(distance == 0, math.nan, torch.full_like(distance, math.inf))
     return distance * (2 / freedom)
 

@@ -1,4 +1,4 @@
-"""Derivatives of conversions to the sparse COO layout and back, of its constructor, and of ``torch.sparse.mm``.
+"""Derivatives of conversions to the sparse COO layout and back, of its constructor, ``torch.sparse.mm`` and softmax.
 
 PyTorch's own of the former go through ``_values``, which has no derivative, so that second and forward derivatives
 would be lost in silence; that of the product would have a wrapper hold the sparse matrix, which may be compressed.
@@ -12,7 +12,7 @@ from torch import Tensor
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.named import no_cotangent
 from functrans.derivatives.table import derivative
-from functrans.tensors.sparse import in_layout_of
+from functrans.tensors.sparse import coalesced, in_layout_of
 
 aten = torch.ops.aten
 
@@ -62,3 +62,29 @@ def sum_over(grad: Tensor, self: Tensor, dim: list[int]) -> Tensor:
 
 
 derivative(aten._sparse_sum.dim, tangent="linear", self=sum_over)
+
+
+# The Jacobian of softmax is symmetric. That of its logarithm is the same, each row by the softmax. (PyTorch's backward
+# operators take a negative dimension for another one.)
+
+
+def softmax_backward(grad: Tensor, result: Tensor, dim: int, self: Tensor) -> Tensor:
+    return aten._sparse_softmax_backward_data.default(grad, result, dim % self.dim(), self)
+
+
+def log_softmax_backward(grad: Tensor, result: Tensor, dim: int, self: Tensor) -> Tensor:
+    return aten._sparse_log_softmax_backward_data.default(grad, result, dim % self.dim(), self)
+
+
+def log_softmax_tangent(self_t: Tensor, result: Tensor, dim: int, self: Tensor) -> Tensor:
+    share = coalesced(result.indices(), result.values().exp(), result.shape)
+    moved = softmax_backward(self_t, share, dim, self).coalesce()
+    return coalesced(result.indices(), moved.values() / share.values(), result.shape)
+
+
+derivative(
+    aten._sparse_softmax.default,
+    tangent=lambda self_t, result, dim, self: softmax_backward(self_t, result, dim, self),
+    self=softmax_backward,
+)
+derivative(aten._sparse_log_softmax.default, tangent=log_softmax_tangent, self=log_softmax_backward)

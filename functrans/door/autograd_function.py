@@ -45,7 +45,7 @@ from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.interpreters.written_inputs import on_copies, writes_inputs
 from functrans.pytorch.modules import ModuleHook
 from functrans.pytorch.thread_state import STATE, lowered, running_at
-from functrans.pytorch.torch_private import mode_stack_size
+from functrans.pytorch.torch_private import is_torch_func_active, mode_stack_size
 
 _original: Any = Function.__dict__["apply"]
 
@@ -82,6 +82,8 @@ def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     top = STATE.top
     if top is None or top.carries_autograd or mode_stack_size() < STATE.door_depth:
         # at the base, where an operator that PyTorch differentiates by a Function is run, too
+        return _original_apply(cls, *args, **kwargs)
+    if STATE.foreign and is_torch_func_active():  # its levels are above; it comes back here
         return _original_apply(cls, *args, **kwargs)
     if cls is ModuleHook:
         cls = BackwardHookFunction

@@ -132,7 +132,8 @@ def to_captured(self: WrapperTensor, gradient: Any, leaves: list[Tensor], **opti
     if not once or moves or not x.requires_grad:  # a loop would add more often, or .grad would lose a tangent
         refuse(self, *REFUSED["backward"])
     for leaf in leaves:
-        made_in = leaf.made_inside.level() if hasattr(leaf, "made_inside") else None
+        mark = getattr(leaf, "made_inside", None)
+        made_in = mark.level() if mark else None
         if made_in is not None and made_in.alive and any(i.level <= made_in.level for i in levels):
             what = "Tensor.backward() to a leaf that shares the memory of a captured tensor"
             refuse(self, what, "a clone() of that, which each example has for itself")

@@ -21,6 +21,7 @@ from functrans.boundary.made_at import note_site, several
 from functrans.core.tensor import WrapperTensor
 from functrans.door.lost_arguments import LOST, recovered
 from functrans.door.torch_dispatch import DOOR
+from functrans.door.torch_func_inside import for_torch_func
 from functrans.errors.call_sites import USER_FILES
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import (
@@ -69,6 +70,8 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     """
     if function in LOST:
         kwargs = recovered(function, kwargs)
+    if STATE.foreign:
+        args, kwargs = for_torch_func(function, args, kwargs)
     if STATE.top is None and not is_key_excluded(AUTOGRAD) and has_leftovers((*args, *kwargs.values())):
         with behind_autograd():
             return otherwise(function, types, args, kwargs, up + 1)

@@ -86,7 +86,7 @@ def number(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def who_reads() -> str | FrameType | None:
     """The function that reads a number unasked, or the frame that asked a tensor; None: the operator was called."""
     frame, asked = sys._getframe(2), False
-    while frame.f_globals["__name__"].startswith("functrans."):
+    while passes_on(frame):
         if frame.f_code.co_name == "otherwise":
             function = frame.f_locals["function"]
             if function not in READERS:
@@ -94,13 +94,22 @@ def who_reads() -> str | FrameType | None:
             asked = True  # by the code around, or by a parser that reads the number as Python does, through __float__
         assert frame.f_back is not None
         frame = frame.f_back
-        if asked and frame.f_globals["__name__"] not in ON_THE_WAY:
+        if asked and frame.f_globals.get("__name__") not in ON_THE_WAY and not of_a_mode(frame):
             return frame
-    if frame.f_globals["__name__"] == "torch._ops":  # the parser of torch.ops
+    if frame.f_globals.get("__name__") == "torch._ops":  # the parser of torch.ops
         op = frame.f_locals.get("self")
         packet = getattr(op, "overloadpacket", op)
         return None if packet in (aten.item, aten._local_scalar_dense) else str(packet)
     return f"A function called at {frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def passes_on(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").startswith("functrans.") or of_a_mode(frame)
+
+
+def of_a_mode(frame: FrameType) -> bool:
+    """Whether somebody's mode or subclass passes a function on there."""
+    return frame.f_code.co_name == "__torch_function__"
 
 
 def check_number_read(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> None:

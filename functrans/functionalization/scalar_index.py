@@ -65,7 +65,8 @@ def index_put(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     x, rest = select_scalars(target, indices)
     masks = [i for i in indices if is_scalar_mask(i)]
     adding = bool(accumulate and accumulate[0])
-    if len(masks) == sum(i is not None for i in rest) <= 1 and values.dtype is x.dtype:
+    whole = values.numel() > 0 or x.numel() == 0  # else they were read by the mask, and it is False
+    if len(masks) == sum(i is not None for i in rest) <= 1 and values.dtype is x.dtype and whole:
         for mask in masks:  # all of x is written, or nothing
             values = enter(aten.where.self, mask, values, enter(aten.zeros_like.default, x) if adding else x)
         enter(aten.add_.Tensor if adding else aten.copy_.default, x, values)
@@ -100,7 +101,7 @@ def select_scalars(x: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:
 def select_at(x: Tensor, dim: int, i: WrapperTensor) -> Tensor:
     """``x.select(dim, i)``."""
     number = concrete(i)
-    if number is not None and (type(x) is not WrapperTensor or type(number) is Tensor and not is_recorded()):
+    if type(number) is Tensor and (type(x) is not WrapperTensor or not is_recorded()):
         return enter(aten.select.int, x, dim, int(number.item()))
     places = enter(aten.add.Tensor, i, enter(aten.mul.Tensor, enter(aten.lt.Scalar, i, 0), x.shape[dim]))
     places = enter(aten.reshape.default, enter(aten.to.dtype, places, torch.int64), [1])

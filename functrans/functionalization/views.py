@@ -48,7 +48,7 @@ class MadeInside:
         self.level = ref(level)
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # to others it says nothing
+        return set, ()  # to others it says nothing, and torch.load takes that from anyone
 
 
 class AliasGroup:

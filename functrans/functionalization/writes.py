@@ -96,13 +96,15 @@ def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         targets = tensors_in(targets)
     if len(targets) == 1 and known.metadata_write and op is not aten.resize_.default and type(functional) is Functional:
         return write_metadata(known, functional.op, targets[0], args, kwargs)
+    written = len(targets)  # tensors, or lists of them
     if any(isinstance(target, list | tuple) for target in targets):
         check_apart(op, targets)
         targets = tensors_in(targets)
     new = functional(args, kwargs)
     news = list(new) if isinstance(new, tuple | list) else [new]
-    if len(news) > len(targets):  # pure form returns the operator's own outputs first, then what is written
-        outputs, news = news[: len(news) - len(targets)], news[len(news) - len(targets) :]
+    expected = written if any(isinstance(value, list | tuple) for value in news) else len(targets)
+    if len(news) > expected:  # pure form returns the operator's own outputs first, then what is written
+        outputs, news = news[: len(news) - expected], news[len(news) - expected :]
     else:
         outputs = None
     news = tensors_in(news)

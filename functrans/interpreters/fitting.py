@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from functrans.derivatives.helpers import sum_to_shape
+from functrans.tensors.broadcasting import same_shape
 
 #: shape and dtype
 Spec = tuple[torch.Size, torch.dtype]
@@ -54,7 +55,7 @@ def expect_tangent(tangent: Any, given: Spec | None, refusal: Callable[[str, str
 
 def reduce_to(cotangent: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Undo broadcasting and type promotion of a pointwise operator's argument."""
-    if cotangent.shape != shape:
+    if not same_shape(cotangent.shape, shape):
         cotangent = sum_to_shape(cotangent, shape)
     if cotangent.dtype is not dtype:
         if cotangent.dtype.is_complex and not dtype.is_complex:

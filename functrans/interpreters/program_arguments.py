@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WRAPPERS, PendingWrapper, WrapperTensor
+from functrans.tensors.broadcasting import same_shape
 
 
 def are_alike(x: Any, y: Any) -> bool:
@@ -19,7 +20,7 @@ def are_alike(x: Any, y: Any) -> bool:
         and type(y) in WRAPPERS
         and x.interpreter is y.interpreter
         and x.strides is None is y.strides
-        and bool(x.shape == y.shape)
+        and same_shape(x.shape, y.shape)
     )
 
 
@@ -41,7 +42,7 @@ def unwrap_program(interpreter: Interpreter, args: Sequence[Any]) -> tuple[Any, 
         if kind is WrapperTensor or kind is PendingWrapper:
             if first is None:
                 first = a
-            elif a.shape != first.shape:
+            elif not same_shape(a.shape, first.shape):
                 alike = same = False
             if a.strides is not None:
                 alike = False
@@ -54,7 +55,7 @@ def unwrap_program(interpreter: Interpreter, args: Sequence[Any]) -> tuple[Any, 
         elif isinstance(a, Tensor):
             if a.dim():
                 alike = False
-            same = same and first is not None and a.shape == first.shape
+            same = same and first is not None and same_shape(a.shape, first.shape)
         values.append(a)
     return values, places, carried, first, alike, same
 

@@ -21,7 +21,7 @@ _Action = private("torch._C._dynamo.eval_frame._FrameAction", _FOR_FRAMES)
 _OF_DYNAMO = {
     "": "disable",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
-    "utils": "get_fake_value proxy_args_kwargs",
+    "utils": "get_fake_value proxy_args_kwargs set_example_value",
     "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
     "SymNodeVariable TupleVariable UserDefinedObjectVariable VariableTracker",
     "guards": "GuardBuilder install_guard",
@@ -51,6 +51,16 @@ def dynamo_names() -> SimpleNamespace:
         found["fake_errors"] = (found["TorchRuntimeError"],)
     found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
     return SimpleNamespace(**found)
+
+
+def guard_or_false(comparison: Any) -> bool:
+    """Whether a comparison of symbolic sizes is known to hold (PyTorch has imported sympy by then)."""
+    return bool(private("torch.fx.experimental.symbolic_shapes.guard_or_false", _FOR_DYNAMO)(comparison))
+
+
+def check_when_run(comparison: Any) -> None:
+    """Have the graph that is traced check that a comparison of symbolic sizes holds."""
+    private("torch._check", _FOR_DYNAMO)(comparison)
 
 
 def run_untraced(function: Callable[..., Any]) -> None:

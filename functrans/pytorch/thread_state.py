@@ -56,6 +56,8 @@ class _State(threading.local):
     packing: Any = None
     #: what NOTE [Numbers that are read] keeps
     number_read: Any = None
+    #: how many of torch.func's transforms run; see functrans/door/torch_func_inside.py
+    foreign: int = 0
     #: whether a borrowed tangent opened forward AD's level
     level_open: bool = False
     #: what is told of interpreters entered here while a run is explained; see functrans/explanation/recording.py

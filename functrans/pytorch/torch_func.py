@@ -26,3 +26,13 @@ PLACES_OF_TORCH_FUNC: dict[str, tuple[str, ...]] = {
     "torch._functorch.functional_call": (),
     "torch._functorch.vmap": (),
 }
+
+_FOR_NESTING = "to know that a transform of torch.func runs inside of its own"
+#: The modules of torch.func that enter its levels, with the names by which they do.
+NESTING = {
+    module: names.split()
+    for module, names in (
+        (private("torch._functorch.vmap", _FOR_NESTING), "vmap"),
+        (private("torch._functorch.eager_transforms", _FOR_NESTING), "grad jvp func"),
+    )
+}

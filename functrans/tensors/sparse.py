@@ -1,4 +1,4 @@
-"""Sparse COO tensors where PyTorch has no kernel for them.
+"""Sparse tensors where PyTorch has no kernel for them.
 
 NOTE [Sparse operands]
 PyTorch's sparse kernels are few, and those of derivatives and batches fewer. Nothing looks for sparse tensors before it
@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: of a tensor that is sparse
+LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def has_sparse(values: Any) -> bool:
     """Whether one of the tensors in a nest of lists, tuples and dicts is sparse."""
     if isinstance(values, Tensor):
-        return values.layout is torch.sparse_coo
+        return values.layout in LAYOUTS
     if isinstance(values, dict):
         values = values.values()
     elif not isinstance(values, list | tuple):
@@ -29,7 +32,7 @@ def has_sparse(values: Any) -> bool:
 def densified(values: Any) -> Any:
     """The same with dense tensors in the place of sparse ones."""
     if isinstance(values, Tensor):
-        return values.to_dense() if values.layout is torch.sparse_coo else values
+        return values.to_dense() if values.layout in LAYOUTS else values
     if isinstance(values, dict):
         return {name: densified(v) for name, v in values.items()}
     return type(values)(map(densified, values)) if type(values) in (list, tuple) else values
@@ -43,4 +46,9 @@ def in_layout_of(x: Tensor, like: Tensor) -> Tensor:
         return x.to_dense()
     indices = (like if like.is_coalesced() else like.coalesce()).indices()
     values = x[tuple(indices.unbind(0))]
-    return torch.sparse_coo_tensor(indices, values, like.shape, is_coalesced=True, check_invariants=False)
+    return coalesced(indices, values, like.shape)
+
+
+def coalesced(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A COO tensor with its entries in order, none of them twice, as is known and not looked at."""
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)

@@ -22,6 +22,7 @@ from functrans.programs.deriving import Derived, pullback
 from functrans.programs.fusible import by_our_rules
 from functrans.programs.program import Program
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.broadcasting import same_shape
 from functrans.tensors.described import shown
 from functrans.tensors.sparse import densified, has_sparse
 
@@ -233,7 +234,7 @@ class ProgramNode(BackwardNode):
             found = self.derived[given].of([*(grad[i] for i in given), *kept], start)
         if kept is not saved:
             found = [
-                g if g is None or g.shape == s else through_door(sum_to_shape, tensor_of(g), s)
+                g if g is None or same_shape(g.shape, s) else through_door(sum_to_shape, tensor_of(g), s)
                 for g, s in zip(found, saved[count:], strict=True)
             ]
         return found  # type: ignore[return-value]

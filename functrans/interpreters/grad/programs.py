@@ -14,6 +14,7 @@ from functrans.interpreters.grad.nodes import ProgramNode
 from functrans.interpreters.program_arguments import are_alike, pend, unwrap_program
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
+from functrans.tensors.broadcasting import same_shape
 
 if TYPE_CHECKING:
     from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -72,7 +73,11 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
         except Untraceable:
             return program.decompose(*args, send=sending(self.watcher))
     outs = lower(self, node.forward, values, NO_KWARGS)
-    if not same and not node.single and any(o.shape != outs[0].shape for o in outs[: len(program.outputs)]):
+    if (
+        not same
+        and not node.single
+        and not all(same_shape(o.shape, outs[0].shape) for o in outs[: len(program.outputs)])
+    ):
         # Cotangents of different shapes cannot be added up before they are summed to the shapes of the inputs.
         return program.decompose(*args, send=sending(self.watcher))
     alike = alike and same

@@ -26,6 +26,7 @@ from functrans.operators.info import DIFFERENTIABLE, OpInfo
 from functrans.operators.rules import RuleTable
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.broadcasting import same_shape
 
 if TYPE_CHECKING:
     from functrans.interpreters.grad.interpreter import GradInterpreter
@@ -121,7 +122,7 @@ class TableMethod:
             shape, dtype = out.shape, out.dtype
             for p in places:
                 v = values[p]
-                saved.append(None if v.shape == shape and v.dtype is dtype else (v.shape, v.dtype))
+                saved.append(None if same_shape(v.shape, shape) and v.dtype is dtype else (v.shape, v.dtype))
         grad.tape.append((node, outs, indices, saved))
         return wrapped
 

@@ -28,6 +28,7 @@ from functrans.operators.rules import RuleTable, place_in
 from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
+from functrans.tensors.broadcasting import same_shape
 from functrans.tensors.sparse import densified, has_sparse, in_layout_of
 
 aten = torch.ops.aten
@@ -276,7 +277,7 @@ class TableMethod:
         if total is None:
             return None
         if len(values) > 1:
-            if total.shape != out.shape:
+            if not same_shape(total.shape, out.shape):
                 total = total.expand(out.shape)
             if total.layout is not out.layout:
                 total = in_layout_of(total, out)

@@ -16,6 +16,7 @@ from functrans.programs.deriving import tangent as tangent_of
 from functrans.programs.program import Program
 from functrans.programs.tracing import Untraceable
 from functrans.pytorch.torch_private import is_forward_enabled
+from functrans.tensors.broadcasting import same_shape
 
 if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -78,7 +79,7 @@ def run_program(self: JvpInterpreter, program: Program, args: Sequence[Any]) -> 
 def dual_as_wide(self: JvpInterpreter, value: Any, tangent: Any) -> WrapperTensor:
     """A dual whose tangent is broadcast as the value was."""
     wrapper = wrap(self, value)
-    if tangent is not None and tangent.shape != wrapper.shape:
+    if tangent is not None and not same_shape(tangent.shape, wrapper.shape):
         tangent = lower(self, aten.expand.default, (tensor_of(tangent), wrapper.shape), {})
     wrapper._tangent = tangent
     return wrapper

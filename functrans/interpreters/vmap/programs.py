@@ -16,7 +16,7 @@ from functrans.interpreters.program_arguments import are_alike, pend
 from functrans.interpreters.vmap.elementwise import align
 from functrans.interpreters.vmap.seen_calls import MOST
 from functrans.programs.program import Program
-from functrans.tensors.broadcasting import broadcast_shapes
+from functrans.tensors.broadcasting import broadcast_shapes, known_contiguous, same_shape
 
 if TYPE_CHECKING:
     from functrans.interpreters.vmap.interpreter import VmapInterpreter
@@ -49,7 +49,7 @@ def run_program(self: VmapInterpreter, program: Program, args: Sequence[Any]) ->
                 break
             if first is None:
                 first = a
-            elif a.shape != first.shape:
+            elif not same_shape(a.shape, first.shape):
                 break
             a = a._value
         elif isinstance(a, Tensor):
@@ -112,7 +112,7 @@ def layout_of(self: VmapInterpreter, args: Sequence[Any]) -> tuple[Any, ...] | N
                 return None
             found += a.shape, bdim
         elif isinstance(a, Tensor):
-            if not a.is_contiguous():
+            if not known_contiguous(a):
                 return None
             found += a.shape, None
         else:

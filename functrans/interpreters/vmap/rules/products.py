@@ -30,6 +30,7 @@ from functrans.interpreters.vmap.table import (
 )
 from functrans.operators.products import PRODUCTS, Product
 from functrans.operators.views import wrap_dim
+from functrans.tensors.broadcasting import known_contiguous
 
 aten = torch.ops.aten
 
@@ -83,10 +84,10 @@ def matmul_rows(x: Tensor, x_dim: int, y: Tensor) -> Output:
     if y.dim() <= 2:
         if x_dim == last:
             x, x_dim = to_front(x, x_dim), 0
-        if last == 2 and x_dim == 0 and y.dim() == 2 and x.shape[1] >= FEW and x.mT.is_contiguous():
+        if last == 2 and x_dim == 0 and y.dim() == 2 and x.shape[1] >= FEW and known_contiguous(x.mT):
             return torch.bmm(x, y.expand(x.shape[0], *y.shape)), 0
         # Only contiguous rows are folded into one product.
-        return torch.matmul(x if last == 1 or x.is_contiguous() else x.contiguous(), y), x_dim
+        return torch.matmul(x if last == 1 or known_contiguous(x) else x.contiguous(), y), x_dim
     if last == 1:
         out = torch.matmul(to_front(x, x_dim), y)
         return out, out.dim() - 2
@@ -126,7 +127,7 @@ def pair_as_it_lies(in_dims: Dims, x: Tensor, y: Tensor) -> Any:
     rank = x.dim() - 1
     if y_dim is None:
         fits = x_dim < rank <= 2 and 1 <= y.dim() <= 2 and x.layout is torch.strided
-        return (aten.matmul.default, (x, y), x_dim) if fits and (rank == 1 or x.is_contiguous()) else None
+        return (aten.matmul.default, (x, y), x_dim) if fits and (rank == 1 or known_contiguous(x)) else None
     if x_dim != 0 or rank != 2 or x.shape[2] == 1 or y_dim != 0 or y.dim() != 3 or y.layout is not torch.strided:
         return None
     return aten.bmm.default, (x, y), 0
@@ -265,7 +266,7 @@ for _op, _rule in RULES.items():
 def layer_as_it_lies(in_dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """One layer for all examples."""
     bdim = in_dims[0]
-    if bdim is None or bdim == x.dim() - 1 or any(d is not None for d in in_dims[1:]) or not x.is_contiguous():
+    if bdim is None or bdim == x.dim() - 1 or any(d is not None for d in in_dims[1:]) or not known_contiguous(x):
         return None
     return aten.linear.default, (x, weight, bias), bdim
 
@@ -280,7 +281,7 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
             raise RuleDeclined("linear of a scalar")
         if x_dim == last:
             x, x_dim = to_front(x, x_dim), 0
-        if last > 1 and not x.is_contiguous():
+        if last > 1 and not known_contiguous(x):
             x = x.contiguous()
         return torch_linear(x, weight, bias), x_dim
     if logical_rank(weight, weight_dim) != 2 or logical_rank(x, x_dim) == 0:
@@ -293,7 +294,7 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
     weight = to_front(weight, weight_dim)
     size, outputs, inputs = weight.shape
     rows = total(x.shape[:-1]) if x_dim is None else 0
-    if rows > 1 and inputs * outputs >= LARGE_MATRIX:
+    if inputs * outputs >= LARGE_MATRIX and rows > 1:
         # Not one wide product: its result would have the batch inside, and what follows would have to rearrange it.
         x, x_dim = x.unsqueeze(0).expand(size, *x.shape), 0
     if x_dim is None:

@@ -13,20 +13,72 @@ import torch
 from torch import Tensor
 
 from functrans.errors import DataDependentError
-from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.families import RuleDeclined, along_dim, reduction
 from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
+from functrans.tensors.sparse import coalesced
 
 aten = torch.ops.aten
 
 
 @batching_rule(aten._sparse_mm.default)
 def sparse_mm(info: BatchInfo, in_dims: Sequence[Any], sparse: Tensor, dense: Tensor) -> tuple[Tensor, int]:
-    """A batch of dense matrices joins their columns."""
+    """A batch of dense matrices joins their columns, one of sparse matrices stands along a diagonal."""
     if in_dims[0] is not None:
-        raise RuleDeclined("sparse.mm: there is no batch of sparse matrices")
+        blocks = on_the_diagonal(batch_of(info, sparse, in_dims[0]).coalesce())
+        dense = materialize(dense, in_dims[1], info.batch_size).flatten(0, 1)
+        return aten._sparse_mm.default(blocks, dense).unflatten(0, (info.batch_size, -1)), 0
     dense = dense.movedim(in_dims[1], 1)
     out = aten._sparse_mm.default(sparse, dense.flatten(1))
     return out.unflatten(1, dense.shape[1:]), 1
+
+
+@batching_rule(aten._sparse_sparse_matmul.default)
+def sparse_sparse_matmul(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    """The product of two matrices with the examples as blocks along the diagonal."""
+    blocks = [on_the_diagonal(batch_of(info, a, d).coalesce()) for a, d in zip((x, y), in_dims, strict=True)]
+    found = aten._sparse_sparse_matmul.default(*blocks).coalesce()
+    rows, columns = x.shape[-2], y.shape[-1]
+    i, j = found.indices().unbind(0)
+    places = torch.stack([i.div(rows, rounding_mode="floor"), i % rows, j % columns])
+    return coalesced(places, found.values(), (info.batch_size, rows, columns)), 0
+
+
+def on_the_diagonal(x: Tensor) -> Tensor:
+    """A batch of matrices as one, with a block for each."""
+    size, rows, columns = x.shape
+    example, i, j = x.indices().unbind(0)
+    places = torch.stack([example * rows + i, example * columns + j])
+    return coalesced(places, x.values(), (size * rows, size * columns))
+
+
+def batch_of(info: BatchInfo, x: Tensor, bdim: int | None) -> Tensor:
+    """With a batch dimension in front; what all examples share is repeated."""
+    if bdim is not None:
+        return with_sparse_batch(x, bdim)
+    indices, values = entries_of(x)
+    options = {"layout": x.layout, "dtype": x.dtype, "device": x.device, "is_coalesced": x.is_coalesced()}
+    return with_dims(info, [None] * 5, x.sparse_dim(), x.dense_dim(), x.shape, indices, values, **options)[0]
+
+
+# Along a dimension of the example, of which one more is in front.
+along_dim(
+    aten._sparse_log_softmax.default,
+    aten._sparse_log_softmax_backward_data.default,
+    aten._sparse_softmax.default,
+    aten._sparse_softmax_backward_data.default,
+)
+reduction(aten._sparse_sum.dim)
+
+
+@batching_rule(aten._to_sparse.default, aten._to_sparse.sparse_dim)
+def to_sparse(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, sparse_dim: int | None = None, **options: Any
+) -> tuple[Tensor, int]:
+    if options.get("layout") not in (None, torch.sparse_coo):
+        raise RuleDeclined("a compressed layout")
+    if sparse_dim is None:
+        sparse_dim = x.dim() - 1 - (options.get("dense_dim") or 0)
+    return aten._to_sparse.sparse_dim(to_front(x, in_dims[0]), sparse_dim + 1), 0
 
 
 @batching_rule(aten._sparse_coo_tensor_with_dims_and_tensors.default)
@@ -55,7 +107,8 @@ def of_size(
 ) -> tuple[Tensor, int]:
     sparse_dim = indices.dim() and indices.shape[1 if in_dims[0] == 0 else 0]
     dims = [None, None, None, *in_dims[:2]]
-    options["layout"] = torch.sparse_coo
+    of_values = {"dtype": values.dtype, "device": values.device}
+    options = {**of_values, **{name: x for name, x in options.items() if x is not None}, "layout": torch.sparse_coo}
     return with_dims(info, dims, sparse_dim, len(size) - sparse_dim, size, indices, values, **options)
 
 
@@ -86,10 +139,7 @@ def to_dense(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *options: Any, 
 
 @batching_rule(aten.sparse_mask.default)
 def sparse_mask(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-    if in_dims[1] is None:
-        raise RuleDeclined("sparse_mask: one mask for all examples")
-    mask = with_sparse_batch(mask, in_dims[1])
-    return materialize(x, in_dims[0], info.batch_size).contiguous().sparse_mask(mask), 0
+    return materialize(x, in_dims[0], info.batch_size).contiguous().sparse_mask(batch_of(info, mask, in_dims[1])), 0
 
 
 def with_sparse_batch(x: Tensor, bdim: int) -> Tensor:
@@ -113,12 +163,15 @@ def entries(op: Any, read: Any, checked: bool) -> None:
         return read(*of_each(info, op, x))
 
 
+def entries_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.is_coalesced():  # these have derivatives
+        return x.indices(), x.values()
+    return aten._indices.default(x), aten._values.default(x)
+
+
 def of_each(info: BatchInfo, op: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """The indices, ``[dimensions, examples, entries]``, and the values, ``[examples, entries, ...]``."""
-    if x.is_coalesced():  # these have derivatives
-        indices, values = x.indices(), x.values()
-    else:
-        indices, values = aten._indices.default(x), aten._values.default(x)
+    indices, values = entries_of(x)
     count, rest = divmod(indices.shape[1], max(info.batch_size, 1))
     if not x.is_coalesced():
         order = indices[0].argsort(stable=True)
