@@ -205,13 +205,18 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def _shares_memory(out: Any, viewed: Any) -> bool:
     first = out[0] if isinstance(out, list | tuple) and out else out
-    if not isinstance(first, Tensor) or first is viewed or first._is_view():
+    if not isinstance(first, Tensor) or first is viewed or (type(first) is not Tensor and first._is_view()):
         return isinstance(first, Tensor)
     if not isinstance(viewed, Tensor):
         return False  # a number of which a tensor was made
     if first.layout is not torch.strided or viewed.layout is not torch.strided:
         return True  # the parts of a sparse tensor
-    return first.untyped_storage()._cdata == viewed.untyped_storage()._cdata
+    return same_storage(first, viewed)
+
+
+def same_storage(x: Tensor, other: Tensor) -> bool:
+    """Whether two share memory. (``_is_view()`` says less: what ``ravel`` returns is a view, of a copy maybe.)"""
+    return x.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def link_view(
@@ -339,4 +344,6 @@ def _decided(
             out = op(probe, *map(on_meta, args), **{name: on_meta(value) for name, value in kwargs})
         except RuntimeError:
             return VIEWED
-        return ITSELF if out is probe else VIEWED if out._is_view() else COPIED
+        if out is probe:
+            return ITSELF
+        return VIEWED if _shares_memory(out, probe) else COPIED  # (ravel's is a view, but of a copy)
