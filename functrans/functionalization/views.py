@@ -14,6 +14,7 @@ side of it is written and one on the other side used afterwards, which is an err
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -183,9 +184,9 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     elif op in MAYBE_VIEWS:
         returned = what_returns(viewed, op, args, kwargs)
         if viewed.strides is not None and viewed.layout is torch.strided and hides_layout(viewed):
-            in_a_loop = what_returns(viewed, op, args, kwargs, dense_strides(viewed.shape, viewed.strides))
-            doubtful = (returned is COPIED) is not (in_a_loop is COPIED)
-            returned = returned if in_a_loop is returned else VIEWED
+            in_a_loop = {what_returns(viewed, op, args, kwargs, strides) for strides in possible_strides(viewed)}
+            doubtful = len({one is COPIED for one in (*in_a_loop, returned)}) > 1
+            returned = returned if in_a_loop == {returned} else VIEWED
         if returned is ITSELF:
             return viewed
         if returned is COPIED and not doubtful:
@@ -269,6 +270,15 @@ def hides_layout(x: WrapperTensor) -> bool:
             return True
         layer = layer.value
     return False
+
+
+def possible_strides(x: WrapperTensor) -> Iterator[Any]:
+    """What ``x``, which hides its layout, may have in a loop: no gaps, and its dimensions in this order in memory or in
+    another, as operands of other layouts say."""
+    yield dense_strides(x.shape, x.strides)
+    rank = len(x.shape)
+    yield dense_strides(x.shape, range(rank, 0, -1))
+    yield dense_strides(x.shape, range(rank))
 
 
 def part(view: WrapperTensor) -> None:
