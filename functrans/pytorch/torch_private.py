@@ -10,6 +10,7 @@ import functools
 import pkgutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,9 @@ __all__ = [
     "MultiHandle",
     "OpOverload",
     "associative_module",
+    "AUTOCAST_KEYS",
     "autocast_enabled",
+    "autocast_off",
     "base_of",
     "debug_mode",
     "dynamo_names",
@@ -248,6 +251,19 @@ function_mode_enabled = private(
 autocast_enabled = private(
     "torch._C._is_any_autocast_enabled", "to leave a call to autocast, which stands in front of it"
 )
+AUTOCAST_KEYS = [
+    private(_KEY + name, "to have the pieces of composite operators autocast")
+    for name in dir(private("torch._C.DispatchKey", "to switch dispatch keys"))
+    if name.startswith("Autocast")
+]
+_DisableAutocast = private("torch._C._DisableAutocast", "to have gradients computed in the dtypes of the forward pass")
+
+
+def autocast_off() -> Any:
+    """Context: what was computed under autocast or not goes on in the dtypes that it has."""
+    return _DisableAutocast() if autocast_enabled() else nullcontext()
+
+
 without_torch_function = private(
     "torch._C._disabled_torch_function_impl", "to hand a call to PyTorch's own argument parser"
 )
