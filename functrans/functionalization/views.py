@@ -275,8 +275,9 @@ def hides_layout(x: WrapperTensor) -> bool:
 def possible_strides(x: WrapperTensor) -> Iterator[Any]:
     """What ``x``, which hides its layout, may have in a loop: no gaps, and its dimensions in this order in memory or in
     another, as operands of other layouts say."""
-    yield dense_strides(x.shape, x.strides)
+    assert x.strides is not None
     rank = len(x.shape)
+    yield dense_strides(x.shape, x.strides)
     yield dense_strides(x.shape, range(rank, 0, -1))
     yield dense_strides(x.shape, range(rank))
 

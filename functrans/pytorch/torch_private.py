@@ -22,6 +22,7 @@ from functrans.pytorch.versions import TorchMovedError
 __all__ = [
     "ADD_BATCH_DIM",
     "ATTRIBUTES",
+    "AUTOCAST_KEYS",
     "AUTOGRAD",
     "COMPOSITE",
     "CONJUGATE",
@@ -59,7 +60,6 @@ __all__ = [
     "MultiHandle",
     "OpOverload",
     "associative_module",
-    "AUTOCAST_KEYS",
     "autocast_enabled",
     "autocast_off",
     "base_of",

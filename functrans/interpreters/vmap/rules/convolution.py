@@ -73,8 +73,8 @@ def convolution_rule(
     if bias is not None:
         check_bias(logical_shape(weight, weight_dim), logical_shape(bias, bias_dim), transposed, groups)
         if bias.dtype is not x.dtype:
-            options = (stride, padding, dilation, transposed, output_padding, groups)
-            return with_bias_of_another_dtype(info, in_dims, x, weight, bias, options)
+            every_option = (stride, padding, dilation, transposed, output_padding, groups)
+            return with_bias_of_another_dtype(info, in_dims, x, weight, bias, every_option)
     if size == 0:
         # No channels and no groups can be made of no examples, but no images can.
         x, x_dim = materialize(x, x_dim, size), 0
