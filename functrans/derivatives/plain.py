@@ -20,6 +20,11 @@ def polar(abs: Tensor, angle: Tensor) -> Tensor:
     return torch.complex(abs * angle.cos(), abs * angle.sin())
 
 
+def dist(self: Tensor, other: Tensor, p: Any = 2) -> Tensor:
+    """PyTorch's second derivative is NaN where the two are equal; a norm's is 0."""
+    return torch.linalg.vector_norm(self - other, p)
+
+
 def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
     """The norm is taken of those slices only that are too long: at 0 it has no second derivative, and is not needed."""
     if self.dim() < 2 or p <= 0 or maxnorm < 0 or not -self.dim() <= dim < self.dim():
@@ -65,6 +70,7 @@ def orthogonal(others: Tensor, vectors: Tensor) -> Tensor:
 
 
 DECOMPOSITIONS.add(aten.linalg_svd.default, svd)
+DECOMPOSITIONS.add(aten.dist.default, dist)
 DECOMPOSITIONS.add(aten.polar.default, polar)
 DECOMPOSITIONS.add(aten.renorm.default, renorm)
 DECOMPOSITIONS.add(aten.poisson_nll_loss.default, poisson_nll_loss)
