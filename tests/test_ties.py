@@ -8,7 +8,6 @@ contradict each other or have no number, the operator is listed with the reason.
 from __future__ import annotations
 
 import itertools
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -294,7 +293,7 @@ def test_vectors_with_ties(name: str, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("norm", [torch.linalg.vector_norm, torch.norm, lambda x: torch.dist(x, 0 * x)])
-@pytest.mark.parametrize("modes", [m for order in (1, 2, 3) for m in itertools.product("gj", repeat=order)], ids="".join)
+@pytest.mark.parametrize("modes", [m for k in (1, 2, 3) for m in itertools.product("gj", repeat=k)], ids="".join)
 def test_norms_of_nothing_have_zeros(norm: Callable[[Tensor], Tensor], modes: tuple[str, ...]) -> None:
     """In every order and mode, where PyTorch has NaN from the second on."""
 

@@ -38,9 +38,8 @@ def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
 
 def poisson_nll_loss(self: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: int) -> Tensor:
     """Stirling's term is taken of targets above 1 only: the logarithm of the others has no derivative at 0."""
-    if target.dtype is torch.bool:
-        # it says what is wrong
-        return aten.poisson_nll_loss.default(self.detach(), target, log_input, full, eps, reduction)
+    if full and target.dtype is torch.bool:
+        torch.sub(target, target)  # which PyTorch's formula does, and refuses
     loss = self.exp() - target * self if log_input else self - target * (self + eps).log()
     if full:
         counts = target > 1

@@ -52,7 +52,9 @@ def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``copy_``: the source, in the dtype, device, shape and strides of what it is written to."""
     target, source, enter = args[0], args[1], thread_state.DOOR.enter
     if not isinstance(source, torch.Tensor):
-        return enter(aten.full_like.default, (target, source), {})
+        if not isinstance(source, complex) or target.dtype.is_complex:
+            return enter(aten.full_like.default, (target, source), {})
+        source = enter(aten.scalar_tensor.default, (source,), {"dtype": torch.complex128})  # its real part is taken
     if source.dtype is not target.dtype or source.device != target.device:
         source = enter(aten._to_copy.default, (source,), {"dtype": target.dtype, "device": target.device})
     if source.shape != target.shape:
