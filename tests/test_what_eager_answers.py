@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from functrans import grad, vmap
+from functrans import grad, jvp, vmap
 from functrans.errors import InsideTransformError
 
 F64 = torch.float64
@@ -262,6 +262,28 @@ def test_memory_is_shared_where_it_is_in_a_loop(name: str) -> None:
         assert all(map(torch.equal, found, expected)), (axis, f.__name__)
         assert torch.equal(batch, torch.stack(rows, axis)), (axis, f.__name__)
     assert answered >= 9
+
+
+@pytest.mark.filterwarnings("ignore:.*chain_matmul is deprecated:UserWarning")
+@pytest.mark.parametrize("made_inside", [True, False], ids=["made inside", "captured"])
+@pytest.mark.parametrize("name", SHARING)
+def test_memory_of_constants_is_shared(name: str, made_inside: bool) -> None:
+    """The same of tensors that no level tracks."""
+    op, constant = SHARING[name], (torch.arange(6, dtype=F64) + 1).view(2, 3)
+
+    def written(c: Tensor) -> list[Tensor]:
+        c = c * 1 if made_inside else c
+        y = op(c)
+        y.mul_(2)
+        return [c * 1, y * 1]
+
+    expected = written(constant.clone())
+    for transformed in (
+        lambda c: grad(lambda x: (x.sum(), written(c)), has_aux=True)(torch.ones(2))[1],
+        lambda c: jvp(lambda x: (x, written(c)), (torch.ones(2),), (torch.ones(2),), has_aux=True)[2],
+        lambda c: [part[0] for part in vmap(lambda x: written(c.clone()))(torch.ones(2))],
+    ):
+        assert all(map(torch.equal, transformed(constant.clone()), expected))
 
 
 def test_captured_copies_may_be_written() -> None:

@@ -31,8 +31,6 @@ def einsum(
     path: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
     """The letter goes in front of the batched operands' and of the output's."""
-    if len(tensors) == 1:
-        raise RuleDeclined("of one tensor it may be a view, whose pieces say so")
     equation = equation.replace(" ", "")
     terms, arrow, output = equation.partition("->")
     free = [c for c in string.ascii_letters if c not in equation]
