@@ -138,13 +138,9 @@ def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple
                 differentiable = [not inner.is_non_differentiable(o) for o in as_tuple(out)]
                 ctx.inputs = [shape_of(a) for a in args]
                 ctx.outputs = [shape_of(o) for o in as_tuple(out)]
-                return (
-                    outs,
-                    differentiable,
-                    isinstance(out, tuple),
-                    [physical(interpreter, s) for s in inner._saved],
-                    [physical(interpreter, s) for s in inner._saved_forward],
-                )
+                return outs, differentiable, isinstance(out, tuple), [physical(interpreter, s) for s in inner._saved], [
+                    physical(interpreter, s) for s in inner._saved_forward
+                ]
 
             outs, differentiable, many, saved, saved_forward = inside(body)
             results = [to_dim(o, d, 0) for o, d in outs]

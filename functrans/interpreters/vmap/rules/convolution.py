@@ -124,7 +124,9 @@ def check_bias(weight: list[Any], shape: list[Any], transposed: bool, groups: in
 def with_bias_of_another_dtype(
     info: BatchInfo, in_dims: Sequence[Any], x: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]
 ) -> tuple[Tensor, int]:
-    """Some kernels add it, and others raise: the one that an example goes to is asked."""
+    """Some kernels of the CPU add it, and all others raise: the one that an example goes to is asked."""
+    if x.device.type != "cpu":
+        raise RuntimeError(f"Input type ({x.dtype}) and bias type ({bias.dtype}) should be the same")
     example = [placeholder(v, logical_shape(v, d)) for v, d in zip((x, weight, bias), in_dims)]
     run_on_zeros(aten.convolution.default, (*example, *options), {})
     x_dim, weight_dim, bias_dim = in_dims[:3]
