@@ -469,3 +469,43 @@ def test_contexts_have_every_method_of_pytorchs() -> None:
     obsolete = {"mark_shared_storage"}  # does nothing but warn
     theirs = {n for n in dir(torch.autograd.function.FunctionCtx) if not n.startswith("_")}
     assert theirs - obsolete <= set(dir(Context))
+
+
+class Noisy(torch.autograd.Function):
+    """``x`` and a draw."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x + torch.rand(3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_draws_of_a_function_that_gets_no_batch() -> None:
+    """Each example draws for itself, as it does by an operator; the same numbers come as beside a batch."""
+    captured, rows = torch.zeros(3), torch.zeros(2, 3)
+
+    def drawn(f: Callable[[Tensor], Tensor], randomness: str) -> Tensor:
+        torch.manual_seed(0)
+        return vmap(f, randomness=randomness)(rows)
+
+    of_captured, of_rows = lambda x: x + Noisy.apply(captured), Noisy.apply
+    for randomness in ("same", "different"):
+        found = drawn(of_captured, randomness)
+        assert torch.equal(found, drawn(of_rows, randomness))
+        assert torch.equal(*found) is (randomness == "same")
+    with pytest.raises(RuntimeError, match="randomness"):
+        drawn(of_captured, "error")
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(lambda x: x + torch.distributions.Beta(torch.ones(3), 1.0).sample())(rows)
+    total = lambda c: vmap(lambda x: (x + Noisy.apply(c)).sum(), randomness="different")(rows).sum()
+    assert grad(total)(captured).tolist() == [2, 2, 2]
+    state = torch.get_rng_state()
+    vmap(lambda x: x + CubeSetup.apply(captured)[0])(rows)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -198,3 +198,67 @@ def test_primals_that_do_not_move() -> None:
         jvp(torch.abs, (n,), (None,))
     with pytest.raises(CallError, match=r"got None as tangents\[1\]"):
         jvp(torch.mul, (x, x), (x, None))
+
+
+# ---------------------------------------------------------------------------------------------- small integers
+
+INTEGERS = {
+    torch.uint8: [0, 1, 5, 128, 200, 255],
+    torch.int8: [0, 1, 5, -3, 100, -128],
+    torch.int16: [0, 1, 5, -3, 300, 20000],
+    torch.bool: [0, 1, 1, 0, 1, 0],
+}
+#: Functions of a number and an integer, which is an operand of their derivatives.
+OF_INTEGERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add, "mul": torch.mul, "div": torch.div, "pow": torch.pow, "rpow": lambda x, n: torch.pow(n, x),
+    "atan2": torch.atan2, "atan2 of it": lambda x, n: torch.atan2(n, x), "hypot": torch.hypot,
+    "ldexp": lambda x, n: torch.ldexp(x, n.clamp(max=200)), "xlogy": torch.xlogy,
+    "xlogy of it": lambda x, n: torch.xlogy(n, x), "xlog1py": lambda x, n: torch.special.xlog1py(n, x),
+    "addcmul": lambda x, n: torch.addcmul(x, n, n), "addcdiv": lambda x, n: torch.addcdiv(x, x, n + 300),
+    "maximum": torch.maximum, "copysign": torch.copysign, "fmod": lambda x, n: torch.fmod(x, n + 300),
+    "where": lambda x, n: torch.where(x > 2, x * n, n), "lerp": lambda x, n: x + (n - x) * x,
+    "igamma": lambda x, n: torch.igamma(n.abs().clamp(max=60) if n.dtype.is_signed else n, x),
+    "zeta": lambda x, n: torch.special.zeta(n.abs() if n.dtype.is_signed else n, x + 1),
+    "soft_margin_loss": lambda x, n: F.soft_margin_loss(x / 100, n, reduction="none"),
+    "poisson_nll_loss": lambda x, n: F.poisson_nll_loss(x / 100, n, reduction="none"),
+    "smooth_l1_loss": lambda x, n: F.smooth_l1_loss(x, n, reduction="none"),
+    "hermite": lambda x, n: torch.special.hermite_polynomial_h(x / 10, n.clamp(max=140)),
+    "chebyshev": lambda x, n: torch.special.chebyshev_polynomial_u(x / 10, n.clamp(max=140)),
+    "laguerre": lambda x, n: torch.special.laguerre_polynomial_l(x / 10, n.clamp(max=100)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("name", OF_INTEGERS)
+def test_small_integers_do_not_wrap_around(name: str, dtype: torch.dtype) -> None:
+    """A derivative by the other operand is that beside the same numbers in double precision."""
+    f, whole = OF_INTEGERS[name], torch.tensor(INTEGERS[dtype]).to(dtype)
+    x, v = torch.linspace(0.3, 4.1, 6, dtype=torch.float64), torch.linspace(-1, 2, 6, dtype=torch.float64)
+    try:
+        value, expected = f(x, whole), f(x, whole.double())
+    except RuntimeError:
+        return  # PyTorch has no such function
+    if value.dtype is not torch.float64 or not torch.allclose(value, expected, equal_nan=True):
+        return
+
+    def derivatives(n: Tensor) -> list[Tensor]:
+        slope = grad(lambda x: f(x, n).sum())
+        first = jvp(lambda x: f(x, n), (x,), (v,))[1], slope(x), vmap(slope)(torch.stack([x, x + 1]))
+        return [*first, jvp(slope, (x,), (v,))[1], grad(lambda x: slope(x) @ v)(x)]
+
+    for found, wanted in zip(derivatives(whole), derivatives(whole.double()), strict=True):
+        assert found.dtype is torch.float64
+        torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.complex64, torch.bool], ids=str)
+def test_numbers_are_copied_as_in_eager(dtype: torch.dtype) -> None:
+    for number in (1.5, 1 + 2j, 2j, True, 3):
+        copied = vmap(lambda x, number=number: x.clone().copy_(number))(torch.zeros(2, dtype=dtype))
+        assert torch.equal(copied, torch.zeros(2, dtype=dtype).copy_(number))
+
+
+def test_ldexp_keeps_the_dtype() -> None:
+    x, n = torch.ones(2, dtype=torch.half), torch.tensor([1, 2], dtype=torch.uint8)
+    assert grad(lambda x: torch.ldexp(x, n).sum())(x).dtype is torch.half

@@ -292,6 +292,22 @@ def test_vectors_with_ties(name: str, x: Tensor) -> None:
             torch.testing.assert_close(functrans.jvp(f, (x,), (tangent,))[1], moved, equal_nan=True)
 
 
+@pytest.mark.parametrize("norm", [torch.linalg.vector_norm, torch.norm, lambda x: torch.dist(x, 0 * x)])
+@pytest.mark.parametrize("modes", [m for k in (1, 2, 3) for m in itertools.product("gj", repeat=k)], ids="".join)
+def test_norms_of_nothing_have_zeros(norm: Callable[[Tensor], Tensor], modes: tuple[str, ...]) -> None:
+    """In every order and mode, where PyTorch has NaN from the second on."""
+
+    def derivative(mode: str, f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        if mode == "g":
+            return functrans.grad(lambda x: f(x).sum())
+        return lambda x: functrans.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+    f = norm
+    for mode in reversed(modes):
+        f = derivative(mode, f)
+    assert not f(torch.zeros(3, dtype=torch.float64)).any()
+
+
 # ------------------------------------------------------------------------------------------- the numbers
 
 #: name: function, arguments, derivatives up to PyTorch 2.13, derivatives since 2.14

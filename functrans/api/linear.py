@@ -33,7 +33,7 @@ from functrans.interpreters.linearize import LinearizeInterpreter, Step, Variabl
 from functrans.interpreters.transpose import TransposeInterpreter, vanishes
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import is_torch_func_active
+from functrans.pytorch.torch_private import autocast_off, is_torch_func_active
 from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
 
 
@@ -217,8 +217,9 @@ class JvpFunction(LinearFunction):
         self.check_leaves()
         check_versions(self.versions)
         values = dict(zip(self.inputs, map(bare, leaves), strict=True))
-        for step in self.steps:
-            step.run(values)
+        with autocast_off():
+            for step in self.steps:
+                step.run(values)
         found = [
             values[o.number] if type(o) is Variable else x.zeros() if o is None else o.clone()
             for o, x in zip(self.outputs, self.outputs_like, strict=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.derivatives.helpers import cast, conj, times, where_or_zero
+from functrans.derivatives.helpers import cast, conj, times, where_or_zero, wide
 from functrans.derivatives.table import derivative
 
 aten = torch.ops.aten
@@ -66,10 +66,17 @@ pointwise(
     tensor1=lambda grad, tensor2, value: grad * conj(value / tensor2),
     tensor2=lambda grad, tensor1, tensor2, value: -grad * conj(times(tensor1, value) / (tensor2 * tensor2)),
 )
+
+
+def ldexp_self(grad: Tensor, other: Tensor) -> Tensor:
+    if not (other.dtype.is_floating_point or other.dtype.is_complex):
+        other = other.to(torch.promote_types(grad.dtype, torch.float32))
+    return cast(grad * conj(torch.pow(2.0, other)), grad.dtype)
+
+
 pointwise(
     aten.ldexp.Tensor,
-    # 2.0: a power of 2 with a negative exponent of whole numbers would be a whole number, 0
-    self=lambda grad, other: grad * conj(torch.pow(2.0, other)),
+    self=ldexp_self,
     other=lambda grad, result: grad * conj(result) * LN2,
 )
 
@@ -128,8 +135,7 @@ def pow_base(grad: Tensor, self: Tensor, exponent: Any) -> Tensor:
     """``p * x ** (p - 1)``, also where ``p`` is 0 and ``x`` too: there 0."""
     if isinstance(exponent, Tensor):
         base = torch.where((exponent == 0) & (self == 0), 1, self)
-        if exponent.dtype is torch.bool:
-            exponent = exponent.to(torch.int8)
+        exponent = wide(exponent)
         return grad * conj(exponent * base.pow(exponent - 1))
     if exponent == 0:
         return torch.zeros_like(grad)
@@ -228,6 +234,7 @@ pointwise(aten.special_xlog1py.other_scalar, self=xlog1py_scalar_self)
 
 def square_radius(self: Tensor, other: Tensor) -> Tensor:
     """``x ** 2 + y ** 2``, and infinity at the origin, so that a quotient by it is 0 there."""
+    self, other = wide(self), wide(other)
     square = self * self + other * other
     return square.masked_fill(square == 0, math.inf)
 
@@ -235,7 +242,7 @@ def square_radius(self: Tensor, other: Tensor) -> Tensor:
 pointwise(
     aten.atan2.default,
     self=lambda grad, self, other: grad * (other / square_radius(self, other)),
-    other=lambda grad, self, other: grad * (-self / square_radius(self, other)),
+    other=lambda grad, self, other: -grad * (self / square_radius(self, other)),
 )
 pointwise(
     aten.hypot.default,

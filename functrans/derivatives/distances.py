@@ -162,6 +162,8 @@ def pdist_tangent(self: Tensor, p: float, self_t: Tensor) -> Tensor:
 
 
 def pdist_self(grad: Tensor, self: Tensor, p: float, result: Tensor) -> Tensor:
+    if 0 in (*grad.shape, *self.shape):  # for half precision there is no kernel, and of no vectors it crashes
+        return torch.zeros_like(self)
     if recorded_at_base(grad, self):
         return pdist_pulled(grad, self, p, result)
     return run(aten._pdist_backward.default, grad.contiguous(), self, p, result)

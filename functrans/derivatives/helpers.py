@@ -43,6 +43,13 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def wide(x: Any) -> Any:
+    """``x``; truth values and small integers as int64, whose sums and products do not wrap around."""
+    if not isinstance(x, Tensor) or x.dtype.is_floating_point or x.dtype.is_complex:
+        return x
+    return cast(x, torch.int64)
+
+
 def sum_to_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The transpose of broadcasting: sum ``x`` down to ``shape``."""
     extra = x.dim() - len(shape)

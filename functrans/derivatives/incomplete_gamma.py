@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.derivatives.helpers import wide
 from functrans.derivatives.own_operators import own_operator
 from functrans.derivatives.series import power_series
 from functrans.derivatives.table import derivative
@@ -97,7 +98,7 @@ def density_by_shape(a: Tensor, x: Tensor, n: int) -> Tensor:
 
 def density_by_x(a: Tensor, x: Tensor, n: int) -> Tensor:
     """The slope of ``gamma_density(a, x, n)`` by ``x``: from ``x * p' = (a - 1 - x) * p``, ``n`` times by ``a``."""
-    slope = gamma_density(a, x, n) * ((a - 1) / x - 1)
+    slope = gamma_density(a, x, n) * ((wide(a) - 1) / x - 1)
     return slope + n * gamma_density(a, x, n - 1) / x if n else slope
 
 
@@ -156,7 +157,7 @@ def quotient_by_shape(a: Tensor, x: Tensor, n: int) -> Tensor:
 
 
 def quotient_by_x(a: Tensor, x: Tensor, n: int) -> Tensor:
-    return bell(n, a, log_over(a, x)) - igamma_quotient(a, x, n) * ((a - 1) / x - 1)
+    return bell(n, a, log_over(a, x)) - igamma_quotient(a, x, n) * ((wide(a) - 1) / x - 1)
 
 
 @own_operator("igamma_quotient(Tensor a, Tensor x, int n) -> Tensor", quotient_by_shape, quotient_by_x)

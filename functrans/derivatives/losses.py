@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, logsigmoid
 
 from functrans.decompositions.table import DECOMPOSITIONS, DEFINED_LATE
-from functrans.derivatives.helpers import cast, conj, sum_to_shape
+from functrans.derivatives.helpers import cast, conj, sum_to_shape, wide
 from functrans.derivatives.named import no_cotangent, with_names
 from functrans.derivatives.table import derivative
 from functrans.pytorch.torch_private import OpOverload
@@ -96,13 +96,15 @@ of_difference(aten.huber_loss.default, lambda difference, delta: difference.clam
 
 
 def soft_margin_self(self: Tensor, target: Tensor) -> Tensor:
+    """Labels may be of a type without signs."""
+    self, target = wide(self), wide(target)
     return -target * torch.sigmoid(-target * self)
 
 
 pointwise_loss(
     aten.soft_margin_loss.default,
     self=soft_margin_self,
-    target=lambda self, target: -self * torch.sigmoid(-target * self),
+    target=lambda self, target: soft_margin_self(target, self),
 )
 
 

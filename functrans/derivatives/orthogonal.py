@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from functrans.derivatives.helpers import wide
 from functrans.derivatives.own_operators import own_operator
 from functrans.derivatives.table import derivative
 
@@ -114,7 +115,7 @@ def register(name: str, slope: Callable[[Tensor, Tensor], Tensor]) -> None:
     def of_number(grad: Tensor, x: Tensor, n: float) -> Tensor:
         return grad * slope(x, torch.full((), int(n), dtype=grad.dtype, device=x.device))
 
-    derivative(packet.default, tangent="elementwise", x=lambda grad, x, n: grad * slope(x, n.trunc()), n=zero)
+    derivative(packet.default, tangent="elementwise", x=lambda grad, x, n: grad * slope(x, wide(n).trunc()), n=zero)
     derivative(packet.n_scalar, tangent="elementwise", x=of_number)
     derivative(packet.x_scalar, tangent="elementwise", n=zero)
 

@@ -20,6 +20,11 @@ def polar(abs: Tensor, angle: Tensor) -> Tensor:
     return torch.complex(abs * angle.cos(), abs * angle.sin())
 
 
+def dist(self: Tensor, other: Tensor, p: Any = 2) -> Tensor:
+    """PyTorch's second derivative is NaN where the two are equal; a norm's is 0."""
+    return torch.linalg.vector_norm(self - other, p)
+
+
 def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
     """The norm is taken of those slices only that are too long: at 0 it has no second derivative, and is not needed."""
     if self.dim() < 2 or p <= 0 or maxnorm < 0 or not -self.dim() <= dim < self.dim():
@@ -33,9 +38,8 @@ def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
 
 def poisson_nll_loss(self: Tensor, target: Tensor, log_input: bool, full: bool, eps: float, reduction: int) -> Tensor:
     """Stirling's term is taken of targets above 1 only: the logarithm of the others has no derivative at 0."""
-    if target.dtype is torch.bool:
-        # it says what is wrong
-        return aten.poisson_nll_loss.default(self.detach(), target, log_input, full, eps, reduction)
+    if full and target.dtype is torch.bool:
+        torch.sub(target, target)  # which PyTorch's formula does, and refuses
     loss = self.exp() - target * self if log_input else self - target * (self + eps).log()
     if full:
         counts = target > 1
@@ -65,6 +69,7 @@ def orthogonal(others: Tensor, vectors: Tensor) -> Tensor:
 
 
 DECOMPOSITIONS.add(aten.linalg_svd.default, svd)
+DECOMPOSITIONS.add(aten.dist.default, dist)
 DECOMPOSITIONS.add(aten.polar.default, polar)
 DECOMPOSITIONS.add(aten.renorm.default, renorm)
 DECOMPOSITIONS.add(aten.poisson_nll_loss.default, poisson_nll_loss)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.derivatives.helpers import wide
 from functrans.derivatives.own_operators import own_operator
 from functrans.derivatives.table import derivative
 
@@ -33,6 +34,7 @@ def product_slopes(n: int, a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 def zeta_by_q(s: Tensor, q: Tensor, n: int) -> Tensor:
     """The slope of ``zeta_by_s(s, q, n)`` by ``q``: from ``-s * zeta(s + 1, q)``, ``n`` times by ``s``."""
+    s = wide(s)
     slope = -s * zeta_by_s(s + 1, q, n)
     return slope - n * (zeta_by_s(s + 1, q, n - 1) if n > 1 else torch.special.zeta(s + 1, q))
 
@@ -74,6 +76,7 @@ def zeta_s(grad: Tensor, self: Any, other: Any) -> Tensor:
 
 
 def zeta_q(grad: Tensor, self: Any, other: Tensor) -> Tensor:
+    self = wide(self)
     return grad * (-self * torch.special.zeta(self + 1, other))
 
 

@@ -19,6 +19,7 @@ from functrans.boundary.facades import Facade
 from functrans.boundary.leftovers import has_leftovers
 from functrans.boundary.made_at import note_site, several
 from functrans.core.tensor import WrapperTensor
+from functrans.door.autocast import in_pieces
 from functrans.door.lost_arguments import LOST, recovered
 from functrans.door.torch_dispatch import DOOR
 from functrans.door.torch_func_inside import for_torch_func
@@ -28,6 +29,7 @@ from functrans.pytorch.torch_private import (
     AUTOGRAD,
     VIEWS_AND_VERSIONS,
     OpOverload,
+    autocast_enabled,
     is_key_excluded,
     mode_stack_size,
     push_mode,
@@ -82,7 +84,10 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
             out = t.__torch_function__(function, tuple(others), args, kwargs)
             if out is not NotImplemented:
                 return out
-    out = without_torch_function(function, types, args, kwargs)
+    if autocast_enabled() and STATE.top is not None:
+        out = in_pieces(without_torch_function, function, types, args, kwargs)
+    else:
+        out = without_torch_function(function, types, args, kwargs)
     kind = type(out)
     if kind is WrapperTensor:
         if args and out is args[0]:  # written

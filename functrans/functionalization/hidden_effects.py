@@ -18,7 +18,13 @@ from functrans.operators.info import STAND_INS, OpInfo, op_info
 from functrans.operators.schemas import taken_apart
 from functrans.pytorch import thread_state
 from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import OpOverload, mode_kinds, mode_of_kind
+from functrans.pytorch.torch_private import (
+    VIEWS_AND_VERSIONS,
+    OpOverload,
+    mode_kinds,
+    mode_of_kind,
+    set_key_excluded,
+)
 from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
@@ -101,12 +107,21 @@ def sum_to_size(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for name in ("atleast_1d", "atleast_2d", "atleast_3d")
         for o in ("default", "Sequence")
     ),
-    aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default,
+    aten.meshgrid.default, aten.meshgrid.indexing, aten.type_as.default, aten.cartesian_prod.default,
 )  # fmt: skip
 def by_its_views(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Composite operators that return views without their schema saying so: the door sees the views one by one."""
     with running_at(STATE.top):
         return taken_apart(known.op, *args, **kwargs)
+
+
+@stands_in_for(aten.einsum.default)
+def einsum(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As above, of one tensor, whose dimensions it may but order."""
+    if len(args[1]) == 1:
+        return by_its_views(known, args, kwargs)
+    set_key_excluded(VIEWS_AND_VERSIONS, True)  # as for all else that makes no views
+    return as_usual(known, args, kwargs)
 
 
 @stands_in_for(aten.broadcast_tensors.default)

@@ -40,11 +40,21 @@ class Functional:
         return thread_state.DOOR.enter(self.op, args, kwargs)
 
 
+class FunctionalFactory(Functional):
+    """Of an operator that makes a tensor, such as ``zeros.out``: it makes one as ``out`` is."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (name,) = self.out_names
+        return super().__call__(args, {**kwargs, "dtype": kwargs[name].dtype, "device": kwargs[name].device})
+
+
 def pure_copy(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``copy_``: the source, in the dtype, device, shape and strides of what it is written to."""
     target, source, enter = args[0], args[1], thread_state.DOOR.enter
     if not isinstance(source, torch.Tensor):
-        return enter(aten.full_like.default, (target, source), {})
+        if not isinstance(source, complex) or target.dtype.is_complex:
+            return enter(aten.full_like.default, (target, source), {})
+        source = enter(aten.scalar_tensor.default, (source,), {"dtype": torch.complex128})  # its real part is taken
     if source.dtype is not target.dtype or source.device != target.device:
         source = enter(aten._to_copy.default, (source,), {"dtype": target.dtype, "device": target.device})
     if source.shape != target.shape:
@@ -75,6 +85,12 @@ PURE_FORMS.add(aten.zero_.default, pure_zero)
 PURE_FORMS.add(aten._foreach_copy_.default, pure_copies)
 PURE_FORMS.add(aten._foreach_zero_.default, pure_zeros)
 PURE_FORMS.add(aten.polygamma_.default, pure_polygamma)
+
+
+#: What a factory can be told of the tensor that it makes, and its form with ``out`` reads off that.
+OPTIONS = ("dtype", "layout", "device", "pin_memory")
+#: Factories that write no element: what ``out`` holds stays there.
+UNWRITTEN = ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
 
 
 def pure_form(known: OpInfo) -> Any:
@@ -113,6 +129,10 @@ def by_name(known: OpInfo) -> Any:
             other_schema = other._schema
             if any(a.alias_info is not None and a.alias_info.is_write for a in other_schema.arguments):
                 continue
-            if [(a.name, str(a.type)) for a in other_schema.arguments] == wanted and other_schema.returns:
+            taken = [(a.name, str(a.type)) for a in other_schema.arguments]
+            if taken == wanted and other_schema.returns:
                 return Functional(other, known)
+            chosen = [a for a in taken if a[0] in OPTIONS]
+            if out_form and len(chosen) == len(OPTIONS) and [a for a in taken if a not in chosen] == wanted:
+                return FunctionalFactory(other, known) if name not in UNWRITTEN else NotImplemented
     return NotImplemented

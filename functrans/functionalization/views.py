@@ -14,6 +14,7 @@ side of it is written and one on the other side used afterwards, which is an err
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -184,9 +185,9 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     elif op in MAYBE_VIEWS:
         returned = what_returns(viewed, op, args, kwargs)
         if viewed.strides is not None and viewed.layout is torch.strided and hides_layout(viewed):
-            in_a_loop = what_returns(viewed, op, args, kwargs, dense_strides(viewed.shape, viewed.strides))
-            doubtful = (returned is COPIED) is not (in_a_loop is COPIED)
-            returned = returned if in_a_loop is returned else VIEWED
+            in_a_loop = {what_returns(viewed, op, args, kwargs, strides) for strides in possible_strides(viewed)}
+            doubtful = len({one is COPIED for one in (*in_a_loop, returned)}) > 1
+            returned = returned if in_a_loop == {returned} else VIEWED
         if returned is ITSELF:
             return viewed
         if returned is COPIED and not doubtful:
@@ -206,13 +207,18 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def _shares_memory(out: Any, viewed: Any) -> bool:
     first = out[0] if isinstance(out, list | tuple) and out else out
-    if not isinstance(first, Tensor) or first is viewed or first._is_view():
+    if not isinstance(first, Tensor) or first is viewed or (type(first) is not Tensor and first._is_view()):
         return isinstance(first, Tensor)
     if not isinstance(viewed, Tensor):
         return False  # a number of which a tensor was made
     if first.layout is not torch.strided or viewed.layout is not torch.strided:
         return True  # the parts of a sparse tensor
-    return first.untyped_storage()._cdata == viewed.untyped_storage()._cdata
+    return same_storage(first, viewed)
+
+
+def same_storage(x: Tensor, other: Tensor) -> bool:
+    """Whether two share memory. (``_is_view()`` says less: what ``ravel`` returns is a view, of a copy maybe.)"""
+    return x.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def link_view(
@@ -265,6 +271,16 @@ def hides_layout(x: WrapperTensor) -> bool:
             return True
         layer = layer.value
     return False
+
+
+def possible_strides(x: WrapperTensor) -> Iterator[Any]:
+    """What ``x``, which hides its layout, may have in a loop: no gaps, and its dimensions in this order in memory or in
+    another, as operands of other layouts say."""
+    assert x.strides is not None
+    rank = len(x.shape)
+    yield dense_strides(x.shape, x.strides)
+    yield dense_strides(x.shape, range(rank, 0, -1))
+    yield dense_strides(x.shape, range(rank))
 
 
 def part(view: WrapperTensor) -> None:
@@ -340,4 +356,6 @@ def _decided(
             out = op(probe, *map(on_meta, args), **{name: on_meta(value) for name, value in kwargs})
         except RuntimeError:
             return VIEWED
-        return ITSELF if out is probe else VIEWED if out._is_view() else COPIED
+        if out is probe:
+            return ITSELF
+        return VIEWED if _shares_memory(out, probe) else COPIED  # (ravel's is a view, but of a copy)

@@ -9,6 +9,7 @@ they are used.
 from __future__ import annotations
 
 import pkgutil
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +113,19 @@ function_mode_enabled = private(
 autocast_enabled = private(
     "torch._C._is_any_autocast_enabled", "to leave a call to autocast, which stands in front of it"
 )
+AUTOCAST_KEYS = [
+    private(_KEY + name, "to have the pieces of composite operators autocast")
+    for name in dir(private("torch._C.DispatchKey", "to switch dispatch keys"))
+    if name.startswith("Autocast")
+]
+_DisableAutocast = private("torch._C._DisableAutocast", "to have gradients computed in the dtypes of the forward pass")
+
+
+def autocast_off() -> Any:
+    """Context: what was computed under autocast or not goes on in the dtypes that it has."""
+    return _DisableAutocast() if autocast_enabled() else nullcontext()
+
+
 without_torch_function = private(
     "torch._C._disabled_torch_function_impl", "to hand a call to PyTorch's own argument parser"
 )

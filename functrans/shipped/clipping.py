@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from functrans.boundary.facades import bare
 from functrans.boundary.factories import ones_for
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
-from functrans.pytorch.torch_private import autocast_enabled
+from functrans.pytorch.torch_private import autocast_off
 from functrans.shipped.example_gradients import ExampleInterpreter
 from functrans.shipped.gradient_parts import Gradient
 from functrans.tensors.pytrees import tree_flatten, tree_unflatten
@@ -208,7 +207,7 @@ def by_chunk(
         # in the list that came, so that nothing else holds what is let go of
         gradients[:] = [g.settled(x) for g, x in zip(gradients, parameters, strict=True)]
         # whatever precision the loss is computed in
-        with torch.autocast(values.device.type, enabled=False) if autocast_enabled() else nullcontext():
+        with autocast_off():
             squares = [s for s in (g.squared_norms() for g in gradients) if s is not None]
             take(root(sum(squares[1:], squares[0])) if squares else torch.zeros_like(values), gradients, aux)
 

@@ -27,6 +27,7 @@ from functrans.errors import InsideTransformError
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
 from functrans.interpreters.grad.nodes import BackwardNode, CheckedNode, ProgramNode, TableNode, tensors_in
 from functrans.pytorch.thread_state import lowered, running_at
+from functrans.pytorch.torch_private import autocast_off
 
 #: From outputs, inputs and cotangents: the gradients for the inputs, one level down.
 Gradients = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor | None]]
@@ -95,7 +96,7 @@ def pull_again(level: GradInterpreter, cotangents: dict[int, Tensor], wanted: li
         raise InsideTransformError("torch.autograd.grad with create_graph=True of what has hooks", level.name, CURE)
     indices = {x.tape_index for x in wanted}
     found: dict[int, Any] = {}
-    with running_at(level), torch.enable_grad():
+    with running_at(level), torch.enable_grad(), autocast_off():
         for node, outs, ins, saved in reversed(list(level.tape)):
             made = outs if isinstance(outs, list) else [outs]
             if not any(o in cotangents for o in made):

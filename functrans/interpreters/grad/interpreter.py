@@ -35,7 +35,14 @@ from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import REAL
 from functrans.programs.operators import operator_program
 from functrans.pytorch.thread_state import STATE
-from functrans.pytorch.torch_private import OpOverload, mode_stack_size, pop_mode, push_mode
+from functrans.pytorch.torch_private import (
+    OpOverload,
+    autocast_enabled,
+    autocast_off,
+    mode_stack_size,
+    pop_mode,
+    push_mode,
+)
 from functrans.tensors.described import given, shown
 
 # A record of the tape: the node that can pull back, the output indices, the input indices, what was saved.
@@ -228,6 +235,9 @@ class GradInterpreter(Interpreter, whole=True):
         Returns:
             by index, the cotangents of the inputs.
         """
+        if autocast_enabled():  # formulas work in the dtypes that it chose before
+            with autocast_off():
+                return self.pull(cotangents, consume=consume, end=end)
         tape = self.tape
         checking = checks_numbers()
         door: Any = None  # taken off PyTorch's mode stack while programs follow each other

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from ctypes import string_at
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
@@ -44,9 +46,12 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
         )
 
     if all(d is None for d in tree_flatten(in_dims)[0]):
+        before = None if interpreter.randomness == "same" else Drawn()
         try:
             with suspended(interpreter, closes_over), lowered(interpreter):
-                return map_tensors(interpreter.constant, cls.apply(*values))
+                out = map_tensors(interpreter.constant, cls.apply(*values))
+            if before is None or not before.more_since():
+                return out
         except CustomFunctionError:
             if not closed_over:
                 raise
@@ -63,6 +68,26 @@ def vmap_rule(interpreter: VmapInterpreter, cls: type[Function], args: Sequence[
         out = batched.apply(*values)
     wrapped = tuple(interpreter.batched(o, 0) if isinstance(o, Tensor) else o for o in as_tuple(out))
     return wrapped if isinstance(out, tuple) else wrapped[0]
+
+
+class Drawn:
+    """How far the generators are that draw where none is given."""
+
+    def __init__(self) -> None:
+        self.state = torch.default_generator.get_state()
+        #: the same to be compared, as torch.equal would come in by the door
+        self.numbers = string_at(self.state.data_ptr(), self.state.nbytes)
+        self.gpus = [g.get_offset() for g in torch.cuda.default_generators] if torch.cuda.is_initialized() else []
+
+    def more_since(self) -> bool:
+        """Whether something was drawn since, for all examples at once; if so, the generators are put back."""
+        now = Drawn()
+        if now.numbers == self.numbers and now.gpus == self.gpus:
+            return False
+        torch.default_generator.set_state(self.state)
+        for generator, offset in zip(torch.cuda.default_generators, self.gpus, strict=False):
+            generator.set_offset(offset)
+        return True
 
 
 def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple[int | None, ...]) -> type[Function]:

@@ -234,7 +234,7 @@ class VmapInterpreter(Interpreter, whole=True):
         if known.composite:
             return decompose(self, op, args, kwargs)
         definition = DECOMPOSITION_TABLE.get(op)
-        if definition is None and op.namespace == "aten" and (ours := decomposition(op)) is not None:
+        if definition is None and op.namespace != "prims" and (ours := decomposition(op)) is not None:
             definition = completed(ours, op)  # a prim's leads back to what PyTorch makes of prims
         if definition is not None and op not in NOT_DECOMPOSED and not has_sparse(values):
             with running_at(self):

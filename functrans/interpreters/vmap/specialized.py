@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from functrans.decompositions.table import DEFINED_LATE
 from functrans.interpreters.vmap.seen_calls import SeenCall
 from functrans.interpreters.vmap.table import BATCHING_RULES
 from functrans.operators.defaults import completed
@@ -53,7 +54,7 @@ def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
     found = specialized.get(Specialized)
     if found is None:
         ours = BATCHING_RULES.get(op)
-        rule = ours or vmap_rule_of_library(op)
+        rule = ours or (None if op._schema.name in DEFINED_LATE else vmap_rule_of_library(op))
         accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
         rewrite = getattr(rule, "rewrite", None)
         kept = rule is not None and not known.random

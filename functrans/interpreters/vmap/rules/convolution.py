@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.functionalization.without_data import run_on_zeros
 from functrans.interpreters.vmap.rules.folding import (
     fold_c,
     fold_channel_vector,
@@ -70,7 +71,10 @@ def convolution_rule(
     size = info.batch_size
     x_dim, weight_dim, bias_dim = in_dims[:3]
     if bias is not None:
-        check_bias(x, logical_shape(weight, weight_dim), bias, logical_shape(bias, bias_dim), transposed, groups)
+        check_bias(logical_shape(weight, weight_dim), logical_shape(bias, bias_dim), transposed, groups)
+        if bias.dtype is not x.dtype:
+            every_option = (stride, padding, dilation, transposed, output_padding, groups)
+            return with_bias_of_another_dtype(info, in_dims, x, weight, bias, every_option)
     if size == 0:
         # No channels and no groups can be made of no examples, but no images can.
         x, x_dim = materialize(x, x_dim, size), 0
@@ -110,13 +114,28 @@ def convolution_rule(
     return unfold_c(output, size, channels), 1
 
 
-def check_bias(x: Tensor, weight: list[Any], bias: Tensor, shape: list[Any], transposed: bool, groups: int) -> None:
+def check_bias(weight: list[Any], shape: list[Any], transposed: bool, groups: int) -> None:
     """What PyTorch asks of a bias, which a sum or a fold would not: shapes are those of one example."""
     channels = weight[1] * groups if transposed else weight[0]
     if shape != [channels]:
         raise RuntimeError(f"expected bias to be 1-dimensional with {channels} elements, but got bias of size {shape}")
-    if bias.dtype is not x.dtype:
+
+
+def with_bias_of_another_dtype(
+    info: BatchInfo, in_dims: Sequence[Any], x: Tensor, weight: Tensor, bias: Tensor, options: tuple[Any, ...]
+) -> tuple[Tensor, int]:
+    """Some kernels of the CPU add it, and all others raise: the one that an example goes to is asked."""
+    if x.device.type != "cpu":
         raise RuntimeError(f"Input type ({x.dtype}) and bias type ({bias.dtype}) should be the same")
+    example = [placeholder(v, logical_shape(v, d)) for v, d in zip((x, weight, bias), in_dims)]
+    run_on_zeros(aten.convolution.default, (*example, *options), {})
+    x_dim, weight_dim, bias_dim = in_dims[:3]
+    if x_dim is None and weight_dim is None:
+        output = aten.convolution.default(x, weight, None, *options).unsqueeze(0)
+    else:
+        output = to_front(*convolution_rule(info, (x_dim, weight_dim, None), x, weight, None, *options))
+    bias = bias.unsqueeze(0) if bias_dim is None else bias
+    return (output + per_channel(bias, bias_dim or 0, output.dim() - 1)).to(output.dtype), 0
 
 
 def per_channel(bias: Any, bdim: int | None, rank: int) -> Tensor:

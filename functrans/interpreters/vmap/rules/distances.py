@@ -76,6 +76,8 @@ def pdist_forward(info: BatchInfo, in_dims: Dims, x: Tensor, p: float = 2) -> Ou
     """From the distances of all to all; from the kernel itself where that is less work."""
     x = to_front(x, in_dims[0])
     size, n, width = x.shape
+    if n < 2:  # no pairs, in any dtype
+        return x.new_empty(size, 0), 0
     if x.device.type == "cpu" and n * n * width >= LARGE_SET and size > 0:
         return torch.stack([aten._pdist_forward.default(one, p) for one in x.contiguous().unbind(0)]), 0
     whole = aten._cdist_forward.default(x, x, p, WITHOUT_PRODUCT)

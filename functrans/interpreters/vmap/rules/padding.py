@@ -83,15 +83,33 @@ def on_last_dims_rule(op: OpOverload, rank: int) -> Callable[..., Output]:
     def last_dims(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
         if x.dim() <= rank:
             raise RuleDeclined(f"{op} takes at least {rank} dimensions")
-        x = to_front(x, in_dims[0])
-        # pixel_unshuffle returns an empty tensor as it is, with the wrong shape.
-        return op(x, *args) if info.batch_size else op(x.new_zeros((1, *x.shape[1:])), *args)[:0], 0
+        return op(to_front(x, in_dims[0]), *args), 0
 
     return last_dims
 
 
 on_last_dims(aten.tril.default, aten.triu.default, rank=2)
-on_last_dims(aten.pixel_shuffle.default, aten.pixel_unshuffle.default, rank=3)
+
+
+def pixel_rule(op: OpOverload) -> Callable[..., Output]:
+    """Images ``[..., C, H, W]``: the kernel takes them as ``[N, C, H, W]``, and no memory format of five dimensions."""
+
+    def pixels(info: BatchInfo, in_dims: Dims, x: Tensor, factor: Any) -> Output:
+        if x.dim() <= 3:
+            raise RuleDeclined(f"{op} takes at least 3 dimensions")
+        x = to_front(x, in_dims[0])
+        before = x.shape[:-3]
+        if 0 in before:  # pixel_unshuffle returns an empty tensor as it is, with the wrong shape: that of an example
+            out = op(x.new_zeros(x.shape[1:]), factor)
+            return out.expand(info.batch_size, *out.shape), 0
+        out = op(x.reshape(product(before), *x.shape[-3:]), factor)
+        return out.reshape(*before, *out.shape[1:]), 0
+
+    return pixels
+
+
+for pixel_op in (aten.pixel_shuffle.default, aten.pixel_unshuffle.default):
+    BATCHING_RULES.add(pixel_op, pixel_rule(pixel_op))
 
 
 @batching_rule(aten.constant_pad_nd.default)

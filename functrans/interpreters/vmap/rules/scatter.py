@@ -85,8 +85,10 @@ def index_select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Ten
     x_dim, index_dim = in_dims[0], in_dims[2]
     rank = logical_rank(x, x_dim)
     dim = wrap_dim(dim, rank)
-    if rank == 0 or logical_rank(index, index_dim) > 1:
-        raise RuleDeclined("index_select of a scalar")
+    if logical_rank(index, index_dim) > 1:
+        raise RuleDeclined("index_select by a matrix")
+    if rank == 0:
+        return index_select_one(info, x_dim, index_dim, x, index)
     if index_dim is None:
         return torch.index_select(to_front(x, x_dim), dim + 1, index), 0
     index = vector(index, index_dim)
@@ -98,6 +100,15 @@ def index_select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Ten
         out = torch.index_select(end_to_end(x), 0, own_rows(index, x.shape[1]))
         return out.reshape(*index.shape, *x.shape[2:]), 0
     return torch.gather(x, dim + 1, over_dims(index, x, dim + 1)), 0
+
+
+def index_select_one(info: BatchInfo, x_dim: int | None, index_dim: int | None, x: Tensor, index: Tensor) -> Output:
+    """Of a scalar it takes the one element, and returns a scalar."""
+    count = product([extent for d, extent in enumerate(index.shape) if d != index_dim])
+    if count != 1:
+        raise RuntimeError(f"index_select(): Index to scalar can have only 1 value, got {count} value(s)")
+    out, _ = index_select(info, (x_dim, None, index_dim), x.unsqueeze(-1), 0, index)
+    return out.squeeze(1), 0
 
 
 # Rows shorter than this are moved one element at a time as quickly.
