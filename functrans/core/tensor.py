@@ -51,11 +51,10 @@ class WrapperTensor(Answering):
     version: int = 0
     moved: bool = False  # a write left the contents elsewhere in memory than shown; see functionalization/layouts.py
     shown_offset: int | None = None  # where the contents began before that
-    given: bool = False  # an argument of vmap that is not contiguous
-    shared: bool = False  # an argument of vmap that is the same for every example
+    given: bool = False  # an argument whose strides are the caller's
+    shared: bool = False  # an argument that is one for all the runs that this one stands for
     updated: bool = False  # whether a write made its contents of what they were
     recorded: bool = False  # whether it was written with grad mode on, by its own name
-    quantifier: Any = None  # torch.all or torch.any, whose answer it is; see interpreters/vmap/checks.py
     leaf: Any = None  # of a leaf that was made inside: makes of new contents a leaf again; see door/leaves.py
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WrapperTensor:  # noqa: PYI034 - it returns nothing

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+WrapperTensor.quantifier = None  # of most wrappers
 QUANTIFIERS = {
     aten.all.default: torch.all,
     aten._is_all_true.default: torch.all,
