@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-WrapperTensor.quantifier = None  # of most wrappers
+WrapperTensor.quantifier = None  # type: ignore[attr-defined]  # of most wrappers
 QUANTIFIERS = {
     aten.all.default: torch.all,
     aten._is_all_true.default: torch.all,
