@@ -34,14 +34,16 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     **{
         name: getattr(torch, name)
         for name in (
-            "abs", "acos", "asin", "asinh", "atan", "atanh", "cos", "cosh", "erf", "erfc", "erfinv", "exp", "exp2",
-            "expm1", "log1p", "neg", "reciprocal", "relu", "sgn", "sigmoid", "sign", "sin", "sinh", "square", "tan",
-            "tanh",
+            "abs", "acos", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf", "erfc", "erfinv", "exp",
+            "exp2", "expm1", "floor", "frac", "log1p", "neg", "reciprocal", "relu", "sgn", "sigmoid", "sign", "sin",
+            "sinh", "square", "tan", "tanh", "trunc",
         )
     },
     **{name: lambda x, name=name: getattr(torch, name)(x + 1.5) for name in ("log", "log2", "log10", "sqrt", "rsqrt")},
     "acosh": lambda x: (x + 2).acosh(),
-    **{name: getattr(F, name) for name in ("silu", "gelu", "softplus", "elu", "selu", "celu", "mish")},
+    **{name: getattr(F, name) for name in (
+        "silu", "gelu", "softplus", "elu", "selu", "celu", "mish", "logsigmoid", "hardsigmoid", "hardswish",
+    )},
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "softplus with numbers": lambda x: F.softplus(x, 3.0, 1.5),
     "elu with a number": lambda x: F.elu(x, 0.3),
@@ -59,6 +61,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh_backward": lambda x: aten.tanh_backward(x, x.sin()),
     "sigmoid_backward": lambda x: aten.sigmoid_backward(x.exp(), x),
     "threshold_backward": lambda x: aten.threshold_backward(x * x, x, 0.5),
+    "maximum": lambda x: torch.maximum(x * x, x.sin()) + torch.minimum(x.exp(), 1 - x),
     "a broadcast": lambda x: x.unsqueeze(0) * x.unsqueeze(1) + x,
     "a tensor of another dtype": lambda x: x * torch.arange(3) + (x > 0) * x / torch.tensor([1, 2, 4]),
     "a narrower tensor": lambda x: torch.ones(3) * x + torch.full((), 0.5) * x.sin(),
@@ -130,7 +133,8 @@ def test_all_that_is_known_is_tried_and_written() -> None:
     # of two arguments that move, below; and what only formulas are made of
     others = {aten.pow.Tensor_Tensor, aten.zeros_like.default, DERIVATIVE}
     assert KNOWN - seen - constant - others == set()
-    assert taken_apart == {aten.div.Tensor}  # by a number, in laplacian
+    # by a number, in laplacian; and what is programs for grad, vmap and jvp, and an operator with a rule here
+    assert taken_apart == {aten.div.Tensor, aten.celu.default, aten.hardswish.default}
 
 
 def test_two_arguments() -> None:

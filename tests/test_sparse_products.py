@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, sparse
 
 import functrans as ft
+from functrans.interpreters.vmap import one_by_one
 
 generator = torch.Generator().manual_seed(0)
 random = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
@@ -133,7 +134,8 @@ def test_sspaddmm() -> None:
     )
 
 
-def test_a_compressed_matrix_beside_a_batch_is_taken_example_by_example() -> None:
+def test_a_compressed_matrix_beside_a_batch_is_taken_example_by_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_by_one, "WARNED", set())
     with pytest.warns(UserWarning, match="no batching rule for aten.add.Tensor"):
         found = ft.vmap(lambda a: a @ a.t()[:, :1].expand(-1, 4) + CSR)(START)
     torch.testing.assert_close(found, torch.stack([a @ a.t()[:, :1].expand(-1, 4) + DENSE for a in START]))
