@@ -138,5 +138,5 @@ torch.testing.assert_close(compiled(rows), 2 * rows.cos())
 
 
 def test_torch_func_is_compiled_as_before() -> None:
-    found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
