@@ -21,6 +21,7 @@ from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import DataDependentError
+from functrans.errors.misuse import RESERVED
 from functrans.functionalization.hidden_effects import as_usual, stands_in_for
 from functrans.operators.info import OpInfo
 from functrans.pytorch.thread_state import lowered, running_at
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 WrapperTensor.quantifier = None  # type: ignore[attr-defined]  # of most wrappers
+RESERVED.add("quantifier")
 QUANTIFIERS = {
     aten.all.default: torch.all,
     aten._is_all_true.default: torch.all,
