@@ -322,10 +322,6 @@ def follow_functions(names: Any) -> None:
     names.AutogradFunctionVariable.call_apply = apply
 
 
-#: Private names by which torch.func's own vmap goes into a graph.
-BATCHING = ("_add_batch_dim", "_remove_batch_dim", "_maybe_remove_batch_dim")
-
-
 def connect() -> None:
     """Tell Dynamo, which has been imported, of transforms."""
     names = dynamo_names()
@@ -337,10 +333,7 @@ def connect() -> None:
     for function in (Interpreter.__init__, Snapshot.__init__, Snapshot.restore, run_transformed):
         run_untraced(function)  # where a transform of somebody else's comes to it
     for _, answer in PAIRS:
-        if answer.__name__ in BATCHING:
-            torch._dynamo.allow_in_graph(answer)
-        else:
-            run_untraced(answer)  # a function that is traced gets examples, which are no wrappers
+        run_untraced(answer)  # a function that is traced gets examples, which are no wrappers
     run_as_written_while(lambda: STATE.top is not None)
 
 
