@@ -196,6 +196,8 @@ def test_zeros_of_different_sign() -> None:
     for zero in (0.0, -0.0, 0.0):
         out = vmap(lambda one: aten.constant_pad_nd.default(one, [1, 1], zero))(x)  # noqa: B023
         assert torch.equal(out[:, 0].signbit(), torch.full((4,), zero).signbit())
+        out = vmap(lambda one: one.clamp_min(zero))(x - 1)  # noqa: B023
+        assert torch.equal(out.signbit(), torch.full((4, 2), zero).signbit())
 
 
 def test_layouts_that_look_alike_to_an_example() -> None:

@@ -284,6 +284,8 @@ def test_every_entrance_is_called():
     lambda x: torch.reshape(x, 2, 8), lambda x: torch.flip(x, 0, 1),
     lambda x: x[4], lambda x: x[0, 4], lambda x: x[0, 0, 0], lambda x: x[::-1], lambda x: x[::0], lambda x: x[1.5],
     lambda x: x["a"], lambda x: x[0:1.5],
+    lambda x: x.sin(inplace=False), lambda x: x.clamp(0, 1, False), lambda x: x.clamp_min(0.1, inplace=False),
+    lambda x: x.clamp(), lambda x: x.clamp(0, min=1), lambda x: F.leaky_relu(x, 0.1, slope=2),
     lambda x: x.view(2, 2.0), lambda x: x.unsqueeze(dims=0), lambda x: x.masked_fill(MASK, "a"),
 ])  # fmt: skip
 def test_what_pytorch_refuses_is_refused_as_there(call):

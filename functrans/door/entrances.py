@@ -54,12 +54,12 @@ REFLECTED: dict[str, Callable[[bool], Program | None]] = {
 
 
 MATRIX_TRANSPOSE: Any = Tensor.mT.__get__  # type: ignore[attr-defined]
-by_property = direct(Tensor.transpose, DIRECT["transpose"], 2)
+by_property = direct(Tensor.transpose, DIRECT["transpose"], 3)
 
 
 def transposed(x: Any, *more: Any) -> Any:
-    """``x.mT``, which PyTorch makes ``transpose`` of."""
-    return by_property(x, -2, -1) if len(x.shape) > 1 else otherwise(MATRIX_TRANSPOSE, (), (x, *more), {}, 2)
+    """``x.mT``, which PyTorch makes ``transpose`` of; a frame more than other entrances have."""
+    return by_property(x, -2, -1) if len(x.shape) > 1 else otherwise(MATRIX_TRANSPOSE, (), (x, *more), {}, 3)
 
 
 def of_kinds(operators: dict[str, OpOverload], kinds: str) -> Program | None:

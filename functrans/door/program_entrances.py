@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from threading import get_ident
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from functrans.door.torch_function import STRIDED, otherwise, reopen
 from functrans.errors.call_sites import USER_FILES
 from functrans.interpreters.failures import explain
 from functrans.operators.info import op_info
-from functrans.operators.rules import FORGET, RuleTable
-from functrans.operators.scopes import SCOPES, scope_here
+from functrans.operators.rules import RuleCache
+from functrans.operators.scopes import SCOPES
 from functrans.programs.fusible import REAL
-from functrans.programs.operators import operator_program
+from functrans.programs.operators import as_key, operator_program
 from functrans.programs.program import Program
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import (
@@ -45,7 +46,7 @@ aten = torch.ops.aten
 NUMBERS = frozenset((int, float, type(None)))
 #: for how many choices of numbers a function has programs: those in a network, and not what changes with every call
 MOST = 32
-#: as nn.ReLU says it
+#: as nn.ReLU says it to a function of Python's, which have the option
 NOT_INPLACE = {"inplace": False}
 #: an operand that was given by name, or not at all
 NOT_HERE: Any = object()
@@ -88,11 +89,12 @@ def through(program: Program, args: tuple[Any, ...], owner: Interpreter, above: 
 
 def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: int) -> Callable[..., Any]:
     """What takes the place of ``function``, of one tensor; ``find()`` is its program."""
-    found: dict[Any, Program | None] = {}
+    programs = RuleCache()
     above = up + 1  # seen from what the entrance calls
+    by_python = type(function) is FunctionType
 
     def entrance(x: Any = NOT_HERE, /, *more: Any, **kwargs: Any) -> Any:
-        if kwargs and kwargs == NOT_INPLACE:
+        if kwargs and by_python and kwargs == NOT_INPLACE:
             kwargs = {}
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
         if closed or more or kwargs or type(x) is not WrapperTensor or x.dtype not in REAL or x.layout is not STRIDED:
@@ -103,37 +105,19 @@ def unary(function: Callable[..., Any], find: Callable[[], Program | None], up: 
         if not owner.alive:
             return otherwise(function, (), (x,), kwargs, above)  # see NOTE [Leftovers]
         try:
-            program = found[0] if not SCOPES else program_here(found, 0, find)
+            program = programs.entries[0] if not SCOPES else programs.find(0, find)
         except KeyError:
-            program = program_here(found, 0, find)
+            program = programs.find(0, find)
         if program is None or not owner.whole:
             return otherwise(function, (), (x,), kwargs, above)
         return through(program, (x,), owner, above)
 
-    def forget(table: RuleTable[Any], op: OpOverload) -> None:
-        nonlocal found
-        found = {}
-
-    FORGET.append(forget)
     return entrance
 
 
 def by_place(*operands: Any) -> tuple[Any, ...]:
     """The operands that were given by their place."""
     return tuple(a for a in operands if a is not NOT_HERE)
-
-
-def program_here(
-    found: dict[Any, Program | None], key: Any, find: Callable[..., Program | None], *args: Any
-) -> Program | None:
-    """``find(*args)`` by the rules that hold in this context; ``found`` keeps those for outside of scopes."""
-    outside = scope_here() is None
-    if outside and key in found:
-        return found[key]
-    program = find(*args)
-    if outside:
-        found[key] = program
-    return program
 
 
 #: What Python's reflected operators are with the operands in their order.
@@ -151,7 +135,7 @@ def binary(
     ``reflected``: of two tensors the second comes first, as in ``x.__rsub__(y)``; with a number the program sees to
     that.
     """
-    found: dict[bool, Program | None] = {}
+    programs = RuleCache()
     above = up + 1
     in_order = IN_ORDER.get(getattr(function, "__name__", ""))
 
@@ -180,9 +164,9 @@ def binary(
             owner = y.interpreter
         if owner is not None and owner.alive and owner.whole:
             try:
-                program = found[number] if not SCOPES else program_here(found, number, find, not number)
+                program = programs.entries[number] if not SCOPES else programs.find(number, find, not number)
             except KeyError:
-                program = program_here(found, number, find, not number)
+                program = programs.find(number, find, not number)
             if program is not None:
                 return through(program, (x, y), owner, above)
         if reflected and not number:
@@ -191,11 +175,6 @@ def binary(
             return otherwise(in_order, (), (y, x, *more), kwargs, above)  # PyTorch has dense + sparse, not the other
         return otherwise(function, (), by_place(x, y, *more), kwargs, above)
 
-    def forget(table: RuleTable[Any], op: OpOverload) -> None:
-        nonlocal found
-        found = {}
-
-    FORGET.append(forget)
     return entrance
 
 
@@ -215,8 +194,9 @@ def numeric(function: Callable[..., Any], op: OpOverload, names: tuple[str, ...]
 
     Numbers that ``op`` takes beside those have their defaults.
     """
-    found: dict[Any, Program | None] = {}
+    programs = RuleCache()
     above = up + 1
+    by_python = type(function) is FunctionType
     count = len(names)
     defaults = op_info(op).defaults[1:]
 
@@ -225,7 +205,7 @@ def numeric(function: Callable[..., Any], op: OpOverload, names: tuple[str, ...]
         if not closed and type(x) is WrapperTensor and x.dtype in REAL and x.layout is STRIDED:
             numbers = more
             if len(more) != count or kwargs:
-                if more[count:] == (False,) or kwargs.get("inplace") is False:  # which is Python's own
+                if by_python and (more[count:] == (False,) or kwargs.get("inplace") is False):
                     kwargs, more = {n: v for n, v in kwargs.items() if n != "inplace"}, more[:count]
                 left = dict(kwargs)
                 numbers = (*more, *[left.pop(n, d) for n, d in zip(names[len(more) :], defaults[len(more) :])])
@@ -234,20 +214,13 @@ def numeric(function: Callable[..., Any], op: OpOverload, names: tuple[str, ...]
             if not closed and NUMBERS.issuperset(map(type, numbers)) and owner.alive and owner.whole:
                 if x.view_link is not None:
                     x.view_link.refresh(x)
-                key = numbers if 0 not in numbers else (*map(repr, numbers),)  # 0.0 and -0.0 are equal
-                try:
-                    program = found[key] if not SCOPES else program_here(found, key, operator_program, op, *numbers)
-                except KeyError:
-                    program = None if len(found) >= MOST else program_here(found, key, operator_program, op, *numbers)
-                if program is not None:
-                    return through(program, (x,), owner, above)
+                key, known = as_key(numbers), programs.entries
+                if key in known or len(known) < MOST or SCOPES:
+                    program = programs.find(key, operator_program, op, *numbers)
+                    if program is not None:
+                        return through(program, (x,), owner, above)
         return otherwise(function, (), by_place(x, *more), kwargs, above)
 
-    def forget(table: RuleTable[Any], op: OpOverload) -> None:
-        nonlocal found
-        found = {}
-
-    FORGET.append(forget)
     return entrance
 
 

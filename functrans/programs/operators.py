@@ -19,13 +19,18 @@ PROGRAMS = RuleCache()
 def operator_program(op: OpOverload, *numbers: Any) -> Program | None:
     """The program of one operator whose last operands are ``numbers``; None if its derivatives cannot be written as
     programs."""
-    key = op, numbers
+    key = op, as_key(numbers)
     if not SCOPES:
         try:
             return PROGRAMS.entries[key]
         except KeyError:
             pass
     return PROGRAMS.find(key, program_or_none, probe, op, numbers)
+
+
+def as_key(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The numbers in a dictionary, where 0.0 and -0.0 are equal and make different programs."""
+    return numbers if 0 not in numbers else (*map(repr, numbers),)
 
 
 def traced_program(function: Callable[..., Any], inputs: int) -> Program | None:
