@@ -137,7 +137,7 @@ def test_a_name_that_moved_is_named() -> None:
     assert str(caught.value) == (
         f"PyTorch {torch.__version__} has no torch._C._set_grad_enabled_by_hand, which functrans needs "
         "to set the grad mode. "
-        "functrans supports PyTorch 2.11 to 2.14: install one of these, or a functrans that supports "
+        "functrans supports PyTorch 2.11 to 2.15: install one of these, or a functrans that supports "
         f"{torch.__version__}. "
         "(functrans/pytorch/ is the place to mend.)"
     )

@@ -2,7 +2,8 @@
 
 There the derivative is a choice, and the installed PyTorch's is followed: 2.14 changed it (``versions.SPLITS_TIES``).
 Up to 2.13 ``clamp``, ``fmax`` and ``fmin`` give one operand all of it; since then tensors share it, and a bound that is
-a number keeps it from ``self``. Where PyTorch's forward mode is not the transpose of its reverse mode, ours is.
+a number keeps it from ``self``. Where one operand is NaN, ``fmax`` and ``fmin`` of 2.14 give all of it to each, those
+of the other versions to the number. Where PyTorch's forward mode is not the transpose of its reverse mode, ours is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from functrans.derivatives.helpers import where_or_zero
 from functrans.derivatives.table import derivative
-from functrans.pytorch.versions import SPLITS_TIES
+from functrans.pytorch.versions import PASSES_NAN_BY, SPLITS_TIES
 
 aten = torch.ops.aten
 pointwise = partial(derivative, tangent="elementwise")
@@ -86,16 +87,6 @@ def shared_clamp_max(grad: Tensor, self: Tensor, min: Tensor | None, max: Tensor
 
 
 def entries_that_share() -> None:
-    pointwise(
-        aten.fmax.default,
-        self=lambda grad, self, other: share_of_larger(grad, self, other),
-        other=lambda grad, self, other: share_of_larger(grad, other, self),
-    )
-    pointwise(
-        aten.fmin.default,
-        self=lambda grad, self, other: share_of_smaller(grad, self, other),
-        other=lambda grad, self, other: share_of_smaller(grad, other, self),
-    )
     pointwise(aten.clamp.default, self=inside)
     pointwise(aten.clamp_min.default, self=lambda grad, self, min: where_or_zero(self > min, grad))
     pointwise(aten.clamp_max.default, self=lambda grad, self, max: where_or_zero(self < max, grad))
@@ -126,16 +117,6 @@ def whole_clamp_max(grad: Tensor, self: Tensor, min: Tensor | None, max: Tensor)
 
 
 def entries_that_give_all_to_one() -> None:
-    pointwise(
-        aten.fmax.default,
-        self=lambda grad, self, other: where_or_zero((self >= other) | other.isnan(), grad),
-        other=lambda grad, self, other: grad.masked_fill((self >= other) | other.isnan(), 0),
-    )
-    pointwise(
-        aten.fmin.default,
-        self=lambda grad, self, other: where_or_zero((self <= other) | other.isnan(), grad),
-        other=lambda grad, self, other: grad.masked_fill((self <= other) | other.isnan(), 0),
-    )
     pointwise(aten.clamp.default, self=inside_or_at)
     pointwise(aten.clamp_min.default, self=lambda grad, self, min: where_or_zero(self >= min, grad))
     pointwise(aten.clamp_max.default, self=lambda grad, self, max: where_or_zero(self <= max, grad))
@@ -156,3 +137,33 @@ if SPLITS_TIES:
     entries_that_share()
 else:
     entries_that_give_all_to_one()
+
+# ------------------------------------------------------------------------------------------- fmax and fmin
+
+if SPLITS_TIES and not PASSES_NAN_BY:
+    pointwise(
+        aten.fmax.default,
+        self=lambda grad, self, other: share_of_larger(grad, self, other),
+        other=lambda grad, self, other: share_of_larger(grad, other, self),
+    )
+    pointwise(
+        aten.fmin.default,
+        self=lambda grad, self, other: share_of_smaller(grad, self, other),
+        other=lambda grad, self, other: share_of_smaller(grad, other, self),
+    )
+else:
+    beats, loses = (torch.gt, torch.lt) if SPLITS_TIES else (torch.ge, torch.le)
+
+    def to_chosen(grad: Tensor, chosen: Tensor, tie: Tensor) -> Tensor:
+        return where_or_zero(chosen, torch.where(tie, grad / 2, grad) if SPLITS_TIES else grad)
+
+    pointwise(
+        aten.fmax.default,
+        self=lambda grad, self, other: to_chosen(grad, (self >= other) | other.isnan(), self == other),
+        other=lambda grad, self, other: to_chosen(grad, ~(beats(self, other) | other.isnan()), self == other),
+    )
+    pointwise(
+        aten.fmin.default,
+        self=lambda grad, self, other: to_chosen(grad, (self <= other) | other.isnan(), self == other),
+        other=lambda grad, self, other: to_chosen(grad, ~(loses(self, other) | other.isnan()), self == other),
+    )

@@ -1,7 +1,7 @@
 """Torch functions that hand themselves over without all of their arguments.
 
 ``handle_torch_function`` is called in Python by the function itself, with a list of its arguments written out by hand;
-two of these lists lack one (torch 2.11 to 2.14), so that ``F.l1_loss(x, y, weight=w)`` would be the unweighted loss. It
+two of these lists lack one (torch 2.11 to 2.15), so that ``F.l1_loss(x, y, weight=w)`` would be the unweighted loss. It
 still stands in the function's frame.
 """
 

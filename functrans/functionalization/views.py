@@ -37,6 +37,7 @@ from functrans.pytorch.torch_private import OpOverload, no_dispatch, set_grad_en
 from functrans.tensors.described import given
 
 aten = torch.ops.aten
+is_grad_enabled = torch.is_grad_enabled
 DETACH = aten.detach.default
 
 
@@ -92,7 +93,7 @@ class ViewLink:
         self.args = args
         self.kwargs = kwargs
         self.index = index
-        self.grad_mode = torch.is_grad_enabled()
+        self.grad_mode = is_grad_enabled()
         #: whether this step or one before may be a copy; see NOTE [Layouts that a batch hides]
         self.doubtful: bool = parent is not None and parent.doubtful
         #: of a view by places in memory: where that from which it was taken began
@@ -161,7 +162,13 @@ def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
 def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a view operator and link what it returns to what it was taken from."""
     op = known.op
-    owner = scan(args, kwargs)[0]
+    viewed = args[0]
+    if known.one_tensor and type(viewed) is WrapperTensor and viewed.interpreter.alive:  # what ``scan`` finds
+        owner = viewed.interpreter
+        if viewed.view_link is not None:
+            viewed.view_link.refresh(viewed)
+    else:
+        owner = scan(args, kwargs)[0]
     if owner is None:
         out = base(op, args, kwargs)
         if STATE.top is not None:
@@ -172,17 +179,16 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return out
     if owner is not STATE.top:
         check_thread(owner)
-    viewed = args[0]
     out = owner.process(op, args, kwargs)
     if type(viewed) is not WrapperTensor:  # a captured tensor seen through an inner level's index: no such view op
         return out
     if out is viewed:
         return out
     doubtful = False
-    if viewed.strides is None and op in VIEWS_OF_CONTIGUOUS:
+    if known.views_contiguous and viewed.strides is None:
         if op is aten.flatten.using_ints and out.dim() == viewed.dim():
             return viewed
-    elif op in MAYBE_VIEWS:
+    elif known.may_copy:
         returned = what_returns(viewed, op, args, kwargs)
         if viewed.strides is not None and viewed.layout is torch.strided and hides_layout(viewed):
             in_a_loop = {what_returns(viewed, op, args, kwargs, strides) for strides in possible_strides(viewed)}
@@ -240,25 +246,6 @@ def link_view(
     view.synced_version = group.version
 
 
-#: Operators that copy where they cannot view; which of the two it is depends on the strides.
-MAYBE_VIEWS = {
-    op
-    for name in ("reshape", "contiguous", "to", "flatten", "ravel", "reshape_as", "view_as_real", "resolve_conj",
-                 "resolve_neg", "type_as", "_reshape_alias", "_conj", "_to_cpu", "unflatten", "real", "positive",
-                 "expand_as", "data", "float")
-    for op in (
-        getattr(getattr(aten, name), o) for o in (getattr(aten, name).overloads() if hasattr(aten, name) else ())
-    )
-}  # fmt: skip
-
-
-#: Those of them that view whatever is contiguous (``flatten`` of one dimension returns it).
-VIEWS_OF_CONTIGUOUS = frozenset((
-    aten.reshape.default, aten.flatten.using_ints, aten.ravel.default, aten.reshape_as.default, aten.unflatten.int,
-    aten.expand_as.default,
-))  # fmt: skip
-
-
 def hides_layout(x: WrapperTensor) -> bool:
     """Whether ``x`` shows gaps in memory that a loop over some vmap's examples would not; see NOTE [Layouts that a
     batch hides]."""
@@ -301,12 +288,12 @@ def part(view: WrapperTensor) -> None:
 #: Those that copy where a conjugation or a negation is lazy, and what says that it is.
 RESOLVING = {aten.resolve_conj.default: "is_conj", aten.resolve_neg.default: "is_neg"}
 
-#: What an operator of ``MAYBE_VIEWS`` returns: its argument itself, a view of it, a copy.
+#: What an operator that may copy returns: its argument itself, a view of it, a copy.
 ITSELF, VIEWED, COPIED = "itself", "viewed", "copied"
 
 
 def what_returns(viewed: WrapperTensor, op: OpOverload, args: Any, kwargs: dict[str, Any], strides: Any = None) -> str:
-    """What ``op``, of ``MAYBE_VIEWS``, returns of ``viewed``, or of a tensor of other ``strides``."""
+    """What ``op``, which may copy, returns of ``viewed``, or of a tensor of other ``strides``."""
     if viewed.layout is not torch.strided:
         return VIEWED
     if op in RESOLVING and getattr(viewed, RESOLVING[op])():

@@ -36,6 +36,15 @@ REPLACING = frozenset(f"aten::{n}" for n in (
     "geometric_", "log_normal_",
 ))  # fmt: skip
 
+#: Operators that copy where they cannot view.
+MAY_COPY = frozenset(f"aten::{n}" for n in (
+    "reshape", "contiguous", "to", "flatten", "ravel", "reshape_as", "view_as_real", "resolve_conj", "resolve_neg",
+    "type_as", "_reshape_alias", "_conj", "_to_cpu", "unflatten", "real", "positive", "expand_as", "data", "float",
+))  # fmt: skip
+VIEWS_OF_CONTIGUOUS = frozenset(f"aten::{n}" for n in (
+    "reshape.", "flatten.using_ints", "ravel.", "reshape_as.", "unflatten.int", "expand_as.",
+))  # fmt: skip
+
 #: Functions that stand in for operators whose schema hides what they do: (known, args, kwargs) -> output. See
 #: functrans.functionalization.hidden_effects.
 STAND_INS: RuleTable[Any] = RuleTable("stand-ins", cached=True, writing=True)
@@ -53,8 +62,8 @@ class OpInfo:
 
     __slots__ = (
         "arguments", "defaults", "defined_by_others", "direct", "forms", "kind", "kind_by_schema", "makes",
-        "metadata_write", "op", "random", "reads_target", "returns_written", "settled", "single", "specialized",
-        "tensor_lists", "written",
+        "may_copy", "metadata_write", "one_tensor", "op", "random", "reads_target", "returns_written", "settled",
+        "single", "specialized", "tensor_lists", "views_contiguous", "written",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload) -> None:
@@ -72,12 +81,18 @@ class OpInfo:
         self.makes = "pin_memory" in self.arguments
         self.tensor_lists = any("List[" in str(a.type) and "Tensor" in str(a.type) for a in schema.arguments)
         self.single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+        #: whether its first argument is the only one that is a tensor or holds some
+        self.one_tensor = [i for i, a in enumerate(schema.arguments) if "Tensor" in str(a.type)] == [0]
         #: positions (in schema order) of the arguments that are written
         self.written = tuple(
             i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write
         )
         self.returns_written = any(r.alias_info is not None and r.alias_info.is_write for r in schema.returns)
         aliases = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        #: of those whose result is a view: whether they copy where they cannot view, which depends on the strides; and
+        #: whether they view whatever is contiguous (``flatten`` of one dimension returns it)
+        self.may_copy = aliases and schema.name in MAY_COPY
+        self.views_contiguous = aliases and f"{schema.name}.{schema.overload_name}" in VIEWS_OF_CONTIGUOUS
         self.metadata_write = torch.Tag.inplace_view in op.tags
         self.kind_by_schema = WRITE if self.written else VIEW if aliases else PURE
         #: what it is outside of scopes of rules; see ``kind_here``

@@ -9,7 +9,7 @@ import torch
 from functrans.errors import FunctransError
 
 #: The first and the last minor version that the tests were run on; docs/versions.md has the table.
-SUPPORTED = ((2, 11), (2, 14))
+SUPPORTED = ((2, 11), (2, 15))
 
 #: The installed minor version. A development build counts as the version that it precedes.
 INSTALLED: tuple[int, ...] = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -17,6 +17,8 @@ INSTALLED: tuple[int, ...] = tuple(int(part) for part in torch.__version__.split
 #: Whether ``clamp``, ``fmax`` and ``fmin`` share their derivative among operands that are equal; see
 #: derivatives/ties.py.
 SPLITS_TIES = INSTALLED >= (2, 14)
+#: Whether ``fmax`` and ``fmin`` keep their derivative from the NaN that they pass by.
+PASSES_NAN_BY = INSTALLED >= (2, 15)
 
 #: Operators that a version took out: the first minor version without them.
 GONE = {"cholesky": (2, 14)}

@@ -1,9 +1,9 @@
 """Which of the derivatives that functrans has formulas for did another PyTorch change?
 
     python tests/checkers/derivatives_yaml.py                        # the installed PyTorch, against the list
-    python tests/checkers/derivatives_yaml.py torch-2.15.0-....whl   # a wheel, or a derivatives.yaml
+    python tests/checkers/derivatives_yaml.py torch-2.16.0-....whl   # a wheel, or a derivatives.yaml
     python tests/checkers/derivatives_yaml.py NEW --old OLD          # with the texts of both, beside each other
-    python tests/checkers/derivatives_yaml.py NEW --accept 2.15.0    # put the changes into the list; verdicts are yours
+    python tests/checkers/derivatives_yaml.py NEW --accept 2.16.0    # put the changes into the list; verdicts are yours
 
 PyTorch's formulas stand in ``derivatives.yaml``, which every wheel carries. The list, derivatives_yaml.txt, has a line
 for each entry that our derivative table answers for: its name, a hash of its text with the first version that had it,

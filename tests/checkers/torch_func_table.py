@@ -348,7 +348,7 @@ def named(rows: list[Row]) -> set[str]:
 HEAD = """\
 # Name by name: torch.func and JAX
 
-Every name and option of `torch.func` (PyTorch 2.11 to 2.14) and of JAX's [transforms](glossary.md#transform) (0.10),
+Every name and option of `torch.func` (PyTorch 2.11 to 2.15) and of JAX's [transforms](glossary.md#transform) (0.10),
 and whether functrans has it. What shows it is a line that is true, or a test; `tests/test_torch_func_table.py` runs the
 lines, and compares the names with those of what is installed. The page is written by
 `python tests/checkers/torch_func_table.py`.
