@@ -66,24 +66,8 @@ def run_batched(asked: Asked, batch: Batch) -> Any:
     given = leaves
     if not are_plain(leaves):
         leaves = [bare(x) for x in leaves]
-    level: Level | None = None  # which containers ask for
-    entered: list[Any] = []
-    for x, d in zip(leaves, dims, strict=True):
-        if isinstance(x, Tensor):
-            if type(x) is WrapperTensor:
-                x = as_here(x)
-            x = interpreter.batched(x, d)
-            if type(x) is WrapperTensor and x.interpreter is interpreter:
-                if x.strides is not None:
-                    x.given = True
-                if d is None:
-                    x.shared = True
-        elif is_container(x):
-            answer_for_good()
-            level = level or Level(interpreter)
-            x = batched_container(x, d, level)
-        entered.append(x)
-    args = tree_unflatten(spec, entered if given is leaves else list(map(shown_like, entered, given)))
+    wrapped, level = entered(interpreter, leaves, dims)
+    args = tree_unflatten(spec, wrapped if given is leaves else list(map(shown_like, wrapped, given)))
 
     def body() -> tuple[list[Any], Any, Any]:
         out = call_function(call, func, args, kwargs)
@@ -105,7 +89,7 @@ def run_batched(asked: Asked, batch: Batch) -> Any:
     if STATE.top is not None:
         note_results(2, results)
     written: dict[int, tuple[Tensor, int | None]] = {}
-    for i, wrapper in enumerate(entered):
+    for i, wrapper in enumerate(wrapped):
         if type(wrapper) is WrapperTensor and wrapper.version and wrapper.interpreter is interpreter:
             if wrapper.reassigned is not None:
                 wrapper = wrapper.reassigned
@@ -121,6 +105,30 @@ def run_batched(asked: Asked, batch: Batch) -> Any:
             if place is not None:
                 results[i] = callers_own(interpreter, bare(x), written, place, results[i])
     return tree_unflatten(out_spec, results)
+
+
+def entered(
+    interpreter: VmapInterpreter, leaves: list[Any], dims: list[int | None]
+) -> tuple[list[Any], Level | None]:
+    """The arguments as the function sees them; and, if some are containers, what keeps track of their tensors."""
+    level: Level | None = None
+    wrapped: list[Any] = []
+    for x, d in zip(leaves, dims, strict=True):
+        if isinstance(x, Tensor):
+            if type(x) is WrapperTensor:
+                x = as_here(x)
+            x = interpreter.batched(x, d)
+            if type(x) is WrapperTensor and x.interpreter is interpreter:
+                if x.strides is not None:
+                    x.given = True
+                if d is None:
+                    x.shared = True
+        elif is_container(x):
+            answer_for_good()
+            level = level or Level(interpreter)
+            x = batched_container(x, d, level)
+        wrapped.append(x)
+    return wrapped, level
 
 
 def callers_own(

@@ -15,24 +15,41 @@ from functrans.pytorch.torch_private import OpOverload
 aten = torch.ops.aten
 
 
-def backward_entry(norm: Norm, op: OpOverload) -> None:
-    """Add the entry of ``op(grad_out, input, ...) -> (of input, of weight, of bias)``.
+class Backward:
+    """Formulas of an operator ``(grad_out, input, ...) -> (of input, of weight, of bias)``.
 
     ``rstd * project(grad_out * weight)``, ``sum(grad_out * normal)`` and ``sum(grad_out)``, as functions of grad_out,
     input and weight; mean and rstd stand for functions of input and have no derivative of their own.
     """
-    names = [a.name for a in op._schema.arguments]
-    options = [n for n in names if n not in ("grad_out", "input", "weight", "bias", "output_mask")]
 
+    def __init__(self, norm: Norm, op: OpOverload) -> None:
+        self.norm = norm
+        self.op = op
+
+    def add_entry(self) -> None:
+        names = [a.name for a in self.op._schema.arguments]
+        options = [n for n in names if n not in ("grad_out", "input", "weight", "bias", "output_mask")]
+        saved = ("grads", "grad_out", "input", "weight", *options)
+        moving = ("results", "output_mask", "grad_out_t", "input_t", "weight_t")
+        derivative(
+            self.op,
+            tangent=with_names((*saved[1:], *moving), self.tangent),
+            grad_out=with_names(saved, self.grad_out),
+            input=with_names(saved, self.input),
+            weight=with_names(saved, self.weight),
+            **{self.norm.mean: no_cotangent, self.norm.rstd: no_cotangent},  # type: ignore[arg-type]
+        )
+
+    @staticmethod
     def pulled(v: Values, s: State) -> Tensor | None:
         """The cotangent of ``grad_out * weight``."""
         of_input = v["grads"][0]
         return None if of_input is None else s.project(s.rstd * s.layout.x(of_input))
 
-    def grad_out_cotangent(v: Values) -> Tensor | None:
-        s = State(norm, v)
+    def grad_out(self, v: Values) -> Tensor | None:
+        s = State(self.norm, v)
         of_weight, of_bias = v["grads"][1:]
-        product = pulled(v, s)
+        product = self.pulled(v, s)
         total = sum_of(
             [
                 None if product is None else s.weighted(product),
@@ -43,13 +60,13 @@ def backward_entry(norm: Norm, op: OpOverload) -> None:
         grad_out = v["grad_out"]
         return None if total is None else cast(total.expand(s.layout.shape).reshape(grad_out.shape), grad_out.dtype)
 
-    def weight_cotangent(v: Values) -> Tensor | None:
-        s = State(norm, v)
-        product = pulled(v, s)
+    def weight(self, v: Values) -> Tensor | None:
+        s = State(self.norm, v)
+        product = self.pulled(v, s)
         return None if product is None else s.layout.to_affine(product * s.layout.x(v["grad_out"]), v["weight"])
 
-    def input_cotangent(v: Values) -> Tensor | None:
-        s = State(norm, v)
+    def input(self, v: Values) -> Tensor | None:
+        s = State(self.norm, v)
         of_input, of_weight = v["grads"][:2]
         grad_out, mean = s.layout.x(v["grad_out"]), s.layout.mean
         of_normal = None if of_weight is None else shaped(of_weight, s.layout.affine) * grad_out
@@ -64,51 +81,47 @@ def backward_entry(norm: Norm, op: OpOverload) -> None:
         total = sum_of([direct, None if of_normal is None else s.rstd * s.project(of_normal)])
         return None if total is None else cast(total.reshape(v["input"].shape), v["input"].dtype)
 
-    def tangent(v: Values) -> tuple[Tensor | None, ...]:
-        s = State(norm, v)
-        grad_out, mean = s.layout.x(v["grad_out"]), s.layout.mean
-        grad_t, input_t, weight_t = v["grad_out_t"], v["input_t"], v["weight_t"]
-        grad_t = None if grad_t is None else s.layout.x(grad_t)
-        normal_t = None if input_t is None else s.rstd * s.project(s.layout.x(input_t))
-        moved: list[Tensor | None] = [None, None, None]
-        if v["output_mask"][0]:
-            given_t = sum_of(
-                [
-                    None if grad_t is None else s.weighted(grad_t),
-                    None if weight_t is None else grad_out * shaped(weight_t, s.layout.affine),
-                ]
-            )
-            total = None if given_t is None else s.rstd * s.project(given_t)
-            if normal_t is not None and s.learned:
-                given = s.weighted(grad_out)
-                inner = normal_t * mean(given * s.normal) + s.normal * mean(given * normal_t)
-                rstd_t = -s.rstd * s.rstd * mean(s.layout.x(input_t) * s.normal)
-                total = sum_of([total, rstd_t * s.project(given) - s.rstd * inner])
-            if total is not None:
-                moved[0] = cast(total.reshape(v["input"].shape), v["input"].dtype)
-        if v["output_mask"][1]:
-            total = sum_of(
-                [
-                    None if grad_t is None else grad_t * s.normal,
-                    None if normal_t is None else grad_out * normal_t,
-                ]
-            )
-            moved[1] = None if total is None else s.layout.to_affine(total, v["results"][1])
-        if v["output_mask"][2] and grad_t is not None:
-            moved[2] = s.layout.to_affine(grad_t, v["results"][2])
-        return tuple(moved)
+    def tangent(self, v: Values) -> tuple[Tensor | None, ...]:
+        s = State(self.norm, v)
+        grad_t, input_t = (None if v[n] is None else s.layout.x(v[n]) for n in ("grad_out_t", "input_t"))
+        normal_t = None if input_t is None else s.rstd * s.project(input_t)
+        of_input, of_weight, of_bias = v["output_mask"]
+        return (
+            self.tangent_of_input(v, s, grad_t, input_t, normal_t) if of_input else None,
+            self.tangent_of_weight(v, s, grad_t, normal_t) if of_weight else None,
+            s.layout.to_affine(grad_t, v["results"][2]) if of_bias and grad_t is not None else None,
+        )
 
-    saved = ("grads", "grad_out", "input", "weight", *options)
-    derivative(
-        op,
-        tangent=with_names((*saved[1:], "results", "output_mask", "grad_out_t", "input_t", "weight_t"), tangent),
-        grad_out=with_names(saved, grad_out_cotangent),
-        input=with_names(saved, input_cotangent),
-        weight=with_names(saved, weight_cotangent),
-        **{norm.mean: no_cotangent, norm.rstd: no_cotangent},  # type: ignore[arg-type]
-    )
+    @staticmethod
+    def tangent_of_input(
+        v: Values, s: State, grad_t: Tensor | None, input_t: Tensor | None, normal_t: Tensor | None
+    ) -> Tensor | None:
+        grad_out, mean, weight_t = s.layout.x(v["grad_out"]), s.layout.mean, v["weight_t"]
+        given_t = sum_of(
+            [
+                None if grad_t is None else s.weighted(grad_t),
+                None if weight_t is None else grad_out * shaped(weight_t, s.layout.affine),
+            ]
+        )
+        total = None if given_t is None else s.rstd * s.project(given_t)
+        if input_t is not None and normal_t is not None and s.learned:
+            given = s.weighted(grad_out)
+            inner = normal_t * mean(given * s.normal) + s.normal * mean(given * normal_t)
+            rstd_t = -s.rstd * s.rstd * mean(input_t * s.normal)
+            total = sum_of([total, rstd_t * s.project(given) - s.rstd * inner])
+        return None if total is None else cast(total.reshape(v["input"].shape), v["input"].dtype)
+
+    @staticmethod
+    def tangent_of_weight(v: Values, s: State, grad_t: Tensor | None, normal_t: Tensor | None) -> Tensor | None:
+        total = sum_of(
+            [
+                None if grad_t is None else grad_t * s.normal,
+                None if normal_t is None else s.layout.x(v["grad_out"]) * normal_t,
+            ]
+        )
+        return None if total is None else s.layout.to_affine(total, v["results"][1])
 
 
-backward_entry(LAYER, aten.native_layer_norm_backward.default)
-backward_entry(GROUP, aten.native_group_norm_backward.default)
-backward_entry(BATCH, aten.native_batch_norm_backward.default)
+Backward(LAYER, aten.native_layer_norm_backward.default).add_entry()
+Backward(GROUP, aten.native_group_norm_backward.default).add_entry()
+Backward(BATCH, aten.native_batch_norm_backward.default).add_entry()

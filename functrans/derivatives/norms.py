@@ -30,20 +30,41 @@ from functrans.pytorch.torch_private import OpOverload
 aten = torch.ops.aten
 
 
-def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor, list[bool]], Any]) -> None:
-    """Add the entry of ``op(input, ..., weight, bias, ...) -> (out, mean, rstd, ...)``.
+#: ``(values, cotangent of the output, which of the three are wanted) -> (of input, of weight, of bias)``
+Backward = Callable[[Values, Tensor, list[bool]], Any]
+
+
+class Forward:
+    """Formulas of an operator ``(input, ..., weight, bias, ...) -> (out, mean, rstd, ...)``.
 
     Further outputs, the new running statistics, count as constants, as in PyTorch.
     """
-    names = [a.name for a in op._schema.arguments]
-    options = [n for n in (*norm.options, "running_mean", "running_var", "training") if n in names]
-    outputs = len(op._schema.returns)
 
-    def input_cotangent(v: Values) -> Tensor | None:
+    def __init__(self, norm: Norm, op: OpOverload, backward: Backward) -> None:
+        self.norm = norm
+        self.op = op
+        self.backward = backward
+        self.alone = {"input": self.input, "weight": self.weight, "bias": self.bias}
+        self.names = [a.name for a in op._schema.arguments]
+        if "running_mean" in self.names:
+            self.alone |= {"running_mean": self.running_mean, "running_var": self.running_var}
+
+    def add_entry(self) -> None:
+        options = (*self.norm.options, "running_mean", "running_var", "training")
+        saved = ("grads", "results", "input", "weight", *(n for n in options if n in self.names))
+        of_bias = ("grads", "bias", *(n for n in self.norm.options if n in self.names))
+        derivative(
+            self.op,
+            tangent=with_names((*saved[1:], *(f"{n}_t" for n in self.alone)), self.tangent),
+            joint=with_names((*saved, "bias", "wanted"), self.joint),
+            **{n: with_names(of_bias if n == "bias" else saved, f) for n, f in self.alone.items()},  # type: ignore[arg-type]
+        )
+
+    def input(self, v: Values) -> Tensor | None:
         of_out, of_mean, of_rstd = v["grads"][:3]
-        total = None if of_out is None else backward(v, of_out, [True, False, False])[0]
-        if norm.learned(v) and (of_mean is not None or of_rstd is not None):
-            s = State(norm, v)
+        total = None if of_out is None else self.backward(v, of_out, [True, False, False])[0]
+        if self.norm.learned(v) and (of_mean is not None or of_rstd is not None):
+            s = State(self.norm, v)
             count = s.normal.numel() // max(s.rstd.numel(), 1)
             terms = [
                 None if of_mean is None else shaped(of_mean, s.layout.statistics).expand(s.normal.shape) / count,
@@ -53,47 +74,46 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
             total = more if total is None else total + more
         return total
 
-    def weight_cotangent(v: Values) -> Tensor | None:
+    def weight(self, v: Values) -> Tensor | None:
         of_out = v["grads"][0]
-        return None if of_out is None else backward(v, of_out, [False, True, False])[1]
+        return None if of_out is None else self.backward(v, of_out, [False, True, False])[1]
 
-    def cotangents(v: Values) -> dict[str, Tensor | None]:
-        """Of input and weight by one operator, where only the output has a cotangent."""
-        of_out, of_mean, of_rstd = v["grads"][:3]
-        wanted = v["wanted"]
-        alone = {"input": input_cotangent, "weight": weight_cotangent, "bias": bias_cotangent, **given_alone}
-        found: dict[str, Tensor | None] = {}
-        if of_out is not None and of_mean is None and of_rstd is None and "input" in wanted and "weight" in wanted:
-            found["input"], found["weight"], _ = backward(v, of_out, [True, True, False])
-        return found | {n: alone[n](v) for n in wanted if n not in found}
-
-    def bias_cotangent(v: Values) -> Tensor | None:
+    def bias(self, v: Values) -> Tensor | None:
         of_out = v["grads"][0]
         if of_out is None:
             return None
-        layout = norm.layout(v, of_out)
+        layout = self.norm.layout(v, of_out)
         return layout.to_affine(layout.x(of_out), v["bias"])
+
+    def joint(self, v: Values) -> dict[str, Tensor | None]:
+        """Cotangents of input and weight by one operator, where only the output has one."""
+        of_out, of_mean, of_rstd = v["grads"][:3]
+        wanted = v["wanted"]
+        found: dict[str, Tensor | None] = {}
+        if of_out is not None and of_mean is None and of_rstd is None and "input" in wanted and "weight" in wanted:
+            found["input"], found["weight"], _ = self.backward(v, of_out, [True, True, False])
+        return found | {n: self.alone[n](v) for n in wanted if n not in found}
 
     # The running statistics are what x is normalized with in eval mode, and do not matter in training mode.
 
-    def of_running_mean(v: Values) -> Tensor | None:
+    def running_mean(self, v: Values) -> Tensor | None:
         of_out = v["grads"][0]
-        if norm.learned(v) or of_out is None:
+        if self.norm.learned(v) or of_out is None:
             return None
-        s = State(norm, v)
+        s = State(self.norm, v)
         return s.layout.to_affine(-s.weighted(s.layout.x(of_out)) * s.rstd, v["running_mean"])
 
-    def of_running_var(v: Values) -> Tensor | None:
+    def running_var(self, v: Values) -> Tensor | None:
         of_out = v["grads"][0]
-        if norm.learned(v) or of_out is None:
+        if self.norm.learned(v) or of_out is None:
             return None
-        s = State(norm, v)
+        s = State(self.norm, v)
         slope = s.weighted(s.layout.x(of_out)) * s.normal * s.rstd * s.rstd / -2
         return s.layout.to_affine(slope, v["running_var"])
 
-    def tangent(v: Values) -> tuple[Tensor | None, ...]:
-        s, out = State(norm, v), v["results"][0]
-        moved: list[Tensor | None] = [None] * outputs
+    def tangent(self, v: Values) -> tuple[Tensor | None, ...]:
+        s, out = State(self.norm, v), v["results"][0]
+        moved: list[Tensor | None] = [None] * len(self.op._schema.returns)
         terms = []
         if v["input_t"] is not None:
             x_t = s.layout.x(v["input_t"])
@@ -115,21 +135,6 @@ def forward_entry(norm: Norm, op: OpOverload, backward: Callable[[Values, Tensor
         if total is not None:
             moved[0] = cast(total.expand(s.layout.shape).reshape(out.shape), out.dtype)
         return tuple(moved)
-
-    saved = ("grads", "results", "input", "weight", *options)
-    given, given_alone = {}, {}
-    if "running_mean" in names:
-        given_alone = {"running_mean": of_running_mean, "running_var": of_running_var}
-        given = {"running_mean": with_names(saved, of_running_mean), "running_var": with_names(saved, of_running_var)}
-    derivative(
-        op,
-        tangent=with_names((*saved[1:], "input_t", "weight_t", "bias_t", *(f"{n}_t" for n in given)), tangent),
-        input=with_names(saved, input_cotangent),
-        weight=with_names(saved, weight_cotangent),
-        bias=with_names(("grads", "bias", *(n for n in norm.options if n in names)), bias_cotangent),
-        joint=with_names((*saved, "bias", "wanted"), cotangents),
-        **given,  # type: ignore[arg-type]
-    )
 
 
 def plain_backward(norm: Norm, v: Values, grad: Tensor, mask: list[bool]) -> Any:
@@ -169,12 +174,12 @@ def batch_backward(v: Values, grad: Tensor, mask: list[bool]) -> Any:
     return of_input, s.layout.to_affine(grad * s.normal, v["weight"]) if mask[1] else None, None
 
 
-forward_entry(LAYER, aten.native_layer_norm.default, layer_backward)
-forward_entry(GROUP, aten.native_group_norm.default, group_backward)
-for _op in (
-    aten.native_batch_norm.default,
-    aten._native_batch_norm_legit.no_stats,
-    aten._native_batch_norm_legit_functional.default,
+for _norm, _op, _backward in (
+    (LAYER, aten.native_layer_norm.default, layer_backward),
+    (GROUP, aten.native_group_norm.default, group_backward),
+    (BATCH, aten.native_batch_norm.default, batch_backward),
+    (BATCH, aten._native_batch_norm_legit.no_stats, batch_backward),
+    (BATCH, aten._native_batch_norm_legit_functional.default, batch_backward),
+    (BATCH_EVAL, aten._native_batch_norm_legit_no_training.default, batch_backward),
 ):
-    forward_entry(BATCH, _op, batch_backward)
-forward_entry(BATCH_EVAL, aten._native_batch_norm_legit_no_training.default, batch_backward)
+    Forward(_norm, _op, _backward).add_entry()

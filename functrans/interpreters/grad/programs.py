@@ -63,6 +63,11 @@ def record_program(self: GradInterpreter, program: Program, args: Sequence[Any])
             saved = [values[-1 - i] if i < 0 else out for i in known.saves]
             self.tape.append((known, index, [x._carried, y._carried], saved))
             return wrapper
+    return record_anew(self, program, args, make)
+
+
+def record_anew(self: GradInterpreter, program: Program, args: Sequence[Any], make: Callable[..., Any]) -> Any:
+    """``record_program`` of any program, which may have to be derived first; ``make`` makes wrappers of its results."""
     values, places, indices, first, alike, same = unwrap_program(self, args)
     if not places or not torch.is_grad_enabled():
         return constants(self, lower(self, program.inner, values, NO_KWARGS))

@@ -92,85 +92,87 @@ class Drawn:
 
 def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple[int | None, ...]) -> type[Function]:
     """The Function on physical values: each of its methods, run once under vmap."""
-    size = outer.batch_size
+    of_examples = Methods(cls, outer, in_dims)
+    methods = {"function": cls, "in_dims": in_dims}
+    for name in ("forward", "backward", *(["jvp"] if overrides(cls, "jvp") else [])):
+        methods[name] = staticmethod(getattr(of_examples, name))
+    return type(Function)(f"Batched{cls.__name__}", (Function,), methods)
 
-    def inside(body: Callable[[VmapInterpreter], Any]) -> Any:
-        interpreter = type(outer)(outer.batch_size, outer.randomness, cls)
+
+class Methods:
+    """Methods of a Function, on physical values: those of ``cls``, which see one example."""
+
+    def __init__(self, cls: type[Function], outer: VmapInterpreter, in_dims: tuple[int | None, ...]) -> None:
+        self.cls = cls
+        self.outer = outer
+        self.in_dims = in_dims
+
+    def inside(self, body: Callable[[VmapInterpreter], Any]) -> Any:
+        outer = self.outer
+        interpreter = type(outer)(outer.batch_size, outer.randomness, self.cls)
         interpreter.axis_name = outer.axis_name
         with suspended(outer, lambda x: interpreter.rewrap(x, as_here(x.value, expected=True))):
             return run_transformed(interpreter, lambda: body(interpreter))
 
-    class Batched(Function):
-        @staticmethod
-        def forward(ctx: Any, *values: Any) -> Any:
-            inner = Context(cls, ctx.needs_input_grad)
+    def forward(self, ctx: Any, *values: Any) -> Any:
+        cls = self.cls
+        inner = Context(cls, ctx.needs_input_grad)
 
-            def body(interpreter: VmapInterpreter) -> Any:
-                args = [entered(interpreter, v, d) for v, d in zip(values, in_dims, strict=True)]
-                if is_setup_style(cls):
-                    out = cls.forward(*args)
-                    cls.setup_context(inner, tuple(args), out)
-                else:
-                    out = cls.forward(inner, *args)
-                inner.check_grad_dtypes(as_tuple(out))
-                outs = [physical(interpreter, o) for o in as_tuple(out)]
-                differentiable = [not inner.is_non_differentiable(o) for o in as_tuple(out)]
-                ctx.inputs = [shape_of(a) for a in args]
-                ctx.outputs = [shape_of(o) for o in as_tuple(out)]
-                return outs, differentiable, isinstance(out, tuple), [physical(interpreter, s) for s in inner._saved], [
-                    physical(interpreter, s) for s in inner._saved_forward
-                ]
+        def body(interpreter: VmapInterpreter) -> Any:
+            args = [entered(interpreter, v, d) for v, d in zip(values, self.in_dims, strict=True)]
+            if is_setup_style(cls):
+                out = cls.forward(*args)
+                cls.setup_context(inner, tuple(args), out)
+            else:
+                out = cls.forward(inner, *args)
+            inner.check_grad_dtypes(as_tuple(out))
+            outs = [physical(interpreter, o) for o in as_tuple(out)]
+            differentiable = [not inner.is_non_differentiable(o) for o in as_tuple(out)]
+            ctx.inputs = [shape_of(a) for a in args]
+            ctx.outputs = [shape_of(o) for o in as_tuple(out)]
+            kept = [[physical(interpreter, s) for s in those] for those in (inner._saved, inner._saved_forward)]
+            return outs, differentiable, isinstance(out, tuple), *kept
 
-            outs, differentiable, many, saved, saved_forward = inside(body)
-            results = [to_dim(size, o, d, 0) for o, d in outs]
-            by_value = {id(o): r for (o, _), r in zip(outs, results, strict=True)}
-            ctx.dims = [d if id(s) not in by_value else 0 for s, d in saved]
-            ctx.forward_dims = [d if id(s) not in by_value else 0 for s, d in saved_forward]
-            ctx.save_for_backward(*[by_value.get(id(s), s) for s, _ in saved])
-            ctx.save_for_forward(*[by_value.get(id(s), s) for s, _ in saved_forward])
-            ctx.mark_non_differentiable(
-                *[r for r, d in zip(results, differentiable, strict=True) if not d and isinstance(r, Tensor)]
-            )
-            ctx.set_materialize_grads(inner.materialize_grads)
-            ctx.inner = inner
-            return tuple(results) if many else results[0]
+        outs, differentiable, many, saved, saved_forward = self.inside(body)
+        results = [to_dim(self.outer.batch_size, o, d, 0) for o, d in outs]
+        by_value = {id(o): r for (o, _), r in zip(outs, results, strict=True)}
+        ctx.dims = [d if id(s) not in by_value else 0 for s, d in saved]
+        ctx.forward_dims = [d if id(s) not in by_value else 0 for s, d in saved_forward]
+        ctx.save_for_backward(*[by_value.get(id(s), s) for s, _ in saved])
+        ctx.save_for_forward(*[by_value.get(id(s), s) for s, _ in saved_forward])
+        ctx.mark_non_differentiable(
+            *[r for r, d in zip(results, differentiable, strict=True) if not d and isinstance(r, Tensor)]
+        )
+        ctx.set_materialize_grads(inner.materialize_grads)
+        ctx.inner = inner
+        return tuple(results) if many else results[0]
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            def body(interpreter: VmapInterpreter) -> Any:
-                ctx.inner._forward_mode = False
-                ctx.inner._saved = rewrapped(interpreter, ctx.saved_tensors, ctx.dims)
-                given = [interpreter.batched(g, 0) if isinstance(g, Tensor) else g for g in grads]
-                return [physical(interpreter, f) for f in gradients(cls, ctx.inner, given, ctx.inputs)]
+    def backward(self, ctx: Any, *grads: Any) -> Any:
+        def body(interpreter: VmapInterpreter) -> Any:
+            ctx.inner._forward_mode = False
+            ctx.inner._saved = rewrapped(interpreter, ctx.saved_tensors, ctx.dims)
+            given = [interpreter.batched(g, 0) if isinstance(g, Tensor) else g for g in grads]
+            return [physical(interpreter, f) for f in gradients(self.cls, ctx.inner, given, ctx.inputs)]
 
-            def of_argument(x: Any, bdim: int | None, in_dim: int | None) -> Any:
-                found = to_dim(size, x, bdim, in_dim or 0)
-                return found.sum(0) if in_dim is None and isinstance(x, Tensor) else found
+        def of_argument(x: Any, bdim: int | None, in_dim: int | None) -> Any:
+            found = to_dim(self.outer.batch_size, x, bdim, in_dim or 0)
+            return found.sum(0) if in_dim is None and isinstance(x, Tensor) else found
 
-            return tuple(of_argument(x, bdim, d) for (x, bdim), d in zip(inside(body), in_dims, strict=True))
+        return tuple(of_argument(x, bdim, d) for (x, bdim), d in zip(self.inside(body), self.in_dims, strict=True))
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            def body(interpreter: VmapInterpreter) -> Any:
-                ctx.inner._forward_mode = True
-                wrapped = rewrapped(interpreter, ctx.saved_tensors, ctx.forward_dims or ctx.dims)
-                if ctx.inner._saved_forward:
-                    ctx.inner._saved_forward = wrapped
-                else:
-                    ctx.inner._saved = wrapped
-                given = [
-                    interpreter.batched(t, d) if isinstance(t, Tensor) else t
-                    for t, d in zip(tangents, in_dims, strict=True)
-                ]
-                return [physical(interpreter, f) for f in tangents_of(cls, ctx.inner, given, ctx.outputs)]
+    def jvp(self, ctx: Any, *tangents: Any) -> Any:
+        def body(interpreter: VmapInterpreter) -> Any:
+            ctx.inner._forward_mode = True
+            wrapped = rewrapped(interpreter, ctx.saved_tensors, ctx.forward_dims or ctx.dims)
+            if ctx.inner._saved_forward:
+                ctx.inner._saved_forward = wrapped
+            else:
+                ctx.inner._saved = wrapped
+            pairs = zip(tangents, self.in_dims, strict=True)
+            given = [interpreter.batched(t, d) if isinstance(t, Tensor) else t for t, d in pairs]
+            return [physical(interpreter, f) for f in tangents_of(self.cls, ctx.inner, given, ctx.outputs)]
 
-            return tuple(to_dim(size, f, d, 0) for f, d in inside(body))
-
-    if not overrides(cls, "jvp"):
-        Batched.jvp = Function.jvp  # type: ignore[method-assign]
-    Batched.__name__ = f"Batched{cls.__name__}"
-    Batched.function, Batched.in_dims = cls, in_dims  # type: ignore[attr-defined]
-    return Batched
+        return tuple(to_dim(self.outer.batch_size, f, d, 0) for f, d in self.inside(body))
 
 
 def entered(interpreter: VmapInterpreter, value: Any, dim: Any) -> Any:
