@@ -163,6 +163,7 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """Run a view operator and link what it returns to what it was taken from."""
     op = known.op
     viewed = args[0]
+    owner: Interpreter | None
     if known.one_tensor and type(viewed) is WrapperTensor and viewed.interpreter.alive:  # what ``scan`` finds
         owner = viewed.interpreter
         if viewed.view_link is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import string_at
+from types import new_class
 from typing import Any, NoReturn
 
 import torch
@@ -93,10 +94,10 @@ class Drawn:
 def batched_function(cls: type[Function], outer: VmapInterpreter, in_dims: tuple[int | None, ...]) -> type[Function]:
     """The Function on physical values: each of its methods, run once under vmap."""
     of_examples = Methods(cls, outer, in_dims)
-    methods = {"function": cls, "in_dims": in_dims}
+    methods: dict[str, Any] = {"function": cls, "in_dims": in_dims}
     for name in ("forward", "backward", *(["jvp"] if overrides(cls, "jvp") else [])):
         methods[name] = staticmethod(getattr(of_examples, name))
-    return type(Function)(f"Batched{cls.__name__}", (Function,), methods)
+    return new_class(f"Batched{cls.__name__}", (Function,), exec_body=lambda body: body.update(methods))
 
 
 class Methods:
