@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -576,3 +577,30 @@ def test_a_handler_below_all_others_is_passed_by() -> None:
     level = Draws()
     transform(level, vmap(lambda x: torch.rand_like(x), randomness="different"))(x.detach())
     assert len(level.seen) == 1 and level.seen[0].startswith("aten.rand")
+
+
+def test_jvp_of_what_is_no_tensor_beside_tensors() -> None:
+    """It passes, and its tangent is None; a number may be a tensor's that has left its derivative behind."""
+    x = torch.tensor([1.0, 2.0])
+
+    def f(x: Tensor) -> Any:
+        return {"y": x**3, "count": (len(x), True), "name": "cube", "nothing": None, "large": x > 1.5}
+
+    out, tangent = jvp(f, (x,), (x,))
+    assert torch.equal(out["y"], x**3) and torch.equal(tangent["y"], 3 * x**3)
+    assert (out["count"], out["name"], out["nothing"]) == ((2, True), "cube", None)
+    assert (tangent["count"], tangent["name"], tangent["nothing"]) == ((None, None), None, None)
+    assert not tangent["large"].any()
+    second = jvp(lambda x: jvp(f, (x,), (x,))[1], (x,), (torch.ones(2),))[1]
+    assert torch.equal(second["y"], 9 * x**2) and second["name"] is None
+    rows = torch.stack([x, x + 1])
+    out, tangent = vmap(lambda x: jvp(f, (x,), (x,)))(rows)
+    assert torch.equal(tangent["y"], 3 * rows**3) and out["count"] == (2, True) and tangent["name"] is None
+    for number in (3.0, 2j, numpy.ones(2), numpy.float64(1)):
+        with pytest.raises(CallError, match=r"as output\[1\]; expected only tensors. Return the tensor itself"):
+            jvp(lambda x, number=number: (x, number), (x,), (x,))
+    for out in (None, 3, (None, "a"), ()):
+        with pytest.raises(CallError, match="expected (only tensors|at least one tensor)"):
+            jvp(lambda x, out=out: out, (x,), (x,))
+    with pytest.raises(CallError, match=r"output\['y'\], which does not depend on the primals"):
+        jvp(lambda x: {"y": x.detach(), "name": "a"}, (x,), (x,), strict=True)

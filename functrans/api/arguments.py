@@ -231,12 +231,20 @@ def split_aux(call: Call, out: Any) -> tuple[Any, Any]:
     return out
 
 
-def check_outputs(call: Call, out: Any, leaves: list[Any], differentiable: bool = False) -> None:
-    """The function returned tensors and nothing else; ``differentiable``: with derivatives."""
+def check_outputs(
+    call: Call, out: Any, leaves: list[Any], differentiable: bool = False, beside_tensors: bool = False
+) -> None:
+    """The function returned tensors and nothing else; ``differentiable``: with derivatives.
+
+    ``beside_tensors``: other things may be among them, but for what may be a tensor's numbers.
+    """
     if not leaves:
         raise CallError(call, f"{what(out)} from the function", "at least one tensor")
+    beside_tensors = beside_tensors and any(isinstance(leaf, Tensor) for leaf in leaves)
     for place, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
+            if beside_tensors and not (isinstance(leaf, float | complex) or hasattr(leaf, "__array__")):
+                continue
             cure = output_cure(leaf) or "Return it as aux, with has_aux=True."
             raise CallError(call, f"{what(leaf)} as {path_of('output', out, place)}", "only tensors", cure)
         if type(leaf) is Tensor:  # a constant: one that no wrapper could hold came out as it was

@@ -78,7 +78,8 @@ def jvp_with_argnums(
         call, func, primals, along, argnums, strict, has_aux, kwargs, cls
     )
     inputs.write_back()
-    out_tangents = [torch.zeros_like(bare(v)) if t is None else t for v, t in zip(values, found, strict=True)]
+    pairs = zip(values, found, strict=True)
+    out_tangents = [torch.zeros_like(bare(v)) if t is None and isinstance(v, Tensor) else t for v, t in pairs]
     out_tangents = gradients_by(values, out_tangents)
     if STATE.top is not None:
         note_results(2, values, out_tangents, aux)
@@ -95,9 +96,9 @@ def run_forward(
     has_aux: bool,
     kwargs: Any = None,
     cls: type[JvpInterpreter] = JvpInterpreter,
-) -> tuple[list[Tensor], list[Tensor | None], TreeSpec, Any, Inputs]:
-    """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero), their structure, aux, and the
-    arguments, which are not written back yet."""
+) -> tuple[list[Any], list[Tensor | None], TreeSpec, Any, Inputs]:
+    """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero, or no tensor), their structure,
+    aux, and the arguments, which are not written back yet."""
     interpreter = cls(func)
     interpreter.seeds = tangents
     pairs = map(bare, tangents)
@@ -112,15 +113,16 @@ def run_forward(
             out, aux = split_aux(call, out)
             aux = tree_map(inputs.leave, aux)
         out_leaves, out_spec = tree_flatten(out)
-        check_outputs(call, out, out_leaves)
+        check_outputs(call, out, out_leaves, beside_tensors=call.transform == "jvp")
         values = [inputs.leave(o) for o in out_leaves]
         below = map(bare, out_leaves)
         found = [
             as_own(interpreter.below, o.tangent) if type(o) is WrapperTensor and o.interpreter is interpreter else None
             for o in below
         ]
-        if strict and any(t is None for t in found):
-            independent = path_of("output", out, next(i for i, t in enumerate(found) if t is None))
+        constants = [i for i, t in enumerate(found) if t is None and isinstance(values[i], Tensor)]
+        if strict and constants:
+            independent = path_of("output", out, constants[0])
             raise CallError(
                 call,
                 f"{independent}, which does not depend on the primals",

@@ -186,7 +186,9 @@ def jvp(
     """The value of ``func`` and its directional derivative: the Jacobian-vector product.
 
     Args:
-        func: takes ``*primals``, returns a pytree of tensors (with ``has_aux``, a pair of that and anything).
+        func: takes ``*primals``, returns a pytree of tensors (with ``has_aux``, a pair of that and anything). Other
+            things may be among these, such as None, an int or a name, but no floating-point or complex numbers, which
+            have left their derivative behind.
         primals: a tuple of pytrees of tensors. What has no derivative (integers, truth values, other objects) may be
             among them, with None for a tangent, and does not move.
         tangents: of the structure, shapes and dtypes of ``primals``.
@@ -195,10 +197,11 @@ def jvp(
         interpreter: a subclass of ``functrans.extend.JvpInterpreter`` that takes its place at this level.
 
     Returns:
-        ``(output, tangent)``, with ``has_aux`` ``(output, tangent, aux)``.
+        ``(output, tangent)``, with ``has_aux`` ``(output, tangent, aux)``. Of an output without derivative the tangent is
+        zero, of what is no tensor None.
 
     Raises:
-        CallError: primals and tangents do not match, or an output is not a tensor.
+        CallError: primals and tangents do not match, or no output is a tensor.
 
     Example:
         >>> import torch
