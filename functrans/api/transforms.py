@@ -197,7 +197,7 @@ def jvp(
         interpreter: a subclass of ``functrans.extend.JvpInterpreter`` that takes its place at this level.
 
     Returns:
-        ``(output, tangent)``, with ``has_aux`` ``(output, tangent, aux)``. Of an output without derivative the tangent is
+        ``(output, tangent)``, with ``has_aux`` ``(output, tangent, aux)``. Of an output without derivative the tangent
         zero, of what is no tensor None.
 
     Raises:
