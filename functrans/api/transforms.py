@@ -198,7 +198,7 @@ def jvp(
 
     Returns:
         ``(output, tangent)``, with ``has_aux`` ``(output, tangent, aux)``. Of an output without derivative the tangent
-        zero, of what is no tensor None.
+        is zero, of what is no tensor None.
 
     Raises:
         CallError: primals and tangents do not match, or no output is a tensor.
