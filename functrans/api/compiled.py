@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,15 +41,36 @@ from functrans.pytorch.thread_state import STATE, running_at, unchanged
 from functrans.pytorch.torch_private import HigherOrderOperator, mode_kinds, mode_of_kind, torch_pytree
 from functrans.tensors.pytrees import tree_unflatten
 
-#: Transforms that are called with the function and its arguments at once.
-AT_ONCE = ("jet", "jvp", "linear_transpose", "linearize", "vjp")
-#: Those that return a function, which stays in the graph.
-RETURNING = ("linear_transpose", "linearize", "vjp")
-#: Those that switch grad mode on for the function.
-RECORDING = (
-    "grad", "grad_and_value", "value_and_grad", "jacrev", "jacrev_and_value", "hessian", "clipped_grad",
-    "per_example_norms", "vjp", "linearize", "linear_transpose",
-)  # fmt: skip
+Transform = TypeVar("Transform", bound=Callable[..., Any])
+
+
+class Manner(NamedTuple):
+    """What a transform that calls ``TRACED`` does that others do not."""
+
+    #: it is called with the function and its arguments at once
+    at_once: bool = False
+    #: it returns a function, which stays in the graph
+    returns_function: bool = False
+    #: it switches grad mode on for the function
+    records: bool = False
+
+
+MANNERS: dict[Callable[..., Any], Manner] = {}
+
+
+def manner(**facts: bool) -> Callable[[Transform], Transform]:
+    """Note the ``Manner`` of a transform where it is defined; of those without a note nothing is true."""
+
+    def note(transform: Transform) -> Transform:
+        MANNERS[transform] = Manner(**facts)
+        return transform
+
+    return note
+
+
+def manner_of(transform: Callable[..., Any]) -> Manner:
+    return MANNERS.get(transform, Manner())
+
 
 #: Stands for a leaf that is in the graph, and for one that is an object which the function alone uses.
 HOLE: Any = type("Hole", (), {"__repr__": lambda self: "HOLE"})()
@@ -61,7 +82,7 @@ def transformed(
 ) -> Any:
     """The call that ``TRACED`` stands for. ``tangents``: those, or other tensors that the transform takes: options by
     name, or a tuple of what comes in front of the arguments, and is not for the function."""
-    if transform.__name__ in AT_ONCE:
+    if manner_of(transform).at_once:
         return transform(func, args, tangents, **options) if tangents is not None else transform(func, *args, **options)
     if isinstance(tangents, tuple):
         return transform(func, **options)(*tangents, *args, **kwargs)
