@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 
 import functrans
 from functrans.derivatives.nuclear import lyapunov, nuclear, polar
-from functrans.interpreters.vmap.rules import fft, linalg
+from functrans.interpreters.vmap.rules import fft, linalg, solves
 from functrans.interpreters.vmap.rules.linalg import example_is_contiguous
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 DETERMINANTS = (aten._linalg_det.default, aten._linalg_slogdet.default)
 # Lazily conjugated intermediates inside of these operators are lost under the checker's dispatch mode.
 REAL_ONLY = (aten.linalg_pinv.atol_rtol_tensor, aten.linalg_lstsq.default)
-RULES = rules_of(linalg, fft)
+RULES = rules_of(linalg, solves, fft)
 NO_OUTPUT = (aten._linalg_check_errors.default,)
 
 

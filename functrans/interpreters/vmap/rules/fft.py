@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
+from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_shape
 from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
@@ -24,7 +24,7 @@ def fourier_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
         bdim, rank = in_dims[0], x.dim() - 1
         logical = [wrap_dim(dim, rank) for dim in dims]
         if info.batch_size == 0:
-            example = x.new_zeros([extent for d, extent in enumerate(x.shape) if d != bdim])
+            example = x.new_zeros(logical_shape(x, bdim))
             output = op(example, logical, *rest)
             return output.new_zeros([0, *output.shape]), 0
         return op(x, [dim if dim < bdim else dim + 1 for dim in logical], *rest), bdim

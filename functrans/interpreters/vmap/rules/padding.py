@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank, physical_dim, tensor_positions
-from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
@@ -102,7 +102,7 @@ def pixel_rule(op: OpOverload) -> Callable[..., Output]:
         if 0 in before:  # pixel_unshuffle returns an empty tensor as it is, with the wrong shape: that of an example
             out = op(x.new_zeros(x.shape[1:]), factor)
             return out.expand(info.batch_size, *out.shape), 0
-        out = op(x.reshape(product(before), *x.shape[-3:]), factor)
+        out = op(x.reshape(math.prod(before), *x.shape[-3:]), factor)
         return out.reshape(*before, *out.shape[1:]), 0
 
     return pixels
@@ -153,7 +153,7 @@ def folding_rule(op: OpOverload, rank: int, optional: bool) -> Callable[..., Out
             if x.dim() != rank + 2 and not (optional and x.dim() == rank + 1):
                 raise RuleDeclined(f"{op} takes examples of {rank} dimensions")
             lead = x.shape[:-rank]
-            arguments[place] = x.reshape(product(lead), *x.shape[-rank:])
+            arguments[place] = x.reshape(math.prod(lead), *x.shape[-rank:])
         output = op(*arguments)
         return output.reshape(*lead, *output.shape[1:]), 0
 

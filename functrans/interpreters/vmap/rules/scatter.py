@@ -7,6 +7,7 @@ operators they stand for, these check that a position is inside its own example.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from functrans.boundary.factories import range_for
 from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
-from functrans.interpreters.vmap.rules.views import product
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
@@ -23,6 +23,7 @@ from functrans.interpreters.vmap.table import (
     Output,
     batching_rule,
     logical_rank,
+    logical_shape,
     materialize,
     to_front,
 )
@@ -104,7 +105,7 @@ def index_select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Ten
 
 def index_select_one(info: BatchInfo, x_dim: int | None, index_dim: int | None, x: Tensor, index: Tensor) -> Output:
     """Of a scalar it takes the one element, and returns a scalar."""
-    count = product([extent for d, extent in enumerate(index.shape) if d != index_dim])
+    count = math.prod(logical_shape(index, index_dim))
     if count != 1:
         raise RuntimeError(f"index_select(): Index to scalar can have only 1 value, got {count} value(s)")
     out, _ = index_select(info, (x_dim, None, index_dim), x.unsqueeze(-1), 0, index)
@@ -117,7 +118,7 @@ SHORT_ROW = 4
 
 def long_rows(x: Tensor, dim: int) -> bool:
     """Whether there is enough behind the physical dimension ``dim`` to be moved at once."""
-    return product(x.shape[dim + 1 :]) >= SHORT_ROW
+    return math.prod(x.shape[dim + 1 :]) >= SHORT_ROW
 
 
 def rows_pay(x: Tensor, dim: int) -> bool:
