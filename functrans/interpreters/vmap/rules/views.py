@@ -33,7 +33,7 @@ from functrans.interpreters.vmap.table import (
     to_front,
 )
 from functrans.operators.rules import caller_place
-from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SWAPS, wrap_dim
+from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SPLITS, SWAPS, wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -334,15 +334,8 @@ def diag(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0) -> Output:
     return diag_embed(info, in_dims, x, offset) if x.dim() == 2 else diagonal(info, in_dims, x, offset)
 
 
-def splitting(*ops: OpOverload) -> None:
-    """Operators ``op(x, how, dim=0)`` with a list of parts as output."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, splitting_rule(op), place=place)
-
-
-def splitting_rule(op: OpOverload) -> Callable[..., Output]:
-    """The rule of one of them."""
+def split_rule(op: OpOverload) -> Callable[..., Output]:
+    """``op(x, how, dim=0)``, with a list of parts as output."""
 
     def split(info: BatchInfo, in_dims: Dims, x: Tensor, how: Any, dim: int = 0) -> Output:
         bdim = in_dims[0]
@@ -352,14 +345,5 @@ def splitting_rule(op: OpOverload) -> Callable[..., Output]:
     return split
 
 
-splitting(
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.unsafe_split.Tensor,
-    aten.unsafe_split_with_sizes.default,
-    aten.chunk.default,
-    aten.unsafe_chunk.default,
-    aten.tensor_split.sections,
-    aten.tensor_split.indices,
-)
+for _op in (*SPLITS, aten.tensor_split.sections, aten.tensor_split.indices):
+    BATCHING_RULES.add(_op, split_rule(_op))
