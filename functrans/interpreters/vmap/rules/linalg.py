@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from functrans.derivatives.nuclear import lyapunov, nuclear, polar
-from functrans.interpreters.vmap.families import RuleDeclined, pad_rank, physical_dim, tensor_positions
+from functrans.interpreters.vmap.families import RuleDeclined, family, pad_rank, physical_dim, tensor_positions
 from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
     BatchInfo,
     batching_rule,
     logical_rank,
@@ -19,7 +18,6 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.pytorch.torch_private import OpOverload
 from functrans.pytorch.versions import present
 
@@ -37,19 +35,13 @@ def one_batch_dim(outputs: Any, skippable: bool) -> tuple[Any, Any]:
 # One shape of leading dimensions for all tensors
 
 
-def leading_batch(*ops: OpOverload, skippable: bool = False) -> None:
+@family
+def leading_batch(op: OpOverload, skippable: bool = False) -> Callable[..., tuple[Any, Any]]:
     """Operators whose tensors all have the same leading dimensions.
 
     ``skippable``: arguments may switch an output off, which is then a tensor of shape ``[0]``; the others are matrices
     or vectors per example.
     """
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, leading_batch_rule(op, skippable), place=place)
-
-
-def leading_batch_rule(op: OpOverload, skippable: bool) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one operator."""
     positions = tensor_positions(op)
 
     def leading(info: BatchInfo, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -92,18 +84,12 @@ def matrix_exp_rule(info: BatchInfo, in_dims: Sequence[Any], x: Tensor) -> tuple
     return aten.linalg_matrix_exp.default(to_front(x, in_dims[0]).contiguous()), 0
 
 
-def determinant(*ops: OpOverload) -> None:
+@family
+def determinant(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
     """Determinants, whose last outputs are LU factors: of the transposed matrix, if it is real and contiguous.
 
     PyTorch's derivatives ask the matrix which it was, so that the strides of an example decide, not those of the batch.
     """
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, determinant_rule(op), place=place)
-
-
-def determinant_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one determinant."""
 
     def determinant(info: BatchInfo, in_dims: Sequence[Any], a: Tensor) -> tuple[Any, Any]:
         transposed = example_is_contiguous(a, in_dims[0])

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank, physical_dim, tensor_positions
+from functrans.interpreters.vmap.families import (
+    RuleDeclined,
+    family,
+    flat_examples,
+    pad_rank,
+    physical_dim,
+    tensor_positions,
+)
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
@@ -19,7 +26,6 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -70,15 +76,12 @@ def repeat_interleave_each(
 # Operators on the last dimensions, with any number of dimensions before them
 
 
-def on_last_dims(*ops: OpOverload, rank: int) -> None:
-    """Operators of the last ``rank`` dimensions that take any number of leading ones."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, on_last_dims_rule(op, rank), place=place)
+@family
+def on_last_dims(op: OpOverload, rank: int) -> Callable[..., Output]:
+    """Operators of the last ``rank`` dimensions that take any number of leading ones.
 
-
-def on_last_dims_rule(op: OpOverload, rank: int) -> Callable[..., Output]:
-    """The rule of one of them; examples of a lower rank go on to PyTorch's own message."""
+    Examples of a lower rank go on to PyTorch's own message.
+    """
 
     def last_dims(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
         if x.dim() <= rank:
@@ -134,15 +137,9 @@ def pad_any(
 # Operators on the last dimensions, with one optional dimension before them
 
 
-def folding(*ops: OpOverload, rank: int, optional: bool = True) -> None:
+@family
+def folding(op: OpOverload, rank: int, optional: bool = True) -> Callable[..., Output]:
     """Operators on examples of ``rank`` dimensions or, if ``optional``, one more: that one takes the batch in."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, folding_rule(op, rank, optional), place=place)
-
-
-def folding_rule(op: OpOverload, rank: int, optional: bool) -> Callable[..., Output]:
-    """The rule of one of them."""
     positions = tensor_positions(op)
 
     def fold(info: BatchInfo, in_dims: Dims, *args: Any) -> Output:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import argument_place
+from functrans.interpreters.vmap.families import argument_place, family
 from functrans.interpreters.vmap.rules.folding import fold_c, fold_into_n, fold_n, side_of_n, unfold_c, unfold_n
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, materialize, to_front
 from functrans.operators.rules import caller_place
@@ -69,17 +69,11 @@ for rank, upsampling in (
         fold_into_n(packet.default, packet.vec, rank=rank)
 
 
-def sized_like_input(*ops: OpOverload, name: str) -> None:
+@family
+def sized_like_input(op: OpOverload, name: str) -> Callable[..., tuple[Any, Any]]:
     """Operators of one tensor ``[N, ...]`` that are also told a size, argument ``name``, which counts N."""
-    place = caller_place()
-    for op in ops:
-        size_place = argument_place(op, name)
-        assert size_place is not None
-        BATCHING_RULES.add(op, sized_like_input_rule(op, size_place), place=place)
-
-
-def sized_like_input_rule(op: OpOverload, size_place: int) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one such operator."""
+    size_place = argument_place(op, name)
+    assert size_place is not None
 
     def folded(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         side = side_of_n((x, in_dims[0]))

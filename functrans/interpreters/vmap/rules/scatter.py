@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from functrans.boundary.factories import range_for
-from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
+from functrans.interpreters.vmap.families import RuleDeclined, family, tensor_positions
 from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
     BatchInfo,
     Dims,
     Output,
@@ -27,24 +26,18 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 
 
-def along_positions(*ops: OpOverload) -> None:
-    """``op(self, dim, index, src?, ...)``, all tensors of one rank: all batched, in front."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, along_positions_rule(op), place=place)
+@family
+def along_positions(op: OpOverload) -> Callable[..., Output]:
+    """``op(self, dim, index, src?, ...)``, all tensors of one rank: all batched, in front.
 
-
-def along_positions_rule(op: OpOverload) -> Callable[..., Output]:
-    """The rule of one of them; rank 0 is taken as rank 1, and undone in the output.
-
-    The output has the rank of the index for ``gather`` and of the tensor itself for ``scatter``.
+    Rank 0 is taken as rank 1, and undone in the output, which has the rank of the index for ``gather`` and of the
+    tensor itself for ``scatter``.
     """
     positions = tensor_positions(op)
     like = 2 if op is aten.gather.default else 0
@@ -157,15 +150,8 @@ def over_dims(index: Tensor, x: Tensor, dim: int) -> Tensor:
     return index.long().view(ones).expand(shape)
 
 
-def writing_positions(*ops: OpOverload, scatter: Callable[..., Tensor]) -> None:
-    """``op(self, dim, index, source, ...)``; ``scatter`` does the same with expanded positions."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, writing_positions_rule(op, scatter), place=place)
-
-
 def writing_positions_rule(op: OpOverload, scatter: Callable[..., Tensor]) -> Callable[..., Output]:
-    """The rule of one of them."""
+    """``op(self, dim, index, source, ...)``; ``scatter`` does the same with expanded positions."""
 
     def write(
         info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Tensor, source: Tensor, *args: Any, **kwargs: Any
@@ -194,6 +180,9 @@ def writing_positions_rule(op: OpOverload, scatter: Callable[..., Tensor]) -> Ca
         return out.squeeze(1) if rank == 0 else out, 0
 
     return write
+
+
+writing_positions = family(writing_positions_rule)
 
 
 def scatter_scaled(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:

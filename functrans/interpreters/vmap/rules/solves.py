@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, any_rank, pad_rank
+from functrans.interpreters.vmap.families import RuleDeclined, any_rank, family, pad_rank
 from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
     BatchInfo,
     batching_rule,
     logical_rank,
@@ -21,7 +20,6 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.broadcasting import broadcast_shapes
 
@@ -73,15 +71,9 @@ def padded_pair(in_dims: Sequence[Any], *pair: Tensor) -> list[Tensor]:
     return [x if bdim is None else pad_rank(x, bdim, rank) for x, bdim in zip(pair, in_dims)]
 
 
-def factored_solve(*ops: OpOverload) -> None:
+@family
+def factored_solve(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
     """``op(factors, pivots, b)``: factors and pivots have the same leading dimensions, which broadcast with ``b``'s."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, factored_solve_rule(op), place=place)
-
-
-def factored_solve_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one solver."""
 
     def solve(
         info: BatchInfo, in_dims: Sequence[Any], factors: Tensor, pivots: Tensor, b: Tensor, **kwargs: Any

@@ -17,6 +17,7 @@ from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
     any_rank,
+    family,
     one_operator,
     pad_rank,
     physical_dim,
@@ -32,7 +33,6 @@ from functrans.interpreters.vmap.table import (
     logical_shape,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SPLITS, SWAPS, wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
@@ -59,7 +59,8 @@ elementwise(
 # Shapes
 
 
-def reshaping(*ops: OpOverload, shape: Callable[..., Sequence[Any]]) -> None:
+@family
+def reshaping(op: OpOverload, shape: Callable[..., Sequence[Any]]) -> Callable[..., Output]:
     """``op(x, ...)``: one reshape to ``shape(the batch's shape, ...)``, of views, too: a contiguous example may
     be a strided part of its batch."""
 
@@ -70,9 +71,7 @@ def reshaping(*ops: OpOverload, shape: Callable[..., Sequence[Any]]) -> None:
         x = to_front(x, in_dims[0])
         return x.reshape(shape(x.shape, *args)), 0
 
-    rule = any_rank(one_operator(in_front, reshaped))
-    for op in ops:
-        BATCHING_RULES.add(op, rule, place=caller_place())
+    return any_rank(one_operator(in_front, reshaped))
 
 
 def resized(shape: Sequence[Any], size: Sequence[Any], stride: Any = None) -> tuple[Any, ...]:
@@ -334,7 +333,8 @@ def diag(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0) -> Output:
     return diag_embed(info, in_dims, x, offset) if x.dim() == 2 else diagonal(info, in_dims, x, offset)
 
 
-def split_rule(op: OpOverload) -> Callable[..., Output]:
+@family
+def splitting(op: OpOverload) -> Callable[..., Output]:
     """``op(x, how, dim=0)``, with a list of parts as output."""
 
     def split(info: BatchInfo, in_dims: Dims, x: Tensor, how: Any, dim: int = 0) -> Output:
@@ -345,5 +345,4 @@ def split_rule(op: OpOverload) -> Callable[..., Output]:
     return split
 
 
-for _op in (*SPLITS, aten.tensor_split.sections, aten.tensor_split.indices):
-    BATCHING_RULES.add(_op, split_rule(_op))
+splitting(*SPLITS, aten.tensor_split.sections, aten.tensor_split.indices)
