@@ -27,14 +27,13 @@ from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.errors import Call, CallError, CallTypeError, MixedTransformsError
 from functrans.errors.wording import shown, what
 from functrans.interpreters.grad.interpreter import check_versions
-from functrans.interpreters.grad.nodes import tensors_in
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter, Step, Variable
 from functrans.interpreters.transpose import TransposeInterpreter, vanishes
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import autocast_off, is_torch_func_active
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tensors_in, tree_flatten, tree_map, tree_unflatten
 
 
 @manner(at_once=True, returns_function=True, records=True)
