@@ -18,7 +18,6 @@ from functrans.interpreters.vmap.families import (
     tensor_positions,
 )
 from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
     BatchInfo,
     Dims,
     Output,
@@ -94,7 +93,8 @@ def on_last_dims(op: OpOverload, rank: int) -> Callable[..., Output]:
 on_last_dims(aten.tril.default, aten.triu.default, rank=2)
 
 
-def pixel_rule(op: OpOverload) -> Callable[..., Output]:
+@family
+def on_pixels(op: OpOverload) -> Callable[..., Output]:
     """Images ``[..., C, H, W]``: the kernel takes them as ``[N, C, H, W]``, and no memory format of five dimensions."""
 
     def pixels(info: BatchInfo, in_dims: Dims, x: Tensor, factor: Any) -> Output:
@@ -111,8 +111,7 @@ def pixel_rule(op: OpOverload) -> Callable[..., Output]:
     return pixels
 
 
-for pixel_op in (aten.pixel_shuffle.default, aten.pixel_unshuffle.default):
-    BATCHING_RULES.add(pixel_op, pixel_rule(pixel_op))
+on_pixels(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 
 
 @batching_rule(aten.constant_pad_nd.default)
