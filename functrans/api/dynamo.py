@@ -12,20 +12,15 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from functrans.api.compiled import (
-    CALLED,
+from functrans.api.compiled import CALLED, TRACED, UNTRACED, Called, Traced, Untraced, manner_of
+from functrans.api.graph_nodes import (
     HOLE,
     OPAQUE,
-    TRACED,
-    UNTRACED,
     Around,
-    Called,
     CalledNode,
     PullbackNode,
-    Traced,
     TransformNode,
     Tree,
-    Untraced,
     at,
     call_with,
     example_of,
@@ -33,7 +28,6 @@ from functrans.api.compiled import (
     holes,
     is_linear,
     is_scalar,
-    manner_of,
     put_at,
     sights,
 )
