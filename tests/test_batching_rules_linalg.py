@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from batching_checker import Call, check_rule, recorded_calls
+from rule_cases import rules_of
 from torch import Tensor
 from torch._ops import OpOverload
 
 import functrans
 from functrans.derivatives.nuclear import lyapunov, nuclear, polar
+from functrans.interpreters.vmap.rules import fft, linalg, solves
 from functrans.interpreters.vmap.rules.linalg import example_is_contiguous
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 
@@ -22,22 +23,8 @@ aten = torch.ops.aten
 DETERMINANTS = (aten._linalg_det.default, aten._linalg_slogdet.default)
 # Lazily conjugated intermediates inside of these operators are lost under the checker's dispatch mode.
 REAL_ONLY = (aten.linalg_pinv.atol_rtol_tensor, aten.linalg_lstsq.default)
+RULES = rules_of(linalg, solves, fft)
 NO_OUTPUT = (aten._linalg_check_errors.default,)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """These matrices are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def rules() -> list[OpOverload]:
-    """The operators whose rules stand in the two modules."""
-    places = {op: Path(BATCHING_RULES.place(op).rsplit(":", 1)[0]).stem for op in BATCHING_RULES}
-    return sorted((op for op, place in places.items() if place in ("linalg", "fft")), key=str)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -57,9 +44,9 @@ def from_samples() -> dict[OpOverload, list[Call]]:
     def names(name: str) -> bool:
         return any(part in name for part in parts) and not name.startswith("nn.")
 
-    calls: dict[OpOverload, list[Call]] = {op: [] for op in rules()}
+    calls: dict[OpOverload, list[Call]] = {op: [] for op in RULES}
     for dtype in (torch.float64, torch.complex128):
-        for op, found in recorded_calls(rules(), dtypes=(dtype,), names=names, per_op=6, samples=12).items():
+        for op, found in recorded_calls(RULES, dtypes=(dtype,), names=names, per_op=6, samples=12).items():
             if op not in REAL_ONLY or dtype is torch.float64:
                 calls[op] += found
     return calls
@@ -121,7 +108,7 @@ def by_hand() -> dict[OpOverload, list[Call]]:
     return calls
 
 
-@pytest.mark.parametrize("op", [op for op in rules() if op not in DETERMINANTS + NO_OUTPUT], ids=str)
+@pytest.mark.parametrize("op", [op for op in RULES if op not in DETERMINANTS + NO_OUTPUT], ids=str)
 def test_rule_against_the_loop(op: OpOverload) -> None:
     calls = from_samples()[op] + by_hand().get(op, [])
     compared = sum(

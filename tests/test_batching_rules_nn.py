@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from batching_checker import Call, check_rule, recorded_calls
+from rule_cases import rules_of
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.func import functional_call, stack_module_state
@@ -21,30 +21,13 @@ import functrans
 from functrans.decompositions.recurrent import STEPS
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.interpreters.vmap.families import RuleDeclined
+from functrans.interpreters.vmap.rules import attention, batch_norm, convolution, losses, norms, pooling, rnn
 from functrans.interpreters.vmap.rules.random import RandomnessError
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
 
 aten = torch.ops.aten
 
-MODULES = ("convolution", "pooling", "norms", "batch_norm", "losses", "attention", "rnn")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    """These tensors are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def rules_of(modules: tuple[str, ...]) -> list[OpOverload]:
-    """The operators whose rules stand in these modules."""
-    return sorted((op for op in BATCHING_RULES if place_of(op) in modules), key=str)
-
-
-def place_of(op: OpOverload) -> str:
-    return Path(BATCHING_RULES.place(op).rsplit(":", 1)[0]).stem
+MODULES = (convolution, pooling, norms, batch_norm, losses, attention, rnn)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -54,7 +37,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 @cache
 def from_samples() -> dict[OpOverload, list[Call]]:
     """Calls that PyTorch's samples and their derivatives make."""
-    wanted = rules_of(MODULES)
+    wanted = rules_of(*MODULES)
 
     parts = ("pool", "upsample", "interpolate", "_norm", "loss", "cross_entropy", "grid_sample", "fold", "conv")
 
@@ -188,7 +171,7 @@ def by_hand() -> dict[OpOverload, list[Call]]:
     return calls
 
 
-@pytest.mark.parametrize("op", rules_of(MODULES), ids=str)
+@pytest.mark.parametrize("op", rules_of(*MODULES), ids=str)
 def test_rule_against_the_loop(op: OpOverload) -> None:
     calls = from_samples()[op] + by_hand().get(op, [])
     compared = sum(
@@ -198,7 +181,7 @@ def test_rule_against_the_loop(op: OpOverload) -> None:
     assert compared > 0, f"nothing exercises the rule of {op}"
 
 
-@pytest.mark.parametrize("op", rules_of(("convolution", "pooling", "batch_norm")), ids=str)
+@pytest.mark.parametrize("op", rules_of(convolution, pooling, batch_norm), ids=str)
 def test_wherever_the_batch_is(op: OpOverload) -> None:
     """Folding keeps the batch where the largest operand has it, so that every pair of places is a case of its own."""
     calls = by_hand().get(op, []) + from_samples()[op]
@@ -266,7 +249,7 @@ def test_second_derivatives_of_a_convolution_and_a_pooling(in_dims: tuple[int | 
 
 
 def test_every_module_has_rules() -> None:
-    assert {place_of(op) for op in rules_of(MODULES)} == set(MODULES)
+    assert all(map(rules_of, MODULES))
 
 
 def test_shared_indices_of_adaptive_max_pool3d() -> None:

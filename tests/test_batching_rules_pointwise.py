@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from batching_checker import Call, WrongRule, check_rule, recorded_calls
+from rule_cases import quiet_thread, rules_of
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -29,26 +28,16 @@ F64, F32, I64, I32, BOOL, C64 = (
     torch.bool,
     torch.complex64,
 )
-MODULES = {Path(module.__file__).name: module for module in (activations, pointwise, reductions, along_dim, factories)}
-MINE = [op for op in BATCHING_RULES if Path(BATCHING_RULES.place(op).rpartition(":")[0]).name in MODULES]
-POINTWISE = [
-    op for op in MINE if BATCHING_RULES.place(op).rpartition(":")[0].endswith(("pointwise.py", "activations.py"))
-]
+POINTWISE = rules_of(pointwise, activations)
+MINE = [*rules_of(reductions, along_dim, factories), *POINTWISE]
 UNINITIALIZED = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_quiet_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
+quiet = pytest.fixture(scope="module", autouse=True)(quiet_thread)
 
 
 @pytest.fixture(scope="module")
-def recorded(one_quiet_thread: None) -> dict[OpOverload, list[Call]]:
+def recorded(quiet: None) -> dict[OpOverload, list[Call]]:
     """What PyTorch's samples call, forward in several dtypes and backward."""
     calls: dict[OpOverload, list[Call]] = {}
     for options in (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from loop import for_each
+from slow_ways import some
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,17 +18,13 @@ F64, C128 = torch.float64, torch.complex128
 to_complex, to_real = torch.view_as_complex, torch.view_as_real
 
 
-def random(*shape: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
 def gradient(f: Callable[..., Tensor], *xs: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in xs]
     return torch.autograd.grad(f(*leaves), leaves)
 
 
-W = random(2, dtype=C128, seed=1)
-MATRIX = random(2, 2, dtype=C128, seed=2)
+W = some(2, dtype=C128, seed=1)
+MATRIX = some(2, 2, dtype=C128, seed=2)
 
 
 def outer(x: Tensor) -> Tensor:
@@ -123,7 +120,7 @@ def differences(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-5) -> Te
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_all_orders(name: str) -> None:
     f = scalar(FUNCTIONS[name])
-    x, v, xs = random(2, 2, seed=3), random(2, 2, seed=4), random(3, 2, 2, seed=5)
+    x, v, xs = some(2, 2, seed=3), some(2, 2, seed=4), some(3, 2, 2, seed=5)
     slope, curvature = gradient(f, x)[0], differences(f, x)
     torch.testing.assert_close(grad(f)(x), slope)
     torch.testing.assert_close(jvp(f, (x,), (v,))[1], (slope * v).sum())
@@ -147,10 +144,10 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name: str, options: dict[str, Any]) -> None:
     convolution, dims = CONVOLUTIONS[name]
-    x, weight = random(3, 2, 4, *[5] * dims, dtype=C128), random(4, 4, *[2] * dims, dtype=C128, seed=1)
+    x, weight = some(3, 2, 4, *[5] * dims, dtype=C128), some(4, 4, *[2] * dims, dtype=C128, seed=1)
     if options.get("groups") and "transpose" not in name:
         weight = weight[:, :2]
-    bias = random(4 * options.get("groups", 1) if "transpose" in name else 4, dtype=C128, seed=2)
+    bias = some(4 * options.get("groups", 1) if "transpose" in name else 4, dtype=C128, seed=2)
 
     def f(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return convolution(x, weight, bias, **options)
@@ -165,7 +162,7 @@ def test_convolutions(name: str, options: dict[str, Any]) -> None:
     for i in range(3):
         expected = for_each(lambda x, i=i: gradient(loss, x, weight, bias)[i])(x)
         torch.testing.assert_close(vmap(grad(loss, i), shared)(x, weight, bias), expected)
-    v = random(*weight.shape, dtype=C128, seed=3)
+    v = some(*weight.shape, dtype=C128, seed=3)
     tangent = jvp(lambda w: f(x[0], w, bias), (weight,), (v,))[1]
     torch.testing.assert_close(tangent, convolution(x[0], v, **options))
     h = 1e-6  # the gradient is linear in the weight
@@ -186,7 +183,7 @@ def rotary_by_hand(x: Tensor, angles: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("by", [0, 1])
 def test_rotary_embeddings(by: int) -> None:
-    x, angles = random(6), random(3, seed=1)
+    x, angles = some(6), some(3, seed=1)
     torch.testing.assert_close(grad(rotary, by)(x, angles), gradient(rotary_by_hand, x, angles)[by])
     expected = torch.autograd.functional.hessian(rotary_by_hand, (x, angles))[by][by]
     for second in (
@@ -223,7 +220,7 @@ def test_lazily_conjugated_tensors_say_so(transform: str) -> None:
         seen.append([ask(z) for ask in BITS])
         return (z * z.conj()).real.sum()
 
-    z = random(3, dtype=C128)
+    z = some(3, dtype=C128)
     {
         "vmap": lambda: vmap(f)(z[None]),
         "grad": lambda: grad(f)(z),
@@ -235,7 +232,7 @@ def test_lazily_conjugated_tensors_say_so(transform: str) -> None:
 
 
 def test_what_view_as_real_refuses() -> None:
-    z = random(3, dtype=C128)
+    z = some(3, dtype=C128)
     for run in (lambda f: f(z), lambda f: vmap(f)(z[None]), lambda f: grad(lambda z: f(z).sum())(z)):
         with pytest.raises(RuntimeError, match="unresolved conjugated"):
             run(lambda z: to_real(z.conj()))

@@ -153,6 +153,7 @@ BACKWARD_KERNELS = [
 ]
 
 RARE = [
+    Call(aten.split.sizes, (some(2, 5), [2, 0, 3], 1)),
     Call(aten.div.Scalar_mode, (X, 0.7), {"rounding_mode": "floor"}),
     Call(aten.div.Scalar_mode, (X, 0.7), {"rounding_mode": None}),
     Call(aten.div.Tensor_mode, (X, X + 0.3), {"rounding_mode": None}),

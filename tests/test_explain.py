@@ -20,6 +20,7 @@ import injection
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from recorder import Listing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -268,18 +269,6 @@ def test_events_are_found() -> None:
 
 
 # ------------------------------------------------------------------------------------------- that it is the plain run
-
-
-class Listing(TorchDispatchMode):
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
 
 
 class Wrappers(TorchDispatchMode):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from slow_ways import close
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -31,10 +32,6 @@ from functrans.errors import CapturedOnceError, CustomFunctionError, NonLinearEr
 F64 = torch.float64
 X = torch.tensor([0.5, -1.2, 2.0, 0.3], dtype=F64)
 W = torch.tensor([1.5, 0.4, -0.7, 2.2], dtype=F64)
-
-
-def agree(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
 # --- methods that close over what belongs to a level
@@ -84,37 +81,37 @@ def test_a_function_may_close_over_tensors_of_any_level(order: tuple[Any, ...], 
         return f
 
     expected = ORDERS[len(order)]
-    agree(derivative(W[0])(X[0]), expected(X[0], W[0]))
+    close(derivative(W[0])(X[0]), expected(X[0], W[0]))
     # w of vmap's level, of the level of one vmap and x of another's, of both; and of levels between the derivatives
-    agree(vmap(lambda x, w: derivative(w)(x))(X, W), expected(X, W))
-    agree(vmap(lambda w: derivative(w)(X[0]))(W), expected(X[0], W))
-    agree(vmap(lambda x: vmap(lambda w: derivative(w)(x))(W))(X), expected(X[:, None], W))
-    agree(vmap(lambda w: vmap(lambda x: derivative(w)(x))(X), out_dims=1)(W), expected(X[:, None], W))
+    close(vmap(lambda x, w: derivative(w)(x))(X, W), expected(X, W))
+    close(vmap(lambda w: derivative(w)(X[0]))(W), expected(X[0], W))
+    close(vmap(lambda x: vmap(lambda w: derivative(w)(x))(W))(X), expected(X[:, None], W))
+    close(vmap(lambda w: vmap(lambda x: derivative(w)(x))(X), out_dims=1)(W), expected(X[:, None], W))
     inner = lambda x, w: scaling(w, setup).apply(x) * x
     total = lambda x: vmap(inner)(x, W).sum()
     if order == (grad,):
-        agree(grad(total)(X), expected(X, W))
-        agree(jacrev(lambda x: vmap(inner)(x, W))(X), torch.diag(expected(X, W)))
+        close(grad(total)(X), expected(X, W))
+        close(jacrev(lambda x: vmap(inner)(x, W))(X), torch.diag(expected(X, W)))
     if order == (slope,):
-        agree(jacfwd(lambda x: vmap(inner)(x, W))(X), torch.diag(expected(X, W)))
+        close(jacfwd(lambda x: vmap(inner)(x, W))(X), torch.diag(expected(X, W)))
     if order == (grad, slope):
-        agree(hessian(total)(X), torch.diag(expected(X, W)))
+        close(hessian(total)(X), torch.diag(expected(X, W)))
 
 
 def test_other_levels_between() -> None:
     f = lambda x, w: scaling(w, True).apply(x) * x
     batched = lambda x, w: vmap(f)(x, w)
-    agree(functionalize(batched)(X, W), W * X * X)
-    agree(functionalize(vmap(grad(f)))(X, W), 3 * W * X)
-    agree(vmap(functionalize(grad(f)))(X, W), 3 * W * X)
-    agree(grad(lambda x: functionalize(batched)(x, W).sum())(X), 3 * W * X)
-    agree(linearize(lambda x: batched(x, W), X)[1](X), 3 * W * X * X)
-    agree(linearize(batched, X, W)[1](X, W), 3 * W * X * X)  # by w there is none
-    agree(vmap(lambda x, w: linearize(lambda x: f(x, w), x)[1](x))(X, W), 3 * W * X * X)
+    close(functionalize(batched)(X, W), W * X * X)
+    close(functionalize(vmap(grad(f)))(X, W), 3 * W * X)
+    close(vmap(functionalize(grad(f)))(X, W), 3 * W * X)
+    close(grad(lambda x: functionalize(batched)(x, W).sum())(X), 3 * W * X)
+    close(linearize(lambda x: batched(x, W), X)[1](X), 3 * W * X * X)
+    close(linearize(batched, X, W)[1](X, W), 3 * W * X * X)  # by w there is none
+    close(vmap(lambda x, w: linearize(lambda x: f(x, w), x)[1](x))(X, W), 3 * W * X * X)
     with pytest.raises(CustomFunctionError, match=r"closes over a tensor of linear_transpose"):  # which is not 0
         linear_transpose(lambda w: scaling(w, True).apply(X), W)
     x = X.clone().requires_grad_()
-    agree(torch.autograd.grad(batched(x, W).sum(), x)[0], 3 * W * X)
+    close(torch.autograd.grad(batched(x, W).sum(), x)[0], 3 * W * X)
 
 
 def test_what_is_closed_over_is_a_constant_and_backward_is_differentiated() -> None:
@@ -124,8 +121,8 @@ def test_what_is_closed_over_is_a_constant_and_backward_is_differentiated() -> N
     (g,) = torch.autograd.grad(f(x, w), x, create_graph=True)
     (mixed,) = torch.autograd.grad(g, w)
     assert grad(f, 1)(X[0], W[0]) == 0
-    agree(grad(lambda w: grad(f)(X[0], w))(W[0]), mixed)
-    agree(vmap(grad(lambda w, x: grad(f)(x, w)))(W, X), 2 * X)
+    close(grad(lambda w: grad(f)(X[0], w))(W[0]), mixed)
+    close(vmap(grad(lambda w, x: grad(f)(x, w)))(W, X), 2 * X)
 
 
 def test_a_view_that_is_closed_over_is_up_to_date() -> None:
@@ -135,8 +132,8 @@ def test_a_view_that_is_closed_over_is_up_to_date() -> None:
         w.mul_(3)
         return scaling(part, True).apply(x)
 
-    agree(vmap(f)(X, W[:, None]), 3 * X * W)
-    agree(grad(f)(X[0], W[:1]), 6 * W[0])
+    close(vmap(f)(X, W[:, None]), 3 * X * W)
+    close(grad(f)(X[0], W[:1]), 6 * W[0])
 
 
 def test_a_vmap_staticmethod_that_closes_over_a_batch_is_refused() -> None:
@@ -268,15 +265,15 @@ def test_functions_that_write_to_their_inputs(f: Callable[[Tensor], Tensor]) -> 
     (slopes,) = torch.autograd.grad(value, x, create_graph=True)
     rows = torch.stack([X, 2 * X, -X])
     loop = [WRITING[f](row) for row in rows]
-    agree(f(X), value.detach())
-    agree(grad(f)(X), slopes.detach())
-    agree(jvp(f, (X,), (W,))[1], (slopes @ W).detach())
-    agree(vmap(f)(rows), torch.stack(loop))
-    agree(vmap(f, in_dims=1)(rows.T), torch.stack(loop))
+    close(f(X), value.detach())
+    close(grad(f)(X), slopes.detach())
+    close(jvp(f, (X,), (W,))[1], (slopes @ W).detach())
+    close(vmap(f)(rows), torch.stack(loop))
+    close(vmap(f, in_dims=1)(rows.T), torch.stack(loop))
     expected = torch.stack([grad(WRITING[f])(row) for row in rows])
-    agree(vmap(grad(f))(rows), expected)
-    agree(grad(lambda rows: vmap(f)(rows).sum())(rows), expected)
-    agree(hessian(f)(X), torch.autograd.functional.hessian(WRITING[f], X))
+    close(vmap(grad(f))(rows), expected)
+    close(grad(lambda rows: vmap(f)(rows).sum())(rows), expected)
+    close(hessian(f)(X), torch.autograd.functional.hessian(WRITING[f], X))
 
 
 def test_the_callers_tensor_is_written() -> None:
@@ -288,10 +285,10 @@ def test_the_callers_tensor_is_written() -> None:
     ):
         x = X.clone()
         transformed(x)
-        agree(x, 3 * X)
+        close(x, 3 * X)
     x = X.clone()
     assert grad(lambda s: (Tripled.apply(x) * s).sum())(torch.tensor(1.0, dtype=F64)) == (3 * X).sum()
-    agree(x, 3 * X)
+    close(x, 3 * X)
     with pytest.raises(CapturedOnceError):  # a loop would multiply three times
         vmap(lambda s: Tripled.apply(x) * s)(torch.ones(3, dtype=F64))
 
@@ -354,4 +351,4 @@ def test_a_checkpoint_draws_the_same_numbers_again(reentrant: bool) -> None:
     torch.manual_seed(1)
     found = grad(lambda x: checkpoint(dropped, x, use_reentrant=reentrant).sum())(X)
     torch.manual_seed(1)
-    agree(found, 2 * X * nn.functional.dropout(torch.ones_like(X), 0.5))
+    close(found, 2 * X * nn.functional.dropout(torch.ones_like(X), 0.5))

@@ -8,23 +8,22 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from slow_ways import close
 from torch import Tensor, nn
 
 from functrans import functionalize, grad, hessian, jacrev, jvp, linear_transpose, linearize, vjp, vmap
 from functrans.errors import DeadWrapperError, FunctransError, ModifiedError, OtherThreadError
 
 F64 = torch.float64
+exactly = partial(close, rtol=1e-12, atol=1e-12)
 X = torch.tensor([0.5, -1.2, 2.0], dtype=F64)
 ROWS = torch.stack([X, 2 * X])
 ENDED = "was used after that transform had ended"
-
-
-def agree(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def left_by(transformed: Callable[[Callable[[Tensor], Tensor]], Any], function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -91,7 +90,7 @@ def test_a_tensor_of_one_value_is_read_as_a_constant(name: str, use: str) -> Non
     left = left_by(OF_ONE_VALUE[name], lambda x: x.sin() * 2)
     with pytest.warns(UserWarning, match=ENDED) as caught:
         found = USES[use](left)
-    agree(found, USES[use](X.sin() * 2))
+    exactly(found, USES[use](X.sin() * 2))
     assert all(w.filename == __file__ for w in caught)
 
 
@@ -112,11 +111,11 @@ def test_outer_derivatives_go_on() -> None:
         return (left * x).sum()
 
     with pytest.warns(UserWarning, match=ENDED):
-        agree(grad(f)(X), X.cos() * X + X.sin())
+        exactly(grad(f)(X), X.cos() * X + X.sin())
     with pytest.warns(UserWarning, match=ENDED):
-        agree(vmap(grad(f))(ROWS), ROWS.cos() * ROWS + ROWS.sin())
+        exactly(vmap(grad(f))(ROWS), ROWS.cos() * ROWS + ROWS.sin())
     with pytest.warns(UserWarning, match=ENDED):
-        agree(jvp(f, (X,), (X,))[1], ((X.cos() * X + X.sin()) * X).sum())
+        exactly(jvp(f, (X,), (X,))[1], ((X.cos() * X + X.sin()) * X).sum())
 
 
 def test_parameters_that_a_function_keeps_in_a_dict() -> None:
@@ -132,7 +131,7 @@ def test_parameters_that_a_function_keeps_in_a_dict() -> None:
         expected = X.clone()
         for _ in range(3):
             expected = expected - 0.1 * expected * X
-            agree(grad(loss)(X), expected)
+            exactly(grad(loss)(X), expected)
 
     with pytest.warns(UserWarning, match=ENDED):
         steps()
@@ -186,9 +185,9 @@ def test_a_pullback_outlives_the_grad_in_which_it_was_recorded() -> None:
         transform(f)(X)
         expected = vjp(lambda y: (y**3 + y.sin()) * y, X)[1]
         with pytest.warns(UserWarning, match=ENDED):
-            agree(kept[0](X), expected(X))
+            exactly(kept[0](X), expected(X))
         with pytest.warns(UserWarning, match=ENDED):
-            agree(vmap(kept[0])(ROWS), vmap(expected)(ROWS))
+            exactly(vmap(kept[0])(ROWS), vmap(expected)(ROWS))
     vmap(f)(ROWS)
     with pytest.raises(DeadWrapperError):
         kept[-1](X)
@@ -222,11 +221,11 @@ def test_pickling_and_loading_inside() -> None:
         return (other(x) * again[1](x)).sum() + (again[0] * x).sum()
 
     expected = lambda x: (net(x) ** 2).sum() + (X * x).sum()
-    agree(grad(f)(X, X), grad(expected)(X))
-    agree(jvp(lambda x: f(x, X), (X,), (X,))[1], jvp(expected, (X,), (X,))[1])
-    agree(vmap(f, in_dims=(0, None))(ROWS, X), torch.stack([expected(row) for row in ROWS]).detach())
-    agree(grad(lambda x: (torch.from_dlpack(x.detach()) * x).sum())(X), X)
-    agree(grad(lambda x: (copy.deepcopy(net)(x) ** 2).sum())(X), grad(lambda x: (net(x) ** 2).sum())(X))
+    exactly(grad(f)(X, X), grad(expected)(X))
+    exactly(jvp(lambda x: f(x, X), (X,), (X,))[1], jvp(expected, (X,), (X,))[1])
+    exactly(vmap(f, in_dims=(0, None))(ROWS, X), torch.stack([expected(row) for row in ROWS]).detach())
+    exactly(grad(lambda x: (torch.from_dlpack(x.detach()) * x).sum())(X), X)
+    exactly(grad(lambda x: (copy.deepcopy(net)(x) ** 2).sum())(X), grad(lambda x: (net(x) ** 2).sum())(X))
 
 
 # --- threads

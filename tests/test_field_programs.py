@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loop import for_each_alone
+from slow_ways import close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,10 +22,6 @@ X = torch.tensor([0.5, -1.2, 2.0], dtype=F64)
 ROWS = torch.randn(5, 4, dtype=F64)
 MATRICES = torch.randn(5, 4, 3, dtype=F64)
 CUBES = torch.randn(5, 2, 3, 4, dtype=F64)
-
-
-def agree(got: Any, expected: Any) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
 # --- composite functions of one example
@@ -61,15 +58,15 @@ COMPOSITES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_composite_functions(name: str) -> None:
     f, batches = COMPOSITES[name]
-    agree(vmap(f)(*batches), for_each_alone(f)(*map(torch.clone, batches)))
+    close(vmap(f)(*batches), for_each_alone(f)(*map(torch.clone, batches)))
     last = [x.movedim(0, -1) for x in batches]
-    agree(vmap(f, in_dims=-1)(*last), for_each_alone(f)(*map(torch.clone, batches)))
+    close(vmap(f, in_dims=-1)(*last), for_each_alone(f)(*map(torch.clone, batches)))
     if name in ("vander", "norms"):  # of which PyTorch has no derivative
         return
     total = lambda *xs: (f(*xs) ** 2).sum()
     xs = [x.clone().requires_grad_() for x in batches]
     expected = torch.autograd.grad(sum(total(*e) for e in zip(*xs, strict=True)), xs[0])[0]
-    agree(vmap(grad(total))(*batches), expected)
+    close(vmap(grad(total))(*batches), expected)
 
 
 # --- in place, on vmap's and grad's own arguments
@@ -94,11 +91,11 @@ def test_metadata_is_changed_in_place(name: str) -> None:
         f = lambda row, write=write: write(change(row))
         mine = x.clone()
         rows = [row.clone() for row in x]
-        agree(vmap(f)(mine), torch.stack([f(row) for row in rows]))
-        agree(mine.view(-1), torch.stack([r.reshape(-1) for r in rows]).view(-1))  # what the caller has is written
-        agree(vmap(f, in_dims=1)(x.movedim(0, 1).clone()), torch.stack([f(row.clone()) for row in x]))
+        close(vmap(f)(mine), torch.stack([f(row) for row in rows]))
+        close(mine.view(-1), torch.stack([r.reshape(-1) for r in rows]).view(-1))  # what the caller has is written
+        close(vmap(f, in_dims=1)(x.movedim(0, 1).clone()), torch.stack([f(row.clone()) for row in x]))
         expected = for_each_alone(lambda row, f=f: slopes(f, row))(x.clone())
-        agree(vmap(grad(lambda row, f=f: f(row).pow(2).sum()))(x.clone()), expected)
+        close(vmap(grad(lambda row, f=f: f(row).pow(2).sum()))(x.clone()), expected)
 
 
 def slopes(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -124,10 +121,10 @@ def test_what_an_in_place_function_returns_is_the_callers_tensor(name: str) -> N
     out = RETURNING[name](lambda x: x.sin_().mul_(2), x)
     expected = X.clone()
     (expected[0] if name == "a value" else expected).sin_().mul_(2)
-    agree(x, expected)
+    close(x, expected)
     out.add_(1)
     (expected[0] if name == "a value" else expected).add_(1)
-    agree(x, expected)
+    close(x, expected)
 
 
 def test_views_that_are_returned_share_the_callers_memory() -> None:
@@ -138,9 +135,9 @@ def test_views_that_are_returned_share_the_callers_memory() -> None:
         vmap(view)(mine).mul_(3)
         for example in loop:
             view(example).mul_(3)
-        agree(mine, loop)
+        close(mine, loop)
         written = lambda x, view=view: (view(x).mul_(2), x * 1)[1]
-        agree(vmap(written)(pairs.clone()), for_each_alone(written)(pairs.clone()))
+        close(vmap(written)(pairs.clone()), for_each_alone(written)(pairs.clone()))
 
 
 # --- dimensions out of range
@@ -185,8 +182,8 @@ def forked(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", [*DRAWN, "forked"])
 def test_random_numbers_of_ones_own(name: str) -> None:
     f = DRAWN.get(name, forked)
-    agree(vmap(f, randomness="same")(ROWS), torch.stack([f(row) for row in ROWS]).detach())
-    agree(grad(lambda x: f(x).sum())(ROWS[0]), torch.autograd.functional.jacobian(lambda x: f(x).sum(), ROWS[0]))
+    close(vmap(f, randomness="same")(ROWS), torch.stack([f(row) for row in ROWS]).detach())
+    close(grad(lambda x: f(x).sum())(ROWS[0]), torch.autograd.functional.jacobian(lambda x: f(x).sum(), ROWS[0]))
 
 
 def in_context(context: Callable[[], Any]) -> Callable[[Tensor], Tensor]:
@@ -204,21 +201,21 @@ def in_context(context: Callable[[], Any]) -> Callable[[Tensor], Tensor]:
 )
 def test_contexts_inside_and_outside(context: Callable[[], Any]) -> None:
     expected = ROWS.cos() * ROWS + ROWS.sin()
-    agree(vmap(grad(in_context(context)))(ROWS), expected)
+    close(vmap(grad(in_context(context)))(ROWS), expected)
     with context():
-        agree(vmap(grad(in_context(context)))(ROWS), expected)
+        close(vmap(grad(in_context(context)))(ROWS), expected)
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
 def test_contexts_without_autograd(context: Callable[[], Any]) -> None:
-    agree(vmap(grad(in_context(context)))(ROWS), ROWS.sin())  # what was computed in it is a constant
-    agree(vmap(in_context(context))(ROWS), (ROWS.sin() * ROWS).sum(1))
+    close(vmap(grad(in_context(context)))(ROWS), ROWS.sin())  # what was computed in it is a constant
+    close(vmap(in_context(context))(ROWS), (ROWS.sin() * ROWS).sum(1))
     with context():
         found = vmap(grad(lambda x: (x.sin() * x).sum()))(ROWS)
-    agree(found.clone(), ROWS.cos() * ROWS + ROWS.sin())
+    close(found.clone(), ROWS.cos() * ROWS + ROWS.sin())
     with context():
         weights = ROWS[0].clone()
-    agree(grad(lambda x: (x * weights).sum())(ROWS[1]), weights.clone())
+    close(grad(lambda x: (x * weights).sum())(ROWS[1]), weights.clone())
 
 
 def test_default_dtypes_and_devices() -> None:
@@ -233,7 +230,7 @@ def test_default_dtypes_and_devices() -> None:
 
     found = vmap(grad(f))(ROWS)
     assert found.dtype is F64
-    agree(found, torch.ones_like(ROWS))
+    close(found, torch.ones_like(ROWS))
 
 
 # --- what wrappers are asked
@@ -251,8 +248,8 @@ def test_text_numbers_and_comparisons_inside() -> None:
         assert copy.copy(x).shape == x.shape and x.detach().numpy().shape == (4,)
         return (x * copy.deepcopy(x)).sum()
 
-    agree(grad(f)(ROWS[0]), 2 * ROWS[0])
-    agree(jvp(f, (ROWS[0],), (ROWS[1],))[1], 2 * ROWS[0] @ ROWS[1])
+    close(grad(f)(ROWS[0]), 2 * ROWS[0])
+    close(jvp(f, (ROWS[0],), (ROWS[1],))[1], 2 * ROWS[0] @ ROWS[1])
 
     def batched(x: Tensor) -> Tensor:
         torch.testing.assert_close(x, x * 1)
@@ -262,7 +259,7 @@ def test_text_numbers_and_comparisons_inside() -> None:
             f"{x.sum():.3f}"
         return x * 1
 
-    agree(vmap(batched)(ROWS), ROWS)
+    close(vmap(batched)(ROWS), ROWS)
 
 
 def test_utilities_of_modules() -> None:
@@ -270,7 +267,7 @@ def test_utilities_of_modules() -> None:
     weights = {name: p.detach() for name, p in net.named_parameters()}
     flat = nn.utils.parameters_to_vector(weights.values())
     found = grad(lambda p: nn.utils.parameters_to_vector(p.values()).sin().sum())(weights)
-    agree(nn.utils.parameters_to_vector(found.values()), flat.cos())
+    close(nn.utils.parameters_to_vector(found.values()), flat.cos())
 
     def clipped(x: Tensor) -> Tensor:
         p = torch.zeros(4, dtype=F64)
@@ -279,7 +276,7 @@ def test_utilities_of_modules() -> None:
         assert p.grad is not None
         return p.grad
 
-    agree(vmap(clipped)(ROWS), for_each_alone(lambda x: x * (1 / (x.norm() + 1e-6)).clamp(max=1.0))(ROWS))
+    close(vmap(clipped)(ROWS), for_each_alone(lambda x: x * (1 / (x.norm() + 1e-6)).clamp(max=1.0))(ROWS))
     with pytest.raises(InsideTransformError, match=r"assigning to Tensor.data what lost its derivative"):
         grad(lambda v: nn.utils.vector_to_parameters(v, copy.deepcopy(net).parameters()))(flat)
 
@@ -293,4 +290,4 @@ def test_hooks_on_saved_tensors_and_saving_elsewhere_leave_results_alone() -> No
         with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
             return z.sum()
 
-    agree(vmap(grad(f))(ROWS), ROWS.cos() * ROWS + ROWS.sin())
+    close(vmap(grad(f))(ROWS), ROWS.cos() * ROWS + ROWS.sin())

@@ -14,8 +14,8 @@ import pytest
 import torch
 from opinfo_problem import UNINITIALIZED
 from plain import difference
+from recorder import Listing
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from functrans import functionalize, jvp, linear_transpose, linearize, vjp
 from functrans.errors import FunctransError, NonLinearError
@@ -114,18 +114,6 @@ def test_what_linear_transpose_takes_is_linear_and_transposed(name: str) -> None
             close(got, inner([pulled.conj()], [x]), size, max(1e-6, precision(p)))
 
 
-class Seen(TorchDispatchMode):
-    """Notes the operators that write or view."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kinds: dict[str, int] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.kinds[str(op)] = op_info(op).kind_by_schema
-        return op(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("remove", ("mutations", "mutations_and_views"))
 @pytest.mark.parametrize("name", EVERY)
 def test_below_functionalize_nothing_is_written(name: str, remove: str) -> None:
@@ -141,15 +129,16 @@ def test_below_functionalize_nothing_is_written(name: str, remove: str) -> None:
         torch.manual_seed(p.seed)
         p.call(*expected)
         torch.manual_seed(p.seed)
-        with Seen() as seen:
+        with Listing() as seen:
             out = pure(*leaves)
         if name not in UNINITIALIZED:
             assert not difference(out, p.out)
             assert not difference(tuple(leaves), tuple(expected))
-        written = [op for op, kind in seen.kinds.items() if kind == WRITE]
-        assert written == ["aten.copy_.default"] * bool(written)  # to an argument that the operator writes
+        kinds = {op: op_info(op).kind_by_schema for op in seen.ops}
+        written = [op for op, kind in kinds.items() if kind == WRITE]
+        assert written == [torch.ops.aten.copy_.default] * bool(written)  # to an argument that the operator writes
         if remove == "mutations_and_views":
-            assert [op for op, kind in seen.kinds.items() if kind == VIEW] == []
+            assert [op for op, kind in kinds.items() if kind == VIEW] == []
 
 
 def test_the_error_of_what_is_not_linear_has_the_operator_and_the_line() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import Listing
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from wrong_calls import thread_state
 
 import functrans as ft
@@ -127,16 +127,6 @@ def test_two_levels_of_ones_own(outer: str, inner: Callable[[Tensor], Tensor]) -
     else:
         found = ft.jvp(inner, (X,), (torch.ones_like(X),), interpreter=StraightJvp)[1]
     torch.testing.assert_close(found, expected)
-
-
-class Listing(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops.append(func)
-        return func(*args, **(kwargs or {}))
 
 
 def noting(base: Any, asked: list[Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from four_mixes import along, check_mixes, derivative
+from slow_ways import some
 from torch import Tensor
 
 from functrans import grad, hessian, jacfwd, jvp, vmap
@@ -18,31 +19,27 @@ linalg = torch.linalg
 DTYPES = (torch.float64, torch.complex128)
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
 def of_rank(rank: int, n: int, dtype: torch.dtype) -> Tensor:
-    return randn(n, rank, dtype=dtype, seed=1) @ randn(rank, n, dtype=dtype, seed=2)
+    return some(n, rank, dtype=dtype, seed=1) @ some(rank, n, dtype=dtype, seed=2)
 
 
 def matrices(dtype: torch.dtype) -> dict[str, Tensor]:
     return {
-        "regular": randn(3, 3, dtype=dtype),
+        "regular": some(3, 3, dtype=dtype),
         "identity": torch.eye(3, dtype=dtype),
         "rank n - 1": of_rank(2, 3, dtype),
         "rank n - 2": of_rank(2, 4, dtype),
-        "nearly singular": of_rank(2, 3, dtype) + 1e-9 * randn(3, 3, dtype=dtype, seed=3),
+        "nearly singular": of_rank(2, 3, dtype) + 1e-9 * some(3, 3, dtype=dtype, seed=3),
         "ill-conditioned": torch.diag(torch.tensor([1.0, 1e-3, 1e-5, 1e-7])).to(dtype)
-        + 1e-8 * randn(4, 4, dtype=dtype),
+        + 1e-8 * some(4, 4, dtype=dtype),
         "zero": torch.zeros(3, 3, dtype=dtype),
         "zero of size 1": torch.zeros(1, 1, dtype=dtype),
-        "size 1": randn(1, 1, dtype=dtype),
+        "size 1": some(1, 1, dtype=dtype),
         "size 0": torch.zeros(0, 0, dtype=dtype),
         "regular and singular": torch.stack(
-            [randn(3, 3, dtype=dtype), of_rank(1, 3, dtype), torch.eye(3, dtype=dtype)]
+            [some(3, 3, dtype=dtype), of_rank(1, 3, dtype), torch.eye(3, dtype=dtype)]
         ),
-        "transposed": randn(3, 3, dtype=dtype).mT,
+        "transposed": some(3, 3, dtype=dtype).mT,
         "no matrices": torch.zeros(0, 3, 3, dtype=dtype),
     }
 
@@ -78,7 +75,7 @@ def test_determinant_closed_forms() -> None:
 
 def test_determinant_of_a_larger_null_space() -> None:
     """A derivative of order n of a zero matrix of size n: n! times the determinant of the direction."""
-    d = randn(5, 5)
+    d = some(5, 5)
     f = lambda t: linalg.det(t * d)
     for mix in ("frfrf", "rrrrr", "fffff"):
         torch.testing.assert_close(derivative(f, mix)(torch.zeros((), dtype=torch.float64)), 120 * linalg.det(d))
@@ -86,7 +83,7 @@ def test_determinant_of_a_larger_null_space() -> None:
 
 def test_determinants_of_a_batch() -> None:
     batch = matrices(torch.float64)["regular and singular"]
-    d = randn(3, 3, 3, seed=4)
+    d = some(3, 3, 3, seed=4)
     f = lambda a, d: jvp(lambda a: (grad(linalg.det)(a) * d).sum(), (a,), (d.mT,))[1]
     torch.testing.assert_close(vmap(f)(batch, d), torch.stack([f(a, e) for a, e in zip(batch, d, strict=True)]))
     torch.testing.assert_close(vmap(hessian(linalg.det))(batch), torch.stack([hessian(linalg.det)(a) for a in batch]))
@@ -166,14 +163,14 @@ WITH_SIDES: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SQUARE)
 def test_functions_of_a_matrix(name: str, dtype: torch.dtype) -> None:
-    check_mixes(along(SQUARE[name], (randn(3, 3, dtype=dtype, seed=5),)), radius=0.02, rtol=1e-4, atol=1e-6)
+    check_mixes(along(SQUARE[name], (some(3, 3, dtype=dtype, seed=5),)), radius=0.02, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("moving", [(0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WITH_SIDES)
 def test_solvers(name: str, dtype: torch.dtype, moving: tuple[int, ...]) -> None:
-    args = randn(3, 3, dtype=dtype, seed=5), randn(3, 2, dtype=dtype, seed=6)
+    args = some(3, 3, dtype=dtype, seed=5), some(3, 2, dtype=dtype, seed=6)
     check_mixes(along(WITH_SIDES[name], args, moving), radius=0.02, rtol=1e-4, atol=1e-6)
 
 
@@ -182,7 +179,7 @@ def test_solvers(name: str, dtype: torch.dtype, moving: tuple[int, ...]) -> None
 def test_matrix_norms(ord: Any, dtype: torch.dtype) -> None:
     for shape in ((3, 3), (2, 4), (4, 2)):
         check_mixes(
-            along(lambda a: linalg.matrix_norm(a, ord), (randn(*shape, dtype=dtype, seed=7),)),
+            along(lambda a: linalg.matrix_norm(a, ord), (some(*shape, dtype=dtype, seed=7),)),
             radius=0.004,
             rtol=1e-4,
             atol=1e-6,
@@ -192,8 +189,8 @@ def test_matrix_norms(ord: Any, dtype: torch.dtype) -> None:
 def repeated(*shape: int, dtype: torch.dtype, values: tuple[float, ...]) -> Tensor:
     """A matrix with these singular values."""
     left, right = (
-        linalg.qr(randn(shape[0], shape[0], dtype=dtype, seed=8))[0],
-        linalg.qr(randn(shape[1], shape[1], dtype=dtype, seed=9))[0],
+        linalg.qr(some(shape[0], shape[0], dtype=dtype, seed=8))[0],
+        linalg.qr(some(shape[1], shape[1], dtype=dtype, seed=9))[0],
     )
     n = len(values)
     return left[:, :n] @ torch.diag(torch.tensor(values, dtype=torch.float64)).to(dtype) @ right[:n]
@@ -209,7 +206,7 @@ def test_nuclear_norm_of_repeated_singular_values(
     a = repeated(*shape, dtype=dtype, values=values)
     for norm in (lambda a: linalg.matrix_norm(a, "nuc"), lambda a: torch.norm(a, "nuc")):
         check_mixes(along(norm, (a,)), radius=0.05, rtol=1e-4, atol=1e-6)
-    batch, v = torch.stack([a, 2 * a]), randn(2, *shape, dtype=dtype, seed=3)
+    batch, v = torch.stack([a, 2 * a]), some(2, *shape, dtype=dtype, seed=3)
     product = lambda a, v: jvp(grad(lambda a: linalg.matrix_norm(a, "nuc")), (a,), (v,))[1]
     torch.testing.assert_close(
         vmap(product)(batch, v), torch.stack([product(*row) for row in zip(batch, v, strict=True)])
@@ -218,7 +215,7 @@ def test_nuclear_norm_of_repeated_singular_values(
 
 def test_nuclear_norm_as_pytorch_has_it() -> None:
     """Its spellings, dimensions and errors; the subgradient at a singular matrix is PyTorch's."""
-    x = randn(2, 4, 3, dtype=torch.float64, seed=5)
+    x = some(2, 4, 3, dtype=torch.float64, seed=5)
     for f in (
         lambda x: linalg.matrix_norm(x, "nuc", dim=(2, 0), keepdim=True),
         lambda x: linalg.matrix_norm(x, "nuc", dim=(0, -1)),
@@ -249,7 +246,7 @@ def test_nuclear_norm_as_pytorch_has_it() -> None:
 def test_a_singular_matrix_does_not_spoil_its_batch(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     """Its logarithm is -inf and has no derivative, at any order; PyTorch in a loop has inf or NaN."""
     f = lambda a: function(a).real
-    regular, other = randn(3, 3, dtype=dtype), torch.eye(3, dtype=dtype)
+    regular, other = some(3, 3, dtype=dtype), torch.eye(3, dtype=dtype)
     batch = torch.stack([regular, torch.ones_like(other), other, torch.zeros_like(other)])
     second = lambda a: jvp(grad(f), (a,), (other,))[1]
     for slope in (grad(f), lambda a: jvp(f, (a,), (other,))[1], second, grad(lambda a: grad(f)(a).real.sum())):

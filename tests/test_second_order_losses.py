@@ -11,17 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from four_mixes import along, check_mixes, derivative
+from slow_ways import some
 from torch import Tensor, nn
 
 from functrans import functional_call, grad, jvp, vmap
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def positive(*shape: int, seed: int = 0) -> Tensor:
-    return randn(*shape, seed=seed).abs() + 0.3
+    return some(*shape, seed=seed).abs() + 0.3
 
 
 def vector(*numbers: float) -> Tensor:
@@ -53,7 +50,7 @@ LABELS = {
 @pytest.mark.parametrize("name", LABELS)
 def test_class_weights(name: str, reduction: str, ignore_index: int) -> None:
     shape, target = LABELS[name]
-    args, options = (randn(*shape), positive(3)), {"reduction": reduction, "ignore_index": ignore_index}
+    args, options = (some(*shape), positive(3)), {"reduction": reduction, "ignore_index": ignore_index}
     check_each(lambda x, w: F.nll_loss(x, target, w, **options), args)
     for label_smoothing in (0.0, 0.2):
         check_each(
@@ -64,12 +61,12 @@ def test_class_weights(name: str, reduction: str, ignore_index: int) -> None:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 3, 2)], ids=str)
 def test_probabilities_as_targets(shape: tuple[int, ...], reduction: str) -> None:
-    args = randn(*shape), randn(*shape, seed=1).softmax(int(len(shape) > 1)), positive(3)
+    args = some(*shape), some(*shape, seed=1).softmax(int(len(shape) > 1)), positive(3)
     check_each(lambda x, p, w: F.cross_entropy(x, p, w, reduction=reduction, label_smoothing=0.1), args)
 
 
 def test_class_weights_of_a_batch() -> None:
-    x, weights = randn(5, 4, 3), positive(5, 3)
+    x, weights = some(5, 4, 3), positive(5, 3)
     target = torch.tensor([[0, 1, 2, 2], [1, 1, 0, 2], [2, 0, 0, 1], [0, 2, 1, 1], [1, 2, 2, 0]])
 
     def f(x: Tensor, target: Tensor, w: Tensor) -> Tensor:
@@ -81,7 +78,7 @@ def test_class_weights_of_a_batch() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_other_weights(reduction: str) -> None:
-    x, y, w, v = randn(4, 3), randn(4, 3, seed=1).sigmoid(), positive(4, 3, seed=2), positive(3, seed=3)
+    x, y, w, v = some(4, 3), some(4, 3, seed=1).sigmoid(), positive(4, 3, seed=2), positive(3, seed=3)
     labels = torch.tensor([0, 2, 1, 2])
     options: dict[str, Any] = {"reduction": reduction}
     check_each(lambda x, y, w: F.binary_cross_entropy(x.sigmoid(), y, w, **options), (x, y, w))
@@ -98,7 +95,7 @@ def test_other_weights(reduction: str) -> None:
 
 def test_weights_that_a_loss_does_not_hand_on() -> None:
     """``F.l1_loss`` forgets its weight where it hands itself over to a tensor subclass."""
-    x, y, w = randn(3, 2), randn(3, 2, seed=1), positive(3, 2)
+    x, y, w = some(3, 2), some(3, 2, seed=1), positive(3, 2)
     torch.testing.assert_close(grad(lambda x: F.l1_loss(x, y, weight=w, reduction="sum"))(x), w * (x - y).sign())
     torch.testing.assert_close(
         vmap(lambda x, y, w: F.l1_loss(x, y, weight=w))(x, y, w), (w * (x - y).abs()).sum(1) / w.sum(1)
@@ -118,7 +115,7 @@ def test_chunked_linear_cross_entropy(reduction: str, ignore_index: int | None) 
     }
     check_each(
         lambda x, a, b, w: F.linear_cross_entropy(x, a, labels, linear_bias=b, weight=w, **chunks),
-        (randn(5, 4), randn(3, 4, seed=1), randn(3, seed=2), positive(3)),
+        (some(5, 4), some(3, 4, seed=1), some(3, seed=2), positive(3)),
     )
 
 
@@ -148,7 +145,7 @@ def test_weight_norm(dim: int, shape: tuple[int, ...]) -> None:
     if dim >= len(shape):
         return
     sizes = [n if d == dim % len(shape) else 1 for d, n in enumerate(shape)]
-    args = randn(*shape, seed=1), randn(*sizes, seed=2)
+    args = some(*shape, seed=1), some(*sizes, seed=2)
     check_each(lambda v, g: torch._weight_norm(v, g, dim), args)
     if dim in (0, len(shape) - 1):
         check_each(lambda v, g: torch._weight_norm_interface(v, g, dim), args)
@@ -170,7 +167,7 @@ def test_modules_with_weight_norm(norm: Callable[..., Any], dim: int | None) -> 
         warnings.simplefilter("ignore", FutureWarning)
         layer = norm(nn.Linear(3, 2).double(), dim=dim)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
-    x = randn(5, 3)
+    x = some(5, 3)
     check_mixes(
         along(
             lambda *p: functional_call(layer, dict(zip(parameters, p, strict=True)), (x,)).tanh(),
@@ -256,7 +253,7 @@ def test_complex_zeros(f: Callable[..., Any]) -> None:
 
 
 def test_running_sums_of_exponentials() -> None:
-    for x in (randn(4), randn(4) * 100):
+    for x in (some(4), some(4) * 100):
         check_mixes(along(lambda x: x.logcumsumexp(0), (x,)), rtol=1e-4)
         check_mixes(along(lambda x: x.logsumexp(0), (x,)), rtol=1e-4)
 
@@ -278,7 +275,7 @@ def test_ctc_loss(padded: bool, tensors: bool, reduction: str) -> None:
     lengths = [torch.tensor(n) if tensors else n for n in CTC_LENGTHS]
     f = lambda x: F.ctc_loss(x.log_softmax(2), targets, *lengths, reduction=reduction)
     check_mixes(
-        along(f, (randn(6, 3, 4),)),
+        along(f, (some(6, 3, 4),)),
         order=3 if padded and not tensors and reduction == "sum" else 2,
         radius=0.05,
         rtol=1e-4,
@@ -288,7 +285,7 @@ def test_ctc_loss(padded: bool, tensors: bool, reduction: str) -> None:
 
 def test_ctc_loss_where_no_path_leads() -> None:
     """With zero_infinity it counts for nothing at any order; without, the gradient is PyTorch's NaN."""
-    targets, lengths, x = torch.tensor([[1, 1, 1], [1, 2, 0]]), ((4, 4), (3, 2)), randn(4, 2, 3)
+    targets, lengths, x = torch.tensor([[1, 1, 1], [1, 2, 0]]), ((4, 4), (3, 2)), some(4, 2, 3)
 
     def f(x: Tensor, zero_infinity: bool) -> Tensor:
         return F.ctc_loss(x.log_softmax(2), targets, *lengths, reduction="sum", zero_infinity=zero_infinity)
@@ -300,7 +297,7 @@ def test_ctc_loss_where_no_path_leads() -> None:
 
 def test_ctc_loss_of_a_batch() -> None:
     """The product of the Hessian and a vector, with targets and lengths of each example."""
-    x, v = randn(2, 6, 3, 4), randn(2, 6, 3, 4, seed=1)
+    x, v = some(2, 6, 3, 4), some(2, 6, 3, 4, seed=1)
     targets = torch.stack([CTC_TARGETS, CTC_TARGETS.flip(1).clamp(min=1)])
     ends, counts = torch.tensor([[6, 5, 2], [6, 6, 3]]), torch.tensor([[3, 2, 0], [2, 2, 1]])
 

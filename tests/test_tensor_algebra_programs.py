@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from slow_ways import some
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,10 +15,6 @@ from functrans import grad, hessian, jvp, vmap
 from functrans.errors import CallIndexError, InsideTransformError
 
 F64 = torch.float64
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 def rearranged(x: Tensor, order: str, split: int) -> Tensor:
@@ -52,7 +49,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name: str) -> None:
     f = FUNCTIONS[name]
-    x, batch = random(4, 5), random(3, 4, 5, seed=1)
+    x, batch = some(4, 5), some(3, 4, 5, seed=1)
 
     def loss(x: Tensor) -> Tensor:
         return (f(x) ** 2).sum()
@@ -65,7 +62,7 @@ def test_functions(name: str) -> None:
     slopes = torch.stack([slope(x) for x in batch])
     torch.testing.assert_close(vmap(grad(loss))(batch), slopes)
     torch.testing.assert_close(grad(lambda b: vmap(loss)(b).sum())(batch), slopes)
-    v, h = random(4, 5, seed=2), 1e-6
+    v, h = some(4, 5, seed=2), 1e-6
     torch.testing.assert_close(jvp(loss, (x,), (v,))[1], (slope(x) * v).sum())
     along = (slope(x + h * v) - slope(x - h * v)) / (2 * h)
     torch.testing.assert_close(jvp(grad(loss), (x,), (v,))[1], along, rtol=1e-5, atol=1e-5)
@@ -75,13 +72,13 @@ def test_functions(name: str) -> None:
 @pytest.mark.parametrize("place", [-5, -4, 3, 7])
 def test_an_out_dim_out_of_range_is_an_index_error(place: int) -> None:
     with pytest.raises(CallIndexError) as info:
-        vmap(lambda x: x.sum(0), out_dims=place)(random(3, 4, 5))
+        vmap(lambda x: x.sum(0), out_dims=place)(some(3, 4, 5))
     assert isinstance(info.value, IndexError)
     with pytest.raises(IndexError):
-        torch.func.vmap(lambda x: x.sum(0), out_dims=place)(random(3, 4, 5))
+        torch.func.vmap(lambda x: x.sum(0), out_dims=place)(some(3, 4, 5))
 
 
 def test_as_strided_of_examples_that_lie_between_each_other_is_refused() -> None:
     """The strides that such an example shows are those of a loop only if it is the caller's own memory."""
     with pytest.raises(InsideTransformError, match="lay between each other"):
-        vmap(lambda x: (x * 2).as_strided((2,), (2,)), in_dims=1)(random(4, 2))
+        vmap(lambda x: (x * 2).as_strided((2,), (2,)), in_dims=1)(some(4, 2))

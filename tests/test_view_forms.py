@@ -16,7 +16,17 @@ from functrans import grad, vmap
 from functrans.functionalization.write_back import BY_INDEX, WRITE_BACK
 from functrans.interpreters.vmap.table import BATCHING_RULES
 from functrans.operators import views
-from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SWAPS, Part, inverse, order_of
+from functrans.operators.views import (
+    CONJUGATED,
+    EXPANSIONS,
+    PARTS,
+    PERMUTATIONS,
+    SPLITS,
+    SWAPS,
+    Part,
+    inverse,
+    order_of,
+)
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning", "ignore:The use of `x.T`:UserWarning")
@@ -156,7 +166,94 @@ def test_a_wrong_part_is_found(name: str) -> None:
     assert not is_part(*WRONG_PARTS[name])
 
 
+# --- splits
+
+
+def ways(op: Any, length: int) -> list[Any]:
+    """What ``op`` may be told of the pieces of a dimension of this length."""
+    if SPLITS[op] is views.piece_of_sizes:
+        return [[length], [0, length], [length // 2, length - length // 2], [1] * length]
+    return [1, 2, 3, length + 2]
+
+
+def splits_so(op: Any, piece: Callable[..., tuple[int, int]]) -> bool:
+    """Whether ``op`` returns these slices."""
+    for length in (1, 3, 5, 0):
+        x = numbered((2, length))
+        for how in ways(op, length):
+            for i, part in enumerate(op(x, how, 1)):
+                start, end = piece(length, how, i)
+                if not torch.equal(part, x.narrow(1, start, end - start) if start <= end else x):
+                    return False
+    return True
+
+
+@pytest.mark.parametrize("op", SPLITS, ids=str)
+def test_splits(op: Any) -> None:
+    assert splits_so(op, SPLITS[op])
+
+
+WRONG_SPLITS = {
+    "the last piece is as long": (aten.split.Tensor, lambda length, size, i: (i * size, (i + 1) * size)),
+    "chunks for their size": (aten.chunk.default, views.piece_of_size),
+    "only one piece before": (aten.split.sizes, lambda length, sizes, i: (i and sizes[0], (i and sizes[0]) + sizes[i])),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SPLITS)
+def test_a_wrong_split_is_found(name: str) -> None:
+    op, piece = WRONG_SPLITS[name]
+    try:
+        assert not splits_so(op, piece)
+    except RuntimeError as error:
+        assert "exceeds dimension size" in str(error)
+
+
+@pytest.mark.parametrize("op", SPLITS, ids=str)
+def test_every_split_is_batched_and_written_through(op: Any) -> None:
+    assert op in BATCHING_RULES and op in WRITE_BACK
+    x = numbered((2, 5))
+    batch = torch.stack([x, -x, 2 * x], 1)
+    for how in ways(op, 5):
+        count = len(op(x, how, 1))
+
+        def weighted(x: Tensor, how: Any = how) -> Tensor:
+            return sum((p.sin() ** 2).sum() * (i + 2) for i, p in enumerate(op(x, how, 1)) if i != 1)
+
+        def written(x: Tensor, how: Any = how, last: int = count - 1) -> Tensor:
+            base = x.clone()
+            op(base, how, 1)[last].mul_(3)
+            op(base, how, -1)[0].copy_(op(x, how, 1)[0].flip(1) * 10)
+            return base
+
+        def by_index(x: Tensor, how: Any = how, last: int = count - 1) -> Tensor:
+            base, pieces = x.clone(), op(torch.arange(5), how, 0)
+            if "unsafe" in str(op):  # its pieces share no memory with x
+                return base
+            base[:, pieces[last]] *= 3
+            base[:, pieces[0]] = x[:, pieces[0]].flip(1) * 10
+            return base
+
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(grad(weighted)(x), torch.autograd.grad(weighted(leaf), leaf)[0])
+        leaf = x.clone().requires_grad_()
+        expected = torch.autograd.grad(by_index(leaf).sin().sum(), leaf)[0]
+        torch.testing.assert_close(grad(lambda x: written(x).sin().sum())(x), expected)
+        for f, alone in ((grad(weighted), grad(weighted)), (written, by_index)):
+            expected = torch.stack([alone(row) for row in batch.unbind(1)])
+            torch.testing.assert_close(vmap(f, in_dims=1)(batch), expected)
+
+
 # --- what is made of them
+
+
+@pytest.mark.parametrize("op", EXPANSIONS, ids=str)
+def test_every_expansion_is_batched(op: Any) -> None:
+    assert op in BATCHING_RULES and op in BY_INDEX
+    x, size = numbered((3, 1)), torch.zeros(2, 3, 4) if op is aten.expand_as.default else [2, 3, 4]
+    weights = numbered((2, 3, 4)).cos()
+    found = vmap(grad(lambda x: (op(x.sin(), size) * weights).sum()), in_dims=1)(torch.stack([x, -x], 1))
+    torch.testing.assert_close(found, torch.stack([a.cos() * weights.sum((0, 2))[:, None] for a in (x, -x)]))
 
 
 @pytest.mark.parametrize("op", [*ORDERED, *PARTS], ids=str)

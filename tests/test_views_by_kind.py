@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_ways import some
 from torch import Tensor
 
 from functrans import grad, jvp, vmap
@@ -19,10 +20,6 @@ from functrans.operators.info import SPECIAL, VIEW, op_info
 
 aten = torch.ops.aten
 F64, C128 = torch.float64, torch.complex128
-
-
-def random(*shape: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
 OF_NAMED_TENSORS = re.compile("name|align|ellipsis", re.IGNORECASE)
@@ -69,9 +66,9 @@ def test_every_view_operator_has_a_way_back_or_is_refused() -> None:
     assert not BY_INDEX & set(WRITE_BACK)
 
 
-REAL = random(4, 3, 2)
-SQUARE = random(3, 2, 2)
-COMPLEX = random(3, 2, 2, dtype=C128)
+REAL = some(4, 3, 2)
+SQUARE = some(3, 2, 2)
+COMPLEX = some(3, 2, 2, dtype=C128)
 #: Views of a base, by name: the base, and the view.
 VIEWS: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
     "adjoint": (COMPLEX, lambda x: x.adjoint()),
@@ -79,18 +76,18 @@ VIEWS: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]] = {
     "part of an adjoint": (COMPLEX, lambda x: x.adjoint()[1:]),
     "alias": (REAL, lambda x: aten.alias(x)),
     "as_strided": (REAL, lambda x: x.as_strided((2, 2), (6, 1))),
-    "as_strided of a tensor with gaps": (random(4, 6)[:, ::2], lambda x: x.as_strided((2, 2), (6, 2))),
+    "as_strided of a tensor with gaps": (some(4, 6)[:, ::2], lambda x: x.as_strided((2, 2), (6, 2))),
     "broadcast_to": (REAL, lambda x: x.broadcast_to(4, 3, 2)),
     "chunk": (REAL, lambda x: x.chunk(2)[1]),
     "conj": (COMPLEX, lambda x: x.conj()),
     "conj, whole": (COMPLEX, lambda x: torch.conj(x)),
     "diagonal": (SQUARE, lambda x: x.diagonal(0, 1, 2)),
-    "dsplit": (random(2, 2, 4), lambda x: x.dsplit(2)[0]),
+    "dsplit": (some(2, 2, 4), lambda x: x.dsplit(2)[0]),
     "expand": (REAL, lambda x: x.expand(4, 3, 2)),
     "expand_as": (REAL, lambda x: x.expand_as(torch.ones(4, 3, 2))),
     "flatten": (REAL, lambda x: x.flatten(1)),
     "H": (COMPLEX[0], lambda x: x.H),
-    "hsplit": (random(2, 4), lambda x: x.hsplit(2)[1]),
+    "hsplit": (some(2, 4), lambda x: x.hsplit(2)[1]),
     "imag": (COMPLEX, lambda x: x.imag),
     "imag of conj": (COMPLEX, lambda x: x.conj().imag),
     "linalg.diagonal": (SQUARE, lambda x: torch.linalg.diagonal(x)),
@@ -177,7 +174,7 @@ def test_writes_to_arguments_through_views(name: str) -> None:
 
     batch = torch.stack([x, 2 * x, -x])
     if name.startswith("as_strided of"):  # a stack has no gaps
-        batch = random(3, 4, 6)[..., ::2]
+        batch = some(3, 4, 6)[..., ::2]
     ours, theirs = batch.clone(memory_format=torch.preserve_format), batch.clone(memory_format=torch.preserve_format)
     expected = torch.stack([f(b) for b in theirs])
     torch.testing.assert_close(vmap(f)(ours), expected)
@@ -263,7 +260,7 @@ ANSWERED = (written_alone, read_before, cured)
 def test_reshape_views_or_copies_as_in_a_loop_or_what_follows_is_refused(f: Callable[..., Tensor], dim: int) -> None:
     """What is computed lies in memory as the batch does, which is not as the loop's: NOTE [Layouts that a batch hides].
     """
-    x = random(3, 4, 5)
+    x = some(3, 4, 5)
     expected = torch.stack([f(row) for row in x.clone().unbind(dim)])
     for run in (
         lambda: vmap(f, in_dims=dim)(x.clone()),
@@ -305,7 +302,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 def test_shapes_changed_in_place(name: str, shape: tuple[int, ...]) -> None:
     """Of vmap's own argument: the result has the new shape, and the caller's tensor keeps its own, with what was
     written: as in a loop over views."""
-    op, x = IN_PLACE[name], random(*shape)
+    op, x = IN_PLACE[name], some(*shape)
     if x.dim() == 2 and name not in ("unsqueeze_", "unsqueeze_ at the end", "squeeze_", "squeeze_ of a dim"):
         pytest.skip("examples of one dimension")
     for dim in range(x.dim()):

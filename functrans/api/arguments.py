@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functrans.api.checks import call_function
 from functrans.api.structures import path_of
 from functrans.boundary.facades import Facade, are_plain, bare, class_of_gradients, of_class, shown_like
 from functrans.boundary.leftovers import as_here
@@ -20,7 +21,7 @@ from functrans.functionalization.writes import invalidate_saved, write_for_calle
 from functrans.interpreters.constants import as_own
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.operators.info import DIFFERENTIABLE
-from functrans.tensors.pytrees import TENSORS, tree_flatten, tree_unflatten
+from functrans.tensors.pytrees import TENSORS, tree_flatten, tree_map, tree_unflatten
 
 Argnums = int | tuple[int, ...]
 #: In place of argnums: every argument, as in vjp and jvp, where they are called primals.
@@ -81,6 +82,14 @@ class Inputs:
         self.args = tuple(entered)
         self.kwargs = {k: self._constants(v) for k, v in kwargs.items()}
         self.leaf_indices = {i: [getattr(w, "tape_index", None) for w in ws] for i, (_, ws, _) in self.tracked.items()}
+
+    def run(self, func: Callable[..., Any], has_aux: bool) -> tuple[Any, Any]:
+        """What ``func`` returns for the arguments; and aux, one level down."""
+        out = call_function(self.call, func, self.args, self.kwargs)
+        if not has_aux:
+            return out, None
+        out, aux = split_aux(self.call, out)
+        return out, tree_map(self.leave, aux)
 
     def _enter(self, leaf: Tensor, track: Callable[[Tensor], WrapperTensor]) -> WrapperTensor:
         if type(leaf) not in TENSORS:

@@ -12,22 +12,15 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
-from functrans.api.compiled import (
-    CALLED,
+from functrans.api.compiled import CALLED, TRACED, UNTRACED, Called, Traced, Untraced, manner_of
+from functrans.api.graph_nodes import (
     HOLE,
     OPAQUE,
-    RECORDING,
-    RETURNING,
-    TRACED,
-    UNTRACED,
     Around,
-    Called,
     CalledNode,
     PullbackNode,
-    Traced,
     TransformNode,
     Tree,
-    Untraced,
     at,
     call_with,
     example_of,
@@ -141,7 +134,7 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             transform = args[0].as_python_constant()
             with breaking(f"functrans.{transform.__name__}"):
-                if transform.__name__ in RETURNING and tx.output.root_tx.f_code is transform.__code__:
+                if manner_of(transform).returns_function and tx.output.root_tx.f_code is transform.__code__:
                     raise NotImplementedError("The function that it returns would leave the graph.")
                 return self.write(tx, transform, *names.LazyVariableTracker.realize_all(list(args[1:])))
 
@@ -167,14 +160,14 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
                     {},
                     self._HOP_NAME,
                     source_target=self.value,
-                    enable_grad=True if transform.__name__ in RECORDING else None,
+                    enable_grad=True if manner_of(transform).records else None,
                     set_subgraph_inputs="manual",
                     should_flatten_outputs=True,
                 )
             constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
             outputs = Tree([x if masked else HOLE for x, masked in constants], body.results)
             node.around = transforms_around(tx) if calls_written(tx) > calls else ()
-            if node.around and transform.__name__ in RETURNING:
+            if node.around and manner_of(transform).returns_function:
                 raise NotImplementedError("The function that it returns asks levels that run with the graph alone.")
             target = node.target(torch.fx.GraphModule(dict(tx.output.nn_modules), graph), outputs)
             proxies = [x.as_proxy() for x in (*given, *holes(tangents, tangent_leaves))]

@@ -17,9 +17,7 @@ from functrans.api.arguments import (
     gradients_by,
     is_smooth,
     pick,
-    split_aux,
 )
-from functrans.api.checks import call_function
 from functrans.api.mismatches import refuse_tangent
 from functrans.api.structures import difference, path_of
 from functrans.boundary.facades import bare
@@ -34,7 +32,7 @@ from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import set_forward_enabled
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_unflatten
 
 
 def jvp_with_argnums(
@@ -107,11 +105,7 @@ def run_forward(
 
     def body() -> tuple[Any, Any, Any, Any]:
         set_forward_enabled(True)
-        out = call_function(call, func, inputs.args, inputs.kwargs)
-        aux = None
-        if has_aux:
-            out, aux = split_aux(call, out)
-            aux = tree_map(inputs.leave, aux)
+        out, aux = inputs.run(func, has_aux)
         out_leaves, out_spec = tree_flatten(out)
         check_outputs(call, out, out_leaves, beside_tensors=call.transform == "jvp")
         values = [inputs.leave(o) for o in out_leaves]

@@ -9,6 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, Argnums
 from functrans.api.checks import check_callable, check_flag
+from functrans.api.compiled import manner
 from functrans.api.forward import jvp_with_argnums
 from functrans.api.reverse import grad_and_value_of
 from functrans.api.rows_and_columns import by_columns, by_rows
@@ -19,6 +20,7 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
+@manner(records=True)
 def jacrev(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -59,6 +61,7 @@ def jacrev(
     return by_rows(jacrev, func, argnums, has_aux, chunk_size, holomorphic, interpreter)
 
 
+@manner(records=True)
 def jacrev_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -145,6 +148,7 @@ def jacfwd_and_value(
     )
 
 
+@manner(records=True)
 def hessian(
     func: Callable[..., Any],
     argnums: Argnums = 0,

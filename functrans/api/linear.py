@@ -13,7 +13,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, refuse_argument, unwrap
 from functrans.api.checks import check_callable, check_flag, check_interpreter
-from functrans.api.compiled import MADE_OUTSIDE, TRACED, UNTRACED
+from functrans.api.compiled import MADE_OUTSIDE, TRACED, UNTRACED, manner
 from functrans.api.forward import run_forward
 from functrans.api.linear_functions import Like, LinearFunction, is_tree_node, like, stand_ins
 from functrans.api.mismatches import refuse_tangent
@@ -27,16 +27,16 @@ from functrans.core.tensor import WrapperTensor, check_layout
 from functrans.errors import Call, CallError, CallTypeError, MixedTransformsError
 from functrans.errors.wording import shown, what
 from functrans.interpreters.grad.interpreter import check_versions
-from functrans.interpreters.grad.nodes import tensors_in
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 from functrans.interpreters.linearize import LinearizeInterpreter, Step, Variable
 from functrans.interpreters.transpose import TransposeInterpreter, vanishes
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import autocast_off, is_torch_func_active
-from functrans.tensors.pytrees import TreeSpec, leaves_like, tree_flatten, tree_map, tree_unflatten
+from functrans.tensors.pytrees import TreeSpec, leaves_like, tensors_in, tree_flatten, tree_map, tree_unflatten
 
 
+@manner(at_once=True, returns_function=True, records=True)
 def linearize(
     func: Callable[..., Any],
     *primals: Any,
@@ -229,6 +229,7 @@ class JvpFunction(LinearFunction):
         return tree_unflatten(self.out_spec, found)
 
 
+@manner(at_once=True, returns_function=True, records=True)
 def linear_transpose(func: Callable[..., Any], *primals: Any) -> Pullback:
     """The transpose of a linear function.
 

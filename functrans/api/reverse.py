@@ -17,9 +17,8 @@ from functrans.api.arguments import (
     check_graph,
     check_outputs,
     check_scalar,
-    split_aux,
 )
-from functrans.api.checks import call_function, check_callable, check_flag
+from functrans.api.checks import check_callable, check_flag
 from functrans.api.linear_functions import like
 from functrans.api.pullbacks import Pullback, conjugated
 from functrans.boundary.facades import bare
@@ -86,11 +85,7 @@ def run_scalar(
         check_complex(call, "args", args, inputs.order)
 
     def body() -> tuple[Any, Any, Any]:
-        out = call_function(call, func, inputs.args, inputs.kwargs)
-        aux = None
-        if has_aux:
-            out, aux = split_aux(call, out)
-            aux = tree_map(inputs.leave, aux)
+        out, aux = inputs.run(func, has_aux)
         check_scalar(call, out, bool(holomorphic))
         value, index = inputs.leave(out), interpreter.index_of(bare(out))  # in this order: it may be a view to refresh
         if index is None:
@@ -135,11 +130,7 @@ def run_recorded(
     inputs = Inputs(interpreter, call, argnums, primals, kwargs or {})
 
     def body() -> tuple[Any, Any, Any, Any]:
-        out = call_function(call, func, inputs.args, inputs.kwargs)
-        aux = None
-        if has_aux:
-            out, aux = split_aux(call, out)
-            aux = tree_map(inputs.leave, aux)
+        out, aux = inputs.run(func, has_aux)
         leaves, spec = tree_flatten(out)
         check_outputs(call, out, leaves, differentiable=True)
         values = [inputs.leave(o) for o in leaves]

@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import ALL, Argnums
 from functrans.api.checks import check_callable, check_flag, check_interpreter
-from functrans.api.compiled import TRACED, named_after
+from functrans.api.compiled import TRACED, manner, named_after
 from functrans.api.forward import jvp_with_argnums
 from functrans.api.reverse import differentiating, grad_and_value_of, vjp_with_argnums
 from functrans.errors import Call
@@ -18,6 +18,7 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
+@manner(records=True)
 def grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -71,6 +72,7 @@ def grad(
     return gradient
 
 
+@manner(records=True)
 def grad_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -101,6 +103,7 @@ def grad_and_value(
     return gradient_and_value
 
 
+@manner(records=True)
 def value_and_grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -132,6 +135,7 @@ def value_and_grad(
     return value_and_gradient
 
 
+@manner(at_once=True, returns_function=True, records=True)
 def vjp(
     func: Callable[..., Any],
     *primals: Any,
@@ -174,6 +178,7 @@ def vjp(
     return (out, pullback, aux) if has_aux else (out, pullback)
 
 
+@manner(at_once=True)
 def jvp(
     func: Callable[..., Any],
     primals: tuple[Any, ...],

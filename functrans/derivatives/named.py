@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from functrans.pytorch.torch_private import OpOverload
+
 
 def with_names(names: Iterable[str], function: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
     """A formula that asks for ``names`` and hands them to ``function`` as one dict."""
@@ -23,6 +25,11 @@ def named(names: Iterable[str], formula: Callable[..., Any]) -> Callable[..., An
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
     formula.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return formula
+
+
+def arguments_of(op: OpOverload) -> list[str]:
+    """What its schema calls the arguments behind the first."""
+    return [a.name for a in op._schema.arguments[1:]]
 
 
 def no_cotangent() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from functrans.derivatives.named import arguments_of, named
 from functrans.derivatives.table import derivative
+from functrans.operators.views import SPLITS
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 linear = partial(derivative, tangent="linear")
@@ -19,20 +22,16 @@ def or_zeros(grads: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], se
     return [self.new_zeros(s) if g is None else g for g, s in zip(grads, shapes, strict=True)]
 
 
-def joined(grads: Any, self: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-    """The transpose of cutting ``self`` into ``sizes`` along ``dim``."""
-    dim = dim % self.dim()
-    shapes = [(*self.shape[:dim], size, *self.shape[dim + 1 :]) for size in sizes]
-    return torch.cat(or_zeros(grads, shapes, self), dim)
+def rejoin(op: OpOverload) -> Callable[..., Tensor]:
+    piece = SPLITS[op]
 
+    def joined(grads: Any, self: Tensor, how: Any, dim: int) -> Tensor:
+        dim = dim % self.dim()
+        ends = [piece(self.shape[dim], how, i) for i in range(len(grads))]
+        shapes = [(*self.shape[:dim], end - start, *self.shape[dim + 1 :]) for start, end in ends]
+        return torch.cat(or_zeros(grads, shapes, self), dim)
 
-def split_self(grads: Any, self: Tensor, split_size: int, dim: int) -> Tensor:
-    n = self.shape[dim]
-    return joined(grads, self, [min(split_size, n - i * split_size) for i in range(len(grads))], dim)
-
-
-def chunk_self(grads: Any, self: Tensor, chunks: int, dim: int) -> Tensor:
-    return split_self(grads, self, -(-self.shape[dim] // chunks), dim)
+    return named(("grads", "self", *arguments_of(op)), joined)
 
 
 def unbind_self(grads: Any, self: Tensor, dim: int) -> Tensor:
@@ -41,9 +40,6 @@ def unbind_self(grads: Any, self: Tensor, dim: int) -> Tensor:
     return torch.stack(or_zeros(grads, [shape] * len(grads), self), dim)
 
 
-for op in (aten.split.Tensor, aten.unsafe_split.Tensor):
-    linear(op, self=split_self)
-for op in (aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default):
-    linear(op, self=lambda grads, self, split_sizes, dim: joined(grads, self, split_sizes, dim))
-linear(aten.chunk.default, self=chunk_self)
+for op in SPLITS:
+    linear(op, self=rejoin(op))
 linear(aten.unbind.int, self=unbind_self)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from functrans.boundary.calls import run
 from functrans.derivatives.helpers import cast, conj, sum_to_shape
-from functrans.derivatives.named import named
+from functrans.derivatives.named import arguments_of, named
 from functrans.derivatives.table import derivative
 from functrans.operators.schemas import direct_call
-from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, SWAPS, inverse
+from functrans.operators.views import CONJUGATED, EXPANSIONS, PARTS, PERMUTATIONS, RESHAPES, SWAPS, inverse
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -35,11 +35,6 @@ for op in (aten.alias.default, aten.clone.default, aten.contiguous.default):
     linear(op, self=lambda grad: grad)
 
 # ------------------------------------------------------------------------------------------- dimensions reordered
-
-
-def arguments_of(op: OpOverload) -> list[str]:
-    """What its schema calls the arguments behind the first."""
-    return [a.name for a in op._schema.arguments[1:]]
 
 
 def permute_back(op: OpOverload, order: Callable[..., Sequence[int]]) -> Callable[..., Tensor]:
@@ -65,7 +60,7 @@ for op in filter(CONJUGATED.__contains__, SWAPS):
 
 # ------------------------------------------------------------------------------------------- copies along dimensions
 
-for op in (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default):
+for op in EXPANSIONS:
     linear(op, self=lambda grad, self: sum_to_shape(grad, self.shape))
 
 

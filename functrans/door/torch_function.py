@@ -7,8 +7,7 @@ own way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -24,16 +23,14 @@ from functrans.door.lost_arguments import LOST, recovered
 from functrans.door.torch_dispatch import DOOR
 from functrans.door.torch_func_inside import for_torch_func
 from functrans.errors.call_sites import USER_FILES
-from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.thread_state import STATE, behind_autograd
 from functrans.pytorch.torch_private import (
     AUTOGRAD,
-    VIEWS_AND_VERSIONS,
     OpOverload,
     autocast_enabled,
     is_key_excluded,
     mode_stack_size,
     push_mode,
-    set_key_excluded,
     tensor_torch_function,
     without_torch_function,
 )
@@ -103,18 +100,6 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
     elif several(out):
         note_site(out, sys._getframe(up), up)
     return out
-
-
-@contextmanager
-def behind_autograd() -> Iterator[None]:
-    """Outside of transforms: for a call that the door answers, which PyTorch's autograd would take for a view."""
-    try:
-        set_key_excluded(AUTOGRAD, True)
-        set_key_excluded(VIEWS_AND_VERSIONS, True)
-        yield
-    finally:
-        set_key_excluded(AUTOGRAD, False)
-        set_key_excluded(VIEWS_AND_VERSIONS, False)
 
 
 def answers(kind: type) -> bool:

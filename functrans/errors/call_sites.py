@@ -27,7 +27,7 @@ STANDARD = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 PACKAGES = tuple(STANDARD + name + os.sep for name in ("site-packages", "dist-packages"))
 OPTREE = os.path.dirname(os.path.abspath(optree.__file__)) + os.sep
 #: Modules of the package whose code users call.
-CALLED = (
+CALLED_BY_USERS = (
     "api/arguments", "api/batches", "api/forward", "api/functionalize", "api/jacobians", "api/linear", "api/modules",
     "api/pullbacks", "api/rearrange", "api/reverse", "api/rows_and_columns", "api/transforms", "api/vmap",
     "boundary/made_at", "core/interpreter", "core/stack", "core/tensor", "door/autograd_function", "door/backward",
@@ -57,7 +57,7 @@ def kind_of(path: str) -> set[str]:
         rest = path[len(OURS) :]
         if rest.startswith(("tour" + os.sep, os.path.join("explanation", "demo"))):
             return USER_FILES
-        return LIBRARY_FILES if rest.removesuffix(".py").replace(os.sep, "/") in CALLED else WITHIN_FILES
+        return LIBRARY_FILES if rest.removesuffix(".py").replace(os.sep, "/") in CALLED_BY_USERS else WITHIN_FILES
     if path == PROGRAM_FILE or path.startswith(tuple(TORCH + part for part in ("_decomp", "_refs", "_prims"))):
         return WITHIN_FILES
     if path.startswith((TORCH, OPTREE, "<frozen ")):

@@ -31,8 +31,8 @@ from functrans.interpreters.linearize import LinearizeInterpreter
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.operators.info import DIFFERENTIABLE
 from functrans.operators.rules import caller_place
-from functrans.pytorch.thread_state import STATE, lowered, running_at
-from functrans.pytorch.torch_private import is_forward_enabled, set_forward_enabled, set_grad_enabled
+from functrans.pytorch.thread_state import STATE, in_modes, lowered, running_at
+from functrans.pytorch.torch_private import is_forward_enabled
 from functrans.tensors.pytrees import tree_flatten, tree_map
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
@@ -261,10 +261,10 @@ class Primitive:
         if STATE.observer is not None:
             rule = STATE.observer.asked(self.name, rule)
         try:
-            with running_at(level) if at_level else lowered(level):
-                if at_level:
-                    set_grad_enabled(modes.grad)
-                    set_forward_enabled(modes.forward)
+            if at_level:
+                with running_at(level), in_modes(*modes):
+                    return rule(level, *args, **kwargs)
+            with lowered(level):
                 return rule(level, *args, **kwargs)
         except Exception as error:
             note_rule(error, f"the rule for {self.name}", level)

@@ -26,7 +26,7 @@ from functrans.pytorch.torch_private import (
     torch_pytree,
 )
 from functrans.tensors.described import shown
-from functrans.tensors.pytrees import tree_flatten
+from functrans.tensors.pytrees import tensors_in, tree_flatten
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter
@@ -163,7 +163,7 @@ def checked_output(
         if wanted is not None:
             expected = f"{wanted}, the operator's for these arguments"
             raise wrong(interpreter, op, f"{shown(out)}{which}", expected, "Mend the rule.")
-    if any(out is a for a in tensors_among(args)):
+    if any(out is a for a in tensors_in(args)):
         return interpreter.rewrap(out, out.value)
     return out
 
@@ -183,16 +183,6 @@ def kind_of(out: Any) -> str:
     if isinstance(out, Tensor):
         return f"{shown(out)} of no level"
     return "None" if out is None else f"a {type(out).__name__}"
-
-
-def tensors_among(args: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for a in args:
-        if isinstance(a, Tensor):
-            found.append(a)
-        elif type(a) in (list, tuple):
-            found.extend(tensors_among(a))
-    return found
 
 
 # --- the shapes that an operator returns -----------------------------------------------------------------------------

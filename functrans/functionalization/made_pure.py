@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from functrans.operators.info import OpInfo, op_info
 from functrans.operators.schemas import arguments_by_position
 from functrans.pytorch import thread_state
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tensors_in
 
 #: what the schema of the pure form leaves out: ``(a1!)``, which says that an argument is written; defaults; and the
 #: star before arguments that are given by name
@@ -86,8 +85,3 @@ def copied(written: Any) -> Any:
     if isinstance(written, list | tuple):
         return [x.clone() for x in written]
     return None if written is None else written.clone()
-
-
-def tensors_in(values: Iterable[Any]) -> list[Any]:
-    """The tensors among ``values`` and in the lists among them."""
-    return [x for v in values for x in (v if isinstance(v, list | tuple) else [v]) if isinstance(x, Tensor)]

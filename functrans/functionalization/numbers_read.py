@@ -12,7 +12,6 @@ with this number among its arguments, is what read it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from functrans.functionalization.hidden_effects import as_usual, stands_in_for
 from functrans.operators.info import OpInfo
 from functrans.pytorch.thread_state import STATE
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import elements
 
 aten = torch.ops.aten
 
@@ -122,16 +122,11 @@ def check_number_read(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, A
         frame = frame.f_back
     if frame is None:  # that instruction is done
         STATE.number_read = None
-    elif any(
-        type(a) is type(read.number) and repr(a) == repr(read.number) for a in leaves(args, kwargs)
-    ):  # which finds NaN
+        return
+    given = elements((*args, *(kwargs or {}).values()))
+    if any(type(a) is type(read.number) and repr(a) == repr(read.number) for a in given):  # which finds NaN
         STATE.number_read = None
         raise NumberArgumentError(op.overloadpacket.__name__, read.transform, read.level)
-
-
-def leaves(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Iterator[Any]:
-    for a in (*args, *(kwargs or {}).values()):
-        yield from a if type(a) is list or type(a) is tuple else (a,)
 
 
 def carries_derivative(x: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,3 @@ def standing_in(a: Any, device: torch.device) -> Any:
     if type(a) is list or type(a) is tuple:
         return [standing_in(x, device) for x in a]
     return device if isinstance(a, torch.device) else a
-
-
-def leaves(a: Any) -> Iterator[Any]:
-    """What stands in ``a``, an argument or a list of arguments."""
-    if type(a) is list or type(a) is tuple:
-        for x in a:
-            yield from leaves(x)
-    else:
-        yield a

@@ -15,7 +15,17 @@ from functrans.errors import InsideTransformError
 from functrans.functionalization.history import with_history_of
 from functrans.functionalization.memory import places, positions, storage_offset_of
 from functrans.functionalization.views import ViewLink
-from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, SWAPS, inverse, order_of
+from functrans.operators.views import (
+    CONJUGATED,
+    EXPANSIONS,
+    PARTS,
+    PERMUTATIONS,
+    RESHAPES,
+    SPLITS,
+    SWAPS,
+    inverse,
+    order_of,
+)
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload
 
@@ -110,6 +120,18 @@ def _back_dtype(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     return with_history_of(before, new, everywhere=True)
 
 
+def _back_piece(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    how, dim = (*step.args, 0)[:2]
+    start, end = SPLITS[step.op](before.shape[dim], how, step.index)
+    return _send(aten.slice_scatter.default, before, changed, dim, start, end)
+
+
+def _back_narrow(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    dim, start, length = step.args
+    start = start + before.shape[dim] if start < 0 else start
+    return _send(aten.slice_scatter.default, before, changed, dim, start, start + length)
+
+
 def _back_part(scatter: OpOverload, step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     return _send(scatter, before, changed, *step.args)
 
@@ -133,6 +155,8 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
     aten._neg_view.default: lambda step, before, changed: _send(aten.neg.default, changed),
     **dict.fromkeys(RESHAPES, _back_shape),
     **{view: partial(_back_part, part.scatter) for view, part in PARTS.items() if part.scatter is not None},
+    **dict.fromkeys(SPLITS, _back_piece),
+    aten.narrow.default: _back_narrow,
     # conversions that had nothing to convert: where they copied, the link was cut
     **dict.fromkeys(
         (aten.alias.default, aten.contiguous.default, aten.positive.default, aten.resolve_conj.default,
@@ -143,16 +167,16 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
 
 #: Those of them that move elements, and neither look into them nor ask for derivatives.
 MOVES = frozenset((
-    *SWAPS, *PERMUTATIONS, *RESHAPES, *(view for view in PARTS if view in WRITE_BACK), aten.unbind.int,
+    *SWAPS, *PERMUTATIONS, *RESHAPES, *(view for view in PARTS if view in WRITE_BACK), *SPLITS, aten.unbind.int,
     aten.alias.default,
 )) - CONJUGATED  # fmt: skip
 
 #: Views without a way back of their own that do no more than that, either.
-BY_INDEX = frozenset(
-    getattr(getattr(aten, name), overload)
-    for name in (
-        "broadcast_to", "chunk", "dsplit", "expand", "expand_as", "hsplit", "linalg_diagonal", "narrow",
-        "split", "split_with_sizes", "tensor_split", "unfold", "vsplit",
-    )
-    for overload in getattr(aten, name).overloads()
-)  # fmt: skip
+BY_INDEX = frozenset((
+    *(
+        getattr(getattr(aten, name), overload)
+        for name in ("dsplit", "hsplit", "tensor_split", "vsplit")
+        for overload in getattr(aten, name).overloads()
+    ),
+    *EXPANSIONS, aten.linalg_diagonal.default, aten.narrow.Tensor, aten.unfold.default,
+))  # fmt: skip

@@ -35,7 +35,7 @@ from functrans.errors import (
 )
 from functrans.functionalization.history import with_history_of
 from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_content, set_metadata
-from functrans.functionalization.made_pure import made_pure, tensors_in
+from functrans.functionalization.made_pure import made_pure
 from functrans.functionalization.memory import storage_offset_of
 from functrans.functionalization.out_of_place import Functional, pure_form
 from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
@@ -46,6 +46,7 @@ from functrans.operators.schemas import arguments_by_position, taken_apart
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import STATE, door_closed, running_at
 from functrans.pytorch.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, set_key_excluded
+from functrans.tensors.pytrees import tensors_in
 
 aten = torch.ops.aten
 

@@ -39,6 +39,7 @@ from functrans.pytorch.torch_private import (
     set_key_excluded,
     without_torch_function,
 )
+from functrans.tensors.pytrees import tensors_in
 
 aten = torch.ops.aten
 
@@ -116,12 +117,6 @@ class _autograd_on(running_at):
         set_grad_enabled(True)
 
 
-def _tensors_in(out: Any) -> list[Tensor]:
-    if isinstance(out, Tensor):
-        return [out]
-    return [t for o in out for t in _tensors_in(o)] if isinstance(out, tuple | list) else []
-
-
 def recording(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: ``function`` runs outside of inference mode, the tensors that it makes included."""
 
@@ -172,7 +167,7 @@ _with_formulas: set[tuple[OpOverload, tuple[int, ...]]] = set()
 
 def check_formulas(borrower: Interpreter, op: OpOverload, out: Any, inputs: Mapping[int, Tensor]) -> None:
     """Refuse ``op`` if PyTorch has no derivative of ``out``, computed of shadows, by one of ``inputs`` (by place)."""
-    outputs = [o for o in _tensors_in(out) if o.is_floating_point() or o.is_complex()]
+    outputs = [o for o in tensors_in([out]) if o.is_floating_point() or o.is_complex()]
     stack, nodes = [o.grad_fn for o in outputs], set()
     while stack:
         node = stack.pop()
@@ -221,7 +216,7 @@ def run_recorded(
     shadow_kwargs = {k: map_tensors(enter, v) for k, v in kwargs.items()}
     with _autograd_on(shadow), _refusals(borrower, op):
         out = op(*shadow_args, **shadow_kwargs)
-    outputs = _tensors_in(out)
+    outputs = tensors_in([out])
     # some autograd kernels set a grad_fn on integer outputs too (_embedding_bag)
     linked = [o.grad_fn is not None and (o.is_floating_point() or o.is_complex()) for o in outputs]
     nodes: list[Any] = [o.grad_fn for o, on in zip(outputs, linked, strict=True) if on]
@@ -281,10 +276,10 @@ def run_forward_mode(
         if checking:
             check_formulas(borrower, op, out, inputs)
         found = []
-        if any(o.layout is not torch.strided for o in _tensors_in(out)):
+        if any(o.layout is not torch.strided for o in tensors_in([out])):
             # PyTorch keeps a tangent in its tensor's layout; for sparse ones that loses its numbers
             raise MissingRuleError(op, borrower, "Its result is sparse: use to_dense() before it.")
-        for o in _tensors_in(out):
+        for o in tensors_in([out]):
             tangent = forward_ad.unpack_dual(o).tangent
             found.append(None if tangent is None else tangent.value if type(tangent) is WrapperTensor else tangent)
     return map_tensors(lambda o: o.value if type(o) is WrapperTensor else o, out), found

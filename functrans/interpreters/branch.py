@@ -27,8 +27,8 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WRAPPERS, WrapperTensor, tensor_of, wrap
 from functrans.errors import BranchWriteError
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
-from functrans.pytorch.thread_state import running_at
-from functrans.pytorch.torch_private import OpOverload, set_forward_enabled, set_grad_enabled
+from functrans.pytorch.thread_state import in_modes, running_at
+from functrans.pytorch.torch_private import OpOverload
 
 
 class BranchInterpreter(Interpreter, whole=True):
@@ -103,9 +103,8 @@ class BranchInterpreter(Interpreter, whole=True):
         scan((x,))
         if not self.differs(x):
             return x
-        with running_at(self.below):
-            set_grad_enabled(self.outer_grad_mode)  # whatever holds where it is used first
-            set_forward_enabled(self.outer_forward_mode)
+        # whatever modes hold where it is used first
+        with running_at(self.below), in_modes(self.outer_grad_mode, self.outer_forward_mode):
             return torch.where(self.takes, x, self.standing_in(x))
 
     def differs(self, x: Any) -> bool:

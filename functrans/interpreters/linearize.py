@@ -23,10 +23,11 @@ from functrans.derivatives.constants import ABOUT_METADATA
 from functrans.errors import InsideTransformError
 from functrans.functionalization.history import with_history_of
 from functrans.interpreters.function_context import unwrapped, without
-from functrans.interpreters.grad.nodes import snapshot, tensors_in
+from functrans.interpreters.grad.nodes import snapshot
 from functrans.operators.info import OpInfo, op_info
 from functrans.pytorch.thread_state import in_modes, lowered
 from functrans.pytorch.torch_private import OpOverload, is_forward_enabled
+from functrans.tensors.pytrees import tensors_in
 
 
 class Variable(NamedTuple):

@@ -16,7 +16,8 @@ from torch import Tensor
 from functrans.errors import RuleResultError
 from functrans.errors.call_sites import definition, is_users
 from functrans.interpreters.fitting import Spec, expect_tangent, fitted
-from functrans.interpreters.grad.nodes import BackwardNode, tensors_in
+from functrans.interpreters.grad.nodes import BackwardNode
+from functrans.tensors.pytrees import tensors_in
 
 if TYPE_CHECKING:
     from functrans.core.interpreter import Interpreter

@@ -24,12 +24,13 @@ from functrans.errors import NonLinearError
 from functrans.errors.call_sites import at_line
 from functrans.interpreters.function_context import unwrapped, without
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.nodes import BackwardNode, tensors_in
+from functrans.interpreters.grad.nodes import BackwardNode
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.interpreters.jvp.fallback import is_zero
 from functrans.operators.info import DIFFERENTIABLE, OpInfo, op_info
 from functrans.pytorch.thread_state import lowered
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tensors_in
 
 
 class NonLinear(BackwardNode):

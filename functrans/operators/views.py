@@ -1,7 +1,8 @@
 """Views by their normal forms: each is said once, and every transform's rule is made of that.
 
 A view that moves elements without looking into them is a *swap* of two dimensions, another *permutation* of them, a
-*reshape*, or it shows a *part*: what lies at some places along one or two dimensions.
+*reshape*, an *expansion*, or it shows a *part*: what lies at some places along one or two dimensions. A *split* shows
+several parts, each a slice.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ RESHAPES = (
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
 )  # fmt: skip
 
+#: Each element along new dimensions, and along those of size 1.
+EXPANSIONS = (aten.expand.default, aten.broadcast_to.default, aten.expand_as.default)
+
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -118,4 +122,31 @@ PARTS: dict[OpOverload, Part] = {
     aten.diagonal.default: Part((1, 2), True, aten.diagonal_backward.default, aten.diagonal_scatter.default),
     aten.unfold.default: Part((0,), False, aten.unfold_backward.default),
     aten.narrow.default: Part((0,), False),
+}
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def piece_of_size(length: int, size: int, index: int) -> tuple[int, int]:
+    """Where pieces of one size begin and end; the last may be shorter."""
+    return index * size, min((index + 1) * size, length)
+
+
+def piece_of_sizes(length: int, sizes: Sequence[int], index: int) -> tuple[int, int]:
+    start = sum(sizes[:index])
+    return start, start + sizes[index]
+
+
+def piece_of_chunks(length: int, chunks: int, index: int) -> tuple[int, int]:
+    return piece_of_size(length, -(-length // chunks), index)
+
+
+#: For ``op(x, how, dim)``, which returns all pieces of a dimension: where a piece begins and where it ends, from the
+#: dimension's length, ``how`` and the piece's index.
+SPLITS: dict[OpOverload, Callable[[int, Any, int], tuple[int, int]]] = {
+    **dict.fromkeys((aten.split.Tensor, aten.unsafe_split.Tensor), piece_of_size),
+    **dict.fromkeys(
+        (aten.split.sizes, aten.split_with_sizes.default, aten.unsafe_split_with_sizes.default), piece_of_sizes
+    ),
+    **dict.fromkeys((aten.chunk.default, aten.unsafe_chunk.default), piece_of_chunks),
 }

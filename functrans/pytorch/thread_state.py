@@ -203,6 +203,19 @@ class lowered(running_at):
             set_forward_enabled(False)
 
 
+class behind_autograd(running_at):
+    """Context, outside of transforms: for a call that the door answers, which autograd would take for a view."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.level = None
+
+    def switch(self) -> None:
+        set_key_excluded(AUTOGRAD, True)
+        set_key_excluded(VIEWS_AND_VERSIONS, True)
+
+
 class in_modes:
     """Context: grad mode and forward mode are as given."""
 

@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from functrans.api.arguments import Argnums, check_argnums, gradients_by
 from functrans.api.batches import Asked, Batch, for_chunks, joined
 from functrans.api.checks import check_chunk_size, check_dense, check_randomness
-from functrans.api.compiled import TRACED, named_after
+from functrans.api.compiled import TRACED, manner, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.api.reverse import differentiating, run_scalar
 from functrans.api.structures import path_of
@@ -31,6 +31,7 @@ from functrans.shipped.gradient_parts import Gradient
 from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
 
+@manner(records=True)
 def clipped_grad(
     loss: Callable[..., Any],
     bound: float | Tensor,
@@ -114,6 +115,7 @@ def clipped_grad(
     return clipped
 
 
+@manner(records=True)
 def per_example_norms(
     loss: Callable[..., Any],
     argnums: Argnums = 0,

@@ -61,9 +61,7 @@ class custom_jvp(WithRule):
     def pushed(self, given: Arguments, values: Sequence[Any], tangents: Sequence[Any]) -> Results:
         """The tangents of the output, for a tangent of each tensor."""
         both = (tuple(given.whole(xs)[i] for i in given.moving) for xs in (values, tangents))
-        pair = self.run(self.rules[0], (*given.fixed, *both))
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise self.error(CallValueError, f"{what(pair)} from its rule", "a pair (output, tangent)")
+        pair = self.pair((*given.fixed, *both), "tangent")
         out, tangent = Results(pair[0]), Results(pair[1])
         if tangent.spec != out.spec or len(tangent.tensors) != len(out.tensors):
             got = f"{what(pair[1])} as tangent from its rule"

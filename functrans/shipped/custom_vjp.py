@@ -57,9 +57,7 @@ class custom_vjp(WithRule):
             return results[0].tensors
 
         def fwd(*tensors: Tensor) -> tuple[tuple[Tensor, ...], list[Any]]:
-            pair = self.run(self.rules[0], given.whole(tensors))
-            if not isinstance(pair, tuple) or len(pair) != 2:
-                raise self.error(CallValueError, f"{what(pair)} from fwd", "a pair (output, residuals)")
+            pair = self.pair(given.whole(tensors), "residuals", "fwd")
             leaves, spec = tree_flatten(pair[1])
             residual_specs[:] = [spec]
             return note(pair[0]), leaves

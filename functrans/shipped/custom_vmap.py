@@ -77,9 +77,8 @@ class custom_vmap(WithRule):
                 in_front = [x if d is None else x.movedim(d, 0) for x, d in zip(tensors, in_dims, strict=True)]
                 flags = Arguments(given.whole(batched))
                 everywhere = tree_unflatten(given.spec, [flag is True for flag in flags.leaves])
-                pair = custom.run(custom.rules[0], (info.batch_size, list(everywhere), *given.whole(in_front)))
-                if not isinstance(pair, tuple) or len(pair) != 2:
-                    raise custom.error(CallValueError, f"{what(pair)} from its rule", "a pair (output, out_batched)")
+                args = (info.batch_size, list(everywhere), *given.whole(in_front))
+                pair = custom.pair(args, "out_batched")
                 out = Results(pair[0])
                 dims = custom.out_dims(out, pair[1])
                 found[:] = [out]

@@ -126,6 +126,13 @@ class WithRule:
         """Call what the user gave."""
         return call_function(Call(self.kind, self.func, {}), function, tuple(args), {})
 
+    def pair(self, args: Sequence[Any], second: str, rule: str = "its rule") -> tuple[Any, Any]:
+        """What the first rule returns: the output, and what ``second`` names."""
+        pair = self.run(self.rules[0], args)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise self.error(CallValueError, f"{what(pair)} from {rule}", f"a pair (output, {second})")
+        return pair
+
     def apply(self, function: type[Function], given: Arguments) -> Any:
         """``function`` on the tensors of ``given``; it leaves the structure of the result in ``function.results``."""
         out = function.apply(*given.tensors)

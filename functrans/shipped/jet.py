@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.checks import check_callable, check_dense
-from functrans.api.compiled import TRACED
+from functrans.api.compiled import TRACED, manner
 from functrans.errors import Call, CallTypeError, CallValueError
 from functrans.errors.wording import shown, what
 from functrans.shipped.jet_level import JetInterpreter, run_jet
@@ -27,6 +27,7 @@ from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 __all__ = ["JetInterpreter", "jet"]
 
 
+@manner(at_once=True)
 def jet(f: Callable[..., Any], primals: Sequence[Tensor], series: Sequence[Sequence[Tensor | None]]) -> tuple[Any, Any]:
     """The derivatives of ``f`` along a curve, up to any order.
 

@@ -14,6 +14,7 @@ from functrans.api.checks import call_function, check_chunk_size
 from functrans.api.compiled import UNTRACED, named_after
 from functrans.api.reverse import differentiating
 from functrans.api.transforms import grad
+from functrans.errors import Call
 from functrans.pytorch.thread_state import running_at
 from functrans.shipped.dependence import Dependence
 from functrans.shipped.sparsity_plans import Plans, plan_of_hessian, plan_of_jacobian, products
@@ -97,17 +98,7 @@ def sparse_jacobian(
     """
     call = differentiating("sparse_jacobian", func, argnums, False)
     check_chunk_size(call, chunk_size)
-    plans = Plans(call, func, argnums, cache, plan_of_jacobian)
-
-    @named_after(func)
-    def jacobian(*args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return UNTRACED("sparse_jacobian", BY_NUMBERS, sparse_jacobian(func, argnums), args, kwargs)
-        found, plan = plans.find(args, kwargs)
-        values = plan.values(products(call, func, argnums, chunk_size, found, plan, args, kwargs))
-        return found.blocks(plan.pattern, values)
-
-    return jacobian
+    return as_sparse(sparse_jacobian, call, func, func, argnums, chunk_size, cache, plan_of_jacobian)
 
 
 def sparse_hessian(
@@ -149,14 +140,29 @@ def sparse_hessian(
         return out
 
     gradient = grad(named_after(func)(checked), argnums)
-    plans = Plans(call, gradient, argnums, cache, plan_of_hessian)
+    return as_sparse(sparse_hessian, call, func, gradient, argnums, chunk_size, cache, plan_of_hessian)
+
+
+def as_sparse(
+    transform: Callable[..., Any],
+    call: Call,
+    func: Callable[..., Any],
+    differentiated: Callable[..., Any],
+    argnums: Argnums,
+    chunk_size: int | None,
+    cache: bool,
+    plan_of: Callable[..., Any],
+) -> Callable[..., Any]:
+    """What ``transform`` returns for ``func``: the Jacobian of ``differentiated``, by the products of a plan."""
+    plans = Plans(call, differentiated, argnums, cache, plan_of)
 
     @named_after(func)
-    def hessian(*args: Any, **kwargs: Any) -> Any:
+    def matrix(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return UNTRACED("sparse_hessian", BY_NUMBERS, sparse_hessian(func, argnums), args, kwargs)
+            remade = transform(func, argnums, chunk_size=chunk_size)
+            return UNTRACED(transform.__name__, BY_NUMBERS, remade, args, kwargs)
         found, plan = plans.find(args, kwargs)
-        values = plan.values(products(call, gradient, argnums, chunk_size, found, plan, args, kwargs))
+        values = plan.values(products(call, differentiated, argnums, chunk_size, found, plan, args, kwargs))
         return found.blocks(plan.pattern, values)
 
-    return hessian
+    return matrix

@@ -14,14 +14,13 @@ from functrans.core.tensor import WrapperTensor
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.door.autograd_function import FUNCTION_RULES, send
 from functrans.extension.table_interpreter import TableInterpreter
-from functrans.interpreters.grad.nodes import tensors_in
 from functrans.operators.info import DIFFERENTIABLE, op_info
 from functrans.operators.rules import RuleTable
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload
 from functrans.shipped.element_sets import ElementSets
-from functrans.tensors.pytrees import tree_flatten, tree_map
+from functrans.tensors.pytrees import tensors_in, tree_flatten, tree_map
 
 aten = torch.ops.aten
 

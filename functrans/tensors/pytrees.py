@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import optree
@@ -13,6 +13,26 @@ from functrans.pytorch.torch_private import TREE_NODES
 
 NAMESPACE = "torch"
 TreeSpec = optree.PyTreeSpec
+
+
+def elements(a: Any) -> Iterator[Any]:
+    """What stands in ``a``, an argument of an operator, or a list of arguments or results, and in lists within it."""
+    if isinstance(a, (list, tuple)):
+        for x in a:
+            yield from elements(x)
+    else:
+        yield a
+
+
+def tensors_in(values: Iterable[Any]) -> list[Any]:
+    """The tensors among arguments or results of operators, and in lists among them."""
+    found: list[Any] = []
+    for v in values:
+        if isinstance(v, Tensor):
+            found.append(v)
+        elif isinstance(v, (list, tuple)):
+            found.extend(tensors_in(v))
+    return found
 
 
 def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeSpec]:

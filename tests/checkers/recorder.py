@@ -81,6 +81,24 @@ class Recorder(TorchDispatchMode):
         return op(*args, **kwargs)
 
 
+class Listing(TorchDispatchMode):
+    """Notes which operators it is asked about, and changes nothing: composite ones stay whole."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Any] = []
+
+    @property
+    def names(self) -> list[str]:
+        return list(map(str, self.ops))
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
 @contextmanager
 def noted(wanted: Callable[[OpOverload], bool] = lambda op: True) -> Iterator[list[Call]]:
     """The calls of wanted operators that reach this place: a list that grows."""

@@ -26,13 +26,10 @@ def rules_of(*modules: ModuleType) -> list[OpOverload]:
 
 
 def quiet_thread() -> Iterator[None]:
-    """The body of a fixture: one thread, no warnings of deprecated operators among the samples."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The body of a fixture: no warnings of deprecated operators among the samples."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    torch.set_num_threads(threads)
 
 
 def record(ops: Sequence[OpOverload]) -> dict[OpOverload, list[Call]]:

@@ -25,6 +25,11 @@ def agree(got: Any, expected: Any, **tolerance: float) -> None:
     assert not message, message
 
 
+def close(got: Any, expected: Any, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    """Assert that numbers differ by no more than the rounding of doubles."""
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
 def gradient(f: Callable[..., Any]) -> Callable[..., Any]:
     """``grad`` for the first argument by ``torch.autograd``; differentiable itself."""
 

@@ -25,9 +25,10 @@ from torch import Tensor
 from functrans.core.tensor import tensor_of, wrap
 from functrans.errors import InsideTransformError
 from functrans.interpreters.grad.interpreter import GradInterpreter, total
-from functrans.interpreters.grad.nodes import BackwardNode, CheckedNode, ProgramNode, TableNode, tensors_in
+from functrans.interpreters.grad.nodes import BackwardNode, CheckedNode, ProgramNode, TableNode
 from functrans.pytorch.thread_state import lowered, running_at
 from functrans.pytorch.torch_private import autocast_off
+from functrans.tensors.pytrees import tensors_in
 
 #: From outputs, inputs and cotangents: the gradients for the inputs, one level down.
 Gradients = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor | None]]

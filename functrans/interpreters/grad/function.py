@@ -23,8 +23,9 @@ from functrans.interpreters.function_context import (
     unwrapped,
 )
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.nodes import snapshot, tensors_in
+from functrans.interpreters.grad.nodes import snapshot
 from functrans.pytorch.thread_state import lowered
+from functrans.tensors.pytrees import tensors_in
 
 
 def grad_rule(interpreter: GradInterpreter, cls: type[Function], args: Sequence[Any]) -> Any:

@@ -24,6 +24,7 @@ from functrans.programs.program import Program
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.broadcasting import same_shape
 from functrans.tensors.described import shown
+from functrans.tensors.pytrees import tensors_in
 from functrans.tensors.sparse import densified, has_sparse
 
 aten = torch.ops.aten
@@ -263,16 +264,6 @@ def snapshot(x: Any, target: Tensor) -> Any:
     if type(target) is WrapperTensor or target.layout is not torch.strided:
         return x
     return x.clone() if x.untyped_storage()._cdata == target.untyped_storage()._cdata else x
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for v in values:
-        if isinstance(v, Tensor):
-            found.append(v)
-        elif type(v) in (list, tuple):
-            found.extend(tensors_in(v))
-    return found
 
 
 class BorrowedPullback:

@@ -30,11 +30,12 @@ from functrans.errors import CallValueError, MissingRuleError, RegistrationError
 from functrans.errors.wording import shown
 from functrans.interpreters.fitting import described, fitted, spec
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.nodes import BackwardNode, TableNode, tensors_in
+from functrans.interpreters.grad.nodes import BackwardNode, TableNode
 from functrans.interpreters.grad.recording import GRAD_RULES
 from functrans.operators.info import OpInfo, op_info
 from functrans.operators.rules import RuleTable
 from functrans.pytorch.torch_private import HigherOrderOperator, OpOverload
+from functrans.tensors.pytrees import tensors_in
 
 
 class PullbackTable(RuleTable[Callable[..., Any]]):

@@ -20,13 +20,13 @@ from functrans.interpreters.grad.nodes import (
     BorrowedPullback,
     CheckedNode,
     TableNode,
-    tensors_in,
 )
 from functrans.operators.info import DIFFERENTIABLE, OpInfo
 from functrans.operators.rules import RuleTable
 from functrans.programs.fusible import by_our_rules
 from functrans.pytorch.torch_private import OpOverload
 from functrans.tensors.broadcasting import same_shape
+from functrans.tensors.pytrees import tensors_in
 
 if TYPE_CHECKING:
     from functrans.interpreters.grad.interpreter import GradInterpreter

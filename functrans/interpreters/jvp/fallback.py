@@ -15,10 +15,10 @@ from functrans.derivatives.helpers import cast
 from functrans.errors import MissingRuleError, NoFormulaError
 from functrans.interpreters.autograd_fallback import run_forward_mode, run_recorded
 from functrans.interpreters.grad.interpreter import GradInterpreter
-from functrans.interpreters.grad.nodes import tensors_in
 from functrans.operators.info import PYTORCH_NAMESPACES, op_info
 from functrans.pytorch.thread_state import door_closed, lowered
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import tensors_in
 
 if TYPE_CHECKING:
     from functrans.interpreters.jvp.interpreter import JvpInterpreter
@@ -108,7 +108,8 @@ def double_reverse(
 
         tracked = [map_tensors(enter, a) for a in values]
         tracked_kwargs = {k: map_tensors(enter, v) for k, v in kwargs.items()}
-        inputs = [w for w in _wrappers([*tracked, *tracked_kwargs.values()]) if w.interpreter is inner]
+        wrappers = [x for x in tensors_in([*tracked, *tracked_kwargs.values()]) if type(x) is WrapperTensor]
+        inputs = [w for w in wrappers if w.interpreter is inner]
         out = run_transformed(inner, lambda: op(*tracked, **tracked_kwargs), enable_grad=True)
         plain = map_tensors(inner.value_of, out)
         outputs: list[Any] = tensors_in([out])
@@ -154,13 +155,3 @@ def is_zero(x: Tensor) -> bool:
         x = x.value
     with door_closed(), torch.no_grad():
         return not bool(x.any())
-
-
-def _wrappers(values: Any) -> list[WrapperTensor]:
-    found: list[WrapperTensor] = []
-    for v in values:
-        if type(v) is WrapperTensor:
-            found.append(v)
-        elif type(v) in (list, tuple):
-            found.extend(_wrappers(v))
-    return found

@@ -8,30 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank, same_dims, tensor_positions
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize
-from functrans.operators.rules import caller_place
+from functrans.interpreters.vmap.families import (
+    RuleDeclined,
+    family,
+    one_operator,
+    pad_rank,
+    same_dims,
+    tensor_positions,
+)
+from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
 from functrans.pytorch.torch_private import OpOverload
 
 
-def elementwise(*ops: OpOverload, promoting: tuple[int, ...] | None = None, expand: bool = False) -> None:
+@family
+def elementwise(
+    op: OpOverload, promoting: tuple[int, ...] | None = None, expand: bool = False
+) -> Callable[..., tuple[Any, Any]]:
     """Operators that broadcast and promote like ``add``, whatever their number of tensors.
 
     ``promoting`` names the places that take part in type promotion, where not all tensors do.
     ``expand`` is for kernels that want all their tensors in one shape.
     """
-    place = caller_place()
-    for op in ops:
-        positions = tensor_positions(op)
-        if len(positions) == 1:
-            rule = elementwise_unary(op, positions[0])
-        elif expand:
-            rule = elementwise_expanded(op, positions)
-        elif positions == (0, 1) and promoting is None:
-            rule = elementwise_binary(op)
-        else:
-            rule = elementwise_nary(op, positions, positions if promoting is None else promoting)
-        BATCHING_RULES.add(op, rule, place=place)
+    positions = tensor_positions(op)
+    if len(positions) == 1:
+        return elementwise_unary(op, positions[0])
+    if expand:
+        return elementwise_expanded(op, positions)
+    if positions == (0, 1) and promoting is None:
+        return elementwise_binary(op)
+    return elementwise_nary(op, positions, positions if promoting is None else promoting)
 
 
 def elementwise_unary(op: OpOverload, place: int) -> Callable[..., tuple[Any, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -92,6 +92,19 @@ def any_rank(rule: Rule) -> Rule:
     return rule
 
 
+def family(rule_of: Callable[..., Callable[..., Any]]) -> Callable[..., None]:
+    """Decorator: from a function that makes one operator's rule, ``rule_of(op, ...)``, to one that registers the rules
+    of several, ``family(*ops, ...)``."""
+
+    @wraps(rule_of)
+    def register(*ops: OpOverload, **options: Any) -> None:
+        place = caller_place()
+        for op in ops:
+            BATCHING_RULES.add(op, rule_of(op, **options), place=place)
+
+    return register
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Rules that are one operator
 
@@ -124,21 +137,15 @@ def one_operator(rewrite: Callable[..., Any], otherwise: Callable[..., Any] | No
 # Reductions and operators along a dimension
 
 
-def reduction(*ops: OpOverload, empty_means_all: bool = True) -> None:
+@family
+def reduction(op: OpOverload, empty_means_all: bool = True) -> Callable[..., tuple[Any, Any]]:
     """Reductions of one tensor with a ``dim`` argument (a number, a list or None) and perhaps ``keepdim``.
 
     The dimensions are renumbered around the batch dimension; nothing is moved.
     """
-    place = caller_place()
-    for op in ops:
-        dim_place = argument_place(op, "dim")
-        if dim_place is None:
-            raise TypeError(f"reduction({op}): the operator has no dim argument. Use full_reduction(op, dim_op).")
-        BATCHING_RULES.add(op, reduction_rule(op, dim_place, empty_means_all), place=place)
-
-
-def reduction_rule(op: OpOverload, dim_place: int, empty_means_all: bool) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one reduction."""
+    dim_place = argument_place(op, "dim")
+    if dim_place is None:
+        raise TypeError(f"reduction({op}): the operator has no dim argument. Use full_reduction(op, dim_op).")
     keepdim_place = argument_place(op, "keepdim")
     keepdim_is_keyword = any(a.name == "keepdim" and a.kwarg_only for a in op._schema.arguments)
     takes_list = not isinstance(unwrapped_type(positional_arguments(op)[dim_place]), torch.IntType)
@@ -242,21 +249,18 @@ def flat_examples(x: Tensor, bdim: int) -> Tensor:
     return x.reshape(x.shape[0], size)
 
 
-def along_dim(*ops: OpOverload, dim_names: tuple[str, ...] = ("dim", "dims", "axis")) -> None:
+@family
+def along_dim(op: OpOverload, dim_names: tuple[str, ...] = ("dim", "dims", "axis")) -> Callable[..., tuple[Any, Any]]:
     """Operators of the tensors in front along one ``dim`` (or several), which keep the rank of their input.
 
     One batched tensor is not moved; several get their batch dimensions in front.
     """
-    place = caller_place()
-    for op in ops:
-        dim_place = argument_place(op, *dim_names)
-        if dim_place is not None:
-            BATCHING_RULES.add(op, along_dim_rule(op, dim_place), place=place)
-            continue
-        keyword = next((a.name for a in op._schema.arguments if a.kwarg_only and a.name in dim_names), None)
-        if keyword is None:
-            raise TypeError(f"along_dim({op}): the operator has no argument named {' or '.join(dim_names)}.")
-        BATCHING_RULES.add(op, along_dim_rule(op, keyword), place=place)
+    dim_place: int | str | None = argument_place(op, *dim_names)
+    if dim_place is None:
+        dim_place = next((a.name for a in op._schema.arguments if a.kwarg_only and a.name in dim_names), None)
+    if dim_place is None:
+        raise TypeError(f"along_dim({op}): the operator has no argument named {' or '.join(dim_names)}.")
+    return along_dim_rule(op, dim_place)
 
 
 def along_dim_rule(op: OpOverload, dim_place: int | str) -> Callable[..., tuple[Any, Any]]:

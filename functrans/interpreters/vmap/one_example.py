@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from functrans.core.tensor import WrapperTensor
-from functrans.functionalization.without_data import leaves, run_on_zeros, run_without_data
+from functrans.functionalization.without_data import run_on_zeros, run_without_data
 from functrans.operators.info import PYTORCH_NAMESPACES
 from functrans.pytorch.torch_private import OpOverload
+from functrans.tensors.pytrees import elements
 
 #: What PyTorch's checks raise, and its operators without a kernel for tensors without data.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, AssertionError)
@@ -71,7 +72,7 @@ def check(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], size: int
 
 def takes_zeros(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether ``op`` is seen to take zeros of the arguments' shapes and dtypes; False also if it was not tried."""
-    given = [*leaves(args), *leaves([*kwargs.values()])]
+    given = [*elements(args), *elements([*kwargs.values()])]
     sizes = [n for a in given if isinstance(a, Tensor) for n in (*a.shape, a.numel())]
     if any(type(n) is not int or n > SMALL for n in sizes) or any(isinstance(a, torch.Generator) for a in given):
         return False  # symbolic sizes are not to be fixed, and a generator of the user's is not to draw
@@ -89,4 +90,4 @@ USUAL = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 def dtypes(a: Any) -> set[torch.dtype]:
     """The dtypes of all tensors in ``a``."""
-    return {x.dtype for x in leaves(a) if isinstance(x, Tensor)}
+    return {x.dtype for x in elements(a) if isinstance(x, Tensor)}

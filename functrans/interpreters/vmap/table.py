@@ -63,6 +63,14 @@ def logical_rank(x: Tensor, bdim: int | None) -> int:
     return x.dim() if bdim is None else x.dim() - 1
 
 
+def logical_shape(x: Tensor, bdim: int | None) -> list[Any]:
+    """The shape that the user sees."""
+    shape = list(x.shape)
+    if bdim is not None:
+        del shape[bdim]
+    return shape
+
+
 def materialize(x: Tensor, bdim: int | None, batch_size: int) -> Tensor:
     """The tensor with a batch dimension in front, expanded (a view) where it had none."""
     return x.unsqueeze(0).expand(batch_size, *x.shape) if bdim is None else to_front(x, bdim)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import map_tensors
-from functrans.operators.views import PARTS, PERMUTATIONS, RESHAPES, SWAPS
+from functrans.operators.views import PARTS, PERMUTATIONS, RESHAPES, SPLITS, SWAPS
 from functrans.shipped.sparsity_level import OperatorCall, everything, pattern_of
 
 aten = torch.ops.aten
@@ -36,8 +36,7 @@ MOVES = (
     aten.select_backward.default, aten.slice_backward.default, aten.diagonal_backward.default,
     aten.expand.default, aten.broadcast_to.default, aten.repeat.default, aten.diag_embed.default, aten.tril.default,
     aten.triu.default, aten.flip.default, aten.roll.default, aten.rot90.default, aten.cat.default, aten.stack.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
-    aten.chunk.default, aten.unbind.int, aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default,
+    *SPLITS, aten.unbind.int, aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default,
     aten.index_select.default, aten.take.default, aten.masked_select.default, aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default, aten.diagonal_copy.default, aten.expand_copy.default, aten.permute_copy.default,
     aten.select_copy.int, aten.slice_copy.Tensor, aten.split_copy.Tensor, aten.split_with_sizes_copy.default,

@@ -22,7 +22,7 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_c,
     unfold_n,
 )
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, logical_shape
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ def normalize(
         ]
         rows = [as_tuple(op(*example, *rest)) for example in examples]
         return tuple(torch.stack(column) for column in zip(*rows)), (0,) * len(rows[0])
-    shape = [extent for k, extent in enumerate(x.shape) if k != x_dim]
+    shape = logical_shape(x, x_dim)
     if not training and x_dim is not None and all(bdim is None for bdim in vector_dims):
         # With given statistics the rows do not mix either, and N needs no rearrangement.
         side = side_of_n((x, x_dim))
@@ -173,7 +173,7 @@ def native_batch_norm_backward_rule(
     if size == 0:
         arguments = (grad_output, x, *vectors, train, eps, output_mask)
         return empty_batch(aten.native_batch_norm_backward.default, in_dims, *arguments)
-    channels = [extent for k, extent in enumerate(x.shape) if k != in_dims[1]][1]
+    channels = logical_shape(x, in_dims[1])[1]
     if not train:
         vectors = (*vectors[:3], None, None)  # the saved ones are empty then, and not read
     folded = [

@@ -7,6 +7,7 @@ groups, its second those of the other side within one group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,7 @@ from functrans.interpreters.vmap.rules.folding import (
     unfold_c,
     unfold_n,
 )
-from functrans.interpreters.vmap.rules.views import product
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_shape, materialize, to_front
 
 aten = torch.ops.aten
 constant_pad = torch.ops.aten.constant_pad_nd.default
@@ -44,14 +44,6 @@ def join_channels(x: Tensor, groups: int, dim: int) -> Tensor:
     each = shape[dim] // groups
     x = x.reshape(batch_size, *shape[:dim], groups, each, *shape[dim + 1 :]).movedim(0, dim + 1)
     return x.reshape(*shape[:dim], groups * batch_size * each, *shape[dim + 1 :])
-
-
-def logical_shape(x: Tensor, bdim: int | None) -> list[Any]:
-    """The shape that the user sees."""
-    shape = list(x.shape)
-    if bdim is not None:
-        del shape[bdim]
-    return shape
 
 
 @batching_rule(aten.convolution.default)
@@ -302,12 +294,12 @@ def windows_pay(
     """Whether ``windows_product`` does less than a convolution with ``B * groups`` groups of ``channels`` channels."""
     if images.dtype is not filters.dtype or not images.is_floating_point() or len(kernel) != images.dim() - 3:
         return False
-    taps = product(kernel)
+    taps = math.prod(kernel)
     if taps == 1:
         return all(s == 1 for s in options[0]) and not any(options[1])  # the windows are the images
-    positions = product(filters.shape[3:])
+    positions = math.prod(filters.shape[3:])
     sizes = images.numel() + filters.numel()
-    return channels < BLOCK and product(images.shape[:3]) * taps * positions <= WINDOWS * sizes
+    return channels < BLOCK and math.prod(images.shape[:3]) * taps * positions <= WINDOWS * sizes
 
 
 def windows_product(
@@ -330,8 +322,8 @@ def windows_product(
     d = len(kernel)
     split = images.unflatten(2, (groups, second))
     split = split.permute(0, 2, 3, *range(4 + d, 4 + 2 * d), 1, *range(4, 4 + d))
-    place = product(positions)
-    windows = split.reshape(size * groups, second * product(kernel), n * place)
+    place = math.prod(positions)
+    windows = split.reshape(size * groups, second * math.prod(kernel), n * place)
     rows = filters.unflatten(2, (groups, first // groups)).transpose(1, 2).transpose(2, 3)
     rows = rows.reshape(size * groups, first // groups, n * place)
     return torch.bmm(rows, windows.mT).reshape(size, *shape)

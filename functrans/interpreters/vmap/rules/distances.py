@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, pad_rank
+from functrans.interpreters.vmap.families import RuleDeclined, family, pad_rank
 from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
     BatchInfo,
     Dims,
     Output,
@@ -19,21 +18,14 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 
 
-def distances(*ops: OpOverload) -> None:
+@family
+def distances(op: OpOverload) -> Callable[..., Output]:
     """``op(x, y, ...)`` of matrices, with leading dimensions that broadcast."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, distances_rule(op), place=place)
-
-
-def distances_rule(op: OpOverload) -> Callable[..., Output]:
-    """The rule of one of them."""
 
     def distance(info: BatchInfo, in_dims: Dims, x: Tensor, y: Tensor, *args: Any) -> Output:
         rank = max(logical_rank(v, d) for v, d in zip((x, y), in_dims))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, argument_place
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, to_front
-from functrans.operators.rules import caller_place
+from functrans.interpreters.vmap.families import RuleDeclined, argument_place, family
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, to_front
+from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 
@@ -31,15 +31,9 @@ def in_memory_format(
     return run(x.flatten(0, 1), memory_format=memory_format).unflatten(0, sizes), 0
 
 
-def factory_like(*ops: Any) -> None:
+@family
+def factory_like(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
     """``op(self, ..., memory_format=None)`` with the shape of ``self``."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, like_rule(op), place=place)
-
-
-def like_rule(op: Any) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one operator named ``..._like``."""
 
     def like(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         memory_format = kwargs.pop("memory_format", None)
@@ -52,15 +46,9 @@ def like_rule(op: Any) -> Callable[..., tuple[Any, Any]]:
     return like
 
 
-def factory_new(*ops: Any) -> None:
+@family
+def factory_new(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
     """``op(self, size, ...)`` with a size of its own."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, new_rule(op), place=place)
-
-
-def new_rule(op: Any) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one operator named ``new_...``."""
     size_place = argument_place(op, "size")
     assert size_place is not None
 

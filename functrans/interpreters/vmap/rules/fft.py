@@ -1,4 +1,4 @@
-"""Fourier transforms: the transformed dimensions are renumbered behind the batch dimension."""
+"""Fourier transforms."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo
+from functrans.interpreters.vmap.families import family
+from functrans.interpreters.vmap.table import BatchInfo, logical_shape
 from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 
 
-def fourier_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one transform."""
+@family
+def fourier(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
+    """The transformed dimensions are renumbered behind the batch dimension."""
 
-    def fourier(
+    def transform(
         info: BatchInfo, in_dims: Sequence[Any], x: Tensor, dims: Sequence[int], *rest: Any
     ) -> tuple[Tensor, int]:
         bdim, rank = in_dims[0], x.dim() - 1
         logical = [wrap_dim(dim, rank) for dim in dims]
         if info.batch_size == 0:
-            example = x.new_zeros([extent for d, extent in enumerate(x.shape) if d != bdim])
+            example = x.new_zeros(logical_shape(x, bdim))
             output = op(example, logical, *rest)
             return output.new_zeros([0, *output.shape]), 0
         return op(x, [dim if dim < bdim else dim + 1 for dim in logical], *rest), bdim
 
-    return fourier
+    return transform
 
 
-for transform in (aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default):
-    BATCHING_RULES.add(transform, fourier_rule(transform), place=f"{__file__}:{fourier_rule.__code__.co_firstlineno}")
+fourier(aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default)

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import argument_place, tensor_positions
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, logical_rank, materialize
-from functrans.operators.rules import caller_place
+from functrans.interpreters.vmap.families import argument_place, family, tensor_positions
+from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
 from functrans.pytorch.torch_private import OpOverload
 
 
@@ -76,18 +75,12 @@ def empty_batch(op: OpOverload, in_dims: Sequence[Any], *args: Any) -> tuple[tup
     return batches, tuple(None if one is None else 0 for one in batches)
 
 
-def fold_into_n(*ops: OpOverload, rank: int, shape_only: str | None = None) -> None:
+@family
+def fold_into_n(op: OpOverload, rank: int, shape_only: str | None = None) -> Callable[..., tuple[Any, Any]]:
     """Operators whose tensors are all ``[N, ...]`` of rank ``rank``, or all of one rank less, without N.
 
-    Of the argument ``shape_only`` they read no element.
+    Their outputs have an N as their inputs do. Of the argument ``shape_only`` they read no element.
     """
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, fold_into_n_rule(op, rank, shape_only), place=place)
-
-
-def fold_into_n_rule(op: OpOverload, rank: int, shape_only: str | None) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one operator; all its outputs have an N as its inputs do."""
     positions = tensor_positions(op)
     indices = argument_place(op, "indices")
     unread = None if shape_only is None else argument_place(op, shape_only)

@@ -23,13 +23,13 @@ from functrans.interpreters.vmap.rules.scatter import (
     scatter_scaled,
     writing_positions_rule,
 )
-from functrans.interpreters.vmap.rules.views import example_shape
 from functrans.interpreters.vmap.table import (
     BatchInfo,
     Dims,
     Output,
     batching_rule,
     logical_rank,
+    logical_shape,
     materialize,
     to_front,
 )
@@ -183,8 +183,8 @@ def masked_put(
         return None
     rank, mask_rank = logical_rank(x, x_dim), mask.dim() - 1
     after = rank - before - mask_rank
-    mask_dim, shape = index_dims[before], example_shape(x, x_dim)
-    if values.dtype is not x.dtype or shape[before : before + mask_rank] != tuple(example_shape(mask, mask_dim)):
+    mask_dim, shape = index_dims[before], logical_shape(x, x_dim)
+    if values.dtype is not x.dtype or shape[before : before + mask_rank] != logical_shape(mask, mask_dim):
         return None
     # The true places are one dimension of the result: values may not differ along it.
     values = values if values_dim is None else to_front(values, values_dim)

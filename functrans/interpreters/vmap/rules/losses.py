@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, argument_place, pad_rank, tensor_positions, with_defaults
+from functrans.interpreters.vmap.families import (
+    RuleDeclined,
+    argument_place,
+    family,
+    pad_rank,
+    tensor_positions,
+    with_defaults,
+)
 from functrans.interpreters.vmap.rules.folding import fold_n, unfold_n
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, logical_rank, materialize
-from functrans.operators.rules import caller_place
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -33,18 +39,12 @@ def reduce_examples(values: Tensor, reduction: int) -> Tensor:
 # Elementwise losses
 
 
-def elementwise_loss(*ops: OpOverload, promotes: bool = True) -> None:
+@family
+def elementwise_loss(op: OpOverload, promotes: bool = True) -> Callable[..., tuple[Any, Any]]:
     """Losses of tensors that broadcast with each other.
 
     ``promotes``: the result has not just the dtype of the first one.
     """
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, elementwise_loss_rule(op, promotes), place=place)
-
-
-def elementwise_loss_rule(op: OpOverload, promotes: bool) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one loss."""
     positions = tensor_positions(op)
     reduction_place = argument_place(op, "reduction")
     assert reduction_place is not None
@@ -86,15 +86,9 @@ elementwise_loss(
 elementwise_loss(aten.soft_margin_loss.default, promotes=False)
 
 
-def elementwise_loss_backward(*ops: OpOverload) -> None:
+@family
+def elementwise_loss_backward(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
     """Backwards of elementwise losses: ``grad_output`` is one number per example, or elementwise if not reduced."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, elementwise_loss_backward_rule(op), place=place)
-
-
-def elementwise_loss_backward_rule(op: OpOverload) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one backward."""
     positions = tensor_positions(op)
     reduction_place = argument_place(op, "reduction")
     assert reduction_place is not None

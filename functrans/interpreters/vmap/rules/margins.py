@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined
-from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, logical_rank, materialize
+from functrans.interpreters.vmap.table import (
+    BatchInfo,
+    Dims,
+    Output,
+    batching_rule,
+    logical_rank,
+    logical_shape,
+    materialize,
+)
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1
@@ -34,7 +42,7 @@ def like(out: Tensor, x: Tensor, bdim: int | None) -> Tensor:
 
 def expect_fit(x: Tensor, x_dim: int | None, target: Tensor, target_dim: int | None, rank: int) -> None:
     """Decline targets that the kernel would take for those of other examples, or refuse."""
-    shape, kinds = ([n for k, n in enumerate(v.shape) if k != d] for v, d in ((x, x_dim), (target, target_dim)))
+    shape, kinds = logical_shape(x, x_dim), logical_shape(target, target_dim)
     if kinds != (shape if rank == 2 else shape[:-1]):
         raise RuleDeclined("targets that do not fit")
 

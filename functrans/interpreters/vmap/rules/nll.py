@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functrans.interpreters.vmap.families import RuleDeclined, flat_examples
-from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, materialize
+from functrans.interpreters.vmap.table import BatchInfo, Dims, Output, batching_rule, logical_shape, materialize
 
 aten = torch.ops.aten
 NONE, MEAN = 0, 1
@@ -22,9 +22,7 @@ def foldable(info: BatchInfo, in_dims: Dims, x: Tensor, target: Tensor) -> bool:
     """Whether there are examples, of the shapes that PyTorch takes; only inputs of their own are folded."""
     if in_dims[0] is None or in_dims[2] is not None or info.batch_size == 0:
         return False
-    shape, kinds = (
-        [n for k, n in enumerate(v.shape) if k != d] for v, d in ((x, in_dims[0]), (target, in_dims[1]))
-    )
+    shape, kinds = logical_shape(x, in_dims[0]), logical_shape(target, in_dims[1])
     return kinds == (shape[:-1] if len(shape) < 2 else shape[:1] + shape[2:]) and len(shape) in (1, 2, 4)
 
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from functrans.interpreters.vmap.families import pad_rank
 from functrans.interpreters.vmap.rules.folding import fold_c, fold_channel_vector, fold_n, unfold_c, unfold_n
-from functrans.interpreters.vmap.table import BatchInfo, batching_rule, logical_rank, materialize, to_front
+from functrans.interpreters.vmap.table import (
+    BatchInfo,
+    batching_rule,
+    logical_rank,
+    logical_shape,
+    materialize,
+    to_front,
+)
 
 aten = torch.ops.aten
 
@@ -40,7 +47,7 @@ def native_layer_norm_rule(
         return aten.native_layer_norm.default(x, normalized_shape, weight, bias, eps), (0, stat_dim, stat_dim)
     rank = logical_rank(x, x_dim)
     for value, dim in ((weight, weight_dim), (bias, bias_dim)):
-        if value is not None and [n for k, n in enumerate(value.shape) if k != dim] != list(normalized_shape):
+        if value is not None and logical_shape(value, dim) != list(normalized_shape):
             raise RuntimeError(f"expected weight and bias of the shape normalized_shape = {list(normalized_shape)}")
     dtype, stat_dtype = x.dtype, layer_norm_stat_dtype(x, weight, bias)
     if dtype in LOW_PRECISION:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import RuleDeclined, flat_examples, pad_rank, physical_dim, tensor_positions
-from functrans.interpreters.vmap.rules.views import product
+from functrans.interpreters.vmap.families import (
+    RuleDeclined,
+    family,
+    flat_examples,
+    pad_rank,
+    physical_dim,
+    tensor_positions,
+)
 from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
     BatchInfo,
     Dims,
     Output,
@@ -19,7 +25,6 @@ from functrans.interpreters.vmap.table import (
     materialize,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -70,15 +75,12 @@ def repeat_interleave_each(
 # Operators on the last dimensions, with any number of dimensions before them
 
 
-def on_last_dims(*ops: OpOverload, rank: int) -> None:
-    """Operators of the last ``rank`` dimensions that take any number of leading ones."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, on_last_dims_rule(op, rank), place=place)
+@family
+def on_last_dims(op: OpOverload, rank: int) -> Callable[..., Output]:
+    """Operators of the last ``rank`` dimensions that take any number of leading ones.
 
-
-def on_last_dims_rule(op: OpOverload, rank: int) -> Callable[..., Output]:
-    """The rule of one of them; examples of a lower rank go on to PyTorch's own message."""
+    Examples of a lower rank go on to PyTorch's own message.
+    """
 
     def last_dims(info: BatchInfo, in_dims: Dims, x: Tensor, *args: Any) -> Output:
         if x.dim() <= rank:
@@ -91,7 +93,8 @@ def on_last_dims_rule(op: OpOverload, rank: int) -> Callable[..., Output]:
 on_last_dims(aten.tril.default, aten.triu.default, rank=2)
 
 
-def pixel_rule(op: OpOverload) -> Callable[..., Output]:
+@family
+def on_pixels(op: OpOverload) -> Callable[..., Output]:
     """Images ``[..., C, H, W]``: the kernel takes them as ``[N, C, H, W]``, and no memory format of five dimensions."""
 
     def pixels(info: BatchInfo, in_dims: Dims, x: Tensor, factor: Any) -> Output:
@@ -102,14 +105,13 @@ def pixel_rule(op: OpOverload) -> Callable[..., Output]:
         if 0 in before:  # pixel_unshuffle returns an empty tensor as it is, with the wrong shape: that of an example
             out = op(x.new_zeros(x.shape[1:]), factor)
             return out.expand(info.batch_size, *out.shape), 0
-        out = op(x.reshape(product(before), *x.shape[-3:]), factor)
+        out = op(x.reshape(math.prod(before), *x.shape[-3:]), factor)
         return out.reshape(*before, *out.shape[1:]), 0
 
     return pixels
 
 
-for pixel_op in (aten.pixel_shuffle.default, aten.pixel_unshuffle.default):
-    BATCHING_RULES.add(pixel_op, pixel_rule(pixel_op))
+on_pixels(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
 
 
 @batching_rule(aten.constant_pad_nd.default)
@@ -134,15 +136,9 @@ def pad_any(
 # Operators on the last dimensions, with one optional dimension before them
 
 
-def folding(*ops: OpOverload, rank: int, optional: bool = True) -> None:
+@family
+def folding(op: OpOverload, rank: int, optional: bool = True) -> Callable[..., Output]:
     """Operators on examples of ``rank`` dimensions or, if ``optional``, one more: that one takes the batch in."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, folding_rule(op, rank, optional), place=place)
-
-
-def folding_rule(op: OpOverload, rank: int, optional: bool) -> Callable[..., Output]:
-    """The rule of one of them."""
     positions = tensor_positions(op)
 
     def fold(info: BatchInfo, in_dims: Dims, *args: Any) -> Output:
@@ -153,7 +149,7 @@ def folding_rule(op: OpOverload, rank: int, optional: bool) -> Callable[..., Out
             if x.dim() != rank + 2 and not (optional and x.dim() == rank + 1):
                 raise RuleDeclined(f"{op} takes examples of {rank} dimensions")
             lead = x.shape[:-rank]
-            arguments[place] = x.reshape(product(lead), *x.shape[-rank:])
+            arguments[place] = x.reshape(math.prod(lead), *x.shape[-rank:])
         output = op(*arguments)
         return output.reshape(*lead, *output.shape[1:]), 0
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import argument_place
+from functrans.interpreters.vmap.families import argument_place, family
 from functrans.interpreters.vmap.rules.folding import fold_c, fold_into_n, fold_n, side_of_n, unfold_c, unfold_n
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, batching_rule, materialize, to_front
-from functrans.operators.rules import caller_place
+from functrans.interpreters.vmap.table import BatchInfo, batching_rule, materialize, to_front
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -69,17 +68,11 @@ for rank, upsampling in (
         fold_into_n(packet.default, packet.vec, rank=rank)
 
 
-def sized_like_input(*ops: OpOverload, name: str) -> None:
+@family
+def sized_like_input(op: OpOverload, name: str) -> Callable[..., tuple[Any, Any]]:
     """Operators of one tensor ``[N, ...]`` that are also told a size, argument ``name``, which counts N."""
-    place = caller_place()
-    for op in ops:
-        size_place = argument_place(op, name)
-        assert size_place is not None
-        BATCHING_RULES.add(op, sized_like_input_rule(op, size_place), place=place)
-
-
-def sized_like_input_rule(op: OpOverload, size_place: int) -> Callable[..., tuple[Any, Any]]:
-    """The rule of one such operator."""
+    size_place = argument_place(op, name)
+    assert size_place is not None
 
     def folded(info: BatchInfo, in_dims: Sequence[Any], x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         side = side_of_n((x, in_dims[0]))
@@ -109,7 +102,8 @@ sized_like_input(
 sized_like_input(aten.affine_grid_generator.default, name="size")
 
 
-def fractional_pooling(op: OpOverload, rank: int) -> None:
+@family
+def fractional_pooling(op: OpOverload, rank: int) -> Callable[..., tuple[Any, Any]]:
     """The samples ``[N, C, dimensions]``, which say where the windows begin, have an N even for an example without."""
 
     def pool(
@@ -123,11 +117,11 @@ def fractional_pooling(op: OpOverload, rank: int) -> None:
         pooled, indices = op(fold_n(x, in_dims[0], batch), kernel, size, samples)
         return (unfold_n(pooled, batch, n), unfold_n(indices, batch, n)), (0, 0)
 
-    BATCHING_RULES.add(op, pool, place=caller_place())
+    return pool
 
 
-fractional_pooling(aten.fractional_max_pool2d.default, 4)
-fractional_pooling(aten.fractional_max_pool3d.default, 5)
+fractional_pooling(aten.fractional_max_pool2d.default, rank=4)
+fractional_pooling(aten.fractional_max_pool3d.default, rank=5)
 
 
 @batching_rule(aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)

@@ -8,6 +8,7 @@ where there is nothing to sum (the weight gradient of one example through a line
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.nn.functional import bilinear as torch_bilinear
 from torch.nn.functional import linear as torch_linear
 
 from functrans.interpreters.vmap.families import RuleDeclined, one_operator, pad_rank
-from functrans.interpreters.vmap.rules.views import product as total
 from functrans.interpreters.vmap.table import (
     BATCHING_RULES,
     BatchInfo,
@@ -293,8 +293,8 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
         return out + pad_rank(bias, bias_dim, logical_rank(x, x_dim)), 0  # type: ignore[arg-type]
     weight = to_front(weight, weight_dim)
     size, outputs, inputs = weight.shape
-    rows = total(x.shape[:-1]) if x_dim is None else 0
-    if inputs * outputs >= LARGE_MATRIX and rows > 1:
+    count = math.prod(x.shape[:-1]) if x_dim is None else 0
+    if inputs * outputs >= LARGE_MATRIX and count > 1:
         # Not one wide product: its result would have the batch inside, and what follows would have to rearrange it.
         x, x_dim = x.unsqueeze(0).expand(size, *x.shape), 0
     if x_dim is None:
@@ -309,7 +309,7 @@ def linear(info: BatchInfo, in_dims: Dims, x: Tensor, weight: Tensor, bias: Tens
         return out, out.dim() - 2
     x = to_front(x, x_dim)
     lead = x.shape[1:-1]
-    rows = x if len(lead) == 1 else x.reshape(size, total(lead), x.shape[-1])
+    rows = x if len(lead) == 1 else x.reshape(size, math.prod(lead), x.shape[-1])
     if bias is None:
         out = torch.bmm(rows, weight.mT)
     else:
@@ -341,7 +341,7 @@ def bilinear(
         lead = x.shape[1:-1]
         if y.shape[1:-1] != lead:
             raise RuleDeclined("bilinear takes inputs of one shape")
-        rows = total(lead)
+        rows = math.prod(lead)
         columns = weight.permute(0, 2, 1, 3).reshape(size, inner, outputs * other)
         partial = torch.bmm(x.reshape(size, rows, inner), columns).reshape(size * rows, outputs, other)
         out = torch.bmm(partial, y.reshape(size * rows, other, 1)).reshape(size, *lead, outputs)

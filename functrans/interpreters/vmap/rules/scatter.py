@@ -7,6 +7,7 @@ operators they stand for, these check that a position is inside its own example.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,36 +15,29 @@ import torch
 from torch import Tensor
 
 from functrans.boundary.factories import range_for
-from functrans.interpreters.vmap.families import RuleDeclined, tensor_positions
-from functrans.interpreters.vmap.rules.views import product
+from functrans.interpreters.vmap.families import RuleDeclined, family, tensor_positions
 from functrans.interpreters.vmap.table import (
-    BATCHING_RULES,
     BatchInfo,
     Dims,
     Output,
     batching_rule,
     logical_rank,
+    logical_shape,
     materialize,
     to_front,
 )
-from functrans.operators.rules import caller_place
 from functrans.operators.views import wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
 
 
-def along_positions(*ops: OpOverload) -> None:
-    """``op(self, dim, index, src?, ...)``, all tensors of one rank: all batched, in front."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, along_positions_rule(op), place=place)
+@family
+def along_positions(op: OpOverload) -> Callable[..., Output]:
+    """``op(self, dim, index, src?, ...)``, all tensors of one rank: all batched, in front.
 
-
-def along_positions_rule(op: OpOverload) -> Callable[..., Output]:
-    """The rule of one of them; rank 0 is taken as rank 1, and undone in the output.
-
-    The output has the rank of the index for ``gather`` and of the tensor itself for ``scatter``.
+    Rank 0 is taken as rank 1, and undone in the output, which has the rank of the index for ``gather`` and of the
+    tensor itself for ``scatter``.
     """
     positions = tensor_positions(op)
     like = 2 if op is aten.gather.default else 0
@@ -104,7 +98,7 @@ def index_select(info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Ten
 
 def index_select_one(info: BatchInfo, x_dim: int | None, index_dim: int | None, x: Tensor, index: Tensor) -> Output:
     """Of a scalar it takes the one element, and returns a scalar."""
-    count = product([extent for d, extent in enumerate(index.shape) if d != index_dim])
+    count = math.prod(logical_shape(index, index_dim))
     if count != 1:
         raise RuntimeError(f"index_select(): Index to scalar can have only 1 value, got {count} value(s)")
     out, _ = index_select(info, (x_dim, None, index_dim), x.unsqueeze(-1), 0, index)
@@ -117,7 +111,7 @@ SHORT_ROW = 4
 
 def long_rows(x: Tensor, dim: int) -> bool:
     """Whether there is enough behind the physical dimension ``dim`` to be moved at once."""
-    return product(x.shape[dim + 1 :]) >= SHORT_ROW
+    return math.prod(x.shape[dim + 1 :]) >= SHORT_ROW
 
 
 def rows_pay(x: Tensor, dim: int) -> bool:
@@ -156,15 +150,8 @@ def over_dims(index: Tensor, x: Tensor, dim: int) -> Tensor:
     return index.long().view(ones).expand(shape)
 
 
-def writing_positions(*ops: OpOverload, scatter: Callable[..., Tensor]) -> None:
-    """``op(self, dim, index, source, ...)``; ``scatter`` does the same with expanded positions."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, writing_positions_rule(op, scatter), place=place)
-
-
 def writing_positions_rule(op: OpOverload, scatter: Callable[..., Tensor]) -> Callable[..., Output]:
-    """The rule of one of them."""
+    """``op(self, dim, index, source, ...)``; ``scatter`` does the same with expanded positions."""
 
     def write(
         info: BatchInfo, in_dims: Dims, x: Tensor, dim: int, index: Tensor, source: Tensor, *args: Any, **kwargs: Any
@@ -193,6 +180,9 @@ def writing_positions_rule(op: OpOverload, scatter: Callable[..., Tensor]) -> Ca
         return out.squeeze(1) if rank == 0 else out, 0
 
     return write
+
+
+writing_positions = family(writing_positions_rule)
 
 
 def scatter_scaled(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Tensor:

@@ -6,6 +6,7 @@ their dimensions, and return the batch dimension where it ends up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +17,23 @@ from functrans.interpreters.vmap.elementwise import elementwise
 from functrans.interpreters.vmap.families import (
     RuleDeclined,
     any_rank,
+    family,
     one_operator,
     pad_rank,
     physical_dim,
     reduced_dims,
     with_defaults,
 )
-from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, Dims, Output, batching_rule, to_front
-from functrans.operators.rules import caller_place
-from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SWAPS, wrap_dim
+from functrans.interpreters.vmap.table import (
+    BATCHING_RULES,
+    BatchInfo,
+    Dims,
+    Output,
+    batching_rule,
+    logical_shape,
+    to_front,
+)
+from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, SPLITS, SWAPS, wrap_dim
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -50,7 +59,8 @@ elementwise(
 # Shapes
 
 
-def reshaping(*ops: OpOverload, shape: Callable[..., Sequence[Any]]) -> None:
+@family
+def reshaping(op: OpOverload, shape: Callable[..., Sequence[Any]]) -> Callable[..., Output]:
     """``op(x, ...)``: one reshape to ``shape(the batch's shape, ...)``, of views, too: a contiguous example may
     be a strided part of its batch."""
 
@@ -61,9 +71,7 @@ def reshaping(*ops: OpOverload, shape: Callable[..., Sequence[Any]]) -> None:
         x = to_front(x, in_dims[0])
         return x.reshape(shape(x.shape, *args)), 0
 
-    rule = any_rank(one_operator(in_front, reshaped))
-    for op in ops:
-        BATCHING_RULES.add(op, rule, place=caller_place())
+    return any_rank(one_operator(in_front, reshaped))
 
 
 def resized(shape: Sequence[Any], size: Sequence[Any], stride: Any = None) -> tuple[Any, ...]:
@@ -74,18 +82,10 @@ def inferred_size(example: Sequence[Any], size: Sequence[Any]) -> Sequence[Any]:
     """``size`` with its -1 filled in from the shape of one example, where the batch has none to tell."""
     if -1 not in size:
         return size
-    numel, known = product(example), product(length for length in size if length != -1)
+    numel, known = math.prod(example), math.prod(length for length in size if length != -1)
     if known == 0 or numel % known:
         raise RuntimeError(f"shape '{list(size)}' is invalid for input of size {numel}")
     return [numel // known if length == -1 else length for length in size]
-
-
-def product(lengths: Any) -> Any:
-    """The product of sizes, also of symbolic ones."""
-    total = 1
-    for length in lengths:
-        total = total * length
-    return total
 
 
 def flattened(shape: Sequence[Any], start_dim: int = 0, end_dim: int = -1) -> tuple[Any, ...]:
@@ -93,7 +93,7 @@ def flattened(shape: Sequence[Any], start_dim: int = 0, end_dim: int = -1) -> tu
     start, end = 1 + wrap_dim(start_dim, len(shape) - 1), 2 + wrap_dim(end_dim, len(shape) - 1)
     if start >= end:
         raise RuntimeError("flatten() has invalid args: start_dim cannot come after end_dim")
-    return (*shape[:start], product(shape[start:end]), *shape[end:])
+    return (*shape[:start], math.prod(shape[start:end]), *shape[end:])
 
 
 reshaping(
@@ -110,15 +110,10 @@ reshaping(aten.flatten.using_ints, aten.ravel.default, shape=flattened)
 @batching_rule(aten.view_as.default)
 def view_as(info: BatchInfo, in_dims: Dims, x: Tensor, other: Tensor) -> Output:
     """Only the shape of ``other`` is used."""
-    size = example_shape(other, in_dims[1])
+    size = logical_shape(other, in_dims[1])
     if in_dims[0] is None:
         return x.reshape(size), None
     return to_front(x, in_dims[0]).reshape(info.batch_size, *size), 0
-
-
-def example_shape(x: Tensor, bdim: int | None) -> Any:
-    """The shape that the user sees."""
-    return x.shape if bdim is None else (*x.shape[:bdim], *x.shape[bdim + 1 :])
 
 
 def expand(info: BatchInfo, in_dims: Dims, x: Tensor, size: Any, *, implicit: bool = False) -> Output:
@@ -141,7 +136,7 @@ batching_rule(aten.expand.default, aten.broadcast_to.default)(any_rank(one_opera
 @batching_rule(aten.expand_as.default)
 def expand_as(info: BatchInfo, in_dims: Dims, x: Tensor, other: Tensor) -> Output:
     """Only the shape of ``other`` is used."""
-    size = example_shape(other, in_dims[1])
+    size = logical_shape(other, in_dims[1])
     return (x.expand(size), None) if in_dims[0] is None else expand(info, in_dims, x, size)
 
 
@@ -338,15 +333,9 @@ def diag(info: BatchInfo, in_dims: Dims, x: Tensor, offset: int = 0) -> Output:
     return diag_embed(info, in_dims, x, offset) if x.dim() == 2 else diagonal(info, in_dims, x, offset)
 
 
-def splitting(*ops: OpOverload) -> None:
-    """Operators ``op(x, how, dim=0)`` with a list of parts as output."""
-    place = caller_place()
-    for op in ops:
-        BATCHING_RULES.add(op, splitting_rule(op), place=place)
-
-
-def splitting_rule(op: OpOverload) -> Callable[..., Output]:
-    """The rule of one of them."""
+@family
+def splitting(op: OpOverload) -> Callable[..., Output]:
+    """``op(x, how, dim=0)``, with a list of parts as output."""
 
     def split(info: BatchInfo, in_dims: Dims, x: Tensor, how: Any, dim: int = 0) -> Output:
         bdim = in_dims[0]
@@ -356,14 +345,4 @@ def splitting_rule(op: OpOverload) -> Callable[..., Output]:
     return split
 
 
-splitting(
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.unsafe_split.Tensor,
-    aten.unsafe_split_with_sizes.default,
-    aten.chunk.default,
-    aten.unsafe_chunk.default,
-    aten.tensor_split.sections,
-    aten.tensor_split.indices,
-)
+splitting(*SPLITS, aten.tensor_split.sections, aten.tensor_split.indices)
