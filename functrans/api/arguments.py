@@ -340,7 +340,7 @@ def output_cure(x: Any) -> str:
     return ""
 
 
-def gradients_by(leaves: list[Any], gradients: list[Tensor]) -> list[Tensor]:
+def gradients_by(leaves: list[Any], gradients: list[Any]) -> list[Any]:
     """``gradients`` by ``leaves``, each of the class that it has; see NOTE [Facades]."""
     if are_plain(leaves):
         return gradients

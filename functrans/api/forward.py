@@ -77,8 +77,8 @@ def jvp_with_argnums(
     )
     inputs.write_back()
     pairs = zip(values, found, strict=True)
-    out_tangents = [torch.zeros_like(bare(v)) if t is None and isinstance(v, Tensor) else t for v, t in pairs]
-    out_tangents = gradients_by(values, out_tangents)
+    moved = [torch.zeros_like(bare(v)) if t is None and isinstance(v, Tensor) else t for v, t in pairs]
+    out_tangents = gradients_by(values, moved)
     if STATE.top is not None:
         note_results(2, values, out_tangents, aux)
     return tree_unflatten(out_spec, values), tree_unflatten(out_spec, out_tangents), aux
