@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from plain import difference
-from test_linear_operators import Seen
+from recorder import Listing
 from test_writes import PROGRAMS, X, Y, close, numeric_jacobian
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,12 +33,12 @@ def the_thread_is_as_before() -> Any:
 @pytest.mark.parametrize("f", PROGRAMS)
 def test_programs_that_write(f: Callable[[Tensor], Tensor], remove: str) -> None:
     pure = functionalize(f, remove=remove)
-    with Seen() as seen:
+    with Listing() as seen:
         out = pure(X)
     assert not difference(out, f(X))
     assert out.stride() == f(X).stride()
     forbidden = {WRITE} if remove == "mutations" else {WRITE, VIEW}
-    assert [op for op, kind in seen.kinds.items() if kind in forbidden] == []
+    assert [op for op in seen.ops if op_info(op).kind_by_schema in forbidden] == []
     graph = make_fx(pure)(X)
     for x in XS:
         assert not difference(graph(x), f(x)) or "setitem_by_mask" in f.__name__
@@ -85,11 +85,11 @@ def test_below_other_transforms_it_sees_what_they_do(remove: str) -> None:
         y[1:].mul_(x[:-1].sin())
         return (y.view(3, 1) @ y.view(1, 3)).diagonal().prod()
 
-    with Seen() as seen:
+    with Listing() as seen:
         out = functionalize(vmap(hessian(f)), remove=remove)(XS)
     close(out, torch.stack([hessian(f)(x) for x in XS]))
     forbidden = {WRITE} if remove == "mutations" else {WRITE, VIEW}
-    assert [op for op, kind in seen.kinds.items() if kind in forbidden] == []
+    assert [op for op in seen.ops if op_info(op).kind_by_schema in forbidden] == []
 
 
 @pytest.mark.parametrize("remove", REMOVE)
@@ -100,14 +100,14 @@ def test_a_written_argument_is_written_once_at_the_end(remove: str) -> None:
         return x, others["y"] * 1
 
     x, y = X.clone(), Y.clone()
-    with Seen() as seen:
+    with Listing() as seen:
         out = functionalize(f, remove=remove)(x, others={"y": y})
     expected_x = torch.cat([X[:1], 2 * X[1:]])
     close(x, expected_x)
     close(y, Y + expected_x)
     assert out[0] is x
     close(out[1], y)
-    assert [op for op, kind in seen.kinds.items() if kind == WRITE] == ["aten.copy_.default"]
+    assert {op for op in seen.ops if op_info(op).kind_by_schema == WRITE} == {torch.ops.aten.copy_.default}
 
 
 def test_a_tensor_that_is_passed_twice_is_one() -> None:
