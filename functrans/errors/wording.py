@@ -96,7 +96,10 @@ def overloads_meant(op: Any, title: str, overload: Any) -> str:
     if isinstance(op, OpOverloadPacket):
         return f"Name one of its overloads: {overload_names(str(op), op)}."
     if isinstance(op, HigherOrderOperator):
-        return "What it is for all transforms is defined in functrans.extend.DEFINITIONS."
+        return (
+            "What it is for all transforms, from which its derivatives follow, is defined in "
+            "functrans.extend.DEFINITIONS; functrans.custom_vjp gives a function that calls it another derivative."
+        )
     if overload is not None:
         return f"Write torch.ops.{overload} for this custom operator."
     if isinstance(op, str):

@@ -39,6 +39,8 @@ class RuleTable(Generic[Rule]):
         cached: whether something is kept of what is made of its rules; see NOTE [What is made of rules].
         writing: whether it is asked about operators that write to their arguments. (Interpreters never see those.)
         kind: the class of its rules; None: anything that can be called.
+        takes_functions: whether it may have rules for operators that take functions, such as
+            ``torch.ops.higher_order.cond``; None: if it is not ``cached``.
         default: what happens to an operator without a rule: the name of a policy, or a function
             ``(interpreter, op, args, kwargs)``. Whose table it is gives it its meaning; see
             functrans/extension/without_rule.py.
@@ -52,6 +54,7 @@ class RuleTable(Generic[Rule]):
         writing: bool = False,
         kind: type | None = None,
         default: str | Callable[..., Any] = "error",
+        takes_functions: bool | None = None,
     ) -> None:
         if not isinstance(title, str):
             raise RegistrationError(f"RuleTable(title): got {shown(title)}; expected what messages call it, a string.")
@@ -60,13 +63,14 @@ class RuleTable(Generic[Rule]):
         self.cached = cached
         self.writing = writing
         self.kind = kind
+        self.takes_functions = not cached if takes_functions is None else takes_functions
         self._rules: dict[OpOverload, Rule] = {}
         self._places: dict[OpOverload, str] = {}
 
     def check(self, op: Any) -> None:
         """Refuse what is no operator overload, or one that is never looked up here."""
-        if isinstance(op, HigherOrderOperator) and not self.cached:
-            return  # it takes functions: a table of a new transform may have a rule for it
+        if isinstance(op, HigherOrderOperator) and self.takes_functions:
+            return
         if not isinstance(op, OpOverload):
             raise NotAnOverloadError(self.title, op, overload_of_library(op))
         if not self.writing and any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments):

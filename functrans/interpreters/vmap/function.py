@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from functrans.boundary.leftovers import as_here, suspended
+from functrans.boundary.leftovers import suspended
 from functrans.core.dispatch import WITHOUT_TENSORS, map_tensors
-from functrans.core.stack import run_transformed
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import CustomFunctionError
 from functrans.interpreters.function_context import (
@@ -26,6 +25,7 @@ from functrans.interpreters.function_context import (
     tangents_of,
     unwrapped,
 )
+from functrans.interpreters.vmap.higher_order import in_its_place, physical, to_dim
 from functrans.interpreters.vmap.interpreter import VmapInterpreter
 from functrans.pytorch.thread_state import lowered
 from functrans.tensors.pytrees import tree_flatten, tree_map, tree_unflatten
@@ -109,11 +109,7 @@ class Methods:
         self.in_dims = in_dims
 
     def inside(self, body: Callable[[VmapInterpreter], Any]) -> Any:
-        outer = self.outer
-        interpreter = type(outer)(outer.batch_size, outer.randomness, self.cls)
-        interpreter.axis_name = outer.axis_name
-        with suspended(outer, lambda x: interpreter.rewrap(x, as_here(x.value, expected=True))):
-            return run_transformed(interpreter, lambda: body(interpreter))
+        return in_its_place(self.outer, self.cls, body)
 
     def forward(self, ctx: Any, *values: Any) -> Any:
         cls = self.cls
@@ -185,20 +181,6 @@ def entered(interpreter: VmapInterpreter, value: Any, dim: Any) -> Any:
     leaves, spec = tree_flatten(value)
     pairs = zip(leaves, tree_flatten(dim)[0], strict=True)
     return tree_unflatten(spec, [interpreter.batched(v, d) if isinstance(v, Tensor) else v for v, d in pairs])
-
-
-def physical(interpreter: VmapInterpreter, x: Any) -> tuple[Any, int | None]:
-    """What a method returned, one level down, and where it has its batch."""
-    return (x.value, x.bdim) if interpreter.owns(x) else (x, None)
-
-
-def to_dim(size: int, x: Any, bdim: int | None, dim: int) -> Any:
-    """``x`` with its batch, of ``size``, at ``dim``."""
-    if not isinstance(x, Tensor):
-        return x
-    if bdim is None:
-        return x.unsqueeze(dim).expand(*x.shape[:dim], size, *x.shape[dim:])
-    return x.movedim(bdim, dim)
 
 
 def rewrapped(interpreter: VmapInterpreter, saved: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ from functrans.errors.call_sites import definition
 from functrans.interpreters.constants import constants
 from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.own_results import fitting_batches, looked_at
+from functrans.interpreters.vmap import higher_order
 from functrans.interpreters.vmap.checks import CHECKS, asked_for_all, holds
 from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.hooks import BatchedGradFn, on_batch
@@ -41,7 +42,12 @@ from functrans.operators.info import OpInfo
 from functrans.operators.rules import place_in
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import lowered, running_at
-from functrans.pytorch.torch_private import DECOMPOSITION_TABLE, OpOverload, vmap_rule_of_library
+from functrans.pytorch.torch_private import (
+    DECOMPOSITION_TABLE,
+    HigherOrderOperator,
+    OpOverload,
+    vmap_rule_of_library,
+)
 from functrans.tensors.sparse import has_sparse
 
 aten = torch.ops.aten
@@ -243,6 +249,10 @@ class VmapInterpreter(Interpreter, whole=True):
             if out is not NotImplemented:
                 return out
         return self.loop(op, args, kwargs)
+
+    def process_higher_order(self, op: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rule = BATCHING_RULES.get(op)  # type: ignore[arg-type]
+        return NotImplemented if rule is None else higher_order.run_rule(self, op, rule, args, kwargs)
 
     def again(self, call: SeenCall, values: Sequence[Any]) -> WrapperTensor:
         """What ``call`` is for these values."""

@@ -49,7 +49,7 @@ class BatchInfo(NamedTuple):
         return None if self.interpreter is None else self.interpreter.axis_name
 
 
-BATCHING_RULES: RuleTable[BatchingRule] = RuleTable("vmap batching rules", cached=True)
+BATCHING_RULES: RuleTable[BatchingRule] = RuleTable("vmap batching rules", cached=True, takes_functions=True)
 batching_rule = BATCHING_RULES.register
 
 
