@@ -540,3 +540,26 @@ def test_rows_go_through_a_graph_of_the_base_one_by_one(count: int) -> None:
     scales = torch.tensor([1.0, -3.0], dtype=DOUBLE)
     expected = torch.stack([2 * leaf.detach() * rows * scale for scale in scales])
     torch.testing.assert_close(vmap(f)(scales), expected)
+
+
+@pytest.mark.parametrize("leaf", ["made inside", "captured"])
+def test_steps_of_training_from_a_leaf_of_pytorch_s_graph(leaf: str) -> None:
+    """Each step's gradient is by what the last one made, and needs no way back through the gradients before."""
+    start = torch.tensor([1.0, -1.0], dtype=DOUBLE)
+
+    def trained(decay: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        weights = start.clone().requires_grad_() if leaf == "made inside" else start
+        for _ in range(3):
+            loss = ((weights - target) ** 4).sum() + decay * (weights**2).sum()
+            weights = weights - 0.1 * torch.autograd.grad(loss, weights, create_graph=True)[0]
+        return (weights**2).sum()
+
+    decay, targets = torch.tensor(0.3, dtype=DOUBLE), torch.tensor([[0.5, 1.0], [2.0, -1.0]], dtype=DOUBLE)
+    expected = []
+    for target in targets:
+        leaf_decay = decay.clone().requires_grad_()
+        value = trained(leaf_decay, start.clone().requires_grad_(), target)
+        expected.append(torch.autograd.grad(value, leaf_decay)[0])
+    weights = start.clone().requires_grad_()
+    got = vmap(grad(trained), in_dims=(None, None, 0))(decay, weights, targets)
+    torch.testing.assert_close(got, torch.stack(expected))

@@ -123,6 +123,21 @@ def test_segment_reduce(name: str, reduce: str, factors: str, initial: float | N
     )
 
 
+@pytest.mark.filterwarnings("error:vmap has no batching rule")
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "min"])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_a_batch_with_segments_that_are_shared_is_one_call(name: str, reduce: str) -> None:
+    segments = SEGMENTS[name]
+    shape = (4, 2, 5) if "axis" in segments else (4, 5, 2)
+    batch = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    run = lambda x: torch.segment_reduce(x, reduce, **segments)
+    for dim in (0, 2):
+        got = vmap(run, in_dims=dim)(batch.movedim(0, dim))
+        torch.testing.assert_close(got, torch.stack([run(x) for x in batch]), equal_nan=True)
+    with pytest.raises(RuntimeError, match="sum of lengths|Expected"):
+        vmap(lambda x: torch.segment_reduce(x, reduce, lengths=torch.tensor([1, 2])))(torch.ones(4, 5))
+
+
 @pytest.mark.filterwarnings("ignore:vmap has no batching rule")
 @pytest.mark.parametrize("reduce", ["sum", "mean", "prod", "max", "min"])
 def test_segments_of_a_batch(reduce: str) -> None:

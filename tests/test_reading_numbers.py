@@ -75,6 +75,20 @@ def test_under_vmap_the_error_names_what_was_asked_and_where(what: str, ask: Cal
         assert f"At {__file__}:{line}, in {code.co_name}: `" in message
 
 
+def test_where_pytorch_s_own_code_asks_its_line_is_named_and_the_cure_is_another() -> None:
+    entropy = lambda x: torch.distributions.Binomial(x, torch.tensor(0.5)).entropy()
+    sequence = lambda x: torch.nn.utils.rnn.pack_padded_sequence(torch.ones(3, 1, 2), x.long().view(1))
+    for ask, where in ((entropy, "torch/distributions/binomial.py"), (sequence, "torch/nn/utils/rnn.py")):
+        found = rf"PyTorch's own code called it there, at {where}:\d+, in .*`\. Cure: run this part in a loop"
+        with pytest.raises(DataDependentError, match=found) as info:
+            vmap(ask)(X)
+        assert f"At {__file__}:{ask.__code__.co_firstlineno}, in <lambda>: `" in str(info.value)
+    for ask in (torch.unique, lambda x: torch.split(torch.ones(3), x.long())):
+        with pytest.raises(DataDependentError) as info:
+            vmap(ask)(X)
+        assert "PyTorch's own code" not in str(info.value)
+
+
 def test_texts() -> None:
     found = []
     for ask in (

@@ -100,8 +100,8 @@ def put_into(view: OpOverload, backward: OpOverload, scatter: OpOverload) -> Non
         return show(grad, *where)
 
     def outside(grad: Tensor, src: Tensor, *where: Any) -> Tensor:
-        if scatter is aten.diagonal_scatter.default:
-            return scatter(grad, torch.zeros_like(src), *where)
+        if scatter is aten.diagonal_scatter.default or not grad.is_complex():
+            return scatter(grad, torch.zeros_like(src, dtype=grad.dtype), *where)
         # by a mask: PyTorch's own autograd does not take the other two of complex tensors
         zeros, ones = (f(x, dtype=torch.bool) for f, x in ((torch.zeros_like, grad), (torch.ones_like, src)))
         return grad.masked_fill(scatter(zeros, ones, *where), 0)

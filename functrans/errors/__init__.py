@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 from typing import Any, ClassVar
 
-from functrans.errors.call_sites import at_line, made_where
+from functrans.errors.call_sites import at_line, by_pytorch, made_where
 from functrans.errors.wording import callable_name, overloads_meant, shown, what_was_named
 
 
@@ -254,7 +254,10 @@ class DataDependentError(FunctransError):
 
     def __init__(self, what: Any, interpreter: Any, cure: str) -> None:
         self.interpreter = interpreter
-        super().__init__(what=what, i=interpreter, line=at_line(), cure=cure)
+        theirs = by_pytorch()
+        if theirs:
+            cure = "run this part in a loop over the examples, outside of vmap, or use what reads no numbers"
+        super().__init__(what=what, i=interpreter, line=at_line() + theirs, cure=cure)
 
 
 class AnomalyError(FunctransError, takes="op name level position line"):

@@ -37,6 +37,12 @@ CALLED_BY_USERS = (
     "interpreters/grad/function", "interpreters/jvp/function", "interpreters/vmap/function", "tensors/answers",
 )  # fmt: skip
 
+#: PyTorch's modules through which any call may come.
+IN_BETWEEN = tuple(
+    TORCH + os.path.join(*name.split("/"))
+    for name in ("_compile", "_dynamo", "_jit_internal", "_ops", "_prims_common/wrappers", "_tensor", "functional",
+                 "nn/modules/module", "overrides", "utils/_contextlib", "utils/_device", "utils/_python_dispatch")
+)  # fmt: skip
 
 #: File names met so far: of user code; of library code that user code calls; of library code that runs while an
 #: operator is handled, whose results get the operator's place.
@@ -127,6 +133,19 @@ def made_where(wrapper: Any) -> str:
 def at_line() -> str:
     """Where the user's code is that called what raises an error, with the text of the line."""
     return at_site(user_site(sys._getframe(1)))
+
+
+def by_pytorch() -> str:
+    """The line of PyTorch's own Python code that did what is wrong, where the user's line called that code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        name = frame.f_code.co_filename
+        if name.startswith(TORCH) and name in LIBRARY_FILES and not name.startswith(IN_BETWEEN):
+            site = frame.f_code, frame.f_lasti
+            where = f"torch/{name[len(TORCH) :].replace(os.sep, '/')}:{line_of(site)}, in {site[0].co_name}"
+            return f" PyTorch's own code called it there, at {where}: `{source_line(site)}`."
+        frame = frame.f_back
+    return ""
 
 
 def at_site(site: Site | None) -> str:

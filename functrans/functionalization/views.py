@@ -59,13 +59,27 @@ class AliasGroup:
     ``content`` is the base's wrapper once that is no longer the wrapper the first view was taken from.
     """
 
-    __slots__ = ("content", "parted", "version")
+    __slots__ = ("content", "parted", "version", "views")
 
     def __init__(self) -> None:
         self.version = 0
+        #: those made since the first write, by their id; see NOTE [Buffers] in functionalization/in_place.py
+        self.views: dict[int, Any] = {}
         self.content: WrapperTensor | None = None
         #: whether a tensor beyond a doubtful view was written; see NOTE [Layouts that a batch hides]
         self.parted = False
+
+
+    def note(self, view: WrapperTensor) -> None:
+        self.views[id(view)] = ref(view)
+        if len(self.views) % 64 == 0:
+            self.others(view)
+
+    def others(self, view: WrapperTensor) -> list[WrapperTensor]:
+        """The noted views that are still there, but ``view``."""
+        there = [(key, x, x()) for key, x in self.views.items()]
+        self.views = {key: x for key, x, wrapper in there if wrapper is not None}
+        return [wrapper for _, _, wrapper in there if wrapper is not None and wrapper is not view]
 
 
 class ViewLink:
@@ -149,6 +163,7 @@ class ViewLink:
                 new = self.replay()
                 set_content(view, new if view.leaf is None else view.leaf(new))
             view.synced_version = self.group.version
+            self.group.note(view)
 
 
 def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
@@ -245,6 +260,8 @@ def link_view(
     if op is aten.as_strided.default:
         view.view_link.start = storage_offset_of(viewed)
     view.synced_version = group.version
+    if group.version:
+        group.note(view)
 
 
 def hides_layout(x: WrapperTensor) -> bool:

@@ -34,6 +34,7 @@ from functrans.errors import (
     WriteShapeError,
 )
 from functrans.functionalization.history import with_history_of
+from functrans.functionalization.in_place import is_same_part, write_in_place
 from functrans.functionalization.layouts import as_shown, laid_out_like, note_moved, set_content, set_metadata
 from functrans.functionalization.made_pure import made_pure
 from functrans.functionalization.memory import storage_offset_of
@@ -75,6 +76,8 @@ def run(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def run_write(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an in-place or ``out=`` operator: its pure form, then the update of what it writes."""
     op = known.op
+    if op is aten.copy_.default and is_same_part(args[0], args[1]):
+        return args[0]
     owner = scan(args, kwargs)[0]
     targets = [_argument(known, i, args, kwargs) for i in known.written]
     draws_inside = known.random and STATE.top is not None
@@ -222,10 +225,14 @@ def write_through(view: WrapperTensor, new: Tensor, filled: bool) -> None:
         steps.append(link)
         link = link.parent
     steps.reverse()
+    group = steps[0].group
+    if write_in_place(view, steps, new):
+        group.version += 1
+        view.synced_version = group.version
+        return
     content = steps[0].base_content()
     changed = write_back(steps, content, new, filled)
     replace(content, changed)
-    group = steps[0].group
     group.version += 1
     if strides_of(new) == view.strides:
         set_content(view, with_history_of(view, new))

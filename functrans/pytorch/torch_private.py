@@ -152,6 +152,7 @@ pop_packing = private(
 is_torch_func_active = private(
     "torch._C._are_functorch_transforms_active", "to refuse to run inside a transform of torch.func"
 )
+storage_count = private("torch._C._storage_Use_Count", "to know whether anything else holds a tensor's memory")
 make_wrapper = private("torch.Tensor._make_wrapper_subclass", "to make tensors that have metadata and no data")
 torch_utils: Any = private("torch._utils", "to have tensors loaded inside of transforms")
 private("torch._utils._rebuild_tensor", "to have tensors loaded inside of transforms")
@@ -216,6 +217,7 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
     "_is_view": ("torch.Tensor", "to know whether an operator viewed or copied"),
     "_values": ("torch.Tensor", "to reach what a jagged nested tensor is made of"),
     "_version": ("torch.Tensor", "to notice that a tensor that was saved has been written"),
+    "_use_count": ("torch.Tensor", "to know whether anything else holds a tensor"),
     "_cdata": ("torch.UntypedStorage", "to know whether two tensors share memory"),
     "_current_level": ("torch.autograd.forward_ad", "to know whether forward AD of PyTorch itself is on"),
 }

@@ -14,7 +14,7 @@ the tape gives for ``y``, with a graph to ``p``; their derivative along ``c`` is
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -91,6 +91,26 @@ def record_rest(
     return True
 
 
+def behind(level: GradInterpreter, indices: set[Any]) -> list[Any]:
+    """The records that compute something of ``indices``: no other is needed on the way back to them."""
+    reached, records = set(indices), []
+    for record in level.tape:
+        _, outs, ins, _ = record
+        if not reached.isdisjoint(each_index(ins)):
+            reached.update(each_index(outs))
+            records.append(record)
+    return records
+
+
+def each_index(indices: Any) -> Iterator[Any]:
+    """The tape indices of a record's inputs, or outputs, lists among them."""
+    for index in indices if type(indices) in (list, tuple) else (indices,):
+        if type(index) in (list, tuple):
+            yield from index
+        elif index is not None:
+            yield index
+
+
 def pull_again(level: GradInterpreter, cotangents: dict[int, Tensor], wanted: list[Any]) -> list[Tensor | None]:
     """The cotangents of ``wanted``, tracked; ``cotangents``: of outputs, by index."""
     if level.hooks:
@@ -98,7 +118,7 @@ def pull_again(level: GradInterpreter, cotangents: dict[int, Tensor], wanted: li
     indices = {x.tape_index for x in wanted}
     found: dict[int, Any] = {}
     with running_at(level), torch.enable_grad(), autocast_off():
-        for node, outs, ins, saved in reversed(list(level.tape)):
+        for node, outs, ins, saved in reversed(behind(level, indices)):
             made = outs if isinstance(outs, list) else [outs]
             if not any(o in cotangents for o in made):
                 continue

@@ -21,6 +21,7 @@ from functrans.errors import (
     SparseOperatorError,
 )
 from functrans.errors.call_sites import definition
+from functrans.functionalization.in_place import OWN_MEMORY
 from functrans.interpreters.constants import constants
 from functrans.interpreters.own_methods import overrides
 from functrans.interpreters.own_results import fitting_batches, looked_at
@@ -370,3 +371,14 @@ def left_by_batched(self: VmapInterpreter, value: Tensor, bdim: int | None, of: 
 def again_by_batched(self: VmapInterpreter, call: SeenCall, values: Sequence[Any]) -> WrapperTensor:
     """``again`` of such a class."""
     return self.batched(lower(self, call.op, call.arguments(values), NO_KWARGS), call.bdim)
+
+
+def own_memory(level: VmapInterpreter, wrapper: WrapperTensor, new: Tensor, alone: bool) -> WrapperTensor:
+    """What ``write_in_place`` writes to: ``wrapper``, or a copy of it that has room for the batch that ``new`` has."""
+    if wrapper.bdim is None and level.owns(new) and new.bdim is not None:
+        value = materialize(wrapper.value, None, level.batch_size)
+        return level.batched(value.clone(memory_format=torch.contiguous_format), 0)
+    return wrapper if alone else level.batched(wrapper.value.clone(), wrapper.bdim)
+
+
+OWN_MEMORY[VmapInterpreter] = own_memory

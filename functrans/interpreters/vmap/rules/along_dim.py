@@ -101,7 +101,7 @@ def searchsorted(
         found = aten.searchsorted.Tensor(sequence, flat_examples(values, 0), sorter=sorter, **kw)
         return found.view(values.shape), 0
     sequence, sorter = with_sorter(sequence, sequence_dim, sorter, info.batch_size)
-    values = materialize(values, values_dim, info.batch_size)
+    values = materialize(values, values_dim, info.batch_size).contiguous()  # else PyTorch warns of the copy
     if sequence.dim() != values.dim():
         raise RuleDeclined("searchsorted: the leading dimensions of sequence and values differ")
     return aten.searchsorted.Tensor(sequence, values, sorter=sorter, **kw), 0

@@ -150,3 +150,25 @@ def trace(info: BatchInfo, in_dims: Sequence[Any], x: Tensor) -> tuple[Any, Any]
     if logical_rank(x, in_dims[0]) != 2:
         raise RuleDeclined("trace: expected a matrix")
     return torch.diagonal(to_front(x, in_dims[0]), 0, 1, 2).sum(-1), 0
+
+
+@batching_rule(aten.segment_reduce.default)
+def segment_reduce(
+    info: BatchInfo,
+    in_dims: Sequence[Any],
+    data: Tensor,
+    reduce: str,
+    *,
+    lengths: Tensor | None = None,
+    indices: Tensor | None = None,
+    offsets: Tensor | None = None,
+    axis: int = 0,
+    **kw: Any,
+) -> tuple[Any, Any]:
+    """The segments of all examples, for each of them: those of a tensor may differ along its leading dimensions."""
+    if indices is not None:
+        raise RuleDeclined("segment_reduce by indices")
+    data = to_front(data, in_dims[0])
+    rows = lambda x: None if x is None else x.expand(info.batch_size, *x.shape)
+    axis = wrap_dim(axis, data.dim() - 1) + 1
+    return aten.segment_reduce.default(data, reduce, lengths=rows(lengths), offsets=rows(offsets), axis=axis, **kw), 0
