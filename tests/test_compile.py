@@ -122,6 +122,11 @@ def closure(x: Tensor) -> Tensor:
     return grad(lambda y: (y.sin() * k).sum())(x)
 
 
+def under_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return vmap(grad(lambda row: (row @ (2 * eye)).float().square().sum()))(rows) * x
+
+
 def through_tree(x: Tensor) -> Any:
     def g(d: Any, n: int, *, k: Tensor) -> Any:
         return (d["b"] * d["a"][0] ** n * k).sum(), {"n": n, "b": d["b"] * 2, "name": "aux"}
@@ -288,6 +293,7 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         lambda x: jet(lambda a, b: {"product": a * b}, (x, x + 1), ((x, x), (None, x))),
         lambda x: ({"product": x * (x + 1)}, {"product": [x * (x + 1), x * (x + 1) + x * x]}),
     ),
+    "under autocast": (under_autocast, lambda x: 8 * rows * x),
     "laplacian along": (lambda x: laplacian(f, directions=eye[:2] * x)(x), lambda x: (curve(x) * x**2)[:2].sum()),
 }
 
