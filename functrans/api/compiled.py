@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 from torch.compiler import is_dynamo_compiling
 
 from functrans.api.containers import is_container
@@ -38,7 +39,13 @@ from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.errors import Call
 from functrans.functionalization.scalar_index import SCALAR_INDICES
 from functrans.pytorch.thread_state import STATE, running_at, unchanged
-from functrans.pytorch.torch_private import HigherOrderOperator, mode_kinds, mode_of_kind, torch_pytree
+from functrans.pytorch.torch_private import (
+    HigherOrderOperator,
+    mode_kinds,
+    mode_of_kind,
+    set_grad_enabled,
+    torch_pytree,
+)
 from functrans.tensors.pytrees import tree_unflatten
 
 #: Transforms that are called with the function and its arguments at once.
@@ -195,6 +202,56 @@ def at(x: Tensor, key: Any) -> Tensor:
 def put_at(x: Tensor, key: Any, value: Any) -> None:
     """``x[key] = value`` in Dynamo's graph, where ``key`` has numbers or truth values that are tensors."""
     x[unread(key, NOT_READ)] = value
+
+
+def function_applied(
+    forward: Any, backward: Any, *args: Any, non_differentiable_idx: Any, dirty_idx: Any = (), **options: Any
+) -> Any:
+    """A call of an ``autograd.Function`` whose methods Dynamo has traced: ``forward`` returns what it saves, too.
+
+    PyTorch keeps that beside the Function, where the values of one level take the place of another's. As a Function
+    that saves in its context it is what it is untraced: NOTE [Contexts per level] in door/autograd_function.py. So is
+    what is differentiated again of its methods, which Dynamo traces without grad.
+    """
+    forward, backward = with_grad(forward), with_grad(backward)
+
+    def run(ctx: Any, *args: Any) -> Any:
+        out, saved = forward(*args)
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in saved]
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in saved])
+        ctx.mark_non_differentiable(*chosen(out, non_differentiable_idx))
+        return out
+
+    def run_and_mark(ctx: Any, *args: Any) -> Any:
+        out = run(ctx, *args)
+        ctx.mark_dirty(*chosen(out, dirty_idx))
+        return out
+
+    class InGraph(Function):
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            saved = zip(ctx.saved_tensors, ctx.constants, strict=True)
+            return backward(*grads, *[constant if x is None else x for x, constant in saved])
+
+    InGraph.forward = staticmethod(run_and_mark if dirty_idx else run)  # type: ignore[method-assign]
+    return InGraph.apply(*args)
+
+
+def with_grad(method: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A method of a Function as Dynamo traced it, but in the grad mode of whoever calls it."""
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(method.graph, {}))
+    switches = [node for node in graph.nodes if node.target is set_grad_enabled]
+    if [node.args for node in switches] not in ([], [(False,), (True,)]):
+        raise NotImplementedError("A method of an autograd.Function switches grad mode on.")
+    for node in switches:
+        graph.erase_node(node)
+    return torch.fx.GraphModule(method, graph)
+
+
+def chosen(out: Any, places: Sequence[int]) -> list[Any]:
+    outs = out if isinstance(out, (tuple, list)) else (out,)
+    return [outs[i] for i in places]
 
 
 class Tree:

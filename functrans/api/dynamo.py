@@ -10,7 +10,6 @@ from operator import getitem, setitem
 from typing import Any
 
 import torch
-from torch.autograd import Function
 
 from functrans.api.compiled import (
     CALLED,
@@ -32,6 +31,7 @@ from functrans.api.compiled import (
     call_with,
     example_of,
     filled,
+    function_applied,
     holes,
     is_linear,
     is_scalar,
@@ -44,7 +44,8 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
 from functrans.core.tensor import NOT_READ
 from functrans.functionalization.scalar_index import SCALAR_INDICES
-from functrans.pytorch.dynamo import dynamo_names, run_as_written_while, run_untraced
+from functrans.interpreters.function_context import overrides
+from functrans.pytorch.dynamo import dynamo_names, run_as_written_while, run_untraced, stand_in_graphs
 from functrans.pytorch.imports import when_imported
 from functrans.pytorch.thread_state import STATE, Snapshot
 from functrans.pytorch.torch_private import torch_pytree
@@ -61,16 +62,18 @@ def calls_written(tx: Any) -> int:
 
 
 @contextmanager
-def inside_of(tx: Any, transform: Around) -> Iterator[None]:
+def inside_of(names: Any, tx: Any, transform: Around) -> Iterator[None]:
     """While Dynamo traces the function of a transform."""
     output = tx.output
     before, create_proxy = transforms_around(tx), output.create_proxy
 
-    def create(kind: str, target: Any, args: Any, *rest: Any, **more: Any) -> Any:
+    def create(kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         for operator, dtypes, other in INDEXING:
             if target is operator and has_scalars(args[1], dtypes):
                 target = other
-        return create_proxy(kind, target, args, *rest, **more)
+        if target is names.function_in_graph and "saved_for_backward_idx" in kwargs:  # from PyTorch 2.13 on
+            target = function_applied
+        return create_proxy(kind, target, args, kwargs, *rest, **more)
 
     output.functrans_around = [*before, transform]
     if not before:
@@ -159,7 +162,7 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
             body = Body(func, own, seen_spec)
             calls = calls_written(tx)
             moved = tangents.filled(example_value(x) for x in holes(tangents, tangent_leaves))
-            with inside_of(tx, Around(transform, chosen, values[0], values[1], moved)):
+            with inside_of(names, tx, Around(transform, chosen, values[0], values[1], moved)):
                 (_, found), graph, captured = names.speculate_subgraph(
                     tx,
                     body,
@@ -309,12 +312,13 @@ def dynamo_variables(names: Any) -> tuple[type, type, type]:
 
 
 def follow_functions(names: Any) -> None:
-    """Have Dynamo write a call of an ``autograd.Function`` with a forward mode, which it refuses to trace, as a node of
-    the graph, inside of a transform, which knows what to do with it."""
+    """Have Dynamo write a call of an ``autograd.Function`` with a forward mode, which it refuses to trace, or a rule
+    for vmap, which it forgets, as a node of the graph, inside of a transform, which knows what to do with it."""
     call_apply = names.AutogradFunctionVariable.call_apply
 
     def apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if not transforms_around(tx) or self.fn_cls.jvp is Function.jvp:
+        kept = any(overrides(self.fn_cls, name) for name in ("jvp", "vmap"))
+        if not transforms_around(tx) or not kept:
             return call_apply(self, tx, args, kwargs)
         call = tx.output.create_proxy("call_function", self.fn_cls.apply, *names.proxy_args_kwargs(args, kwargs))
         return names.wrap_fx_proxy(tx, call)
@@ -332,8 +336,8 @@ def connect() -> None:
     follow_functions(names)
     for function in (Interpreter.__init__, Snapshot.__init__, Snapshot.restore, run_transformed):
         run_untraced(function)  # where a transform of somebody else's comes to it
-    for _, answer in PAIRS:
-        run_untraced(answer)  # a function that is traced gets examples, which are no wrappers
+    for original, answer in PAIRS:
+        stand_in_graphs(answer, original)  # a function that is traced gets examples, which are no wrappers
     run_as_written_while(lambda: STATE.top is not None)
 
 
