@@ -20,6 +20,7 @@ _Action = private("torch._C._dynamo.eval_frame._FrameAction", _FOR_FRAMES)
 #: What functrans/api/dynamo.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
 _OF_DYNAMO = {
     "": "disable",
+    "current_scope_id": "current_scope_id",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
     "utils": "get_fake_value proxy_args_kwargs set_example_value",
     "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
