@@ -3,8 +3,6 @@ tensors of its own."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 

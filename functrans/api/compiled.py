@@ -3,7 +3,7 @@
 NOTE [Compiled transforms]
 Dynamo, which traces Python for torch.compile and torch.export, does not see how a transform works. What a transform
 returns asks whether it is being traced (``is_dynamo_compiling``, which Dynamo answers itself), and if so calls
-``TRACED``: for Dynamo a higher-order operator, whose meaning ``api/dynamo_variables.py`` hands over. It has the function
+``TRACED``: for Dynamo a higher-order operator, with a meaning from ``api/dynamo_variables.py``. It has the function
 traced into a graph of its own, at the shapes that one example has, which makes all that the function captures (tensors
 of closures, parameters, buffers) inputs of that graph; then it writes one call into the graph around it, that of the
 transform proper on the function's graph. Whoever runs the graph around it, Python or AOTAutograd with its tracers,
