@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functrans.api.compiled import CALLED, TRACED, UNTRACED
 from functrans.api.private_names import PAIRS
 from functrans.core.interpreter import Interpreter
 from functrans.core.stack import run_transformed
@@ -13,14 +12,8 @@ from functrans.pytorch.thread_state import STATE, Snapshot
 
 def connect() -> None:
     """Tell Dynamo, which has been imported, of transforms."""
-    from functrans.api.dynamo_functions import follow_functions, names  # they are made of Dynamo's classes
-    from functrans.api.dynamo_variables import CalledVariable, TracedVariable, UntracedVariable
+    import functrans.api.dynamo_variables  # noqa: F401 - made of Dynamo's classes, and registered there
 
-    variables = {TRACED: TracedVariable, CALLED: CalledVariable, UNTRACED: UntracedVariable}
-    for operator, variable in variables.items():
-        names.operators[operator.__name__] = variable
-        type(operator).__call__ = names.disable(type(operator).__call__)
-    follow_functions()
     for function in (Interpreter.__init__, Snapshot.__init__, Snapshot.restore, run_transformed):
         run_untraced(function)  # where a transform of somebody else's comes to it
     for original, answer in PAIRS:

@@ -19,7 +19,7 @@ from functrans.functionalization.scalar_index import SCALAR_INDICES
 from functrans.interpreters.function_context import overrides
 from functrans.pytorch.dynamo import dynamo_names
 
-names = dynamo_names()
+names: Any = dynamo_names()
 
 
 def transforms_around(tx: Any) -> list[Around]:
@@ -83,7 +83,8 @@ class Effects:
     """
 
     def __init__(self, tracer: Any) -> None:
-        self.tracer, self.scope, self.changed = tracer, names.current_scope_id(), []
+        self.tracer, self.scope = tracer, names.current_scope_id()
+        self.changed: list[Any] = []
 
     def note(self, item: Any) -> None:
         if item.mutation_type.scope < self.scope:  # what is younger ends with the function

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from functrans.api.compiled import RECORDING, RETURNING, call_with
+from functrans.api.compiled import CALLED, RECORDING, RETURNING, TRACED, UNTRACED, call_with
 from functrans.api.dynamo_functions import (
     calls_written,
+    follow_functions,
     inside_of,
     may_have_effects,
     names,
@@ -40,6 +41,9 @@ from functrans.api.in_graphs import example_of
 from functrans.api.linear_functions import LinearFunction
 from functrans.pytorch.torch_private import torch_pytree
 
+Variable: Any = names.VariableTracker
+Operator: Any = names.TorchHigherOrderOperatorVariable
+
 
 def children_of(spec: Any) -> list[Any]:
     return list(spec.children()) if spec.num_children else []
@@ -62,7 +66,7 @@ def rebuilt(tx: Any, spec: Any, leaves: Iterator[Any]) -> Any:
 
 
 
-class Body(names.VariableTracker):
+class Body(Variable):
     """The function, by leaves: those that are in the graph are given, the others are in place; it returns leaves.
 
     (What it returns is taken apart here, since Dynamo forgets what was written to it as it leaves the function.)
@@ -82,7 +86,7 @@ class Body(names.VariableTracker):
         return found
 
 
-class TracedVariable(names.TorchHigherOrderOperatorVariable):
+class TracedVariable(Operator):
     _HOP_NAME = "functrans_transform"
 
     def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -129,7 +133,7 @@ class TracedVariable(names.TorchHigherOrderOperatorVariable):
         return put(tx, node, target, (*proxies, *captured))
 
 
-class CalledVariable(names.TorchHigherOrderOperatorVariable):
+class CalledVariable(Operator):
     _HOP_NAME = "functrans_called"
 
     def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -145,7 +149,7 @@ class CalledVariable(names.TorchHigherOrderOperatorVariable):
             return put(tx, node, node.target(), tuple(x.as_proxy() for x in holes(arguments, leaves)))
 
 
-class UntracedVariable(names.TorchHigherOrderOperatorVariable):
+class UntracedVariable(Operator):
     _HOP_NAME = "functrans_untraced"
 
     def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -154,7 +158,7 @@ class UntracedVariable(names.TorchHigherOrderOperatorVariable):
             raise NotImplementedError(reason)
 
 
-class PullbackVariable(names.VariableTracker):
+class PullbackVariable(Variable):
     """What vjp returns beside the value: an object that stays inside of the graph."""
 
     def __init__(self, proxy: Any, **more: Any) -> None:
@@ -264,3 +268,9 @@ def breaking(what: str, *hints: str) -> Iterator[None]:
             ],
             from_exc=error,
         )
+
+
+for operator, variable in {TRACED: TracedVariable, CALLED: CalledVariable, UNTRACED: UntracedVariable}.items():
+    names.operators[operator.__name__] = variable
+    type(operator).__call__ = names.disable(type(operator).__call__)
+follow_functions()
