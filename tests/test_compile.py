@@ -122,6 +122,11 @@ def closure(x: Tensor) -> Tensor:
     return grad(lambda y: (y.sin() * k).sum())(x)
 
 
+def under_autocast(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return vmap(grad(lambda row: (row @ (2 * eye)).float().square().sum()))(rows) * x
+
+
 def through_tree(x: Tensor) -> Any:
     def g(d: Any, n: int, *, k: Tensor) -> Any:
         return (d["b"] * d["a"][0] ** n * k).sum(), {"n": n, "b": d["b"] * 2, "name": "aux"}
@@ -288,6 +293,7 @@ PROGRAMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
         lambda x: jet(lambda a, b: {"product": a * b}, (x, x + 1), ((x, x), (None, x))),
         lambda x: ({"product": x * (x + 1)}, {"product": [x * (x + 1), x * (x + 1) + x * x]}),
     ),
+    "under autocast": (under_autocast, lambda x: 8 * rows * x),
     "laplacian along": (lambda x: laplacian(f, directions=eye[:2] * x)(x), lambda x: (curve(x) * x**2)[:2].sum()),
 }
 
@@ -387,11 +393,13 @@ def test_dynamic_shapes_are_compiled_once() -> None:
 
 
 effects: list[str] = []
+left: dict[str, Tensor] = {}
 
 
 def with_effect(x: Tensor) -> Tensor:
     def g(y: Tensor) -> Tensor:
         effects.append("g")
+        left["y"] = y * 2
         return (y**2).sum()
 
     return grad(g)(x)
@@ -433,7 +441,7 @@ def doubled(f: Callable[[Tensor], Tensor], x: Tensor) -> Any:
 
 #: Programs that do not go into one graph: what Dynamo says of each, and what it is by hand.
 OUTSIDE: dict[str, tuple[Callable[[Tensor], Any], str, Callable[[Tensor], Any]]] = {
-    "effect": (with_effect, "side effect", lambda x: 2 * x),
+    "effect": (with_effect, "leaves a tensor", lambda x: 2 * x),
     "branch": (
         lambda x: grad(lambda y: (y**2).sum() if y.sum() > 0 else (y**3).sum())(x),
         "branching",

@@ -3,14 +3,16 @@
 NOTE [Compiled transforms]
 Dynamo, which traces Python for torch.compile and torch.export, does not see how a transform works. What a transform
 returns asks whether it is being traced (``is_dynamo_compiling``, which Dynamo answers itself), and if so calls
-``TRACED``: for Dynamo a higher-order operator, whose meaning ``api/dynamo.py`` hands over. It has the function
+``TRACED``: for Dynamo a higher-order operator, with a meaning from ``api/dynamo_variables.py``. It has the function
 traced into a graph of its own, at the shapes that one example has, which makes all that the function captures (tensors
 of closures, parameters, buffers) inputs of that graph; then it writes one call into the graph around it, that of the
 transform proper on the function's graph. Whoever runs the graph around it, Python or AOTAutograd with its tracers,
 thereby runs the transform as it is, with whatever stands in the graph inside: also transforms of the same kind.
 
-Where that does not go (the function has effects, branches by numbers, cannot be traced, or asks for an error), Dynamo
-breaks the graph, and the call takes place outside of it; under ``fullgraph=True``, that is Dynamo's error.
+Effects of the function on Python objects are Dynamo's, which has them once for each call (``Effects`` in
+``api/dynamo_functions.py``). Where it does not go (the function leaves a tensor behind, branches by numbers, cannot be
+traced, or asks for an error), Dynamo breaks the graph, and the call takes place outside of it; under
+``fullgraph=True``, that is Dynamo's error.
 
 What asks the levels around it (a ``Primitive``, ``psum``, ``sow``, a ``custom_vjp``) is one node, ``CALLED``, that runs
 where it stands. While Dynamo traces, no level runs; what such a call returns there is found among the levels of the
@@ -62,6 +64,10 @@ def manner_of(transform: Callable[..., Any]) -> Manner:
     return MANNERS.get(transform, Manner())
 
 
+#: Why a pullback breaks the graph.
+MADE_OUTSIDE = "It was made outside of the graph."
+
+
 def transformed(
     transform: Callable[..., Any], func: Any, options: dict[str, Any], args: Any, kwargs: Any, tangents: Any = None
 ) -> Any:
@@ -104,9 +110,6 @@ class Untraced(HigherOrderOperator):
         return function(*args, **kwargs)
 
 
-#: Why a pullback breaks the graph.
-MADE_OUTSIDE = "It was made outside of the graph."
-
 TRACED: Any = Traced()
 CALLED: Any = Called()
 UNTRACED: Any = Untraced()
@@ -115,3 +118,8 @@ UNTRACED: Any = Untraced()
 def named_after(func: Callable[..., Any]) -> Callable[[Any], Any]:
     """``functools.wraps``, which Dynamo does not trace for all functions, and which it has no use for."""
     return unchanged if is_dynamo_compiling() else functools.wraps(func, updated=())
+
+
+def call_with(func: Callable[..., Any], given: tuple[Any, Any]) -> Any:
+    args, kwargs = given
+    return func(*args, **kwargs)

@@ -1,7 +1,4 @@
-"""The calls of transforms that stand in a graph of Dynamo's: what has to be known to run one beside its tensors.
-
-See NOTE [Compiled transforms] in ``api/compiled.py``; ``api/dynamo.py`` writes them.
-"""
+"""Calls of transforms as they stand in Dynamo's graph: see NOTE [Compiled transforms] in api/compiled.py."""
 
 from __future__ import annotations
 
@@ -15,22 +12,14 @@ from functrans.api.compiled import transformed
 from functrans.api.containers import is_container
 from functrans.api.in_dims import check_inputs
 from functrans.api.linear_functions import LinearFunction
-from functrans.boundary.calls import lift
-from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.errors import Call
-from functrans.functionalization.scalar_index import SCALAR_INDICES
-from functrans.pytorch.thread_state import STATE, running_at
-from functrans.pytorch.torch_private import mode_kinds, mode_of_kind, torch_pytree
+from functrans.pytorch.thread_state import running_at
+from functrans.pytorch.torch_private import torch_pytree
 from functrans.tensors.pytrees import tree_unflatten
 
 #: Stands for a leaf that is in the graph, and for one that is an object which the function alone uses.
 HOLE: Any = type("Hole", (), {"__repr__": lambda self: "HOLE"})()
 OPAQUE: Any = type("Opaque", (), {"__repr__": lambda self: "an object"})()
-
-
-def call_with(func: Callable[..., Any], given: tuple[Any, Any]) -> Any:
-    args, kwargs = given
-    return func(*args, **kwargs)
 
 
 class Around(NamedTuple):
@@ -72,49 +61,6 @@ def like(x: Tensor) -> Tensor:
     """A plain tensor that looks as ``x`` does, and requires grad as examples do."""
     found = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return found.requires_grad_().clone() if x.is_floating_point() or x.is_complex() else found
-
-
-def example_of(x: Tensor, dim: int | None, moves: bool) -> Tensor:
-    """What the function is to see of ``x`` while Dynamo traces it.
-
-    If it requires grad, Dynamo writes an autograd.Function down as one, and not the operators of its forward.
-    """
-    if dim is not None:
-        return x.select(dim, 0)
-    if not (moves and (x.is_floating_point() or x.is_complex())):
-        return x
-    with torch.enable_grad():
-        return x.detach().requires_grad_().clone()  # a leaf might not be written to
-
-
-def is_scalar(x: Tensor, dtypes: frozenset[torch.dtype]) -> bool:
-    return x.dim() == 0 and x.dtype in dtypes
-
-
-def unread(key: Any, dtypes: frozenset[torch.dtype]) -> tuple[Any, ...]:
-    """The index ``key``, of which no tensor without dimensions of ``dtypes`` is read: NOTE [Scalar indices].
-
-    Inside of the transform it belongs to that. Where Dynamo asks how the result looks, any place is as good.
-    """
-    tracing = STATE.top is None and mode_of_kind(mode_kinds.FAKE) is not None
-
-    def scalar(i: Tensor) -> Any:
-        if tracing:
-            return True if i.dtype is torch.bool else 0
-        return i if type(i) is WrapperTensor else lift(i, None, STATE.top)
-
-    keys = key if isinstance(key, tuple) else (key,)
-    return tuple(scalar(i) if isinstance(i, Tensor) and is_scalar(i, dtypes) else i for i in keys)
-
-
-def at(x: Tensor, key: Any) -> Tensor:
-    """``x[key]`` in Dynamo's graph, where ``key`` has numbers that are tensors."""
-    return x[unread(key, SCALAR_INDICES)]
-
-
-def put_at(x: Tensor, key: Any, value: Any) -> None:
-    """``x[key] = value`` in Dynamo's graph, where ``key`` has numbers or truth values that are tensors."""
-    x[unread(key, NOT_READ)] = value
 
 
 class Tree:

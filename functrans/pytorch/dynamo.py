@@ -20,6 +20,7 @@ _Action = private("torch._C._dynamo.eval_frame._FrameAction", _FOR_FRAMES)
 #: What functrans/api/dynamo.py uses of Dynamo, by module. It is looked up when Dynamo has been imported.
 _OF_DYNAMO = {
     "": "disable",
+    "current_scope_id": "current_scope_id",
     "exc": "TorchDynamoException TorchRuntimeError unimplemented",
     "utils": "get_fake_value proxy_args_kwargs set_example_value",
     "variables": "AutogradFunctionVariable ConstantVariable ConstDictVariable LazyVariableTracker ListVariable "
@@ -49,6 +50,7 @@ def dynamo_names() -> SimpleNamespace:
         found["fake_errors"] = (found["TorchRuntimeError"], of_dynamo("exc", "FakeTensorObservedException"))
     except TorchMovedError:  # before PyTorch 2.14
         found["fake_errors"] = (found["TorchRuntimeError"],)
+    found["function_in_graph"] = private("torch._functorch.autograd_function.autograd_function_apply", _FOR_DYNAMO)
     found["operators"] = of_dynamo("variables.higher_order_ops", "_hop_name_to_variable_class")
     return SimpleNamespace(**found)
 
@@ -70,6 +72,17 @@ def run_untraced(function: Callable[..., Any]) -> None:
     """
     private("torch._dynamo.trace_rules._disallowed_callable_ids", _FOR_FRAMES).add(id(function))
     private("torch._dynamo.eval_frame.skip_code", _FOR_FRAMES)(function.__code__)
+
+
+def stand_in_graphs(function: Callable[..., Any], original: Callable[..., Any]) -> None:
+    """Let Dynamo take a call of ``function`` for one of ``original``, which it knows."""
+
+    def traced(*args: Any) -> Any:
+        return original(*args)
+
+    rules = private("torch._dynamo.trace_rules.get_torch_obj_rule_map", _FOR_FRAMES)()
+    rules.pop(function, None)  # a rule of the original's name, which ``function`` has by now
+    private("torch._dynamo.decorators.substitute_in_graph", _FOR_FRAMES)(function, skip_signature_check=True)(traced)
 
 
 def leave_alone(function: Callable[..., Any]) -> None:
