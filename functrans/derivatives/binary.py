@@ -149,14 +149,18 @@ def pow_base(grad: Tensor, self: Tensor, exponent: Any) -> Tensor:
 def pow_exponent(grad: Tensor, self: Any, exponent: Tensor, result: Tensor) -> Tensor:
     """``result * log(x)``, and 0 where ``x`` is 0 and ``p`` is not negative.
 
-    If then ``p > 1``, the mixed second derivative is 0 too; from 0 to 1 it is infinite, and comes out as NaN.
+    The mixed second derivative is there what the slope by ``x`` has, in whichever order they are taken: 0 if ``p > 1``,
+    and 1 at ``p`` of 1 (and of 0, where ``pow_base`` takes 1 for ``x``). Between 0 and 1 it is infinite, and comes out
+    as NaN.
     """
     real = torch.real(exponent)
     positive = (torch.imag(exponent) == 0) & (real >= 0) if exponent.dtype.is_complex else real >= 0
     if isinstance(self, Tensor):
         at_zero = (self == 0) & positive
-        base = torch.where(at_zero & (real > 1), 1, self.to(torch.result_type(self, exponent)))
-        return grad * conj((result * base.log()).masked_fill(at_zero, 0))
+        base = self.to(result.dtype)
+        slope_of_1 = at_zero & ((real == 1) | (real == 0))
+        log = torch.where(slope_of_1 | (at_zero & (real > 1)), 1, base).log()
+        return grad * conj(torch.where(slope_of_1, base, (result * log).masked_fill(at_zero, 0)))
     if self == 0:
         return grad * conj(result * torch.full_like(exponent, -math.inf).masked_fill(positive, 0))
     if result.dtype.is_complex:

@@ -21,6 +21,8 @@ from functrans.pytorch.torch_private import (
     EnableTorchFunction,
     Mode,
     OpOverload,
+    RestorePythonTLSSnapshot,
+    autocast_enabled,
     is_key_excluded,
     pop_mode,
     push_mode,
@@ -67,6 +69,18 @@ class Pieces(Mode):
         if not known.composite or known.kind_by_schema != PURE:
             return False
         return not any(op.has_kernel_for_dispatch_key(key) for key in self.keys)
+
+
+def pieces_at_door(op: OpOverload) -> Pieces | None:
+    """What takes ``op`` apart that came to the door with captured tensors alone, which no torch function announces.
+
+    Autocast is asked as the caller has it: PyTorch switches it off while a handler runs.
+    """
+    with RestorePythonTLSSnapshot():
+        if not autocast_enabled():
+            return None
+        mode = Pieces([key for key in AUTOCAST_KEYS if not is_key_excluded(key)])
+    return mode if mode.takes_apart(op) else None
 
 
 def in_pieces(function: Callable[..., Any], *args: Any) -> Any:

@@ -18,6 +18,7 @@ from functrans.control_flow import definitions  # noqa: F401
 from functrans.control_flow.table import run_higher_order
 from functrans.core.dispatch import base, entered, scan
 from functrans.core.tensor import WrapperTensor
+from functrans.door.autocast import pieces_at_door
 from functrans.errors import DeadWrapperError
 from functrans.errors.call_sites import USER_FILES
 from functrans.functionalization import writes
@@ -35,6 +36,8 @@ from functrans.pytorch.torch_private import (
     Mode,
     OpOverload,
     debug_mode,
+    pop_mode,
+    push_mode,
     set_key_excluded,
 )
 from functrans.tensors.subclasses import KeptClassMet
@@ -71,6 +74,14 @@ class Door(Mode):
             if op.namespace == "prim":  # PyTorch asks a tensor of another subclass for its device: no operator
                 return op(*args)
             known = op_info(op)
+        if not types and known.composite:
+            pieces = pieces_at_door(op)
+            if pieces is not None:
+                push_mode(self)
+                try:
+                    return pieces.__torch_dispatch__(op, types, args, kwargs)
+                finally:
+                    pop_mode(None)
         if kwargs:
             args, kwargs = normalized(op, args, kwargs)
         try:

@@ -118,6 +118,9 @@ AUTOCAST_KEYS = [
     for name in dir(private("torch._C.DispatchKey", "to switch dispatch keys"))
     if name.startswith("Autocast")
 ]
+RestorePythonTLSSnapshot = private(
+    "torch._C._RestorePythonTLSSnapshot", "to know in a handler which of autocast's keys its caller had excluded"
+)
 _DisableAutocast = private("torch._C._DisableAutocast", "to have gradients computed in the dtypes of the forward pass")
 
 
