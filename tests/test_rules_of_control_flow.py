@@ -1,5 +1,5 @@
-"""Rules of an author's own for operators that take functions: a ``Primitive`` in the place of the definition, which each
-level is asked about. And primitives in what such operators run."""
+"""Rules of an author's own for operators that take functions: a ``Primitive`` in the place of the definition, which
+each level is asked about. And primitives in what such operators run."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def threefold(op: Any) -> Primitive:
     """``op`` whose derivative is three times that of the sum of its tensors, which no other rule would give."""
     p = Primitive(f"threefold {op}", DEFINITIONS.get(op))
 
-    def pull(grad: Any, out: Any, *args: Any) -> Any:
+    def pull(grad: Any, out: Any, *args: Any, **graph: Any) -> Any:
         asked.append("pullback")
         (g,) = [g for g in tree.tree_leaves(grad) if g is not None]
         of = lambda a: 3 * g.sum().expand(a.shape) if isinstance(a, Tensor) and a.is_floating_point() else None
         return tuple(type(a)(of(x) for x in a) if isinstance(a, list | tuple) else None for a in args)
 
-    def push(tangents: Any, out: Any, *args: Any) -> Any:
+    def push(tangents: Any, out: Any, *args: Any, **graph: Any) -> Any:
         asked.append("tangent")
         given = [t for t in tree.tree_leaves(tangents) if t is not None]
         total = 3 * sum(t.sum() for t in given)
@@ -50,9 +50,9 @@ def threefold(op: Any) -> Primitive:
 
     p.derivative(pullback=pull, tangent=push)
 
-    def batched(level: Any, *args: Any) -> Any:
+    def batched(level: Any, *args: Any, **graph: Any) -> Any:
         asked.append("batching")
-        return p.by_base(level, *args)
+        return p.by_base(level, *args, **graph)
 
     p.rule(VmapInterpreter)(batched)
     return p
@@ -123,7 +123,8 @@ def product() -> Primitive:
 )
 def test_primitives_in_scans(running: Callable[[Primitive, Tensor], Tensor]) -> None:
     xs = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(3, 4)
-    f, oracle = (lambda x, p=product(): running(p, x)), lambda x: x.cumprod(0)
+    p = product()
+    f, oracle = (lambda x: running(p, x)), lambda x: x.cumprod(0)
     for transform in (
         lambda f: vmap(f)(xs),
         lambda f: vmap(grad(lambda x: f(x).sum()))(xs),
