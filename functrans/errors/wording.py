@@ -15,6 +15,12 @@ from torch import Tensor
 OpOverloadPacket = type(torch.ops.aten.sin)
 HigherOrderOperator: Any = type(torch.ops.higher_order.cond).__base__
 
+#: where the rules of an operator that takes functions belong: it has no schema, and other tables go by that
+FUNCTIONS_TAKEN = (
+    "It has no schema, by whose arguments this table goes. What it is for all transforms is defined in "
+    "functrans.extend.DEFINITIONS; a functrans.extend.Primitive there has rules of its own for grad, jvp and vmap."
+)
+
 
 def what(x: Any) -> str:
     """A value that came, with article: ``the float 3.0``, ``a tensor of shape (3,)``, ``a dict with keys 'a', 'b'``."""
@@ -96,10 +102,7 @@ def overloads_meant(op: Any, title: str, overload: Any) -> str:
     if isinstance(op, OpOverloadPacket):
         return f"Name one of its overloads: {overload_names(str(op), op)}."
     if isinstance(op, HigherOrderOperator):
-        return (
-            "What it is for all transforms, from which its derivatives follow, is defined in "
-            "functrans.extend.DEFINITIONS; functrans.custom_vjp gives a function that calls it another derivative."
-        )
+        return FUNCTIONS_TAKEN
     if overload is not None:
         return f"Write torch.ops.{overload} for this custom operator."
     if isinstance(op, str):

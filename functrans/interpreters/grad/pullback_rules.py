@@ -27,7 +27,7 @@ from functrans.core.tensor import WrapperTensor
 from functrans.decompositions.table import decompose
 from functrans.derivatives.table import DERIVATIVES, NO_TANGENT
 from functrans.errors import CallValueError, MissingRuleError, RegistrationError, RuleResultError
-from functrans.errors.wording import shown
+from functrans.errors.wording import FUNCTIONS_TAKEN, shown
 from functrans.interpreters.fitting import described, fitted, spec
 from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.grad.nodes import BackwardNode, TableNode
@@ -77,7 +77,8 @@ class PullbackTable(RuleTable[Callable[..., Any]]):
 
     def check(self, op: Any) -> None:
         if isinstance(op, HigherOrderOperator):
-            raise RegistrationError(f"{self.title}: got {op}, which takes functions; expected an operator of tensors.")
+            got = f"got torch.ops.higher_order.{op}, which takes functions; expected an operator of tensors."
+            raise RegistrationError(f"{self.title}: {got} {FUNCTIONS_TAKEN}")
         super().check(op)
 
     def check_rule(self, op: OpOverload, rule: Any) -> None:
