@@ -159,8 +159,8 @@ def pow_exponent(grad: Tensor, self: Any, exponent: Tensor, result: Tensor) -> T
         at_zero = (self == 0) & positive
         base = self.to(result.dtype)
         slope_of_1 = at_zero & ((real == 1) | (real == 0))
-        log = torch.where(slope_of_1 | (at_zero & (real > 1)), 1, base).log()
-        return grad * conj(torch.where(slope_of_1, base, (result * log).masked_fill(at_zero, 0)))
+        slope = result * torch.where(slope_of_1 | (at_zero & (real > 1)), 1, base).log()
+        return grad * conj(torch.where(slope_of_1, base, slope.masked_fill(at_zero, 0)))
     if self == 0:
         return grad * conj(result * torch.full_like(exponent, -math.inf).masked_fill(positive, 0))
     if result.dtype.is_complex:
