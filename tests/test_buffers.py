@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from functrans import explain, grad, jvp, vjp, vmap
+from functrans import grad, jvp, vjp, vmap
+from functrans.functionalization import writes
 
 ROWS = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -183,8 +185,9 @@ def test_an_increment_of_a_part_writes_once() -> None:
         out[1, :2] *= x[:2]
         return out.sum()
 
-    written = [e for e in explain(grad(f), ROWS[0]).events if e.kind == "operator" and "_scatter" in e.name]
-    assert len(written) == 1 + 2
+    with mock.patch.object(writes, "write", wraps=writes.write) as write:
+        grad(f)(ROWS[0])
+    assert write.call_count == 2
 
     def moved(x: Tensor) -> Tensor:
         x[0:1], x[1:2] = x[2:3], x[0:1]  # another part of the same tensor is copied

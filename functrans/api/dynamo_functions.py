@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import getitem, setitem
 from typing import Any
 
@@ -92,23 +93,21 @@ class Effects:
 
     def check(self, attributes: Any) -> None:
         """Refuse that something from outside keeps a value of the transform; ``attributes``: those that were set."""
-        seen: set[int] = set()
-
-        def visit(x: Any) -> None:
-            if id(x) in seen:
-                return
-            seen.add(id(x))
-            if getattr(getattr(x, "proxy", None), "tracer", None) is self.tracer:
-                if not isinstance(x, names.SymNodeVariable):
-                    raise NotImplementedError("Its function leaves a tensor in an object from outside of it.")
-                x.proxy = self.outside(x.proxy.node)
-            if x in attributes:
-                names.VariableTracker.visit(visit, list(attributes[x].values()))
-
+        visit = partial(self.visit, attributes, set())
         names.VariableTracker.visit(visit, self.changed)
         for item in self.changed:
             visit(item)
 
+    def visit(self, attributes: Any, seen: set[int], x: Any) -> None:
+        if id(x) in seen:
+            return
+        seen.add(id(x))
+        if getattr(getattr(x, "proxy", None), "tracer", None) is self.tracer:
+            if not isinstance(x, names.SymNodeVariable):
+                raise NotImplementedError("Its function leaves a tensor in an object from outside of it.")
+            x.proxy = self.outside(x.proxy.node)
+        if x in attributes:
+            names.VariableTracker.visit(partial(self.visit, attributes, seen), list(attributes[x].values()))
 
     def outside(self, node: Any) -> Any:
         """A number of the function's graph, such as a count, computed in the graph around it."""

@@ -3,9 +3,10 @@
 NOTE [Buffers]
 A write to a part makes new contents of the whole, so a loop that fills a buffer row by row does work that grows with
 the square of the rows. So under a vmap at the base a part is written in memory that is the buffer's alone, if no mode
-looks on and nothing is recorded. The buffer gets such memory at its first write, and again whenever something else
-holds what it had: PyTorch's autograd, a tape, a view that was made before. PyTorch's and Python's counts of references
-say whether that is so. Views that are linked to the buffer may remain: they are brought up to date at their next use.
+or ``explain`` looks on and nothing is recorded. The buffer gets such memory at its first write, and again whenever
+something else holds what it had: PyTorch's autograd, a tape, a view that was made before. PyTorch's and Python's counts
+of references say whether that is so. Views that are linked to the buffer may remain: they are brought up to date at
+their next use.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from functrans.functionalization.layouts import set_content
 from functrans.functionalization.views import AliasGroup, ViewLink
 from functrans.operators.schemas import arguments_by_position
 from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, SWAPS
-from functrans.pytorch.thread_state import STATE
+from functrans.pytorch.thread_state import OBSERVERS, STATE
 from functrans.pytorch.torch_private import mode_stack_size, storage_count
 
 aten = torch.ops.aten
@@ -54,6 +55,8 @@ def write_in_place(view: WrapperTensor, steps: list[ViewLink], new: Tensor) -> b
         return False
     if not is_plain(level.value_of(new)) or not is_plain(content.value) or mode_stack_size() or torch.jit.is_tracing():
         return False
+    if OBSERVERS and STATE.observer is not None:
+        return False
     if view.leaf is not None or content.leaf is not None or not PLACES.issuperset(step.op for step in steps):
         return False
     own = own_memory(level, content, new, is_alone(content, view, group))
@@ -73,7 +76,12 @@ def write_in_place(view: WrapperTensor, steps: list[ViewLink], new: Tensor) -> b
 
 
 def is_same_part(target: Any, source: Any) -> bool:
-    """Whether a copy of ``source`` to ``target`` writes what is there: ``x[i] += y`` ends with one of ``x[i]``."""
+    """Whether a copy of ``source`` to ``target`` writes what is there: ``x[i] += y`` ends with one of ``x[i]``.
+
+    (Where a run is compared with one without transforms, both are to have it.)
+    """
+    if OBSERVERS and STATE.observer is not None:
+        return False
     step, beside = getattr(target, "view_link", None), getattr(source, "view_link", None)
     if type(step) is not ViewLink or type(beside) is not ViewLink:
         return False

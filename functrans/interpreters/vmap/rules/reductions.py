@@ -166,8 +166,8 @@ def segment_reduce(
     **kw: Any,
 ) -> tuple[Any, Any]:
     """The segments of all examples, for each of them: those of a tensor may differ along its leading dimensions."""
-    if indices is not None:
-        raise RuleDeclined("segment_reduce by indices")
+    if indices is not None or not info.batch_size:
+        raise RuleDeclined("segment_reduce by indices, or of no examples")
     data = to_front(data, in_dims[0])
     rows = lambda x: None if x is None else x.expand(info.batch_size, *x.shape)
     axis = wrap_dim(axis, data.dim() - 1) + 1
