@@ -58,4 +58,6 @@ def test_the_manner_of_a_transform(transform: Callable[..., Any]) -> None:
         if call_what_it_made is not None:
             out = call_what_it_made(out)
     returned = out if isinstance(out, tuple) else (out,)
-    assert manner_of(transform) == Manner(at_once, any(map(callable, returned)), all(recorded))
+    told = manner_of(transform)
+    assert told == Manner(at_once, any(map(callable, returned)), all(recorded), told.once)
+    assert len(recorded) == 1 or not told.once

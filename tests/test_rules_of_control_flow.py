@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as tree
+from slow_ways import close
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.map import map as torch_map
@@ -16,12 +17,15 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 
 from functrans import grad, hessian, jacfwd, jvp, vmap
-from functrans.errors import NotAnOverloadError, RegistrationError
+from functrans.decompositions.table import DECOMPOSITIONS
+from functrans.errors import BatchingRuleError, NotAnOverloadError, RegistrationError
 from functrans.extend import (
+    BATCHING_RULES,
     DEFINITIONS,
     Primitive,
     PullbackTable,
     VmapInterpreter,
+    WrapperTensor,
     derivative,
     rules_in_scope,
 )
@@ -136,6 +140,7 @@ def test_primitives_in_scans(running: Callable[[Primitive, Tensor], Tensor]) -> 
 
 def test_other_tables_say_where_rules_belong() -> None:
     for register in (
+        DECOMPOSITIONS.register,
         lambda op: derivative(op, self=lambda grad: grad),
         lambda op: PullbackTable("a table").add(op, lambda step: None),
     ):
@@ -143,3 +148,51 @@ def test_other_tables_say_where_rules_belong() -> None:
             (NotAnOverloadError, RegistrationError), match=r"takes functions.*functrans.extend.DEFINITIONS.*Primitive"
         ):
             register(higher_order.cond)
+
+
+def test_batching_rules_of_operators_that_take_functions() -> None:
+    """Functions take physical values, and may capture what is batched; NotImplemented asks for the definition."""
+    cond, rows = torch.ops.higher_order.cond, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])
+    asked: list[Any] = []
+
+    def rule(info: Any, in_dims: Any, pred: Any, true_fn: Any, false_fn: Any, operands: Any) -> Any:
+        asked.append((info.level, in_dims))
+        assert info.batch_size == len(rows) and not isinstance(pred, WrapperTensor)
+        if in_dims[0] is not None:
+            return NotImplemented
+        (y,) = (true_fn if pred else false_fn)(*operands, in_dims=tuple(in_dims[3]))
+        assert y.shape[0] == len(rows)
+        return (y.movedim(0, -1),), (-1,)
+
+    def chosen(flag: bool, x: Tensor, shared: Tensor) -> Tensor:
+        return cond(flag, lambda y: (y.sin() * x * shared,), lambda y: (y.cos() + x.sum(),), (x * 2,))[0]
+
+    def per_row(x: Tensor) -> Tensor:
+        return cond(x.sum() > 4, lambda y: (y.sin(),), lambda y: (y.cos(),), (x,))[0]
+
+    shared = torch.tensor([0.5, 3.0])
+    vmapped = vmap(chosen, in_dims=(None, 0, None))
+    with rules_in_scope(BATCHING_RULES, {cond: rule}):
+        for flag in (True, False):
+            out = vmapped(flag, rows, shared)
+            close(out, torch.stack([chosen(flag, x, shared) for x in rows]))
+            slopes = grad(lambda x, flag=flag: vmapped(flag, x, shared).sum())(rows)
+            expected = torch.stack([grad(lambda x, flag=flag: chosen(flag, x, shared).sum())(x) for x in rows])
+            close(slopes, expected)
+            nested = vmap(vmapped, in_dims=(None, None, 0))
+            close(nested(flag, rows, rows), torch.stack([vmapped(flag, rows, s) for s in rows]))
+        assert {level for level, _ in asked} == {1, 2} and asked[0][1] == [None, None, None, (0,)]
+        close(vmap(per_row)(rows), torch.stack([x.sin() if x.sum() > 4 else x.cos() for x in rows]))
+        assert asked[-1][1][0] == 0
+    before = len(asked)
+    close(vmapped(True, rows, shared), torch.stack([chosen(True, x, shared) for x in rows]))
+    assert len(asked) == before
+    each = higher_order.map_impl
+    with rules_in_scope(BATCHING_RULES, {each: lambda *args, **kwargs: pytest.fail("in_dims tell of no keywords")}):
+        (out,) = vmap(lambda x: each(lambda y: (y.sin(),), xs=(x,), pos_args=()))(rows)
+        close(out, rows.sin())
+    with (
+        rules_in_scope(BATCHING_RULES, {cond: lambda info, in_dims, *args: torch.ones(3)}),
+        pytest.raises(BatchingRuleError, match=r"rule of cond.*returned a tensor of shape \(3,\); expected a pair"),
+    ):
+        vmapped(True, rows, shared)

@@ -45,6 +45,8 @@ class Manner(NamedTuple):
     returns_function: bool = False
     #: it switches grad mode on for the function
     records: bool = False
+    #: it runs the function once, so that effects of the function take place as often as without it
+    once: bool = False
 
 
 MANNERS: dict[Callable[..., Any], Manner] = {}

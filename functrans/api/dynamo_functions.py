@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from functrans.api.compiled import manner_of
 from functrans.api.graph_nodes import Around
 from functrans.api.in_graphs import at, function_applied, is_scalar, put_at
 from functrans.core.tensor import NOT_READ
@@ -69,13 +70,6 @@ def has_scalars(key: Any, dtypes: frozenset[torch.dtype]) -> bool:
     return any(isinstance(x, torch.Tensor) and is_scalar(x, dtypes) for x in values)
 
 
-#: Transforms that run their function once, by which its effects take place as often as uncompiled.
-ONCE = (
-    "functionalize", "grad", "grad_and_value", "hessian", "jacfwd", "jacfwd_and_value", "jacrev", "jacrev_and_value",
-    "jvp", "linearize", "value_and_grad", "vjp", "vmap",
-)  # fmt: skip
-
-
 class Effects:
     """What the function of a transform does to objects from outside of it, while Dynamo traces it.
 
@@ -129,10 +123,10 @@ def effects_around(tx: Any) -> list[Effects]:
     return found if found and found[-1].tracer is tx.output.current_tracer else []
 
 
-def may_have_effects(tx: Any, name: str, options: Any) -> bool:
+def may_have_effects(tx: Any, transform: Any, options: Any) -> bool:
     """Whether the function of a transform that is called now may have effects."""
     directly = tx.output.current_tracer.parent is None or bool(effects_around(tx))
-    return directly and name in ONCE and options.get("chunk_size") is None
+    return directly and manner_of(transform).once and options.get("chunk_size") is None
 
 
 @contextmanager
@@ -172,5 +166,3 @@ def follow_functions() -> None:
         return names.wrap_fx_proxy(tx, call)
 
     names.AutogradFunctionVariable.call_apply = apply
-
-

@@ -65,7 +65,6 @@ def rebuilt(tx: Any, spec: Any, leaves: Iterator[Any]) -> Any:
     return rebuilt(tx, alone, iter(children))
 
 
-
 class Body(Variable):
     """The function, by leaves: those that are in the graph are given, the others are in place; it returns leaves.
 
@@ -107,7 +106,7 @@ class TracedVariable(Operator):
         with names.discard_graph_changes(tx):
             examples = [example(tx, x, *how) for x, how in zip(given, holes(arguments, seen), strict=True)]
         own = [HOLE if kept is HOLE else x for kept, x in zip(arguments.leaves, leaves, strict=True)]
-        body = Body(func, own, seen_spec, may_have_effects(tx, transform.__name__, chosen))
+        body = Body(func, own, seen_spec, may_have_effects(tx, transform, chosen))
         calls = calls_written(tx)
         moved = tangents.filled(example_value(x) for x in holes(tangents, tangent_leaves))
         with inside_of(tx, Around(transform, chosen, values[0], values[1], moved)):

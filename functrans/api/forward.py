@@ -45,8 +45,12 @@ def jvp_with_argnums(
     has_aux: bool,
     kwargs: Any = None,
     cls: type[JvpInterpreter] = JvpInterpreter,
+    beside_tensors: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """jvp with respect to some of the primals; ``tangents`` belongs to these."""
+    """jvp with respect to some of the primals; ``tangents`` belongs to these.
+
+    ``beside_tensors``: the function may return other things among the tensors.
+    """
     if not isinstance(primals, tuple):
         cure = "Write tuple(primals)." if isinstance(primals, list) else "Write (x,) for one primal."
         raise CallError(call, f"{what(primals)} as primals", "a tuple, so that f(*primals) is a valid call", cure)
@@ -73,7 +77,7 @@ def jvp_with_argnums(
     if not along:
         raise CallError(call, f"{what(tangents)} as tangents", "at least one that is a tensor")
     values, found, out_spec, aux, inputs = run_forward(
-        call, func, primals, along, argnums, strict, has_aux, kwargs, cls
+        call, func, primals, along, argnums, strict, has_aux, kwargs, cls, beside_tensors
     )
     inputs.write_back()
     pairs = zip(values, found, strict=True)
@@ -94,6 +98,7 @@ def run_forward(
     has_aux: bool,
     kwargs: Any = None,
     cls: type[JvpInterpreter] = JvpInterpreter,
+    beside_tensors: bool = False,
 ) -> tuple[list[Any], list[Tensor | None], TreeSpec, Any, Inputs]:
     """Run ``func`` on primals with tangents: the outputs, their tangents (None: zero, or no tensor), their structure,
     aux, and the arguments, which are not written back yet."""
@@ -107,7 +112,7 @@ def run_forward(
         set_forward_enabled(True)
         out, aux = inputs.run(func, has_aux)
         out_leaves, out_spec = tree_flatten(out)
-        check_outputs(call, out, out_leaves, beside_tensors=call.transform == "jvp")
+        check_outputs(call, out, out_leaves, beside_tensors=beside_tensors)
         values = [inputs.leave(o) for o in out_leaves]
         below = map(bare, out_leaves)
         found = [

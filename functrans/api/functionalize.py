@@ -9,7 +9,7 @@ from torch.compiler import is_dynamo_compiling
 
 from functrans.api.arguments import Inputs
 from functrans.api.checks import call_function, check_callable
-from functrans.api.compiled import TRACED, named_after
+from functrans.api.compiled import TRACED, manner, named_after
 from functrans.boundary.made_at import note_results
 from functrans.core.stack import run_transformed
 from functrans.errors import Call, CallValueError
@@ -21,6 +21,7 @@ from functrans.tensors.pytrees import tree_map
 REMOVE = ("mutations", "mutations_and_views")
 
 
+@manner(once=True)
 def functionalize(func: Callable[..., Any], *, remove: str = "mutations") -> Callable[..., Any]:
     """``func`` with the same results, but without in-place operators; for tracers, modes and backends below it.
 

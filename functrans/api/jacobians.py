@@ -20,7 +20,7 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
-@manner(records=True)
+@manner(records=True, once=True)
 def jacrev(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -61,7 +61,7 @@ def jacrev(
     return by_rows(jacrev, func, argnums, has_aux, chunk_size, holomorphic, interpreter)
 
 
-@manner(records=True)
+@manner(records=True, once=True)
 def jacrev_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -84,6 +84,7 @@ def jacrev_and_value(
     return by_rows(jacrev_and_value, func, argnums, has_aux, chunk_size, holomorphic, interpreter, with_value=True)
 
 
+@manner(once=True)
 def jacfwd(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -123,6 +124,7 @@ def jacfwd(
     return by_columns(jacfwd, func, argnums, has_aux, randomness, chunk_size, holomorphic, interpreter)
 
 
+@manner(once=True)
 def jacfwd_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -148,7 +150,7 @@ def jacfwd_and_value(
     )
 
 
-@manner(records=True)
+@manner(records=True, once=True)
 def hessian(
     func: Callable[..., Any],
     argnums: Argnums = 0,

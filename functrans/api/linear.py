@@ -36,7 +36,7 @@ from functrans.pytorch.torch_private import autocast_off, is_torch_func_active
 from functrans.tensors.pytrees import TreeSpec, leaves_like, tensors_in, tree_flatten, tree_map, tree_unflatten
 
 
-@manner(at_once=True, returns_function=True, records=True)
+@manner(at_once=True, returns_function=True, records=True, once=True)
 def linearize(
     func: Callable[..., Any],
     *primals: Any,

@@ -18,7 +18,7 @@ from functrans.interpreters.grad.interpreter import GradInterpreter
 from functrans.interpreters.jvp.interpreter import JvpInterpreter
 
 
-@manner(records=True)
+@manner(records=True, once=True)
 def grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -72,7 +72,7 @@ def grad(
     return gradient
 
 
-@manner(records=True)
+@manner(records=True, once=True)
 def grad_and_value(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -103,7 +103,7 @@ def grad_and_value(
     return gradient_and_value
 
 
-@manner(records=True)
+@manner(records=True, once=True)
 def value_and_grad(
     func: Callable[..., Any],
     argnums: Argnums = 0,
@@ -135,7 +135,7 @@ def value_and_grad(
     return value_and_gradient
 
 
-@manner(at_once=True, returns_function=True, records=True)
+@manner(at_once=True, returns_function=True, records=True, once=True)
 def vjp(
     func: Callable[..., Any],
     *primals: Any,
@@ -178,7 +178,7 @@ def vjp(
     return (out, pullback, aux) if has_aux else (out, pullback)
 
 
-@manner(at_once=True)
+@manner(at_once=True, once=True)
 def jvp(
     func: Callable[..., Any],
     primals: tuple[Any, ...],
@@ -226,5 +226,5 @@ def jvp(
         check_flag(call, "has_aux", has_aux)
     if interpreter is not JvpInterpreter:
         check_interpreter(call, interpreter, JvpInterpreter)
-    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux, None, interpreter)
+    out, tangent, aux = jvp_with_argnums(call, func, primals, tangents, ALL, strict, has_aux, None, interpreter, True)
     return (out, tangent, aux) if has_aux else (out, tangent)

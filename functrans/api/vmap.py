@@ -14,7 +14,7 @@ from functrans.api.checks import (
     check_interpreter,
     check_randomness,
 )
-from functrans.api.compiled import TRACED, named_after
+from functrans.api.compiled import TRACED, manner, named_after
 from functrans.api.in_dims import check_in_dims, check_inputs
 from functrans.errors import Call, CallValueError
 from functrans.errors.wording import shown
@@ -24,6 +24,7 @@ from functrans.interpreters.vmap.interpreter import VmapInterpreter
 ERROR = "error"
 
 
+@manner(once=True)
 def vmap(
     func: Callable[..., Any],
     in_dims: Any = 0,

@@ -53,11 +53,12 @@ class Forward:
         options = (*self.norm.options, "running_mean", "running_var", "training")
         saved = ("grads", "results", "input", "weight", *(n for n in options if n in self.names))
         of_bias = ("grads", "bias", *(n for n in self.norm.options if n in self.names))
+        each: Any = {n: with_names(of_bias if n == "bias" else saved, f) for n, f in self.alone.items()}
         derivative(
             self.op,
             tangent=with_names((*saved[1:], *(f"{n}_t" for n in self.alone)), self.tangent),
             joint=with_names((*saved, "bias", "wanted"), self.joint),
-            **{n: with_names(of_bias if n == "bias" else saved, f) for n, f in self.alone.items()},  # type: ignore[arg-type]
+            **each,
         )
 
     def input(self, v: Values) -> Tensor | None:

@@ -28,7 +28,7 @@ from functrans.functionalization.views import AliasGroup, ViewLink
 from functrans.operators.schemas import arguments_by_position
 from functrans.operators.views import CONJUGATED, PARTS, PERMUTATIONS, RESHAPES, SWAPS
 from functrans.pytorch.thread_state import OBSERVERS, STATE
-from functrans.pytorch.torch_private import mode_stack_size, storage_count
+from functrans.pytorch.torch_private import mode_stack_size, no_dispatch, storage_count
 
 aten = torch.ops.aten
 
@@ -130,9 +130,10 @@ def counts(content: Any, view: Any) -> tuple[int, ...]:
 
 def with_views(more: int) -> tuple[int, ...]:
     """What ``counts`` says of a tensor and a part of it, held by one wrapper each, where others hold ``more`` parts."""
-    content, view = SimpleNamespace(_value=torch.zeros(2)), SimpleNamespace()
-    others = [content._value[1:] for _ in range(more)]
-    view._value = content._value[:1]
+    with no_dispatch():  # no mode that holds whoever imports this takes a part
+        content, view = SimpleNamespace(_value=torch.zeros(2, device="cpu")), SimpleNamespace()
+        others = [content._value[1:] for _ in range(more)]
+        view._value = content._value[:1]
     assert len(others) == more
     return counts(content, view)
 

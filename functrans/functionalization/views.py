@@ -37,7 +37,6 @@ from functrans.pytorch.torch_private import OpOverload, no_dispatch, set_grad_en
 from functrans.tensors.described import given
 
 aten = torch.ops.aten
-is_grad_enabled = torch.is_grad_enabled
 DETACH = aten.detach.default
 
 
@@ -63,12 +62,11 @@ class AliasGroup:
 
     def __init__(self) -> None:
         self.version = 0
-        #: those made since the first write, by their id; see NOTE [Buffers] in functionalization/in_place.py
-        self.views: dict[int, Any] = {}
         self.content: WrapperTensor | None = None
         #: whether a tensor beyond a doubtful view was written; see NOTE [Layouts that a batch hides]
         self.parted = False
-
+        #: the views made since the first write, by their id; see NOTE [Buffers] in functionalization/in_place.py
+        self.views: dict[int, Any] = {}
 
     def note(self, view: WrapperTensor) -> None:
         self.views[id(view)] = ref(view)
@@ -107,7 +105,7 @@ class ViewLink:
         self.args = args
         self.kwargs = kwargs
         self.index = index
-        self.grad_mode = is_grad_enabled()
+        self.grad_mode = torch.is_grad_enabled()
         #: whether this step or one before may be a copy; see NOTE [Layouts that a batch hides]
         self.doubtful: bool = parent is not None and parent.doubtful
         #: of a view by places in memory: where that from which it was taken began
@@ -177,14 +175,7 @@ def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
 def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a view operator and link what it returns to what it was taken from."""
     op = known.op
-    viewed = args[0]
-    owner: Interpreter | None
-    if known.one_tensor and type(viewed) is WrapperTensor and viewed.interpreter.alive:  # what ``scan`` finds
-        owner = viewed.interpreter
-        if viewed.view_link is not None:
-            viewed.view_link.refresh(viewed)
-    else:
-        owner = scan(args, kwargs)[0]
+    owner = scan(args, kwargs)[0]
     if owner is None:
         out = base(op, args, kwargs)
         if STATE.top is not None:
@@ -195,6 +186,7 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return out
     if owner is not STATE.top:
         check_thread(owner)
+    viewed = args[0]
     out = owner.process(op, args, kwargs)
     if type(viewed) is not WrapperTensor:  # a captured tensor seen through an inner level's index: no such view op
         return out

@@ -62,7 +62,7 @@ class OpInfo:
 
     __slots__ = (
         "arguments", "defaults", "defined_by_others", "direct", "forms", "kind", "kind_by_schema", "makes",
-        "may_copy", "metadata_write", "one_tensor", "op", "random", "reads_target", "returns_written", "settled",
+        "may_copy", "metadata_write", "op", "random", "reads_target", "returns_written", "settled",
         "single", "specialized", "tensor_lists", "views_contiguous", "written",
     )  # fmt: skip
 
@@ -81,8 +81,6 @@ class OpInfo:
         self.makes = "pin_memory" in self.arguments
         self.tensor_lists = any("List[" in str(a.type) and "Tensor" in str(a.type) for a in schema.arguments)
         self.single = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
-        #: whether its first argument is the only one that is a tensor or holds some
-        self.one_tensor = [i for i, a in enumerate(schema.arguments) if "Tensor" in str(a.type)] == [0]
         #: positions (in schema order) of the arguments that are written
         self.written = tuple(
             i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write

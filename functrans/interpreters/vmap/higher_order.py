@@ -35,6 +35,8 @@ def run_rule(
             return interpreter.value_of(a)
         return on_physical(interpreter, a) if callable(a) else a
 
+    if any(interpreter.owns(a) and a.bdim is not None for a in torch_pytree.tree_leaves(kwargs)):
+        return NotImplemented  # in_dims are those of the other arguments
     in_dims = [torch_pytree.tree_map(lambda a: a.bdim if interpreter.owns(a) else None, a) for a in args]
     values, options = torch_pytree.tree_map(below, (list(args), kwargs))
     with lowered(interpreter):
@@ -55,9 +57,7 @@ def on_physical(outer: VmapInterpreter, function: Callable[..., Any]) -> Callabl
                 )
 
             out = function(*[entered(v, d) for v, d in zip(values, dims, strict=True)])
-            return torch_pytree.tree_map(
-                lambda x: to_dim(outer.batch_size, *physical(interpreter, x), 0), out
-            )
+            return torch_pytree.tree_map(lambda x: to_dim(outer.batch_size, *physical(interpreter, x), 0), out)
 
         return in_its_place(outer, function, body)
 
@@ -84,4 +84,3 @@ def to_dim(size: int, x: Any, bdim: int | None, dim: int) -> Any:
     if bdim is None:
         return x.unsqueeze(dim).expand(*x.shape[:dim], size, *x.shape[dim:])
     return x.movedim(bdim, dim)
-
