@@ -74,7 +74,7 @@ class Door(Mode):
             if op.namespace == "prim":  # PyTorch asks a tensor of another subclass for its device: no operator
                 return op(*args)
             known = op_info(op)
-        if not types and known.composite:
+        if not types and known.composite and known.kind_by_schema == PURE:
             pieces = pieces_at_door(op)
             if pieces is not None:
                 push_mode(self)
