@@ -121,6 +121,8 @@ class TracedVariable(Operator):
                 restore_side_effects=not body.effects,
                 set_subgraph_inputs="manual",
                 should_flatten_outputs=True,
+                supports_input_mutation=True,
+                supports_aliasing=True,
             )
         constants = zip(found.const_values, found.masks_to_filter_const_values, strict=True)
         outputs = Tree([x if masked else HOLE for x, masked in constants], body.results)
