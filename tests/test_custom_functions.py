@@ -471,6 +471,36 @@ def test_contexts_have_every_method_of_pytorchs() -> None:
     assert theirs - obsolete <= set(dir(Context))
 
 
+class AddsInPlace(torch.autograd.Function):
+    """``x * y``, whose gradient in ``x`` is added to what there is of it, if that may be written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, y = ctx.saved_tensors
+        to_x, _ = ctx.input_grad_buffers
+        return g * y if to_x is None else to_x.add_(g * y) and None, g * x
+
+
+def test_gradients_that_functions_add_to_in_place() -> None:
+    """No transform has them written to, as PyTorch has it at second order: there the Function returns its own."""
+
+    def f(x: Tensor) -> Tensor:
+        return (AddsInPlace.apply(x, x.sin()) + x.exp()).sum()
+
+    def slope(x: Tensor) -> Tensor:
+        return x.sin() + x * x.cos() + x.exp()
+
+    curved = 2 * BATCH.cos() - BATCH * BATCH.sin() + BATCH.exp()
+    for run in (grad(f), vmap(grad(f))):
+        torch.testing.assert_close(run(BATCH), slope(BATCH))
+    torch.testing.assert_close(vmap(grad(lambda x: grad(f)(x).sum()))(BATCH), curved)
+
+
 class Noisy(torch.autograd.Function):
     """``x`` and a draw."""
 

@@ -65,6 +65,11 @@ class Context:
     def saved_tensors(self) -> tuple[Any, ...]:
         return self._saved_forward if self._forward_mode and self._saved_forward else self._saved
 
+    @property
+    def input_grad_buffers(self) -> tuple[None, ...]:
+        """What gradients of the arguments so far may be added to in place: none of any. (Of torch 2.15.)"""
+        return (None,) * len(self.needs_input_grad)
+
     def mark_dirty(self, *tensors: Tensor) -> None:
         cure = "Call ctx.mark_dirty in the method itself, or return a new tensor."
         raise CustomFunctionError(self._cls, "marks an input as written in another function that it calls", cure)
