@@ -39,7 +39,7 @@ CALLS: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any] | N
 
 def test_every_transform_that_is_traced_is_here() -> None:
     functions = filter(inspect.isfunction, (getattr(ft, name) for name in ft.__all__))
-    traced = {f for f in functions if re.search(r"\bTRACED\(|by_rows\(|by_columns\(", inspect.getsource(f))}
+    traced = {f for f in functions if re.search(r"\bTRACED\(|by_(rows|columns)\(|gradients\(", inspect.getsource(f))}
     assert traced == set(CALLS)
 
 

@@ -57,19 +57,7 @@ def grad(
         >>> torch.allclose(grad(grad(torch.sin))(x), -x.sin())
         True
     """
-    call = differentiating("grad", func, argnums, has_aux, holomorphic)
-    if interpreter is not GradInterpreter:
-        check_interpreter(call, interpreter, GradInterpreter)
-    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic, "interpreter": interpreter}
-
-    @named_after(func)
-    def gradient(*args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return TRACED(grad, func, options, args, kwargs, None)
-        grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs, interpreter)
-        return (grads, value[1]) if has_aux else grads
-
-    return gradient
+    return gradients(grad, func, argnums, has_aux, holomorphic, interpreter, gradient_alone)
 
 
 @manner(records=True, once=True)
@@ -89,18 +77,7 @@ def grad_and_value(
         >>> grad_and_value(lambda x: x**2)(torch.tensor(3.0))
         (tensor(6.), tensor(9.))
     """
-    call = differentiating("grad_and_value", func, argnums, has_aux, holomorphic)
-    if interpreter is not GradInterpreter:
-        check_interpreter(call, interpreter, GradInterpreter)
-    options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic, "interpreter": interpreter}
-
-    @named_after(func)
-    def gradient_and_value(*args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return TRACED(grad_and_value, func, options, args, kwargs, None)
-        return grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs, interpreter)
-
-    return gradient_and_value
+    return gradients(grad_and_value, func, argnums, has_aux, holomorphic, interpreter, gradient_first)
 
 
 @manner(records=True, once=True)
@@ -120,19 +97,45 @@ def value_and_grad(
         >>> value_and_grad(lambda x: x**2)(torch.tensor(3.0))
         (tensor(9.), tensor(6.))
     """
-    call = differentiating("value_and_grad", func, argnums, has_aux, holomorphic)
+    return gradients(value_and_grad, func, argnums, has_aux, holomorphic, interpreter, value_first)
+
+
+def gradients(
+    transform: Callable[..., Any],
+    func: Callable[..., Any],
+    argnums: Argnums,
+    has_aux: bool,
+    holomorphic: bool,
+    interpreter: type[GradInterpreter],
+    arranged: Callable[..., Any],
+) -> Callable[..., Any]:
+    """What ``transform``, one of those above, returns; ``arranged``: its results, of the gradient and the value, which
+    is ``(value, aux)`` with aux."""
+    call = differentiating(transform.__name__, func, argnums, has_aux, holomorphic)
     if interpreter is not GradInterpreter:
         check_interpreter(call, interpreter, GradInterpreter)
     options = {"argnums": argnums, "has_aux": has_aux, "holomorphic": holomorphic, "interpreter": interpreter}
 
     @named_after(func)
-    def value_and_gradient(*args: Any, **kwargs: Any) -> Any:
+    def gradient(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
-            return TRACED(value_and_grad, func, options, args, kwargs, None)
+            return TRACED(transform, func, options, args, kwargs, None)
         grads, value = grad_and_value_of(call, func, argnums, has_aux, holomorphic, args, kwargs, interpreter)
-        return value, grads
+        return arranged(grads, value, has_aux)
 
-    return value_and_gradient
+    return gradient
+
+
+def gradient_alone(grads: Any, value: Any, has_aux: bool) -> Any:
+    return (grads, value[1]) if has_aux else grads
+
+
+def gradient_first(grads: Any, value: Any, has_aux: bool) -> Any:
+    return grads, value
+
+
+def value_first(grads: Any, value: Any, has_aux: bool) -> Any:
+    return value, grads
 
 
 @manner(at_once=True, returns_function=True, records=True, once=True)
