@@ -141,8 +141,8 @@ def gathered(top: Interpreter, group: Any, parameter: Any, x: Tensor) -> Tensor:
         raise InsideTransformError(f"calling a module of fully_shard {why}", top.name, WHOLE)
     own = parameter.sharded_param
     whole = Gather.apply(x, own.placements, group.gradient_divide_factor or own.device_mesh.size())
-    dtype = group.mp_policy.param_dtype
-    return whole if dtype is None else whole.to(dtype)
+    dtype = (parameter if hasattr(parameter, "mp_policy") else group).mp_policy.param_dtype  # from PyTorch 2.15 on each
+    return whole if dtype is None or not whole.is_floating_point() else whole.to(dtype)
 
 
 def lending(original: Callable[..., Any]) -> Callable[..., Any]:
