@@ -48,7 +48,7 @@ def test_expected_failures_name_what_exists() -> None:
 
 @pytest.mark.parametrize("name", [name for name in TORCH_FUNC_IS_WRONG if name in OPERATORS])
 def test_what_torch_func_is_wrong_about_it_is_still_wrong_about(name: str) -> None:
-    known = "torch.func is known to be wrong"
+    known = "PyTorch is known to be wrong"
     found = {r.composition for r in run_operator(OPERATORS[name], functrans) if r.detail == known}
     assert found == set(TORCH_FUNC_IS_WRONG[name])
 

@@ -158,7 +158,9 @@ def test_operands_that_python_does_not_know_stay_pythons_error() -> None:
 
 def text(error: BaseException) -> str:
     notes = getattr(error, "__notes__", [])
-    return re.sub(r"\S*(test_rule_errors.py):\d+", r"\1:N", "\n".join([f"{type(error).__name__}: {error}", *notes]))
+    found = "\n".join([f"{type(error).__name__}: {error}", *notes])
+    found = re.sub(r": (?:add)?mm: mat1", ": mat1", found)  # from PyTorch 2.15 on
+    return re.sub(r"\S*(test_rule_errors.py):\d+", r"\1:N", found)
 
 
 def test_texts_of_rules() -> None:
@@ -264,7 +266,7 @@ A, B = torch.ones(5, 2, 3), torch.ones(5, 2, 3)
         (IndexError, lambda: vmap(grad(lambda x: x.sum(2).sum()))(A)),
         (IndexError, lambda: grad(lambda x: x.cumsum(5).sum())(X)),
         (IndexError, lambda: vmap(lambda x: x.transpose(0, 2))(A)),
-        (RuntimeError, lambda: grad(lambda x: torch.nn.functional.cross_entropy(x, torch.tensor([1, 2, 3])))(A[0])),
+        (ValueError, lambda: grad(lambda x: torch.nn.functional.cross_entropy(x, torch.tensor([1, 2, 3])))(A[0])),
         (RuntimeError, lambda: grad(lambda x: functional_call(torch.nn.Linear(4, 4), {}, (x,)).sum())(X)),
     ],
 )
