@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from functrans.core.dispatch import NO_KWARGS, sending
 from functrans.core.interpreter import Interpreter
-from functrans.decompositions.sent_down import SENT_DOWN
+from functrans.decompositions.pieces import Definition
 from functrans.operators.defaults import completed
+from functrans.operators.factors import DROPPING, FactorsDropped
+from functrans.operators.info import OpInfo, op_info, specialized_here
 from functrans.operators.rules import RuleTable
 from functrans.operators.schemas import taken_apart
-from functrans.pytorch.thread_state import running_at
+from functrans.operators.scopes import SCOPES
 from functrans.pytorch.torch_private import EnableTorchFunction, OpOverload
 
 #: Functions with the operator's signature, in plain ``torch``, that grad and jvp run in place of PyTorch's definition.
@@ -35,17 +37,32 @@ def decomposition(op: OpOverload) -> Callable[..., Any] | None:
     return ours
 
 
+def definition_of(op: OpOverload, known: OpInfo) -> Definition:
+    """The definition of a composite ``op`` that holds in this context: ours, or PyTorch's."""
+    specialized = known.specialized if not SCOPES else specialized_here(known)
+    try:
+        found: Definition = specialized[Definition]
+    except KeyError:
+        ours = decomposition(op)
+        if ours is None:
+            around = FactorsDropped if op._schema.name in DROPPING else None
+            found = Definition(op, partial(taken_apart, op), known.settled, around)
+        else:
+            found = Definition(op, partial(run_ours, ours, op), known.settled and is_ours(ours))
+        specialized[Definition] = found
+    return found
+
+
+def is_ours(define: Callable[..., Any]) -> bool:
+    """Whether a definition is the library's, and says the same each time."""
+    return getattr(define, "__module__", "").startswith("functrans.")
+
+
 def decompose(interpreter: Interpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run the pieces of a composite ``op`` through ``interpreter``'s level again."""
-    ours = decomposition(op)
-    define = SENT_DOWN.get(op)
-    if define is not None and ours is None and not kwargs:
-        send = sending(interpreter.watcher)
-        out = define(lambda op, *args: send(op, args, NO_KWARGS), *args)
-        if out is not NotImplemented:
-            return out
-    with running_at(interpreter):
-        if ours is not None:
-            with EnableTorchFunction():  # where PyTorch's own way led here, its short ones are switched off
-                return completed(ours, op)(*args, **kwargs)
-        return taken_apart(op, *args, **kwargs)
+    return definition_of(op, op_info(op)).run(interpreter, args, kwargs)
+
+
+def run_ours(ours: Callable[..., Any], op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    with EnableTorchFunction():  # where PyTorch's own way led here, its short ones are switched off
+        return completed(ours, op)(*args, **kwargs)

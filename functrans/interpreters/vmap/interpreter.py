@@ -12,7 +12,7 @@ from functrans.boundary.calls import call_below
 from functrans.core.dispatch import NO_KWARGS, lower, map_tensors, unwrap
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, carried_as, strides_of, tensor_of, wrap_as
-from functrans.decompositions.table import decompose, decomposition
+from functrans.decompositions.table import decompose
 from functrans.errors import (
     BatchingRuleError,
     DataDependentError,
@@ -35,16 +35,14 @@ from functrans.interpreters.vmap.programs import run_program
 from functrans.interpreters.vmap.rule_calls import described, for_each, in_dims, refusal_of, rule_of
 from functrans.interpreters.vmap.rules.random import RANDOM_RULES, RandomnessError, draws_nothing, random_rule
 from functrans.interpreters.vmap.seen_calls import SeenCall, as_operator, look_of, remember
-from functrans.interpreters.vmap.specialized import DATA_DEPENDENT, NOT_DECOMPOSED, Specialized, rule_here
+from functrans.interpreters.vmap.specialized import DATA_DEPENDENT, Specialized, rule_here
 from functrans.interpreters.vmap.table import BATCHING_RULES, BatchInfo, materialize
 from functrans.interpreters.vmap.written_down import run_and_write
-from functrans.operators.defaults import completed
 from functrans.operators.info import OpInfo
 from functrans.operators.rules import place_in
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import lowered, running_at
 from functrans.pytorch.torch_private import (
-    DECOMPOSITION_TABLE,
     HigherOrderOperator,
     OpOverload,
     vmap_rule_of_library,
@@ -164,14 +162,17 @@ class VmapInterpreter(Interpreter, whole=True):
         if known.program:
             return run_program(self, op, args)  # type: ignore[arg-type]
         try:
-            rule, _, _, seen = known.specialized[Specialized] if not SCOPES else rule_here(op, known)
+            found = known.specialized[Specialized] if not SCOPES else rule_here(op, known)
         except KeyError:
-            rule, _, _, seen = rule_here(op, known)
-        found = None if seen is None or kwargs else look_of(self, args)
+            found = rule_here(op, known)
+        rule, _, _, seen, definition, _ = found
+        if definition is not None:
+            return definition.run(self, args, kwargs)
+        looked = None if seen is None or kwargs else look_of(self, args)
         call: SeenCall | None = None
         look = None
-        if found is not None:
-            look, values = found
+        if looked is not None:
+            look, values = looked
             try:
                 call = seen.get(look)  # type: ignore[union-attr]
             except TypeError:  # a symbolic size
@@ -194,7 +195,7 @@ class VmapInterpreter(Interpreter, whole=True):
 
     def _process_anew(self, op: OpOverload, known: OpInfo, args: Any, kwargs: dict[str, Any], look: Any) -> Any:
         """``process`` of a call that is not known; ``look``: what to remember it by."""
-        rule, rewrite, accepted, seen = rule_here(op, known)
+        rule, rewrite, accepted, seen, _, decomposed = rule_here(op, known)
         values, below_kwargs, bdims = unwrap(self, op, args, kwargs)
         by_keyword = bool(kwargs) and any(place >= len(args) for place in bdims)
         if known.random:
@@ -241,12 +242,8 @@ class VmapInterpreter(Interpreter, whole=True):
                 return CHECKS[op](*args, **kwargs)
         if known.composite:
             return decompose(self, op, args, kwargs)
-        definition = DECOMPOSITION_TABLE.get(op)
-        if definition is None and op.namespace != "prims" and (ours := decomposition(op)) is not None:
-            definition = completed(ours, op)  # a prim's leads back to what PyTorch makes of prims
-        if definition is not None and op not in NOT_DECOMPOSED and not has_sparse(values):
-            with running_at(self):
-                out = definition(*args, **kwargs)
+        if decomposed is not None and not has_sparse(values):
+            out = decomposed.run(self, args, kwargs)
             if out is not NotImplemented:
                 return out
         return self.loop(op, args, kwargs)

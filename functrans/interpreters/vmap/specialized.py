@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from functrans.decompositions.table import DEFINED_LATE
+from functrans.decompositions.pieces import Definition
+from functrans.decompositions.table import DEFINED_LATE, decomposition, definition_of, is_ours
+from functrans.interpreters.vmap.checks import CHECKS
 from functrans.interpreters.vmap.seen_calls import SeenCall
 from functrans.interpreters.vmap.table import BATCHING_RULES
 from functrans.operators.defaults import completed
@@ -30,6 +32,8 @@ DATA_DEPENDENT = {
     for name in names if hasattr(aten, name)
     for overload in getattr(aten, name).overloads() if "out" not in overload
 }  # fmt: skip
+#: Composites that are asked for a number, which is one for all examples at times.
+READING = frozenset((*DATA_DEPENDENT, *CHECKS))
 
 #: What PyTorch takes apart into something else: the second output would be the weights, not the logarithms of their
 #: sums.
@@ -46,6 +50,10 @@ class Specialized(NamedTuple):
     accepted: set[Any] | None
     #: what became of calls by how they look; None: it is not kept
     seen: dict[Any, SeenCall] | None
+    #: what it is by other operators, if that is all that is known of it
+    definition: Definition | None
+    #: what it is by other operators where nothing else serves
+    decomposed: Definition | None
 
 
 def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
@@ -58,7 +66,12 @@ def rule_here(op: OpOverload, known: OpInfo) -> Specialized:
         accepted: set[Any] | None = set() if is_checked(op, known, rule) else None
         rewrite = getattr(rule, "rewrite", None)
         kept = rule is not None and not known.random
-        found = Specialized(rule and completed(rule, op, 2, listed=True), rewrite, accepted, {} if kept else None)
+        definition = None
+        if rule is None and known.composite and known.settled and not known.random and op not in READING:
+            definition = definition_of(op, known)
+        rule = rule and completed(rule, op, 2, listed=True)
+        decomposed = None if known.composite else decomposed_by(op, known)
+        found = Specialized(rule, rewrite, accepted, {} if kept else None, definition, decomposed)
         if known.settled or ours is not None:  # a rule may yet be registered with PyTorch
             specialized[Specialized] = found
     return found
@@ -70,3 +83,14 @@ def is_checked(op: OpOverload, known: OpInfo, rule: Callable[..., Any] | None) -
     if op.namespace != "aten" or op in DATA_DEPENDENT or hasattr(rule, "any_rank"):
         return False
     return rule is not None or (not known.composite and op in DECOMPOSITION_TABLE)
+
+
+def decomposed_by(op: OpOverload, known: OpInfo) -> Definition | None:
+    """PyTorch's decomposition of ``op``, or ours."""
+    found = None if op in NOT_DECOMPOSED else DECOMPOSITION_TABLE.get(op)
+    if found is not None:
+        return Definition(op, found, known.settled)
+    if op in NOT_DECOMPOSED or op.namespace == "prims":  # a prim's leads back to what PyTorch makes of prims
+        return None
+    ours = decomposition(op)
+    return None if ours is None else Definition(op, completed(ours, op), known.settled and is_ours(ours))
