@@ -31,6 +31,7 @@ def without(x: Tensor, w: Tensor) -> Tensor:
 ROWS, WEIGHT, WEIGHTS = random(3, 4, 4), random(4, 4, seed=1), random(2, 4, 4, seed=2)
 LABELS = torch.tensor([0, 1, 2, 3])
 CELL, ATTENTION = nn.GRUCell(4, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+RECURRENT = {"tanh": nn.RNN(4, 4), "relu, two layers": nn.RNN(4, 4, 2, nonlinearity="relu"), "gates": nn.GRU(4, 4)}
 
 #: What autocast chooses a dtype for, what is made of such operators, and what is neither.
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,6 +53,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": lambda x: F.scaled_dot_product_attention(x, WEIGHT, WEIGHT),
     "module of attention": lambda x: ATTENTION(x.unsqueeze(0), x.unsqueeze(0), x.unsqueeze(0))[0],
     "recurrent cell": lambda x: CELL(x),
+    **{f"recurrent, {name}": lambda x, layer=layer: layer(x)[0] for name, layer in RECURRENT.items()},
     "cat": lambda x: torch.cat([x @ WEIGHT, x]),
     "layer_norm": lambda x: F.layer_norm(x @ WEIGHT, (4,)),
     "norm": lambda x: (x @ WEIGHT).norm(),

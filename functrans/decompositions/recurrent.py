@@ -58,7 +58,9 @@ def relu_step(from_input: Tensor, from_hidden: Tensor, state: State) -> State:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., n, in]`` times a weight that may have leading dimensions too."""
     y = x @ weight.transpose(-1, -2)
-    return y if bias is None else y + bias.unsqueeze(-2)
+    if bias is None:
+        return y
+    return y + (bias if bias.dtype is y.dtype else bias.to(y.dtype)).unsqueeze(-2)  # autocast chose another for y
 
 
 def run_layer(
