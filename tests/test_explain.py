@@ -302,8 +302,9 @@ def test_the_run_is_the_plain_one_and_all_of_it_is_seen(name: str) -> None:
     program = injection.PROGRAMS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        expected = program()
+        for _ in range(3):  # what is found once is found
+            torch.manual_seed(0)
+            expected = program()
         torch.manual_seed(0)
         plain = explain(program)
         unobserved = Listing()

@@ -13,6 +13,7 @@ from slow_ways import close
 from torch import Tensor, nn
 from torch.autograd import graph
 from torch.profiler import profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -338,3 +339,47 @@ def test_autograd_of_what_has_no_graph_is_refused(transform: Any) -> None:
     ):
         with pytest.raises(InsideTransformError, match=r"Use functrans.grad or functrans.vjp"):
             transform(f)(ROWS)
+
+
+# --- modes that keep what they see
+
+
+class Keeping(TorchDispatchMode):
+    """Holds all arguments and results, as a recorder does: PyTorch hands out some results otherwise then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        self.kept.append((args, out))
+        return out
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: torch.linspace(x[0], 2 * x[1], 4, dtype=F64),
+        lambda x: torch.linspace(0, x.sum(), steps=4, dtype=F64),
+        lambda x: torch.linspace(start=x[2], end=1, steps=3, dtype=F64),
+        lambda x: torch.logspace(x[0], 0.5, 3, base=2.0, dtype=F64),
+        lambda x: torch.logspace(0, x[0], 3, dtype=F64, requires_grad=False),
+        lambda x: torch.linspace(x[0], x[1], 3, out=torch.empty(3, dtype=F64)),
+        lambda x: torch.stack([torch.zeros_like(x) + x, torch.tensor([1.0, 2.0, 3.0], dtype=F64) * x]),
+        lambda x: torch.histogram(x * x, 3)[1],
+    ],
+)
+def test_a_mode_that_keeps_results_changes_none(f: Callable[[Tensor], Tensor]) -> None:
+    def seen(x: Tensor) -> Tensor:
+        with Keeping() as mode:
+            out = f(x)
+        assert mode.kept
+        return out
+
+    step = 1e-6 * torch.ones_like(X)
+    slope = (f(X + step) - f(X - step)) / 2e-6
+    for run in (f, seen):
+        close(jvp(run, (X,), (torch.ones_like(X),))[1], slope, atol=1e-6, rtol=1e-6)
+        close(grad(lambda x: run(x).sum())(X).sum(), slope.sum(), atol=1e-6, rtol=1e-6)  # noqa: B023
+        close(vmap(run)(ROWS), torch.stack([f(x) for x in ROWS]))

@@ -108,7 +108,8 @@ class Definition:
         if look is None or scripts is None or interpreter.within is not None or STATE.number_read is not None:
             return self.anew(interpreter, args, kwargs)
         which = None if len(seen) < 2 or len(set(seen)) == len(seen) else tuple(map(seen.index, seen))
-        look = len(changes), type(interpreter), torch.is_grad_enabled(), torch.get_default_dtype(), which, look
+        takes = interpreter.kind if interpreter.whole else type(interpreter)  # composites, and leaves others
+        look = len(changes), takes, torch.is_grad_enabled(), torch.get_default_dtype(), which, look
         try:
             script = scripts[look]
         except KeyError:

@@ -19,7 +19,7 @@ from functrans.boundary.leftovers import has_leftovers
 from functrans.boundary.made_at import note_site, several
 from functrans.core.tensor import WrapperTensor
 from functrans.door.autocast import in_pieces
-from functrans.door.lost_arguments import LOST, recovered
+from functrans.door.lost_arguments import MENDED
 from functrans.door.torch_dispatch import DOOR
 from functrans.door.torch_func_inside import for_torch_func
 from functrans.errors.call_sites import USER_FILES
@@ -67,8 +67,8 @@ def otherwise(function: Callable[..., Any], types: Any, args: tuple[Any, ...], k
 
     ``up``: how many frames up ``function`` was called.
     """
-    if function in LOST:
-        kwargs = recovered(function, kwargs)
+    if function in MENDED:
+        function, kwargs = MENDED[function](function, kwargs)
     if STATE.foreign:
         args, kwargs = for_torch_func(function, args, kwargs)
     if STATE.top is None and not is_key_excluded(AUTOGRAD) and has_leftovers((*args, *kwargs.values())):
