@@ -61,9 +61,9 @@ def copied_like(target: Tensor, source: Tensor) -> Tensor:
     strides = strides_of(target)
     if strides == strides_of(source):
         return dispatch(aten.clone.default, (source,), {})
-    if strides is None:
+    order = None if strides is None else memory_order(target.shape, strides)
+    if order is None or order == sorted(order):
         return dispatch(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
-    order = memory_order(target.shape, strides)
     moved = dispatch(aten.permute.default, (source, order), {})
     copied = dispatch(aten.clone.default, (moved,), {"memory_format": torch.contiguous_format})
     return dispatch(aten.permute.default, (copied, inverse(order)), {})
