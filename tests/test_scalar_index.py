@@ -13,7 +13,7 @@ from torch import Tensor
 
 import functrans as ft
 from functrans import grad, jacfwd, jacrev, jvp, vmap
-from functrans.errors import CapturedWriteError, DeadWrapperError
+from functrans.errors import CapturedWriteError, DataDependentError, DeadWrapperError
 
 DOUBLE = torch.float64
 TABLE = torch.randn(5, 4, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
@@ -193,3 +193,18 @@ def test_tensors_are_made_like_them(name: str) -> None:
 
 def grad_beside(make: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
     return vmap(lambda i: grad(lambda x: (x, make(i)), has_aux=True)(torch.tensor(1.0))[1])(of)
+
+
+def test_methods_of_the_class_do_not_look_into_them() -> None:
+    seen: list[str] = []
+
+    def look(i: Tensor) -> Tensor:
+        for of in (i, i.float(), i + TABLE[0, 0]):
+            seen.append(Tensor.__repr__(of))
+            assert (Tensor.__repr__(of), Tensor.__format__(of, "")) == (repr(of), f"{of}")
+            with pytest.raises(DataDependentError):
+                Tensor.tolist(of)
+        return i
+
+    vmap(look)(torch.tensor([2, 0, 1]))
+    assert all(text.startswith("WrapperTensor(vmap level 1") for text in seen)

@@ -120,6 +120,8 @@ def set_up() -> None:
     for function in (Tensor.new, Tensor.new_tensor):
         ENTRANCES[function] = made_like(function)
         OF_ANY_TYPES.add(function)
+    for name in ("__repr__", "__format__", "tolist"):  # PyTorch's own, on whatever is a tensor, look into the wrapper
+        ENTRANCES[getattr(Tensor, name)] = getattr(WrapperTensor, name)
     for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
         ENTRANCES[function] = lambda input: input.is_conj()
     for function in (torch.is_neg, Tensor.is_neg):

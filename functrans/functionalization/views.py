@@ -28,6 +28,7 @@ from functrans.core.dispatch import base, dispatch, scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import InsideTransformError
+from functrans.functionalization.history import with_history_of
 from functrans.functionalization.layouts import as_shown, check_places, dense_strides, set_content
 from functrans.functionalization.memory import storage_offset_of
 from functrans.operators.info import OpInfo
@@ -83,7 +84,10 @@ class AliasGroup:
 class ViewLink:
     """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
 
-    __slots__ = ("args", "base", "doubtful", "grad_mode", "group", "index", "kwargs", "op", "owner", "parent", "start")
+    __slots__ = (
+        "args", "base", "doubtful", "grad_mode", "group", "history", "index", "kwargs", "op", "owner", "parent",
+        "start",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -110,6 +114,8 @@ class ViewLink:
         self.doubtful: bool = parent is not None and parent.doubtful
         #: of a view by places in memory: where that from which it was taken began
         self.start: int | None = None
+        #: of ``detach``: what has the derivative of what was written to it; see NOTE [Writes and grad mode]
+        self.history: Tensor | None = None
 
     def __repr__(self) -> str:
         before = "" if self.parent is None else f" after {self.parent!r}"
@@ -137,6 +143,8 @@ class ViewLink:
             out = dispatch(self.op, (x, *args), self.kwargs)
         finally:
             set_grad_enabled(enabled)
+        if self.history is not None:
+            return with_history_of(self.history, out, everywhere=True)
         return out if self.index is None else out[self.index]
 
     def replay(self, base: Tensor | None = None) -> Tensor:
