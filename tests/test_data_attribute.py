@@ -283,3 +283,62 @@ def test_what_has_no_answer(name: str) -> None:
     with pytest.raises(error, match=why):
         vmap(lambda x: (f(x), x)[1])(ROWS)
     assert interpreter_stack() == []
+
+
+# What was detached shares the memory, and has a derivative of its own: that of what is written to it.
+
+DETACHED: dict[str, Callable[[Tensor], Tensor]] = {
+    "data": lambda z: z.data,
+    "detach": lambda z: z.detach(),
+    "a copy": lambda z: z.clone().detach(),
+    "twice": lambda z: z.detach()[:].detach(),
+    "a view": lambda z: z.detach().view(2, 2).view(4),
+    "of a view": lambda z: z.view(2, 2).detach().view(4),
+    "viewed before": lambda z: (z.view(2, 2), z.detach())[1],
+}
+WRITTEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "all": lambda d, z: d.copy_(z.sum()),
+    "all, by index": lambda d, z: d.__setitem__(..., z.flip(0)),
+    "one": lambda d, z: d.__setitem__(1, z.sum()),
+    "one twice": lambda d, z: (d.__setitem__(1, z.sum()), d[1:].mul_(d[0] + z[3])),
+    "added": lambda d, z: d.add_(z.sum()),
+    "the base afterwards": lambda d, z: (d[1:].mul_(z[0].clone()), z.mul_(2)),
+    "the base of a view": lambda d, z: (d.view(2, 2)[1].add_(z[:2].clone()), z[2:].mul_(z[:2].clone())),
+    "without recording": lambda d, z: (d.__setitem__(1, z.sum()), silently(d)),
+    "read before": lambda d, z: (d[1:] * 2, d.__setitem__(2, z.sum()), d[1:] * 2),
+}
+
+
+def silently(d: Tensor) -> None:
+    with torch.no_grad():
+        d[0] = 7.0
+        d.mul_(2)
+
+
+@pytest.mark.parametrize("write", WRITTEN)
+@pytest.mark.parametrize("cut", DETACHED)
+def test_what_was_detached_has_the_derivative_of_what_is_written_to_it(cut: str, write: str) -> None:
+    weights = torch.tensor([0.3, -1.1, 0.7, 2.0], dtype=DOUBLE)
+
+    def f(x: Tensor) -> Tensor:
+        z = x * x
+        d = DETACHED[cut](z)
+        part = d[1:3]
+        WRITTEN[write](d, z)
+        return (d.sin() * weights).sum() + (part * d[:2]).sum() + (z * weights).sum()
+
+    rows = torch.tensor([[0.5, 1.5, -0.7, 0.2], [1.1, -0.4, 0.9, 0.6]], dtype=DOUBLE)
+    leaf = rows.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(sum(f(row) for row in leaf.unbind()), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(wanted.square().sum(), leaf)
+    of_square = lambda x: grad(f)(x).square().sum()
+    for place in (0, 1):
+        batch = rows.movedim(0, place).contiguous()
+        close(vmap(grad(f), in_dims=place)(batch), wanted)
+        close(grad(lambda b, p=place: vmap(f, in_dims=p)(b).sum())(batch).movedim(place, 0), wanted)
+        close(vmap(grad(of_square), in_dims=place)(batch), second)
+        if write == "without recording":
+            continue  # forward mode does not know no_grad
+        along = vmap(lambda x: jvp(f, (x,), (weights,))[1], in_dims=place)(batch)
+        close(along, wanted @ weights)
+    close(torch.stack([grad(f)(row) for row in rows]), wanted)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import functrans as ft
 from functrans import grad, jacfwd, jacrev, jvp, vmap
-from functrans.errors import CapturedWriteError, DeadWrapperError
+from functrans.errors import CapturedWriteError, DataDependentError, DeadWrapperError
 
 DOUBLE = torch.float64
 TABLE = torch.randn(5, 4, 3, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
@@ -166,3 +166,45 @@ def test_out_of_range_and_escaped() -> None:
         kept[0] + 1
     with pytest.raises(DeadWrapperError):
         x[kept[0]]
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "new_tensor": lambda i: i.new_tensor([1, 0]),
+    "new_tensor of a number": lambda i: i.new_tensor(True) * i,
+    "new_tensor of another dtype": lambda i: i.new_tensor([0.5, 2], dtype=DOUBLE) * i,
+    "new_tensor of a tensor": lambda i: i.new_tensor(COLUMNS) * i,
+    "new": lambda i: i.new([3, 0]) * i,
+    "new by sizes": lambda i: i.new(2, 3).fill_(1) * i,
+    "new of nothing": lambda i: i.new(),
+    "new_full": lambda i: i.new_full((2,), 1) * i,
+}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct")
+@pytest.mark.parametrize("name", MADE)
+def test_tensors_are_made_like_them(name: str) -> None:
+    """Some of PyTorch's constructors look for the device among dispatch keys."""
+    make = MADE[name]
+    for of in (torch.tensor([2, 0, 1]), torch.tensor([True, False, True])):
+        wanted = torch.stack([make(i) for i in of])
+        for found in (vmap(make)(of), vmap(vmap(make))(of[None])[0], grad_beside(make, of)):
+            assert found.dtype is wanted.dtype and torch.equal(found, wanted)
+
+
+def grad_beside(make: Callable[[Tensor], Tensor], of: Tensor) -> Tensor:
+    return vmap(lambda i: grad(lambda x: (x, make(i)), has_aux=True)(torch.tensor(1.0))[1])(of)
+
+
+def test_methods_of_the_class_do_not_look_into_them() -> None:
+    seen: list[str] = []
+
+    def look(i: Tensor) -> Tensor:
+        for of in (i, i.float(), i + TABLE[0, 0]):
+            seen.append(Tensor.__repr__(of))
+            assert (Tensor.__repr__(of), Tensor.__format__(of, "")) == (repr(of), f"{of}")
+            with pytest.raises(DataDependentError):
+                Tensor.tolist(of)
+        return i
+
+    vmap(look)(torch.tensor([2, 0, 1]))
+    assert all(text.startswith("WrapperTensor(vmap level 1") for text in seen)

@@ -171,3 +171,11 @@ def test_what_reads_more_than_the_look_is_not_written() -> None:
     script: Any = writer.compiled((result, None))
     y = torch.randn(3, 2)
     assert torch.equal(script(y)[0], 0.5 * y.mT.reshape(3, 2)) and script(y)[1] is None
+
+
+def test_calls_without_outputs() -> None:
+    """Of a dimension of size 0 there is nothing to unbind or write down, in the first calls and in later ones."""
+    x = torch.zeros(3, 0, 2)
+    for _ in range(4):
+        for f in (torch.unbind, lambda x: x.clone().unbind(0), list, lambda x: x.tolist()):
+            assert vmap(lambda x, f=f: x + len(f(x)))(x).shape == x.shape

@@ -38,6 +38,16 @@ def attention(
     if is_causal and attn_mask is not None:
         raise RuntimeError("scaled_dot_product_attention: attn_mask and is_causal=True exclude each other; give one.")
     dtype = query.dtype
+    if len({x.dtype for x in (query, key, value)}) > 1 or min(x.dim() for x in (query, key, value)) < 2:
+        given = ", ".join(f"{x.dtype} of shape {tuple(x.shape)}" for x in (query, key, value))
+        raise RuntimeError(
+            f"scaled_dot_product_attention: got query, key and value {given}; "
+            "expected one dtype, and at least two dimensions of each."
+        )
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, dtype):
+        raise RuntimeError(
+            f"scaled_dot_product_attention: got attn_mask of {attn_mask.dtype}; expected torch.bool or query's {dtype}."
+        )
     if dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     if enable_gqa:
@@ -45,7 +55,7 @@ def attention(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     scores, masked = scores_of(query, key, attn_mask, is_causal, scale)
     weights = aten._safe_softmax.default(scores, -1) if masked else scores.softmax(-1)
-    if dropout_p > 0:
+    if dropout_p != 0:
         weights = torch.dropout(weights, dropout_p, True)
     out = torch.matmul(weights, value)
     return out if out.dtype == dtype else out.to(dtype)
@@ -55,7 +65,9 @@ def scores_of(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, bool]:
     """What the softmax is taken of, and whether a row of it may be masked as a whole."""
-    scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(-2, -1))
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else math.inf
+    scores = torch.matmul(query * scale, key.transpose(-2, -1))
     if is_causal:
         above = ones_for(scores, *scores.shape[-2:], dtype=torch.bool).triu(1)
         return scores.masked_fill(above, -math.inf), False

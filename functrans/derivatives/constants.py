@@ -28,7 +28,7 @@ CONSTANT = {
     ),
     "positions and counts, which are constant between the points where they jump": (
         "argmax", "argmin", "count_nonzero", "nonzero", "nonzero_static", "bucketize", "searchsorted", "histc",
-        "floor_divide",
+        "floor_divide", "one_hot",
     ),
     "a Python number: whoever asks for it has left what is differentiated": ("item", "_local_scalar_dense"),
     "a draw from a discrete distribution": ("bernoulli", "multinomial"),

@@ -33,12 +33,20 @@ derivative(
 # by the edges' distances where they are densities; the edges by the extremes that they lie between
 
 
-def counts_between(x: Tensor, edges: Tensor, weight: Tensor | None, density: bool) -> Tensor:
+def counts_between(x: Tensor, edges: Tensor, weight: Tensor | None, density: bool, bounded: bool = False) -> Tensor:
+    fits = {torch.float32, torch.float64} if bounded else {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    given = [t for t in (x, edges, weight) if t is not None]
+    alike = len({t.dtype for t in given}) == 1 and (weight is None or weight.numel() == x.numel())
+    if not alike or x.dtype not in fits or edges.dim() != 1 or edges.numel() < 2:
+        got = ", ".join(f"{t.dtype} of shape {tuple(t.shape)}" for t in given)
+        raise RuntimeError(f"histogram: got values, edges and weights {got}; expected one dtype of {fits}, and a bin.")
     x, bins = x.detach().flatten(), edges.numel() - 1
     weights = torch.ones_like(x) if weight is None else weight.flatten()
     inside = (x >= edges[0]) & (x <= edges[-1])
     # the last bin has both its edges
     place = (torch.bucketize(x, edges.detach(), right=True) - 1).clamp(0, bins - 1)
+    # A range that is not finite is an error: there is no such bin.
+    place = torch.where((edges[0] - edges[-1]).detach().isfinite(), place, bins) if bounded else place
     counts = x.new_zeros(bins).index_add(0, place, torch.where(inside, weights, 0))
     return counts / (counts.sum() * edges.diff()) if density else counts
 
@@ -60,12 +68,12 @@ def histogram(
     density: bool = False,
 ) -> tuple[Tensor, Tensor]:
     if range is not None or not self.numel():
-        low, high = (self.new_tensor(end) for end in range or (0.0, 0.0))
+        low, high = (self.new_tensor(end) for end in range or (0.0, 1.0))
     else:
         low, high = self.aminmax()
     margin = (low == high).to(self.dtype) / 2
     edges = torch.linspace(low - margin, high + margin, bins + 1, dtype=self.dtype, device=self.device)
-    return counts_between(self, edges, weight, density), edges
+    return counts_between(self, edges, weight, density, bounded=True), edges
 
 
 # --------------------------------------------------------------------------- unique: the first of equal values is taken

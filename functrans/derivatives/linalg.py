@@ -23,6 +23,7 @@ from functrans.derivatives.lu_factors import (
 )
 from functrans.derivatives.matmul import adjoint
 from functrans.derivatives.table import derivative
+from functrans.functionalization.without_data import refuse_as
 from functrans.tensors.broadcasting import broadcast_shapes
 
 aten = torch.ops.aten
@@ -154,6 +155,7 @@ def triangular_solve(
     self: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's tangent reads the other triangle too (torch 2.13)."""
+    refuse_as(aten.triangular_solve.default, self, A, upper, transpose, unitriangular)
     batch = broadcast_shapes(self.shape[:-2], A.shape[:-2])
     b, a = self.expand(*batch, *self.shape[-2:]), A.expand(*batch, *A.shape[-2:])
     turned, upper = (a.mT, not upper) if transpose else (a, upper)

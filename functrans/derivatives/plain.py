@@ -17,6 +17,8 @@ aten = torch.ops.aten
 
 def polar(abs: Tensor, angle: Tensor) -> Tensor:
     """PyTorch's formula needs the direction of the result, which is lost where ``abs`` is 0."""
+    if abs.dtype is not angle.dtype or abs.dtype not in (torch.float16, torch.float32, torch.float64):
+        raise RuntimeError(f"polar: got {abs.dtype} and {angle.dtype}; expected one float dtype of both.")
     return torch.complex(abs * angle.cos(), abs * angle.sin())
 
 
@@ -27,7 +29,7 @@ def dist(self: Tensor, other: Tensor, p: Any = 2) -> Tensor:
 
 def renorm(self: Tensor, p: Any, dim: int, maxnorm: Any) -> Tensor:
     """The norm is taken of those slices only that are too long: at 0 it has no second derivative, and is not needed."""
-    if self.dim() < 2 or p <= 0 or maxnorm < 0 or not -self.dim() <= dim < self.dim():
+    if not (self.dim() > 1 and p > 0 and maxnorm >= 0 and -self.dim() <= dim < self.dim()):
         return aten.renorm.default(self.detach(), p, dim, maxnorm)  # it says what is wrong
     dims = [d for d in range(self.dim()) if d != dim % self.dim()]
     dtype = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else None

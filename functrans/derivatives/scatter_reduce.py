@@ -7,6 +7,7 @@ and ``"amin"`` share evenly, as there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.helpers import add, conj
 from functrans.derivatives.named import with_names
 from functrans.derivatives.table import derivative
+from functrans.functionalization.without_data import refuse_as, run_on_zeros
 
 aten = torch.ops.aten
 Values = dict[str, Any]
@@ -26,6 +28,18 @@ class Slopes(NamedTuple):
 
     self: Tensor | None
     src: Tensor
+
+
+def of_vectors(formula: Callable[[Values], Tensor | None], of: str) -> Callable[[Values], Tensor | None]:
+    """``formula``, in the shape of ``of``: PyTorch takes a number and a vector of one element for each other."""
+
+    def reshaped(v: Values) -> Tensor | None:
+        if all(v[name].dim() for name in ("self", "index", "src")):
+            return formula(v)
+        found = formula({k: x.reshape(1) if isinstance(x, Tensor) and not x.dim() else x for k, x in v.items()})
+        return None if found is None else found.reshape(v[of].shape)
+
+    return reshaped
 
 
 def slopes(v: Values) -> Slopes:
@@ -53,8 +67,6 @@ def slopes(v: Values) -> Slopes:
 
 def slopes_of_products(self: Tensor, dim: int, index: Tensor, src: Tensor, kept: Tensor | None) -> Slopes:
     """The products of all other factors. Sorted by where they go, those before and those after a factor are runs."""
-    if self.dim() == 0:
-        return Slopes(src, self) if kept is None else Slopes(kept, torch.ones_like(src))
     place, order = index.sort(dim=dim, stable=True)
     factors = src.gather(dim, order)
     before, after = (
@@ -129,15 +141,16 @@ def tangent(v: Values) -> Tensor | None:
 NAMES = ("self", "dim", "index", "src", "reduce", "include_self", "result")
 derivative(
     aten.scatter_reduce.two,
-    tangent=with_names((*NAMES, "self_t", "src_t"), tangent),
-    self=with_names(("grad", *NAMES), self_cotangent),
-    src=with_names(("grad", *NAMES), src_cotangent),
+    tangent=with_names((*NAMES, "self_t", "src_t"), of_vectors(tangent, "self")),
+    self=with_names(("grad", *NAMES), of_vectors(self_cotangent, "self")),
+    src=with_names(("grad", *NAMES), of_vectors(src_cotangent, "src")),
 )
 
 
 def index_reduce(
     self: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True
 ) -> Tensor:
+    refuse_as(aten.index_reduce.default, self, dim, index, source, reduce, run=run_on_zeros)
     if self.dim() == 0:
         return index_reduce(self.reshape(1), 0, index, source.reshape(1), reduce, include_self=include_self).reshape(())
     shape = [1] * self.dim()
@@ -155,11 +168,17 @@ DECOMPOSITIONS.add(aten.index_reduce.default, index_reduce)
 REDUCTIONS = {"add": "sum", "multiply": "prod"}
 
 
+def by_later_name(reduce: str) -> str:
+    if reduce not in REDUCTIONS:
+        raise RuntimeError(f"scatter: got reduce={reduce!r}, expected 'add' or 'multiply'.")
+    return REDUCTIONS[reduce]
+
+
 @DECOMPOSITIONS.register(aten.scatter.reduce)
 def scatter(self: Tensor, dim: int, index: Tensor, src: Tensor, *, reduce: str) -> Tensor:
-    return torch.scatter_reduce(self, dim, index, src, REDUCTIONS[reduce])
+    return torch.scatter_reduce(self, dim, index, src, by_later_name(reduce))
 
 
 @DECOMPOSITIONS.register(aten.scatter.value_reduce)
 def scatter_value(self: Tensor, dim: int, index: Tensor, value: Any, *, reduce: str) -> Tensor:
-    return torch.scatter_reduce(self, dim, index, self.new_full(index.shape, value), REDUCTIONS[reduce])
+    return torch.scatter_reduce(self, dim, index, self.new_full(index.shape, value), by_later_name(reduce))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functrans.core.tensor import WrapperTensor
+from functrans.core.tensor import NOT_READ, WrapperTensor
 from functrans.door.operator_entrances import direct, indexed, joining, overload
 from functrans.door.program_entrances import binary, numeric, power, unary
 from functrans.door.torch_function import ENTRANCES, OF_ANY_TYPES, otherwise
@@ -27,6 +27,7 @@ from functrans.programs.torch_functions import (
     UNARY,
     spellings,
 )
+from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import OpOverload
 
 aten = torch.ops.aten
@@ -60,6 +61,18 @@ by_property = direct(Tensor.transpose, DIRECT["transpose"], 3)
 def transposed(x: Any, *more: Any) -> Any:
     """``x.mT``, which PyTorch makes ``transpose`` of; a frame more than other entrances have."""
     return by_property(x, -2, -1) if len(x.shape) > 1 else otherwise(MATRIX_TRANSPOSE, (), (x, *more), {}, 3)
+
+
+def made_like(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``x.new_tensor(...)`` and ``x.new(...)``, which read the device off dispatch keys; see NOTE [Scalar indices]."""
+
+    def made(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if type(self) is WrapperTensor and not self.shape and self.dtype in NOT_READ:
+            with running_at(None):
+                self = torch.empty(0, dtype=self.dtype, device=self.device)
+        return otherwise(function, (), (self, *args), kwargs, 3)
+
+    return made
 
 
 def of_kinds(operators: dict[str, OpOverload], kinds: str) -> Program | None:
@@ -104,6 +117,11 @@ def set_up() -> None:
     # Not a method as well: what has one in Python is a sequence to torch.tensor([x]), which would ask for its length.
     ENTRANCES[Tensor.__getitem__] = indexed(Tensor.__getitem__, 1 + frames_above(Tensor.__getitem__))
     ENTRANCES[MATRIX_TRANSPOSE] = transposed
+    for function in (Tensor.new, Tensor.new_tensor):
+        ENTRANCES[function] = made_like(function)
+        OF_ANY_TYPES.add(function)
+    for name in ("__repr__", "__format__", "tolist"):  # PyTorch's own, on whatever is a tensor, look into the wrapper
+        ENTRANCES[getattr(Tensor, name)] = getattr(WrapperTensor, name)
     for function in (torch.is_conj, Tensor.is_conj):  # no operators, and PyTorch would look at the wrapper
         ENTRANCES[function] = lambda input: input.is_conj()
     for function in (torch.is_neg, Tensor.is_neg):

@@ -199,6 +199,7 @@ def numeric(function: Callable[..., Any], op: OpOverload, names: tuple[str, ...]
     by_python = type(function) is FunctionType
     count = len(names)
     defaults = op_info(op).defaults[1:]
+    ordered = names == ("min_val", "max_val")  # which Python's function makes sure of
 
     def entrance(x: Any = NOT_HERE, /, *more: Any, **kwargs: Any) -> Any:
         closed = mode_stack_size() != STATE.door_depth or autocast_enabled() or function_mode_enabled()
@@ -210,6 +211,8 @@ def numeric(function: Callable[..., Any], op: OpOverload, names: tuple[str, ...]
                 left = dict(kwargs)
                 numbers = (*more, *[left.pop(n, d) for n, d in zip(names[len(more) :], defaults[len(more) :])])
                 closed = bool(left) or len(numbers) != count
+            if ordered and not closed and not numbers[0] <= numbers[1]:
+                closed = True
             owner = x.interpreter
             if not closed and NUMBERS.issuperset(map(type, numbers)) and owner.alive and owner.whole:
                 if x.view_link is not None:

@@ -17,6 +17,7 @@ from functrans.functionalization.writes import write
 from functrans.operators.info import STAND_INS, OpInfo, op_info
 from functrans.operators.schemas import taken_apart
 from functrans.pytorch import thread_state
+from functrans.pytorch.control_flow import TRACING_MODES, FakeTensor
 from functrans.pytorch.thread_state import STATE, running_at
 from functrans.pytorch.torch_private import (
     VIEWS_AND_VERSIONS,
@@ -76,7 +77,23 @@ def as_usual(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def dropout(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where nothing is dropped PyTorch returns its argument itself, and a write to the one is a write to the other."""
     x, p, train = args
+    if not 0 <= p <= 1:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
     return x if not train or p == 0 or x.numel() == 0 else as_usual(known, args, kwargs)
+
+
+@stands_in_for(aten.quantile.default, aten.nanquantile.default)
+def quantile(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """PyTorch looks at the numbers ``q`` on the CPU, but not at those of a tensor subclass."""
+    q = args[1]
+    while type(q) is WrapperTensor:
+        q = q.value
+    traced = isinstance(q, FakeTensor) or any(map(mode_of_kind, TRACING_MODES))
+    if isinstance(q, torch.Tensor) and q.device.type == "cpu" and not traced:
+        with running_at(None), torch.no_grad():
+            if not ((q >= 0) & (q <= 1)).all():
+                raise RuntimeError(f"{known.op}: got q={q.tolist()}, expected numbers in the range [0, 1].")
+    return as_usual(known, args, kwargs)
 
 
 @stands_in_for(aten.to_dense.default)

@@ -3,7 +3,8 @@
 NOTE [Writes and grad mode]
 A write under no_grad changes the numbers and leaves the derivative of what is written as it was, as in eager PyTorch;
 level by level, ``with_history_of`` does the same for the pure result. A write through ``detach()`` does so at every
-level.
+level. What ``detach()`` returned has the derivative of what was written to it, of its own: the step of the view keeps
+it (``ViewLink.history``), since its numbers are those of its base.
 """
 
 from __future__ import annotations
@@ -28,13 +29,18 @@ def with_history_of(old: Tensor, new: Tensor, *, everywhere: bool = False) -> Te
         if not (new.requires_grad and new.is_leaf):
             raise RuntimeError("a leaf that requires grad is used in an in-place operation: use torch.no_grad()")
         return new
+    if not everywhere and recorded_everywhere():
+        return new
     level = old.interpreter.level if type(old) is WrapperTensor else 0
-    usual = recording and not everywhere
     for interpreter in interpreter_stack():
-        usual = usual and interpreter.outer_grad_mode
         if interpreter.level > level:
             recording = recording and interpreter.outer_grad_mode
-    return new if usual else _merge(old, new, recording, everywhere)
+    return _merge(old, new, recording, everywhere)
+
+
+def recorded_everywhere() -> bool:
+    """Whether every level records what is computed now."""
+    return torch.is_grad_enabled() and all(interpreter.outer_grad_mode for interpreter in interpreter_stack())
 
 
 def _merge(old: Tensor, new: Tensor, recording: bool, everywhere: bool) -> Tensor:

@@ -32,8 +32,11 @@ from functrans.pytorch.torch_private import mode_stack_size, no_dispatch, storag
 
 aten = torch.ops.aten
 
-#: Views that are parts of memory, of an example's and of the batch's.
-PLACES = frozenset((*PARTS, *SWAPS, *PERMUTATIONS, *RESHAPES, aten.unbind.int, aten.alias.default)) - CONJUGATED
+#: Views that are parts of memory, of an example's and of the batch's. (Windows that ``unfold`` makes may overlap.)
+PLACES = (
+    frozenset((*PARTS, *SWAPS, *PERMUTATIONS, *RESHAPES, aten.unbind.int, aten.alias.default))
+    - CONJUGATED - {aten.unfold.default}
+)  # fmt: skip
 
 #: What can be compared of the arguments that say where a part is.
 PLAIN = (int, type(None))

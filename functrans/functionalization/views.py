@@ -8,7 +8,8 @@ NOTE [Layouts that a batch hides]
 Whether ``reshape`` and its like view or copy depends on strides. What is computed under vmap lies in memory as the
 batch does; where the batch is not outermost there, the examples show gaps that those of a loop do not have. Where the
 answer depends on these gaps it is not known, and the view is *doubtful*. Nothing comes of it unless a tensor on one
-side of it is written and one on the other side used afterwards, which is an error.
+side of it is written and one on the other side used afterwards, which is an error. Where ``contiguous`` and its like
+may have returned the tensor itself (``maybe_same``), neither of the two can get another shape in place.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from functrans.core.dispatch import base, dispatch, scan
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor
 from functrans.errors import InsideTransformError
+from functrans.errors.misuse import RESERVED
+from functrans.functionalization.history import with_history_of
 from functrans.functionalization.layouts import as_shown, check_places, dense_strides, set_content
 from functrans.functionalization.memory import storage_offset_of
 from functrans.operators.info import OpInfo
@@ -38,6 +41,10 @@ from functrans.tensors.described import given
 
 aten = torch.ops.aten
 DETACH = aten.detach.default
+
+
+WrapperTensor.maybe_same = False  # type: ignore[attr-defined]
+RESERVED.add("maybe_same")
 
 
 class MadeInside:
@@ -83,7 +90,10 @@ class AliasGroup:
 class ViewLink:
     """One step of a view chain: the operator that made the view, and the step before it (None: taken from the base)."""
 
-    __slots__ = ("args", "base", "doubtful", "grad_mode", "group", "index", "kwargs", "op", "owner", "parent", "start")
+    __slots__ = (
+        "args", "base", "doubtful", "grad_mode", "group", "history", "index", "kwargs", "op", "owner", "parent",
+        "start",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -110,6 +120,8 @@ class ViewLink:
         self.doubtful: bool = parent is not None and parent.doubtful
         #: of a view by places in memory: where that from which it was taken began
         self.start: int | None = None
+        #: of ``detach``: what has the derivative of what was written to it; see NOTE [Writes and grad mode]
+        self.history: Tensor | None = None
 
     def __repr__(self) -> str:
         before = "" if self.parent is None else f" after {self.parent!r}"
@@ -137,6 +149,8 @@ class ViewLink:
             out = dispatch(self.op, (x, *args), self.kwargs)
         finally:
             set_grad_enabled(enabled)
+        if self.history is not None:
+            return with_history_of(self.history, out, everywhere=True)
         return out if self.index is None else out[self.index]
 
     def replay(self, base: Tensor | None = None) -> Tensor:
@@ -201,22 +215,42 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         if viewed.strides is not None and viewed.layout is torch.strided and hides_layout(viewed):
             in_a_loop = {what_returns(viewed, op, args, kwargs, strides) for strides in possible_strides(viewed)}
             doubtful = len({one is COPIED for one in (*in_a_loop, returned)}) > 1
+            if doubtful and ITSELF in in_a_loop:
+                viewed.maybe_same = out.maybe_same = True
             returned = returned if in_a_loop == {returned} else VIEWED
         if returned is ITSELF:
             return viewed
         if returned is COPIED and not doubtful:
             return out
+    op, args = settled(op, args)
     if type(out) is WrapperTensor:
         if viewed.moved:
-            out = as_shown(out, viewed, op, args, kwargs, None)
+            out = shown_or_moved(out, viewed, op, args, kwargs, None)
         link_view(out, viewed, op, args, kwargs, None)
         out.view_link.doubtful |= doubtful
     elif type(out) in (list, tuple):
         if viewed.moved:
-            out = type(out)([as_shown(part, viewed, op, args, kwargs, index) for index, part in enumerate(out)])
+            out = type(out)([shown_or_moved(part, viewed, op, args, kwargs, k) for k, part in enumerate(out)])
         for index, part in enumerate(out):
             link_view(part, viewed, op, args, kwargs, index)
     return out
+
+
+def settled(op: OpOverload, args: Any) -> tuple[OpOverload, Any]:
+    """The operator that makes the view whatever becomes of the other tensors among ``args``."""
+    if op in LIKE_ANOTHER:
+        return LIKE_ANOTHER[op], (args[0], list(args[1].shape))
+    if op is aten.narrow.Tensor:
+        return op, (*args[:2], dispatch(aten.clone.default, (args[2],), {}), *args[3:])
+    return (aten.alias.default, args[:1]) if op in CONVERSIONS_LIKE_ANOTHER else (op, args)
+
+
+LIKE_ANOTHER = {
+    aten.view_as.default: aten.view.default,
+    aten.expand_as.default: aten.expand.default,
+    aten.reshape_as.default: aten.reshape.default,
+}
+CONVERSIONS_LIKE_ANOTHER = (aten.type_as.default, aten.to.other)
 
 
 def _shares_memory(out: Any, viewed: Any) -> bool:
@@ -254,6 +288,20 @@ def link_view(
     view.synced_version = group.version
     if group.version:
         group.note(view)
+
+
+def shown_or_moved(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, *args: Any) -> WrapperTensor:
+    """``as_shown``; where there is no such view of the strides that ``viewed`` shows, but of those in a loop, the view
+    by its contents."""
+    try:
+        return as_shown(view, viewed, op, *args)
+    except RuntimeError:
+        start = viewed if viewed.view_link is None else viewed.view_link.owner
+        gaps = start.strides is not None and start.strides != dense_strides(start.shape, start.strides)
+        if start.given or not (gaps or hides_layout(viewed)):
+            raise
+        view.moved = True
+        return view
 
 
 def hides_layout(x: WrapperTensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functrans.pytorch.thread_state import running_at
 from functrans.pytorch.torch_private import DisableTorchFunction, OpOverload, no_dispatch
+from functrans.tensors.pytrees import elements
 
 aten = torch.ops.aten
 
@@ -26,6 +27,15 @@ def run_on_zeros(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) ->
     """Run ``op`` on zeros of the same shapes and dtypes, on the CPU; raises what ``op`` raises for them."""
     with running_at(None), torch.no_grad(), no_dispatch(), DisableTorchFunction(), torch.random.fork_rng(devices=[]):
         return op(*standing_in(args, CPU), **{k: standing_in(v, CPU) for k, v in kwargs.items()})
+
+
+def refuse_as(op: OpOverload, *args: Any, run: Callable[..., Any] = run_without_data, **kwargs: Any) -> None:
+    """Raise what ``op`` raises for these arguments, for what stands in its place and would answer.
+
+    Symbolic sizes are not to be fixed: they are not looked at. ``run``: ``run_on_zeros`` where the kernel has checks.
+    """
+    if all(type(n) is int for a in elements((*args, *kwargs.values())) if isinstance(a, Tensor) for n in a.shape):
+        run(op, args, kwargs)
 
 
 def standing_in(a: Any, device: torch.device) -> Any:

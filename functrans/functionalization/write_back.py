@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from functrans.core.dispatch import dispatch
+from functrans.core.tensor import WrapperTensor
 from functrans.errors import InsideTransformError
-from functrans.functionalization.history import with_history_of
+from functrans.functionalization.history import recorded_everywhere, with_history_of
 from functrans.functionalization.memory import places, positions, storage_offset_of
 from functrans.functionalization.views import ViewLink
 from functrans.operators.views import (
@@ -114,6 +115,13 @@ def _back_conjugated(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     return _send(aten.conj_physical.default, changed)
 
 
+def _back_detached(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
+    own = changed if recorded_everywhere() else with_history_of(step.apply(before), changed)
+    # the wrapper may be the user's, who may write it
+    step.history = own.interpreter.rewrap(own, own.value) if type(own) is WrapperTensor else own
+    return with_history_of(before, changed, everywhere=True)
+
+
 def _back_dtype(step: ViewLink, before: Tensor, changed: Tensor) -> Tensor:
     """The same bits in another dtype have no derivative, and leave that of what was there, as ``detach`` does."""
     new = _send(aten.view.dtype, _send(aten.contiguous.default, changed), before.dtype)
@@ -142,7 +150,7 @@ WRITE_BACK: dict[OpOverload, Callable[[ViewLink, Tensor, Tensor], Tensor]] = {
     aten.unbind.int: lambda step, before, changed: _send(
         aten.select_scatter.default, before, changed, step.args[0] if step.args else 0, step.index
     ),
-    aten.detach.default: lambda step, before, changed: with_history_of(before, changed, everywhere=True),
+    aten.detach.default: _back_detached,
     aten.real.default: lambda step, before, changed: (
         torch.complex(changed, before.imag) if before.is_complex() else changed
     ),

@@ -243,6 +243,10 @@ def write_metadata(known: OpInfo, op: OpOverload, target: Any, args: tuple[Any, 
     """An operator such as ``unsqueeze_`` that turns a tensor into a view of itself, by ``op``."""
     if type(target) is not WrapperTensor:
         raise NoPureFormError(known.op)
+    if target.maybe_same:
+        what = "of a tensor that may be another one (contiguous() copies or not as strides say, which the batch hides)"
+        cure = "a .clone(memory_format=torch.contiguous_format)"
+        raise InsideTransformError(f"{known.op} {what}", target.interpreter.name, cure)
     invalidate_saved(target)
     if known.op is aten.detach_.default:
         set_content(target, dispatch(aten.detach.default, (target,), {}))

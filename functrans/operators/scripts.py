@@ -63,7 +63,8 @@ class Script:
             self.lines.append((call, used))
             return
         outs = out if isinstance(out, tuple | list) else [out]
-        if not all(o is None or isinstance(o, Tensor) for o in outs) or any(id(o) in self.names for o in outs):
+        new_tensors = all(o is None or isinstance(o, Tensor) and id(o) not in self.names for o in outs)
+        if not outs or not new_tensors:
             raise Unwritable
         self.kept.append(out)
         if isinstance(out, Tensor):

@@ -126,6 +126,9 @@ def embedding_bag(
         weight = end_to_end(weight)
     else:
         flat = indices.reshape(-1)
+    if offsets.shape[1]:  # a bag that is not the example's own is an error: there is no such row
+        wrong = ((offsets < 0) | (offsets > length)).any(1) | (offsets[:, 0] != 0)
+        flat = flat.view(size, length).masked_fill(wrong.unsqueeze(1), weight.shape[0]).view(-1)
     if include_last_offset:
         offsets = offsets[:, :-1]  # the last one is the number of indices
     bags = offsets.shape[1]
