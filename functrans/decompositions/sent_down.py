@@ -63,6 +63,33 @@ for _op in (
     convolution(_op)
 
 
+@sent_down(aten.resolve_conj.default)
+def resolve_conj(send: Send, z: Tensor) -> Tensor:
+    """Inside of PyTorch a wrapper does not show that its value is a lazy conjugate, and its definition would be z."""
+    return send(aten.clone.default, z) if z.is_conj() else z
+
+
+@sent_down(aten.resolve_neg.default)
+def resolve_neg(send: Send, x: Tensor) -> Tensor:
+    return send(aten.clone.default, x) if x.is_neg() else x
+
+
+@sent_down(aten.real.default)
+def real(send: Send, z: Tensor) -> Tensor:
+    return part(send, z, 0)
+
+
+@sent_down(aten.imag.default)
+def imag(send: Send, z: Tensor) -> Tensor:
+    return part(send, z, 1)
+
+
+def part(send: Send, z: Tensor, which: int) -> Any:
+    if not z.is_complex():
+        return NotImplemented
+    return send(aten.select.int, send(aten.view_as_real.default, resolve_conj(send, z)), -1, which)
+
+
 @sent_down(aten.layer_norm.default)
 def layer_norm(
     send: Send,
