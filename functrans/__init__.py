@@ -16,7 +16,7 @@ from functrans.api.modules import functional_call, replace_all_batch_norm_module
 from functrans.api.rearrange import rearrange
 from functrans.api.transforms import grad, grad_and_value, jvp, value_and_grad, vjp
 from functrans.api.vmap import chunk_vmap, vmap
-from functrans.decompositions import foreach, fused, least_squares, recurrent, transformer  # noqa: F401
+from functrans.decompositions import conjugates, foreach, fused, least_squares, recurrent, transformer  # noqa: F401
 from functrans.decompositions.table import DECOMPOSITIONS
 from functrans.derivatives.table import DERIVATIVES, derivative
 from functrans.door import (  # noqa: F401

@@ -194,6 +194,16 @@ def test_singular_example_is_reported() -> None:
         functrans.vmap(torch.linalg.inv)(a)
 
 
+@pytest.mark.parametrize("bdim", (0, 1, 2))
+def test_what_checks_for_errors_takes_any_layout(bdim: int) -> None:
+    check = lambda status: (aten._linalg_check_errors.default(status, "linalg.inv", is_matrix=False), status)[1]
+    status = torch.zeros(2, 3, 4, dtype=torch.int32)
+    functrans.vmap(check, in_dims=bdim)(status)
+    status[1, 1, 1] = 1
+    with pytest.raises(torch.linalg.LinAlgError):
+        functrans.vmap(check, in_dims=bdim)(status)
+
+
 @pytest.mark.parametrize("name", ("fft", "rfft", "irfft", "fft2", "rfft2", "irfftn", "fftshift"))
 @pytest.mark.parametrize("bdim", (0, 1, 2))
 def test_fourier(name: str, bdim: int) -> None:

@@ -12,7 +12,8 @@ from slow_ways import some
 from torch import Tensor
 from torch.nn import functional
 
-from functrans import grad, hessian, jacfwd, jacrev, jvp, vmap
+from functrans import count, grad, hessian, jacfwd, jacrev, jvp, vmap
+from functrans.extend import Carried, PassThrough, RuleTable, TableInterpreter, transform
 
 F64, C128 = torch.float64, torch.complex128
 to_complex, to_real = torch.view_as_complex, torch.view_as_real
@@ -229,6 +230,62 @@ def test_lazily_conjugated_tensors_say_so(transform: str) -> None:
         "vmap(vmap)": lambda: vmap(vmap(f))(z[None, None]),
     }[transform]()
     assert seen == [[ask(z) for ask in BITS]] and True in seen[0]
+
+
+def written_real(z: Tensor) -> Tensor:
+    z.real.mul_(2)
+    return z.conj().imag
+
+
+LAZY: dict[str, Callable[[Tensor], Tensor]] = {
+    "real": lambda z: z.conj().real,
+    "imag": lambda z: z.conj().imag,
+    "imag of more": lambda z: (z.conj().imag.sin() + z.imag) * 2,
+    "real by name": lambda z: torch.real(torch.conj(z)) + torch.imag(z.conj()),
+    "resolved": lambda z: to_real(z.conj().resolve_conj()),
+    "negated": lambda z: z.conj().imag.resolve_neg(),
+    "adjoint": lambda z: torch.outer(z, z).mH.real,
+    "written": lambda z: written_real(z.clone()),
+    "derivative": lambda z: jvp(lambda z: z.conj().real * z.imag, (z,), (z.conj(),))[1],
+    "gradient": lambda z: grad(lambda x: (x * z.conj()).abs().sum())(z.imag),
+}
+
+
+class Pieces(PassThrough):
+    kind, pieces = "pieces", True
+
+
+class Pushed(TableInterpreter):
+    kind, payload, rules = "pushed", ("slope",), RuleTable("pushed forward", default="jvp")
+
+
+class Members(TableInterpreter):
+    kind, payload, rules = "members", ("others",), RuleTable("members", default="loop")
+
+    def cases(self, wrapper: Any) -> list[Tensor]:
+        return [wrapper.value, *wrapper.others.unbind(0)]
+
+    def of_cases(self, values: Any) -> Any:
+        return self.carry(values[0], others=torch.stack(list(values[1:])))
+
+
+@pytest.mark.parametrize("given", ["as it is", "conjugated"])
+@pytest.mark.parametrize("name", LAZY)
+def test_lazy_conjugates_in_levels_that_take_operators_apart(name: str, given: str) -> None:
+    f, z, v = LAZY[name], some(3, dtype=C128, seed=3), some(3, dtype=C128, seed=4)
+    z, v = (z.conj(), v.conj()) if given == "conjugated" else (z, v)
+    expected, slope = jvp(f, (z,), (v,))
+    torch.testing.assert_close(expected, f(z))
+    torch.testing.assert_close(transform(Pieces, f)(z), expected)
+    torch.testing.assert_close(count(f)(z)[0], expected)
+    for value, tangent in ((z, v), (z, v.resolve_conj()), (z.resolve_conj(), v)):
+        pushed = transform(Pushed, f)(Carried(value, slope=tangent))
+        torch.testing.assert_close((pushed.value, pushed.slope), (expected, slope))
+    members = transform(Members, f)(Carried(z, others=torch.stack([v, z * 2])))
+    torch.testing.assert_close(members.others, torch.stack([f(v), f(z * 2)]))
+    rows = torch.stack([z, v])
+    of_rows = vmap(lambda z: transform(Pushed, f)(Carried(z, slope=v)).value)(rows)
+    torch.testing.assert_close(of_rows, torch.stack([f(z), f(v)]))
 
 
 def test_what_view_as_real_refuses() -> None:

@@ -105,6 +105,26 @@ def test_derived_rules_of_what_is_no_number_line() -> None:
     assert isinstance(out, Tensor) and out.tolist() == [2, 4]
 
 
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "int": lambda x: x.int(),
+    "bool": lambda x: x.bool(),
+    "sum": lambda x: x.sum(dtype=torch.long),
+    "cumsum": lambda x: x.cumsum(0, dtype=torch.int32),
+    "type": lambda x: x.type(torch.long),
+    "view": lambda x: x.view(torch.int32),
+    "copied": lambda x: torch.zeros(3, dtype=torch.long).copy_(x),
+    "ones": lambda x: torch.ones_like(x, dtype=torch.int),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_derived_rules_of_conversions_to_whole_numbers(name: str) -> None:
+    f, x = WHOLE[name], torch.tensor([3.7, 0.0, -2.2])
+    found, times = transform(Dual, lambda x: (f(x), f(x).sum() * x))(Carried(x, slope=torch.ones(3)))
+    torch.testing.assert_close((found, times.value), (f(x), f(x).sum() * x))
+    torch.testing.assert_close(times.slope, f(x).sum() * torch.ones(3))
+
+
 class Two(TableInterpreter):
     """Two tangents at once, either of which may be absent."""
 

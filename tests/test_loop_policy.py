@@ -169,9 +169,10 @@ def with_methods(cases: Any = Ensemble.cases, of_cases: Any = Ensemble.of_cases)
         ({"cases": lambda self, x: []}, "got an empty list from cases; expected a list or tuple of tensors."),
         ({"cases": lambda self, x: [x.value[0]]}, "from cases; expected a tensor like float64[3, 3]."),
         ({"cases": lambda self, x: [x.value.float()]}, "from cases; expected a tensor like float64[3, 3]."),
-        ({"of_cases": lambda self, values: values[0]}, "from of_cases; expected what carry makes, of shape [3, 3]."),
+        ({"of_cases": lambda self, values: values[0]}, "from of_cases; expected what carry makes, like float64[3, 3]."),
         ({"of_cases": lambda self, values: None}, "got None from of_cases; expected what carry makes"),
         ({"of_cases": lambda self, values: self.carry(values[0][0], others=values)}, "got float64[3] from of_cases"),
+        ({"of_cases": lambda self, values: self.carry(values[0].float(), others=values)}, "got float32[3, 3] from"),
     ],
 )
 def test_what_the_methods_return_is_checked(methods: Any, text: str) -> None:

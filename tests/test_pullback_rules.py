@@ -1,5 +1,6 @@
 """Rules for the way back: what they see, change and note, against module hooks in plain PyTorch and closed forms."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._pytree import tree_leaves
 
 from functrans import grad, jacrev, jvp, vjp, vmap
 from functrans.core.stack import interpreter_stack
@@ -188,6 +192,54 @@ def test_the_ordinary_cotangents(name: str) -> None:
     tracked = [vmap(gradient_by(level_of({op: asks}), f))(torch.stack([args[0], args[0].cos()]), *(
         torch.stack([a, a]) for a in args[1:]))]  # fmt: skip
     torch.testing.assert_close(tracked[0][0], expected[0])
+
+
+def smooth(info: Any, sample: Any, *xs: Tensor) -> Tensor:
+    """A number, of what one of PyTorch's samples returns with other tensors."""
+    torch.manual_seed(0)
+    rest = iter(xs)
+    args = [next(rest) if is_float(a) else a for a in (sample.input, *sample.args)]
+    outs = tree_leaves(info.op(*args, **sample.kwargs))
+    reals = [torch.view_as_real(o.resolve_conj()) if isinstance(o, Tensor) and o.is_complex() else o for o in outs]
+    return torch.stack([o.sin().sum() for o in reals if is_float(o)]).sum()
+
+
+def is_float(a: Any) -> bool:
+    return isinstance(a, Tensor) and a.is_floating_point()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rule_that_does_nothing_for_whatever_runs() -> None:
+    """A rule for each operator that grad is asked about, composites, their pieces and what has no derivative too."""
+    compared = set()
+    for info in op_db:
+        if torch.float64 not in info.dtypes or not info.supports_autograd:
+            continue
+        for sample in sampled(info, 1):
+            asked: set[Any] = set()
+
+            class Looking(GradInterpreter):
+                def process(self, op: Any, args: Any, kwargs: Any, asked: set[Any] = asked) -> Any:
+                    asked.add(op)
+                    return super().process(op, args, kwargs)
+
+            f = lambda *xs, info=info, sample=sample: smooth(info, sample, *xs)
+            args = [a for a in (sample.input, *sample.args) if is_float(a)]
+            numbers = tuple(range(len(args)))
+            try:
+                expected = grad(f, numbers)(*args)
+            except (RuntimeError, TypeError, ValueError):  # what grad refuses is for other tests
+                continue
+            grad(f, numbers, interpreter=Looking)(*args)
+            nothing = level_of({op: lambda step: None for op in asked if not isinstance(op, HigherOrderOperator)})
+            torch.testing.assert_close(grad(f, numbers, interpreter=nothing)(*args), expected, equal_nan=True)
+            compared |= asked
+    assert len(compared) > 400 and aten.layer_norm.default in compared
+
+
+def sampled(info: Any, count: int) -> list[Any]:
+    samples = itertools.islice(info.sample_inputs("cpu", torch.float64, requires_grad=False), count)
+    return [s for s in samples if is_float(s.input)]
 
 
 def test_none_is_no_cotangent() -> None:

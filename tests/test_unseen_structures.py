@@ -1,6 +1,6 @@
 """Transforms that nobody had in mind, of shapes that differ: named dimensions, packed booleans, feedback alignment, a
-store of parameters. Each is written with the documented names alone and compared with plain code, inside and outside of
-grad, vmap and jvp."""
+store of parameters, products that wait for each other. Each is written with the documented names alone and compared
+with plain code, inside and outside of grad, vmap and jvp."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import functrans as ft
 from functrans import grad, hessian, jacrev, jvp, linearize, plant, psum, reap, sow, vjp, vmap
-from functrans.errors import MissingRuleError
+from functrans.errors import MissingRuleError, RegistrationError
 from functrans.extend import (
     Carried,
     Handler,
@@ -384,3 +384,134 @@ def test_a_store_of_parameters() -> None:
         jvp(lambda p: applied(perceptron)(p, x), (p,), (p,)), jvp(lambda p: plain(p, x), (p,), (p,))
     )
     torch.testing.assert_close(hessian(applied(perceptron))(p, x), hessian(plain)(p, x))
+
+
+# --- products that wait until one is needed, and are one batched product then -----------------------------------------
+
+
+class Waiting:
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+        self.result: Any = None
+
+
+class Deferred(TableInterpreter):
+    """``sees_everything``: the products of constants, which carry nothing, are what has to be seen."""
+
+    kind, payload, sees_everything = "deferred", ("waiting",), True
+
+    def __init__(self, func: Any = None) -> None:
+        super().__init__(func)
+        self.queue: list[Waiting] = []
+        self.batches: list[int] = []
+
+    def flush(self) -> None:
+        groups: dict[Any, list[Waiting]] = {}
+        for entry in self.queue:
+            groups.setdefault((entry.left.shape, entry.right.shape), []).append(entry)
+        self.queue = []
+        for group in groups.values():
+            self.batches.append(len(group))
+            outs = torch.bmm(torch.stack([e.left for e in group]), torch.stack([e.right for e in group]))
+            for entry, out in zip(group, outs.unbind(), strict=True):
+                entry.result = out
+
+    def computed_value(self, x: Any) -> Any:
+        if not self.owns(x) or x.waiting is None:
+            return self.value_of(x)
+        if x.waiting.result is None:
+            self.flush()
+        return x.waiting.result
+
+    def leave(self, leaf: Any) -> Any:
+        return self.computed_value(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def on_values(level: Any, op: Any, args: Any, kwargs: Any) -> Any:
+    with lowered(level):
+        args, *named = (map_tensors(level.computed_value, a) for a in (args, *kwargs.values()))
+        kwargs = dict(zip(kwargs, named, strict=True))
+        return map_tensors(level.constant, op(*args, **kwargs))
+
+
+Deferred.rules = RuleTable("deferred products", default=on_values)
+
+
+@Deferred.rules.register(aten.mm.default)
+def deferred_mm(level: Any, x: Any, y: Any) -> Tensor:
+    entry = Waiting(level.computed_value(x), level.computed_value(y))
+    level.queue.append(entry)
+    return level.carry(x.value.new_empty(x.shape[0], y.shape[1]), waiting=entry)
+
+
+def deferring(f: Callable[..., Any], batches: list[int] | None = None) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        level = Deferred(f)
+        out = transform(level, f)(*args)
+        if batches is not None:
+            batches.extend(level.batches)
+        return out
+
+    return run
+
+
+def test_products_that_wait() -> None:
+    ws = [random(3, 3) for _ in range(4)]
+
+    def f(x: Tensor) -> Tensor:
+        products = [w @ x for w in ws]
+        last = products[0].clone()
+        last[0].mul_(2)
+        return (torch.stack([p.tanh() for p in products]).sum(0) @ last).sum()
+
+    x = random(3, 3)
+    xs = torch.stack([x, x.T, x.cos()])
+    batches: list[int] = []
+    torch.testing.assert_close(deferring(f, batches)(x), f(x))
+    assert batches == [4, 1]
+    pushed = lambda f: lambda x: jvp(f, (x,), (ws[0],))
+    for derivative in (grad, hessian, pushed):
+        plain = derivative(f)
+        for deferred in (deferring(plain), derivative(deferring(f))):
+            torch.testing.assert_close(deferred(x), plain(x))
+            torch.testing.assert_close(vmap(deferred)(xs), vmap(plain)(xs))
+    torch.testing.assert_close(deferring(vmap(f))(xs), torch.stack([f(x) for x in xs]))
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_table_that_sees_everything_has_rules_for_what_carries_nothing(sees: bool) -> None:
+    """For composites, pieces of others and what is drawn; what has no rule, or one that declines, runs as it is."""
+    asked: list[Any] = []
+
+    class Sees(TableInterpreter):
+        kind, payload, sees_everything = "sees", ("label",), sees
+        rules: RuleTable[Any] = RuleTable("a table")
+
+    def note(op: Any) -> Callable[..., Any]:
+        def rule(level: Any, *args: Any, **kwargs: Any) -> Any:
+            asked.append(op)
+            if op is aten.cos.default:
+                return NotImplemented
+            return map_tensors(level.constant, op(*[map_tensors(lambda a: a.value, a) for a in args], **kwargs))
+
+        return rule
+
+    operators = (aten.mv.default, aten.softmax.int, aten.cos.default, aten.randn.default)
+    for op in operators:
+        Sees.rules.add(op, note(op))
+    w, x = ROWS[:3], ROWS[0]
+    f = lambda: (w @ x).softmax(0) + x[:3].cos().exp() + 0 * torch.randn(3, dtype=x.dtype)
+    torch.testing.assert_close(transform(Sees, f)(), f())
+    assert asked == (list(operators) if sees else [])
+
+
+def test_a_table_that_is_set_later_and_one_that_is_none() -> None:
+    class Later(TableInterpreter):
+        kind, payload = "later", ("label",)
+
+    for wrong, got in ((None, "no rules"), ({}, "rules = {}")):
+        Later.rules = wrong  # type: ignore[assignment]
+        with pytest.raises(RegistrationError, match=f"class Later: got {got}; expected rules = RuleTable"):
+            transform(Later, torch.sin)(Carried(ROWS[0], label="x"))
+    Later.rules = RuleTable("set later", default="pass")
+    torch.testing.assert_close(transform(Later, torch.sin)(Carried(ROWS[0], label="x")), ROWS[0].sin())

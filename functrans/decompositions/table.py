@@ -10,7 +10,7 @@ from functrans.core.interpreter import Interpreter
 from functrans.decompositions.pieces import Definition
 from functrans.operators.defaults import completed
 from functrans.operators.factors import DROPPING, FactorsDropped
-from functrans.operators.info import OpInfo, op_info, specialized_here
+from functrans.operators.info import PURE, OpInfo, op_info, specialized_here
 from functrans.operators.rules import RuleTable
 from functrans.operators.schemas import taken_apart
 from functrans.operators.scopes import SCOPES
@@ -44,11 +44,12 @@ def definition_of(op: OpOverload, known: OpInfo) -> Definition:
         found: Definition = specialized[Definition]
     except KeyError:
         ours = decomposition(op)
+        lasting = known.settled and known.kind_by_schema == PURE  # whether a view is one may depend on a lazy conjugate
         if ours is None:
             around = FactorsDropped if op._schema.name in DROPPING else None
-            found = Definition(op, partial(taken_apart, op), known.settled, around)
+            found = Definition(op, partial(taken_apart, op), lasting, around)
         else:
-            found = Definition(op, partial(run_ours, ours, op), known.settled and is_ours(ours))
+            found = Definition(op, partial(run_ours, ours, op), lasting and is_ours(ours))
         specialized[Definition] = found
     return found
 

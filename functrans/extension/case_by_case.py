@@ -78,9 +78,9 @@ def joined(interpreter: TableInterpreter, op: OpOverload, outs: list[Any]) -> An
             got = "results of the shapes " + ", ".join(str(list(out.shape)) for out in outs)
             raise CallError(name_of(interpreter, op), got, "one shape in all cases", "Give the operator a rule.")
         wrapper = interpreter.of_cases(outs)
-        if not interpreter.owns(wrapper) or wrapper.shape != first.shape:
+        if not interpreter.owns(wrapper) or wrapper.shape != first.shape or wrapper.dtype is not first.dtype:
             got = f"{shown(wrapper) if type(wrapper) is WrapperTensor else what(wrapper)} from of_cases"
-            raise CallError(name_of(interpreter, op), got, f"what carry makes, of shape {list(first.shape)}")
+            raise CallError(name_of(interpreter, op), got, f"what carry makes, like {shown(first)}")
         return wrapper
     if isinstance(first, list | tuple):
         if any(len(out) != len(first) for out in outs):

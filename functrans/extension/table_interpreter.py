@@ -15,8 +15,9 @@ from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, wrap
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
-from functrans.errors import CallTypeError, CarriedValueError, MissingRuleError
+from functrans.errors import CallTypeError, CarriedValueError, MissingRuleError, RegistrationError
 from functrans.errors.call_sites import definition
+from functrans.errors.wording import shown
 from functrans.extension.calls import check_operator
 from functrans.extension.carried import Carried
 from functrans.extension.case_by_case import check_has_cases
@@ -56,6 +57,7 @@ class TableInterpreter(Interpreter):
 
     #: The transform's rules; one table per transform.
     rules: ClassVar[RuleTable[Callable[..., Any]]]
+    taken_up: ClassVar[RuleTable[Callable[..., Any]] | None] = None
     #: What is done with an operator without a rule: ``rules.default`` as a function.
     without_rule: ClassVar[Callable[..., Any]] = staticmethod(refused)
     #: Whether that is made of the operator's derivative; or of its results case by case. Any function has these.
@@ -68,13 +70,25 @@ class TableInterpreter(Interpreter):
         super().__init_subclass__(**options)
         cls.shows_own = cls.shows is not TableInterpreter.shows
         if hasattr(cls, "rules"):
-            cls.without_rule = staticmethod(policy_of(cls.rules.title, cls.rules.default))
-            cls.derives, cls.loops = cls.rules.default == "jvp", cls.rules.default == "loop"
-            if cls.loops:
-                check_has_cases(cls, TableInterpreter)
+            cls.take_up(cls.rules)
+
+    @classmethod
+    def take_up(cls, rules: Any) -> None:
+        """Go by the default of the table ``rules``."""
+        if not isinstance(rules, RuleTable):
+            got, expected = "no rules" if rules is None else f"rules = {shown(rules)}", "rules = RuleTable(title) in it"
+            raise RegistrationError(f"class {cls.__name__}: got {got}; expected {expected}.")
+        cls.without_rule = staticmethod(policy_of(rules.title, rules.default))
+        cls.derives, cls.loops = rules.default == "jvp", rules.default == "loop"
+        if cls.loops:
+            check_has_cases(cls, TableInterpreter)
+        cls.taken_up = rules
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)
+        rules = getattr(self, "rules", None)
+        if rules is not self.taken_up or rules is None:  # set after the class was made
+            self.take_up(rules)
         #: operators that the policy "decompose" is taking apart, one inside of the other
         self.taking_apart: list[OpOverload] = []
 
@@ -198,7 +212,7 @@ class TableInterpreter(Interpreter):
             check_places(self, op)
             if rule is None and op in READS_NO_VALUES:
                 values = map_tensors(lambda a: without_numbers(self, a), args)
-        if not carrying or (rule is None and op in READS_NO_VALUES):
+        if not (carrying or self.sees_everything) or (rule is None and op in READS_NO_VALUES):
             return map_tensors(self.constant, lower(self, op, values, kwarg_values))
         composite = op_info(op).composite
         if rule is None and composite:
@@ -214,6 +228,8 @@ class TableInterpreter(Interpreter):
                 return out
             if composite:
                 return decompose(self, op, args, kwargs)
+        if not carrying:
+            return map_tensors(self.constant, lower(self, op, values, kwarg_values))
         return self.without_rule(self, op, entered, entered_kwargs)
 
     def run_rule(self, rule: Callable[..., Any], op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

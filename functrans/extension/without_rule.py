@@ -130,7 +130,8 @@ def is_smooth(x: Any) -> bool:
 
 def by_jvp(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
     """Each name of the payload is a tangent, which the operator's derivative pushes forward."""
-    check_values(interpreter, op, tree_flatten((list(args), kwargs))[0], 'default="jvp"')
+    leaves = tree_flatten((list(args), kwargs))[0]
+    check_values(interpreter, op, leaves, 'default="jvp"')
     f, carrying, values, rebuild = as_function(interpreter, op, args, kwargs)
     entry = DERIVATIVES.get(op)
     if not values or (entry is not None and entry.tangent == NO_TANGENT):  # whole numbers have no tangent
@@ -138,7 +139,7 @@ def by_jvp(interpreter: TableInterpreter, op: OpOverload, args: Any, kwargs: dic
     pushed: dict[str, Any] = {}
     outs: tuple[Tensor, ...] = ()
     with lowered(interpreter):
-        if entry is None and not f(*values):
+        if (entry is None or any(isinstance(a, torch.dtype) for a in leaves)) and not f(*values):
             return rebuild([])
         for name in interpreter.payload:
             tangents = [getattr(x, name) for x in carrying]

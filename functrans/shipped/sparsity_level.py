@@ -209,7 +209,6 @@ def without_rule(level: SparsityLevel, op: OpOverload, args: Sequence[Any], kwar
 
 
 SparsityLevel.rules = RuleTable("sparsity rules", default=without_rule)
-SparsityLevel.without_rule = staticmethod(without_rule)
 
 
 def pattern_of(*ops: OpOverload) -> Callable[[Pattern], Pattern]:

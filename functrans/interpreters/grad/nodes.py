@@ -122,10 +122,15 @@ class TableNode(BackwardNode):
     def pull_some(self, saved: list[Any], grad: Any, names: Sequence[str]) -> list[Any]:
         """The cotangents of some of the arguments, those in ``names``."""
         places = [self.names.index(n) for n in names]
-        if self.together is None:
-            found = [self.steps[i](grad, saved) for i in places]
-        else:
-            found = self.joint_pull(self.entry, list(names), self.place)(saved, grad)
+        try:
+            if self.together is None:
+                found = [self.steps[i](grad, saved) for i in places]
+            else:
+                found = self.joint_pull(self.entry, list(names), self.place)(saved, grad)
+        except RuntimeError:
+            if not has_sparse((saved, grad)):
+                raise
+            return self.pull_some(densified(saved), densified(grad), names)
         if self.first_fix is not None:
             fixes = saved[self.first_fix :]
             for k, i in enumerate(places):

@@ -197,6 +197,9 @@ class PullbackInterpreter(GradInterpreter):
             out = super().process(op, fresh, named)
         finally:
             records, self.tape = self.tape, tape
+        outs = self.indices_in(out)
+        if outs is None or (isinstance(outs, list) and all(index is None for index in outs)):
+            return out  # nothing is pulled back: a comparison, a position, what is detached
         given = {**dict(zip(known.arguments, fresh, strict=False)), **named}
         inside = {known.arguments[i]: self.indices_in(given[known.arguments[i]]) for i in indices}
         arguments = dict(zip(known.arguments, known.defaults, strict=True))
@@ -205,7 +208,7 @@ class PullbackInterpreter(GradInterpreter):
         result = self.value_of(out)
         rest = {"result": result, "results": result if isinstance(result, list) else [result]}
         rest["inputs"] = [arguments[name] for name in inside]
-        outs, ins = self.indices_in(out), list(indices.values())
+        ins = list(indices.values())
         node = RuledNode(op, rule, [record[:3] for record in records], ins, inside, outs)
         node.specs = {name: spec(arguments[name]) for name in inside}
         kept = [rest[name] if name in rest else arguments[name] for name in node.saves]
@@ -335,8 +338,9 @@ class RuledNode(BackwardNode):
         """The cotangents of these arguments as without a rule; ``saved``: by the operator's own records."""
         if not names:
             return {}
-        if len(self.records) == 1 and type(self.records[0][0]) is TableNode and not isinstance(self.outs, list):
-            return dict(zip(names, self.records[0][0].pull_some(saved[0], grad, names), strict=True))
+        only = self.records[0][0] if len(self.records) == 1 else None  # of a composite, it may be of another operator
+        if type(only) is TableNode and only.op is self.op and not isinstance(self.outs, list):
+            return dict(zip(names, only.pull_some(saved[0], grad, names), strict=True))
         part = copy.copy(interpreter)  # the walk along the operator's own tape; hooks have seen the cotangents
         part.tape = [(*record, kept) for record, kept in zip(self.records, saved, strict=True)]
         part.hooks = None

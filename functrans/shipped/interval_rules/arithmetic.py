@@ -26,12 +26,12 @@ aten = torch.ops.aten
 
 @rule(aten.add.Tensor, aten.add.Scalar)
 def add(level: IntervalLevel, x: Any, y: Any, alpha: Any = 1) -> Any:
-    return level.between(*plus(ends(x), scaled(both(y), alpha)))
+    return level.between(*plus(both(x), scaled(both(y), alpha)))
 
 
 @rule(aten.sub.Tensor, aten.sub.Scalar)
 def sub(level: IntervalLevel, x: Any, y: Any, alpha: Any = 1) -> Any:
-    return level.between(*plus(ends(x), scaled(both(y), -alpha)))
+    return level.between(*plus(both(x), scaled(both(y), -alpha)))
 
 
 @rule(aten.rsub.Tensor, aten.rsub.Scalar)
@@ -41,6 +41,8 @@ def rsub(level: IntervalLevel, x: Any, y: Any, alpha: Any = 1) -> Any:
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(level: IntervalLevel, x: Any, y: Any) -> Any:
+    if not isinstance(x, Tensor):  # as in torch.mul(2, y)
+        x, y = y, x
     if not isinstance(y, Tensor):
         return level.between(*scaled(ends(x), y))
     if x is y:
@@ -54,9 +56,9 @@ def div(level: IntervalLevel, x: Any, y: Any) -> Any:
         low, high = ends(x)
         return level.between(low / y, high / y) if y >= 0 else level.between(high / y, low / y)
     if not is_interval(y):
-        low, high = ends(x)
+        low, high = both(x)
         return level.between(*hull(low / ends(y)[0], high / ends(y)[0]))
-    return level.between(*times(ends(x), inverse(ends(y))))
+    return level.between(*times(both(x), inverse(ends(y))))
 
 
 @rule(aten.reciprocal.default)
@@ -94,4 +96,4 @@ def prod(level: IntervalLevel, x: Any, dim: int | None = None, keepdim: bool = F
     found: Ends = (one, one)
     for pair in zip(low.unbind(dim), high.unbind(dim), strict=True) if low.dim() else [(low, high)]:
         found = times(found, pair)
-    return level.between(*(t.unsqueeze(dim) if keepdim else t for t in found))
+    return level.between(*(t.unsqueeze(dim) if keepdim and x.dim() else t for t in found))

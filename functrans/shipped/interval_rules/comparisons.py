@@ -45,10 +45,22 @@ def number(level: IntervalLevel, x: Any) -> Any:
     return low
 
 
-increasing(
-    aten._is_all_true.default, aten._is_any_true.default, aten.all.default, aten.any.default, aten.all.dim,
-    aten.any.dim, aten.all.dims, aten.any.dims,
-)  # fmt: skip
+increasing(aten._is_all_true.default, aten._is_any_true.default)
+
+
+def of_all(op: OpOverload) -> None:
+    """A truth value of many, or of numbers that are not 0."""
+
+    @rule(op)
+    def of_these(level: IntervalLevel, x: Any, *args: Any) -> Any:
+        surely, maybe = ends(x if x.dtype is torch.bool else unequal(level, x, 0))
+        return level.between(op(surely, *args), op(maybe, *args))
+
+
+for _op in (
+    aten.all.default, aten.any.default, aten.all.dim, aten.any.dim, aten.all.dims, aten.any.dims,
+):  # fmt: skip
+    of_all(_op)
 
 
 @rule(aten.ne.Tensor, aten.ne.Scalar)

@@ -15,14 +15,16 @@ aten = torch.ops.aten
 
 def log_softmax_ends(low: Tensor, high: Tensor, dim: int) -> Ends:
     """Each is least where it is small itself and the others are large: ``-log(1 + sum of exp(others - itself))``."""
-    if low.dim() == 0:
+    if low.dim() == 0 or low.shape[dim] == 1:
         return torch.zeros_like(low), torch.zeros_like(high)
     low, high = low.movedim(dim, -1), high.movedim(dim, -1)
     itself = torch.eye(low.shape[-1], dtype=torch.bool, device=low.device)
 
     def least(own: Tensor, others: Tensor) -> Tensor:
-        apart = torch.where(itself, 0.0, others.unsqueeze(-2) - own.unsqueeze(-1))
-        return -apart.logsumexp(-1).movedim(-1, dim)
+        masked = own == -math.inf
+        apart = others.unsqueeze(-2) - torch.where(masked, 0.0, own).unsqueeze(-1)
+        found = -torch.where(itself, 0.0, apart).logsumexp(-1)
+        return torch.where(masked, -math.inf, found).movedim(-1, dim)
 
     return least(low, high), least(high, low)
 

@@ -53,14 +53,14 @@ increasing(
     aten.scatter.value, aten.scatter_add.default, aten.index_copy.default, aten.index_put.default,
     aten.index_fill.int_Scalar, aten.lift_fresh_copy.default, aten.positive.default,
     aten.relu.default, aten.tanh.default, aten.sigmoid.default, aten.exp.default, aten.exp2.default, aten.expm1.default,
-    aten.atan.default, aten.sinh.default, aten.asinh.default, aten.erf.default, aten.softplus.default,
+    aten.atan.default, aten.sinh.default, aten.asinh.default, aten.erf.default,
     aten.hardsigmoid.default, aten.softshrink.default, aten.hardshrink.default, aten.floor.default, aten.ceil.default,
     aten.round.default, aten.trunc.default, aten.sign.default, aten.log_sigmoid.default,
     aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default, aten.amin.default,
     aten.max.default, aten.min.default, aten.cumsum.default, aten.logsumexp.default, aten.logcumsumexp.default,
     aten.maximum.default, aten.minimum.default, aten.logaddexp.default, aten.clamp.default, aten.clamp_min.default,
-    aten.clamp_max.default, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor, aten.avg_pool2d.default,
-    aten.avg_pool3d.default, aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default,
+    aten.clamp_max.default, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor,
+    aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default,
     aten.hardtanh.default, aten.trace.default, aten._sparse_coo_tensor_with_dims_and_tensors.default,
     aten._to_dense.default, aten._coalesced.default, aten._values.default, aten.values.default,
 )  # fmt: skip
@@ -76,8 +76,26 @@ increasing(
     aten.elu.default,
     where=lambda x, alpha=1.0, scale=1.0, input_scale=1.0: min(alpha, scale, input_scale) >= 0,
 )
+increasing(
+    aten.avg_pool2d.default, aten.avg_pool3d.default,
+    where=lambda x, size, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None:
+        divisor_override is None or divisor_override > 0,
+)  # fmt: skip
 increasing(aten._to_copy.default, where=lambda x, dtype=None, **options: dtype is None or dtype.is_floating_point)
 increasing(aten.index_add.default, where=lambda x, dim, index, source, alpha=1: alpha >= 0)
+
+
+@rule(aten.softplus.default)
+def softplus(level: IntervalLevel, x: Any, beta: Any = 1, threshold: Any = 20) -> Any:
+    """It increases, but for a step where it becomes the identity."""
+    low, high = ends(x)
+    place = torch.full_like(low, threshold / beta)
+    step, inside = aten.softplus.default(place, beta, threshold), (low <= place) & (place <= high)
+    low, high = (aten.softplus.default(end, beta, threshold) for end in (low, high))
+    return level.between(
+        torch.where(inside, torch.minimum(low, torch.minimum(step, place)), low),
+        torch.where(inside, torch.maximum(high, torch.maximum(step, place)), high),
+    )
 
 
 def increasing_from(op: OpOverload, start: float) -> None:

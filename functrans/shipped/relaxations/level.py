@@ -17,6 +17,7 @@ Xu et al., Automatic Perturbation Analysis for Scalable Certified Robustness and
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ class Node:
         if not self.tight and n:
             each = torch.eye(n, dtype=self.low.dtype, device=self.low.device).reshape(n, *self.low.shape)
             found = lowest(self, torch.cat([each, -each])).to(self.low.dtype)
+            found = torch.where(found.isfinite(), found, math.nan)  # too large a number is no bound
             self.meet(found[:n].reshape(self.low.shape), -found[n:].reshape(self.low.shape))
             self.tight = True
         return self.low, self.high
@@ -100,8 +102,10 @@ class Node:
 
         Rounding may put them outside of what is known, or the wrong way round.
         """
-        low, high = (torch.fmin(torch.fmax(end, self.low), self.high) for end in (low, high))
-        self.low, self.high = torch.fmin(low, high), torch.fmax(low, high)
+        low, high = torch.fmax(low, self.low), torch.fmin(high, self.high)
+        low, high = torch.where(low > self.high, self.high, low), torch.where(high < self.low, self.low, high)
+        crossed = low > high
+        self.low, self.high = torch.where(crossed, high, low), torch.where(crossed, low, high)
 
 
 def lowest(node: Node, rows: Tensor) -> Tensor:
@@ -159,6 +163,8 @@ class OperatorCall:
     def __init__(self, level: RelaxationLevel, op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.level, self.op = level, op
         self.leaves, self.spec = tree_flatten((list(args), kwargs))
+        #: their values now: the way back comes later, when a constant may have been written
+        self.values = [level.value_of(a) for a in self.leaves]
         self.places = [i for i, a in enumerate(self.leaves) if is_interval(a)]
         #: their positions among the arguments
         self.positions = {i for i, a in enumerate(args) if any(map(is_interval, tree_flatten(a)[0]))}
@@ -188,7 +194,7 @@ class OperatorCall:
 
     def f(self, output: int, *values: Tensor) -> Any:
         """An output of the operator for these values of the intervals."""
-        given = [self.level.value_of(a) for a in self.leaves]
+        given = list(self.values)
         for i, value in zip(self.places, values, strict=True):
             given[i] = value
         args, kwargs = tree_unflatten(self.spec, given)

@@ -40,9 +40,15 @@ Lines = tuple[Line, Line]
 
 
 def against(rows: Tensor, x: Tensor) -> Tensor:
-    """``rows · x``, [n], of ``rows`` [n, *shape]."""
+    """``rows · x``, [n], of ``rows`` [n, *shape]: NaN where a row asks for an element that is infinite or NaN.
+
+    A row that has 0 there, as one of another element's bound has at what is masked by -inf, does not.
+    """
     n = math.prod(x.shape)
-    return rows.reshape(len(rows), n) @ x.reshape(n).to(rows.dtype)
+    rows, x = rows.reshape(len(rows), n), x.reshape(n).to(rows.dtype)
+    known = x.isfinite()
+    asked = (rows != 0).to(rows.dtype) @ (~known).to(rows.dtype)
+    return torch.where(asked > 0, math.nan, rows @ torch.where(known, x, 0.0))
 
 
 def through(x: Tensor, y: Tensor, slope: Tensor) -> Line:
@@ -170,11 +176,14 @@ def best(lines: list[Line], worth: Callable[[Line], Tensor]) -> Line:
     return found
 
 
-def finite(lines: Lines, box: tuple[Tensor, Tensor]) -> Lines:
-    """A line that is none, as that through an infinite end, becomes the end of the box."""
+def finite(lines: Callable[[Tensor, Tensor], Lines], low: Tensor, high: Tensor, box: tuple[Tensor, Tensor]) -> Lines:
+    """The ``lines`` on an interval. One that is none becomes the end of the box, and so do both over an infinite width,
+    where they are of another interval, so that their derivatives are numbers."""
+    narrow = (high - low).isfinite()
+    found = lines(torch.where(narrow, low, 0.0), torch.where(narrow, high, 0.0))
 
     def or_flat(line: Line, end: Tensor) -> Line:
-        known = line.slope.isfinite() & line.offset.isfinite()
+        known = line.slope.isfinite() & line.offset.isfinite() & narrow
         return Line(torch.where(known, line.slope, 0.0), torch.where(known, line.offset, end))
 
-    return or_flat(lines[0], box[0]), or_flat(lines[1], box[1])
+    return or_flat(found[0], box[0]), or_flat(found[1], box[1])

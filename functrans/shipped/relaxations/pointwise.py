@@ -40,7 +40,7 @@ def shaped(op: OpOverload, lines: Callable[..., Between], start: float = -math.i
             return None
         x, *rest = call.args
         low, high = (t if math.isinf(start) and math.isinf(end) else t.clamp(start, end) for t in ends(x))
-        return finite(lines(*rest, **call.kwargs)(low, high), out)
+        return finite(lines(*rest, **call.kwargs), low, high, out)
 
     RELAXATIONS.add(op, relaxation)
 
@@ -80,7 +80,18 @@ shaped(aten.rsqrt.default, always(convex(torch.rsqrt, lambda x: -(x.rsqrt() ** 3
 
 
 def around_softplus(beta: float = 1.0, threshold: float = 20.0) -> Between:
-    """It is the identity from ``threshold / beta`` on, and a little more before."""
+    """It is the identity from ``threshold / beta`` on, and a little more before.
+
+    With a negative ``beta`` it is that of the positive one, turned about 0.
+    """
+    if beta < 0:
+        positive = around_softplus(-beta, threshold)
+
+        def about_zero(low: Tensor, high: Tensor) -> Lines:
+            below, above = positive(-high, -low)
+            return Line(above.slope, -above.offset), Line(below.slope, -below.offset)
+
+        return about_zero
 
     def f(x: Tensor) -> Tensor:
         return torch.nn.functional.softplus(x, beta, threshold)
@@ -240,7 +251,10 @@ def smooth(*ops: OpOverload) -> None:
                 return jvp(f, (x,), (torch.ones_like(x),))[1]
 
             low, high = ends(call.args[0])
-            return finite(mean_value(f, low, high, image(slope, low, high), out), out)
+            def lines(low: Tensor, high: Tensor) -> Lines:
+                return mean_value(f, low, high, image(slope, low, high), out)
+
+            return finite(lines, low, high, out)
 
         RELAXATIONS.add(op, relaxation)
 

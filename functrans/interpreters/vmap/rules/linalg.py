@@ -157,5 +157,5 @@ def check_errors_rule(
     info: BatchInfo, in_dims: Sequence[Any], status: Tensor, api_name: str, *, is_matrix: bool
 ) -> tuple[None, None]:
     """Raises if any example failed, and names it as a batch element."""
-    aten._linalg_check_errors.default(to_front(status, in_dims[0]), api_name, is_matrix=False)
+    aten._linalg_check_errors.default(to_front(status, in_dims[0]).contiguous(), api_name, is_matrix=False)
     return None, None
