@@ -34,6 +34,7 @@ ROWS = torch.stack([X, X.flip(0) * 2, X - 1])
 def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How many definitions were written down, and how many could not be, while a test runs."""
     count: Counter[str] = Counter()
+    pieces.changes.append(aten.sin.default)  # what other tests have written is not used
     compiled = pieces.Pieces.compiled
 
     def noting(self: Any, result: Any) -> Any:
