@@ -298,7 +298,7 @@ def shown_or_moved(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, *
     except RuntimeError:
         start = viewed if viewed.view_link is None else viewed.view_link.owner
         gaps = start.strides is not None and start.strides != dense_strides(start.shape, start.strides)
-        if start.given or not (gaps or hides_layout(viewed)):
+        if not (hides_layout(viewed) or gaps and not start.given):
             raise
         view.moved = True
         return view
