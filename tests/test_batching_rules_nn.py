@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -393,3 +394,29 @@ def test_complex_convolutions(dims: int, transposed: bool) -> None:
             expected.append(torch.autograd.grad(total(by_real_ones)(*leaves), leaves))
         slopes = functrans.vmap(functrans.grad(total(direct), argnums=(0, 1, 2)), in_dims)(*args)
         torch.testing.assert_close(slopes, tuple(map(torch.stack, zip(*expected, strict=True))))
+
+
+NO_CHANNELS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "adaptive_max_pool1d": (lambda x: F.adaptive_max_pool1d(x, 2), (torch.zeros(3, 0, 4),)),
+    "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, 2), (torch.zeros(3, 0, 4, 4),)),
+    "adaptive_avg_pool3d": (lambda x: F.adaptive_avg_pool3d(x, 2), (torch.zeros(3, 0, 4, 4, 4),)),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 2), (torch.zeros(3, 0, 2, 4, 4),)),
+    "conv2d, weights": (lambda w: F.conv2d(torch.ones(1, 0, 5, 5), w), (torch.zeros(3, 2, 0, 3, 3),)),
+    "conv2d, both": (F.conv2d, (torch.zeros(3, 1, 0, 5, 5), torch.zeros(3, 2, 0, 3, 3))),
+    "conv2d, no images": (F.conv2d, (torch.zeros(3, 0, 2, 5, 5), torch.zeros(3, 2, 2, 3, 3))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:vmap has no batching rule")
+@pytest.mark.parametrize("name", NO_CHANNELS)
+def test_examples_without_channels(name: str) -> None:
+    """PyTorch takes some images without channels alone, and not in a batch."""
+    f, batch = NO_CHANNELS[name]
+    places = tuple(range(len(batch)))
+    slopes = functrans.grad(lambda *args: f(*args).square().sum(), argnums=places)
+    examples = [tuple(x[i] for x in batch) for i in range(3)]
+    for g in (lambda *args: (f(*args),), slopes, lambda *args: functrans.jvp(f, args, args)):
+        wanted = [torch.stack(column) for column in zip(*(g(*example) for example in examples), strict=True)]
+        found = functrans.vmap(g)(*batch)
+        assert [x.shape for x in found] == [x.shape for x in wanted]
+        torch.testing.assert_close(list(found), wanted)

@@ -342,3 +342,63 @@ def test_what_was_detached_has_the_derivative_of_what_is_written_to_it(cut: str,
         along = vmap(lambda x: jvp(f, (x,), (weights,))[1], in_dims=place)(batch)
         close(along, wanted @ weights)
     close(torch.stack([grad(f)(row) for row in rows]), wanted)
+
+
+# Shapes that change in place under no_grad, and views that are made there.
+
+RESHAPED: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Any]]] = {
+    "unsqueeze_": ((4,), lambda z: z.unsqueeze_(0)), "squeeze_": ((4, 1), lambda z: z.squeeze_()),
+    "t_": ((2, 2), lambda z: z.t_()), "transpose_": ((2, 2), lambda z: z.transpose_(0, 1)),
+    "swapaxes_": ((2, 2), lambda z: z.swapaxes_(0, 1)), "as_strided_": ((4,), lambda z: z.as_strided_((2, 2), (2, 1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_shapes_changed_under_no_grad_keep_the_derivative(name: str) -> None:
+    """Eager PyTorch keeps it in the old shape, in which a matrix that was transposed has that of another element."""
+    shape, change = RESHAPED[name]
+    weights = torch.tensor([0.5, 1.0, -1.0, 2.0], dtype=DOUBLE)
+
+    def f(x: Tensor, mode: Any = torch.no_grad) -> Tensor:
+        z = x.view(shape) * 1
+        with mode():
+            change(z)
+        return (z.sin() * z).reshape(-1) @ weights
+
+    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.3, -1.0, 0.7, 0.2]], dtype=DOUBLE)
+    wanted = vmap(grad(lambda x: f(x, torch.enable_grad)))(rows)
+    close(torch.stack([grad(f)(row) for row in rows]), wanted)
+    close(vmap(grad(f))(rows), wanted)
+    if name != "as_strided_":  # which looks at places that are not the example's own
+        close(vmap(grad(f), in_dims=1)(rows.t().contiguous()), wanted)
+    close(vmap(lambda x: jvp(f, (x,), (weights,))[1])(rows), wanted @ weights)
+
+
+@pytest.mark.parametrize("through", [True, False])
+def test_views_made_under_no_grad_are_not_written_where_derivatives_are_recorded(through: bool) -> None:
+    def f(x: Tensor) -> Tensor:
+        z = x * 1
+        with torch.no_grad():
+            v = z.view(*z.shape, 1)
+        if through:
+            v[0] = v[0] * 3
+        else:
+            z[0] = z[1] * 2
+        return (z * v.view(z.shape)).sum()
+
+    def silent(x: Tensor) -> Tensor:
+        z = x * 1
+        with torch.no_grad():
+            v = z.view(3, 1)
+            v[0] = v[0] * 3
+        return (z**2).sum()
+
+    plain = leaf()
+    with pytest.raises(RuntimeError, match="no_grad mode"):
+        f(plain)
+    for run in (grad(f), vmap(grad(lambda x: f(x))), lambda x: grad(lambda x: grad(f)(x).sum())(x)):
+        with pytest.raises(InsideTransformError, match="made under no_grad"):
+            run(ROWS[:3])
+    close(vmap(f)(ROWS), torch.stack([f(row.detach()) for row in ROWS]))
+    (wanted,) = torch.autograd.grad(silent(plain), plain)
+    close(grad(silent)(plain.detach()), wanted)

@@ -262,6 +262,24 @@ def test_same_randomness_with_chunks() -> None:
     assert len(set(out.tolist())) == 5
 
 
+OWN_DRAWS: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
+    "rand": lambda g: torch.rand(2, generator=g), "uniform_": lambda g: torch.empty(2).uniform_(generator=g),
+    "randperm": lambda g: torch.randperm(40, generator=g),
+    "bernoulli": lambda g: torch.bernoulli(torch.full((64,), 0.5), generator=g),
+    "beside PyTorch's": lambda g: torch.rand(2) + torch.rand(2, generator=g),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_DRAWS)
+def test_same_randomness_with_chunks_by_a_generator_of_ones_own(name: str) -> None:
+    draw, generator, x = OWN_DRAWS[name], torch.Generator().manual_seed(5), torch.zeros(5, 2)
+    chunked = vmap(lambda x: x.sum() + draw(generator), randomness="same", chunk_size=2)
+    nested = vmap(vmap(lambda x: x + draw(generator), randomness="same"), randomness="same", chunk_size=1)
+    for run in (chunked, lambda x: nested(x).flatten(0, 1)):
+        first, second = run(x), run(x)
+        assert (first == first[0]).all() and (second == second[0]).all() and not torch.equal(first, second)
+
+
 def test_randomness_under_grad_and_jvp_needs_no_flag() -> None:
     torch.manual_seed(0)
     noise = torch.randn(3, dtype=torch.float64)

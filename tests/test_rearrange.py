@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import functrans
-from functrans import chunk_vmap, debug_unwrap, grad, jvp, rearrange, vmap
+from functrans import chunk_vmap, debug_unwrap, extend, grad, jvp, rearrange, vmap
 from functrans.errors import FunctransError
 
 #: pattern, shape, sizes that are given, how an element's place on the right follows from that on the left
@@ -75,7 +75,7 @@ def test_chunks(size: int, chunks: int) -> None:
     x, sizes = torch.randn(2, size, dtype=torch.float64), []
 
     def f(row: Tensor, y: Tensor) -> Any:
-        sizes.append(functrans.extend.interpreter_stack()[0].batch_size)
+        sizes.append(extend.interpreter_stack()[0].batch_size)
         return (row * y).sum(), {"row": row}
 
     total, rest = chunk_vmap(f, in_dims=(1, None), out_dims=(0, {"row": 1}), chunks=chunks)(x, x[:, 0])

@@ -157,6 +157,7 @@ NEVER: dict[str, Callable[[Tensor], Any]] = {
     "one_hot of floats": lambda x: F.one_hot(x, 4),
     "histogram, two dtypes": lambda x: torch.histogram(x, t(0, 1).float()),
     "histogram, no bin": lambda x: torch.histogram(x, 0),
+    "searchsorted, no sequence": lambda x: torch.searchsorted(x[0], x[1]),
     "dropout of a part": lambda x: torch.dropout(x, 2.0, False),
 }
 

@@ -255,6 +255,20 @@ def turned_before(x: Tensor) -> Tensor:
     return z.reshape(-1) + z.shape[0]
 
 
+def written_twice(x: Tensor) -> Tensor:
+    y = x * 1
+    y.masked_fill_(x > 0, 1.0)
+    y.contiguous().mul_(2)
+    return y
+
+
+def written_twice_flat(x: Tensor) -> Tensor:
+    y = x * 1
+    y[0] = x[1]
+    y.ravel()[2:].mul_(2)
+    return y
+
+
 def cured(x: Tensor) -> Tensor:
     y = (x * 2).clone(memory_format=torch.contiguous_format)
     y.reshape(-1).mul_(0)
@@ -263,7 +277,8 @@ def cured(x: Tensor) -> Tensor:
 
 RESHAPED = (
     written_reshape, written_before, written_contiguous, written_part, written_transposed, written_argument,
-    written_alone, read_before, turned_contiguous, turned_before, cured,
+    written_alone, read_before, turned_contiguous, turned_before,
+    written_twice, written_twice_flat, cured,
 )  # fmt: skip
 ANSWERED = (written_alone, read_before, cured)
 
@@ -475,3 +490,23 @@ def test_views_stay_what_they_were_made(name: str) -> None:
     torch.testing.assert_close(vmap(f)(x), expected)
     torch.testing.assert_close(jvp(f, (x[0],), (x[1],))[0], expected[0])
     assert grad(lambda x: f(x).sum())(x[0]).shape == x[0].shape
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_what_may_be_returned_as_it_is_under_no_grad(written: bool) -> None:
+    """It has a derivative if it is, and none if it was copied."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x * 1
+        if written:
+            y.masked_fill_(x > 0, 1.0)
+        with torch.no_grad():
+            z = y.contiguous()
+        return (y * z).sum()
+
+    x = some(3, 4, 5)
+    plain = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(sum(f(row) for row in plain.unbind()), plain)  # type: ignore[arg-type]
+    torch.testing.assert_close(vmap(grad(f))(x), wanted)
+    with pytest.raises(InsideTransformError, match="aten.contiguous.default under no_grad"):
+        vmap(grad(f), in_dims=1)(x.movedim(0, 1).contiguous())

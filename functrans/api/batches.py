@@ -36,6 +36,7 @@ class Asked(NamedTuple):
     randomness: str
     interpreter: type[VmapInterpreter] = VmapInterpreter
     axis_name: Hashable | None = None
+    generators: dict[torch.Generator, Tensor] | None = None
 
 
 class Batch(NamedTuple):
@@ -58,9 +59,10 @@ class Batch(NamedTuple):
 
 def run_batched(asked: Asked, batch: Batch) -> Any:
     """Run the whole batch."""
-    call, func, out_dims, randomness, cls, axis_name = asked
+    call, func, out_dims, randomness, cls, axis_name, generators = asked
     leaves, dims, spec, size, kwargs = batch
     interpreter = cls(size, randomness, func)
+    interpreter.generators = generators
     if axis_name is not None:
         interpreter.axis_name = axis_name
     given = leaves
@@ -182,21 +184,26 @@ def run_chunks(asked: Asked, batch: Batch, chunk_size: int) -> Any:
 def for_chunks(take: Callable[[Any], Any], asked: Asked, batch: Batch, chunk_size: int) -> None:
     """Run the batch in chunks, and hand the result of each over to ``take``.
 
-    With randomness "same" every chunk starts from the same generator state.
+    With randomness "same" every chunk starts from the same states of all generators, those among them that the function
+    itself passes.
     """
     leaves, dims, _, size, _ = batch
     if chunk_size >= size:
         take(run_batched(asked, batch))
         return
-    state = torch.get_rng_state() if asked.randomness == "same" else None
+    states: dict[torch.Generator, Tensor] = {}
+    if asked.randomness == "same":
+        gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+        states.update((generator, generator.get_state()) for generator in (torch.default_generator, *gpus))
+        asked = asked._replace(generators=states)
     for x, d in zip(leaves, dims, strict=True):
         if d is not None and isinstance(x, Tensor):
             strides_of(x)  # refuses layouts that cannot be batched, before they are cut
     for start in range(0, size, chunk_size):
         length = min(chunk_size, size - start)
         chunk = [x if d is None else part(x, d, start, length) for x, d in zip(leaves, dims, strict=True)]
-        if state is not None:
-            torch.set_rng_state(state)
+        for generator, state in states.items():
+            generator.set_state(state)
         take(run_batched(asked, Batch(chunk, dims, batch.spec, length, batch.kwargs)))
 
 

@@ -133,6 +133,13 @@ class ViewLink:
             step = step.parent
         return step
 
+    def chain(self) -> list[ViewLink]:
+        """The steps from the base to this one."""
+        steps = [self]
+        while steps[-1].parent is not None:
+            steps.append(steps[-1].parent)
+        return steps[::-1]
+
     def base_content(self) -> WrapperTensor:
         return self.owner if self.group.content is None else self.group.content
 
@@ -171,11 +178,26 @@ class ViewLink:
                     view.interpreter.name,
                     "that operator on a .clone(memory_format=torch.contiguous_format)",
                 )
+            check_recorded(view, self.base_content())
             with thread_state.door_closed():
                 new = self.replay()
                 set_content(view, new if view.leaf is None else view.leaf(new))
             view.synced_version = self.group.version
             self.group.note(view)
+
+
+def check_recorded(view: WrapperTensor, content: Tensor | None, new: Tensor | None = None) -> None:
+    """Refuse what PyTorch refuses as ambiguous: that a view made under no_grad is written, or used after a write, where
+    derivatives are recorded: it cannot have that of its base, and its base would lose its own."""
+    silent, link = False, view.view_link if torch.is_grad_enabled() else None
+    while link is not None:
+        if link.op is DETACH:
+            content = link.history
+            break
+        silent, link = silent or not link.grad_mode, link.parent
+    if silent and any(x is not None and x.requires_grad for x in (content, new)):
+        what = "writing a view that was made under no_grad, or using it after a write to what it views,"
+        raise InsideTransformError(what, view.interpreter.name, "a view that is made where it is written or used")
 
 
 def contents_of(wrapper: WrapperTensor) -> WrapperTensor:
@@ -216,6 +238,10 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             in_a_loop = {what_returns(viewed, op, args, kwargs, strides) for strides in possible_strides(viewed)}
             doubtful = len({one is COPIED for one in (*in_a_loop, returned)}) > 1
             if doubtful and ITSELF in in_a_loop:
+                if not torch.is_grad_enabled() and viewed.requires_grad:
+                    what = "of what it may return, with its derivative, or copy (as strides say that the batch hides)"
+                    cure = "a .clone(memory_format=torch.contiguous_format)"
+                    raise InsideTransformError(f"{op} under no_grad {what}", viewed.interpreter.name, cure)
                 viewed.maybe_same = out.maybe_same = True
             returned = returned if in_a_loop == {returned} else VIEWED
         if returned is ITSELF:
@@ -296,9 +322,7 @@ def shown_or_moved(view: WrapperTensor, viewed: WrapperTensor, op: OpOverload, *
     try:
         return as_shown(view, viewed, op, *args)
     except RuntimeError:
-        start = viewed if viewed.view_link is None else viewed.view_link.owner
-        gaps = start.strides is not None and start.strides != dense_strides(start.shape, start.strides)
-        if start.given or not (gaps or hides_layout(viewed)):
+        if not hides_layout(viewed):
             raise
         view.moved = True
         return view
@@ -310,6 +334,8 @@ def hides_layout(x: WrapperTensor) -> bool:
     start = x if x.view_link is None else x.view_link.owner
     if start.given and type(start.value) is not WrapperTensor:
         return False  # the caller's own memory
+    if start.moved and start.strides is not None and not start.given:
+        return start.strides != dense_strides(start.shape, start.strides)  # which it shows of its first contents
     layer: Any = x
     while type(layer) is WrapperTensor:
         if layer.interpreter.hides_layout(layer):

@@ -39,14 +39,20 @@ from functrans.functionalization.layouts import as_shown, laid_out_like, note_mo
 from functrans.functionalization.made_pure import made_pure
 from functrans.functionalization.memory import storage_offset_of
 from functrans.functionalization.out_of_place import Functional, pure_form
-from functrans.functionalization.views import AliasGroup, ViewLink, link_view, part, run_view
+from functrans.functionalization.views import AliasGroup, check_recorded, link_view, part, run_view
 from functrans.functionalization.without_data import run_without_data
 from functrans.functionalization.write_back import write_back
 from functrans.operators.info import STAND_INS, VIEW, WRITE, OpInfo, kind_here
 from functrans.operators.schemas import arguments_by_position, taken_apart
 from functrans.operators.scopes import SCOPES
 from functrans.pytorch.thread_state import STATE, door_closed, running_at
-from functrans.pytorch.torch_private import VIEWS_AND_VERSIONS, OpOverload, is_key_excluded, set_key_excluded
+from functrans.pytorch.torch_private import (
+    VIEWS_AND_VERSIONS,
+    OpOverload,
+    is_key_excluded,
+    set_grad_enabled,
+    set_key_excluded,
+)
 from functrans.tensors.pytrees import tensors_in
 
 aten = torch.ops.aten
@@ -219,18 +225,14 @@ def unwrap_constants(new: Tensor, level: Interpreter | None, op: OpOverload, tar
 
 def write_through(view: WrapperTensor, new: Tensor, filled: bool) -> None:
     """Write ``new`` to a view: carried back through its chain to the base."""
-    link = view.view_link
-    steps: list[ViewLink] = []
-    while link is not None:
-        steps.append(link)
-        link = link.parent
-    steps.reverse()
+    steps = view.view_link.chain()
     group = steps[0].group
     if write_in_place(view, steps, new):
         group.version += 1
         view.synced_version = group.version
         return
     content = steps[0].base_content()
+    check_recorded(view, content, new)
     changed = write_back(steps, content, new, filled)
     replace(content, changed)
     group.version += 1
@@ -253,13 +255,17 @@ def write_metadata(known: OpInfo, op: OpOverload, target: Any, args: tuple[Any, 
         target.leaf = None
         target.view_link = target.view_link or FRESH  # the last that torch.tensor calls
         return target
-    before = hold(target)
-    new = dispatch(op, (before, *args[1:]), kwargs)
-    if target.moved:
-        new = as_shown(new, before, op, (before, *args[1:]), kwargs, None)
-    set_metadata(target, new)
-    set_content(target, new)
-    link_view(target, before, op, args, kwargs, None)
+    before, enabled = hold(target), torch.is_grad_enabled()
+    try:
+        set_grad_enabled(True)  # no_grad leaves the derivative of what is written as it was, in the new shape
+        new = dispatch(op, (before, *args[1:]), kwargs)
+        if target.moved:
+            new = as_shown(new, before, op, (before, *args[1:]), kwargs, None)
+        set_metadata(target, new)
+        set_content(target, new)
+        link_view(target, before, op, args, kwargs, None)
+    finally:
+        set_grad_enabled(enabled)
     if target.view_link.base is before:
         target.view_link.base = None
     return target

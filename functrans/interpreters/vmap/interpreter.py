@@ -67,6 +67,9 @@ class VmapInterpreter(Interpreter, whole=True):
     #: the name by which collective operations find it; see shipped/collectives.py
     axis_name: Hashable | None = None
 
+    #: of a chunk that shares its draws with others: the states from which generators started that the function passes
+    generators: dict[torch.Generator, Tensor] | None = None
+
     def __init_subclass__(cls, *, whole: bool = False) -> None:
         super().__init_subclass__(whole=whole)
         looked_at(cls, fitting_batches)
@@ -275,6 +278,10 @@ class VmapInterpreter(Interpreter, whole=True):
         """Run a random operator by the vmap's randomness; NotImplemented if it has to be run as another operator, or
         one by one."""
         drawing = not draws_nothing(op, values)
+        if drawing and self.generators is not None:
+            for a in (*values, *kwargs.values()):
+                if isinstance(a, torch.Generator) and a not in self.generators:
+                    self.generators[a] = a.get_state()
         rule = rule_here(op, known).rule
         randomness = self.randomness
         if not (batched or by_keyword) and (not drawing or (rule is not None and randomness == "same")):

@@ -102,8 +102,8 @@ def searchsorted(
         return found.view(values.shape), 0
     sequence, sorter = with_sorter(sequence, sequence_dim, sorter, info.batch_size)
     values = materialize(values, values_dim, info.batch_size).contiguous()  # else PyTorch warns of the copy
-    if sequence.dim() != values.dim():
-        raise RuleDeclined("searchsorted: the leading dimensions of sequence and values differ")
+    if sequence.dim() != values.dim() or sequence.dim() == 1:
+        raise RuleDeclined("searchsorted: the leading dimensions of sequence and values differ, or there is none")
     return aten.searchsorted.Tensor(sequence, values, sorter=sorter, **kw), 0
 
 

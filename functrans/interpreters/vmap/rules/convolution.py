@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from functrans.functionalization.without_data import run_on_zeros
+from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.rules.folding import (
     fold_c,
     fold_channel_vector,
@@ -72,6 +73,8 @@ def convolution_rule(
         x, x_dim = materialize(x, x_dim, size), 0
         weight, weight_dim = placeholder(weight, logical_shape(weight, weight_dim)), None
         bias, bias_dim = None, None
+    elif weight_dim is not None and not weight.numel():
+        raise RuleDeclined("what has no channels cannot be folded")
     options = (stride, padding, dilation, transposed, output_padding)
 
     if weight_dim is None:
@@ -157,6 +160,8 @@ def convolution_backward_rule(
     Where all three are, one call of the kernel gives both gradients.
     """
     size = info.batch_size
+    if size and in_dims[2] is not None and not weight.numel():
+        raise RuleDeclined("what has no channels cannot be folded")
     options = (stride, padding, dilation, transposed, output_padding)
     grad_dim, x_dim, weight_dim = in_dims[:3]
     grads: list[Any] = [None, None, None]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from functrans.interpreters.vmap.families import argument_place, family, tensor_positions
+from functrans.interpreters.vmap.families import argument_place, family, same_dims, tensor_positions
 from functrans.interpreters.vmap.table import BatchInfo, logical_rank, materialize
 from functrans.pytorch.torch_private import OpOverload
 
@@ -89,6 +89,11 @@ def fold_into_n(op: OpOverload, rank: int, shape_only: str | None = None) -> Cal
         size = info.batch_size
         arguments = list(args)
         has_n = logical_rank(args[positions[0]], in_dims[positions[0]]) >= rank
+        if size and not has_n and not args[positions[0]].numel():
+            # PyTorch takes an image of no channels, but no batch of such; they are all the same
+            first = [x.select(d, 0) if isinstance(d, int) else x for x, d in zip(args, in_dims, strict=True)]
+            output = op(*first, **kwargs)
+            return output, same_dims(output, None)
         side = side_of_n(*((args[k], in_dims[k]) for k in positions)) if has_n else 0
         for k in positions:
             x = args[k]
