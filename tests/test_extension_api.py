@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import functrans
-from functrans import bounds, grad, hessian, jacfwd, jvp, vmap
+from functrans import bounds, grad, hessian, jacfwd, jacrev, jvp, vmap
 from functrans.errors import (
     CallError,
     CallTypeError,
@@ -625,6 +625,22 @@ def test_jvp_of_what_is_no_tensor_beside_tensors() -> None:
             jvp(lambda x, out=out: out, (x,), (x,))
     with pytest.raises(CallError, match=r"output\['y'\], which does not depend on the primals"):
         jvp(lambda x: {"y": x.detach(), "name": "a"}, (x,), (x,), strict=True)
+
+
+class Plain(TableInterpreter):
+    kind, payload, rules = "plain", ("label",), RuleTable("plain rules", default="pass")
+
+
+def test_a_table_inside_of_a_derivative_carries_what_has_none() -> None:
+    def f(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            fixed = x.sin() * 2
+        return x * fixed
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    for derivative in (jacrev, lambda f: hessian(lambda x: f(x).sum()), lambda f: lambda x: jvp(f, (x,), (x,))):
+        for inside in (transform(Plain, f), transform(Silent, f)):
+            torch.testing.assert_close(vmap(derivative(inside))(x), vmap(derivative(f))(x))
 
 
 class Silent(Handler):

@@ -63,6 +63,10 @@ for _op in (
     convolution(_op)
 
 
+#: Those whose own definition asks for a bit that a wrapper does not show inside of PyTorch.
+OF_BITS = frozenset((aten.resolve_conj.default, aten.resolve_neg.default, aten.real.default, aten.imag.default))
+
+
 @sent_down(aten.resolve_conj.default)
 def resolve_conj(send: Send, z: Tensor) -> Tensor:
     """Inside of PyTorch a wrapper does not show that its value is a lazy conjugate, and its definition would be z."""
