@@ -52,6 +52,7 @@ from functrans.interpreters.vmap.table import BATCHING_RULES, batching_rule
 from functrans.operators.info import STAND_INS
 from functrans.programs.fusible import watch
 from functrans.shipped import jet_rules, laplacian_rules  # noqa: F401
+from functrans.shipped.bilaplacian import bilaplacian
 from functrans.shipped.bounds import bounds
 from functrans.shipped.clipping import clipped_grad, per_example_norms
 from functrans.shipped.collectives import all_gather, axis_index, pmax, pmean, pmin, psum
@@ -76,6 +77,7 @@ __all__ = [
     "all_gather",
     "axis_index",
     "batching_rule",
+    "bilaplacian",
     "bounds",
     "chunk_vmap",
     "clipped_grad",

@@ -23,7 +23,7 @@ CALLS: dict[Callable[..., Any], tuple[Callable[..., Any], Callable[..., Any] | N
     ft.jet: (lambda T, f: T(f, (x,), ([x],)), None),
     **dict.fromkeys(
         (ft.grad, ft.grad_and_value, ft.value_and_grad, ft.jacrev, ft.jacrev_and_value, ft.jacfwd, ft.jacfwd_and_value,
-         ft.hessian, ft.laplacian, ft.functionalize, ft.count, ft.reap),
+         ft.hessian, ft.laplacian, ft.bilaplacian, ft.functionalize, ft.count, ft.reap),
         (lambda T, f: T(f), lambda made: made(x)),
     ),
     **dict.fromkeys((ft.vmap, ft.per_example_norms), (lambda T, f: T(f, in_dims=0), lambda made: made(rows))),

@@ -23,6 +23,7 @@ import functrans
 from functrans import (
     all_gather,
     axis_index,
+    bilaplacian,
     bounds,
     clipped_grad,
     condition,
@@ -148,6 +149,10 @@ class Pair(NamedTuple):
 INSIDE: dict[str, list[Program]] = {
     "jet": [lambda x: jet(torch.sin, (x,), ([torch.ones_like(x), None],))],
     "laplacian": [vmap(laplacian(lambda x: (x**3).sum(), with_value=True))],
+    "bilaplacian": [
+        vmap(bilaplacian(lambda x: (x**5).sum())),
+        lambda x: bilaplacian(lambda x: (x**5).sum(), directions=x)(x[0]),
+    ],
     "clipped_grad": [
         lambda x: clipped_grad(lambda w, x: (w * x).sin().sum(), 1.0)(x[0], x),
         lambda x: clipped_grad(lambda w, x: (w * x).sin().sum(), x.std())(x[0], x),

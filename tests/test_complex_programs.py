@@ -12,7 +12,7 @@ from slow_ways import some
 from torch import Tensor
 from torch.nn import functional
 
-from functrans import count, grad, hessian, jacfwd, jacrev, jvp, vmap
+from functrans import count, functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap
 from functrans.extend import Carried, PassThrough, RuleTable, TableInterpreter, transform
 
 F64, C128 = torch.float64, torch.complex128
@@ -278,6 +278,8 @@ def test_lazy_conjugates_in_levels_that_take_operators_apart(name: str, given: s
     torch.testing.assert_close(expected, f(z))
     torch.testing.assert_close(transform(Pieces, f)(z), expected)
     torch.testing.assert_close(count(f)(z)[0], expected)
+    for remove in ("mutations", "mutations_and_views"):
+        torch.testing.assert_close(functionalize(f, remove=remove)(z), expected)
     for value, tangent in ((z, v), (z, v.resolve_conj()), (z.resolve_conj(), v)):
         pushed = transform(Pushed, f)(Carried(value, slope=tangent))
         torch.testing.assert_close((pushed.value, pushed.slope), (expected, slope))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from functrans import bounds, grad, hessian, jacfwd, jvp, vmap
+import functrans
+from functrans import bounds, grad, hessian, jacfwd, jacrev, jvp, vmap
 from functrans.errors import (
     CallError,
     CallTypeError,
@@ -624,3 +625,60 @@ def test_jvp_of_what_is_no_tensor_beside_tensors() -> None:
             jvp(lambda x, out=out: out, (x,), (x,))
     with pytest.raises(CallError, match=r"output\['y'\], which does not depend on the primals"):
         jvp(lambda x: {"y": x.detach(), "name": "a"}, (x,), (x,), strict=True)
+
+
+class Plain(TableInterpreter):
+    kind, payload, rules = "plain", ("label",), RuleTable("plain rules", default="pass")
+
+
+def test_a_table_inside_of_a_derivative_carries_what_has_none() -> None:
+    def f(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            fixed = x.sin() * 2
+        return x * fixed
+
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    for derivative in (jacrev, lambda f: hessian(lambda x: f(x).sum()), lambda f: lambda x: jvp(f, (x,), (x,))):
+        for inside in (transform(Plain, f), transform(Silent, f)):
+            torch.testing.assert_close(vmap(derivative(inside))(x), vmap(derivative(f))(x))
+
+
+class Silent(Handler):
+    kind = "silent"
+
+
+def in_parts(x: Tensor) -> Tensor:
+    y = torch.zeros(5, dtype=x.dtype)
+    y[:3] = x
+    z = y.view(5, 1)
+    z[4].add_(x[1])
+    y[3:].mul_(2)
+    return y.exp().sum()
+
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "parts": in_parts,
+    "new": lambda x: x.new_zeros(4)[1:].copy_(x).sin().sum(),
+    "stacked": lambda x: torch.stack([torch.ones(3, dtype=x.dtype)])[0].mul_(x).prod(),
+    "computed": lambda x: (torch.arange(3) * 2.0).double().view(1, 3)[0].add_(x).cos().sum(),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_code_in_a_handler_writes_to_what_it_makes(name: str) -> None:
+    """What has nothing to do with the level around is of that level all the same, so that what it holds may be."""
+    f, x = WRITTEN[name], torch.linspace(-1, 1, 3, dtype=torch.float64)
+    rows = torch.stack([x, x * 2])
+    transforms: list[Callable[[Any], Any]] = [
+        lambda f: grad(f)(x), lambda f: vmap(f)(rows), lambda f: vmap(grad(f))(rows), lambda f: hessian(f)(x),
+        lambda f: jvp(f, (x,), (rows[1],)), lambda f: functrans.jet(f, (x,), ([x, None],)),
+        lambda f: functrans.laplacian(f)(x),
+    ]  # fmt: skip
+    for transformed in transforms:
+        expected = transformed(f)
+        for inside in (
+            transform(Silent, f), transform(Silent, transform(Silent, f)), lambda x: functrans.reap(f)(x)[0],
+            functrans.plant(f, {}), functrans.seed(f, 0), functrans.condition(f, {}),
+        ):  # fmt: skip
+            torch.testing.assert_close(transformed(inside), expected)
+    assert functrans.log_density(lambda x: functrans.observe(torch.distributions.Normal(f(x), 1.0), f(x)))({}, x) < 0

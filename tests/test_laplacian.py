@@ -71,6 +71,28 @@ def test_the_bilaplacian() -> None:
     close(laplacian(laplacian(lambda x: x.square().sum() ** 2))(some(5)), torch.tensor(28.0 * 10, dtype=torch.float64))
 
 
+OF_A_NUMBER: dict[str, Callable[[Tensor], Tensor]] = {
+    "unfold": lambda s: s.unfold(0, 1, 1),
+    "sum": lambda s: s.sum(0, keepdim=True),
+    "cumsum": lambda s: s.cumsum(-1),
+    "flip": lambda s: s.flip(()),
+    "roll": lambda s: s.roll(1),
+    "sort": lambda s: s.sort(0)[0],
+    "index_select": lambda s: s.index_select(0, torch.tensor([0])),
+    "gather": lambda s: s.gather(0, torch.tensor(0)),
+    "scatter": lambda s: s.scatter_add(0, torch.tensor(0), s),
+    "softmax": lambda s: s.softmax(0) * s,
+    "transposed": lambda s: s.t() * s.squeeze(0),
+    "repeated": lambda s: s.repeat(2) * s.expand(2),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_NUMBER)
+def test_dimensions_of_a_number(name: str) -> None:
+    f, x = (lambda x: OF_A_NUMBER[name](x[0].exp() * x[1])), some(3)
+    close(laplacian(f)(x), by_hessian(f)(x))
+
+
 def test_closed_forms() -> None:
     x = some(3)
     r = x.norm()

@@ -268,7 +268,7 @@ def test_bad_input() -> None:
         log_density(model)({"x": 1.0})
     with pytest.raises(CallTypeError, match="the str 'no' as number; expected an int"):
         seed(model, "no")  # type: ignore[arg-type]
-    with pytest.raises(CallValueError, match=r"condition\(model, values\): got a value for 'z', .*: \[\]\."):
+    with pytest.raises(CallValueError, match=r"condition\(model, values\): got a value for 'z', .*: \['x'\]\."):
         condition(model, {"z": one})()
     with pytest.raises(CallValueError, match="got no value for 'x'; expected one for every name"):
         log_density(model)({})

@@ -65,6 +65,8 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "cond": lambda x: torch.cond(x > 0, torch.sin, torch.cos, (x,)),
     "while_loop": lambda x: while_loop(lambda y: y.abs() < 5, lambda y: (y * 2,), (x,))[0],
     "map_impl": lambda x: torch_map(torch.sin, x.reshape(1)).sum(),
+    "scan": lambda x: scan(lambda c, y: (c * y, c.sin()), x, torch.ones(2, dtype=x.dtype))[0],
+    "associative_scan": lambda x: associative_scan(torch.mul, x.reshape(1), 0, combine_mode="generic").sum(),
 }
 
 

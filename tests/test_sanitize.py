@@ -323,3 +323,13 @@ def test_bad_input() -> None:
         sanitize(torch.ones(2))  # type: ignore[arg-type]
     with pytest.raises(CallTypeError, match=r"sanitize\(sin, nan='no', inf=True\): got the str 'no' as nan"):
         sanitize(torch.sin, nan="no")  # type: ignore[arg-type]
+
+
+def test_a_sparse_tensor_that_autograd_follows() -> None:
+    gradients = []
+    for around in (lambda f: f, sanitize):
+        weight = torch.eye(3, dtype=torch.float64).to_sparse().requires_grad_()
+        around(lambda x, w=weight: torch.sparse.mm(w, x).sum())(torch.ones(3, 2, dtype=torch.float64)).backward()
+        gradients.append(weight.grad.to_dense())
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].any()

@@ -123,9 +123,9 @@ def associative_scan(combine_fn: Callable[..., Any], xs: Sequence[Tensor], addit
     return like_results(combined, kept_by(combine_fn, "spec"))
 
 
-def generic_associative_scan(combine_fn: Callable[..., Any], xs: Sequence[Tensor]) -> list[Tensor]:
-    """Of a function of one pair."""
-    return by_pairs(lambda *pairs: mapped(combine_fn, pairs), xs)
+def for_each_pair(combine_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one pair as one that takes many."""
+    return lambda *pairs: mapped(combine_fn, pairs)
 
 
 def by_pairs(combine: Callable[..., Any], xs: Sequence[Tensor]) -> list[Tensor]:

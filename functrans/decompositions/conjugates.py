@@ -15,6 +15,8 @@ from functrans.operators.schemas import taken_apart
 
 aten = torch.ops.aten
 
+OF_BITS = frozenset((aten.resolve_conj.default, aten.resolve_neg.default, aten.real.default, aten.imag.default))
+
 
 @DECOMPOSITIONS.register(aten.resolve_conj.default)
 def resolve_conj(z: Tensor) -> Tensor:

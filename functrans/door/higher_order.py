@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from functrans.control_flow.definitions import generic_associative_scan
+from functrans.control_flow.definitions import for_each_pair
 from functrans.pytorch.control_flow import FLEX_ATTENTION, associative_module, kept_by, replace_in_flex_attention
 from functrans.pytorch.imports import when_imported
 from functrans.pytorch.thread_state import STATE
@@ -44,13 +44,14 @@ _original_scan = associative_module.generic_associative_scan
 
 @functools.wraps(_original_scan)
 def scan_pairs(operator: Callable[..., Any], leaves: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-    """associative_scan has torch.func's vmap run a function of one pair, and does not come to its operator."""
+    """associative_scan has torch.func's vmap run a function of one pair, and does not come to its operator, by which
+    rules for it are found."""
     if not is_dynamo_compiling() and STATE.top is not None:
         vmapped = kept_by(operator, "combine_fn")
         combine_fn = None if vmapped is None else kept_by(vmapped, "func")
         if combine_fn is not None:
-            operator = functools.partial(operator, combine_fn=combine_fn)
-            return generic_associative_scan(operator, leaves)
+            of_many = for_each_pair(functools.partial(operator, combine_fn=combine_fn))
+            return torch.ops.higher_order.associative_scan(of_many, list(leaves), ())
     return _original_scan(operator, leaves, *args, **kwargs)
 
 

@@ -168,6 +168,7 @@ class Handler(Interpreter):
     """
 
     kind = "handler"
+    transparent = True  # code at its level has the wrappers of the level below
 
     def __init__(self, func: Callable[..., Any] | None = None) -> None:
         super().__init__(func)

@@ -12,7 +12,7 @@ from functrans.api.checks import check_kind
 from functrans.boundary.facades import bare
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.interpreter import Interpreter
-from functrans.core.tensor import WrapperTensor, wrap
+from functrans.core.tensor import PendingWrapper, WrapperTensor, tensor_of, wrap
 from functrans.decompositions.table import decompose
 from functrans.derivatives.constants import READS_NO_VALUES
 from functrans.errors import CallTypeError, CarriedValueError, MissingRuleError, RegistrationError
@@ -119,6 +119,8 @@ class TableInterpreter(Interpreter):
         Raises:
             CarriedValueError: one of them belongs to this level, or to one further in.
         """
+        if type(value) is PendingWrapper:  # what an operator that has nothing to do with the level below returned
+            value = tensor_of(value)
         if not isinstance(value, Tensor):
             raise CarriedValueError(
                 self, "value", f"a {type(value).__name__}", "a tensor", "Numbers and the like are payload."

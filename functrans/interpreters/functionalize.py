@@ -16,6 +16,8 @@ from torch.autograd.function import Function
 from functrans.core.dispatch import lower, map_tensors
 from functrans.core.interpreter import Interpreter
 from functrans.core.tensor import WrapperTensor, strides_of, wrap_as
+from functrans.decompositions.conjugates import OF_BITS
+from functrans.decompositions.table import decompose
 from functrans.errors import InsideTransformError
 from functrans.functionalization.copies import COPIES
 from functrans.functionalization.views import contents_of
@@ -46,6 +48,8 @@ class FunctionalizeInterpreter(Interpreter):
         if known.composite:
             if self.copies and known.kind_by_schema == PURE:
                 return self.take_apart(op, args, kwargs)
+            if op in OF_BITS:
+                return decompose(self, op, args, kwargs)
             with running_at(self):
                 return taken_apart(op, *args, **kwargs)
         values, below_kwargs = [self.value_of(a) for a in args], {k: self.value_of(a) for k, a in kwargs.items()}

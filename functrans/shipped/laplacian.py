@@ -30,7 +30,7 @@ from functrans.pytorch.thread_state import lowered
 from functrans.shipped.laplacian_level import LaplacianInterpreter
 from functrans.tensors.pytrees import tree_flatten, tree_unflatten
 
-__all__ = ["LaplacianInterpreter", "laplacian"]
+__all__ = ["LaplacianInterpreter", "check_directions", "check_samples", "laplacian"]
 
 
 def laplacian(
@@ -73,9 +73,7 @@ def laplacian(
     check_callable("laplacian", f)
     call = Call("laplacian", f, {})
     check_flag("laplacian(f)", "with_value", with_value)
-    if samples is not None and (type(samples) is not int or not 0 < samples < 2**31 or directions is not None):
-        got = f"samples={shown(samples)}" + (" with directions" if directions is not None else "")
-        raise CallValueError(call, got, "a positive number of samples, or directions")
+    check_samples(call, samples, directions)
 
     @named_after(f)
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -89,11 +87,7 @@ def laplacian(
             along = signs * samples**-0.5
         elif along is None:
             along = torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(x.numel(), *x.shape)
-        else:
-            expected = f"a tensor of dtype {x.dtype} and shape [D, {', '.join(map(str, x.shape))}]"
-            check_dense(call, "directions", along, expected)
-            if along.dim() == 0 or along.shape[1:] != x.shape or along.dtype != x.dtype:
-                raise CallValueError(call, f"{what(along)} as directions", expected)
+        check_directions(call, directions, x)
         interpreter = LaplacianInterpreter(len(along), f)
 
         def body() -> list[Any]:
@@ -113,3 +107,17 @@ def laplacian(
         return value, tree_unflatten(spec, placed), bend
 
     return function
+
+
+def check_samples(call: Call, samples: Any, directions: Any) -> None:
+    if samples is not None and (type(samples) is not int or not 0 < samples < 2**31 or directions is not None):
+        got = f"samples={shown(samples)}" + (" with directions" if directions is not None else "")
+        raise CallValueError(call, got, "a positive number of samples, or directions")
+
+
+def check_directions(call: Call, directions: Any, x: Tensor) -> None:
+    if directions is not None:
+        expected = f"a tensor of dtype {x.dtype} and shape [D, {', '.join(map(str, x.shape))}]"
+        check_dense(call, "directions", directions, expected)
+        if directions.dim() == 0 or directions.shape[1:] != x.shape or directions.dtype != x.dtype:
+            raise CallValueError(call, f"{what(directions)} as directions", expected)

@@ -21,6 +21,7 @@ from functrans.core.dispatch import lower, map_tensors
 from functrans.derivatives.table import NO_TANGENT
 from functrans.extension.without_rule import as_function, passed
 from functrans.interpreters.jvp.interpreter import COPYING
+from functrans.interpreters.vmap.families import RuleDeclined
 from functrans.interpreters.vmap.specialized import rule_here
 from functrans.operators.info import DIFFERENTIABLE, op_info
 from functrans.pytorch.thread_state import door_closed, lowered
@@ -184,7 +185,10 @@ def for_directions(
     By one operator, if the batching rule says which.
     """
     rewrite = rule_here(op, op_info(op)).rewrite
-    rewritten = None if rewrite is None else rewrite(dims, *args)
+    try:
+        rewritten = None if rewrite is None else rewrite(dims, *args)
+    except RuleDeclined:  # vmap has other ways
+        rewritten = None
     if rewritten is not None:
         op_below, physical, bdim = rewritten
         out = lower(level, op_below, physical, kwargs)

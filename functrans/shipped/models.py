@@ -300,9 +300,9 @@ scoring = Primitive("log_density", lambda amount: None)
 
 @choosing.rule(Conditioning)
 def chosen(level: Conditioning, name: str) -> Any:
+    level.used.add(name)
     if name not in level.values:
         return NotImplemented
-    level.used.add(name)
     return level.values[name].clone()  # the model may write it
 
 

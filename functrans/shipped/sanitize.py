@@ -129,7 +129,7 @@ class Sanitizing(PassThrough):
             return watched(value, self, str(op), at_site(user_site(sys._getframe(3))), self.batch_of(value))
         if x is value and x.requires_grad and torch.is_grad_enabled():  # PyTorch's own autograd follows
             about = str(op), at_site(user_site(sys._getframe(3))), self.batch_of(value)
-            value = x.view_as(x)
+            value = x.view_as(x) if x.layout is torch.strided else x.clone()
             value.register_hook(lambda grad: self.check_cotangent(grad, *about))
         return value
 

@@ -285,6 +285,9 @@ CASES = [
     Case("jet", lambda f, primals, series: functrans.jet(f, primals, series),
         {"f": lambda: square, "primals": lambda: (V,), "series": lambda: ([V, V],)}, ("f",),
         plain=lambda f, primals, **_: f(*primals)),
+    Case("bilaplacian", lambda f, x, y, **options: functrans.bilaplacian(f, **options)(x, y),
+        {"f": lambda: total, "directions": lambda: None, "samples": lambda: None, "x": V.clone, "y": X.clone}, ("f",),
+        plain=lambda f, x, y, **_: f(x, y)),
     Case("laplacian", lambda f, x, y, **options: functrans.laplacian(f, **options)(x, y),
         {
             "f": lambda: total, "with_value": lambda: False, "directions": lambda: None, "samples": lambda: None,
