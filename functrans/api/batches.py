@@ -195,7 +195,7 @@ def for_chunks(take: Callable[[Any], Any], asked: Asked, batch: Batch, chunk_siz
     if asked.randomness == "same":
         gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
         states.update((generator, generator.get_state()) for generator in (torch.default_generator, *gpus))
-        asked = asked._replace(generators=states)
+        asked = Asked(*asked[:-1], states)
     for x, d in zip(leaves, dims, strict=True):
         if d is not None and isinstance(x, Tensor):
             strides_of(x)  # refuses layouts that cannot be batched, before they are cut

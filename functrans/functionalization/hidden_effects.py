@@ -82,17 +82,33 @@ def dropout(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return x if not train or p == 0 or x.numel() == 0 else as_usual(known, args, kwargs)
 
 
+def check_numbers(op: OpOverload, x: Any, low: float, high: float) -> None:
+    """Refuse numbers of ``x`` that are not between ``low`` and ``high``, where ``op`` would on the CPU.
+
+    PyTorch looks at those of plain tensors only, and not at a subclass's.
+    """
+    while type(x) is WrapperTensor:
+        x = x.value
+    traced = isinstance(x, FakeTensor) or any(map(mode_of_kind, TRACING_MODES))
+    if isinstance(x, torch.Tensor) and x.device.type == "cpu" and not traced:
+        with running_at(None), torch.no_grad():
+            if not ((x >= low) & (x <= high)).all():
+                got = f"numbers from {x.min().item()} to {x.max().item()}"
+                raise RuntimeError(f"{op}: got {got}, expected numbers in the range [{low}, {high}].")
+
+
 @stands_in_for(aten.quantile.default, aten.nanquantile.default)
 def quantile(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """PyTorch looks at the numbers ``q`` on the CPU, but not at those of a tensor subclass."""
-    q = args[1]
-    while type(q) is WrapperTensor:
-        q = q.value
-    traced = isinstance(q, FakeTensor) or any(map(mode_of_kind, TRACING_MODES))
-    if isinstance(q, torch.Tensor) and q.device.type == "cpu" and not traced:
-        with running_at(None), torch.no_grad():
-            if not ((q >= 0) & (q <= 1)).all():
-                raise RuntimeError(f"{known.op}: got q={q.tolist()}, expected numbers in the range [0, 1].")
+    """Its ``q`` are numbers between 0 and 1."""
+    check_numbers(known.op, args[1], 0, 1)
+    return as_usual(known, args, kwargs)
+
+
+@stands_in_for(aten.one_hot.default)
+def one_hot(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of classes that there are (torch 2.11 and 2.12 leave others out)."""
+    if len(args) > 1 and args[1] > 0:
+        check_numbers(known.op, args[0], 0, args[1] - 1)
     return as_usual(known, args, kwargs)
 
 

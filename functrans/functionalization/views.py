@@ -186,16 +186,25 @@ class ViewLink:
             self.group.note(view)
 
 
+def made_silently(link: ViewLink | None) -> bool:
+    """Whether a step of a view's was made under no_grad, since the last ``detach``."""
+    while link is not None and link.op is not DETACH:
+        if not link.grad_mode:
+            return True
+        link = link.parent
+    return False
+
+
 def check_recorded(view: WrapperTensor, content: Tensor | None, new: Tensor | None = None) -> None:
     """Refuse what PyTorch refuses as ambiguous: that a view made under no_grad is written, or used after a write, where
     derivatives are recorded: it cannot have that of its base, and its base would lose its own."""
-    silent, link = False, view.view_link if torch.is_grad_enabled() else None
-    while link is not None:
-        if link.op is DETACH:
-            content = link.history
-            break
-        silent, link = silent or not link.grad_mode, link.parent
-    if silent and any(x is not None and x.requires_grad for x in (content, new)):
+    if not torch.is_grad_enabled() or not made_silently(view.view_link):
+        return
+    detached = view.view_link
+    while detached is not None and detached.op is not DETACH:
+        detached = detached.parent
+    contents = (content if detached is None else detached.history, new)
+    if any(x is not None and x.requires_grad for x in contents):
         what = "writing a view that was made under no_grad, or using it after a write to what it views,"
         raise InsideTransformError(what, view.interpreter.name, "a view that is made where it is written or used")
 
@@ -238,7 +247,7 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             in_a_loop = {what_returns(viewed, op, args, kwargs, strides) for strides in possible_strides(viewed)}
             doubtful = len({one is COPIED for one in (*in_a_loop, returned)}) > 1
             if doubtful and ITSELF in in_a_loop:
-                if not torch.is_grad_enabled() and viewed.requires_grad:
+                if not torch.is_grad_enabled() and viewed.requires_grad and not made_silently(viewed.view_link):
                     what = "of what it may return, with its derivative, or copy (as strides say that the batch hides)"
                     cure = "a .clone(memory_format=torch.contiguous_format)"
                     raise InsideTransformError(f"{op} under no_grad {what}", viewed.interpreter.name, cure)
