@@ -52,9 +52,9 @@ class Affine:
         self.f = f
         self.pointwise = pointwise
 
-    def back(self, sources: Sequence[Node], rows: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    def back(self, sources: Sequence[Node], rows: Tensor, one_sign: bool) -> tuple[Sequence[Tensor], Tensor]:
         offset, pull = vjp(self.f, *(torch.zeros_like(source.low) for source in sources))
-        return vmap(pull)(rows), against(rows, offset)
+        return vmap(pull)(rows), against(rows, offset, one_sign)
 
 
 #: a function below and one above; the same twice, if that is exact
@@ -78,12 +78,13 @@ class Node:
     def back(self, rows: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """A lower bound of the sums ``rows · y``, [n, *shape], as rows for each of the sources, and what is added."""
         if self.relaxation is not None and self.relaxation[0] is self.relaxation[1]:
-            return self.relaxation[0].back(self.sources, rows)
+            return self.relaxation[0].back(self.sources, rows, False)
         positive, negative = rows.clamp(min=0), rows.clamp(max=0)
         if self.relaxation is None:
-            return (), against(positive, self.low) + against(negative, self.high)
+            return (), against(positive, self.low, True) + against(negative, self.high, True)
         below, above = self.relaxation
-        (of_below, least), (of_above, more) = below.back(self.sources, positive), above.back(self.sources, negative)
+        of_below, least = below.back(self.sources, positive, True)
+        of_above, more = above.back(self.sources, negative, True)
         return [a + b for a, b in zip(of_below, of_above, strict=True)], least + more
 
     def ends(self) -> Ends:

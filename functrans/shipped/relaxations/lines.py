@@ -29,8 +29,8 @@ class Line(NamedTuple):
     def pointwise(self) -> bool:
         return True
 
-    def back(self, sources: Sequence[Node], rows: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        return (rows * self.slope,), against(rows, self.offset)
+    def back(self, sources: Sequence[Node], rows: Tensor, one_sign: bool) -> tuple[Sequence[Tensor], Tensor]:
+        return (rows * self.slope,), against(rows, self.offset, one_sign)
 
     def at(self, x: Tensor) -> Tensor:
         return self.slope * x + self.offset
@@ -39,16 +39,21 @@ class Line(NamedTuple):
 Lines = tuple[Line, Line]
 
 
-def against(rows: Tensor, x: Tensor) -> Tensor:
+def against(rows: Tensor, x: Tensor, one_sign: bool) -> Tensor:
     """``rows · x``, [n], of ``rows`` [n, *shape]: NaN where a row asks for an element that is infinite or NaN.
 
     A row that has 0 there, as one of another element's bound has at what is masked by -inf, does not.
+    With ``one_sign`` no row has numbers of both signs, which could make up for each other.
     """
     n = math.prod(x.shape)
     rows, x = rows.reshape(len(rows), n), x.reshape(n).to(rows.dtype)
     known = x.isfinite()
-    asked = (rows != 0).to(rows.dtype) @ (~known).to(rows.dtype)
-    return torch.where(asked > 0, math.nan, rows @ torch.where(known, x, 0.0))
+    found, unknown = torch.where(known, x, 0.0), (~known).to(rows.dtype)
+    if one_sign:
+        total, asked = (rows @ torch.stack([found, unknown], 1)).unbind(1)
+    else:
+        total, asked = rows @ found, rows.abs() @ unknown
+    return torch.where(asked != 0, math.nan, total)
 
 
 def through(x: Tensor, y: Tensor, slope: Tensor) -> Line:
