@@ -257,7 +257,8 @@ def run_view(known: OpInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             return viewed
         if returned is COPIED and not doubtful:
             return out
-    op, args = settled(op, args)
+    if known.views_by_another:
+        op, args = settled(op, args)
     if type(out) is WrapperTensor:
         if viewed.moved:
             out = shown_or_moved(out, viewed, op, args, kwargs, None)

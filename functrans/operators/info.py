@@ -63,7 +63,7 @@ class OpInfo:
     __slots__ = (
         "arguments", "defaults", "defined_by_others", "direct", "forms", "kind", "kind_by_schema", "makes",
         "may_copy", "metadata_write", "op", "random", "reads_target", "returns_written", "settled",
-        "single", "specialized", "tensor_lists", "views_contiguous", "written",
+        "single", "specialized", "tensor_lists", "views_by_another", "views_contiguous", "written",
     )  # fmt: skip
 
     def __init__(self, op: OpOverload) -> None:
@@ -91,6 +91,8 @@ class OpInfo:
         #: whether they view whatever is contiguous (``flatten`` of one dimension returns it)
         self.may_copy = aliases and schema.name in MAY_COPY
         self.views_contiguous = aliases and f"{schema.name}.{schema.overload_name}" in VIEWS_OF_CONTIGUOUS
+        #: whether another tensor says how it views, if it does, such as ``view_as``
+        self.views_by_another = sum(str(a.type) == "Tensor" for a in schema.arguments) > 1
         self.metadata_write = torch.Tag.inplace_view in op.tags
         self.kind_by_schema = WRITE if self.written else VIEW if aliases else PURE
         #: what it is outside of scopes of rules; see ``kind_here``
