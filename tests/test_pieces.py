@@ -258,6 +258,22 @@ def test_a_decomposition_of_the_users_is_run_each_time() -> None:
             torch.testing.assert_close(slopes, torch.full_like(X, factor[0]))
 
 
+def test_a_definition_that_switches_grad_mode_is_run_each_time() -> None:
+    def define(
+        x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
+    ) -> Tensor:
+        with torch.no_grad():
+            held = 2 * x
+        return 3 * x + held
+
+    define.__module__ = "functrans.decompositions"  # as one of the library's
+    with overriding(DECOMPOSITIONS, aten.layer_norm.default):
+        DECOMPOSITIONS.add(aten.layer_norm.default, define)
+        for _ in range(4):
+            slopes = grad(lambda x: F.layer_norm(x, (3,)).sum())(X)
+            torch.testing.assert_close(slopes, torch.full_like(X, 3.0))
+
+
 def test_modes_and_autocast_see_what_they_see_of_the_code() -> None:
     network = lambda x: F.cosine_similarity(x @ W.mT, x @ W.mT + 1, dim=1).sum()
     expected = grad(network)(X)

@@ -8,8 +8,9 @@ NOTE [Pieces that follow from the look]
 The look has all that a definition may ask: shapes, dtypes, strides, devices and numbers, which arguments are one
 tensor, grad mode, the default dtype. A definition is left as it is where its pieces follow from more than that (one
 returns a number, or as many elements as numbers say), where one is random or a stand-in, where one writes to what the
-definition did not make, and where the result shares memory with an argument. How results of pieces lie in memory is not
-in the look: a ``view`` of one is written as the ``reshape`` that it is wherever it is possible.
+definition did not make, where it switches grad mode, and where the result shares memory with an argument. How results
+of pieces lie in memory is not in the look: a ``view`` of one is written as the ``reshape`` that it is wherever it is
+possible.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from functrans.pytorch.torch_private import (
     OpOverload,
     autocast_enabled,
     function_mode_enabled,
+    is_forward_enabled,
 )
 from functrans.tensors.pytrees import tensors_in
 
@@ -173,6 +175,7 @@ class Pieces(Mode):
         self.script = PiecesScript(args, "send")
         #: of complex ones it is not in the look whether they are conjugates that nobody computed yet
         self.refused = any(x.dtype.is_complex for x in tensors_in(args))
+        self.modes = torch.is_grad_enabled(), is_forward_enabled()
         #: the piece that is running, and whether that has pieces in its place
         self.running: Any = None
         self.was_taken_apart = False
@@ -192,6 +195,8 @@ class Pieces(Mode):
         self.was_taken_apart = False
         out = op(*args, **kwargs)
         self.running = before
+        if self.modes != (torch.is_grad_enabled(), is_forward_enabled()):
+            self.refused = True  # the definition switches them
         if not (self.refused or self.was_taken_apart):
             try:
                 self.script.piece(op, *normalized(op, args, kwargs), out)
