@@ -253,25 +253,23 @@ def test_a_decomposition_of_the_users_is_run_each_time() -> None:
     by_list = lambda x, shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True: factor[0] * x
     with overriding(DECOMPOSITIONS, aten.layer_norm.default):
         DECOMPOSITIONS.add(aten.layer_norm.default, by_list)
+        assert definition_of(aten.layer_norm.default, op_info(aten.layer_norm.default)).scripts is None
         for factor[0] in (1.0, 2.0, 3.0, 4.0):
             slopes = grad(lambda x: F.layer_norm(x, (3,)).sum())(X)
             torch.testing.assert_close(slopes, torch.full_like(X, factor[0]))
 
 
 def test_a_definition_that_switches_grad_mode_is_run_each_time() -> None:
-    def define(
-        x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
-    ) -> Tensor:
+    def define(x: Tensor) -> Tensor:
         with torch.no_grad():
             held = 2 * x
         return 3 * x + held
 
-    define.__module__ = "functrans.decompositions"  # as one of the library's
-    with overriding(DECOMPOSITIONS, aten.layer_norm.default):
-        DECOMPOSITIONS.add(aten.layer_norm.default, define)
-        for _ in range(4):
-            slopes = grad(lambda x: F.layer_norm(x, (3,)).sum())(X)
-            torch.testing.assert_close(slopes, torch.full_like(X, 3.0))
+    definition = pieces.Definition(aten.relu.default, define, lasting=True)
+    for _ in range(4):
+        slopes = grad(lambda x: definition.run(x.interpreter, (x,), {}).sum())(X)  # type: ignore[attr-defined]
+        torch.testing.assert_close(slopes, torch.full_like(X, 3.0))
+    assert list((definition.scripts or {}).values()) == [False]
 
 
 def test_modes_and_autocast_see_what_they_see_of_the_code() -> None:
